@@ -1,0 +1,72 @@
+//! Builds the eBPF object, which the agent embeds.
+
+use std::{
+    env,
+    error::Error,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().ok_or("the agent has no parent directory")?;
+    println!("cargo:rerun-if-env-changed=PORTOLAN_TOOLCHAIN");
+    for input in ["ebpf/src", "ebpf/Cargo.toml", "common/src", "Cargo.lock", "Cargo.toml"] {
+        println!("cargo:rerun-if-changed={}", root.join(input).display());
+    }
+
+    let toolchain = env::var_os("PORTOLAN_TOOLCHAIN").map_or_else(|| root.join(".toolchain"), PathBuf::from);
+    let bin = toolchain.join("bin");
+    for tool in ["rustc", "bpf-linker"] {
+        let path = bin.join(tool);
+        println!("cargo:rerun-if-changed={}", path.display());
+        if !path.exists() {
+            println!("cargo::error=the toolchain for the eBPF programs is not set up; run: cargo xtask toolchain");
+            return Ok(());
+        }
+    }
+
+    // OUT_DIR is <target>/<profile>/build/<package>/out. One folder serves all profiles.
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    let target = out.ancestors().nth(4).ok_or("OUT_DIR is not inside a target directory")?.join("ebpf");
+    let arch = env::var("CARGO_CFG_TARGET_ARCH")?;
+    let triple = match env::var("CARGO_CFG_TARGET_ENDIAN")?.as_str() {
+        "big" => "bpfeb-unknown-none",
+        _ => "bpfel-unknown-none",
+    };
+    let rustflags = [
+        &format!("--cfg=bpf_target_arch=\"{arch}\""),
+        "-Cdebuginfo=2",
+        "-Clink-arg=--btf",
+        // Atomic operations that return the former value.
+        "-Ctarget-cpu=v3",
+    ]
+    .join("\x1f");
+    let path = env::join_paths([bin.clone()].into_iter().chain(env::split_paths(&env::var_os("PATH").unwrap_or_default())))?;
+
+    let mut cargo = Command::new(env::var_os("CARGO").ok_or("CARGO is not set")?);
+    cargo
+        .current_dir(root.join("ebpf"))
+        .args(["build", "--release", "-Z", "build-std=core", "--target", triple, "--target-dir"])
+        .arg(&target)
+        .env("PATH", path)
+        .env("RUSTC", bin.join("rustc"))
+        // The programs need unstable features; this makes a distribution's compiler allow them.
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("CARGO_ENCODED_RUSTFLAGS", rustflags)
+        // Settings of the build that runs this script are not meant for the eBPF target.
+        .env_remove("RUSTC_WRAPPER")
+        .env_remove("RUSTC_WORKSPACE_WRAPPER")
+        .env_remove("RUSTUP_TOOLCHAIN")
+        .env_remove("CARGO_MAKEFLAGS")
+        .env_remove("MAKEFLAGS");
+    let output = cargo.output()?;
+    if !output.status.success() {
+        for line in String::from_utf8_lossy(&output.stderr).lines() {
+            println!("cargo::warning={line}");
+        }
+        println!("cargo::error=the eBPF programs did not compile; if the toolchain is broken, run: cargo xtask toolchain --force");
+        return Ok(());
+    }
+    std::fs::copy(target.join(triple).join("release/portolan"), out.join("portolan.bpf.o"))?;
+    Ok(())
+}

@@ -1,0 +1,181 @@
+//! Outlier detection (Envoy's rules): an endpoint whose connects fail too often in a row is ejected for a while, longer each time.
+//!
+//! No I/O, no clock: events and the time come in as parameters, and `poll_timeout` says when to come back.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use crate::model::OutlierDetection;
+
+/// How a connect ended, as far as it says something of the endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Established.
+    Success,
+    /// Refused, reset, unreachable or timed out.
+    Failure,
+}
+
+/// A change of an endpoint's state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// Which endpoint.
+    pub address: SocketAddr,
+    /// What happened to it.
+    pub kind: EventKind,
+    /// Endpoints of the pool that are ejected now.
+    pub ejected: usize,
+    /// Endpoints of the pool.
+    pub hosts: usize,
+}
+
+/// What happened to an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EventKind {
+    /// It is out.
+    Ejected {
+        /// Failures in a row.
+        failures: u32,
+        /// For how long at least: the sweep after it releases.
+        duration: Duration,
+    },
+    /// It may be chosen again.
+    Released,
+    /// It would be out, but the limit allows no more.
+    Overflow {
+        /// Failures in a row.
+        failures: u32,
+    },
+}
+
+/// An ejection in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ejection {
+    /// Since when.
+    pub since: Instant,
+    /// When it ends at the earliest.
+    pub until: Instant,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Host {
+    failures: u32,
+    ejected_at: Option<Instant>,
+    /// How many times the base time the next ejection lasts, less one.
+    multiplier: u32,
+    last_release: Option<Instant>,
+}
+
+/// The detector of one pool.
+#[derive(Clone, Debug)]
+pub struct Detector {
+    settings: OutlierDetection,
+    hosts: BTreeMap<SocketAddr, Host>,
+    next_sweep: Instant,
+}
+
+impl Detector {
+    /// A detector for a pool without endpoints yet.
+    pub fn new(settings: OutlierDetection, now: Instant) -> Self {
+        let next_sweep = now + settings.interval;
+        Self { settings, hosts: BTreeMap::new(), next_sweep }
+    }
+
+    /// Takes new settings; what is ejected stays so.
+    pub fn configure(&mut self, settings: &OutlierDetection, now: Instant) {
+        if self.settings.interval != settings.interval {
+            self.next_sweep = now + settings.interval;
+        }
+        if self.settings != *settings {
+            self.settings = settings.clone();
+        }
+    }
+
+    /// The endpoints of the pool now. One that is gone takes its ejection with it.
+    pub fn set_hosts(&mut self, hosts: &BTreeSet<SocketAddr>) {
+        self.hosts.retain(|address, _| hosts.contains(address));
+        for address in hosts {
+            self.hosts.entry(*address).or_default();
+        }
+    }
+
+    /// A connect to an endpoint has ended.
+    pub fn observe(&mut self, now: Instant, address: SocketAddr, verdict: Verdict) -> Option<Event> {
+        let ejected = self.ejected_count();
+        let hosts = self.hosts.len();
+        let host = self.hosts.get_mut(&address)?;
+        if verdict == Verdict::Success {
+            host.failures = 0;
+            return None;
+        }
+        host.failures += 1;
+        let failures = host.failures;
+        if self.settings.consecutive_errors == 0 || failures != self.settings.consecutive_errors || host.ejected_at.is_some() {
+            return None;
+        }
+        // The counter starts again, whether the limit allows the ejection or not.
+        host.failures = 0;
+        if 100.0 * (ejected + 1) as f64 / hosts as f64 > f64::from(self.settings.max_ejection_percent) {
+            return Some(Event { address, kind: EventKind::Overflow { failures }, ejected, hosts });
+        }
+        host.ejected_at = Some(now);
+        let (base, max) = (self.settings.base_ejection_time, self.settings.max_ejection_time);
+        if base * host.multiplier < max + base {
+            host.multiplier += 1;
+        }
+        let duration = (base * host.multiplier).min(max);
+        Some(Event { address, kind: EventKind::Ejected { failures, duration }, ejected: ejected + 1, hosts })
+    }
+
+    /// When [`Self::handle_timeout`] wants to be called.
+    pub fn poll_timeout(&self) -> Instant {
+        self.next_sweep
+    }
+
+    /// The sweep: releases those whose time is up, and forgives those that have been well for an interval.
+    pub fn handle_timeout(&mut self, now: Instant) -> Vec<Event> {
+        if now < self.next_sweep {
+            return Vec::new();
+        }
+        // Late or not, the next one is an interval away.
+        self.next_sweep = now + self.settings.interval;
+        let mut released = Vec::new();
+        for (address, host) in &mut self.hosts {
+            match host.ejected_at {
+                Some(since) => {
+                    let time = (self.settings.base_ejection_time * host.multiplier).min(self.settings.max_ejection_time);
+                    if now.saturating_duration_since(since) >= time {
+                        host.ejected_at = None;
+                        host.last_release = Some(now);
+                        host.failures = 0;
+                        released.push(*address);
+                    }
+                }
+                None => {
+                    let well = host.last_release.is_none_or(|release| now.saturating_duration_since(release) >= self.settings.interval);
+                    if well && host.multiplier > 0 {
+                        host.multiplier -= 1;
+                    }
+                }
+            }
+        }
+        let (ejected, hosts) = (self.ejected_count(), self.hosts.len());
+        released.into_iter().map(|address| Event { address, kind: EventKind::Released, ejected, hosts }).collect()
+    }
+
+    /// The ejections in force.
+    pub fn ejections(&self) -> impl Iterator<Item = (SocketAddr, Ejection)> {
+        self.hosts.iter().filter_map(|(address, host)| {
+            let since = host.ejected_at?;
+            let time = (self.settings.base_ejection_time * host.multiplier).min(self.settings.max_ejection_time);
+            Some((*address, Ejection { since, until: since + time }))
+        })
+    }
+
+    fn ejected_count(&self) -> usize {
+        self.hosts.values().filter(|host| host.ejected_at.is_some()).count()
+    }
+}

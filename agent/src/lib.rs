@@ -1,0 +1,12 @@
+//! Portolan gives every connection on a node to the right endpoint, in the kernel.
+//!
+//! One path leads through this crate: [`source`] reports what objects say, [`store`] remembers it, [`policy`] computes what it
+//! means for this node, [`table`] turns that into values for the kernel, and `datapath` writes them there. What becomes of the
+//! connections comes back to [`health`], and changes the policy's verdict.
+
+pub mod model;
+pub mod policy;
+pub mod source;
+pub mod store;
+pub mod health;
+pub mod table;

@@ -1,0 +1,247 @@
+//! The configuration directory: `DIR/*.yaml` for the mesh, `DIR/<cluster-id>/**/*.yaml` for a cluster.
+//!
+//! Watched, not polled. A file that somebody still has open for writing is left as it was until it is closed; a
+//! scan once a minute mends what a lost event may have missed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use notify::{
+    Event, EventKind, RecursiveMode, Watcher as _,
+    event::{AccessKind, AccessMode, ModifyKind},
+};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until, timeout_at},
+};
+
+use super::{Reader, Update, read_text};
+use crate::model::{Finding, Scope};
+
+/// Directories below a cluster's that are still looked into: a bound for loops of symbolic links.
+const MAX_DEPTH: usize = 8;
+/// Events of one change come in bursts; they are waited for this long.
+const BURST: Duration = Duration::from_millis(20);
+/// A file that is written without end does not hold up the others for longer than this.
+const LONGEST_BURST: Duration = Duration::from_millis(200);
+/// Time between scans that no event asked for.
+const RESCAN: Duration = Duration::from_secs(60);
+
+/// What is known of a configuration directory.
+#[derive(Debug)]
+pub struct Directory {
+    root: PathBuf,
+    reader: Reader,
+    texts: BTreeMap<String, String>,
+}
+
+impl Directory {
+    /// A directory that was not looked at yet.
+    pub fn new(root: PathBuf, reader: Reader) -> Self {
+        Self { root, reader, texts: BTreeMap::new() }
+    }
+
+    /// Looks at the whole directory and reports what is not as it was. Files in `being_written` count as
+    /// unchanged.
+    ///
+    /// # Errors
+    /// The directory itself cannot be read; nothing has changed then.
+    pub fn scan(&mut self, being_written: &BTreeSet<PathBuf>) -> io::Result<Vec<Update>> {
+        let mut files = BTreeMap::new();
+        let mut troubles = Vec::new();
+        for (path, is_directory) in list(&self.root)? {
+            let name = file_name(&path);
+            if is_directory {
+                walk(&path, &Scope::Cluster(name), MAX_DEPTH, &mut files, &mut troubles);
+            } else if is_yaml(&path) {
+                files.insert(path, Scope::Mesh);
+            }
+        }
+        let mut updates = Vec::new();
+        let gone: Vec<_> = self.texts.keys().filter(|origin| !files.contains_key(&self.root.join(origin))).cloned().collect();
+        // Where a folder could not be read, its files may still be there.
+        if troubles.is_empty() {
+            for origin in gone {
+                self.texts.remove(&origin);
+                updates.push(Update::Remove { origin });
+            }
+        }
+        for (path, scope) in files {
+            let origin = path.strip_prefix(&self.root).unwrap_or(&path).to_string_lossy().into_owned();
+            if being_written.contains(&path) {
+                continue;
+            }
+            match std::fs::read_to_string(&path) {
+                Ok(text) => updates.extend(self.changed(origin, &scope, text)),
+                Err(error) => {
+                    troubles.push(Finding::error(&origin, format!("cannot be read: {error}. What it last said stays in force")));
+                }
+            }
+        }
+        updates.push(Update::Trouble(troubles));
+        Ok(updates)
+    }
+
+    fn changed(&mut self, origin: String, scope: &Scope, text: String) -> Option<Update> {
+        let before = self.texts.get(&origin);
+        if before == Some(&text) {
+            return None;
+        }
+        let mut contents = read_text(self.reader, scope, &origin, &text);
+        if text.trim().is_empty() && before.is_some_and(|before| !before.trim().is_empty()) {
+            contents.whole = false;
+            contents.findings.push(Finding::error(
+                &origin,
+                "the file is empty all of a sudden: what it held stays in force; delete the file if it shall go",
+            ));
+        }
+        self.texts.insert(origin.clone(), text);
+        Some(Update::Replace { origin, contents })
+    }
+
+    /// Takes back what a scan saw of these files, for it may have seen them half written.
+    fn forget(&mut self, updates: &mut Vec<Update>, being_written: &BTreeSet<PathBuf>) {
+        updates.retain(|update| match update {
+            Update::Replace { origin, .. } if being_written.contains(&self.root.join(origin)) => {
+                self.texts.remove(origin);
+                false
+            }
+            _ => true,
+        });
+    }
+}
+
+fn walk(
+    directory: &Path,
+    scope: &Scope,
+    depth: usize,
+    files: &mut BTreeMap<PathBuf, Scope>,
+    troubles: &mut Vec<Finding>,
+) {
+    let entries = match list(directory) {
+        Ok(entries) => entries,
+        Err(error) => {
+            troubles.push(Finding::error(directory.display(), format!("cannot be read: {error}")));
+            return;
+        }
+    };
+    for (path, is_directory) in entries {
+        match is_directory {
+            true if depth == 0 => {
+                troubles.push(Finding::error(path.display(), format!("is nested deeper than {MAX_DEPTH} folders: left out")));
+            }
+            true => walk(&path, scope, depth - 1, files, troubles),
+            false if is_yaml(&path) => {
+                files.insert(path, scope.clone());
+            }
+            false => {}
+        }
+    }
+}
+
+/// Entries and whether they are directories, in order, without hidden ones (editors' and Kubernetes' own).
+fn list(directory: &Path) -> io::Result<Vec<(PathBuf, bool)>> {
+    let mut entries = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        let path = entry?.path();
+        if file_name(&path).starts_with('.') {
+            continue;
+        }
+        // An entry that is gone by now, or a link to nowhere, is no file.
+        if let Ok(metadata) = std::fs::metadata(&path) {
+            entries.push((path, metadata.is_dir()));
+        }
+    }
+    entries.sort();
+    Ok(entries)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn is_yaml(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml" || extension == "json")
+}
+
+/// Reports the directory's contents, and then each change, until the receiver is gone.
+///
+/// # Errors
+/// The directory cannot be read or watched at the start.
+pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Update>) -> anyhow::Result<()> {
+    use anyhow::Context as _;
+    let root = std::fs::canonicalize(&root).with_context(|| format!("--config {}: no such directory", root.display()))?;
+    let (sender, mut events) = mpsc::unbounded_channel();
+    let mut watcher = notify::recommended_watcher(move |event| {
+        // The receiver is gone only when the agent ends.
+        let _ = sender.send(event);
+    })?;
+    watcher.watch(&root, RecursiveMode::Recursive).with_context(|| format!("cannot watch {}", root.display()))?;
+
+    let mut directory = Directory::new(root.clone(), reader);
+    let mut being_written = BTreeSet::new();
+    let first = directory.scan(&being_written).with_context(|| format!("cannot read {}", root.display()))?;
+    for update in first.into_iter().chain([Update::Synced]) {
+        if updates.send(update).await.is_err() {
+            return Ok(());
+        }
+    }
+    let mut rescan = Instant::now() + RESCAN;
+    loop {
+        let event = tokio::select! {
+            event = events.recv() => event,
+            () = sleep_until(rescan) => None,
+            () = updates.closed() => return Ok(()),
+        };
+        note(event, &mut being_written);
+        drain(&mut events, &mut being_written).await;
+        let mut changes = match directory.scan(&being_written) {
+            Ok(changes) => changes,
+            Err(error) => vec![Update::Trouble(vec![Finding::error(
+                root.display(),
+                format!("cannot be read: {error}. All that it last said stays in force"),
+            )])],
+        };
+        // A write that began while the scan was under way has sent its event by now.
+        drain(&mut events, &mut being_written).await;
+        directory.forget(&mut changes, &being_written);
+        rescan = Instant::now() + RESCAN;
+        for update in changes {
+            if updates.send(update).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Takes the events of a burst, until there is a pause.
+async fn drain(events: &mut mpsc::UnboundedReceiver<notify::Result<Event>>, being_written: &mut BTreeSet<PathBuf>) {
+    let end = Instant::now() + LONGEST_BURST;
+    while let Ok(Some(event)) = timeout_at(end.min(Instant::now() + BURST), events.recv()).await {
+        note(Some(event), being_written);
+    }
+}
+
+/// Keeps track of which files are open for writing.
+fn note(event: Option<notify::Result<Event>>, being_written: &mut BTreeSet<PathBuf>) {
+    let Some(Ok(event)) = event else {
+        // Events were lost, or a minute has passed: what was open may have been closed.
+        being_written.clear();
+        return;
+    };
+    match event.kind {
+        EventKind::Modify(ModifyKind::Data(_)) => being_written.extend(event.paths),
+        EventKind::Access(AccessKind::Close(AccessMode::Write))
+        | EventKind::Remove(_)
+        | EventKind::Modify(ModifyKind::Name(_)) => {
+            for path in &event.paths {
+                being_written.remove(path);
+            }
+        }
+        _ => {}
+    }
+}

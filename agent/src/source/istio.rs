@@ -1,0 +1,366 @@
+//! Readers of Istio's kinds. The types hold what is honoured; every other field becomes a finding.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::read::Context;
+use crate::model::{
+    Algorithm, DestinationRule, Distribute, Failover, LocalitySetting, OutlierDetection, Subset, TcpRoute,
+    TrafficPolicy, VirtualService, WeightedDestination,
+};
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct DestinationRuleSpec {
+    host: String,
+    #[serde(default)]
+    traffic_policy: Option<PolicySpec>,
+    #[serde(default)]
+    subsets: Vec<SubsetSpec>,
+    #[serde(default)]
+    workload_selector: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SubsetSpec {
+    name: String,
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
+    #[serde(default)]
+    traffic_policy: Option<PolicySpec>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PolicySpec {
+    #[serde(default)]
+    load_balancer: Option<LoadBalancerSpec>,
+    #[serde(default)]
+    outlier_detection: Option<OutlierSpec>,
+    #[serde(default)]
+    connection_pool: Option<PoolSpec>,
+    #[serde(default)]
+    port_level_settings: Vec<PortSpec>,
+}
+
+#[derive(Deserialize)]
+struct PortSpec {
+    port: PortSelector,
+    #[serde(flatten)]
+    policy: serde_json::Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+struct PortSelector {
+    number: u16,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct LoadBalancerSpec {
+    #[serde(default)]
+    simple: Option<String>,
+    #[serde(default)]
+    consistent_hash: Option<Value>,
+    #[serde(default)]
+    locality_lb_setting: Option<LocalitySpec>,
+}
+
+/// `localityLbSetting`, in a DestinationRule and in the MeshConfig.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct LocalitySpec {
+    #[serde(default)]
+    enabled: Option<bool>,
+    #[serde(default)]
+    distribute: Vec<DistributeSpec>,
+    #[serde(default)]
+    failover: Vec<FailoverSpec>,
+}
+
+#[derive(Deserialize)]
+struct DistributeSpec {
+    #[serde(default)]
+    from: String,
+    #[serde(default)]
+    to: BTreeMap<String, u32>,
+}
+
+#[derive(Deserialize)]
+struct FailoverSpec {
+    #[serde(default)]
+    from: String,
+    #[serde(default)]
+    to: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct OutlierSpec {
+    // Wrapped integers may be null; the deprecated name counts where the current one is absent.
+    #[serde(default, rename = "consecutive5xxErrors")]
+    consecutive_5xx_errors: Option<u32>,
+    #[serde(default)]
+    consecutive_errors: Option<u32>,
+    #[serde(default)]
+    consecutive_gateway_errors: Option<u32>,
+    #[serde(default)]
+    interval: Option<String>,
+    #[serde(default)]
+    base_ejection_time: Option<String>,
+    #[serde(default)]
+    max_ejection_percent: Option<u32>,
+    #[serde(default)]
+    min_health_percent: Option<u32>,
+}
+
+#[derive(Deserialize)]
+struct PoolSpec {
+    #[serde(default)]
+    tcp: Option<TcpPoolSpec>,
+    #[serde(default)]
+    http: Option<HttpPoolSpec>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct TcpPoolSpec {
+    #[serde(default)]
+    connect_timeout: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct HttpPoolSpec {
+    #[serde(default)]
+    max_requests_per_connection: Option<u32>,
+}
+
+pub(super) fn destination_rule(context: &mut Context<'_>, mut value: Value) -> Result<DestinationRule, String> {
+    let spec: DestinationRuleSpec = context.honoured("spec", value["spec"].take(), |_| false)?;
+    if spec.workload_selector.is_some() {
+        return Err("spec.workloadSelector is not honoured: the rule is for some clients only, so it is left out".to_owned());
+    }
+    let mut subsets = Vec::new();
+    for (i, subset) in spec.subsets.into_iter().enumerate() {
+        let at = format!("spec.subsets[{i}].trafficPolicy");
+        let policy = subset.traffic_policy.map(|policy| traffic_policy(context, &at, policy)).transpose()?;
+        subsets.push(Subset { name: subset.name, labels: subset.labels, policy: policy.unwrap_or_default() });
+    }
+    let policy = spec.traffic_policy.map(|policy| traffic_policy(context, "spec.trafficPolicy", policy)).transpose()?;
+    Ok(DestinationRule { name: context.name.clone(), host: spec.host, policy: policy.unwrap_or_default(), subsets })
+}
+
+fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec) -> Result<TrafficPolicy, String> {
+    let mut policy = TrafficPolicy::default();
+    if let Some(balancer) = spec.load_balancer {
+        let at = format!("{at}.loadBalancer");
+        policy.algorithm = algorithm(context, &at, balancer.simple.as_deref(), balancer.consistent_hash.is_some())?;
+        policy.locality = balancer
+            .locality_lb_setting
+            .map(|setting| locality_setting(&format!("{at}.localityLbSetting"), setting))
+            .transpose()?;
+    }
+    policy.outlier =
+        spec.outlier_detection.map(|outlier| outlier_detection(context, &format!("{at}.outlierDetection"), outlier)).transpose()?;
+    if let Some(pool) = spec.connection_pool {
+        let at = format!("{at}.connectionPool");
+        if let Some(text) = pool.tcp.and_then(|tcp| tcp.connect_timeout) {
+            policy.connect_timeout = Some(duration(&format!("{at}.tcp.connectTimeout"), &text)?);
+        }
+        // With 1 each request has a connection of its own, which is what Portolan chooses for anyway.
+        if pool.http.and_then(|http| http.max_requests_per_connection).is_some_and(|max| max > 1) {
+            context.warning(format!("{at}.http.maxRequestsPerConnection is not honoured: connections are not looked into"));
+        }
+    }
+    for (i, port) in spec.port_level_settings.into_iter().enumerate() {
+        let at = format!("{at}.portLevelSettings[{i}]");
+        let spec: PolicySpec = context.honoured(&at, Value::Object(port.policy), |_| false)?;
+        let own = traffic_policy(context, &at, spec)?;
+        policy.ports.insert(port.port.number, own);
+    }
+    Ok(policy)
+}
+
+fn algorithm(context: &mut Context<'_>, at: &str, simple: Option<&str>, hash: bool) -> Result<Option<Algorithm>, String> {
+    let asked = match simple {
+        _ if hash => Algorithm::ConsistentHash,
+        None | Some("UNSPECIFIED") => return Ok(None),
+        Some("ROUND_ROBIN") => return Ok(Some(Algorithm::RoundRobin)),
+        Some("LEAST_REQUEST" | "LEAST_CONN") => Algorithm::LeastRequest,
+        Some("RANDOM") => Algorithm::Random,
+        Some("PASSTHROUGH") => Algorithm::Passthrough,
+        Some(other) => return Err(format!("{at}.simple: {other:?} is no algorithm")),
+    };
+    context.warning(format!("{at}: {asked} is not honoured yet; ROUND_ROBIN is used, with the same shares for each locality"));
+    Ok(Some(Algorithm::RoundRobin))
+}
+
+/// Istio's `ValidateLocalityLbSetting`.
+pub(super) fn locality_setting(at: &str, spec: LocalitySpec) -> Result<LocalitySetting, String> {
+    if !spec.distribute.is_empty() && !spec.failover.is_empty() {
+        return Err(format!("{at}: distribute and failover exclude each other; keep one of them"));
+    }
+    let mut distribute: Vec<Distribute> = Vec::new();
+    for (i, rule) in spec.distribute.into_iter().enumerate() {
+        let at = format!("{at}.distribute[{i}]");
+        let from = rule.from.parse().map_err(|message| format!("{at}.from: {message}"))?;
+        let mut to: Vec<(crate::model::LocalityPattern, u32)> = Vec::new();
+        for (place, percent) in rule.to {
+            let pattern = place.parse().map_err(|message| format!("{at}.to: {message}"))?;
+            if !(1..=100).contains(&percent) {
+                return Err(format!("{at}.to[{place:?}]: {percent} is not within 1 and 100"));
+            }
+            if let Some((other, _)) = to.iter().find(|(other, _)| other.overlaps(&pattern)) {
+                return Err(format!("{at}.to: {place:?} and \"{other}\" overlap"));
+            }
+            to.push((pattern, percent));
+        }
+        let sum: u32 = to.iter().map(|(_, percent)| percent).sum();
+        if sum != 100 {
+            return Err(format!("{at}.to: the percentages sum to {sum}, not to 100"));
+        }
+        if let Some(other) = distribute.iter().find(|other| other.from.overlaps(&from)) {
+            return Err(format!("{at}.from: \"{from}\" and \"{}\" overlap", other.from));
+        }
+        distribute.push(Distribute { from, to });
+    }
+    let mut failover = Vec::new();
+    for (i, rule) in spec.failover.into_iter().enumerate() {
+        let at = format!("{at}.failover[{i}]");
+        for (field, region) in [("from", &rule.from), ("to", &rule.to)] {
+            if region.is_empty() || region.contains(['/', '*']) {
+                return Err(format!("{at}.{field}: {region:?} is no region"));
+            }
+        }
+        if rule.from == rule.to {
+            return Err(format!("{at}: from and to are the same region, {:?}", rule.from));
+        }
+        failover.push(Failover { from: rule.from, to: rule.to });
+    }
+    Ok(LocalitySetting { enabled: spec.enabled.unwrap_or(true), distribute, failover })
+}
+
+fn outlier_detection(context: &mut Context<'_>, at: &str, spec: OutlierSpec) -> Result<OutlierDetection, String> {
+    let time = |field: &str, text: Option<String>, default: Duration| {
+        text.map_or(Ok(default), |text| duration(&format!("{at}.{field}"), &text))
+    };
+    let percent = |field: &str, value: Option<u32>| match value {
+        Some(value) if value > 100 => Err(format!("{at}.{field}: {value} is more than 100 percent")),
+        value => Ok(value.unwrap_or(0)),
+    };
+    if spec.consecutive_gateway_errors.is_some_and(|errors| errors > 0) {
+        context.warning(format!("{at}.consecutiveGatewayErrors is not honoured yet"));
+    }
+    let base_ejection_time = time("baseEjectionTime", spec.base_ejection_time, Duration::from_secs(30))?;
+    Ok(OutlierDetection {
+        consecutive_errors: spec.consecutive_5xx_errors.or(spec.consecutive_errors).unwrap_or(5),
+        interval: time("interval", spec.interval, Duration::from_secs(10))?,
+        base_ejection_time,
+        max_ejection_time: base_ejection_time.max(Duration::from_secs(300)),
+        // Istio takes 0 for "not set".
+        max_ejection_percent: match percent("maxEjectionPercent", spec.max_ejection_percent)? {
+            0 => 10,
+            set => set,
+        },
+        min_health_percent: percent("minHealthPercent", spec.min_health_percent)?,
+    })
+}
+
+/// A duration as Go and Istio write it (`1h30m`, `1.5s`), of at least 1 ms.
+pub(super) fn duration(at: &str, text: &str) -> Result<Duration, String> {
+    let nanoseconds = go_parse_duration::parse_duration(text).map_err(|_| format!("{at}: {text:?} is no duration"))?;
+    match u64::try_from(nanoseconds) {
+        Ok(nanoseconds) if nanoseconds >= 1_000_000 => Ok(Duration::from_nanos(nanoseconds)),
+        _ => Err(format!("{at}: {text:?} is less than 1 ms")),
+    }
+}
+
+#[derive(Deserialize)]
+struct VirtualServiceSpec {
+    #[serde(default)]
+    hosts: Vec<String>,
+    #[serde(default)]
+    gateways: Vec<String>,
+    #[serde(default)]
+    tcp: Vec<TcpRouteSpec>,
+}
+
+#[derive(Deserialize)]
+struct TcpRouteSpec {
+    #[serde(default, rename = "match")]
+    matches: Vec<MatchSpec>,
+    #[serde(default)]
+    route: Vec<RouteSpec>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct MatchSpec {
+    #[serde(default)]
+    port: Option<u16>,
+    #[serde(default)]
+    destination_subnets: Vec<String>,
+    #[serde(default)]
+    source_labels: BTreeMap<String, String>,
+    #[serde(default)]
+    source_namespace: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RouteSpec {
+    destination: DestinationSpec,
+    #[serde(default)]
+    weight: u32,
+}
+
+#[derive(Deserialize)]
+struct DestinationSpec {
+    host: String,
+    #[serde(default)]
+    subset: Option<String>,
+    #[serde(default)]
+    port: Option<PortSelector>,
+}
+
+pub(super) fn virtual_service(context: &mut Context<'_>, mut value: Value) -> Result<VirtualService, String> {
+    let spec: VirtualServiceSpec = context.honoured("spec", value["spec"].take(), |path| path == "exportTo")?;
+    if !spec.gateways.is_empty() && !spec.gateways.iter().any(|gateway| gateway == "mesh") {
+        context.warning("spec.gateways does not name \"mesh\": its routes are for gateways, not for connections on a node");
+        return Ok(VirtualService { name: context.name.clone(), hosts: Vec::new(), tcp: Vec::new() });
+    }
+    if spec.hosts.is_empty() {
+        return Err("spec.hosts is empty".to_owned());
+    }
+    let mut tcp = Vec::new();
+    for (i, route) in spec.tcp.into_iter().enumerate() {
+        tcp.push(tcp_route(&format!("spec.tcp[{i}]"), route)?);
+    }
+    Ok(VirtualService { name: context.name.clone(), hosts: spec.hosts, tcp })
+}
+
+fn tcp_route(at: &str, spec: TcpRouteSpec) -> Result<TcpRoute, String> {
+    let mut ports = Vec::new();
+    let every_port = spec.matches.iter().any(|block| block.port.is_none());
+    for (i, block) in spec.matches.into_iter().enumerate() {
+        if !block.destination_subnets.is_empty() || !block.source_labels.is_empty() || block.source_namespace.is_some() {
+            return Err(format!("{at}.match[{i}]: only `port` is honoured yet, so the routes are left out"));
+        }
+        ports.extend(block.port.filter(|_| !every_port));
+    }
+    let single = spec.route.len() == 1;
+    let sum: u64 = spec.route.iter().map(|route| u64::from(route.weight)).sum();
+    if sum == 0 && !single {
+        return Err(format!("{at}.route: the weights of the {} destinations sum to 0", spec.route.len()));
+    }
+    let destinations = spec.route.into_iter().map(|route| WeightedDestination {
+        host: route.destination.host,
+        subset: route.destination.subset,
+        port: route.destination.port.map(|port| port.number),
+        weight: if single { 1 } else { route.weight },
+    });
+    Ok(TcpRoute { ports, destinations: destinations.collect() })
+}

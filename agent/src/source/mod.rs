@@ -1,0 +1,54 @@
+//! Where objects come from. A source does the I/O and sends [`Update`]s; what the objects mean is `model`'s.
+
+mod core;
+mod document;
+pub mod file;
+mod istio;
+mod mesh;
+mod read;
+
+use crate::model::{Finding, Object, ObjectKey};
+
+pub use read::{Reader, read_text};
+
+/// What was read of one object.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Read {
+    /// Which object it is.
+    pub key: ObjectKey,
+    /// The object; `None` where it is broken, in which case its last good state stays.
+    pub object: Option<Object>,
+}
+
+/// All that one origin (a file) holds now.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Contents {
+    /// Its objects.
+    pub objects: Vec<Read>,
+    /// What is wrong with them.
+    pub findings: Vec<Finding>,
+    /// Whether everything could at least be told apart. Where not, an object that is missing may be in the
+    /// broken part, and stays.
+    pub whole: bool,
+}
+
+/// A change that a source reports.
+#[derive(Clone, Debug)]
+pub enum Update {
+    /// The origin now holds this.
+    Replace {
+        /// The file, relative to the configuration directory.
+        origin: String,
+        /// What it holds.
+        contents: Contents,
+    },
+    /// The origin is gone, and its objects with it.
+    Remove {
+        /// The file, relative to the configuration directory.
+        origin: String,
+    },
+    /// The source itself is in trouble (or, with an empty list, no longer is).
+    Trouble(Vec<Finding>),
+    /// All that there is has been reported once.
+    Synced,
+}

@@ -1,0 +1,309 @@
+//! Where things lie in the kernel's maps, and the writes from what is there to what is wanted.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+    time::Instant,
+};
+
+use portolan_common::{Backend, Endpoint, Frontend, FrontendKey, Slot};
+
+use super::{
+    Entry, Table,
+    alloc::{Full, Ranges},
+};
+
+/// One write to the kernel's maps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// A backend id gets an endpoint, and counters at zero.
+    SetBackend(u32, Backend),
+    /// Backend ids of runs, from this entry on.
+    SetRuns(u32, Vec<u32>),
+    /// Slots of a schedule, from this entry on.
+    SetSlots(u32, Vec<Slot>),
+    /// A frontend id's cursor and counters start at zero.
+    ResetFrontend(u32),
+    /// Publishes a frontend: from here on connections use it.
+    SetFrontend(FrontendKey, Frontend),
+    /// Takes a frontend away: its address is nobody's any more.
+    RemoveFrontend(FrontendKey),
+}
+
+/// How many entries the maps have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Frontends.
+    pub frontends: u32,
+    /// Backends.
+    pub backends: u32,
+    /// Slots; runs have as many entries.
+    pub slots: u32,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self { frontends: 10_000, backends: 100_000, slots: 1_000_000 }
+    }
+}
+
+/// A frontend that does not fit: it stays as it was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// Which one.
+    pub key: FrontendKey,
+    /// The map that is full.
+    pub map: &'static str,
+    /// By how much.
+    pub full: Full,
+}
+
+/// A frontend as the kernel holds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Placed {
+    frontend: Frontend,
+    /// `None` where a former agent wrote it and its schedule was not read back.
+    entry: Option<Entry>,
+    runs: (u32, u32),
+    members: Vec<SocketAddr>,
+}
+
+/// What a former agent left in the maps.
+#[derive(Clone, Debug, Default)]
+pub struct Held {
+    /// Its frontends, each with the range of runs that it uses.
+    pub frontends: Vec<(FrontendKey, Frontend, (u32, u32))>,
+    /// Backend ids that have an endpoint.
+    pub backends: Vec<(u32, Backend)>,
+}
+
+/// What the kernel holds, and where.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    sizes: Sizes,
+    frontends: BTreeMap<FrontendKey, Placed>,
+    frontend_ids: Ranges,
+    slots: Ranges,
+    runs: Ranges,
+    backend_ids: Ranges,
+    backends: HashMap<SocketAddr, BackendUse>,
+    /// Endpoints of a former agent that no frontend uses yet.
+    inherited: Vec<SocketAddr>,
+    /// The last epoch of each backend id that was ever in use.
+    epochs: HashMap<u32, u32>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct BackendUse {
+    id: u32,
+    frontends: u32,
+}
+
+impl Layout {
+    /// Empty maps.
+    pub fn new(sizes: Sizes) -> Self {
+        Self {
+            sizes,
+            frontends: BTreeMap::new(),
+            frontend_ids: Ranges::new(sizes.frontends),
+            slots: Ranges::new(sizes.slots),
+            runs: Ranges::new(sizes.slots),
+            backend_ids: Ranges::new(sizes.backends),
+            backends: HashMap::new(),
+            inherited: Vec::new(),
+            epochs: HashMap::new(),
+        }
+    }
+
+    /// Maps that a former agent has filled. Its frontends stay until the first table is published, and their backends keep
+    /// their ids, so that open connections go on being counted.
+    pub fn from_held(sizes: Sizes, held: Held) -> Self {
+        let mut layout = Self::new(sizes);
+        for (id, backend) in held.backends {
+            layout.epochs.insert(id, backend.epoch);
+            layout.backend_ids.claim(id, 1);
+            let address = backend.endpoint.socket_addr();
+            layout.backends.insert(address, BackendUse { id, frontends: 0 });
+            layout.inherited.push(address);
+        }
+        for (key, frontend, runs) in held.frontends {
+            layout.frontend_ids.claim(frontend.id, 1);
+            layout.slots.claim(frontend.base, frontend.period);
+            layout.runs.claim(runs.0, runs.1);
+            layout.frontends.insert(key, Placed { frontend, entry: None, runs, members: Vec::new() });
+        }
+        layout
+    }
+
+    /// The frontend ids and what they stand for.
+    pub fn frontends(&self) -> impl Iterator<Item = (&FrontendKey, &Frontend)> {
+        self.frontends.iter().map(|(key, placed)| (key, &placed.frontend))
+    }
+
+    /// The backend id of an endpoint.
+    pub fn backend_id(&self, address: &SocketAddr) -> Option<u32> {
+        self.backends.get(address).map(|backend| backend.id)
+    }
+
+    /// Entries in use, by map.
+    pub fn used(&self) -> Sizes {
+        Sizes {
+            frontends: self.frontend_ids.used(),
+            backends: self.backend_ids.used(),
+            slots: self.slots.used().max(self.runs.used()),
+        }
+    }
+
+    /// Entries that there are, by map.
+    pub fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    /// The writes that lead to `table`. Frontends that stay as they are cost none. With `prune` those that the table does not
+    /// have are removed; without it they stay, for not everything is known yet.
+    pub fn update(&mut self, now: Instant, table: &Table, prune: bool) -> (Vec<Op>, Vec<Refused>) {
+        let (mut ops, mut refused) = (Vec::new(), Vec::new());
+        let mut freed = Vec::new();
+        for (key, entry) in &table.frontends {
+            if self.frontends.get(key).is_some_and(|placed| placed.entry.as_ref() == Some(entry)) {
+                continue;
+            }
+            match self.place(now, key, entry, &mut ops) {
+                Ok(placed) => freed.extend(self.frontends.insert(*key, placed).map(|old| (old, false))),
+                Err((map, full)) => refused.push(Refused { key: *key, map, full }),
+            }
+        }
+        if prune {
+            let gone: Vec<_> = self.frontends.keys().filter(|key| !table.frontends.contains_key(key)).copied().collect();
+            for key in gone {
+                ops.push(Op::RemoveFrontend(key));
+                freed.extend(self.frontends.remove(&key).map(|old| (old, true)));
+            }
+        }
+        // Only now: until the writes above are done, the kernel reads the old places.
+        for (old, whole) in freed {
+            self.free(now, &old, whole);
+        }
+        if prune {
+            for address in std::mem::take(&mut self.inherited) {
+                self.drop_if_unused(now, &address);
+            }
+        }
+        (ops, refused)
+    }
+
+    /// Finds room for a frontend and adds its writes, from the bottom up: backends, runs, slots, and last the one value that
+    /// publishes them.
+    fn place(&mut self, now: Instant, key: &FrontendKey, entry: &Entry, ops: &mut Vec<Op>) -> Result<Placed, (&'static str, Full)> {
+        let schedule = &entry.schedule;
+        let run_entries = schedule.runs.iter().map(|run| run.members.len() as u32).sum();
+        let period = schedule.turns.len() as u32;
+        let before = self.frontends.get(key).map(|placed| placed.frontend);
+        let id = match before {
+            Some(frontend) => frontend.id,
+            None => self.frontend_ids.take(now, 1).map_err(|full| ("FRONTENDS", full))?,
+        };
+        // What a failure further on has to give back.
+        let room = (|| {
+            let slots = if period == 0 { 0 } else { self.slots.take(now, period).map_err(|full| ("SLOTS", full))? };
+            let runs = match run_entries {
+                0 => Ok(0),
+                _ => self.runs.take(now, run_entries).map_err(|full| ("RUNS", full)),
+            };
+            runs.map(|runs| (slots, runs)).inspect_err(|_| self.slots.untake(slots, period))
+        })();
+        let placed = room.and_then(|(base, runs)| {
+            self.take_backends(now, entry, ops).map(|members| (base, runs, members)).inspect_err(|_| {
+                self.slots.untake(base, period);
+                self.runs.untake(runs, run_entries);
+            })
+        });
+        let (base, runs, members) = placed.inspect_err(|_| {
+            if before.is_none() {
+                self.frontend_ids.untake(id, 1);
+            }
+        })?;
+
+        let mut first = runs;
+        let mut slots_of = Vec::with_capacity(schedule.runs.len());
+        let mut ids = Vec::with_capacity(run_entries as usize);
+        for run in &schedule.runs {
+            let len = run.members.len() as u32;
+            slots_of.push(Slot { first, len, visits: run.visits, visit: 0 });
+            ids.extend(run.members.iter().filter_map(|member| self.backend_id(member)));
+            first += len;
+        }
+        let slots: Vec<Slot> =
+            schedule.turns.iter().map(|turn| Slot { visit: turn.visit, ..slots_of[turn.run as usize] }).collect();
+        let frontend = Frontend {
+            id,
+            base,
+            period,
+            generation: before.map_or(1, |frontend| frontend.generation.wrapping_add(1)),
+            connect_timeout_ms: entry.connect_timeout.map_or(0, |limit| u32::try_from(limit.as_millis()).unwrap_or(u32::MAX)),
+            reserved: 0,
+        };
+        if before.is_none() {
+            ops.push(Op::ResetFrontend(id));
+        }
+        if period > 0 {
+            ops.push(Op::SetRuns(runs, ids));
+            ops.push(Op::SetSlots(base, slots));
+        }
+        ops.push(Op::SetFrontend(*key, frontend));
+        Ok(Placed { frontend, entry: Some(entry.clone()), runs: (runs, run_entries), members })
+    }
+
+    /// Ids for all endpoints of an entry, each used once more by it. Returns the endpoints.
+    fn take_backends(&mut self, now: Instant, entry: &Entry, ops: &mut Vec<Op>) -> Result<Vec<SocketAddr>, (&'static str, Full)> {
+        let mut members: Vec<SocketAddr> = entry.schedule.runs.iter().flat_map(|run| run.members.iter().copied()).collect();
+        members.sort_unstable();
+        members.dedup();
+        let missing = members.iter().filter(|member| !self.backends.contains_key(member)).count() as u32;
+        let mut fresh = Vec::new();
+        for _ in 0..missing {
+            match self.backend_ids.take(now, 1) {
+                Ok(id) => fresh.push(id),
+                Err(full) => {
+                    fresh.into_iter().for_each(|id| self.backend_ids.untake(id, 1));
+                    return Err(("BACKENDS", full));
+                }
+            }
+        }
+        for member in &members {
+            let epochs = &mut self.epochs;
+            let backend = self.backends.entry(*member).or_insert_with(|| {
+                let id = fresh.pop().unwrap_or_default();
+                let epoch = epochs.entry(id).and_modify(|epoch| *epoch = epoch.wrapping_add(1)).or_insert(1);
+                ops.push(Op::SetBackend(id, Backend { endpoint: Endpoint::from(*member), epoch: *epoch }));
+                BackendUse { id, frontends: 0 }
+            });
+            backend.frontends += 1;
+        }
+        Ok(members)
+    }
+
+    fn free(&mut self, now: Instant, old: &Placed, whole: bool) {
+        self.slots.release(now, old.frontend.base, old.frontend.period);
+        self.runs.release(now, old.runs.0, old.runs.1);
+        if whole {
+            self.frontend_ids.release(now, old.frontend.id, 1);
+        }
+        for address in &old.members {
+            if let Some(backend) = self.backends.get_mut(address) {
+                backend.frontends -= 1;
+            }
+            self.drop_if_unused(now, address);
+        }
+    }
+
+    fn drop_if_unused(&mut self, now: Instant, address: &SocketAddr) {
+        if let Some(backend) = self.backends.get(address).copied().filter(|backend| backend.frontends == 0) {
+            self.backends.remove(address);
+            self.backend_ids.release(now, backend.id, 1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,175 @@
+//! The kernel's maps in memory, and what must hold after every single write.
+
+use std::{
+    collections::BTreeSet,
+    time::Duration,
+};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    policy::{Schedule, Share},
+    table::key,
+};
+
+/// What the maps hold.
+#[derive(Clone, Default)]
+struct Maps {
+    frontends: BTreeMap<FrontendKey, Frontend>,
+    slots: BTreeMap<u32, Slot>,
+    runs: BTreeMap<u32, u32>,
+    backends: BTreeMap<u32, Backend>,
+}
+
+impl Maps {
+    fn write(&mut self, op: &Op) {
+        match op {
+            Op::SetBackend(id, backend) => drop(self.backends.insert(*id, *backend)),
+            Op::SetRuns(first, ids) => self.runs.extend((*first..).zip(ids.iter().copied())),
+            Op::SetSlots(first, slots) => self.slots.extend((*first..).zip(slots.iter().copied())),
+            Op::ResetFrontend(_) => {}
+            Op::SetFrontend(key, frontend) => drop(self.frontends.insert(*key, *frontend)),
+            Op::RemoveFrontend(key) => drop(self.frontends.remove(key)),
+        }
+    }
+
+    /// What a connection to the frontend gets for each value of its cursor, as the kernel computes it; panics where an
+    /// entry is missing.
+    fn picks(&self, key: &FrontendKey, count: u64) -> Vec<SocketAddr> {
+        let frontend = self.frontends[key];
+        let period = u64::from(frontend.period);
+        (0..if period == 0 { 0 } else { count })
+            .map(|turn| {
+                let slot = self.slots[&(frontend.base + (turn % period) as u32)];
+                self.backends[&self.runs[&slot.entry(turn / period)]].endpoint.socket_addr()
+            })
+            .collect()
+    }
+}
+
+const PICKS: u64 = 60;
+
+/// What it should get, from the schedule alone.
+fn expected(schedule: &Schedule) -> Vec<SocketAddr> {
+    let turns = schedule.turns.len();
+    (0..if turns == 0 { 0 } else { PICKS as usize })
+        .map(|i| {
+            let turn = schedule.turns[i % turns];
+            let run = &schedule.runs[turn.run as usize];
+            run.members[((i / turns) * run.visits as usize + turn.visit as usize) % run.members.len()]
+        })
+        .collect()
+}
+
+fn address(i: u8) -> SocketAddr {
+    SocketAddr::from(([10, 0, 0, i], 9080))
+}
+
+fn frontend(i: u8) -> FrontendKey {
+    key(SocketAddr::from(([172, 16, 0, i], 80)), 6)
+}
+
+fn table(spec: &[(u8, Vec<(u8, Vec<u8>)>)]) -> Table {
+    let frontends = spec.iter().map(|(i, groups)| {
+        let groups = groups.iter().filter(|(_, members)| !members.is_empty()).map(|(share, members)| {
+            (Share::from(u128::from(*share)), members.iter().map(|member| (address(*member), 1)).collect())
+        });
+        let entry = Entry { schedule: Schedule::new(groups.collect()), connect_timeout: None };
+        (frontend(*i), entry)
+    });
+    Table { frontends: frontends.collect() }
+}
+
+fn tables() -> impl Strategy<Value = Vec<Table>> {
+    let members = prop::collection::btree_set(0u8..12, 0..5).prop_map(|set| set.into_iter().collect::<Vec<_>>());
+    let groups = prop::collection::vec((1u8..6, members), 0..3);
+    let spec = prop::collection::btree_map(0u8..5, groups, 0..5).prop_map(|map| map.into_iter().collect::<Vec<_>>());
+    prop::collection::vec(spec.prop_map(|spec| table(&spec)), 1..12)
+}
+
+/// Sizes at which ids and ranges are used again and again.
+const SMALL: Sizes = Sizes { frontends: 12, backends: 30, slots: 400 };
+
+proptest! {
+    #[test]
+    fn every_prefix_of_every_update_is_a_published_table(tables in tables(), seconds in 0u64..3) {
+        let (mut layout, mut maps, mut now) = (Layout::new(SMALL), Maps::default(), Instant::now());
+        let mut before = Table::default();
+        for table in &tables {
+            now += Duration::from_secs(seconds);
+            let (ops, refused) = layout.update(now, table, true);
+            // With no time to rest, places run out; that is told, and nothing else is harmed.
+            prop_assume!(refused.is_empty());
+            for op in &ops {
+                maps.write(op);
+                for key in maps.frontends.keys() {
+                    let picks = maps.picks(key, PICKS);
+                    let versions = [&before, table].into_iter().filter_map(|table| table.frontends.get(key));
+                    let mut versions = versions.map(|entry| expected(&entry.schedule));
+                    prop_assert!(versions.any(|version| version == picks), "half a table is visible");
+                }
+            }
+            let held: BTreeSet<_> = maps.frontends.keys().collect();
+            prop_assert_eq!(held, table.frontends.keys().collect());
+            for (key, entry) in &table.frontends {
+                prop_assert_eq!(maps.picks(key, PICKS), expected(&entry.schedule));
+            }
+            let again = layout.update(now, table, true);
+            prop_assert_eq!(again, (Vec::new(), Vec::new()), "what is unchanged is not written");
+            before = table.clone();
+        }
+    }
+
+    #[test]
+    fn a_new_agent_takes_over_what_it_finds(first in tables(), second in tables()) {
+        let (mut layout, mut maps, now) = (Layout::new(Sizes::default()), Maps::default(), Instant::now());
+        for table in &first {
+            layout.update(now, table, true).0.iter().for_each(|op| maps.write(op));
+        }
+        let former = maps.clone();
+        let held = Held {
+            frontends: maps.frontends.iter().map(|(key, frontend)| {
+                let slots = || (frontend.base..frontend.base + frontend.period).map(|i| maps.slots[&i]);
+                let start = slots().map(|slot| slot.first).min().unwrap_or(0);
+                let end = slots().map(|slot| slot.first + slot.len).max().unwrap_or(0);
+                (*key, *frontend, (start, end - start))
+            }).collect(),
+            backends: maps.backends.iter().map(|(id, backend)| (*id, *backend)).collect(),
+        };
+        let mut layout = Layout::from_held(Sizes::default(), held);
+        // Nothing is known yet: nothing may go.
+        layout.update(now, &Table::default(), false).0.iter().for_each(|op| maps.write(op));
+        for key in former.frontends.keys() {
+            prop_assert_eq!(maps.picks(key, PICKS), former.picks(key, PICKS));
+        }
+        let last = second.last().unwrap();
+        for op in layout.update(now, last, true).0 {
+            maps.write(&op);
+            for key in maps.frontends.keys() {
+                let picks = maps.picks(key, PICKS);
+                let old = former.frontends.contains_key(key) && picks == former.picks(key, PICKS);
+                prop_assert!(old || last.frontends.get(key).is_some_and(|entry| picks == expected(&entry.schedule)));
+            }
+        }
+        prop_assert_eq!(maps.frontends.keys().collect::<Vec<_>>(), last.frontends.keys().collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
+    let sizes = Sizes { frontends: 2, backends: 3, slots: 100 };
+    let mut layout = Layout::new(sizes);
+    let now = Instant::now();
+    let (_, refused) = layout.update(now, &table(&[(1, vec![(1, vec![1, 2])])]), true);
+    assert_eq!(refused, []);
+    // Two backends more than there is room for, in the first of two frontends.
+    let wanted = table(&[(1, vec![(1, vec![1, 2, 3, 4, 5])]), (2, vec![(1, vec![6])])]);
+    let (ops, refused) = layout.update(now, &wanted, true);
+    assert_eq!(refused.iter().map(|refused| (refused.key, refused.map)).collect::<Vec<_>>(), [(frontend(1), "BACKENDS")]);
+    assert!(ops.iter().any(|op| matches!(op, Op::SetFrontend(key, _) if *key == frontend(2))));
+    assert!(!ops.iter().any(|op| matches!(op, Op::SetFrontend(key, _) if *key == frontend(1))));
+    // Nothing that was set aside for the refused one is lost.
+    let (_, refused) = layout.update(now, &table(&[(1, vec![(1, vec![1, 2, 6])])]), true);
+    assert_eq!(refused, []);
+}

@@ -1,0 +1,159 @@
+//! What a connection is looked up by, and what is found.
+
+use core::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use crate::plain;
+
+/// An address and a port as the kernel sees them: 16 bytes of (v4-mapped) IPv6 and a port, both in
+/// network order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Endpoint {
+    address: [u32; 4],
+    port: u16,
+    pad: u16,
+}
+plain!(Endpoint, 20, 4);
+
+/// The second and third word of `::ffff:a.b.c.d`.
+const MAPPED: u32 = 0xffff_u32.to_be();
+
+impl Endpoint {
+    /// From words in network order, as they stand in `bpf_sock_addr` and `bpf_sock_ops`.
+    #[inline(always)]
+    pub const fn from_words(address: [u32; 4], port: u16) -> Self {
+        Self { address, port, pad: 0 }
+    }
+
+    /// From an IPv4 address in network order.
+    #[inline(always)]
+    pub const fn from_v4_word(address: u32, port: u16) -> Self {
+        Self::from_words([0, 0, MAPPED, address], port)
+    }
+
+    /// The address as four words in network order.
+    #[inline(always)]
+    pub const fn words(&self) -> [u32; 4] {
+        self.address
+    }
+
+    /// The last word: the whole address where it is IPv4.
+    #[inline(always)]
+    pub const fn v4_word(&self) -> u32 {
+        self.address[3]
+    }
+
+    /// The port in network order.
+    #[inline(always)]
+    pub const fn port_word(&self) -> u16 {
+        self.port
+    }
+
+    /// Whether this is an IPv4 address in its v4-mapped form.
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        self.address[0] == 0 && self.address[1] == 0 && self.address[2] == MAPPED
+    }
+
+    /// The address and port in host terms, IPv4 unmapped.
+    pub fn socket_addr(&self) -> SocketAddr {
+        let [a, b, c, d] = self.address;
+        let mut bytes = [0; 16];
+        for (chunk, word) in bytes.chunks_exact_mut(4).zip([a, b, c, d]) {
+            chunk.copy_from_slice(&word.to_ne_bytes());
+        }
+        SocketAddr::new(Ipv6Addr::from(bytes).to_canonical(), u16::from_be(self.port))
+    }
+}
+
+impl From<SocketAddr> for Endpoint {
+    fn from(address: SocketAddr) -> Self {
+        let bytes = match address.ip() {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+            IpAddr::V6(v6) => v6.octets(),
+        };
+        let word = |i: usize| u32::from_ne_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
+        Self::from_words([word(0), word(4), word(8), word(12)], address.port().to_be())
+    }
+}
+
+/// Key of `FRONTENDS`: a Service address, a port and a protocol.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FrontendKey {
+    endpoint: Endpoint,
+    protocol: u32,
+}
+plain!(FrontendKey, 24, 4);
+
+impl FrontendKey {
+    /// `protocol` is the IP protocol number (6 for TCP).
+    #[inline(always)]
+    pub const fn new(endpoint: Endpoint, protocol: u32) -> Self {
+        Self { endpoint, protocol }
+    }
+
+    /// The Service address and port.
+    #[inline(always)]
+    pub const fn endpoint(&self) -> Endpoint {
+        self.endpoint
+    }
+
+    /// The IP protocol number.
+    pub const fn protocol(&self) -> u32 {
+        self.protocol
+    }
+}
+
+/// What happens to a connection whose frontend has no backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum OnEmpty {
+    /// ECONNREFUSED, at once.
+    Refuse = 0,
+}
+
+/// Value of `FRONTENDS`: where the schedule of a frontend lies. One update of this value publishes it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frontend {
+    /// Index into `CURSORS` and `FRONTEND_STATS`, and the name of the frontend in events.
+    pub id: u32,
+    /// First slot of the schedule in `SLOTS`.
+    pub base: u32,
+    /// Slots in the schedule; 0: the frontend is empty and refuses.
+    pub period: u32,
+    /// Goes up by one with each publication of this frontend.
+    pub generation: u32,
+    /// Milliseconds after which a connect that is not answered is given up; 0: the system's own limit.
+    pub connect_timeout_ms: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+plain!(Frontend, 24, 4);
+
+/// Value of `SLOTS`: one place in a schedule. It names a run of backends (all those of a locality), and how
+/// often that run is visited, so that one cursor for each frontend is enough to step through both levels
+/// exactly (docs/adr/0003-schedule.md).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// First entry of the run in `RUNS`.
+    pub first: u32,
+    /// Entries in the run, at least 1.
+    pub len: u32,
+    /// Visits of this run in one period.
+    pub visits: u32,
+    /// Which of these visits this slot is: 0 ..< visits.
+    pub visit: u32,
+}
+plain!(Slot, 16, 4);
+
+impl Slot {
+    /// The entry of `RUNS` that this slot takes in the given period.
+    #[inline(always)]
+    pub const fn entry(&self, period: u64) -> u32 {
+        let visit = period * self.visits as u64 + self.visit as u64;
+        self.first + (visit % self.len as u64) as u32
+    }
+}

@@ -1,0 +1,53 @@
+//! Counters that the kernel keeps.
+
+use crate::plain;
+
+/// Value of `BACKEND_STATS`, indexed by backend id.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BackendStats {
+    /// Connections established.
+    pub opened: u64,
+    /// Connections closed after they were established.
+    pub closed: u64,
+    /// Connects that failed: refused, reset, unreachable or timed out.
+    pub failed: u64,
+    /// Bytes that peers acknowledged, of closed connections.
+    pub sent_bytes: u64,
+    /// Bytes received, of closed connections.
+    pub received_bytes: u64,
+    /// Not zero while the last outcome was a failure: the next success must be told.
+    pub troubled: u32,
+    /// Whose counters these are, see `Backend::epoch`.
+    pub epoch: u32,
+}
+plain!(BackendStats, 48, 8);
+
+/// Value of `FRONTEND_STATS`, indexed by frontend id. As long as a cache line,
+/// for its cursor is what all CPUs share.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FrontendStats {
+    /// The shared cursor: how many connections have taken a slot.
+    pub cursor: u64,
+    /// Connections refused because the frontend was empty.
+    pub refused: u64,
+    /// Zero.
+    pub reserved: [u64; 6],
+}
+plain!(FrontendStats, 64, 8);
+
+/// Indices into `COUNTERS`, one `u64` for each CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Counter {
+    /// Outcomes that found the ring buffer full.
+    EventsLost = 0,
+    /// Connections whose published table was not consistent, and that were refused for it.
+    Inconsistent = 1,
+}
+
+impl Counter {
+    /// How many counters there are.
+    pub const COUNT: u32 = 2;
+}

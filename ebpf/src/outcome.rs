@@ -1,0 +1,211 @@
+//! The sock_ops hook: how a connect ended, and what the connection carried.
+//!
+//! Armed when the SYN is about to leave, not when the connection stands: a refused connect goes from SYN_SENT
+//! to CLOSE and would never be seen otherwise.
+
+use core::ptr::{addr_of, null_mut};
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB,
+    },
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_setsockopt, bpf_sk_storage_get,
+        bpf_skc_to_tcp_sock,
+    },
+    programs::SockOpsContext,
+};
+use aya_log_ebpf::debug;
+use portolan_common::{BackendStats, Counter, Outcome, OutcomeKind, SocketState};
+
+use crate::{
+    addr,
+    maps::{BACKEND_STATS, EVENTS, SK_ERR_OFFSET, SOCKETS, count},
+    select::add,
+};
+
+const TCP_SYN_SENT: u32 = 2;
+const TCP_SYN_RECV: u32 = 3;
+const TCP_CLOSE: u32 = 7;
+const ETIMEDOUT: u32 = 110;
+const IPPROTO_TCP: i32 = 6;
+const TCP_USER_TIMEOUT: i32 = 18;
+
+#[inline(always)]
+pub(crate) fn sock_ops(ctx: &SockOpsContext) {
+    match ctx.op() {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => {
+            if let Some(state) = state(ctx) {
+                connecting(ctx, state);
+            }
+        }
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
+            if let Some(state) = state(ctx) {
+                established(ctx, state);
+            }
+        }
+        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == TCP_CLOSE => {
+            if let Some(state) = state(ctx) {
+                closed(ctx, state);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// What Portolan left on this socket, if its peer still is the backend that it was given.
+#[inline(always)]
+fn state(ctx: &SockOpsContext) -> Option<*mut SocketState> {
+    // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
+    unsafe {
+        let sk = (*ctx.ops).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return None;
+        }
+        let map = (&raw const SOCKETS).cast_mut().cast();
+        let state: *mut SocketState = bpf_sk_storage_get(map, sk.cast(), null_mut(), 0).cast();
+        if state.is_null() || (*state).backend != addr::remote(ctx) {
+            return None;
+        }
+        Some(state)
+    }
+}
+
+/// The SYN is about to leave.
+#[inline(always)]
+fn connecting(ctx: &SockOpsContext, state: *mut SocketState) {
+    // SAFETY: `state` is a live value of this socket, which is locked.
+    unsafe {
+        (*state).started_ns = bpf_ktime_get_ns();
+        if (*state).connect_timeout_ms != 0 {
+            limit_connect(ctx, state);
+        }
+    }
+    let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+}
+
+/// Has the kernel give up an unanswered connect: TCP_USER_TIMEOUT counts in SYN_SENT as well. An application
+/// that set a shorter one keeps it.
+#[inline(always)]
+unsafe fn limit_connect(ctx: &SockOpsContext, state: *mut SocketState) {
+    let mut own = 0u32;
+    let own_pointer = (&raw mut own).cast();
+    // SAFETY: `state` is a live value of this socket; the option's buffer is four bytes of the stack.
+    unsafe {
+        bpf_getsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_USER_TIMEOUT, own_pointer, 4);
+        let limit = (*state).connect_timeout_ms;
+        if own != 0 && own <= limit {
+            (*state).connect_timeout_ms = 0;
+            return;
+        }
+        (*state).user_timeout_ms = own;
+        own = limit;
+        bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_USER_TIMEOUT, own_pointer, 4);
+    }
+}
+
+/// The connection stands.
+#[inline(always)]
+fn established(ctx: &SockOpsContext, state: *mut SocketState) {
+    // SAFETY: `state` is a live value of this socket, which is locked.
+    unsafe {
+        if (*state).connect_timeout_ms != 0 {
+            let mut own = (*state).user_timeout_ms;
+            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_USER_TIMEOUT, (&raw mut own).cast(), 4);
+        }
+        let Some(stats) = stats(state) else { return };
+        (*state).active = 1;
+        add(&raw mut (*stats).opened, 1);
+        // In quiet times nobody has to be told: a success only matters after a failure.
+        if (*stats).troubled != 0 {
+            (*stats).troubled = 0;
+            tell(ctx, state, OutcomeKind::Established, 0);
+        }
+    }
+}
+
+/// The socket is closed: after a connection, or instead of one.
+#[inline(always)]
+fn closed(ctx: &SockOpsContext, state: *mut SocketState) {
+    // SAFETY: `state` is a live value of this socket, which is locked; the context is the kernel's.
+    unsafe {
+        let Some(stats) = stats(state) else { return };
+        if (*state).active != 0 {
+            (*state).active = 0;
+            add(&raw mut (*stats).closed, 1);
+            add(&raw mut (*stats).sent_bytes, addr_of!((*ctx.ops).bytes_acked).read_volatile());
+            add(&raw mut (*stats).received_bytes, addr_of!((*ctx.ops).bytes_received).read_volatile());
+            return;
+        }
+        let before = ctx.arg(0);
+        if before != TCP_SYN_SENT && before != TCP_SYN_RECV {
+            return;
+        }
+        let errno = socket_error(ctx);
+        if errno == 0 {
+            // The application closed it before there was an answer: no verdict.
+            debug!(ctx, "backend {}: given up by the application", (*state).backend_id);
+            return;
+        }
+        add(&raw mut (*stats).failed, 1);
+        (*stats).troubled = 1;
+        let kind = if errno == ETIMEDOUT { OutcomeKind::TimedOut } else { OutcomeKind::Failed };
+        tell(ctx, state, kind, errno);
+    }
+}
+
+/// The counters of the socket's backend, unless its id has gone to another endpoint since.
+#[inline(always)]
+unsafe fn stats(state: *mut SocketState) -> Option<*mut BackendStats> {
+    // SAFETY: `state` is a live value.
+    unsafe {
+        let stats = BACKEND_STATS.get_ptr_mut((*state).backend_id)?;
+        ((*stats).epoch == (*state).epoch).then_some(stats)
+    }
+}
+
+/// The error that the kernel will hand to the application; it is set before the state changes.
+#[inline(always)]
+fn socket_error(ctx: &SockOpsContext) -> u32 {
+    // SAFETY: the kernel gives a valid context; a read through a BTF pointer cannot fault, and the offset
+    // comes from the kernel's own BTF.
+    unsafe {
+        let sk = (*ctx.ops).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return 0;
+        }
+        let tcp = bpf_skc_to_tcp_sock(sk.cast());
+        if tcp.is_null() {
+            return 0;
+        }
+        tcp.cast::<u8>().add(SK_ERR_OFFSET.load() as usize).cast::<u32>().read_volatile()
+    }
+}
+
+/// Sends an outcome to the agent.
+#[inline(always)]
+unsafe fn tell(ctx: &SockOpsContext, state: *const SocketState, kind: OutcomeKind, errno: u32) {
+    // SAFETY: `state` is a live value; the context is the kernel's.
+    unsafe {
+        let now = bpf_ktime_get_ns();
+        debug!(ctx, "backend {}: outcome {} errno {}", (*state).backend_id, kind as u32, errno);
+        let Some(mut record) = EVENTS.reserve(0) else {
+            count(Counter::EventsLost);
+            return;
+        };
+        record.write(Outcome {
+            time_ns: now,
+            latency_ns: now.saturating_sub((*state).started_ns),
+            netns_cookie: bpf_get_netns_cookie(ctx.as_ptr()),
+            backend: (*state).backend,
+            backend_id: (*state).backend_id,
+            frontend_id: (*state).frontend_id,
+            kind: kind as u32,
+            errno,
+            reserved: 0,
+        });
+        record.submit(0);
+    }
+}
