@@ -1,2 +1,7 @@
-//! x
-fn main() {}
+//! The binary: see `portolan --help`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    portolan::cli::main()
+}

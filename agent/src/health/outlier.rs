@@ -122,6 +122,11 @@ impl Detector {
             return Some(Event { address, kind: EventKind::Overflow { failures }, ejected, hosts });
         }
         host.ejected_at = Some(now);
+        // Sweeps that had nothing to do were skipped; the beat goes on as if they had been.
+        if let Some(late) = now.checked_duration_since(self.next_sweep) {
+            let interval = self.settings.interval;
+            self.next_sweep += interval.mul_f64((late.as_secs_f64() / interval.as_secs_f64()).floor() + 1.0);
+        }
         let (base, max) = (self.settings.base_ejection_time, self.settings.max_ejection_time);
         if base * host.multiplier < max + base {
             host.multiplier += 1;
@@ -130,9 +135,9 @@ impl Detector {
         Some(Event { address, kind: EventKind::Ejected { failures, duration }, ejected: ejected + 1, hosts })
     }
 
-    /// When [`Self::handle_timeout`] wants to be called.
-    pub fn poll_timeout(&self) -> Instant {
-        self.next_sweep
+    /// When [`Self::handle_timeout`] wants to be called; `None` while there is nothing to release or to forgive.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.hosts.values().any(|host| host.ejected_at.is_some() || host.multiplier > 0).then_some(self.next_sweep)
     }
 
     /// The sweep: releases those whose time is up, and forgives those that have been well for an interval.

@@ -66,12 +66,13 @@ impl Schedule {
         Self { turns, runs: runs.collect() }
     }
 
-    /// The fraction of connections that each endpoint gets, as the kernel gives them. An endpoint may occur more than once.
-    pub fn shares(&self) -> impl Iterator<Item = (SocketAddr, f64)> {
+    /// The fraction of connections that each member of each run gets, as the kernel gives them: index of the run, endpoint,
+    /// fraction. An endpoint may occur more than once.
+    pub fn shares(&self) -> impl Iterator<Item = (usize, SocketAddr, f64)> {
         let turns = self.turns.len() as f64;
-        self.runs.iter().flat_map(move |run| {
+        self.runs.iter().enumerate().flat_map(move |(i, run)| {
             let each = f64::from(run.visits) / turns / run.members.len() as f64;
-            run.members.iter().map(move |member| (*member, each))
+            run.members.iter().map(move |member| (i, *member, each))
         })
     }
 }
@@ -226,7 +227,7 @@ mod tests {
             for i in 0..picks {
                 *counted.entry(take(&schedule, i)).or_default() += 1;
             }
-            for (host, share) in schedule.shares() {
+            for (_, host, share) in schedule.shares() {
                 prop_assert!((counted[&host] as f64 - share * picks as f64).abs() < 1e-6);
             }
         }

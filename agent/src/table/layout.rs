@@ -145,6 +145,11 @@ impl Layout {
         self.backends.get(address).map(|backend| backend.id)
     }
 
+    /// The endpoints that have a backend id.
+    pub fn backends(&self) -> impl Iterator<Item = (SocketAddr, u32)> {
+        self.backends.iter().map(|(address, backend)| (*address, backend.id))
+    }
+
     /// Entries in use, by map.
     pub fn used(&self) -> Sizes {
         Sizes {

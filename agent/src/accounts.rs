@@ -1,0 +1,172 @@
+//! Counting for the metrics: the kernel's counters belong to backend ids, which come and go; people want true counters that only go
+//! up, by destination.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+    time::Duration,
+};
+
+use portolan_common::BackendStats;
+use prometheus_client::metrics::histogram::Histogram;
+
+use crate::{
+    datapath::{Counters, Maps},
+    health::{Event, EventKind},
+    model::{Finding, Locality, NamespacedName},
+    policy::{Endpoint, PoolKey},
+    report::FrontendKernel,
+    table::{Layout, Op, Sizes},
+};
+
+/// Where connections went. Labels are few: no addresses.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Destination {
+    /// The service.
+    pub service: NamespacedName,
+    /// The cluster of the endpoint.
+    pub cluster: String,
+    /// Its locality.
+    pub locality: Locality,
+}
+
+impl Destination {
+    /// The destination of an endpoint of a pool.
+    pub fn new(pool: &PoolKey, endpoint: &Endpoint) -> Self {
+        Self { service: pool.service.clone(), cluster: endpoint.cluster.clone(), locality: endpoint.locality.clone() }
+    }
+}
+
+/// What became of the connections to a destination.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Total {
+    /// Established.
+    pub opened: u64,
+    /// Closed again.
+    pub closed: u64,
+    /// Failed to connect.
+    pub failed: u64,
+    /// Bytes sent on those that were closed.
+    pub sent_bytes: u64,
+    /// Bytes received on those that were closed.
+    pub received_bytes: u64,
+}
+
+/// Ejections and overflows by pool.
+pub type HealthCounts = BTreeMap<(NamespacedName, u16, &'static str), u64>;
+
+/// All that `/metrics` shows, at one moment.
+pub struct Sample {
+    /// Service, port, and what the kernel holds for it.
+    pub frontends: Vec<(NamespacedName, u16, FrontendKernel)>,
+    /// By destination.
+    pub totals: BTreeMap<Destination, Total>,
+    /// Endpoints that are ejected now.
+    pub ejected: usize,
+    /// Ejections and overflows so far.
+    pub health: HealthCounts,
+    /// Seconds from a change to the table that the kernel has.
+    pub publish_seconds: Histogram,
+    /// Counters of the programs.
+    pub counters: Counters,
+    /// Map entries in use.
+    pub used: Sizes,
+    /// Map entries that there are.
+    pub sizes: Sizes,
+    /// Whether everything is in place.
+    pub ready: bool,
+    /// What people should know.
+    pub findings: Vec<Finding>,
+}
+
+/// The counts so far.
+#[derive(Debug)]
+pub struct Accounts {
+    names: HashMap<SocketAddr, Destination>,
+    seen: HashMap<u32, (SocketAddr, BackendStats)>,
+    totals: BTreeMap<Destination, Total>,
+    health: HealthCounts,
+    publish_seconds: Histogram,
+}
+
+impl Default for Accounts {
+    fn default() -> Self {
+        Self {
+            names: HashMap::new(),
+            seen: HashMap::new(),
+            totals: BTreeMap::new(),
+            health: BTreeMap::new(),
+            publish_seconds: Histogram::new([0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]),
+        }
+    }
+}
+
+impl Accounts {
+    /// Says what an endpoint belongs to. One that serves several services counts for the first.
+    pub fn name(&mut self, address: SocketAddr, destination: impl FnOnce() -> Destination) {
+        self.names.entry(address).or_insert_with(destination);
+    }
+
+    /// Before these writes are done: takes in the counters that they would reset.
+    pub fn before(&mut self, ops: &[Op], maps: &Maps) {
+        for op in ops {
+            if let Op::SetBackend(id, backend) = op {
+                if let Some((address, _)) = self.seen.get(id) {
+                    self.take(*id, *address, maps);
+                }
+                self.seen.insert(*id, (backend.endpoint.socket_addr(), BackendStats::default()));
+            }
+        }
+    }
+
+    /// Takes in the counters of all backends in use.
+    pub fn collect(&mut self, layout: &Layout, maps: &Maps) {
+        for (address, id) in layout.backends() {
+            self.take(id, address, maps);
+        }
+        let seen: std::collections::HashSet<_> = self.seen.values().map(|(address, _)| *address).collect();
+        self.names.retain(|address, _| seen.contains(address));
+    }
+
+    fn take(&mut self, id: u32, address: SocketAddr, maps: &Maps) {
+        let Ok(now) = maps.backend_stats(id) else { return };
+        let before = self.seen.insert(id, (address, now)).map_or_else(BackendStats::default, |(_, stats)| stats);
+        let Some(destination) = self.names.get(&address) else { return };
+        let total = self.totals.entry(destination.clone()).or_default();
+        total.opened += now.opened.saturating_sub(before.opened);
+        total.closed += now.closed.saturating_sub(before.closed);
+        total.failed += now.failed.saturating_sub(before.failed);
+        total.sent_bytes += now.sent_bytes.saturating_sub(before.sent_bytes);
+        total.received_bytes += now.received_bytes.saturating_sub(before.received_bytes);
+    }
+
+    /// Counts a verdict of the outlier detection.
+    pub fn count_health(&mut self, pool: &PoolKey, event: &Event) {
+        let kind = match event.kind {
+            EventKind::Ejected { .. } => "ejected",
+            EventKind::Overflow { .. } => "overflow",
+            EventKind::Released => return,
+        };
+        *self.health.entry((pool.service.clone(), pool.port, kind)).or_default() += 1;
+    }
+
+    /// A table was published.
+    pub fn published(&mut self, took: Duration) {
+        self.publish_seconds.observe(took.as_secs_f64());
+    }
+
+    /// How long publishing took; shared, not copied.
+    pub fn publish_seconds(&self) -> Histogram {
+        self.publish_seconds.clone()
+    }
+
+    /// By destination.
+    pub fn totals(&self) -> &BTreeMap<Destination, Total> {
+        &self.totals
+    }
+
+    /// Ejections and overflows.
+    pub fn health(&self) -> &HealthCounts {
+        &self.health
+    }
+}

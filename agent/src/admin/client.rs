@@ -1,0 +1,67 @@
+//! The asking side: HTTP over the admin socket.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+use axum::body::Bytes;
+use http_body_util::{BodyExt as _, Empty};
+use hyper::{Request, body::Incoming, client::conn::http1, header::HOST};
+use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+/// An answer that comes in pieces.
+pub struct Stream {
+    body: Incoming,
+    rest: Vec<u8>,
+}
+
+impl Stream {
+    /// Asks for a path.
+    ///
+    /// # Errors
+    /// No agent answers, or not well.
+    pub async fn open(socket: &Path, path: &str) -> Result<Self> {
+        let stream = UnixStream::connect(socket).await.with_context(|| {
+            format!("no agent answers on {}; start one, or give its socket with --admin", socket.display())
+        })?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(connection);
+        let request = Request::get(path).header(HOST, "portolan").body(Empty::<Bytes>::new())?;
+        let response = sender.send_request(request).await?;
+        let status = response.status();
+        let body = response.into_body();
+        if !status.is_success() {
+            let text = body.collect().await?.to_bytes();
+            bail!("the agent says {status}: {}", String::from_utf8_lossy(&text).trim());
+        }
+        Ok(Self { body, rest: Vec::new() })
+    }
+
+    /// The next line; `None` at the end.
+    ///
+    /// # Errors
+    /// The connection breaks.
+    pub async fn next_line(&mut self) -> Result<Option<String>> {
+        loop {
+            if let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.rest.drain(..=end).collect();
+                return Ok(Some(String::from_utf8_lossy(&line[..end]).into_owned()));
+            }
+            match self.body.frame().await {
+                Some(frame) => self.rest.extend(frame?.data_ref().into_iter().flatten()),
+                None => return Ok(None),
+            }
+        }
+    }
+}
+
+/// Asks the agent for something.
+///
+/// # Errors
+/// No agent answers, or not well.
+pub async fn get<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T> {
+    let stream = Stream::open(socket, path).await?;
+    let text = stream.body.collect().await?.to_bytes();
+    serde_json::from_slice(&text).context("the agent's answer is not what this version expects; is it another version?")
+}

@@ -1,0 +1,123 @@
+//! The serving side.
+
+use std::{convert::Infallible, io, os::unix::net::UnixStream, path::Path};
+
+use anyhow::{Context as _, Result, bail};
+use axum::{
+    Json, Router,
+    body::{Body, Bytes},
+    extract::{Query, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use rustix::fs::Mode;
+use serde::Deserialize;
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::{mpsc, oneshot},
+};
+use tokio_stream::{Stream, StreamExt as _, wrappers::BroadcastStream};
+
+use crate::{journal::Record, metrics, reconcile::Request};
+
+type Questions = mpsc::Sender<Request>;
+
+/// The admin socket, for its owner alone.
+///
+/// # Errors
+/// Another agent listens there, or the path cannot be used.
+pub fn bind_admin(path: &Path) -> Result<UnixListener> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("--admin: cannot create {}", folder.display()))?;
+    }
+    if UnixStream::connect(path).is_ok() {
+        bail!("--admin {}: another agent listens there; give this one its own", path.display());
+    }
+    // Left behind by an agent that was killed.
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("--admin: cannot replace {}", path.display()));
+        }
+        _ => {}
+    }
+    // The mode must be right from the first moment on. No other thread makes files yet.
+    let before = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
+    let listener = UnixListener::bind(path);
+    rustix::process::umask(before);
+    listener.with_context(|| format!("--admin: cannot listen on {}", path.display()))
+}
+
+/// Answers on the admin socket, for ever.
+///
+/// # Errors
+/// The socket fails.
+pub async fn serve_admin(listener: UnixListener, questions: Questions) -> Result<()> {
+    let router = Router::new().route("/v1/report", get(report)).route("/v1/events", get(events)).with_state(questions);
+    Ok(axum::serve(listener, router).await?)
+}
+
+/// Answers on the HTTP address, for ever.
+///
+/// # Errors
+/// The socket fails.
+pub async fn serve_metrics(listener: TcpListener, questions: Questions) -> Result<()> {
+    let router = Router::new()
+        .route("/metrics", get(show_metrics))
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(readyz))
+        .with_state(questions);
+    Ok(axum::serve(listener, router).await?)
+}
+
+/// Asks the one task that knows.
+async fn ask<T>(questions: &Questions, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Response> {
+    let (reply, answer) = oneshot::channel();
+    let ending = |_| (StatusCode::SERVICE_UNAVAILABLE, "the agent is ending\n").into_response();
+    questions.send(request(reply)).await.map_err(|_| ending(()))?;
+    answer.await.map_err(|_| ending(()))
+}
+
+async fn report(State(questions): State<Questions>) -> Result<Response, Response> {
+    Ok(Json(ask(&questions, Request::Report).await?).into_response())
+}
+
+#[derive(Deserialize)]
+struct Follow {
+    #[serde(default)]
+    follow: bool,
+}
+
+/// One JSON object on each line.
+async fn events(State(questions): State<Questions>, Query(query): Query<Follow>) -> Result<Response, Response> {
+    let (kept, live) = ask(&questions, Request::Events).await?;
+    let kept = tokio_stream::iter(kept);
+    let body = if query.follow {
+        // Who is too slow misses records; the stream goes on.
+        lines(kept.chain(BroadcastStream::new(live).filter_map(Result::ok)))
+    } else {
+        lines(kept)
+    };
+    Ok(([("content-type", "application/x-ndjson")], body).into_response())
+}
+
+fn lines(records: impl Stream<Item = Record> + Send + 'static) -> Body {
+    Body::from_stream(records.map(|record| {
+        let mut line = serde_json::to_vec(&record).unwrap_or_default();
+        line.push(b'\n');
+        Ok::<_, Infallible>(Bytes::from(line))
+    }))
+}
+
+async fn show_metrics(State(questions): State<Questions>) -> Result<Response, Response> {
+    let sample = ask(&questions, Request::Sample).await?;
+    let text = metrics::render(&sample).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response())?;
+    Ok(([("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response())
+}
+
+async fn readyz(State(questions): State<Questions>) -> Result<Response, Response> {
+    Ok(match ask(&questions, Request::Ready).await? {
+        Ok(()) => "ready\n".into_response(),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")).into_response(),
+    })
+}

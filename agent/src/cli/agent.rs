@@ -1,0 +1,82 @@
+//! `portolan agent`
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+use tracing_subscriber::EnvFilter;
+
+use super::{AdminArgs, ConfigArgs, PlaceArgs};
+use crate::{
+    admin,
+    datapath::{Datapath, Options, ProgramLog},
+    reconcile::Reconciler,
+    source::{Reader, file},
+    table::Sizes,
+};
+
+/// Serves the connections of this node.
+///
+/// Loads the eBPF programs, keeps their maps true to the objects, and ejects endpoints that fail. Maps and programs are pinned: when
+/// the agent ends, for whatever reason, connections go on being served as they were, and the next one takes over. Only `portolan
+/// cleanup` takes them off.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  portolan agent --config /etc/portolan --cluster c1 --node $(hostname)")]
+pub(super) struct AgentArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
+    place: PlaceArgs,
+    /// Serve the processes below this cgroup [default: the cgroup v2 root]
+    #[arg(long, value_name = "PATH", env = "PORTOLAN_CGROUP")]
+    cgroup: Option<PathBuf>,
+    /// Folder for the pins, on a bpffs
+    #[arg(long, value_name = "PATH", default_value = "/sys/fs/bpf/portolan", env = "PORTOLAN_BPFFS")]
+    bpffs: PathBuf,
+    #[command(flatten)]
+    admin: AdminArgs,
+    /// Address for /metrics, /healthz and /readyz
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15920", env = "PORTOLAN_METRICS")]
+    metrics: SocketAddr,
+    /// What to log: error, warn, info, debug, trace, or by module
+    #[arg(long, value_name = "FILTER", default_value = "info", env = "PORTOLAN_LOG")]
+    log: EnvFilter,
+    /// Have the programs in the kernel log each connection, for debugging; it costs time on every connect
+    #[arg(long, value_enum, default_value_t, env = "PORTOLAN_PROGRAM_LOG")]
+    program_log: ProgramLog,
+}
+
+pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
+    let filter = if args.program_log == ProgramLog::Off { args.log } else { args.log.add_directive("portolan=debug".parse()?) };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    // One thread works, one answers.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let options = Options { cgroup: args.cgroup, bpffs: args.bpffs, sizes: Sizes::default(), log: args.program_log };
+    let reader = Reader { allow_loopback: args.config.allow_loopback_endpoints };
+    runtime.block_on(async {
+        let (datapath, held) = Datapath::open(&options)?;
+        let admin_socket = admin::bind_admin(&args.admin.admin)?;
+        let metrics_socket = TcpListener::bind(args.metrics).await.with_context(|| format!("--metrics: cannot listen on {}", args.metrics))?;
+        let (questions, requests) = mpsc::channel(16);
+        let (changes, updates) = mpsc::channel(256);
+        let reconciler = Reconciler::new(args.place.cluster.clone(), args.place.at.place(), datapath, held, options.sizes);
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let ended = tokio::select! {
+            ended = tokio::spawn(reconciler.run(updates, requests)) => ended?,
+            ended = file::run(args.config.config, reader, changes) => ended,
+            ended = admin::serve_admin(admin_socket, questions.clone()) => ended,
+            ended = admin::serve_metrics(metrics_socket, questions) => ended,
+            _ = terminate.recv() => Ok(()),
+            _ = interrupt.recv() => Ok(()),
+        };
+        let _ = std::fs::remove_file(&args.admin.admin);
+        ended?;
+        tracing::info!("ending; programs and maps stay in place and go on serving");
+        Ok(ExitCode::SUCCESS)
+    })
+}

@@ -1,0 +1,42 @@
+//! `portolan events`
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Args;
+
+use super::{
+    AdminArgs, block_on,
+    output::{Format, OutputArgs},
+};
+use crate::{admin::Stream, journal::Record};
+
+/// Shows what has happened on this node, oldest first. JSON is one object on each line.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  portolan events --follow -o json")]
+pub(super) struct EventsArgs {
+    /// Go on with what happens from now on, until interrupted
+    #[arg(short, long)]
+    follow: bool,
+    #[command(flatten)]
+    admin: AdminArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub(super) fn run(args: &EventsArgs) -> Result<ExitCode> {
+    block_on(async {
+        let mut stream = Stream::open(&args.admin.admin, &format!("/v1/events?follow={}", args.follow)).await?;
+        while let Some(line) = stream.next_line().await? {
+            match args.output.output {
+                Format::Json => anstream::println!("{line}"),
+                Format::Yaml => anstream::print!("---\n{}", serde_saphyr::to_string(&serde_json::from_str::<Record>(&line)?)?),
+                Format::Table => {
+                    let record: Record = serde_json::from_str(&line)?;
+                    anstream::println!("{}  {:<9}  {}", record.time, record.kind, record.message);
+                }
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}

@@ -1,0 +1,75 @@
+//! What the machine must have. Each thing that is missing is one clear line.
+
+use std::path::{Path, PathBuf};
+
+use rustix::fs::statfs;
+
+use super::{Options, btf};
+
+/// The machine lacks something that Portolan needs.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unsupported(pub String);
+
+/// What the check found.
+#[derive(Debug)]
+pub(super) struct Environment {
+    /// The cgroup to serve.
+    pub(super) cgroup: PathBuf,
+    /// Offset of `sk_err` in `struct sock`.
+    pub(super) sk_err_offset: u32,
+}
+
+const CGROUP2_MAGIC: u64 = 0x6367_7270;
+const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
+const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
+
+impl Environment {
+    pub(super) fn check(options: &Options) -> Result<Self, Unsupported> {
+        if !rustix::process::geteuid().is_root() {
+            return Err(Unsupported("root is needed to load eBPF programs; start the agent as root".to_owned()));
+        }
+        let cgroup = match &options.cgroup {
+            Some(path) => path.clone(),
+            None => cgroup2_root()?,
+        };
+        match filesystem(&cgroup) {
+            Some(CGROUP2_MAGIC) => {}
+            Some(_) => return Err(Unsupported(format!("{} is not on a cgroup v2 file system; give one with --cgroup", cgroup.display()))),
+            None => return Err(Unsupported(format!("cgroup {} does not exist; create it, or give another with --cgroup", cgroup.display()))),
+        }
+        check_bpffs(&options.bpffs)?;
+        let sk_err_offset = btf::sk_err_offset(Path::new("/sys/kernel/btf/vmlinux"))?;
+        Ok(Self { cgroup, sk_err_offset })
+    }
+}
+
+/// The root of cgroup v2, wherever it is mounted.
+fn cgroup2_root() -> Result<PathBuf, Unsupported> {
+    let mounts = procfs::process::Process::myself().and_then(|process| process.mountinfo());
+    let mounts = mounts.map_err(|error| Unsupported(format!("the mount table cannot be read: {error}")))?;
+    let mut roots = mounts.into_iter().filter(|mount| mount.fs_type == "cgroup2" && mount.root == "/");
+    roots.next().map(|mount| mount.mount_point).ok_or_else(|| {
+        Unsupported("no cgroup v2 is mounted; mount it (mount -t cgroup2 none /sys/fs/cgroup) or boot with systemd.unified_cgroup_hierarchy=1".to_owned())
+    })
+}
+
+/// Makes sure that the folder lies on a bpffs; mounts one at the usual place where there is none.
+fn check_bpffs(folder: &Path) -> Result<(), Unsupported> {
+    let existing = folder.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    if filesystem(existing) == Some(BPF_FS_MAGIC) {
+        return Ok(());
+    }
+    if existing == Path::new(DEFAULT_BPFFS) {
+        let flags = rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV | rustix::mount::MountFlags::NOEXEC;
+        if rustix::mount::mount("bpf", DEFAULT_BPFFS, "bpf", flags, None).is_ok() {
+            tracing::info!("mounted a bpffs at {DEFAULT_BPFFS}");
+            return Ok(());
+        }
+    }
+    Err(Unsupported(format!("{} is not on a bpffs; mount one (mount -t bpf bpf {DEFAULT_BPFFS}) or give another with --bpffs", folder.display())))
+}
+
+fn filesystem(path: &Path) -> Option<u64> {
+    statfs(path).ok().map(|stat| stat.f_type as u64 & 0xffff_ffff)
+}

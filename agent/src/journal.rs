@@ -1,0 +1,119 @@
+//! What has happened: ejections, releases, failures, and each published change. Kept for a while, and told to whoever follows.
+
+use std::{collections::VecDeque, time::SystemTime};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::broadcast;
+
+use crate::{
+    health::{Event, EventKind},
+    policy::PoolKey,
+};
+
+/// Records that are kept.
+const KEPT: usize = 1_000;
+
+/// One thing that happened.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Record {
+    /// When (RFC 3339).
+    pub time: String,
+    /// `ejected`, `released`, `overflow`, `failed` or `published`.
+    pub kind: String,
+    /// The service, as `namespace/name`, where it is about one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
+    /// Its port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// Its subset.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subset: Option<String>,
+    /// The endpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// For people.
+    pub message: String,
+}
+
+/// The records.
+#[derive(Debug)]
+pub struct Journal {
+    recent: VecDeque<Record>,
+    live: broadcast::Sender<Record>,
+}
+
+impl Default for Journal {
+    fn default() -> Self {
+        Self { recent: VecDeque::new(), live: broadcast::Sender::new(KEPT) }
+    }
+}
+
+impl Journal {
+    /// Adds a record, with the time of now.
+    pub fn add(&mut self, record: Record) {
+        let record = Record { time: rfc3339(SystemTime::now()), ..record };
+        tracing::info!(
+            kind = record.kind,
+            service = record.service.as_deref().unwrap_or_default(),
+            endpoint = record.endpoint.as_deref().unwrap_or_default(),
+            "{}",
+            record.message
+        );
+        if self.recent.len() == KEPT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(record.clone());
+        // An error means that nobody follows.
+        let _ = self.live.send(record);
+    }
+
+    /// What is kept, and what comes.
+    pub fn follow(&self) -> (Vec<Record>, broadcast::Receiver<Record>) {
+        (self.recent.iter().cloned().collect(), self.live.subscribe())
+    }
+}
+
+/// A point in time for people and scripts.
+pub fn rfc3339(time: SystemTime) -> String {
+    humantime::format_rfc3339_millis(time).to_string()
+}
+
+impl Record {
+    /// A record about an endpoint of a pool.
+    pub fn of_pool(pool: &PoolKey, endpoint: std::net::SocketAddr, kind: &str, message: String) -> Self {
+        Self {
+            kind: kind.to_owned(),
+            service: Some(pool.service.to_string()),
+            port: Some(pool.port),
+            subset: pool.subset.clone(),
+            endpoint: Some(endpoint.to_string()),
+            message,
+            ..Self::default()
+        }
+    }
+
+    /// From a verdict of the outlier detection.
+    pub fn of_health(pool: &PoolKey, event: &Event) -> Self {
+        let Event { address, kind, ejected, hosts } = event;
+        let (kind, message) = match kind {
+            EventKind::Ejected { failures, duration } => (
+                "ejected",
+                format!(
+                    "{address} ejected from {pool} for {} after {failures} failed connections in a row; {ejected} of {hosts} are out",
+                    humantime::format_duration(*duration)
+                ),
+            ),
+            EventKind::Released => ("released", format!("{address} is back in {pool}; {ejected} of {hosts} are out")),
+            EventKind::Overflow { failures } => (
+                "overflow",
+                format!(
+                    "{address} of {pool} failed {failures} times in a row, but stays: {ejected} of {hosts} are out, \
+                     and maxEjectionPercent allows no more"
+                ),
+            ),
+        };
+        Self::of_pool(pool, *address, kind, message)
+    }
+}

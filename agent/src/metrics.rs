@@ -1,0 +1,145 @@
+//! `/metrics`: Istio's names where Istio has them, `portolan_*` for the rest. Every label has few values: no addresses.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue, text::encode},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+use crate::{
+    accounts::{Destination, Sample, Total},
+    model::Severity,
+};
+
+type Counters<L> = Family<L, Counter<u64, AtomicU64>>;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DestinationLabels {
+    destination_service_namespace: String,
+    destination_service_name: String,
+    destination_cluster: String,
+    destination_region: String,
+    destination_zone: String,
+}
+
+impl From<&Destination> for DestinationLabels {
+    fn from(destination: &Destination) -> Self {
+        Self {
+            destination_service_namespace: destination.service.namespace.clone(),
+            destination_service_name: destination.service.name.clone(),
+            destination_cluster: destination.cluster.clone(),
+            destination_region: destination.locality.region.clone(),
+            destination_zone: destination.locality.zone.clone(),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ServiceLabels {
+    namespace: String,
+    service: String,
+    port: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MapLabels {
+    map: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FindingLabels {
+    severity: FindingSeverity,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+enum FindingSeverity {
+    error,
+    warning,
+}
+
+/// The text that Prometheus reads.
+///
+/// # Errors
+/// Formatting fails only where memory does.
+pub fn render(sample: &Sample) -> Result<String, std::fmt::Error> {
+    let mut registry = Registry::default();
+    connections(&mut registry, sample);
+    services(&mut registry, sample);
+    agent(&mut registry, sample);
+    let mut text = String::new();
+    encode(&mut text, &registry)?;
+    Ok(text)
+}
+
+fn connections(registry: &mut Registry, sample: &Sample) {
+    let metrics: [(&str, &str, fn(&Total) -> u64); 5] = [
+        ("istio_tcp_connections_opened", "Connections established", |total| total.opened),
+        ("istio_tcp_connections_closed", "Connections closed after they were established", |total| total.closed),
+        ("istio_tcp_connections_failed", "Connects that were refused, reset or not answered", |total| total.failed),
+        ("istio_tcp_sent_bytes", "Bytes sent on connections that are closed", |total| total.sent_bytes),
+        ("istio_tcp_received_bytes", "Bytes received on connections that are closed", |total| total.received_bytes),
+    ];
+    for (name, help, value) in metrics {
+        let family = Counters::<DestinationLabels>::default();
+        for (destination, total) in &sample.totals {
+            family.get_or_create(&destination.into()).inc_by(value(total));
+        }
+        registry.register(name, help, family);
+    }
+}
+
+fn services(registry: &mut Registry, sample: &Sample) {
+    let (picks, refused) = (Counters::<ServiceLabels>::default(), Counters::<ServiceLabels>::default());
+    for (service, port, kernel) in &sample.frontends {
+        let labels = ServiceLabels { namespace: service.namespace.clone(), service: service.name.clone(), port: *port };
+        picks.get_or_create(&labels).inc_by(kernel.connections);
+        refused.get_or_create(&labels).inc_by(kernel.refused);
+    }
+    registry.register("portolan_picks", "Connections to the service that were given an endpoint", picks);
+    registry.register("portolan_refused", "Connections refused because the service had no endpoint to give", refused);
+    let (ejections, overflows) = (Counters::<ServiceLabels>::default(), Counters::<ServiceLabels>::default());
+    for ((service, port, kind), count) in &sample.health {
+        let labels = ServiceLabels { namespace: service.namespace.clone(), service: service.name.clone(), port: *port };
+        let family = if *kind == "ejected" { &ejections } else { &overflows };
+        family.get_or_create(&labels).inc_by(*count);
+    }
+    registry.register("portolan_ejections", "Endpoints ejected by outlier detection", ejections);
+    registry.register("portolan_ejection_overflows", "Ejections that maxEjectionPercent did not allow", overflows);
+}
+
+fn agent(registry: &mut Registry, sample: &Sample) {
+    let gauge = |value: i64| {
+        let gauge = Gauge::<i64>::default();
+        gauge.set(value);
+        gauge
+    };
+    registry.register("portolan_ejected_endpoints", "Endpoints that are ejected now", gauge(sample.ejected as i64));
+    registry.register("portolan_ready", "1 while everything is read and every hook is in place", gauge(sample.ready.into()));
+    registry.register("portolan_publish_seconds", "Time from a change to the table in the kernel", sample.publish_seconds.clone());
+    let counters = [
+        ("portolan_events_lost", "Outcomes that found the ring buffer full", sample.counters.events_lost),
+        ("portolan_inconsistent", "Connections refused because the table contradicted itself", sample.counters.inconsistent),
+    ];
+    for (name, help, value) in counters {
+        let counter = Counter::<u64, AtomicU64>::default();
+        counter.inc_by(value);
+        registry.register(name, help, counter);
+    }
+    let (used, capacity) = (Family::<MapLabels, Gauge>::default(), Family::<MapLabels, Gauge>::default());
+    for (family, sizes) in [(&used, sample.used), (&capacity, sample.sizes)] {
+        for (map, entries) in [("frontends", sizes.frontends), ("backends", sizes.backends), ("slots", sizes.slots)] {
+            family.get_or_create(&MapLabels { map }).set(entries.into());
+        }
+    }
+    registry.register("portolan_map_entries", "Entries in use", used);
+    registry.register("portolan_map_capacity", "Entries that there are", capacity);
+    let findings = Family::<FindingLabels, Gauge>::default();
+    for (severity, label) in [(Severity::Error, FindingSeverity::error), (Severity::Warning, FindingSeverity::warning)] {
+        let count = sample.findings.iter().filter(|finding| finding.severity == severity).count();
+        findings.get_or_create(&FindingLabels { severity: label }).set(count as i64);
+    }
+    registry.register("portolan_findings", "Findings about objects, see `portolan get services`", findings);
+}

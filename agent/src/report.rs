@@ -1,0 +1,254 @@
+//! What people and scripts are told: the contract of `plan` and `get`.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    model::{Finding, Severity},
+    policy::{Assignment, Client, Route, Verdict},
+};
+
+/// The answer of `plan` and `get`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Report {
+    /// For whom it is.
+    pub client: ClientReport,
+    /// One for each port and address family of a service, and each destination that its route names.
+    pub services: Vec<ServiceReport>,
+    /// What people should know.
+    pub findings: Vec<Finding>,
+}
+
+/// For whom a report is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ClientReport {
+    /// Id of the cluster.
+    pub cluster: String,
+    /// The node, where there is one.
+    pub node: Option<String>,
+    /// `region/zone/subzone`
+    pub locality: String,
+}
+
+/// One port of a service.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceReport {
+    /// Namespace of the service that clients dial.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its host name.
+    pub host: String,
+    /// The port that clients dial.
+    pub port: u16,
+    /// Its protocol.
+    pub protocol: String,
+    /// The subset that its route leads to.
+    pub subset: Option<String>,
+    /// The service that its route leads to, where that is another one: `namespace/name:port`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub destination: Option<String>,
+    /// The addresses that clients dial.
+    pub frontends: Vec<String>,
+    /// `none`, `failover` or `distribute`.
+    pub mode: String,
+    /// Whether only the client's own cluster serves.
+    pub cluster_local: bool,
+    /// Host choice.
+    pub algorithm: String,
+    /// What happens where there is nobody to take: `refuse`.
+    pub on_empty: String,
+    /// Levels, nearest first.
+    pub priorities: Vec<PriorityReport>,
+    /// Localities, by level and name.
+    pub localities: Vec<LocalityReport>,
+    /// Endpoints, by address.
+    pub endpoints: Vec<EndpointReport>,
+    /// What the kernel holds; from a running agent only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<FrontendKernel>,
+}
+
+/// A level.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PriorityReport {
+    /// 0 is the nearest.
+    pub priority: u32,
+    /// Endpoints on it.
+    pub hosts: u64,
+    /// Those that may be chosen.
+    pub healthy: u64,
+    /// Percent of the connections.
+    pub load: u32,
+    /// Whether all endpoints are used, healthy or not.
+    pub panic: bool,
+}
+
+/// A locality.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LocalityReport {
+    /// `region/zone/subzone`
+    pub locality: String,
+    /// Its level.
+    pub priority: u32,
+    /// Its weight before health.
+    pub weight: u64,
+    /// Fraction of new connections.
+    pub share: f64,
+}
+
+/// An endpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointReport {
+    /// Address and port.
+    pub address: String,
+    /// Its cluster.
+    pub cluster: String,
+    /// `region/zone/subzone`
+    pub locality: String,
+    /// Its level.
+    pub priority: u32,
+    /// Its weight.
+    pub weight: u32,
+    /// `healthy`, `unhealthy`, `draining` or `ejected`.
+    pub health: String,
+    /// Fraction of new connections.
+    pub share: f64,
+    /// When its ejection ends at the earliest (RFC 3339); from a running agent only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ejected_until: Option<String>,
+    /// What the kernel has counted; from a running agent only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<EndpointKernel>,
+}
+
+/// A frontend as the kernel holds it, summed over its addresses.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FrontendKernel {
+    /// Slots of its schedule.
+    pub slots: u32,
+    /// How often it was published.
+    pub generation: u32,
+    /// Connections that took a slot.
+    pub connections: u64,
+    /// Connections refused because there was nobody to take.
+    pub refused: u64,
+}
+
+/// What the kernel has counted for an endpoint, over all services that it belongs to.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointKernel {
+    /// Connections established.
+    pub connections: u64,
+    /// Connections open now.
+    pub active: u64,
+    /// Connects that failed.
+    pub failures: u64,
+}
+
+impl Report {
+    /// From the policy's verdict.
+    pub fn new(client: &Client, verdict: &Verdict) -> Self {
+        Self {
+            client: ClientReport {
+                cluster: client.cluster.clone(),
+                node: client.node.clone(),
+                locality: client.locality.to_string(),
+            },
+            services: verdict.assignments.iter().flat_map(services).collect(),
+            findings: verdict.findings.clone(),
+        }
+    }
+
+    /// Whether something does not work.
+    pub fn has_errors(&self) -> bool {
+        self.findings.iter().any(|finding| finding.severity == Severity::Error)
+    }
+}
+
+fn services(assignment: &Assignment) -> Vec<ServiceReport> {
+    let mut shares: BTreeMap<(usize, SocketAddr), f64> = BTreeMap::new();
+    for (run, address, share) in assignment.schedule.shares() {
+        *shares.entry((run, address)).or_default() += share;
+    }
+    let mut first_run = 0;
+    assignment
+        .routes
+        .iter()
+        .map(|route| {
+            let runs = first_run..first_run + route.pool.groups.len();
+            first_run = runs.end;
+            service(assignment, route, &|address| runs.clone().filter_map(|run| shares.get(&(run, address))).sum())
+        })
+        .collect()
+}
+
+fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) -> f64) -> ServiceReport {
+    let pool = &route.pool;
+    let elsewhere = pool.key.service != assignment.service || pool.key.port != assignment.port;
+    let endpoints: Vec<EndpointReport> = pool
+        .endpoints
+        .iter()
+        .map(|endpoint| EndpointReport {
+            address: endpoint.address.to_string(),
+            cluster: endpoint.cluster.clone(),
+            locality: endpoint.locality.to_string(),
+            priority: endpoint.priority,
+            weight: endpoint.weight,
+            health: endpoint.health.as_str().to_owned(),
+            share: rounded(share(endpoint.address)),
+            ejected_until: None,
+            kernel: None,
+        })
+        .collect();
+    let localities = pool.localities.iter().map(|locality| {
+        let here = pool.endpoints.iter().filter(|endpoint| {
+            endpoint.priority == locality.priority && endpoint.locality == locality.locality
+        });
+        LocalityReport {
+            locality: locality.locality.to_string(),
+            priority: locality.priority,
+            weight: locality.weight,
+            share: rounded(here.map(|endpoint| share(endpoint.address)).sum()),
+        }
+    });
+    let priorities = pool.priorities.iter().zip(0..).map(|(level, priority)| PriorityReport {
+        priority,
+        hosts: level.hosts,
+        healthy: level.healthy,
+        load: level.load,
+        panic: level.panic,
+    });
+    ServiceReport {
+        namespace: assignment.service.namespace.clone(),
+        name: assignment.service.name.clone(),
+        host: assignment.host.clone(),
+        port: assignment.port,
+        protocol: assignment.protocol.to_string(),
+        subset: pool.key.subset.clone(),
+        destination: elsewhere.then(|| format!("{}:{}", pool.key.service, pool.key.port)),
+        frontends: assignment.frontends.iter().map(SocketAddr::to_string).collect(),
+        mode: pool.mode.as_str().to_owned(),
+        cluster_local: pool.cluster_local,
+        algorithm: pool.algorithm.to_string(),
+        on_empty: "refuse".to_owned(),
+        priorities: priorities.collect(),
+        localities: localities.collect(),
+        endpoints,
+        kernel: None,
+    }
+}
+
+/// Without the last digits, in which sums of fractions differ from the fraction.
+fn rounded(share: f64) -> f64 {
+    (share * 1e12).round() / 1e12
+}
