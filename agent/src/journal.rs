@@ -56,8 +56,8 @@ impl Journal {
         let record = Record { time: rfc3339(SystemTime::now()), ..record };
         tracing::info!(
             kind = record.kind,
-            service = record.service.as_deref().unwrap_or_default(),
-            endpoint = record.endpoint.as_deref().unwrap_or_default(),
+            service = record.service.as_deref(),
+            endpoint = record.endpoint.as_deref(),
             "{}",
             record.message
         );

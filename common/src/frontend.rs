@@ -153,7 +153,11 @@ impl Slot {
     /// The entry of `RUNS` that this slot takes in the given period.
     #[inline(always)]
     pub const fn entry(&self, period: u64) -> u32 {
-        let visit = period * self.visits as u64 + self.visit as u64;
-        self.first + (visit % self.len as u64) as u32
+        let visit = period.wrapping_mul(self.visits as u64).wrapping_add(self.visit as u64);
+        // A program for the kernel has no way to panic, so there must be no division that could.
+        match visit.checked_rem(self.len as u64) {
+            Some(member) => self.first.wrapping_add(member as u32),
+            None => self.first,
+        }
     }
 }

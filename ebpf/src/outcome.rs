@@ -28,7 +28,11 @@ use crate::{
 
 const TCP_SYN_SENT: u32 = 2;
 const TCP_SYN_RECV: u32 = 3;
+const TCP_FIN_WAIT2: u32 = 5;
 const TCP_CLOSE: u32 = 7;
+const TCP_CLOSE_WAIT: u32 = 8;
+const TCP_LAST_ACK: u32 = 9;
+const TCP_CLOSING: u32 = 11;
 const ETIMEDOUT: u32 = 110;
 const IPPROTO_TCP: i32 = 6;
 const TCP_USER_TIMEOUT: i32 = 18;
@@ -135,8 +139,7 @@ fn closed(ctx: &SockOpsContext, state: *mut SocketState) {
         if (*state).active != 0 {
             (*state).active = 0;
             add(&raw mut (*stats).closed, 1);
-            add(&raw mut (*stats).sent_bytes, addr_of!((*ctx.ops).bytes_acked).read_volatile());
-            add(&raw mut (*stats).received_bytes, addr_of!((*ctx.ops).bytes_received).read_volatile());
+            count_bytes(ctx, stats);
             return;
         }
         let before = ctx.arg(0);
@@ -153,6 +156,22 @@ fn closed(ctx: &SockOpsContext, state: *mut SocketState) {
         (*stats).troubled = 1;
         let kind = if errno == ETIMEDOUT { OutcomeKind::TimedOut } else { OutcomeKind::Failed };
         tell(ctx, state, kind, errno);
+    }
+}
+
+/// Adds what the connection carried. The kernel counts a SYN and a FIN as a byte each; which FINs there were, the last state
+/// tells.
+#[inline(always)]
+unsafe fn count_bytes(ctx: &SockOpsContext, stats: *mut BackendStats) {
+    let before = ctx.arg(0);
+    let own_fin = matches!(before, TCP_FIN_WAIT2 | TCP_LAST_ACK | TCP_CLOSING);
+    let peers_fin = matches!(before, TCP_FIN_WAIT2 | TCP_LAST_ACK | TCP_CLOSING | TCP_CLOSE_WAIT);
+    // SAFETY: a live map value; the context is the kernel's.
+    unsafe {
+        let sent = addr_of!((*ctx.ops).bytes_acked).read_volatile();
+        let received = addr_of!((*ctx.ops).bytes_received).read_volatile();
+        add(&raw mut (*stats).sent_bytes, sent.saturating_sub(1 + u64::from(own_fin)));
+        add(&raw mut (*stats).received_bytes, received.saturating_sub(u64::from(peers_fin)));
     }
 }
 

@@ -41,7 +41,7 @@ pub(crate) fn choose(key: &FrontendKey) -> Choice {
     // SAFETY: as above.
     let turn = unsafe { add(&raw mut (*stats).cursor, 1) };
     let period = u64::from(frontend.period);
-    let Some(slot) = SLOTS.get(frontend.base + (turn % period) as u32).copied() else {
+    let Some(slot) = SLOTS.get(frontend.base.wrapping_add((turn % period) as u32)).copied() else {
         return inconsistent();
     };
     let Some(&backend_id) = RUNS.get(slot.entry(turn / period)) else {

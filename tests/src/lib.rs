@@ -1,1 +1,28 @@
+//! Portolan's test bed: network namespaces, cgroups, processes and agents that are gone when the test is, and the demo that plays
+//! the users' scenarios on them.
 
+mod agent;
+mod cgroup;
+pub mod demo;
+pub mod dial;
+mod directory;
+mod netns;
+pub mod objects;
+mod process;
+mod wait;
+
+pub use agent::{Agent, Bed};
+pub use cgroup::Cgroup;
+pub use dial::Dialler;
+pub use directory::Directory;
+pub use netns::{Namespace, link};
+pub use process::{Place, Process, binary};
+pub use wait::wait_until;
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A name that no other test, and no other run at the same time, has.
+pub fn unique(what: &str) -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!("ptl{}-{}-{what}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}

@@ -1,6 +1,6 @@
 //! `portolan agent`
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
@@ -53,7 +53,7 @@ pub(super) struct AgentArgs {
 
 pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     let filter = if args.program_log == ProgramLog::Off { args.log } else { args.log.add_directive("portolan=debug".parse()?) };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).with_target(false).init();
     // One thread works, one answers.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let options = Options { cgroup: args.cgroup, bpffs: args.bpffs, sizes: Sizes::default(), log: args.program_log };

@@ -1,0 +1,233 @@
+//! A node with an agent: everything that a test of the agent needs.
+
+use std::{
+    fs::{self, File},
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::PathBuf,
+    process::{Command, Output},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::{Cgroup, Dialler, Directory, Namespace, Place, Process, binary, unique, wait_until};
+
+/// How long an agent may take to be ready: generous, for machines under load.
+const READY: Duration = Duration::from_secs(30);
+/// Where agents serve metrics, each in its own namespace.
+const METRICS: &str = "127.0.0.1:15920";
+
+/// A node: a network namespace, a cgroup for its pods, a place for pins. Everything is gone with the value.
+#[derive(Debug)]
+pub struct Bed {
+    // In the order in which they may go: the cgroup when its processes have ended.
+    /// Its network.
+    pub namespace: Namespace,
+    /// Its pods.
+    pub cgroup: Cgroup,
+    pins: PathBuf,
+    files: Directory,
+}
+
+impl Bed {
+    /// A new node.
+    ///
+    /// # Errors
+    /// The machine does not let one be made; root is needed.
+    pub fn new() -> Result<Self> {
+        Self::named("node")
+    }
+
+    /// A new node, with a word in its name for people who look.
+    ///
+    /// # Errors
+    /// The machine does not let one be made; root is needed.
+    pub fn named(what: &str) -> Result<Self> {
+        let name = unique(what);
+        let bed = Self {
+            namespace: Namespace::new(name.clone())?,
+            cgroup: Cgroup::new(&name)?,
+            pins: PathBuf::from("/sys/fs/bpf").join(&name),
+            files: Directory::new()?,
+        };
+        // A Service address that was not rewritten must fail at once, with an error of its own.
+        Ok(bed)
+    }
+
+    /// Where a pod of this node runs.
+    pub fn place(&self) -> Place<'_> {
+        Place { namespace: Some(&self.namespace), cgroup: Some(&self.cgroup) }
+    }
+
+    /// A client on this node.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn dialler(&self) -> Result<Dialler> {
+        Dialler::start(self.place())
+    }
+
+    /// Where the agent pins.
+    pub fn pins(&self) -> &PathBuf {
+        &self.pins
+    }
+
+    /// The admin socket of this node's agent.
+    pub fn admin(&self) -> PathBuf {
+        self.files.scratch("admin.sock")
+    }
+
+    /// Starts this node's agent, and does not wait for it.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(&self, directory: &Directory, cluster: &str, node: &str) -> Result<Agent> {
+        let log = self.files.scratch("agent.log");
+        let mut command = Command::new(binary("portolan")?);
+        command.arg("agent").arg("--config").arg(directory.path()).args(["--cluster", cluster, "--node", node]);
+        command.arg("--cgroup").arg(self.cgroup.path()).arg("--bpffs").arg(&self.pins).arg("--admin").arg(self.admin());
+        command.args(["--metrics", METRICS]);
+        let out = File::options().create(true).append(true).open(&log)?;
+        command.stderr(out.try_clone()?).stdout(out);
+        // The agent runs on the node, outside the cgroup of the pods.
+        let process = Process::spawn(command, Place { namespace: Some(&self.namespace), cgroup: None })?;
+        Ok(Agent { process, admin: self.admin(), log, namespace: self.namespace.open()? })
+    }
+
+    /// Starts this node's agent, and waits until it is ready.
+    ///
+    /// # Errors
+    /// It does not become ready; its log is in the error.
+    pub fn agent(&self, directory: &Directory, cluster: &str, node: &str) -> Result<Agent> {
+        let mut agent = self.start(directory, cluster, node)?;
+        agent.wait_ready()?;
+        Ok(agent)
+    }
+
+    /// Runs `portolan` with these arguments.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn portolan(&self, arguments: &[&str]) -> Result<Output> {
+        Ok(Command::new(binary("portolan")?).args(arguments).output()?)
+    }
+
+    /// A server that greets each connection with `greeting`, hears it out, and closes it. It runs as long as the test does.
+    ///
+    /// # Errors
+    /// The address cannot be listened on.
+    pub fn serve(&self, address: &str, greeting: &str) -> Result<()> {
+        let address: SocketAddr = address.parse()?;
+        let listener = self.namespace.enter(|| TcpListener::bind(address).context("cannot listen"))?;
+        let greeting = greeting.to_owned();
+        thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                // A client that has gone away is no concern of the server's.
+                let _ = stream.write_all(greeting.as_bytes()).and_then(|()| stream.read_to_end(&mut Vec::new()));
+            }
+        });
+        Ok(())
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        let cleaned = binary("portolan").and_then(|portolan| {
+            let output = Command::new(portolan).arg("cleanup").arg("--bpffs").arg(&self.pins).output()?;
+            ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            Ok(())
+        });
+        if let Err(error) = cleaned {
+            eprintln!("cannot remove {}: {error:#}", self.pins.display());
+        }
+    }
+}
+
+/// A running agent; killed with the value.
+#[derive(Debug)]
+pub struct Agent {
+    /// Its process.
+    pub process: Process,
+    admin: PathBuf,
+    log: PathBuf,
+    namespace: File,
+}
+
+impl Agent {
+    /// Waits until it says that it is ready.
+    ///
+    /// # Errors
+    /// It does not, or it ends.
+    pub fn wait_ready(&mut self) -> Result<()> {
+        let ready = wait_until("the agent to be ready", READY, || {
+            if let Some(status) = self.process.child().try_wait()? {
+                return Ok(Err(status));
+            }
+            let (status, body) = self.http("/readyz")?;
+            ensure!(status == 200, "{status}: {body}");
+            Ok(Ok(()))
+        });
+        let log = || fs::read_to_string(&self.log).unwrap_or_default();
+        match ready {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(status)) => bail!("the agent ended with {status}:\n{}", log()),
+            Err(error) => Err(error.context(log())),
+        }
+    }
+
+    /// Asks its HTTP address.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn http(&self, path: &str) -> Result<(u16, String)> {
+        let namespace = self.namespace.try_clone()?;
+        let request = format!("GET {path} HTTP/1.0\r\n\r\n");
+        let answer = thread::scope(|scope| {
+            let inside = scope.spawn(move || -> Result<String> {
+                rustix::thread::move_into_link_name_space(
+                    std::os::fd::AsFd::as_fd(&namespace),
+                    Some(rustix::thread::LinkNameSpaceType::Network),
+                )?;
+                let mut stream = TcpStream::connect(METRICS)?;
+                stream.write_all(request.as_bytes())?;
+                let mut answer = String::new();
+                stream.read_to_string(&mut answer)?;
+                Ok(answer)
+            });
+            inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok()).context("no status line")?;
+        let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned());
+        Ok((status, body.unwrap_or_default()))
+    }
+
+    /// `portolan get WHAT -o json`
+    ///
+    /// # Errors
+    /// The agent does not answer.
+    pub fn get(&self, what: &str) -> Result<Value> {
+        let mut command = Command::new(binary("portolan")?);
+        let output = command.args(["get", what, "-o", "json", "--admin"]).arg(&self.admin).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// The events so far, oldest first.
+    ///
+    /// # Errors
+    /// The agent does not answer.
+    pub fn events(&self) -> Result<Vec<Value>> {
+        let mut command = Command::new(binary("portolan")?);
+        let output = command.args(["events", "-o", "json", "--admin"]).arg(&self.admin).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout)?.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    }
+
+    /// What the agent has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}

@@ -1,0 +1,126 @@
+//! The client of the tests, see `portolan_tests::dial`.
+
+use std::{
+    io::{self, BufRead as _, Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpStream},
+    os::fd::AsFd as _,
+    sync::mpsc::{self, Receiver, TryRecvError},
+    thread,
+    time::Duration,
+};
+
+use anyhow::Result;
+use portolan_tests::dial::{Reply, Seen, Task};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use socket2::{Domain, Socket, Type};
+
+/// No answer takes longer in a test.
+const LIMIT: Duration = Duration::from_secs(30);
+
+fn main() -> Result<()> {
+    let (sender, tasks) = mpsc::channel();
+    thread::spawn(move || {
+        for line in io::stdin().lock().lines().map_while(io::Result::ok) {
+            let Ok(task) = serde_json::from_str::<Task>(&line) else { break };
+            if sender.send(task).is_err() {
+                break;
+            }
+        }
+    });
+    while let Ok(task) = tasks.recv() {
+        let reply = run(&task, &tasks)?;
+        let mut out = io::stdout().lock();
+        writeln!(out, "{}", serde_json::to_string(&reply)?)?;
+        out.flush()?;
+    }
+    Ok(())
+}
+
+fn run(task: &Task, tasks: &Receiver<Task>) -> Result<Reply> {
+    let mut reply = Reply::default();
+    match task {
+        Task::Dial { to, times, mapped, nonblocking, send } => {
+            let to = if *mapped { mapped_form(*to) } else { *to };
+            reply.seen = (0..*times).map(|_| dial(to, *nonblocking, *send)).collect();
+        }
+        Task::Redial { to, then } => {
+            let socket = Socket::new(Domain::for_address(*to), Type::STREAM, None)?;
+            for (i, to) in [to, then].into_iter().enumerate() {
+                if i > 0 {
+                    rustix::net::connect_unspec(socket.as_fd())?;
+                }
+                let errno = errno(socket.connect(&(*to).into()));
+                let peer = socket.peer_addr().ok().and_then(|peer| peer.as_socket());
+                reply.seen.push(Seen { peer, errno, ..Seen::default() });
+            }
+        }
+        Task::GiveUp { to } => {
+            let socket = Socket::new(Domain::for_address(*to), Type::STREAM, None)?;
+            socket.set_nonblocking(true)?;
+            let errno = errno(socket.connect(&(*to).into()));
+            reply.seen.push(Seen { errno, ..Seen::default() });
+        }
+        Task::Load { to } => {
+            while matches!(tasks.try_recv(), Err(TryRecvError::Empty)) {
+                match dial(*to, false, 0) {
+                    Seen { errno: 0, greeting, .. } if !greeting.is_empty() => reply.good += 1,
+                    _ => reply.bad += 1,
+                }
+            }
+        }
+        Task::Stop => {}
+        Task::UserTimeout { to, own } => {
+            let socket = Socket::new(Domain::for_address(*to), Type::STREAM, None)?;
+            if *own > 0 {
+                socket.set_tcp_user_timeout(Some(Duration::from_millis((*own).into())))?;
+            }
+            reply.seen.push(Seen { errno: errno(socket.connect(&(*to).into())), ..Seen::default() });
+            reply.value = socket.tcp_user_timeout()?.map_or(0, |timeout| timeout.as_millis() as u32);
+        }
+    }
+    Ok(reply)
+}
+
+fn mapped_form(to: SocketAddr) -> SocketAddr {
+    match to.ip() {
+        IpAddr::V4(v4) => SocketAddr::new(v4.to_ipv6_mapped().into(), to.port()),
+        IpAddr::V6(_) => to,
+    }
+}
+
+fn dial(to: SocketAddr, nonblocking: bool, send: usize) -> Seen {
+    match connect(to, nonblocking) {
+        Err(error) => Seen { errno: error.raw_os_error().unwrap_or(-1), ..Seen::default() },
+        Ok(mut stream) => {
+            let peer = stream.peer_addr().ok();
+            let mut greeting = String::new();
+            let talk = stream
+                .set_read_timeout(Some(LIMIT))
+                .and_then(|()| stream.write_all(&vec![b'x'; send]))
+                .and_then(|()| stream.shutdown(std::net::Shutdown::Write))
+                .and_then(|()| stream.read_to_string(&mut greeting));
+            Seen { peer, greeting, errno: errno(talk.map(drop)) }
+        }
+    }
+}
+
+fn connect(to: SocketAddr, nonblocking: bool) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+    socket.set_nonblocking(nonblocking)?;
+    match socket.connect(&to.into()) {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
+            let limit = Timespec { tv_sec: LIMIT.as_secs() as i64, tv_nsec: 0 };
+            poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(&limit))?;
+            if let Some(error) = socket.take_error()? {
+                return Err(error);
+            }
+        }
+        result => result?,
+    }
+    socket.set_nonblocking(false)?;
+    Ok(socket.into())
+}
+
+fn errno(result: io::Result<()>) -> i32 {
+    result.err().map_or(0, |error| error.raw_os_error().unwrap_or(-1))
+}

@@ -1,0 +1,52 @@
+//! Child cgroups: programs are attached there, never to the machine's root.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow};
+
+use crate::wait_until;
+
+/// A cgroup that is removed with the value; its processes must have ended by then.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// A new one, directly below the cgroup v2 root.
+    ///
+    /// # Errors
+    /// There is no cgroup v2, or it does not let one be made.
+    pub fn new(name: &str) -> Result<Self> {
+        let path = root()?.join(name);
+        fs::create_dir(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        Ok(Self { path })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // A process that has just ended may still be counted for a moment.
+        let removed = wait_until("the cgroup to be empty", Duration::from_secs(5), || Ok(fs::remove_dir(&self.path)?));
+        if let Err(error) = removed {
+            eprintln!("cannot remove {}: {error:#}", self.path.display());
+        }
+    }
+}
+
+/// Where cgroup v2 is mounted.
+fn root() -> Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    let mut fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let mount = fields.find(|fields| fields.get(2) == Some(&"cgroup2"));
+    mount.map(|fields| PathBuf::from(fields[1])).ok_or_else(|| anyhow!("no cgroup v2 is mounted"))
+}

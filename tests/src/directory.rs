@@ -1,0 +1,65 @@
+//! A configuration directory that is gone with the value.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A configuration directory.
+#[derive(Debug)]
+pub struct Directory {
+    folder: TempDir,
+}
+
+impl Directory {
+    /// An empty one.
+    ///
+    /// # Errors
+    /// There is no room.
+    pub fn new() -> Result<Self> {
+        Ok(Self { folder: tempfile::Builder::new().prefix("portolan-").tempdir()? })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join("config")
+    }
+
+    /// A place for other files of the test.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Puts objects into a file (`c1/services.yaml`), in one step, as a careful writer does.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn write(&self, file: &str, objects: &[Value]) -> Result<()> {
+        let documents: Vec<String> = objects.iter().map(|object| format!("{object:#}\n")).collect();
+        self.write_text(file, &documents.join("---\n"))
+    }
+
+    /// Puts text into a file, in one step.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn write_text(&self, file: &str, text: &str) -> Result<()> {
+        let path = self.path().join(file);
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(folder)?;
+        let draft = folder.join(format!(".{}.draft", path.file_name().unwrap_or_default().display()));
+        fs::write(&draft, text).and_then(|()| fs::rename(&draft, &path)).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Removes a file.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn remove(&self, file: &str) -> Result<()> {
+        fs::remove_file(self.path().join(file)).with_context(|| format!("cannot remove {file}"))
+    }
+}

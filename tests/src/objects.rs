@@ -1,0 +1,79 @@
+//! Kubernetes and Istio objects for tests, as JSON, which is YAML too.
+
+use serde_json::{Value, json};
+
+/// A Node in a place (`region/zone/subzone`).
+pub fn node(name: &str, locality: &str) -> Value {
+    let mut parts = locality.split('/');
+    let mut labels = serde_json::Map::new();
+    for key in ["topology.kubernetes.io/region", "topology.kubernetes.io/zone", "topology.istio.io/subzone"] {
+        if let Some(part) = parts.next() {
+            labels.insert(key.to_owned(), json!(part));
+        }
+    }
+    json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}})
+}
+
+/// A Service in `default` with one port, `http`.
+pub fn service(name: &str, addresses: &[&str], port: u16) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"},
+        "spec": {"clusterIP": addresses[0], "clusterIPs": addresses, "ports": [{"name": "http", "port": port}]},
+    })
+}
+
+/// Endpoints of that Service: address, node and pod.
+pub fn slice(service: &str, port: u16, endpoints: &[(&str, &str, &str)]) -> Value {
+    let family = if endpoints.first().is_some_and(|(address, ..)| address.contains(':')) { "IPv6" } else { "IPv4" };
+    let list: Vec<Value> = endpoints
+        .iter()
+        .map(|(address, node, pod)| {
+            json!({
+                "addresses": [address], "nodeName": node, "conditions": {"ready": true},
+                "targetRef": {"kind": "Pod", "name": pod, "namespace": "default"},
+            })
+        })
+        .collect();
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "name": format!("{service}-{}", family.to_lowercase()), "namespace": "default",
+            "labels": {"kubernetes.io/service-name": service},
+        },
+        "addressType": family, "ports": [{"name": "http", "port": port}], "endpoints": list,
+    })
+}
+
+/// A Pod in `default` with labels.
+pub fn pod(name: &str, labels: &Value) -> Value {
+    json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "default", "labels": labels}})
+}
+
+/// The MeshConfig, in its ConfigMap.
+pub fn mesh_config(mesh: &Value) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"},
+        "data": {"mesh": mesh.to_string()},
+    })
+}
+
+/// A DestinationRule in `default`.
+pub fn destination_rule(host: &str, spec: &Value) -> Value {
+    let mut rule = json!({
+        "apiVersion": "networking.istio.io/v1", "kind": "DestinationRule",
+        "metadata": {"name": host, "namespace": "default"}, "spec": {"host": host},
+    });
+    for (field, value) in spec.as_object().into_iter().flatten() {
+        rule["spec"][field] = value.clone();
+    }
+    rule
+}
+
+/// A VirtualService in `default` whose one `tcp` route leads to a subset.
+pub fn tcp_route(host: &str, to: &str, subset: &str) -> Value {
+    json!({
+        "apiVersion": "networking.istio.io/v1", "kind": "VirtualService",
+        "metadata": {"name": host, "namespace": "default"},
+        "spec": {"hosts": [host], "tcp": [{"route": [{"destination": {"host": to, "subset": subset}}]}]},
+    })
+}

@@ -1,0 +1,127 @@
+//! Processes in a namespace and a cgroup, which end with the value.
+
+use std::{
+    env,
+    ffi::OsStr,
+    fs::{File, OpenOptions},
+    io,
+    os::{fd::AsRawFd as _, unix::process::CommandExt as _},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::{Cgroup, Namespace, wait_until};
+
+/// Where a process runs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Place<'a> {
+    /// Network namespace.
+    pub namespace: Option<&'a Namespace>,
+    /// Cgroup.
+    pub cgroup: Option<&'a Cgroup>,
+}
+
+/// A process that is killed with the value.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    name: String,
+}
+
+impl Process {
+    /// Starts a program there.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn spawn(mut command: Command, place: Place<'_>) -> Result<Self> {
+        let name = command.get_program().to_string_lossy().into_owned();
+        let namespace = place.namespace.map(Namespace::open).transpose()?;
+        let procs = place.cgroup.map(|cgroup| procs_of(cgroup)).transpose()?;
+        // SAFETY: the closure only makes system calls with descriptors that were opened before the fork.
+        unsafe {
+            command.pre_exec(move || {
+                // Nothing may outlive the test, even one that is killed.
+                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                if let Some(procs) = &procs
+                    && libc::write(procs.as_raw_fd(), c"0".as_ptr().cast(), 1) != 1
+                {
+                    return Err(io::Error::last_os_error());
+                }
+                if let Some(namespace) = &namespace
+                    && libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) != 0
+                {
+                    return Err(io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+        Ok(Self { child, name })
+    }
+
+    /// The process itself.
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+
+    /// Its id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        kill_process(Pid::from_child(&self.child), signal).with_context(|| format!("cannot signal {}", self.name))
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It does not end in time.
+    pub fn wait(&mut self, bound: Duration) -> Result<ExitStatus> {
+        let name = self.name.clone();
+        wait_until(&format!("{name} to end"), bound, || match self.child.try_wait()? {
+            Some(status) => Ok(status),
+            None => bail!("it runs"),
+        })
+    }
+
+    /// Ends it at once.
+    pub fn kill(&mut self) {
+        // An error means that it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn procs_of(cgroup: &Cgroup) -> Result<File> {
+    let path = cgroup.path().join("cgroup.procs");
+    OpenOptions::new().write(true).open(&path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+/// A binary of this workspace, beside the one that runs.
+///
+/// # Errors
+/// It was not built.
+pub fn binary(name: impl AsRef<OsStr>) -> Result<PathBuf> {
+    let own = env::current_exe()?;
+    let mut folders = own.ancestors().skip(1).take(2);
+    let found = folders.find_map(|folder| Some(folder.join(name.as_ref())).filter(|path| path.is_file()));
+    let missing = || format!("{} is not built; run: cargo xtask test", Path::new(name.as_ref()).display());
+    found.with_context(missing)
+}

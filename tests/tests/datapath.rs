@@ -1,0 +1,212 @@
+//! Connections in the kernel: real programs, real sockets.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use portolan_tests::{
+    Bed, Directory,
+    dial::Task,
+    objects::{destination_rule, node, service, slice},
+    wait_until,
+};
+use serde_json::json;
+
+const ECONNREFUSED: i32 = 111;
+const ENETUNREACH: i32 = 101;
+
+/// Two regions on one node: `near` at 10.0.0.x, `far` at 10.1.0.x; 90 % near, 10 % far.
+fn ninety_ten(bed: &Bed, near: usize, far: usize) -> Result<Directory> {
+    let directory = Directory::new()?;
+    let mut addresses = Vec::new();
+    for (region, count) in [(0, near), (1, far)] {
+        for i in 1..=count {
+            let address = format!("10.{region}.0.{i}");
+            bed.namespace.add_address(&format!("{address}/32"))?;
+            bed.serve(&format!("{address}:9080"), if region == 0 { "near" } else { "far" })?;
+            addresses.push((address, ["near", "far"][region]));
+        }
+    }
+    let endpoints: Vec<(&str, &str, &str)> = addresses.iter().map(|(address, node)| (address.as_str(), *node, "")).collect();
+    let rule = json!({"trafficPolicy": {"loadBalancer": {"simple": "ROUND_ROBIN", "localityLbSetting": {
+        "distribute": [{"from": "r1/*", "to": {"r1/*": 90, "r2/*": 10}}]}}}});
+    directory.write("c1/all.yaml", &[
+        node("near", "r1/z1"),
+        node("far", "r2/z1"),
+        service("web", &["172.16.0.10"], 80),
+        slice("web", 9080, &endpoints),
+        destination_rule("web", &rule),
+    ])?;
+    Ok(directory)
+}
+
+#[test]
+fn shares_are_exact_in_every_aligned_ten_whatever_the_number_of_endpoints() -> Result<()> {
+    for (near, far) in [(1, 1), (3, 2)] {
+        let bed = Bed::new()?;
+        let directory = ninety_ten(&bed, near, far)?;
+        let agent = bed.agent(&directory, "c1", "near")?;
+        let mut client = bed.dialler()?;
+        let reply = client.dial("172.16.0.10:80", 1000)?;
+        for ten in reply.seen.chunks(10) {
+            let to_far = ten.iter().filter(|seen| seen.greeting == "far").count();
+            assert_eq!((ten.len(), to_far), (10, 1), "{near} near, {far} far: {ten:?}");
+        }
+        assert!(reply.seen.iter().all(|seen| seen.peer == Some("172.16.0.10:80".parse().unwrap())), "the dialled address is seen");
+        // What `plan` says is what was measured.
+        let plan = bed.portolan(&["plan", "--config", &directory.path().display().to_string(), "--cluster", "c1", "--node", "near", "-o", "json"])?;
+        let plan: serde_json::Value = serde_json::from_slice(&plan.stdout)?;
+        let shares: Vec<f64> = plan["services"][0]["localities"].as_array().unwrap().iter().map(|l| l["share"].as_f64().unwrap()).collect();
+        assert_eq!(shares, [reply.count("near") as f64 / 1000.0, reply.count("far") as f64 / 1000.0]);
+        drop(agent);
+    }
+    Ok(())
+}
+
+#[test]
+fn every_family_and_socket_gets_there() -> Result<()> {
+    let bed = Bed::new()?;
+    for address in ["10.0.0.1/32", "fd00::1/128"] {
+        bed.namespace.add_address(address)?;
+    }
+    bed.serve("10.0.0.1:9080", "four")?;
+    bed.serve("[fd00::1]:9080", "six")?;
+    let directory = Directory::new()?;
+    directory.write("c1/all.yaml", &[
+        node("n1", "r1"),
+        service("web", &["172.16.0.10", "fd16::10"], 80),
+        slice("web", 9080, &[("10.0.0.1", "n1", "")]),
+        slice("web", 9080, &[("fd00::1", "n1", "")]),
+    ])?;
+    let _agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    for (to, mapped, greeting, peer) in [
+        ("172.16.0.10:80", false, "four", "172.16.0.10:80"),
+        // Java's sockets, by default: IPv6 with v4-mapped addresses.
+        ("172.16.0.10:80", true, "four", "[::ffff:172.16.0.10]:80"),
+        ("[fd16::10]:80", false, "six", "[fd16::10]:80"),
+    ] {
+        for nonblocking in [false, true] {
+            let reply = client.run(&Task::Dial { to: to.parse()?, times: 2, mapped, nonblocking, send: 0 })?;
+            assert_eq!(reply.greetings(), [greeting; 2], "{to} mapped {mapped} nonblocking {nonblocking}");
+            assert_eq!(reply.seen[0].peer, Some(peer.parse()?), "{to} mapped {mapped}");
+        }
+    }
+    // What is no Service is left alone: directly to an endpoint, and to nowhere.
+    let direct = client.dial("10.0.0.1:9080", 1)?;
+    assert_eq!((direct.seen[0].peer, direct.greetings()), (Some("10.0.0.1:9080".parse()?), vec!["four"]));
+    assert_eq!(client.dial("172.16.0.99:80", 1)?.errnos(), [ENETUNREACH]);
+    assert_eq!(client.dial("172.16.0.10:81", 1)?.errnos(), [ENETUNREACH]);
+    Ok(())
+}
+
+#[test]
+fn a_service_without_endpoints_refuses_at_once_and_falls_through_to_nobody() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = Directory::new()?;
+    // An endpoint in another cluster, and the service kept in its own: strict.
+    bed.namespace.add_address("10.1.0.1/32")?;
+    bed.serve("10.1.0.1:9080", "elsewhere")?;
+    directory.write("c1/all.yaml", &[node("n1", "r1"), service("web", &["172.16.0.10"], 80)])?;
+    directory.write("c2/all.yaml", &[
+        node("n2", "r1"),
+        service("web", &["172.17.0.10"], 80),
+        slice("web", 9080, &[("10.1.0.1", "n2", "")]),
+    ])?;
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial("172.16.0.10:80", 2)?.greetings(), ["elsewhere"; 2], "services merge across clusters");
+
+    let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["web.default.svc.cluster.local"]}]});
+    directory.write("mesh.yaml", &[portolan_tests::objects::mesh_config(&keep)])?;
+    wait_until("the service to be kept", Duration::from_secs(10), || {
+        let local = agent.get("services")?["services"][0]["clusterLocal"] == json!(true);
+        ensure!(local, "not yet");
+        Ok(())
+    })?;
+    for nonblocking in [false, true] {
+        let task = Task::Dial { to: "172.16.0.10:80".parse()?, times: 3, mapped: false, nonblocking, send: 0 };
+        assert_eq!(client.run(&task)?.errnos(), [ECONNREFUSED; 3], "nonblocking {nonblocking}");
+        let task = Task::Dial { to: "172.16.0.10:80".parse()?, times: 1, mapped: true, nonblocking, send: 0 };
+        assert_eq!(client.run(&task)?.errnos(), [ECONNREFUSED]);
+    }
+    let services = agent.get("services")?;
+    assert_eq!(services["services"][0]["kernel"]["refused"], json!(8));
+    Ok(())
+}
+
+#[test]
+fn a_socket_that_reconnects_elsewhere_keeps_nothing() -> Result<()> {
+    let bed = Bed::new()?;
+    for (address, greeting) in [("10.0.0.1", "web"), ("10.0.0.2", "other")] {
+        bed.namespace.add_address(&format!("{address}/32"))?;
+        bed.serve(&format!("{address}:9080"), greeting)?;
+    }
+    let directory = Directory::new()?;
+    directory.write("c1/all.yaml", &[
+        node("n1", "r1"),
+        service("web", &["172.16.0.10"], 80),
+        service("other", &["172.16.0.20"], 80),
+        slice("web", 9080, &[("10.0.0.1", "n1", "")]),
+        slice("other", 9080, &[("10.0.0.2", "n1", "")]),
+    ])?;
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    for (then, peer) in [
+        // Directly to the endpoint that the Service had given: it is what was dialled, so it is what is seen.
+        ("10.0.0.1:9080", "10.0.0.1:9080"),
+        ("10.0.0.2:9080", "10.0.0.2:9080"),
+        ("172.16.0.20:80", "172.16.0.20:80"),
+    ] {
+        let reply = client.run(&Task::Redial { to: "172.16.0.10:80".parse()?, then: then.parse()? })?;
+        assert_eq!(reply.errnos(), [0, 0], "{then}");
+        assert_eq!(reply.seen[0].peer, Some("172.16.0.10:80".parse()?));
+        assert_eq!(reply.seen[1].peer, Some(peer.parse()?), "{then}");
+    }
+    // A failure of the second connection is not the first one's.
+    let reply = client.run(&Task::Redial { to: "172.16.0.10:80".parse()?, then: "10.0.0.2:1".parse()? })?;
+    assert_eq!(reply.errnos(), [0, ECONNREFUSED]);
+    wait_until("the sockets to be closed", Duration::from_secs(10), || {
+        let endpoints = agent.get("endpoints")?;
+        let kernel: Vec<_> = [0, 1].map(|i| endpoints["services"][i]["endpoints"][0]["kernel"].clone()).to_vec();
+        ensure!(kernel == [json!({"connections": 1, "active": 0, "failures": 0}), json!({"connections": 4, "active": 0, "failures": 0})], "{kernel:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn counters_tell_the_truth() -> Result<()> {
+    let bed = Bed::new()?;
+    bed.namespace.add_address("10.0.0.1/32")?;
+    bed.serve("10.0.0.1:9080", "hello")?;
+    let directory = Directory::new()?;
+    directory.write("c1/all.yaml", &[
+        node("n1", "r1/z1"),
+        service("web", &["172.16.0.10"], 80),
+        slice("web", 9080, &[("10.0.0.1", "n1", "")]),
+    ])?;
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    let task = Task::Dial { to: "172.16.0.10:80".parse()?, times: 7, mapped: false, nonblocking: false, send: 100 };
+    assert_eq!(client.run(&task)?.greetings(), ["hello"; 7]);
+    let expected = [
+        ("istio_tcp_connections_opened_total", 7),
+        ("istio_tcp_connections_closed_total", 7),
+        ("istio_tcp_connections_failed_total", 0),
+        ("istio_tcp_sent_bytes_total", 700),
+        ("istio_tcp_received_bytes_total", 35),
+        ("portolan_picks_total", 7),
+        ("portolan_refused_total", 0),
+        ("portolan_ready", 1),
+    ];
+    wait_until("the sockets to be closed", Duration::from_secs(10), || {
+        let (status, text) = agent.http("/metrics")?;
+        ensure!(status == 200, "{status}");
+        for (name, value) in expected {
+            let line = text.lines().find(|line| line.starts_with(name) && line.len() > name.len()).unwrap_or_default();
+            ensure!(line.ends_with(&format!(" {value}")), "{line:?} is not {value}");
+        }
+        // No addresses among the labels.
+        ensure!(!text.contains("10.0.0.1"), "{text}");
+        Ok(())
+    })
+}
