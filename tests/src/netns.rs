@@ -57,6 +57,32 @@ impl Namespace {
         self.ip(&[&["address", "add", address, "dev", "lo"], family_option].concat())
     }
 
+    /// Has everything to an address vanish without an answer, as a dead machine or a silent firewall does.
+    ///
+    /// # Errors
+    /// `ip` refuses.
+    pub fn swallow(&self, address: &str) -> Result<()> {
+        if self.ip(&["link", "show", "hole"]).is_err() {
+            // Frames that are addressed to nobody: the other end drops them.
+            self.ip(&["link", "add", "hole", "type", "veth", "peer", "name", "pit"])?;
+            self.ip(&["link", "set", "hole", "arp", "off", "up"])?;
+            self.ip(&["link", "set", "pit", "up"])?;
+            self.ip(&["address", "add", "192.0.2.1/32", "dev", "hole"])?;
+        }
+        // It may not have been an address of this namespace.
+        let _ = self.ip(&["address", "delete", address, "dev", "lo"]);
+        self.ip(&["route", "add", address, "dev", "hole"])
+    }
+
+    /// Takes [`Self::swallow`] back: the address is this namespace's own again.
+    ///
+    /// # Errors
+    /// `ip` refuses.
+    pub fn restore(&self, address: &str) -> Result<()> {
+        self.ip(&["route", "delete", address, "dev", "hole"])?;
+        self.add_address(address)
+    }
+
     /// The namespace itself.
     ///
     /// # Errors

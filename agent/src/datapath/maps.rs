@@ -119,6 +119,12 @@ impl Maps {
             held.frontends.push((key, frontend, runs));
         }
         held.backends = backends.into_iter().collect();
+        for (id, backend) in (0..sizes.backends).zip(self.backends.iter()) {
+            let epoch = backend?.epoch;
+            if epoch > 0 {
+                held.epochs.push((id, epoch));
+            }
+        }
         Ok(held)
     }
 

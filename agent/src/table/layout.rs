@@ -65,7 +65,6 @@ struct Placed {
     /// `None` where a former agent wrote it and its schedule was not read back.
     entry: Option<Entry>,
     runs: (u32, u32),
-    members: Vec<SocketAddr>,
 }
 
 /// What a former agent left in the maps.
@@ -73,8 +72,10 @@ struct Placed {
 pub struct Held {
     /// Its frontends, each with the range of runs that it uses.
     pub frontends: Vec<(FrontendKey, Frontend, (u32, u32))>,
-    /// Backend ids that have an endpoint.
+    /// Backends that these frontends use.
     pub backends: Vec<(u32, Backend)>,
+    /// The last epoch of every backend id that was ever given out.
+    pub epochs: Vec<(u32, u32)>,
 }
 
 /// What the kernel holds, and where.
@@ -119,8 +120,8 @@ impl Layout {
     /// their ids, so that open connections go on being counted.
     pub fn from_held(sizes: Sizes, held: Held) -> Self {
         let mut layout = Self::new(sizes);
+        layout.epochs.extend(held.epochs);
         for (id, backend) in held.backends {
-            layout.epochs.insert(id, backend.epoch);
             layout.backend_ids.claim(id, 1);
             let address = backend.endpoint.socket_addr();
             layout.backends.insert(address, BackendUse { id, frontends: 0 });
@@ -130,7 +131,7 @@ impl Layout {
             layout.frontend_ids.claim(frontend.id, 1);
             layout.slots.claim(frontend.base, frontend.period);
             layout.runs.claim(runs.0, runs.1);
-            layout.frontends.insert(key, Placed { frontend, entry: None, runs, members: Vec::new() });
+            layout.frontends.insert(key, Placed { frontend, entry: None, runs });
         }
         layout
     }
@@ -218,12 +219,12 @@ impl Layout {
             runs.map(|runs| (slots, runs)).inspect_err(|_| self.slots.untake(slots, period))
         })();
         let placed = room.and_then(|(base, runs)| {
-            self.take_backends(now, entry, ops).map(|members| (base, runs, members)).inspect_err(|_| {
+            self.take_backends(now, entry, ops).map(|()| (base, runs)).inspect_err(|_| {
                 self.slots.untake(base, period);
                 self.runs.untake(runs, run_entries);
             })
         });
-        let (base, runs, members) = placed.inspect_err(|_| {
+        let (base, runs) = placed.inspect_err(|_| {
             if before.is_none() {
                 self.frontend_ids.untake(id, 1);
             }
@@ -256,14 +257,12 @@ impl Layout {
             ops.push(Op::SetSlots(base, slots));
         }
         ops.push(Op::SetFrontend(*key, frontend));
-        Ok(Placed { frontend, entry: Some(entry.clone()), runs: (runs, run_entries), members })
+        Ok(Placed { frontend, entry: Some(entry.clone()), runs: (runs, run_entries) })
     }
 
-    /// Ids for all endpoints of an entry, each used once more by it. Returns the endpoints.
-    fn take_backends(&mut self, now: Instant, entry: &Entry, ops: &mut Vec<Op>) -> Result<Vec<SocketAddr>, (&'static str, Full)> {
-        let mut members: Vec<SocketAddr> = entry.schedule.runs.iter().flat_map(|run| run.members.iter().copied()).collect();
-        members.sort_unstable();
-        members.dedup();
+    /// Ids for all endpoints of an entry, each used once more by it.
+    fn take_backends(&mut self, now: Instant, entry: &Entry, ops: &mut Vec<Op>) -> Result<(), (&'static str, Full)> {
+        let members = &entry.endpoints;
         let missing = members.iter().filter(|member| !self.backends.contains_key(member)).count() as u32;
         let mut fresh = Vec::new();
         for _ in 0..missing {
@@ -275,7 +274,7 @@ impl Layout {
                 }
             }
         }
-        for member in &members {
+        for member in members {
             let epochs = &mut self.epochs;
             let backend = self.backends.entry(*member).or_insert_with(|| {
                 let id = fresh.pop().unwrap_or_default();
@@ -285,7 +284,7 @@ impl Layout {
             });
             backend.frontends += 1;
         }
-        Ok(members)
+        Ok(())
     }
 
     fn free(&mut self, now: Instant, old: &Placed, whole: bool) {
@@ -294,7 +293,7 @@ impl Layout {
         if whole {
             self.frontend_ids.release(now, old.frontend.id, 1);
         }
-        for address in &old.members {
+        for address in old.entry.iter().flat_map(|entry| &entry.endpoints) {
             if let Some(backend) = self.backends.get_mut(address) {
                 backend.frontends -= 1;
             }

@@ -6,7 +6,7 @@
 mod alloc;
 mod layout;
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{collections::{BTreeMap, BTreeSet}, net::SocketAddr, time::Duration};
 
 use portolan_common::{Endpoint, FrontendKey};
 
@@ -20,6 +20,8 @@ use crate::policy::{Assignment, Schedule};
 pub struct Entry {
     /// Turns and runs; empty: refuse.
     pub schedule: Schedule,
+    /// All endpoints, in order, those without a turn as well: the kernel goes on counting their connections.
+    pub endpoints: Vec<SocketAddr>,
     /// Limit for the connect.
     pub connect_timeout: Option<Duration>,
 }
@@ -36,8 +38,15 @@ impl Table {
     pub fn new(assignments: &[Assignment]) -> Self {
         let mut frontends = BTreeMap::new();
         for assignment in assignments {
+            let pools = assignment.routes.iter().map(|route| &route.pool);
+            let endpoints: BTreeSet<SocketAddr> =
+                pools.flat_map(|pool| &pool.endpoints).map(|endpoint| endpoint.address).collect();
             for frontend in &assignment.frontends {
-                let entry = Entry { schedule: assignment.schedule.clone(), connect_timeout: assignment.connect_timeout };
+                let entry = Entry {
+                    schedule: assignment.schedule.clone(),
+                    endpoints: endpoints.iter().copied().collect(),
+                    connect_timeout: assignment.connect_timeout,
+                };
                 frontends.insert(key(*frontend, assignment.protocol.number()), entry);
             }
         }

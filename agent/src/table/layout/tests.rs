@@ -75,7 +75,9 @@ fn table(spec: &[(u8, Vec<(u8, Vec<u8>)>)]) -> Table {
         let groups = groups.iter().filter(|(_, members)| !members.is_empty()).map(|(share, members)| {
             (Share::from(u128::from(*share)), members.iter().map(|member| (address(*member), 1)).collect())
         });
-        let entry = Entry { schedule: Schedule::new(groups.collect()), connect_timeout: None };
+        let schedule = Schedule::new(groups.collect());
+        let endpoints: BTreeSet<_> = schedule.runs.iter().flat_map(|run| run.members.iter().copied()).collect();
+        let entry = Entry { schedule, endpoints: endpoints.into_iter().collect(), connect_timeout: None };
         (frontend(*i), entry)
     });
     Table { frontends: frontends.collect() }
@@ -135,7 +137,10 @@ proptest! {
                 let end = slots().map(|slot| slot.first + slot.len).max().unwrap_or(0);
                 (*key, *frontend, (start, end - start))
             }).collect(),
-            backends: maps.backends.iter().map(|(id, backend)| (*id, *backend)).collect(),
+            backends: maps.runs.values().collect::<BTreeSet<_>>().into_iter()
+                .filter(|id| layout.backend_id(&maps.backends[id].endpoint.socket_addr()) == Some(**id))
+                .map(|id| (*id, maps.backends[id])).collect(),
+            epochs: maps.backends.iter().map(|(id, backend)| (*id, backend.epoch)).collect(),
         };
         let mut layout = Layout::from_held(Sizes::default(), held);
         // Nothing is known yet: nothing may go.

@@ -1,0 +1,208 @@
+//! What becomes of connections, from the kernel back to the daemon: every outcome is made to happen.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use portolan_tests::{
+    Agent, Bed, Directory,
+    dial::Task,
+    objects::{destination_rule, node, service, slice},
+    wait_until,
+};
+use serde_json::{Value, json};
+
+const ECONNREFUSED: i32 = 111;
+const ETIMEDOUT: i32 = 110;
+const BOUND: Duration = Duration::from_secs(20);
+
+/// Two endpoints in the near region, one in the far one, with these rules for the service.
+fn failover(bed: &Bed, outlier: &Value, connect_timeout: Option<&str>) -> Result<Directory> {
+    let directory = Directory::new()?;
+    for address in ["10.0.0.1", "10.0.0.2", "10.1.0.1"] {
+        bed.namespace.add_address(&format!("{address}/32"))?;
+    }
+    bed.serve("10.1.0.1:9080", "far")?;
+    let mut policy = json!({"outlierDetection": outlier});
+    if let Some(timeout) = connect_timeout {
+        policy["connectionPool"] = json!({"tcp": {"connectTimeout": timeout}});
+    }
+    directory.write("c1/all.yaml", &[
+        node("near", "r1/z1"),
+        node("far", "r2/z1"),
+        service("web", &["172.16.0.10"], 80),
+        slice("web", 9080, &[("10.0.0.1", "near", ""), ("10.0.0.2", "near", ""), ("10.1.0.1", "far", "")]),
+        destination_rule("web", &json!({"trafficPolicy": policy})),
+    ])?;
+    Ok(directory)
+}
+
+fn eager() -> Value {
+    json!({"consecutive5xxErrors": 1, "interval": "1s", "baseEjectionTime": "2s", "maxEjectionPercent": 100})
+}
+
+fn ejected(agent: &Agent) -> Result<Vec<String>> {
+    let report = agent.get("ejections")?;
+    let services = report["services"].as_array().cloned().unwrap_or_default();
+    let endpoints = services.iter().flat_map(|service| service["endpoints"].as_array().cloned().unwrap_or_default());
+    Ok(endpoints.map(|endpoint| endpoint["address"].as_str().unwrap_or_default().to_owned()).collect())
+}
+
+fn kinds(agent: &Agent) -> Result<Vec<String>> {
+    Ok(agent.events()?.iter().map(|event| event["kind"].as_str().unwrap_or_default().to_owned()).collect())
+}
+
+#[test]
+fn a_refused_connect_is_seen_ejects_at_once_and_is_forgiven() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = failover(&bed, &eager(), None)?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    // Each endpoint of the near region fails one connection; each ejection is in force for the connection after the next
+    // event loop turn, so the client waits for it.
+    for out in 1..=2 {
+        assert_eq!(client.dial("172.16.0.10:80", 1)?.errnos(), [ECONNREFUSED]);
+        wait_until("the ejection", BOUND, || {
+            let ejected = ejected(&agent)?;
+            ensure!(ejected.len() == out, "{ejected:?}");
+            Ok(())
+        })?;
+    }
+    let began = Instant::now();
+    assert_eq!(client.dial("172.16.0.10:80", 50)?.greetings(), ["far"; 50]);
+    let report = agent.get("endpoints")?;
+    assert_eq!(report["services"][0]["priorities"][0]["load"], json!(0));
+    let until = report["services"][0]["endpoints"][0]["ejectedUntil"].as_str().unwrap_or_default().to_owned();
+    assert!(until.starts_with("20"), "{until}");
+
+    // They come back by themselves, and carry everything again.
+    bed.serve("10.0.0.1:9080", "near")?;
+    bed.serve("10.0.0.2:9080", "near")?;
+    wait_until("the release", BOUND, || {
+        let ejected = ejected(&agent)?;
+        ensure!(ejected.is_empty(), "{ejected:?}");
+        Ok(())
+    })?;
+    assert!(began.elapsed() > Duration::from_millis(1500), "released after {:?}", began.elapsed());
+    assert_eq!(client.dial("172.16.0.10:80", 50)?.greetings(), ["near"; 50]);
+    let kinds = kinds(&agent)?;
+    let count = |kind: &str| kinds.iter().filter(|seen| *seen == kind).count();
+    assert_eq!((count("failed"), count("ejected"), count("released")), (2, 2, 2), "{kinds:?}");
+    Ok(())
+}
+
+#[test]
+fn a_connect_that_nobody_answers_is_given_up_in_time_and_counts() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = failover(&bed, &eager(), Some("300ms"))?;
+    for address in ["10.0.0.1/32", "10.0.0.2/32"] {
+        bed.namespace.swallow(address)?;
+    }
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    let began = Instant::now();
+    assert_eq!(client.dial("172.16.0.10:80", 1)?.errnos(), [ETIMEDOUT], "the application is told, long before two minutes");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    wait_until("the ejection", BOUND, || {
+        ensure!(ejected(&agent)?.len() == 1);
+        Ok(())
+    })?;
+    let events = agent.events()?;
+    let failed = events.iter().find(|event| event["kind"] == "failed").unwrap();
+    assert!(failed["message"].as_str().unwrap().contains("timed out"), "{failed}");
+    Ok(())
+}
+
+#[test]
+fn an_application_that_gives_up_early_is_no_verdict() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = failover(&bed, &eager(), None)?;
+    for address in ["10.0.0.1/32", "10.0.0.2/32"] {
+        bed.namespace.swallow(address)?;
+    }
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    for _ in 0..6 {
+        client.run(&Task::GiveUp { to: "172.16.0.10:80".parse()? })?;
+    }
+    // Something that does count, through the same ring buffer, comes after them.
+    bed.namespace.restore("10.0.0.1/32")?;
+    bed.namespace.restore("10.0.0.2/32")?;
+    assert_eq!(client.dial("172.16.0.10:80", 1)?.errnos(), [ECONNREFUSED]);
+    wait_until("the one failure", BOUND, || {
+        ensure!(kinds(&agent)?.iter().any(|kind| kind == "failed"));
+        Ok(())
+    })?;
+    let kinds = kinds(&agent)?;
+    assert_eq!(kinds.iter().filter(|kind| *kind == "failed").count(), 1, "{kinds:?}");
+    let endpoints = agent.get("endpoints")?["services"][0]["endpoints"].clone();
+    let failures: u64 = endpoints.as_array().unwrap().iter().map(|endpoint| endpoint["kernel"]["failures"].as_u64().unwrap()).sum();
+    assert_eq!(failures, 1);
+    Ok(())
+}
+
+#[test]
+fn a_success_between_failures_resets_the_count() -> Result<()> {
+    let bed = Bed::new()?;
+    let outlier = json!({"consecutive5xxErrors": 2, "interval": "1s", "baseEjectionTime": "1m", "maxEjectionPercent": 100});
+    let directory = failover(&bed, &outlier, None)?;
+    directory.write("c1/more.yaml", &[
+        service("one", &["172.16.0.20"], 80),
+        slice("one", 9080, &[("10.0.0.1", "near", "")]),
+        destination_rule("one", &json!({"trafficPolicy": {"outlierDetection": outlier}})),
+    ])?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    let fail = |client: &mut portolan_tests::Dialler| -> Result<()> {
+        assert_eq!(client.dial("172.16.0.20:80", 1)?.errnos(), [ECONNREFUSED]);
+        Ok(())
+    };
+    fail(&mut client)?;
+    let listener = bed.namespace.enter(|| Ok(std::net::TcpListener::bind("10.0.0.1:9080")?))?;
+    let server = std::thread::spawn(move || drop(listener.accept()));
+    assert_eq!(client.dial("172.16.0.20:80", 1)?.errnos(), [0]);
+    server.join().unwrap();
+    fail(&mut client)?;
+    assert_eq!(ejected(&agent)?, Vec::<String>::new());
+    fail(&mut client)?;
+    wait_until("the ejection", BOUND, || {
+        let ejected = ejected(&agent)?;
+        ensure!(ejected == ["10.0.0.1:9080"], "{ejected:?}");
+        Ok(())
+    })?;
+    // Ejected from its pool; without another endpoint the service refuses.
+    assert_eq!(client.dial("172.16.0.20:80", 1)?.errnos(), [ECONNREFUSED]);
+    Ok(())
+}
+
+#[test]
+fn the_default_percentage_ejects_none_of_three_and_says_so() -> Result<()> {
+    let bed = Bed::new()?;
+    let outlier = json!({"consecutive5xxErrors": 1, "interval": "1s", "baseEjectionTime": "1m"});
+    let directory = failover(&bed, &outlier, None)?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [ECONNREFUSED; 4]);
+    wait_until("the overflow", BOUND, || {
+        ensure!(kinds(&agent)?.iter().filter(|kind| *kind == "overflow").count() == 4);
+        Ok(())
+    })?;
+    assert_eq!(ejected(&agent)?, Vec::<String>::new());
+    let findings = agent.get("services")?["findings"].to_string();
+    assert!(findings.contains("maxEjectionPercent") && findings.contains("34"), "{findings}");
+    Ok(())
+}
+
+#[test]
+fn the_applications_own_timeout_is_as_it_set_it() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = failover(&bed, &eager(), Some("5s"))?;
+    bed.serve("10.0.0.1:9080", "near")?;
+    bed.serve("10.0.0.2:9080", "near")?;
+    let _agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    for own in [0, 2_000, 60_000] {
+        let reply = client.run(&Task::UserTimeout { to: "172.16.0.10:80".parse()?, own })?;
+        assert_eq!((reply.errnos(), reply.value), (vec![0], own));
+    }
+    Ok(())
+}

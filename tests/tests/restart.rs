@@ -1,0 +1,200 @@
+//! The agent comes and goes; connections do not notice.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use portolan_tests::{
+    Bed, Directory,
+    dial::Task,
+    objects::{node, service, slice},
+    wait_until,
+};
+use rustix::process::Signal;
+use serde_json::json;
+
+const BOUND: Duration = Duration::from_secs(20);
+const ENETUNREACH: i32 = 101;
+
+fn directory(bed: &Bed) -> Result<Directory> {
+    for i in 1..=2 {
+        bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
+        bed.serve(&format!("10.0.0.{i}:9080"), &format!("pod{i}"))?;
+    }
+    let directory = Directory::new()?;
+    directory.write("c1/all.yaml", &[
+        node("n1", "r1"),
+        service("web", &["172.16.0.10"], 80),
+        slice("web", 9080, &[("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")]),
+    ])?;
+    Ok(directory)
+}
+
+#[test]
+fn killed_and_started_again_under_load_without_a_failed_connection() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = directory(&bed)?;
+    let mut agent = bed.agent(&directory, "c1", "n1")?;
+    let mut load = bed.dialler()?;
+    load.begin(&Task::Load { to: "172.16.0.10:80".parse()? })?;
+    let mut client = bed.dialler()?;
+    for _ in 0..3 {
+        agent.process.kill();
+        // Without any agent. The load takes turns of the same cursor, so only the sum is sure.
+        let reply = client.dial("172.16.0.10:80", 20)?;
+        assert_eq!((reply.count("pod1") + reply.count("pod2"), reply.errnos()), (20, vec![0; 20]));
+        agent = bed.agent(&directory, "c1", "n1")?;
+        ensure!(agent.log().contains("took over"), "{}", agent.log());
+    }
+    let reply = load.run(&Task::Stop)?;
+    assert_eq!(reply.bad, 0);
+    assert!(reply.good > 100, "{} connections", reply.good);
+    // The counters went on over all agents.
+    let report = agent.get("services")?;
+    let connections = report["services"][0]["kernel"]["connections"].as_u64().unwrap();
+    assert_eq!(connections, reply.good + 60);
+    Ok(())
+}
+
+#[test]
+fn nothing_is_taken_away_before_everything_has_been_read() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = directory(&bed)?;
+    let mut agent = bed.agent(&directory, "c1", "n1")?;
+    agent.process.kill();
+    // The directory is a FIFO's length away from being read: the agent starts, and does not get to the end of it.
+    let fifo = directory.path().join("c1/slow.yaml");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR, 0)?;
+    let all = directory.path().join("c1/all.yaml");
+    let text = fs::read_to_string(&all)?;
+    fs::remove_file(&all)?;
+    let mut agent = bed.start(&directory, "c1", "n1")?;
+    // It is at work: it opens the FIFO for reading, which lets it be opened for writing.
+    let mut writer = wait_until("the agent to read", BOUND, || {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        Ok(fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(&fifo)?)
+    })?;
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4], "what a former agent published stands");
+    // Now the rest arrives, and with it the same service.
+    std::io::Write::write_all(&mut writer, text.as_bytes())?;
+    drop(writer);
+    fs::remove_file(&fifo)?;
+    fs::write(&all, text)?;
+    agent.wait_ready()?;
+    assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4]);
+    // Once everything is known, what is gone is taken away.
+    directory.remove("c1/all.yaml")?;
+    directory.write("c1/all.yaml", &[node("n1", "r1")])?;
+    wait_until("the service to go", BOUND, || {
+        let errnos = client.dial("172.16.0.10:80", 1)?.errnos();
+        ensure!(errnos == [ENETUNREACH], "{errnos:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn ending_leaves_everything_in_place_and_cleanup_takes_it_off() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = directory(&bed)?;
+    let mut client = bed.dialler()?;
+    let mut agent = bed.agent(&directory, "c1", "n1")?;
+    let pins = bed.pins().display().to_string();
+
+    let busy = bed.portolan(&["cleanup", "--bpffs", &pins])?;
+    assert_eq!(busy.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&busy.stderr).contains("stop it first"));
+
+    agent.process.signal(Signal::TERM)?;
+    assert!(agent.process.wait(BOUND)?.success());
+    assert!(!bed.admin().exists(), "the socket is gone");
+    assert_eq!(client.dial("172.16.0.10:80", 2)?.errnos(), [0; 2], "SIGTERM leaves the data plane in place");
+
+    let cleanup = bed.portolan(&["cleanup", "--bpffs", &pins])?;
+    let told = String::from_utf8_lossy(&cleanup.stdout).into_owned();
+    assert!(cleanup.status.success() && told.contains("links/connect4") && told.contains("maps/FRONTENDS"), "{told}");
+    assert!(!bed.pins().exists());
+    assert_eq!(client.dial("172.16.0.10:80", 1)?.errnos(), [ENETUNREACH]);
+    let nothing = bed.portolan(&["cleanup", "--bpffs", &pins])?;
+    assert!(nothing.status.success() && String::from_utf8_lossy(&nothing.stdout).contains("nothing"));
+    Ok(())
+}
+
+#[test]
+fn a_second_agent_on_the_same_pins_does_not_start() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = directory(&bed)?;
+    let _agent = bed.agent(&directory, "c1", "n1")?;
+    let mut second = bed.start(&directory, "c1", "n1")?;
+    let status = second.process.wait(BOUND)?;
+    assert_eq!(status.code(), Some(1));
+    assert!(second.log().contains("another agent is at work"), "{}", second.log());
+    Ok(())
+}
+
+#[test]
+fn readiness_tells_the_truth() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = directory(&bed)?;
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    assert_eq!(agent.http("/healthz")?, (200, "ok\n".to_owned()));
+    assert_eq!(agent.http("/readyz")?, (200, "ready\n".to_owned()));
+    // Somebody detaches one of the programs behind the agent's back.
+    let link = bed.pins().join("v1/links/connect4");
+    detach(&link)?;
+    let (status, why) = agent.http("/readyz")?;
+    assert_eq!(status, 503);
+    assert!(why.contains("connect4") && why.contains("detached"), "{why}");
+    assert_eq!(agent.http("/healthz")?.0, 200);
+    let metrics = agent.http("/metrics")?.1;
+    assert!(metrics.contains("\nportolan_ready 0\n"), "{metrics}");
+    // A new agent mends it.
+    drop(agent);
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    assert_eq!(agent.http("/readyz")?.0, 200);
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial("172.16.0.10:80", 2)?.errnos(), [0; 2]);
+    Ok(())
+}
+
+/// `BPF_LINK_DETACH`
+fn detach(pin: &std::path::Path) -> Result<()> {
+    let output = std::process::Command::new("bpftool").args(["-j", "link", "show", "pinned"]).arg(pin).output()?;
+    let link: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let id = link["id"].to_string();
+    let status = std::process::Command::new("bpftool").args(["link", "detach", "id", &id]).status()?;
+    ensure!(status.success() && link["id"] != json!(null), "bpftool cannot detach {link}");
+    Ok(())
+}
+
+#[test]
+fn a_change_is_published_in_one_step_under_load() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = directory(&bed)?;
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    let mut load = bed.dialler()?;
+    load.begin(&Task::Load { to: "172.16.0.10:80".parse()? })?;
+    let end = Instant::now() + Duration::from_secs(3);
+    let mut changes = 0;
+    while Instant::now() < end {
+        let endpoints: &[(&str, &str, &str)] =
+            if changes % 2 == 0 { &[("10.0.0.1", "n1", "")] } else { &[("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")] };
+        directory.write("c1/all.yaml", &[
+            node("n1", "r1"),
+            service("web", &["172.16.0.10"], 80),
+            slice("web", 9080, endpoints),
+        ])?;
+        changes += 1;
+        wait_until("the change to be published", BOUND, || {
+            let count = agent.get("services")?["services"][0]["endpoints"].as_array().map_or(0, Vec::len);
+            ensure!(count == endpoints.len(), "{count}");
+            Ok(())
+        })?;
+    }
+    let reply = load.run(&Task::Stop)?;
+    assert_eq!(reply.bad, 0, "of {} over {changes} changes", reply.good);
+    assert!(changes >= 3 && reply.good > 100, "{changes} changes, {} connections", reply.good);
+    Ok(())
+}
