@@ -41,7 +41,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         "-Ctarget-cpu=v3",
     ]
     .join("\x1f");
-    let path = env::join_paths([bin.clone()].into_iter().chain(env::split_paths(&env::var_os("PATH").unwrap_or_default())))?;
+    let path =
+        env::join_paths([bin.clone()].into_iter().chain(env::split_paths(&env::var_os("PATH").unwrap_or_default())))?;
 
     let mut cargo = Command::new(env::var_os("CARGO").ok_or("CARGO is not set")?);
     cargo
@@ -64,7 +65,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         for line in String::from_utf8_lossy(&output.stderr).lines() {
             println!("cargo::warning={line}");
         }
-        println!("cargo::error=the eBPF programs did not compile; if the toolchain is broken, run: cargo xtask toolchain --force");
+        println!(
+            "cargo::error=the eBPF programs did not compile; if the toolchain is broken, run: cargo xtask toolchain --force"
+        );
         return Ok(());
     }
     std::fs::copy(target.join(triple).join("release/portolan"), out.join("portolan.bpf.o"))?;

@@ -33,6 +33,9 @@ pub struct Record {
     /// The endpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
+    /// How long an ejection lasts at least, in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duration_seconds: Option<f64>,
     /// For people.
     pub message: String,
 }
@@ -114,6 +117,10 @@ impl Record {
                 ),
             ),
         };
-        Self::of_pool(pool, *address, kind, message)
+        let duration_seconds = match event.kind {
+            EventKind::Ejected { duration, .. } => Some(duration.as_secs_f64()),
+            _ => None,
+        };
+        Self { duration_seconds, ..Self::of_pool(pool, *address, kind, message) }
     }
 }

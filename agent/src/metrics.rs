@@ -117,11 +117,23 @@ fn agent(registry: &mut Registry, sample: &Sample) {
         gauge
     };
     registry.register("portolan_ejected_endpoints", "Endpoints that are ejected now", gauge(sample.ejected as i64));
-    registry.register("portolan_ready", "1 while everything is read and every hook is in place", gauge(sample.ready.into()));
-    registry.register("portolan_publish_seconds", "Time from a change to the table in the kernel", sample.publish_seconds.clone());
+    registry.register(
+        "portolan_ready",
+        "1 while everything is read and every hook is in place",
+        gauge(sample.ready.into()),
+    );
+    registry.register(
+        "portolan_publish_seconds",
+        "Time from a change to the table in the kernel",
+        sample.publish_seconds.clone(),
+    );
     let counters = [
         ("portolan_events_lost", "Outcomes that found the ring buffer full", sample.counters.events_lost),
-        ("portolan_inconsistent", "Connections refused because the table contradicted itself", sample.counters.inconsistent),
+        (
+            "portolan_inconsistent",
+            "Connections refused because the table contradicted itself",
+            sample.counters.inconsistent,
+        ),
     ];
     for (name, help, value) in counters {
         let counter = Counter::<u64, AtomicU64>::default();
@@ -137,7 +149,8 @@ fn agent(registry: &mut Registry, sample: &Sample) {
     registry.register("portolan_map_entries", "Entries in use", used);
     registry.register("portolan_map_capacity", "Entries that there are", capacity);
     let findings = Family::<FindingLabels, Gauge>::default();
-    for (severity, label) in [(Severity::Error, FindingSeverity::error), (Severity::Warning, FindingSeverity::warning)] {
+    for (severity, label) in [(Severity::Error, FindingSeverity::error), (Severity::Warning, FindingSeverity::warning)]
+    {
         let count = sample.findings.iter().filter(|finding| finding.severity == severity).count();
         findings.get_or_create(&FindingLabels { severity: label }).set(count as i64);
     }

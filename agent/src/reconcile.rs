@@ -45,7 +45,9 @@ impl Place {
             Self::Node(name) => {
                 let node = snapshot.clusters.get(cluster).and_then(|objects| objects.nodes.get(name));
                 if node.is_none() {
-                    let message = format!("cluster {cluster} has no such Node: where its clients are is unknown, so everything is far away");
+                    let message = format!(
+                        "cluster {cluster} has no such Node: where its clients are is unknown, so everything is far away"
+                    );
                     findings.push(Finding::error(format!("Node {name}"), message));
                 }
                 (Some(name.clone()), node.map(|node| node.locality.clone()).unwrap_or_default())
@@ -92,7 +94,11 @@ impl Reconciler {
     pub fn new(cluster: String, place: Place, datapath: Datapath, held: Held, sizes: Sizes) -> Self {
         let inherited = held.frontends.len();
         if inherited > 0 {
-            tracing::info!(frontends = inherited, backends = held.backends.len(), "took over the maps of a former agent");
+            tracing::info!(
+                frontends = inherited,
+                backends = held.backends.len(),
+                "took over the maps of a former agent"
+            );
         }
         Self {
             cluster,
@@ -116,7 +122,11 @@ impl Reconciler {
     ///
     /// # Errors
     /// The kernel cannot be listened to, or does not take the programs.
-    pub async fn run(mut self, mut updates: mpsc::Receiver<Update>, mut requests: mpsc::Receiver<Request>) -> Result<()> {
+    pub async fn run(
+        mut self,
+        mut updates: mpsc::Receiver<Update>,
+        mut requests: mpsc::Receiver<Request>,
+    ) -> Result<()> {
         loop {
             let sweep = self.health.poll_timeout();
             let wake = [sweep, self.retry].into_iter().flatten().min();
@@ -210,7 +220,10 @@ impl Reconciler {
             .iter()
             .map(|refused| {
                 let (address, full) = (refused.key.endpoint().socket_addr(), refused.full);
-                let message = format!("stays as it was: {} has no room for {} entries of {}", refused.map, full.wanted, full.size);
+                let message = format!(
+                    "stays as it was: {} has no room for {} entries of {}",
+                    refused.map, full.wanted, full.size
+                );
                 Finding::error(format!("Frontend {address}"), message)
             })
             .collect();
@@ -308,7 +321,11 @@ impl Reconciler {
     fn report(&self) -> Report {
         let mut report = Report::new(&self.client, &self.verdict);
         report.findings = self.findings();
-        let routes = self.verdict.assignments.iter().flat_map(|assignment| assignment.routes.iter().map(move |route| (assignment, route)));
+        let routes = self
+            .verdict
+            .assignments
+            .iter()
+            .flat_map(|assignment| assignment.routes.iter().map(move |route| (assignment, route)));
         for (service, (assignment, route)) in report.services.iter_mut().zip(routes) {
             service.kernel = Some(self.frontend_kernel(&assignment.frontends, assignment.protocol.number()));
             for (endpoint, intended) in service.endpoints.iter_mut().zip(&route.pool.endpoints) {
@@ -324,7 +341,9 @@ impl Reconciler {
 
     fn frontend_kernel(&self, frontends: &[SocketAddr], protocol: u32) -> FrontendKernel {
         let mut sum = FrontendKernel::default();
-        for frontend in frontends.iter().filter_map(|address| self.datapath.maps.frontend(&table::key(*address, protocol))) {
+        for frontend in
+            frontends.iter().filter_map(|address| self.datapath.maps.frontend(&table::key(*address, protocol)))
+        {
             let stats = self.datapath.maps.frontend_stats(frontend.id).unwrap_or_default();
             sum.slots += frontend.period;
             sum.generation = sum.generation.max(frontend.generation);
@@ -343,4 +362,3 @@ impl Reconciler {
         })
     }
 }
-

@@ -211,9 +211,10 @@ fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) ->
         })
         .collect();
     let localities = pool.localities.iter().map(|locality| {
-        let here = pool.endpoints.iter().filter(|endpoint| {
-            endpoint.priority == locality.priority && endpoint.locality == locality.locality
-        });
+        let here = pool
+            .endpoints
+            .iter()
+            .filter(|endpoint| endpoint.priority == locality.priority && endpoint.locality == locality.locality);
         LocalityReport {
             locality: locality.locality.to_string(),
             priority: locality.priority,

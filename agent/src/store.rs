@@ -7,8 +7,8 @@ use std::{
 
 use crate::{
     model::{
-        DestinationRule, EndpointSlice, Finding, MeshConfig, NamespacedName, Node, Object, ObjectKey, Pod, Scope, Service,
-        VirtualService,
+        DestinationRule, EndpointSlice, Finding, MeshConfig, NamespacedName, Node, Object, ObjectKey, Pod, Scope,
+        Service, VirtualService,
     },
     source::{Contents, Update},
 };

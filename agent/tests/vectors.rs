@@ -8,7 +8,10 @@ use std::{
 
 use portolan::{
     health::{Detector, EventKind, Verdict},
-    model::{ClusterLocalRule, Distribute, Failover, Finding, Locality, LocalityPattern, MeshConfig, Object, OutlierDetection, Scope},
+    model::{
+        ClusterLocalRule, Distribute, Failover, Finding, Locality, LocalityPattern, MeshConfig, Object,
+        OutlierDetection, Scope,
+    },
     policy::{Level, Schedule, Share, distribute_weights, edf_order, failover_levels, is_cluster_local, loads},
     source::{Reader, read_text},
 };
@@ -113,7 +116,8 @@ fn priority_load(id: &str, input: &Value, expect: &Value) -> bool {
 fn locality_schedule(input: &Value) -> Schedule {
     let factor = input["overprovisioning_factor_percent"].as_u64().unwrap_or(140);
     let groups = list(&input["localities"]).iter().zip(0u64..).map(|(locality, i)| {
-        let (weight, hosts, healthy) = (number(&locality["weight"]), number(&locality["hosts"]), number(&locality["healthy"]));
+        let (weight, hosts, healthy) =
+            (number(&locality["weight"]), number(&locality["hosts"]), number(&locality["healthy"]));
         let health = Share::new(u128::from(factor * healthy), u128::from(100 * hosts.max(1))).min(Share::from(1));
         (health * Share::from(u128::from(weight)), vec![(host(i), 1)])
     });
@@ -155,8 +159,11 @@ fn failover(id: &str, input: &Value, expect: &Value) -> bool {
         .map(|rule| Failover { from: text(&rule["from"]), to: text(&rule["to"]) })
         .collect();
     let on = input["outlier_detection_set"] == json!(true) && input["locality_lb_enabled"] != json!(false);
-    let levels =
-        if on { failover_levels(&client, &endpoints.iter().collect::<Vec<_>>(), &rules) } else { vec![0; endpoints.len()] };
+    let levels = if on {
+        failover_levels(&client, &endpoints.iter().collect::<Vec<_>>(), &rules)
+    } else {
+        vec![0; endpoints.len()]
+    };
     assert_eq!(json!(levels), expect["priorities"], "{id}");
     true
 }
@@ -167,7 +174,12 @@ fn distribute(id: &str, input: &Value, expect: &Value) -> bool {
         .iter()
         .map(|rule| Distribute {
             from: text(&rule["from"]).parse().unwrap(),
-            to: rule["to"].as_object().unwrap().iter().map(|(to, percent)| (to.parse().unwrap(), number(percent) as u32)).collect(),
+            to: rule["to"]
+                .as_object()
+                .unwrap()
+                .iter()
+                .map(|(to, percent)| (to.parse().unwrap(), number(percent) as u32))
+                .collect(),
         })
         .collect();
     let client = locality(&input["proxy_locality"]);
@@ -221,7 +233,8 @@ fn validation(id: &str, input: &Value, expect: &Value) -> bool {
     if input["localityLbSetting"]["failoverPriority"].is_array() {
         return false;
     }
-    let (policy, findings) = read_setting(input["localityLbSetting"].clone(), input["outlier_detection_set"] == json!(true));
+    let (policy, findings) =
+        read_setting(input["localityLbSetting"].clone(), input["outlier_detection_set"] == json!(true));
     assert_eq!(json!(policy.is_none()), expect["error"], "{id}: {findings:?}");
     true
 }

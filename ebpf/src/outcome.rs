@@ -12,8 +12,7 @@ use aya_ebpf::{
         BPF_SOCK_OPS_TCP_CONNECT_CB,
     },
     helpers::generated::{
-        bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_setsockopt, bpf_sk_storage_get,
-        bpf_skc_to_tcp_sock,
+        bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_setsockopt, bpf_sk_storage_get, bpf_skc_to_tcp_sock,
     },
     programs::SockOpsContext,
 };

@@ -52,7 +52,9 @@ impl Directory {
         let folder = path.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(folder)?;
         let draft = folder.join(format!(".{}.draft", path.file_name().unwrap_or_default().display()));
-        fs::write(&draft, text).and_then(|()| fs::rename(&draft, &path)).with_context(|| format!("cannot write {}", path.display()))
+        fs::write(&draft, text)
+            .and_then(|()| fs::rename(&draft, &path))
+            .with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// Removes a file.

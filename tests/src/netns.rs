@@ -1,11 +1,6 @@
 //! Network namespaces: a node of its own, without any way to the outside.
 
-use std::{
-    fs::File,
-    os::fd::AsFd as _,
-    process::Command,
-    thread,
-};
+use std::{fs::File, os::fd::AsFd as _, process::Command, thread};
 
 use anyhow::{Context as _, Result, ensure};
 

@@ -26,16 +26,20 @@ fn ninety_ten(bed: &Bed, near: usize, far: usize) -> Result<Directory> {
             addresses.push((address, ["near", "far"][region]));
         }
     }
-    let endpoints: Vec<(&str, &str, &str)> = addresses.iter().map(|(address, node)| (address.as_str(), *node, "")).collect();
+    let endpoints: Vec<(&str, &str, &str)> =
+        addresses.iter().map(|(address, node)| (address.as_str(), *node, "")).collect();
     let rule = json!({"trafficPolicy": {"loadBalancer": {"simple": "ROUND_ROBIN", "localityLbSetting": {
         "distribute": [{"from": "r1/*", "to": {"r1/*": 90, "r2/*": 10}}]}}}});
-    directory.write("c1/all.yaml", &[
-        node("near", "r1/z1"),
-        node("far", "r2/z1"),
-        service("web", &["172.16.0.10"], 80),
-        slice("web", 9080, &endpoints),
-        destination_rule("web", &rule),
-    ])?;
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("near", "r1/z1"),
+            node("far", "r2/z1"),
+            service("web", &["172.16.0.10"], 80),
+            slice("web", 9080, &endpoints),
+            destination_rule("web", &rule),
+        ],
+    )?;
     Ok(directory)
 }
 
@@ -51,11 +55,29 @@ fn shares_are_exact_in_every_aligned_ten_whatever_the_number_of_endpoints() -> R
             let to_far = ten.iter().filter(|seen| seen.greeting == "far").count();
             assert_eq!((ten.len(), to_far), (10, 1), "{near} near, {far} far: {ten:?}");
         }
-        assert!(reply.seen.iter().all(|seen| seen.peer == Some("172.16.0.10:80".parse().unwrap())), "the dialled address is seen");
+        assert!(
+            reply.seen.iter().all(|seen| seen.peer == Some("172.16.0.10:80".parse().unwrap())),
+            "the dialled address is seen"
+        );
         // What `plan` says is what was measured.
-        let plan = bed.portolan(&["plan", "--config", &directory.path().display().to_string(), "--cluster", "c1", "--node", "near", "-o", "json"])?;
+        let plan = bed.portolan(&[
+            "plan",
+            "--config",
+            &directory.path().display().to_string(),
+            "--cluster",
+            "c1",
+            "--node",
+            "near",
+            "-o",
+            "json",
+        ])?;
         let plan: serde_json::Value = serde_json::from_slice(&plan.stdout)?;
-        let shares: Vec<f64> = plan["services"][0]["localities"].as_array().unwrap().iter().map(|l| l["share"].as_f64().unwrap()).collect();
+        let shares: Vec<f64> = plan["services"][0]["localities"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|l| l["share"].as_f64().unwrap())
+            .collect();
         assert_eq!(shares, [reply.count("near") as f64 / 1000.0, reply.count("far") as f64 / 1000.0]);
         drop(agent);
     }
@@ -71,12 +93,15 @@ fn every_family_and_socket_gets_there() -> Result<()> {
     bed.serve("10.0.0.1:9080", "four")?;
     bed.serve("[fd00::1]:9080", "six")?;
     let directory = Directory::new()?;
-    directory.write("c1/all.yaml", &[
-        node("n1", "r1"),
-        service("web", &["172.16.0.10", "fd16::10"], 80),
-        slice("web", 9080, &[("10.0.0.1", "n1", "")]),
-        slice("web", 9080, &[("fd00::1", "n1", "")]),
-    ])?;
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("n1", "r1"),
+            service("web", &["172.16.0.10", "fd16::10"], 80),
+            slice("web", 9080, &[("10.0.0.1", "n1", "")]),
+            slice("web", 9080, &[("fd00::1", "n1", "")]),
+        ],
+    )?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
     let mut client = bed.dialler()?;
     for (to, mapped, greeting, peer) in [
@@ -107,16 +132,16 @@ fn a_service_without_endpoints_refuses_at_once_and_falls_through_to_nobody() -> 
     bed.namespace.add_address("10.1.0.1/32")?;
     bed.serve("10.1.0.1:9080", "elsewhere")?;
     directory.write("c1/all.yaml", &[node("n1", "r1"), service("web", &["172.16.0.10"], 80)])?;
-    directory.write("c2/all.yaml", &[
-        node("n2", "r1"),
-        service("web", &["172.17.0.10"], 80),
-        slice("web", 9080, &[("10.1.0.1", "n2", "")]),
-    ])?;
+    directory.write(
+        "c2/all.yaml",
+        &[node("n2", "r1"), service("web", &["172.17.0.10"], 80), slice("web", 9080, &[("10.1.0.1", "n2", "")])],
+    )?;
     let agent = bed.agent(&directory, "c1", "n1")?;
     let mut client = bed.dialler()?;
     assert_eq!(client.dial("172.16.0.10:80", 2)?.greetings(), ["elsewhere"; 2], "services merge across clusters");
 
-    let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["web.default.svc.cluster.local"]}]});
+    let keep =
+        json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["web.default.svc.cluster.local"]}]});
     directory.write("mesh.yaml", &[portolan_tests::objects::mesh_config(&keep)])?;
     wait_until("the service to be kept", Duration::from_secs(10), || {
         let local = agent.get("services")?["services"][0]["clusterLocal"] == json!(true);
@@ -142,13 +167,16 @@ fn a_socket_that_reconnects_elsewhere_keeps_nothing() -> Result<()> {
         bed.serve(&format!("{address}:9080"), greeting)?;
     }
     let directory = Directory::new()?;
-    directory.write("c1/all.yaml", &[
-        node("n1", "r1"),
-        service("web", &["172.16.0.10"], 80),
-        service("other", &["172.16.0.20"], 80),
-        slice("web", 9080, &[("10.0.0.1", "n1", "")]),
-        slice("other", 9080, &[("10.0.0.2", "n1", "")]),
-    ])?;
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("n1", "r1"),
+            service("web", &["172.16.0.10"], 80),
+            service("other", &["172.16.0.20"], 80),
+            slice("web", 9080, &[("10.0.0.1", "n1", "")]),
+            slice("other", 9080, &[("10.0.0.2", "n1", "")]),
+        ],
+    )?;
     let agent = bed.agent(&directory, "c1", "n1")?;
     let mut client = bed.dialler()?;
     for (then, peer) in [
@@ -168,7 +196,14 @@ fn a_socket_that_reconnects_elsewhere_keeps_nothing() -> Result<()> {
     wait_until("the sockets to be closed", Duration::from_secs(10), || {
         let endpoints = agent.get("endpoints")?;
         let kernel: Vec<_> = [0, 1].map(|i| endpoints["services"][i]["endpoints"][0]["kernel"].clone()).to_vec();
-        ensure!(kernel == [json!({"connections": 1, "active": 0, "failures": 0}), json!({"connections": 4, "active": 0, "failures": 0})], "{kernel:?}");
+        ensure!(
+            kernel
+                == [
+                    json!({"connections": 1, "active": 0, "failures": 0}),
+                    json!({"connections": 4, "active": 0, "failures": 0})
+                ],
+            "{kernel:?}"
+        );
         Ok(())
     })
 }
@@ -179,11 +214,10 @@ fn counters_tell_the_truth() -> Result<()> {
     bed.namespace.add_address("10.0.0.1/32")?;
     bed.serve("10.0.0.1:9080", "hello")?;
     let directory = Directory::new()?;
-    directory.write("c1/all.yaml", &[
-        node("n1", "r1/z1"),
-        service("web", &["172.16.0.10"], 80),
-        slice("web", 9080, &[("10.0.0.1", "n1", "")]),
-    ])?;
+    directory.write(
+        "c1/all.yaml",
+        &[node("n1", "r1/z1"), service("web", &["172.16.0.10"], 80), slice("web", 9080, &[("10.0.0.1", "n1", "")])],
+    )?;
     let agent = bed.agent(&directory, "c1", "n1")?;
     let mut client = bed.dialler()?;
     let task = Task::Dial { to: "172.16.0.10:80".parse()?, times: 7, mapped: false, nonblocking: false, send: 100 };

@@ -26,13 +26,16 @@ fn failover(bed: &Bed, outlier: &Value, connect_timeout: Option<&str>) -> Result
     if let Some(timeout) = connect_timeout {
         policy["connectionPool"] = json!({"tcp": {"connectTimeout": timeout}});
     }
-    directory.write("c1/all.yaml", &[
-        node("near", "r1/z1"),
-        node("far", "r2/z1"),
-        service("web", &["172.16.0.10"], 80),
-        slice("web", 9080, &[("10.0.0.1", "near", ""), ("10.0.0.2", "near", ""), ("10.1.0.1", "far", "")]),
-        destination_rule("web", &json!({"trafficPolicy": policy})),
-    ])?;
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("near", "r1/z1"),
+            node("far", "r2/z1"),
+            service("web", &["172.16.0.10"], 80),
+            slice("web", 9080, &[("10.0.0.1", "near", ""), ("10.0.0.2", "near", ""), ("10.1.0.1", "far", "")]),
+            destination_rule("web", &json!({"trafficPolicy": policy})),
+        ],
+    )?;
     Ok(directory)
 }
 
@@ -100,7 +103,11 @@ fn a_connect_that_nobody_answers_is_given_up_in_time_and_counts() -> Result<()> 
     let agent = bed.agent(&directory, "c1", "near")?;
     let mut client = bed.dialler()?;
     let began = Instant::now();
-    assert_eq!(client.dial("172.16.0.10:80", 1)?.errnos(), [ETIMEDOUT], "the application is told, long before two minutes");
+    assert_eq!(
+        client.dial("172.16.0.10:80", 1)?.errnos(),
+        [ETIMEDOUT],
+        "the application is told, long before two minutes"
+    );
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     wait_until("the ejection", BOUND, || {
         ensure!(ejected(&agent)?.len() == 1);
@@ -135,7 +142,8 @@ fn an_application_that_gives_up_early_is_no_verdict() -> Result<()> {
     let kinds = kinds(&agent)?;
     assert_eq!(kinds.iter().filter(|kind| *kind == "failed").count(), 1, "{kinds:?}");
     let endpoints = agent.get("endpoints")?["services"][0]["endpoints"].clone();
-    let failures: u64 = endpoints.as_array().unwrap().iter().map(|endpoint| endpoint["kernel"]["failures"].as_u64().unwrap()).sum();
+    let failures: u64 =
+        endpoints.as_array().unwrap().iter().map(|endpoint| endpoint["kernel"]["failures"].as_u64().unwrap()).sum();
     assert_eq!(failures, 1);
     Ok(())
 }
@@ -143,13 +151,17 @@ fn an_application_that_gives_up_early_is_no_verdict() -> Result<()> {
 #[test]
 fn a_success_between_failures_resets_the_count() -> Result<()> {
     let bed = Bed::new()?;
-    let outlier = json!({"consecutive5xxErrors": 2, "interval": "1s", "baseEjectionTime": "1m", "maxEjectionPercent": 100});
+    let outlier =
+        json!({"consecutive5xxErrors": 2, "interval": "1s", "baseEjectionTime": "1m", "maxEjectionPercent": 100});
     let directory = failover(&bed, &outlier, None)?;
-    directory.write("c1/more.yaml", &[
-        service("one", &["172.16.0.20"], 80),
-        slice("one", 9080, &[("10.0.0.1", "near", "")]),
-        destination_rule("one", &json!({"trafficPolicy": {"outlierDetection": outlier}})),
-    ])?;
+    directory.write(
+        "c1/more.yaml",
+        &[
+            service("one", &["172.16.0.20"], 80),
+            slice("one", 9080, &[("10.0.0.1", "near", "")]),
+            destination_rule("one", &json!({"trafficPolicy": {"outlierDetection": outlier}})),
+        ],
+    )?;
     let agent = bed.agent(&directory, "c1", "near")?;
     let mut client = bed.dialler()?;
     let fail = |client: &mut portolan_tests::Dialler| -> Result<()> {

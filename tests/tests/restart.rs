@@ -24,11 +24,14 @@ fn directory(bed: &Bed) -> Result<Directory> {
         bed.serve(&format!("10.0.0.{i}:9080"), &format!("pod{i}"))?;
     }
     let directory = Directory::new()?;
-    directory.write("c1/all.yaml", &[
-        node("n1", "r1"),
-        service("web", &["172.16.0.10"], 80),
-        slice("web", 9080, &[("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")]),
-    ])?;
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("n1", "r1"),
+            service("web", &["172.16.0.10"], 80),
+            slice("web", 9080, &[("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")]),
+        ],
+    )?;
     Ok(directory)
 }
 
@@ -66,7 +69,13 @@ fn nothing_is_taken_away_before_everything_has_been_read() -> Result<()> {
     agent.process.kill();
     // The directory is a FIFO's length away from being read: the agent starts, and does not get to the end of it.
     let fifo = directory.path().join("c1/slow.yaml");
-    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR, 0)?;
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &fifo,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        0,
+    )?;
     let all = directory.path().join("c1/all.yaml");
     let text = fs::read_to_string(&all)?;
     fs::remove_file(&all)?;
@@ -179,13 +188,15 @@ fn a_change_is_published_in_one_step_under_load() -> Result<()> {
     let end = Instant::now() + Duration::from_secs(3);
     let mut changes = 0;
     while Instant::now() < end {
-        let endpoints: &[(&str, &str, &str)] =
-            if changes % 2 == 0 { &[("10.0.0.1", "n1", "")] } else { &[("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")] };
-        directory.write("c1/all.yaml", &[
-            node("n1", "r1"),
-            service("web", &["172.16.0.10"], 80),
-            slice("web", 9080, endpoints),
-        ])?;
+        let endpoints: &[(&str, &str, &str)] = if changes % 2 == 0 {
+            &[("10.0.0.1", "n1", "")]
+        } else {
+            &[("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")]
+        };
+        directory.write(
+            "c1/all.yaml",
+            &[node("n1", "r1"), service("web", &["172.16.0.10"], 80), slice("web", 9080, endpoints)],
+        )?;
         changes += 1;
         wait_until("the change to be published", BOUND, || {
             let count = agent.get("services")?["services"][0]["endpoints"].as_array().map_or(0, Vec::len);

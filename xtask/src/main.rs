@@ -1,1 +1,50 @@
-fn main() {}
+//! Chores of the repository. Each does all its own set-up.
+
+mod bench;
+mod command;
+mod demo;
+mod packages;
+mod test;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// Chores of the repository. Each does all its own set-up on a fresh Debian machine with Rust.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Task {
+    /// Finds or installs what the eBPF programs are built with
+    Toolchain {
+        /// Begin anew, even if there is one
+        #[arg(long)]
+        force: bool,
+    },
+    /// Plays the users' scenarios on two clusters made of network namespaces (needs root)
+    Demo(demo::DemoArgs),
+    /// Runs everything that must hold: format, lints, unit tests, tests in the kernel, the demo (needs root)
+    Test(test::TestArgs),
+    /// Compares connect() through Portolan with connect() to the endpoint itself (needs root)
+    Bench(bench::BenchArgs),
+}
+
+fn main() -> ExitCode {
+    match run(Task::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<ExitCode> {
+    match task {
+        Task::Toolchain { force } => toolchain::ensure(force).map(|()| ExitCode::SUCCESS),
+        Task::Demo(args) => demo::run(&args),
+        Task::Test(args) => test::run(&args),
+        Task::Bench(args) => bench::run(&args),
+    }
+}

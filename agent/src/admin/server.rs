@@ -111,7 +111,8 @@ fn lines(records: impl Stream<Item = Record> + Send + 'static) -> Body {
 
 async fn show_metrics(State(questions): State<Questions>) -> Result<Response, Response> {
     let sample = ask(&questions, Request::Sample).await?;
-    let text = metrics::render(&sample).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response())?;
+    let text = metrics::render(&sample)
+        .map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response())?;
     Ok(([("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response())
 }
 

@@ -52,8 +52,14 @@ pub(super) struct AgentArgs {
 }
 
 pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
-    let filter = if args.program_log == ProgramLog::Off { args.log } else { args.log.add_directive("portolan=debug".parse()?) };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).with_target(false).init();
+    let filter =
+        if args.program_log == ProgramLog::Off { args.log } else { args.log.add_directive("portolan=debug".parse()?) };
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
     // One thread works, one answers.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let options = Options { cgroup: args.cgroup, bpffs: args.bpffs, sizes: Sizes::default(), log: args.program_log };
@@ -61,10 +67,13 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     runtime.block_on(async {
         let (datapath, held) = Datapath::open(&options)?;
         let admin_socket = admin::bind_admin(&args.admin.admin)?;
-        let metrics_socket = TcpListener::bind(args.metrics).await.with_context(|| format!("--metrics: cannot listen on {}", args.metrics))?;
+        let metrics_socket = TcpListener::bind(args.metrics)
+            .await
+            .with_context(|| format!("--metrics: cannot listen on {}", args.metrics))?;
         let (questions, requests) = mpsc::channel(16);
         let (changes, updates) = mpsc::channel(256);
-        let reconciler = Reconciler::new(args.place.cluster.clone(), args.place.at.place(), datapath, held, options.sizes);
+        let reconciler =
+            Reconciler::new(args.place.cluster.clone(), args.place.at.place(), datapath, held, options.sizes);
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let ended = tokio::select! {
             ended = tokio::spawn(reconciler.run(updates, requests)) => ended?,

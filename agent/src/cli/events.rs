@@ -30,7 +30,9 @@ pub(super) fn run(args: &EventsArgs) -> Result<ExitCode> {
         while let Some(line) = stream.next_line().await? {
             match args.output.output {
                 Format::Json => anstream::println!("{line}"),
-                Format::Yaml => anstream::print!("---\n{}", serde_saphyr::to_string(&serde_json::from_str::<Record>(&line)?)?),
+                Format::Yaml => {
+                    anstream::print!("---\n{}", serde_saphyr::to_string(&serde_json::from_str::<Record>(&line)?)?)
+                }
                 Format::Table => {
                     let record: Record = serde_json::from_str(&line)?;
                     anstream::println!("{}  {:<9}  {}", record.time, record.kind, record.message);

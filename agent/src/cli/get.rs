@@ -23,7 +23,9 @@ enum What {
 
 /// Shows what the running agent intends, and beside it what the kernel holds.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  portolan get ejections\n  portolan get endpoints --service default/reviews -o json")]
+#[command(
+    after_help = "Example:\n  portolan get ejections\n  portolan get endpoints --service default/reviews -o json"
+)]
 pub(super) struct GetArgs {
     /// What to show
     #[arg(value_enum)]

@@ -12,11 +12,7 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::Result;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
-use crate::{
-    datapath::Unsupported,
-    model::Locality,
-    reconcile::Place,
-};
+use crate::{datapath::Unsupported, model::Locality, reconcile::Place};
 
 /// Gives every connection on a node to the right endpoint, in the kernel.
 ///
@@ -150,7 +146,10 @@ impl SelectArgs {
     fn apply(&self, report: &mut crate::report::Report) {
         report.services.retain(|service| {
             self.port.is_none_or(|port| port == service.port)
-                && self.service.as_ref().is_none_or(|name| name.namespace == service.namespace && name.name == service.name)
+                && self
+                    .service
+                    .as_ref()
+                    .is_none_or(|name| name.namespace == service.namespace && name.name == service.name)
         });
     }
 }

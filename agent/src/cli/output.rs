@@ -87,9 +87,12 @@ fn services(table: &mut Table, report: &Report, live: bool) {
     table.set_header(header);
     for service in &report.services {
         let shares = service.localities.iter().filter(|locality| locality.share > 0.0);
-        let shares: Vec<_> = shares.map(|locality| format!("{} {}", or_unknown(&locality.locality), percent(locality.share))).collect();
-        let (hosts, healthy) =
-            service.priorities.iter().fold((0, 0), |(hosts, healthy), level| (hosts + level.hosts, healthy + level.healthy));
+        let shares: Vec<_> =
+            shares.map(|locality| format!("{} {}", or_unknown(&locality.locality), percent(locality.share))).collect();
+        let (hosts, healthy) = service
+            .priorities
+            .iter()
+            .fold((0, 0), |(hosts, healthy), level| (hosts + level.hosts, healthy + level.healthy));
         let mut row = vec![
             name(service),
             service.frontends.join(", "),

@@ -22,7 +22,9 @@ use crate::{
 /// The shares are computed by the same code that the agent uses, so they are what the kernel gives. Exit status 1 where a finding
 /// is an error.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  portolan plan --config mesh/ --cluster c1 --node n1 --service default/reviews -o json")]
+#[command(
+    after_help = "Example:\n  portolan plan --config mesh/ --cluster c1 --node n1 --service default/reviews -o json"
+)]
 pub(super) struct PlanArgs {
     #[command(flatten)]
     config: ConfigArgs,
@@ -68,7 +70,10 @@ pub(super) fn run(args: &PlanArgs) -> Result<ExitCode> {
 }
 
 /// The endpoints that `--eject` means: one with this port, or with this address and any port.
-fn ejected(texts: &[String], verdict: impl FnOnce(&Ejections) -> crate::policy::Verdict) -> Result<BTreeSet<SocketAddr>> {
+fn ejected(
+    texts: &[String],
+    verdict: impl FnOnce(&Ejections) -> crate::policy::Verdict,
+) -> Result<BTreeSet<SocketAddr>> {
     if texts.is_empty() {
         return Ok(BTreeSet::new());
     }

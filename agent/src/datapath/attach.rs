@@ -12,10 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
     Ebpf,
-    programs::{
-        CgroupAttachMode, Program,
-        links::FdLink,
-    },
+    programs::{CgroupAttachMode, Program, links::FdLink},
 };
 
 use super::{Pins, link};
@@ -47,7 +44,9 @@ impl Hooks {
 
     pub(super) fn attach(&mut self, bpf: &mut Ebpf) -> Result<()> {
         for name in PROGRAMS {
-            let link = self.attach_one(bpf, name).with_context(|| format!("cannot attach {name} to {}", self.cgroup.display()))?;
+            let link = self
+                .attach_one(bpf, name)
+                .with_context(|| format!("cannot attach {name} to {}", self.cgroup.display()))?;
             self.links.push((name, link));
         }
         Ok(())
@@ -70,7 +69,10 @@ impl Hooks {
                 }
                 // Its cgroup is gone, or somebody has detached it: it does nothing any more.
                 0 => fs::remove_file(&pin).with_context(|| format!("cannot remove {}", pin.display()))?,
-                _ => bail!("{} belongs to another cgroup; give that one with --cgroup, or run: portolan cleanup", pin.display()),
+                _ => bail!(
+                    "{} belongs to another cgroup; give that one with --cgroup, or run: portolan cleanup",
+                    pin.display()
+                ),
             }
         }
         let cgroup = File::open(&self.cgroup)?;
@@ -94,7 +96,8 @@ impl Hooks {
         if self.links.len() < PROGRAMS.len() {
             bail!("the programs are not attached yet");
         }
-        let now = fs::metadata(&self.cgroup).with_context(|| format!("the cgroup {} is gone", self.cgroup.display()))?.ino();
+        let now =
+            fs::metadata(&self.cgroup).with_context(|| format!("the cgroup {} is gone", self.cgroup.display()))?.ino();
         if now != self.cgroup_id {
             bail!("the cgroup {} is another one now; restart the agent", self.cgroup.display());
         }

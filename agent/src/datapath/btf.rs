@@ -12,7 +12,10 @@ const KIND_STRUCT: u32 = 4;
 
 pub(super) fn sk_err_offset(path: &Path) -> Result<u32, Unsupported> {
     let btf = std::fs::read(path).map_err(|error| {
-        Unsupported(format!("{} cannot be read ({error}): the kernel has no BTF; use one built with CONFIG_DEBUG_INFO_BTF", path.display()))
+        Unsupported(format!(
+            "{} cannot be read ({error}): the kernel has no BTF; use one built with CONFIG_DEBUG_INFO_BTF",
+            path.display()
+        ))
     })?;
     member_offset(&btf, "sock", "sk_err")
         .ok_or_else(|| Unsupported(format!("{} does not describe struct sock", path.display())))
@@ -28,7 +31,9 @@ fn member_offset(btf: &[u8], structure: &str, member: &str) -> Option<u32> {
     let (types, types_len) = (header + word(8)? as usize, word(12)? as usize);
     let strings = btf.get(header + word(16)? as usize..)?;
     let named = |offset: u32, name: &str| {
-        strings.get(offset as usize..).is_some_and(|rest| rest.starts_with(name.as_bytes()) && rest.get(name.len()) == Some(&0))
+        strings
+            .get(offset as usize..)
+            .is_some_and(|rest| rest.starts_with(name.as_bytes()) && rest.get(name.len()) == Some(&0))
     };
     let mut at = types;
     while at < types + types_len {

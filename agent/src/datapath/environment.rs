@@ -35,8 +35,18 @@ impl Environment {
         };
         match filesystem(&cgroup) {
             Some(CGROUP2_MAGIC) => {}
-            Some(_) => return Err(Unsupported(format!("{} is not on a cgroup v2 file system; give one with --cgroup", cgroup.display()))),
-            None => return Err(Unsupported(format!("cgroup {} does not exist; create it, or give another with --cgroup", cgroup.display()))),
+            Some(_) => {
+                return Err(Unsupported(format!(
+                    "{} is not on a cgroup v2 file system; give one with --cgroup",
+                    cgroup.display()
+                )));
+            }
+            None => {
+                return Err(Unsupported(format!(
+                    "cgroup {} does not exist; create it, or give another with --cgroup",
+                    cgroup.display()
+                )));
+            }
         }
         check_bpffs(&options.bpffs)?;
         let sk_err_offset = btf::sk_err_offset(Path::new("/sys/kernel/btf/vmlinux"))?;
@@ -61,13 +71,17 @@ fn check_bpffs(folder: &Path) -> Result<(), Unsupported> {
         return Ok(());
     }
     if existing == Path::new(DEFAULT_BPFFS) {
-        let flags = rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV | rustix::mount::MountFlags::NOEXEC;
+        let flags =
+            rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV | rustix::mount::MountFlags::NOEXEC;
         if rustix::mount::mount("bpf", DEFAULT_BPFFS, "bpf", flags, None).is_ok() {
             tracing::info!("mounted a bpffs at {DEFAULT_BPFFS}");
             return Ok(());
         }
     }
-    Err(Unsupported(format!("{} is not on a bpffs; mount one (mount -t bpf bpf {DEFAULT_BPFFS}) or give another with --bpffs", folder.display())))
+    Err(Unsupported(format!(
+        "{} is not on a bpffs; mount one (mount -t bpf bpf {DEFAULT_BPFFS}) or give another with --bpffs",
+        folder.display()
+    )))
 }
 
 fn filesystem(path: &Path) -> Option<u64> {

@@ -13,13 +13,13 @@ use std::{fmt, path::PathBuf};
 use anyhow::{Context as _, Result};
 use aya::{Ebpf, EbpfLoader};
 
+use self::{attach::Hooks, environment::Environment};
 pub use self::{
     environment::Unsupported,
     events::{EventStream, Logs, Outcome},
     maps::{Counters, Maps},
     pins::{Pins, cleanup},
 };
-use self::{attach::Hooks, environment::Environment};
 use crate::table::{Held, Sizes};
 
 /// The programs, built by `build.rs`.

@@ -43,7 +43,9 @@ impl Pins {
                 _ => {}
             }
         }
-        lock(&self.root)?.with_context(|| format!("another agent is at work on {}; stop it, or give this one its own --bpffs", self.root.display()))
+        lock(&self.root)?.with_context(|| {
+            format!("another agent is at work on {}; stop it, or give this one its own --bpffs", self.root.display())
+        })
     }
 }
 
@@ -90,7 +92,8 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         entries => {
-            let entries: io::Result<Vec<PathBuf>> = entries.and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
+            let entries: io::Result<Vec<PathBuf>> =
+                entries.and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
             let mut entries = entries.with_context(|| format!("cannot read {}", folder.display()))?;
             entries.sort();
             Ok(entries)
@@ -100,7 +103,9 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
 
 fn remove_folder(folder: &Path) -> Result<()> {
     match fs::remove_dir(folder) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).with_context(|| format!("cannot remove {}", folder.display())),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", folder.display()))
+        }
         _ => Ok(()),
     }
 }

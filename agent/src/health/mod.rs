@@ -41,7 +41,13 @@ impl Health {
     }
 
     /// A connect to an endpoint of one of these pools has ended.
-    pub fn observe(&mut self, now: Instant, pools: &[PoolKey], address: SocketAddr, verdict: Verdict) -> Vec<(PoolKey, Event)> {
+    pub fn observe(
+        &mut self,
+        now: Instant,
+        pools: &[PoolKey],
+        address: SocketAddr,
+        verdict: Verdict,
+    ) -> Vec<(PoolKey, Event)> {
         let mut events = Vec::new();
         for key in pools {
             let event = self.pools.get_mut(key).and_then(|detector| detector.observe(now, address, verdict));
@@ -58,12 +64,16 @@ impl Health {
     /// The sweeps that are due.
     pub fn handle_timeout(&mut self, now: Instant) -> Vec<(PoolKey, Event)> {
         let due = self.pools.iter_mut().filter(|(_, detector)| detector.poll_timeout().is_some_and(|at| at <= now));
-        due.flat_map(|(key, detector)| detector.handle_timeout(now).into_iter().map(|event| (key.clone(), event))).collect()
+        due.flat_map(|(key, detector)| detector.handle_timeout(now).into_iter().map(|event| (key.clone(), event)))
+            .collect()
     }
 
     /// The ejections in force, for the policy.
     pub fn ejections(&self) -> Ejections {
-        let by_pool = self.pools.iter().map(|(key, detector)| (key.clone(), detector.ejections().map(|(address, _)| address).collect()));
+        let by_pool = self
+            .pools
+            .iter()
+            .map(|(key, detector)| (key.clone(), detector.ejections().map(|(address, _)| address).collect()));
         Ejections { by_pool: by_pool.collect(), everywhere: BTreeSet::new() }
     }
 

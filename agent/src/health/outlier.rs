@@ -113,7 +113,10 @@ impl Detector {
         }
         host.failures += 1;
         let failures = host.failures;
-        if self.settings.consecutive_errors == 0 || failures != self.settings.consecutive_errors || host.ejected_at.is_some() {
+        if self.settings.consecutive_errors == 0
+            || failures != self.settings.consecutive_errors
+            || host.ejected_at.is_some()
+        {
             return None;
         }
         // The counter starts again, whether the limit allows the ejection or not.
@@ -151,7 +154,8 @@ impl Detector {
         for (address, host) in &mut self.hosts {
             match host.ejected_at {
                 Some(since) => {
-                    let time = (self.settings.base_ejection_time * host.multiplier).min(self.settings.max_ejection_time);
+                    let time =
+                        (self.settings.base_ejection_time * host.multiplier).min(self.settings.max_ejection_time);
                     if now.saturating_duration_since(since) >= time {
                         host.ejected_at = None;
                         host.last_release = Some(now);
@@ -160,7 +164,9 @@ impl Detector {
                     }
                 }
                 None => {
-                    let well = host.last_release.is_none_or(|release| now.saturating_duration_since(release) >= self.settings.interval);
+                    let well = host
+                        .last_release
+                        .is_none_or(|release| now.saturating_duration_since(release) >= self.settings.interval);
                     if well && host.multiplier > 0 {
                         host.multiplier -= 1;
                     }

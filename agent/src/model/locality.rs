@@ -62,7 +62,10 @@ impl LocalityPattern {
 
     /// Whether some locality could match both patterns.
     pub fn overlaps(&self, other: &Self) -> bool {
-        self.parts.iter().zip(&other.parts).all(|(a, b)| a == b || [a, b].iter().any(|part| part.is_empty() || *part == "*"))
+        self.parts
+            .iter()
+            .zip(&other.parts)
+            .all(|(a, b)| a == b || [a, b].iter().any(|part| part.is_empty() || *part == "*"))
     }
 }
 

@@ -8,7 +8,8 @@ use crate::model::MeshConfig;
 /// defaults are the first in the list, so that settings may override them.
 pub fn is_cluster_local(mesh: &MeshConfig, host: &str) -> bool {
     let domain = &mesh.domain;
-    let defaults = ["*.kube-system", "kubernetes.default", "istiod.istio-system"].map(|name| format!("{name}.svc.{domain}"));
+    let defaults =
+        ["*.kube-system", "kubernetes.default", "istiod.istio-system"].map(|name| format!("{name}.svc.{domain}"));
     let defaults = defaults.iter().map(|pattern| (pattern.as_str(), true));
     let settings = mesh.cluster_local.iter().map(|rule| (rule.host.as_str(), rule.cluster_local));
     let mut best: Option<(bool, usize, bool)> = None;

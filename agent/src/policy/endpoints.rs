@@ -139,7 +139,10 @@ fn collect<'a>(
         // During a rollout of slices an endpoint may be in two of them.
         if seen.insert(address) {
             let health = EndpointHealth::Healthy;
-            found.push((Endpoint { address, cluster: cluster.to_owned(), locality, weight: 1, health, priority: 0 }, endpoint));
+            found.push((
+                Endpoint { address, cluster: cluster.to_owned(), locality, weight: 1, health, priority: 0 },
+                endpoint,
+            ));
         }
     }
 }
@@ -179,9 +182,13 @@ pub(super) fn check(snapshot: &Snapshot, findings: &mut Vec<Finding>) {
                     findings.push(Finding::warning(format!("EndpointSlice {}", slice.name), message));
                 }
                 let nodes: BTreeSet<_> = slice.endpoints.iter().map(|endpoint| endpoint.node.as_deref()).collect();
-                for node in nodes.into_iter().filter(|node| !node.is_some_and(|node| objects.nodes.contains_key(node))) {
-                    let what = node.map_or("an endpoint names no node".to_owned(), |node| format!("cluster {cluster} has no Node {node}"));
-                    let message = format!("endpoints.nodeName: {what}, so the locality is unknown and counts as far away");
+                for node in nodes.into_iter().filter(|node| !node.is_some_and(|node| objects.nodes.contains_key(node)))
+                {
+                    let what = node.map_or("an endpoint names no node".to_owned(), |node| {
+                        format!("cluster {cluster} has no Node {node}")
+                    });
+                    let message =
+                        format!("endpoints.nodeName: {what}, so the locality is unknown and counts as far away");
                     findings.push(Finding::warning(format!("EndpointSlice {}", slice.name), message));
                 }
             }

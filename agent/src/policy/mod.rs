@@ -138,13 +138,15 @@ pub fn assign(snapshot: &Snapshot, client: &Client, ejections: &Ejections) -> Ve
     let mut taken: BTreeMap<(IpAddr, u16), NamespacedName> = BTreeMap::new();
     let own = snapshot.clusters.get(&client.cluster);
     if own.is_none() {
-        let message = format!("the configuration has no cluster {:?}: there is nothing to do for its clients", client.cluster);
+        let message =
+            format!("the configuration has no cluster {:?}: there is nothing to do for its clients", client.cluster);
         findings.push(Finding::error(format!("Cluster {}", client.cluster), message));
     }
     for service in own.into_iter().flat_map(|objects| objects.services.values()) {
         for port in &service.ports {
             if port.protocol != Protocol::Tcp {
-                let message = format!("port {}: {} is not handled yet; such traffic is left alone", port.port, port.protocol);
+                let message =
+                    format!("port {}: {} is not handled yet; such traffic is left alone", port.port, port.protocol);
                 findings.push(Finding::warning(format!("Service {}", service.name), message));
                 continue;
             }
@@ -177,7 +179,10 @@ fn free_addresses(
         match taken.get(&(*address, port.port)) {
             Some(other) => findings.push(Finding::error(
                 format!("Service {}", service.name),
-                format!("spec.clusterIPs: {address} port {} belongs to Service {other} already, which keeps it", port.port),
+                format!(
+                    "spec.clusterIPs: {address} port {} belongs to Service {other} already, which keeps it",
+                    port.port
+                ),
             )),
             None => {
                 taken.insert((*address, port.port), service.name.clone());

@@ -114,7 +114,8 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
     let rule = scene.rules.destination_rule(&key.service);
     let policy = rule.map(|rule| scene.rules.traffic_policy(rule, &key)).unwrap_or_default();
     let setting = policy.locality.as_ref().unwrap_or(&scene.rules.mesh.locality);
-    let subset = rule.zip(key.subset.as_ref()).and_then(|(rule, name)| rule.subsets.iter().find(|subset| subset.name == *name));
+    let subset =
+        rule.zip(key.subset.as_ref()).and_then(|(rule, name)| rule.subsets.iter().find(|subset| subset.name == *name));
     let cluster_local = is_cluster_local(&scene.rules.mesh, &scene.rules.host_of(&key.service));
     let threshold = policy.outlier.as_ref().map_or(0, |outlier| outlier.min_health_percent);
 
@@ -126,7 +127,10 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
         panic_possible: threshold > 0,
     };
     let mut endpoints = if key.subset.is_some() && subset.is_none() {
-        let message = format!("subset {:?} of {} is defined by no DestinationRule: its connections are refused", key.subset, key.service);
+        let message = format!(
+            "subset {:?} of {} is defined by no DestinationRule: its connections are refused",
+            key.subset, key.service
+        );
         findings.push(Finding::error(format!("Service {}", key.service), message));
         Vec::new()
     } else {
@@ -227,12 +231,16 @@ fn share(endpoints: &[Endpoint], weights: &Weights, threshold: u32, by_locality:
 /// less (Envoy's locality weighted load balancing).
 fn by_weight(level: u32, load: Share, weights: &Weights, chosen: &[&Endpoint], all: &[&Endpoint]) -> Vec<Group> {
     let localities: BTreeSet<&Locality> = chosen.iter().map(|endpoint| &endpoint.locality).collect();
-    let count = |endpoints: &[&Endpoint], locality: &Locality| endpoints.iter().filter(|endpoint| endpoint.locality == *locality).count() as u128;
+    let count = |endpoints: &[&Endpoint], locality: &Locality| {
+        endpoints.iter().filter(|endpoint| endpoint.locality == *locality).count() as u128
+    };
     // Health is a fraction; in units of this size it is a whole number, unless there are more localities of more sizes than
     // any schedule could show.
     let unit = localities
         .iter()
-        .try_fold(10u128, |unit, locality| Some(unit.lcm(&(10 * count(all, locality)))).filter(|unit| *unit <= 1_000_000_000))
+        .try_fold(10u128, |unit, locality| {
+            Some(unit.lcm(&(10 * count(all, locality)))).filter(|unit| *unit <= 1_000_000_000)
+        })
         .unwrap_or(1_000_000_000);
     let mut parts = Vec::new();
     for locality in localities {

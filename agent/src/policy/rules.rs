@@ -45,7 +45,8 @@ impl RuleBook {
         let scopes: Vec<&Objects> = [Some(&snapshot.mesh), own].into_iter().flatten().collect();
         // The cluster's own settings come before those of the mesh.
         let mesh = scopes.iter().rev().find_map(|objects| objects.mesh_config.as_deref()).cloned().unwrap_or_default();
-        let mut book = Self { mesh, destination_rules: Vec::new(), virtual_services: Vec::new(), hosts: BTreeMap::new() };
+        let mut book =
+            Self { mesh, destination_rules: Vec::new(), virtual_services: Vec::new(), hosts: BTreeMap::new() };
         for name in snapshot.clusters.values().flat_map(|objects| objects.services.keys()) {
             book.hosts.insert(book.host_of(name), name.clone());
         }
@@ -74,14 +75,21 @@ impl RuleBook {
 
     /// A name without dots means a Service in the rule's own namespace.
     fn full_name(&self, host: &str, namespace: &str) -> String {
-        if host.contains(['.', '*']) { host.to_owned() } else { NamespacedName::new(namespace, host).host(&self.mesh.domain) }
+        if host.contains(['.', '*']) {
+            host.to_owned()
+        } else {
+            NamespacedName::new(namespace, host).host(&self.mesh.domain)
+        }
     }
 
     fn check_destination_rule(&self, rule: &DestinationRule, host: &str, findings: &mut Vec<Finding>) {
         let object = || format!("DestinationRule {}", rule.name);
         let meant: Vec<_> = self.hosts.iter().filter(|(name, _)| matches(host, name)).map(|(_, name)| name).collect();
         if meant.is_empty() {
-            findings.push(Finding::warning(object(), format!("spec.host: no Service is named {host:?}; the rule has no effect")));
+            findings.push(Finding::warning(
+                object(),
+                format!("spec.host: no Service is named {host:?}; the rule has no effect"),
+            ));
         } else if rule.name.namespace != self.mesh.root_namespace
             && !meant.iter().any(|service| service.namespace == rule.name.namespace)
         {
@@ -120,7 +128,8 @@ impl RuleBook {
     /// Where connections to a port of a service go: by its `tcp` route, or to itself.
     pub fn destinations(&self, service: &Service, port: u16, findings: &mut Vec<Finding>) -> Vec<Destination> {
         let rule = self.find(&self.virtual_services, &service.name);
-        let route = rule.and_then(|rule| rule.tcp.iter().find(|route| route.ports.is_empty() || route.ports.contains(&port)));
+        let route =
+            rule.and_then(|rule| rule.tcp.iter().find(|route| route.ports.is_empty() || route.ports.contains(&port)));
         let (Some(rule), Some(route)) = (rule, route) else {
             let key = PoolKey { service: service.name.clone(), port, subset: None };
             return vec![Destination { weight: 1, key, by_rule: false }];
@@ -133,7 +142,8 @@ impl RuleBook {
                 findings.push(Finding::error(format!("VirtualService {}", rule.name), message));
                 NamespacedName::new(&rule.name.namespace, &destination.host)
             });
-            let key = PoolKey { service: name, port: destination.port.unwrap_or(port), subset: destination.subset.clone() };
+            let key =
+                PoolKey { service: name, port: destination.port.unwrap_or(port), subset: destination.subset.clone() };
             destinations.push(Destination { weight: destination.weight, key, by_rule: true });
         }
         destinations

@@ -62,7 +62,10 @@ impl Schedule {
                 Turn { run: run as u32, visit: seen[run] - 1 }
             })
             .collect();
-        let runs = groups.into_iter().zip(visits).map(|((_, members), visits)| Run { visits: visits as u32, members: run(&members) });
+        let runs = groups
+            .into_iter()
+            .zip(visits)
+            .map(|((_, members), visits)| Run { visits: visits as u32, members: run(&members) });
         Self { turns, runs: runs.collect() }
     }
 

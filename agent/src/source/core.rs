@@ -68,7 +68,8 @@ pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<
         return Err("addressType FQDN: names cannot be dialled in the kernel".to_owned());
     }
     let service = slice.metadata.labels.unwrap_or_default().remove(SERVICE_OF_SLICE);
-    let service = service.ok_or_else(|| format!("metadata.labels: {SERVICE_OF_SLICE} is missing: no Service claims it"))?;
+    let service =
+        service.ok_or_else(|| format!("metadata.labels: {SERVICE_OF_SLICE} is missing: no Service claims it"))?;
     let mut ports = Vec::new();
     for (i, port) in slice.ports.iter().flatten().enumerate() {
         let Some(number) = port.port else {
@@ -92,12 +93,7 @@ pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<
             Err(message) => context.error(format!("endpoints[{i}].{message}")),
         }
     }
-    Ok(EndpointSlice {
-        name: context.name.clone(),
-        service: NamespacedName::new(namespace, service),
-        ports,
-        endpoints,
-    })
+    Ok(EndpointSlice { name: context.name.clone(), service: NamespacedName::new(namespace, service), ports, endpoints })
 }
 
 fn slice_endpoint(reader: Reader, namespace: &str, endpoint: ApiEndpoint) -> Result<SliceEndpoint, String> {
@@ -118,7 +114,10 @@ fn slice_endpoint(reader: Reader, namespace: &str, endpoint: ApiEndpoint) -> Res
         node: endpoint.node_name,
         zone: endpoint.zone,
         pod: pod.map(|target| {
-            NamespacedName::new(target.namespace.unwrap_or_else(|| namespace.to_owned()), target.name.unwrap_or_default())
+            NamespacedName::new(
+                target.namespace.unwrap_or_else(|| namespace.to_owned()),
+                target.name.unwrap_or_default(),
+            )
         }),
     })
 }
@@ -172,8 +171,18 @@ mod tests {
     #[test]
     fn denied_ranges() {
         let denied = [
-            "127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1", "169.254.169.254", "::ffff:169.254.169.254", "fe80::1",
-            "0.0.0.0", "::", "224.0.0.1", "ff02::1", "255.255.255.255",
+            "127.0.0.1",
+            "127.8.8.8",
+            "::1",
+            "::ffff:127.0.0.1",
+            "169.254.169.254",
+            "::ffff:169.254.169.254",
+            "fe80::1",
+            "0.0.0.0",
+            "::",
+            "224.0.0.1",
+            "ff02::1",
+            "255.255.255.255",
         ];
         for text in denied {
             assert!(forbidden(Reader::default(), text.parse().unwrap()).is_some(), "{text}");

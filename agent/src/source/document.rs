@@ -14,7 +14,9 @@ pub(super) fn split(text: &str) -> Vec<(usize, String)> {
             document.push_str(line);
         }
     }
-    documents.retain(|(_, document)| document.lines().any(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#')));
+    documents.retain(|(_, document)| {
+        document.lines().any(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#'))
+    });
     documents
 }
 
@@ -58,7 +60,8 @@ mod tests {
 
     #[test]
     fn lists_are_taken_apart() {
-        let list = parse(1, "kind: List\nitems:\n- kind: ServiceList\n  items: [{kind: Service}]\n- kind: Node\n").unwrap();
+        let list =
+            parse(1, "kind: List\nitems:\n- kind: ServiceList\n  items: [{kind: Service}]\n- kind: Node\n").unwrap();
         let kinds: Vec<_> = flatten(list).iter().map(|v| v["kind"].as_str().unwrap().to_owned()).collect();
         assert_eq!(kinds, ["Service", "Node"]);
     }

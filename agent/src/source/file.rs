@@ -62,7 +62,8 @@ impl Directory {
             }
         }
         let mut updates = Vec::new();
-        let gone: Vec<_> = self.texts.keys().filter(|origin| !files.contains_key(&self.root.join(origin))).cloned().collect();
+        let gone: Vec<_> =
+            self.texts.keys().filter(|origin| !files.contains_key(&self.root.join(origin))).cloned().collect();
         // Where a folder could not be read, its files may still be there.
         if troubles.is_empty() {
             for origin in gone {
@@ -78,7 +79,10 @@ impl Directory {
             match std::fs::read_to_string(&path) {
                 Ok(text) => updates.extend(self.changed(origin, &scope, text)),
                 Err(error) => {
-                    troubles.push(Finding::error(&origin, format!("cannot be read: {error}. What it last said stays in force")));
+                    troubles.push(Finding::error(
+                        &origin,
+                        format!("cannot be read: {error}. What it last said stays in force"),
+                    ));
                 }
             }
         }
@@ -132,7 +136,10 @@ fn walk(
     for (path, is_directory) in entries {
         match is_directory {
             true if depth == 0 => {
-                troubles.push(Finding::error(path.display(), format!("is nested deeper than {MAX_DEPTH} folders: left out")));
+                troubles.push(Finding::error(
+                    path.display(),
+                    format!("is nested deeper than {MAX_DEPTH} folders: left out"),
+                ));
             }
             true => walk(&path, scope, depth - 1, files, troubles),
             false if is_yaml(&path) => {
@@ -174,7 +181,8 @@ fn is_yaml(path: &Path) -> bool {
 /// The directory cannot be read or watched at the start.
 pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Update>) -> anyhow::Result<()> {
     use anyhow::Context as _;
-    let root = std::fs::canonicalize(&root).with_context(|| format!("--config {}: no such directory", root.display()))?;
+    let root =
+        std::fs::canonicalize(&root).with_context(|| format!("--config {}: no such directory", root.display()))?;
     let (sender, mut events) = mpsc::unbounded_channel();
     let mut watcher = notify::recommended_watcher(move |event| {
         // The receiver is gone only when the agent ends.

@@ -142,7 +142,9 @@ struct HttpPoolSpec {
 pub(super) fn destination_rule(context: &mut Context<'_>, mut value: Value) -> Result<DestinationRule, String> {
     let spec: DestinationRuleSpec = context.honoured("spec", value["spec"].take(), |_| false)?;
     if spec.workload_selector.is_some() {
-        return Err("spec.workloadSelector is not honoured: the rule is for some clients only, so it is left out".to_owned());
+        return Err(
+            "spec.workloadSelector is not honoured: the rule is for some clients only, so it is left out".to_owned()
+        );
     }
     let mut subsets = Vec::new();
     for (i, subset) in spec.subsets.into_iter().enumerate() {
@@ -164,8 +166,10 @@ fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec) -> Resu
             .map(|setting| locality_setting(&format!("{at}.localityLbSetting"), setting))
             .transpose()?;
     }
-    policy.outlier =
-        spec.outlier_detection.map(|outlier| outlier_detection(context, &format!("{at}.outlierDetection"), outlier)).transpose()?;
+    policy.outlier = spec
+        .outlier_detection
+        .map(|outlier| outlier_detection(context, &format!("{at}.outlierDetection"), outlier))
+        .transpose()?;
     if let Some(pool) = spec.connection_pool {
         let at = format!("{at}.connectionPool");
         if let Some(text) = pool.tcp.and_then(|tcp| tcp.connect_timeout) {
@@ -173,7 +177,9 @@ fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec) -> Resu
         }
         // With 1 each request has a connection of its own, which is what Portolan chooses for anyway.
         if pool.http.and_then(|http| http.max_requests_per_connection).is_some_and(|max| max > 1) {
-            context.warning(format!("{at}.http.maxRequestsPerConnection is not honoured: connections are not looked into"));
+            context.warning(format!(
+                "{at}.http.maxRequestsPerConnection is not honoured: connections are not looked into"
+            ));
         }
     }
     for (i, port) in spec.port_level_settings.into_iter().enumerate() {
@@ -185,7 +191,12 @@ fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec) -> Resu
     Ok(policy)
 }
 
-fn algorithm(context: &mut Context<'_>, at: &str, simple: Option<&str>, hash: bool) -> Result<Option<Algorithm>, String> {
+fn algorithm(
+    context: &mut Context<'_>,
+    at: &str,
+    simple: Option<&str>,
+    hash: bool,
+) -> Result<Option<Algorithm>, String> {
     let asked = match simple {
         _ if hash => Algorithm::ConsistentHash,
         None | Some("UNSPECIFIED") => return Ok(None),
@@ -195,7 +206,9 @@ fn algorithm(context: &mut Context<'_>, at: &str, simple: Option<&str>, hash: bo
         Some("PASSTHROUGH") => Algorithm::Passthrough,
         Some(other) => return Err(format!("{at}.simple: {other:?} is no algorithm")),
     };
-    context.warning(format!("{at}: {asked} is not honoured yet; ROUND_ROBIN is used, with the same shares for each locality"));
+    context.warning(format!(
+        "{at}: {asked} is not honoured yet; ROUND_ROBIN is used, with the same shares for each locality"
+    ));
     Ok(Some(Algorithm::RoundRobin))
 }
 
@@ -329,7 +342,9 @@ struct DestinationSpec {
 pub(super) fn virtual_service(context: &mut Context<'_>, mut value: Value) -> Result<VirtualService, String> {
     let spec: VirtualServiceSpec = context.honoured("spec", value["spec"].take(), |path| path == "exportTo")?;
     if !spec.gateways.is_empty() && !spec.gateways.iter().any(|gateway| gateway == "mesh") {
-        context.warning("spec.gateways does not name \"mesh\": its routes are for gateways, not for connections on a node");
+        context.warning(
+            "spec.gateways does not name \"mesh\": its routes are for gateways, not for connections on a node",
+        );
         return Ok(VirtualService { name: context.name.clone(), hosts: Vec::new(), tcp: Vec::new() });
     }
     if spec.hosts.is_empty() {
@@ -346,7 +361,8 @@ fn tcp_route(at: &str, spec: TcpRouteSpec) -> Result<TcpRoute, String> {
     let mut ports = Vec::new();
     let every_port = spec.matches.iter().any(|block| block.port.is_none());
     for (i, block) in spec.matches.into_iter().enumerate() {
-        if !block.destination_subnets.is_empty() || !block.source_labels.is_empty() || block.source_namespace.is_some() {
+        if !block.destination_subnets.is_empty() || !block.source_labels.is_empty() || block.source_namespace.is_some()
+        {
             return Err(format!("{at}.match[{i}]: only `port` is honoured yet, so the routes are left out"));
         }
         ports.extend(block.port.filter(|_| !every_port));

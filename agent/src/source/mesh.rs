@@ -41,9 +41,24 @@ struct SettingsSpec {
 /// Fields about identity, telemetry, HTTP and Istio's own processes: they say nothing of endpoints, and every
 /// installation has some of them.
 const OF_OTHERS: [&str; 18] = [
-    "accessLogFile", "accessLogFormat", "accessLogEncoding", "ca", "caCertificates", "certificates", "configSources",
-    "defaultConfig", "defaultProviders", "enableAutoMtls", "enablePrometheusMerge", "enableTracing", "extensionProviders",
-    "ingressClass", "ingressControllerMode", "ingressService", "trustDomain", "trustDomainAliases",
+    "accessLogFile",
+    "accessLogFormat",
+    "accessLogEncoding",
+    "ca",
+    "caCertificates",
+    "certificates",
+    "configSources",
+    "defaultConfig",
+    "defaultProviders",
+    "enableAutoMtls",
+    "enablePrometheusMerge",
+    "enableTracing",
+    "extensionProviders",
+    "ingressClass",
+    "ingressControllerMode",
+    "ingressService",
+    "trustDomain",
+    "trustDomainAliases",
 ];
 
 pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<MeshConfig, String> {
@@ -51,9 +66,8 @@ pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<Mes
     let config = document::parse(1, text).map_err(|message| format!("data.mesh: {message}"))?;
     let spec = match config {
         Value::Null => MeshSpec::default(),
-        config => context.honoured("data.mesh", config, |path| {
-            OF_OTHERS.contains(&path.split('.').next().unwrap_or_default())
-        })?,
+        config => context
+            .honoured("data.mesh", config, |path| OF_OTHERS.contains(&path.split('.').next().unwrap_or_default()))?,
     };
     let default = MeshConfig::default();
     let locality = spec.locality_lb_setting.map(|setting| locality_setting("data.mesh.localityLbSetting", setting));

@@ -23,7 +23,9 @@ pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Con
             Ok(value) => value,
             Err(message) => {
                 contents.whole = false;
-                contents.findings.push(Finding::error(origin, format!("{message}. What this file last said well stays in force")));
+                contents
+                    .findings
+                    .push(Finding::error(origin, format!("{message}. What this file last said well stays in force")));
                 continue;
             }
         };
@@ -44,13 +46,17 @@ fn read_object(reader: Reader, scope: &Scope, origin: &str, value: Value, conten
     let name = NamespacedName::new(field("/metadata/namespace"), field("/metadata/name"));
     if kind.is_empty() || name.name.is_empty() {
         contents.whole = false;
-        contents.findings.push(Finding::error(origin, "a document without `kind` or `metadata.name` is no Kubernetes object"));
+        contents
+            .findings
+            .push(Finding::error(origin, "a document without `kind` or `metadata.name` is no Kubernetes object"));
         return;
     }
     let Some(known) = known_kind(group, &kind, &name) else {
         let object = format!("{kind} {name}");
         let message = match kind.as_str() {
-            "ServiceEntry" | "WorkloadEntry" | "Endpoints" => "this kind is not honoured yet: its endpoints are not used",
+            "ServiceEntry" | "WorkloadEntry" | "Endpoints" => {
+                "this kind is not honoured yet: its endpoints are not used"
+            }
             _ => "Portolan does not use this kind",
         };
         contents.findings.push(Finding::warning(object, message));
@@ -67,11 +73,17 @@ fn read_object(reader: Reader, scope: &Scope, origin: &str, value: Value, conten
     let mut context = Context { reader, name, object: key.to_string(), findings: &mut contents.findings };
     let result = match known {
         Kind::Service => core::service(&mut context, value).map(|read| Object::Service(Arc::new(read))),
-        Kind::EndpointSlice => core::endpoint_slice(&mut context, value).map(|read| Object::EndpointSlice(Arc::new(read))),
+        Kind::EndpointSlice => {
+            core::endpoint_slice(&mut context, value).map(|read| Object::EndpointSlice(Arc::new(read)))
+        }
         Kind::Node => core::node(&mut context, value).map(|read| Object::Node(Arc::new(read))),
         Kind::Pod => core::pod(&mut context, value).map(|read| Object::Pod(Arc::new(read))),
-        Kind::DestinationRule => istio::destination_rule(&mut context, value).map(|read| Object::DestinationRule(Arc::new(read))),
-        Kind::VirtualService => istio::virtual_service(&mut context, value).map(|read| Object::VirtualService(Arc::new(read))),
+        Kind::DestinationRule => {
+            istio::destination_rule(&mut context, value).map(|read| Object::DestinationRule(Arc::new(read)))
+        }
+        Kind::VirtualService => {
+            istio::virtual_service(&mut context, value).map(|read| Object::VirtualService(Arc::new(read)))
+        }
         Kind::MeshConfig => mesh::mesh_config(&mut context, value).map(|read| Object::MeshConfig(Arc::new(read))),
     };
     let object = result

@@ -132,7 +132,10 @@ mod tests {
         let mut ranges = Ranges::new(10);
         ranges.claim(2, 3);
         ranges.claim(9, 1);
-        assert_eq!((ranges.take(now, 4), ranges.take(now, 2), ranges.take(now, 1)), (Ok(5), Ok(0), Err(Full { wanted: 1, size: 10 })));
+        assert_eq!(
+            (ranges.take(now, 4), ranges.take(now, 2), ranges.take(now, 1)),
+            (Ok(5), Ok(0), Err(Full { wanted: 1, size: 10 }))
+        );
         assert_eq!(ranges.used(), 10);
     }
 }

@@ -180,7 +180,8 @@ impl Layout {
             }
         }
         if prune {
-            let gone: Vec<_> = self.frontends.keys().filter(|key| !table.frontends.contains_key(key)).copied().collect();
+            let gone: Vec<_> =
+                self.frontends.keys().filter(|key| !table.frontends.contains_key(key)).copied().collect();
             for key in gone {
                 ops.push(Op::RemoveFrontend(key));
                 freed.extend(self.frontends.remove(&key).map(|old| (old, true)));
@@ -200,7 +201,13 @@ impl Layout {
 
     /// Finds room for a frontend and adds its writes, from the bottom up: backends, runs, slots, and last the one value that
     /// publishes them.
-    fn place(&mut self, now: Instant, key: &FrontendKey, entry: &Entry, ops: &mut Vec<Op>) -> Result<Placed, (&'static str, Full)> {
+    fn place(
+        &mut self,
+        now: Instant,
+        key: &FrontendKey,
+        entry: &Entry,
+        ops: &mut Vec<Op>,
+    ) -> Result<Placed, (&'static str, Full)> {
         let schedule = &entry.schedule;
         let run_entries = schedule.runs.iter().map(|run| run.members.len() as u32).sum();
         let period = schedule.turns.len() as u32;
@@ -246,7 +253,9 @@ impl Layout {
             base,
             period,
             generation: before.map_or(1, |frontend| frontend.generation.wrapping_add(1)),
-            connect_timeout_ms: entry.connect_timeout.map_or(0, |limit| u32::try_from(limit.as_millis()).unwrap_or(u32::MAX)),
+            connect_timeout_ms: entry
+                .connect_timeout
+                .map_or(0, |limit| u32::try_from(limit.as_millis()).unwrap_or(u32::MAX)),
             reserved: 0,
         };
         if before.is_none() {

@@ -6,7 +6,11 @@
 mod alloc;
 mod layout;
 
-use std::{collections::{BTreeMap, BTreeSet}, net::SocketAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    time::Duration,
+};
 
 use portolan_common::{Endpoint, FrontendKey};
 

@@ -1,9 +1,6 @@
 //! The kernel's maps in memory, and what must hold after every single write.
 
-use std::{
-    collections::BTreeSet,
-    time::Duration,
-};
+use std::{collections::BTreeSet, time::Duration};
 
 use proptest::prelude::*;
 
@@ -171,7 +168,10 @@ fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
     // Two backends more than there is room for, in the first of two frontends.
     let wanted = table(&[(1, vec![(1, vec![1, 2, 3, 4, 5])]), (2, vec![(1, vec![6])])]);
     let (ops, refused) = layout.update(now, &wanted, true);
-    assert_eq!(refused.iter().map(|refused| (refused.key, refused.map)).collect::<Vec<_>>(), [(frontend(1), "BACKENDS")]);
+    assert_eq!(
+        refused.iter().map(|refused| (refused.key, refused.map)).collect::<Vec<_>>(),
+        [(frontend(1), "BACKENDS")]
+    );
     assert!(ops.iter().any(|op| matches!(op, Op::SetFrontend(key, _) if *key == frontend(2))));
     assert!(!ops.iter().any(|op| matches!(op, Op::SetFrontend(key, _) if *key == frontend(1))));
     // Nothing that was set aside for the refused one is lost.

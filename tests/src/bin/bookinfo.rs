@@ -1,0 +1,162 @@
+//! The Bookinfo programs of the demo: productpage calls details and reviews, reviews calls ratings. Each is a process of its own, listens
+//! on its pod's address, dials Service addresses only, makes one attempt for each call, and opens a new connection for it.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use axum::{
+    Json, Router,
+    extract::State,
+    http::StatusCode,
+    response::{Html, IntoResponse, Response},
+    routing::get,
+};
+use clap::{Parser, ValueEnum};
+use http_body_util::{BodyExt as _, Empty};
+use hyper::{Request, body::Bytes, client::conn::http1, header};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+
+/// A caller waits this long for a whole answer.
+const LIMIT: Duration = Duration::from_secs(5);
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Role {
+    Productpage,
+    Details,
+    Reviews,
+    Ratings,
+}
+
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// What this pod is
+    role: Role,
+    /// The pod's address
+    #[arg(long)]
+    listen: SocketAddr,
+    /// The pod's name
+    #[arg(long)]
+    pod: String,
+    /// v1 shows no stars, v2 black ones, v3 red ones
+    #[arg(long, default_value = "v1")]
+    version: String,
+    /// Service address of details
+    #[arg(long)]
+    details: Option<SocketAddr>,
+    /// Service address of reviews
+    #[arg(long)]
+    reviews: Option<SocketAddr>,
+    /// Service address of ratings
+    #[arg(long)]
+    ratings: Option<SocketAddr>,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
+    let arguments = Arc::new(Arguments::parse());
+    let listener =
+        TcpListener::bind(arguments.listen).await.with_context(|| format!("cannot listen on {}", arguments.listen))?;
+    let router = match arguments.role {
+        Role::Productpage => Router::new().route("/productpage", get(productpage)),
+        Role::Details => Router::new().route("/details", get(details)),
+        Role::Reviews => Router::new().route("/reviews", get(reviews)),
+        Role::Ratings => Router::new().route("/ratings", get(ratings)),
+    };
+    Ok(axum::serve(listener, router.with_state(arguments)).await?)
+}
+
+async fn productpage(State(own): State<Arc<Arguments>>) -> Html<String> {
+    let details = match call(own.details, "/details").await {
+        Ok(details) => format!("<dt>Pages</dt><dd>{}</dd>", details["pages"]),
+        Err(error) => {
+            format!("<p>Sorry, product details are currently unavailable for this book.</p><!-- {error:#} -->")
+        }
+    };
+    let reviews = match call(own.reviews, "/reviews").await {
+        Ok(reviews) => show_reviews(&reviews),
+        Err(error) => {
+            format!("<p>Sorry, product reviews are currently unavailable for this book.</p>\n<!-- {error:#} -->")
+        }
+    };
+    Html(format!(
+        "<!DOCTYPE html>\n<title>Simple Bookstore App</title>\n<!-- productpage: {} -->\n<h3>The Comedy of Errors</h3>\n\
+         <h4>Book Details</h4>\n{details}\n<h4>Book Reviews</h4>\n{reviews}\n",
+        own.pod
+    ))
+}
+
+fn show_reviews(reviews: &Value) -> String {
+    let mut page = format!("<!-- reviews: {} -->\n", reviews["podname"].as_str().unwrap_or_default());
+    for review in reviews["reviews"].as_array().into_iter().flatten() {
+        page += &format!("<blockquote>{}</blockquote>\n", review["text"].as_str().unwrap_or_default());
+        if let Some(stars) = review["rating"]["stars"].as_u64() {
+            let color = review["rating"]["color"].as_str().unwrap_or_default();
+            page += &format!(
+                "<font color=\"{color}\">\n<!-- full stars: -->\n{}</font>\n",
+                "&#9733;".repeat(stars as usize)
+            );
+        } else if let Some(error) = review["rating"]["error"].as_str() {
+            page += &format!("<i>{error}</i>\n");
+        }
+    }
+    page
+}
+
+async fn details() -> Json<Value> {
+    Json(json!({"id": 0, "pages": 200, "publisher": "PublisherA"}))
+}
+
+async fn reviews(State(own): State<Arc<Arguments>>) -> Json<Value> {
+    let color = match own.version.as_str() {
+        "v2" => Some("black"),
+        "v3" => Some("red"),
+        _ => None,
+    };
+    let ratings = match color {
+        None => None,
+        Some(_) => Some(call(own.ratings, "/ratings").await),
+    };
+    let list: Vec<Value> = ["Reviewer1", "Reviewer2"]
+        .iter()
+        .map(|reviewer| {
+            let text = format!("{reviewer}: an extremely entertaining play");
+            match &ratings {
+                None => json!({"reviewer": reviewer, "text": text}),
+                Some(Ok(ratings)) => json!({
+                    "reviewer": reviewer, "text": text,
+                    "rating": {"stars": ratings["ratings"][reviewer], "color": color},
+                }),
+                Some(Err(_)) => json!({
+                    "reviewer": reviewer, "text": text,
+                    "rating": {"error": "Ratings service is currently unavailable"},
+                }),
+            }
+        })
+        .collect();
+    Json(json!({"id": 0, "podname": own.pod, "reviews": list}))
+}
+
+async fn ratings() -> Response {
+    (StatusCode::OK, Json(json!({"id": 0, "ratings": {"Reviewer1": 5, "Reviewer2": 4}}))).into_response()
+}
+
+/// One attempt, over a connection of its own.
+async fn call(service: Option<SocketAddr>, path: &str) -> Result<Value> {
+    let service = service.context("this pod was not told the Service address")?;
+    tokio::time::timeout(LIMIT, async {
+        let stream = TcpStream::connect(service).await.with_context(|| format!("cannot connect to {service}"))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(connection);
+        let request = Request::get(path)
+            .header(header::HOST, service.to_string())
+            .header(header::CONNECTION, "close")
+            .body(Empty::<Bytes>::new())?;
+        let response = sender.send_request(request).await?;
+        ensure!(response.status().is_success(), "{service}{path}: {}", response.status());
+        Ok(serde_json::from_slice(&response.into_body().collect().await?.to_bytes())?)
+    })
+    .await
+    .with_context(|| format!("no answer from {service}"))?
+}

@@ -1,0 +1,367 @@
+//! Two clusters: each a network namespace with pods, a gateway and an agent of its own, joined by a link, and a client in front.
+
+use std::{
+    io::Read as _,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use super::pages::Pages;
+use crate::{
+    Agent, Bed, Directory, Namespace, Place, Process, binary, link,
+    objects::{node, pod, service, slice},
+    unique, wait_until,
+};
+
+/// How long anything may take to settle.
+const BOUND: Duration = Duration::from_secs(30);
+const PORT: u16 = 9080;
+/// The programs of Bookinfo and the last byte of their Service addresses.
+const SERVICES: [(&str, u8); 4] = [("productpage", 10), ("details", 20), ("reviews", 30), ("ratings", 40)];
+
+/// A cluster as the scenario describes it.
+pub(super) struct Plan {
+    pub(super) id: &'static str,
+    pub(super) region: &'static str,
+    pub(super) zone: &'static str,
+}
+
+struct Cluster {
+    plan: Plan,
+    // Before the bed: its cgroup can go when its processes have.
+    pods: Vec<Pod>,
+    gateway: Option<Process>,
+    agent: Agent,
+    bed: Bed,
+    index: usize,
+}
+
+struct Pod {
+    service: &'static str,
+    version: &'static str,
+    name: String,
+    address: String,
+    process: Option<Process>,
+}
+
+pub(super) struct World {
+    clusters: Vec<Cluster>,
+    client: Namespace,
+    directory: Directory,
+    extra_services: Vec<(&'static str, u8)>,
+    made: u8,
+}
+
+impl World {
+    /// Two empty clusters, and the Services of Bookinfo with `extra` ones (name and last byte of the address).
+    pub(super) fn new(plans: [Plan; 2], extra: &[(&'static str, u8)]) -> Result<Self> {
+        let directory = Directory::new()?;
+        let client = Namespace::new(unique("client"))?;
+        let beds = [Bed::named(plans[0].id)?, Bed::named(plans[1].id)?];
+        join(&beds, &client)?;
+        let mut clusters = Vec::new();
+        for (index, (plan, bed)) in plans.into_iter().zip(beds).enumerate() {
+            write_cluster(&directory, index, &plan, extra)?;
+            clusters.push((index, plan, bed));
+        }
+        let mut world = Self { clusters: Vec::new(), client, directory, extra_services: extra.to_vec(), made: 0 };
+        for (index, plan, bed) in clusters {
+            let agent = bed.agent(&world.directory, plan.id, &node_name(&plan))?;
+            world.clusters.push(Cluster { plan, pods: Vec::new(), gateway: None, agent, bed, index });
+            world.start_gateway(index)?;
+        }
+        Ok(world)
+    }
+
+    /// Sets a deployment to so many pods: processes start or end, and the EndpointSlice follows.
+    pub(super) fn scale(
+        &mut self,
+        cluster: usize,
+        service: &'static str,
+        version: &'static str,
+        replicas: usize,
+    ) -> Result<()> {
+        let is_of = |pod: &Pod| pod.service == service && pod.version == version;
+        while self.clusters[cluster].pods.iter().filter(|pod| is_of(pod)).count() > replicas {
+            let last = self.clusters[cluster].pods.iter().rposition(is_of).unwrap_or_default();
+            self.clusters[cluster].pods.remove(last);
+        }
+        while self.clusters[cluster].pods.iter().filter(|pod| is_of(pod)).count() < replicas {
+            self.made += 1;
+            let address = format!("10.{cluster}.0.{}", self.made);
+            self.clusters[cluster].bed.namespace.add_address(&format!("{address}/32"))?;
+            let name = format!("{service}-{version}-{}-{}", self.clusters[cluster].plan.id, self.made);
+            self.clusters[cluster].pods.push(Pod { service, version, name, address, process: None });
+            let pod = self.clusters[cluster].pods.len() - 1;
+            self.start(cluster, pod)?;
+        }
+        self.clusters[cluster].write_endpoints(&self.directory)
+    }
+
+    /// The processes of a deployment end; its endpoints stay listed, and refuse.
+    pub(super) fn kill(&mut self, cluster: usize, service: &str) {
+        for pod in self.clusters[cluster].pods.iter_mut().filter(|pod| pod.service == service) {
+            pod.process = None;
+        }
+    }
+
+    /// Processes that were killed start again: the first `count` of the deployment.
+    pub(super) fn revive(&mut self, cluster: usize, service: &str, count: usize) -> Result<()> {
+        let dead = |pod: &Pod| pod.service == service && pod.process.is_none();
+        let pods: Vec<usize> =
+            (0..self.clusters[cluster].pods.len()).filter(|&i| dead(&self.clusters[cluster].pods[i])).collect();
+        pods.into_iter().take(count).try_for_each(|pod| self.start(cluster, pod))
+    }
+
+    /// Everything to the pods of a deployment vanishes; its endpoints stay listed.
+    pub(super) fn swallow(&self, cluster: usize, service: &str, swallow: bool) -> Result<()> {
+        let Cluster { pods, bed, .. } = &self.clusters[cluster];
+        for pod in pods.iter().filter(|pod| pod.service == service) {
+            let address = format!("{}/32", pod.address);
+            if swallow { bed.namespace.swallow(&address)? } else { bed.namespace.restore(&address)? }
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, cluster: usize, pod: usize) -> Result<()> {
+        let Cluster { bed, pods, .. } = &mut self.clusters[cluster];
+        let pod = &mut pods[pod];
+        let mut command = Command::new(binary("bookinfo")?);
+        command.arg(pod.service).args(["--version", pod.version, "--pod", &pod.name]);
+        command.args(["--listen", &format!("{}:{PORT}", pod.address)]);
+        for (service, byte) in &SERVICES[1..] {
+            command.arg(format!("--{service}")).arg(service_address(cluster, *byte));
+        }
+        pod.process = Some(Process::spawn(command, bed.place())?);
+        let address = format!("{}:{PORT}", pod.address);
+        wait_until(&format!("{} to listen", pod.name), BOUND, || {
+            bed.namespace.enter(|| std::net::TcpStream::connect(&address).map(drop).context("not yet"))
+        })
+    }
+
+    /// nginx, as the ingress gateway of the cluster: it dials Services, once for each request.
+    fn start_gateway(&mut self, cluster: usize) -> Result<()> {
+        let address = gateway_address(cluster);
+        let Cluster { bed, gateway, plan, .. } = &mut self.clusters[cluster];
+        bed.namespace.add_address(&format!("{address}/32"))?;
+        let mut locations =
+            format!("location = /productpage {{ proxy_pass http://{}; }}\n", service_address(cluster, SERVICES[0].1));
+        for (i, (_, byte)) in self.extra_services.iter().enumerate() {
+            let service = service_address(cluster, *byte);
+            // The path is rewritten, as the scenario's VirtualService does it.
+            locations += &format!("location = /productpage{} {{ proxy_pass http://{service}/productpage; }}\n", i + 1);
+        }
+        let scratch = self.directory.scratch(&format!("nginx-{}", plan.id));
+        std::fs::create_dir(&scratch)?;
+        let folder = scratch.display();
+        let config = format!(
+            "daemon off;\nmaster_process off;\npid {folder}/pid;\nerror_log {folder}/error.log;\nevents {{}}\nhttp {{\n\
+             access_log off;\nclient_body_temp_path {folder}/body;\nproxy_temp_path {folder}/proxy;\nfastcgi_temp_path {folder}/fastcgi;\n\
+             uwsgi_temp_path {folder}/uwsgi;\nscgi_temp_path {folder}/scgi;\nproxy_next_upstream off;\n\
+             server {{\nlisten {address}:80;\n{locations}}}\n}}\n"
+        );
+        let file = scratch.join("nginx.conf");
+        std::fs::write(&file, config)?;
+        let mut command = Command::new("nginx");
+        command.arg("-c").arg(&file).arg("-e").arg(scratch.join("error.log")).stderr(Stdio::null());
+        *gateway = Some(Process::spawn(command, bed.place()).context("nginx (Debian: nginx-light)")?);
+        wait_until("nginx to listen", BOUND, || {
+            bed.namespace.enter(|| std::net::TcpStream::connect((address.as_str(), 80)).map(drop).context("not yet"))
+        })
+    }
+
+    /// Puts mesh-wide objects into a file; an empty list empties the mesh of them.
+    pub(super) fn apply(&self, file: &str, objects: &[Value]) -> Result<()> {
+        if objects.is_empty() { self.directory.remove(file) } else { self.directory.write(file, objects) }
+    }
+
+    /// Waits until every agent intends what the objects now say.
+    pub(super) fn settle(&self) -> Result<()> {
+        for cluster in &self.clusters {
+            wait_until(&format!("the agent of {} to take the change", cluster.plan.id), BOUND, || {
+                let (planned, held) = (self.plan(cluster.index, &[])?.0, cluster.agent.get("services")?);
+                let (planned, held) = (meant(&planned), meant(&held));
+                ensure!(planned == held, "planned {planned}, has {held}");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// `portolan plan` for a cluster's node: the answer, and the exit status. It runs without root.
+    pub(super) fn plan(&self, cluster: usize, more: &[&str]) -> Result<(Value, i32)> {
+        let plan = &self.clusters[cluster].plan;
+        let mut command = Command::new(binary("portolan")?);
+        command.arg("plan").arg("--config").arg(self.directory.path()).args(["--cluster", plan.id]);
+        command.args(["--node", &node_name(plan), "-o", "json"]).args(more);
+        let output = command.output()?;
+        let code = output.status.code().unwrap_or(-1);
+        ensure!(code <= 1, "{}", String::from_utf8_lossy(&output.stderr));
+        Ok((serde_json::from_slice(&output.stdout)?, code))
+    }
+
+    /// What the agent of a cluster says: `services`, `endpoints` or `ejections`.
+    pub(super) fn get(&self, cluster: usize, what: &str) -> Result<Value> {
+        self.clusters[cluster].agent.get(what)
+    }
+
+    /// The events of a cluster's agent.
+    pub(super) fn events(&self, cluster: usize) -> Result<Vec<Value>> {
+        self.clusters[cluster].agent.events()
+    }
+
+    /// Connections that the kernel of a cluster's node has counted to endpoints of a service, by their cluster.
+    pub(super) fn connections(&self, cluster: usize, service: &str) -> Result<[u64; 2]> {
+        let report = self.get(cluster, "endpoints")?;
+        let mut counts = [0; 2];
+        for (i, of) in self.clusters.iter().enumerate() {
+            let services = report["services"].as_array().into_iter().flatten().filter(|entry| entry["name"] == service);
+            let endpoints = services.flat_map(|entry| entry["endpoints"].as_array().into_iter().flatten());
+            let own = endpoints.filter(|endpoint| endpoint["cluster"] == of.plan.id);
+            counts[i] = own.map(|endpoint| endpoint["kernel"]["connections"].as_u64().unwrap_or_default()).sum();
+        }
+        Ok(counts)
+    }
+
+    /// So many pages, one after another, through a cluster's gateway, by curl, from outside.
+    pub(super) fn pages(&self, gateway: usize, path: &str, count: usize) -> Result<Pages> {
+        let mut command = Command::new("curl");
+        command.args(["--silent", "--show-error", "--max-time", "300", "--noproxy", "*"]);
+        command.arg(format!("http://{}{path}?n=[1-{count}]", gateway_address(gateway)));
+        command.stdout(Stdio::piped()).stderr(Stdio::inherit());
+        let mut curl =
+            Process::spawn(command, Place { namespace: Some(&self.client), cgroup: None }).context("curl")?;
+        let mut text = String::new();
+        let mut output = curl.child().stdout.take().context("curl has no output")?;
+        output.read_to_string(&mut text)?;
+        let status = curl.wait(BOUND)?;
+        ensure!(status.success(), "curl ended with {status}");
+        Ok(Pages::new(&text))
+    }
+
+    /// The programs on a node's cgroup, as bpftool shows them.
+    pub(super) fn programs(&self, cluster: usize) -> Result<String> {
+        let output =
+            Command::new("bpftool").args(["cgroup", "tree"]).arg(self.clusters[cluster].bed.cgroup.path()).output()?;
+        ensure!(output.status.success(), "bpftool (Debian: bpftool): {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// What the agents have logged, for when something went wrong.
+    pub(super) fn logs(&self) -> String {
+        let logs = self
+            .clusters
+            .iter()
+            .map(|cluster| format!("log of the agent of {}:\n{}", cluster.plan.id, cluster.agent.log()));
+        logs.collect::<Vec<_>>().join("\n")
+    }
+
+    /// Says how to look around, and waits for an interrupt.
+    pub(super) fn wait_for_visitors(self) -> Result<()> {
+        println!("\nLeft running. Objects: {}", self.directory.path().display());
+        for cluster in &self.clusters {
+            let gateway = gateway_address(cluster.index);
+            println!(
+                "{}: ip netns exec {} curl http://{gateway}/productpage\n  portolan get endpoints --admin {}\n  bpftool cgroup tree {}",
+                cluster.plan.id,
+                self.client.name(),
+                cluster.bed.admin().display(),
+                cluster.bed.cgroup.path().display()
+            );
+        }
+        println!("Ctrl-C takes everything down.");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(tokio::signal::ctrl_c())?;
+        Ok(())
+    }
+}
+
+impl Cluster {
+    fn write_endpoints(&self, directory: &Directory) -> Result<()> {
+        let node = node_name(&self.plan);
+        let mut objects = Vec::new();
+        for (name, _) in SERVICES {
+            let pods = self.pods.iter().filter(|pod| pod.service == name);
+            let endpoints: Vec<_> = pods.map(|pod| (pod.address.as_str(), node.as_str(), pod.name.as_str())).collect();
+            objects.push(slice(name, PORT, &endpoints));
+        }
+        let labels = |pod: &Pod| json!({"app": pod.service, "version": pod.version, "cluster": self.plan.id});
+        objects.extend(self.pods.iter().map(|it| pod(&it.name, &labels(it))));
+        directory.write(&format!("{}/endpoints.yaml", self.plan.id), &objects)
+    }
+}
+
+fn write_cluster(directory: &Directory, index: usize, plan: &Plan, extra: &[(&'static str, u8)]) -> Result<()> {
+    let mut objects = vec![node(&node_name(plan), &format!("{}/{}", plan.region, plan.zone))];
+    for (name, byte) in SERVICES.iter().chain(extra) {
+        let address = service_address(index, *byte);
+        objects.push(service(name, &[address.split(':').next().unwrap_or_default()], PORT));
+    }
+    directory.write(&format!("{}/cluster.yaml", plan.id), &objects)
+}
+
+/// Namespaces joined in a line: client, first cluster, second cluster; and the client with the second as well. Nothing leads outside.
+fn join(beds: &[Bed; 2], client: &Namespace) -> Result<()> {
+    let [first, second] = [&beds[0].namespace, &beds[1].namespace];
+    link((first, "second", "192.168.0.1/30"), (second, "first", "192.168.0.2/30"))?;
+    link((client, "first", "192.168.1.1/30"), (first, "client", "192.168.1.2/30"))?;
+    link((client, "second", "192.168.2.1/30"), (second, "client", "192.168.2.2/30"))?;
+    first.ip(&["route", "add", "10.1.0.0/16", "via", "192.168.0.2"])?;
+    second.ip(&["route", "add", "10.0.0.0/16", "via", "192.168.0.1"])?;
+    client.ip(&["route", "add", "20.0.0.0/16", "via", "192.168.1.2"])?;
+    client.ip(&["route", "add", "21.0.0.0/16", "via", "192.168.2.2"])
+}
+
+fn node_name(plan: &Plan) -> String {
+    format!("{}-node", plan.id)
+}
+
+fn service_address(cluster: usize, byte: u8) -> String {
+    format!("172.{}.0.{byte}:{PORT}", 16 + cluster)
+}
+
+fn gateway_address(cluster: usize) -> String {
+    format!("{}.0.0.10", 20 + cluster)
+}
+
+/// The part of a report that objects decide, without what ejections and counters add.
+fn meant(report: &Value) -> Value {
+    let mut services = report["services"].clone();
+    for service in services.as_array_mut().into_iter().flatten() {
+        service["kernel"].take();
+        service["priorities"].take();
+        for part in ["localities", "endpoints"] {
+            for entry in service[part].as_array_mut().into_iter().flatten() {
+                for field in ["kernel", "share", "health", "ejectedUntil"] {
+                    if let Some(entry) = entry.as_object_mut() {
+                        entry.remove(field);
+                    }
+                }
+            }
+        }
+        if let Some(service) = service.as_object_mut() {
+            service.remove("kernel");
+        }
+    }
+    services
+}
+
+/// Where the share of each locality of a service stands in a report: locality and percent.
+pub(super) fn locality_shares(report: &Value, service: &str) -> Result<Vec<(String, f64)>> {
+    let mut services = report["services"].as_array().into_iter().flatten();
+    let Some(service) = services.find(|entry| entry["name"] == service) else {
+        bail!("no service {service} in {report}")
+    };
+    let localities = service["localities"].as_array().into_iter().flatten();
+    Ok(localities
+        .map(|entry| {
+            (
+                entry["locality"].as_str().unwrap_or_default().to_owned(),
+                entry["share"].as_f64().unwrap_or_default() * 100.0,
+            )
+        })
+        .collect())
+}

@@ -1,0 +1,48 @@
+//! `cargo xtask demo`
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Args;
+use portolan_tests::demo::{self, Options};
+
+use crate::{
+    command::{cargo, need_root, run as run_command},
+    packages, toolchain,
+};
+
+/// How to play.
+#[derive(Debug, Args)]
+#[command(after_help = plays())]
+pub(crate) struct DemoArgs {
+    /// Only the plays whose name contains this
+    #[arg(long, value_name = "NAME")]
+    only: Option<String>,
+    /// Leave the last clusters running to look at, until interrupted
+    #[arg(long)]
+    keep: bool,
+    /// All steps as JSON at the end
+    #[arg(long)]
+    json: bool,
+}
+
+fn plays() -> String {
+    let plays = demo::plays().map(|(name, about)| format!("  {name:<20} {about}\n"));
+    format!("Plays:\n{}", plays.collect::<String>())
+}
+
+pub(crate) fn run(args: &DemoArgs) -> Result<ExitCode> {
+    need_root("the demo")?;
+    if !args.json {
+        println!("setting up: toolchain, packages, build");
+    }
+    prepare()?;
+    demo::run(&Options { only: args.only.clone(), keep: args.keep, json: args.json })
+}
+
+/// Everything that clusters are made of.
+pub(crate) fn prepare() -> Result<()> {
+    toolchain::ensure(false)?;
+    packages::ensure_programs(&packages::BENCH)?;
+    run_command(&mut cargo(&["build", "--quiet", "--package", "portolan", "--package", "portolan-tests", "--bins"]))
+}

@@ -1,0 +1,67 @@
+//! Debian packages that are installed where they are missing.
+
+use std::{fs, io::Write as _, os::unix::fs::OpenOptionsExt as _, path::Path, process::Command};
+
+use anyhow::{Result, bail};
+
+use crate::command::{find, run};
+
+/// Programs that the demo and the tests run, and their packages.
+pub(crate) const BENCH: [(&str, &str); 4] =
+    [("ip", "iproute2"), ("bpftool", "bpftool"), ("nginx", "nginx-light"), ("curl", "curl")];
+
+/// Makes sure that these programs are there.
+pub(crate) fn ensure_programs(programs: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<&str> =
+        programs.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
+    install(&missing)
+}
+
+/// Installs packages, or says what to install by hand.
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let by_hand = format!("apt-get install --no-install-recommends {}", packages.join(" "));
+    if find("apt-get").is_none() || !rustix::process::geteuid().is_root() {
+        bail!("these packages are missing; install them by hand (Debian's names): {by_hand}");
+    }
+    println!("installing: {}", packages.join(" "));
+    let _quiet = NoServices::begin()?;
+    run(&mut apt(&["update", "-qq"]))?;
+    let mut install = apt(&["install", "-qq", "--no-install-recommends"]);
+    run(install.args(packages)).map_err(|error| error.context(format!("by hand: {by_hand}")))
+}
+
+fn apt(arguments: &[&str]) -> Command {
+    let mut command = Command::new("apt-get");
+    command.arg("-y").args(arguments).env("DEBIAN_FRONTEND", "noninteractive").stdout(std::process::Stdio::null());
+    command
+}
+
+/// A package that brings a server shall not start it on this machine.
+struct NoServices {
+    made: bool,
+}
+
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+
+impl NoServices {
+    fn begin() -> Result<Self> {
+        let made = !Path::new(POLICY).exists();
+        if made {
+            let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o755).open(POLICY)?;
+            file.write_all(b"#!/bin/sh\nexit 101\n")?;
+        }
+        Ok(Self { made })
+    }
+}
+
+impl Drop for NoServices {
+    fn drop(&mut self) {
+        if self.made {
+            // It was there a moment ago; if somebody has removed it, that is fine.
+            let _ = fs::remove_file(POLICY);
+        }
+    }
+}
