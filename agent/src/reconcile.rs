@@ -210,9 +210,15 @@ impl Reconciler {
         let snapshot = self.store.snapshot();
         let mut findings = Vec::new();
         self.client = self.place.client(&self.cluster, &snapshot, &mut findings);
-        self.verdict = assign(&snapshot, &self.client, &self.health.ejections());
-        self.verdict.findings.splice(0..0, findings);
+        let mut ejections = self.health.ejections();
+        self.verdict = assign(&snapshot, &self.client, &ejections);
         self.health.configure(started, &self.verdict.assignments);
+        // A rule or an endpoint that went took its ejections with it.
+        if self.health.ejections() != ejections {
+            ejections = self.health.ejections();
+            self.verdict = assign(&snapshot, &self.client, &ejections);
+        }
+        self.verdict.findings.splice(0..0, findings);
 
         let table = Table::new(&self.verdict.assignments);
         let (ops, refused) = self.layout.update(started, &table, true);
@@ -319,7 +325,7 @@ impl Reconciler {
 
     /// The verdict, with what the kernel holds beside it.
     fn report(&self) -> Report {
-        let mut report = Report::new(&self.client, &self.verdict);
+        let mut report = Report::new(&self.client, self.store.fingerprint(), &self.verdict);
         report.findings = self.findings();
         let routes = self
             .verdict

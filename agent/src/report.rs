@@ -15,6 +15,8 @@ use crate::{
 pub struct Report {
     /// For whom it is.
     pub client: ClientReport,
+    /// Fingerprint of the objects: where `plan` and the agent show the same, the agent has taken what is in the directory.
+    pub config: String,
     /// One for each port and address family of a service, and each destination that its route names.
     pub services: Vec<ServiceReport>,
     /// What people should know.
@@ -157,13 +159,14 @@ pub struct EndpointKernel {
 
 impl Report {
     /// From the policy's verdict.
-    pub fn new(client: &Client, verdict: &Verdict) -> Self {
+    pub fn new(client: &Client, config: String, verdict: &Verdict) -> Self {
         Self {
             client: ClientReport {
                 cluster: client.cluster.clone(),
                 node: client.node.clone(),
                 locality: client.locality.to_string(),
             },
+            config,
             services: verdict.assignments.iter().flat_map(services).collect(),
             findings: verdict.findings.clone(),
         }

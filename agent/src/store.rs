@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::Arc,
 };
 
@@ -19,6 +20,7 @@ pub struct Store {
     objects: BTreeMap<ObjectKey, BTreeMap<String, Object>>,
     findings: BTreeMap<String, Vec<Finding>>,
     troubles: Vec<Finding>,
+    fingerprints: BTreeMap<String, u64>,
     synced: bool,
 }
 
@@ -33,10 +35,12 @@ impl Store {
     pub fn apply(&mut self, update: Update) -> bool {
         match update {
             Update::Replace { origin, contents } => {
+                self.fingerprints.insert(origin.clone(), contents.fingerprint);
                 self.replace(&origin, contents);
                 true
             }
             Update::Remove { origin } => {
+                self.fingerprints.remove(&origin);
                 self.replace(&origin, Contents { whole: true, ..Contents::default() });
                 true
             }
@@ -66,6 +70,13 @@ impl Store {
         } else {
             self.findings.insert(origin.to_owned(), contents.findings);
         }
+    }
+
+    /// Tells whether two stores have read the same: two agents, or an agent and `plan`.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = DefaultHasher::new();
+        self.fingerprints.hash(&mut hasher);
+        format!("{:016x}", hasher.finish())
     }
 
     /// Everything at this moment, arranged for the policy.

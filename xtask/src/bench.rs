@@ -1,11 +1,220 @@
-//! x
-use anyhow::Result;
-use std::process::ExitCode;
-#[derive(Debug, clap::Args)]
-pub(crate) struct BenchArgs {}
-pub(crate) fn run(_: &BenchArgs) -> Result<ExitCode> {
+//! `cargo xtask bench`: what connect() costs through Portolan, beside connect() to the endpoint itself, in one run.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Write as _},
+    process::{ChildStdin, ChildStdout, Command, ExitCode, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::Args;
+use portolan_tests::{
+    Bed, Directory, Place, Process,
+    objects::{node, service, slice},
+    wait_until,
+};
+
+use crate::{
+    command::{cargo, find, need_root, root, run as run_command},
+    demo,
+};
+
+/// How long to measure.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// Rounds; in each, every arm has its turn
+    #[arg(long, default_value_t = 60)]
+    rounds: usize,
+    /// Connections of an arm in a round
+    #[arg(long, default_value_t = 2_000)]
+    connections: usize,
+}
+
+const SERVICE: &str = "172.16.0.10:80";
+const ENDPOINT: &str = "10.0.0.1:9080";
+/// The goal for the median.
+const GOAL: f64 = 1.05;
+
+struct Arm {
+    name: &'static str,
+    about: &'static str,
+    to: &'static str,
+    served: bool,
+    /// p50 and p99 of each round, nanoseconds.
+    rounds: Vec<(f64, f64)>,
+}
+
+pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
+    let arms = measure(args.rounds, args.connections)?;
+    println!("\nconnect(), {} rounds of {} connections for each arm, in turn:", args.rounds, args.connections);
+    let direct = &arms[0];
+    for arm in &arms {
+        let (p50, p99) =
+            (median(arm.rounds.iter().map(|round| round.0)), median(arm.rounds.iter().map(|round| round.1)));
+        println!("  {:<9} p50 {:>6.2} µs  p99 {:>6.2} µs  {}", arm.name, p50 / 1e3, p99 / 1e3, arm.about);
+    }
+    for arm in &arms[1..] {
+        let ratios = |of: fn(&(f64, f64)) -> f64| {
+            arm.rounds.iter().zip(&direct.rounds).map(move |(a, b)| of(a) / of(b)).collect()
+        };
+        let (p50, p99): (Vec<f64>, Vec<f64>) = (ratios(|round| round.0), ratios(|round| round.1));
+        let (low, high) = interval(&p50);
+        println!(
+            "  {:<9} / direct: p50 {:.3} (95 %: {low:.3} to {high:.3}), p99 {:.3}",
+            arm.name,
+            median(p50.iter().copied()),
+            median(p99.iter().copied())
+        );
+        if arm.name == "hit" {
+            let met = if median(p50.iter().copied()) <= GOAL { "met" } else { "not met" };
+            println!("  goal: hit / direct p50 ≤ {GOAL}: {met}");
+        }
+    }
     Ok(ExitCode::SUCCESS)
 }
+
+/// Every arm runs, and every figure is one.
 pub(crate) fn smoke() -> Result<()> {
+    for arm in measure(3, 100)? {
+        ensure!(arm.rounds.len() == 3, "{} ran {} rounds", arm.name, arm.rounds.len());
+        let sound = arm.rounds.iter().all(|(p50, p99)| p50.is_finite() && *p50 > 0.0 && p99 >= p50);
+        ensure!(sound, "{}: {:?}", arm.name, arm.rounds);
+    }
     Ok(())
+}
+
+fn measure(rounds: usize, connections: usize) -> Result<Vec<Arm>> {
+    need_root("the benchmark")?;
+    demo::prepare()?;
+    run_command(&mut cargo(&[
+        "build",
+        "--quiet",
+        "--release",
+        "--package",
+        "portolan-tests",
+        "--bin",
+        "bench-connect",
+    ]))?;
+    let bed = Bed::named("bench")?;
+    bed.namespace.add_address("10.0.0.1/32")?;
+    let directory = Directory::new()?;
+    directory.write(
+        "c1/all.yaml",
+        &[node("n1", "r1/z1"), service("web", &["172.16.0.10"], 80), slice("web", 9080, &[("10.0.0.1", "n1", "")])],
+    )?;
+    let _agent = bed.agent(&directory, "c1", "n1")?;
+    let mut server = Command::new(program());
+    server.args(["--listen", ENDPOINT]);
+    let _server = Process::spawn(server, Place { namespace: Some(&bed.namespace), cgroup: None })?;
+    wait_until("the server to listen", Duration::from_secs(10), || {
+        bed.namespace.enter(|| std::net::TcpStream::connect(ENDPOINT).map(drop).context("not yet"))
+    })?;
+
+    let mut inside = Client::start(bed.place())?;
+    let mut outside = Client::start(Place { namespace: Some(&bed.namespace), cgroup: None })?;
+    let arm = |name, about, to, served| Arm { name, about, to, served, rounds: Vec::new() };
+    let mut arms = vec![
+        arm("direct", "the endpoint's address, no program on the way", ENDPOINT, false),
+        arm("miss", "the endpoint's address, past Portolan's programs", ENDPOINT, true),
+        arm("hit", "the Service address, rewritten", SERVICE, true),
+    ];
+    // The first round warms up and does not count.
+    for round in 0..=rounds {
+        for arm in &mut arms {
+            let client = if arm.served { &mut inside } else { &mut outside };
+            let times = client.time(arm.to, connections)?;
+            if round > 0 {
+                arm.rounds.push((percentile(&times, 0.5), percentile(&times, 0.99)));
+            }
+        }
+    }
+    if rounds > 10 {
+        in_kernel(&bed, &mut inside, connections)?;
+    }
+    Ok(arms)
+}
+
+/// Nanoseconds that each program takes, by the kernel's own count.
+fn in_kernel(bed: &Bed, client: &mut Client, connections: usize) -> Result<()> {
+    const SETTING: &str = "/proc/sys/kernel/bpf_stats_enabled";
+    let before = fs::read_to_string(SETTING)?;
+    fs::write(SETTING, "1")?;
+    let measured = client.time(SERVICE, connections * 5).and_then(|_| {
+        println!("\nin the kernel, mean of {} hits:", connections * 5);
+        for name in ["connect4", "sock_ops"] {
+            let link = bed.pins().join("v1/links").join(name);
+            let shown = show(&["link", "show", "pinned"], &link.display().to_string())?;
+            let id = field(&shown, "prog_id").context("no program in the link")?;
+            let shown = show(&["prog", "show", "id"], &id.to_string())?;
+            let (time, count) = (field(&shown, "run_time_ns").unwrap_or(0), field(&shown, "run_cnt").unwrap_or(0));
+            println!("  {name:<9} {:>4.0} ns, {count} runs", time as f64 / count.max(1) as f64);
+        }
+        Ok(())
+    });
+    fs::write(SETTING, before)?;
+    measured
+}
+
+fn show(what: &[&str], which: &str) -> Result<String> {
+    let bpftool = find("bpftool").context("no bpftool")?;
+    crate::command::output(Command::new(bpftool).arg("-j").args(what).arg(which))
+}
+
+/// A number out of bpftool's JSON.
+fn field(json: &str, name: &str) -> Option<u64> {
+    let rest = json.split(&format!("\"{name}\":")).nth(1)?;
+    rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok()
+}
+
+fn program() -> std::path::PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), Into::into);
+    target.join("release/bench-connect")
+}
+
+/// A process that times connects.
+struct Client {
+    tasks: ChildStdin,
+    replies: BufReader<ChildStdout>,
+    _process: Process,
+}
+
+impl Client {
+    fn start(place: Place<'_>) -> Result<Self> {
+        let mut command = Command::new(program());
+        command.args(["--cpu", "0"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut process = Process::spawn(command, place)?;
+        let tasks = process.child().stdin.take().context("no stdin")?;
+        let replies = BufReader::new(process.child().stdout.take().context("no stdout")?);
+        Ok(Self { tasks, replies, _process: process })
+    }
+
+    fn time(&mut self, to: &str, count: usize) -> Result<Vec<f64>> {
+        writeln!(self.tasks, "{to} {count}")?;
+        let mut line = String::new();
+        self.replies.read_line(&mut line)?;
+        let mut times = line.split_whitespace().map(str::parse).collect::<Result<Vec<f64>, _>>()?;
+        ensure!(times.len() == count, "the client has ended");
+        times.sort_by(f64::total_cmp);
+        Ok(times)
+    }
+}
+
+fn percentile(sorted: &[f64], part: f64) -> f64 {
+    sorted[((sorted.len() - 1) as f64 * part).round() as usize]
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    percentile(&values, 0.5)
+}
+
+/// The 95 % interval of the median, from the order of the values (binomial).
+fn interval(values: &[f64]) -> (f64, f64) {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    let (n, reach) = (values.len() as f64, 0.98 * (values.len() as f64).sqrt());
+    let at = |position: f64| values[(position.max(0.0) as usize).min(values.len() - 1)];
+    (at(n / 2.0 - reach), at(n / 2.0 + reach))
 }

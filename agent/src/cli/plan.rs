@@ -62,7 +62,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<ExitCode> {
     let everywhere = ejected(&args.eject, |ejections| assign(&snapshot, &client, ejections))?;
     let mut verdict = assign(&snapshot, &client, &Ejections { everywhere, ..Ejections::default() });
     verdict.findings.splice(0..0, findings);
-    let mut report = Report::new(&client, &verdict);
+    let mut report = Report::new(&client, store.fingerprint(), &verdict);
     let failed = report.has_errors();
     args.select.apply(&mut report);
     output::print(args.output.output, &report, Rows::Endpoints)?;

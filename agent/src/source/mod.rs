@@ -27,6 +27,8 @@ pub struct Contents {
     pub objects: Vec<Read>,
     /// What is wrong with them.
     pub findings: Vec<Finding>,
+    /// Fingerprint of all that was read, sound or not.
+    pub fingerprint: u64,
     /// Whether everything could at least be told apart. Where not, an object that is missing may be in the
     /// broken part, and stays.
     pub whole: bool,

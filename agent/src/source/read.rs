@@ -1,6 +1,9 @@
 //! From documents to objects: which kind it is, and who reads it.
 
-use std::sync::Arc;
+use std::{
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    sync::Arc,
+};
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -17,7 +20,9 @@ pub struct Reader {
 
 /// Reads all objects of a file. Nothing in it can make this fail: what is wrong becomes a finding.
 pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Contents {
-    let mut contents = Contents { whole: true, ..Contents::default() };
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    let mut contents = Contents { whole: true, fingerprint: hasher.finish(), ..Contents::default() };
     for (line, document) in document::split(text) {
         let value = match document::parse(line, &document) {
             Ok(value) => value,
