@@ -13,6 +13,8 @@ use crate::{
     model::Severity,
 };
 
+/// Name, help, and which of the totals.
+type Metric = (&'static str, &'static str, fn(&Total) -> u64);
 type Counters<L> = Family<L, Counter<u64, AtomicU64>>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -75,7 +77,7 @@ pub fn render(sample: &Sample) -> Result<String, std::fmt::Error> {
 }
 
 fn connections(registry: &mut Registry, sample: &Sample) {
-    let metrics: [(&str, &str, fn(&Total) -> u64); 5] = [
+    let metrics: [Metric; 5] = [
         ("istio_tcp_connections_opened", "Connections established", |total| total.opened),
         ("istio_tcp_connections_closed", "Connections closed after they were established", |total| total.closed),
         ("istio_tcp_connections_failed", "Connects that were refused, reset or not answered", |total| total.failed),

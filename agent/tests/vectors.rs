@@ -1,4 +1,5 @@
 //! The vectors in `data/vectors.json`: what Istio, Envoy and Kubernetes do, as figures with their sources.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -40,7 +40,7 @@ impl Process {
     pub fn spawn(mut command: Command, place: Place<'_>) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let namespace = place.namespace.map(Namespace::open).transpose()?;
-        let procs = place.cgroup.map(|cgroup| procs_of(cgroup)).transpose()?;
+        let procs = place.cgroup.map(procs_of).transpose()?;
         // SAFETY: the closure only makes system calls with descriptors that were opened before the fork.
         unsafe {
             command.pre_exec(move || {

@@ -1,4 +1,5 @@
 //! Objects as they come: good, broken, half written, contradicting each other. Whatever is wrong is told, and the rest works.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::{fs, io::Write as _, process::Command, time::Duration};
 

@@ -1,4 +1,5 @@
 //! What becomes of connections, from the kernel back to the daemon: every outcome is made to happen.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::time::{Duration, Instant};
 

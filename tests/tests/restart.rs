@@ -1,4 +1,5 @@
 //! The agent comes and goes; connections do not notice.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::{
     fs,

@@ -31,7 +31,12 @@ pub(super) fn run(args: &EventsArgs) -> Result<ExitCode> {
             match args.output.output {
                 Format::Json => anstream::println!("{line}"),
                 Format::Yaml => {
-                    anstream::print!("---\n{}", serde_saphyr::to_string(&serde_json::from_str::<Record>(&line)?)?)
+                    let record: Record = serde_json::from_str(&line)?;
+                    anstream::print!(
+                        "---
+{}",
+                        serde_saphyr::to_string(&record)?
+                    );
                 }
                 Format::Table => {
                     let record: Record = serde_json::from_str(&line)?;

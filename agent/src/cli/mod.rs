@@ -28,7 +28,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serves the connections of this node (needs root)
-    Agent(agent::AgentArgs),
+    Agent(Box<agent::AgentArgs>),
     /// Shows how connections would be shared, from objects in files; needs no root and no kernel
     Plan(plan::PlanArgs),
     /// Shows what the running agent intends and what the kernel holds
@@ -65,7 +65,7 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
-        Command::Agent(args) => agent::run(args),
+        Command::Agent(args) => agent::run(*args),
         Command::Plan(args) => plan::run(&args),
         Command::Get(args) => get::run(&args),
         Command::Events(args) => events::run(&args),

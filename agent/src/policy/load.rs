@@ -23,10 +23,8 @@ pub struct Loads {
 
 /// Loads of the priorities, nearest first. `threshold` is the panic threshold in percent; 0 turns panic off. `factor` is in percent.
 pub fn loads(levels: &[Level], threshold: u32, factor: u64) -> Loads {
-    let health: Vec<u64> = levels
-        .iter()
-        .map(|level| if level.hosts == 0 { 0 } else { (factor * level.healthy / level.hosts).min(100) })
-        .collect();
+    let health: Vec<u64> =
+        levels.iter().map(|level| (factor * level.healthy).checked_div(level.hosts).unwrap_or(0).min(100)).collect();
     let total = health.iter().sum::<u64>().min(100);
     // While the levels together can carry everything, none panics.
     let panic: Vec<bool> = levels
@@ -45,7 +43,7 @@ pub fn loads(levels: &[Level], threshold: u32, factor: u64) -> Loads {
     let mut left = 100;
     let mut load = Vec::with_capacity(levels.len());
     for health in &health {
-        let part = if total == 0 { 0 } else { (health * 100 / total).min(left) };
+        let part = (health * 100).checked_div(total).unwrap_or(0).min(left);
         left -= part;
         load.push(part);
     }

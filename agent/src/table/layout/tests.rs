@@ -67,7 +67,10 @@ fn frontend(i: u8) -> FrontendKey {
     key(SocketAddr::from(([172, 16, 0, i], 80)), 6)
 }
 
-fn table(spec: &[(u8, Vec<(u8, Vec<u8>)>)]) -> Table {
+/// A frontend, and its groups: share and members.
+type Spec = (u8, Vec<(u8, Vec<u8>)>);
+
+fn table(spec: &[Spec]) -> Table {
     let frontends = spec.iter().map(|(i, groups)| {
         let groups = groups.iter().filter(|(_, members)| !members.is_empty()).map(|(share, members)| {
             (Share::from(u128::from(*share)), members.iter().map(|member| (address(*member), 1)).collect())
