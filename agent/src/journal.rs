@@ -12,6 +12,8 @@ use crate::{
 
 /// Records that are kept.
 const KEPT: usize = 1_000;
+/// Failed connections that are kept: in an outage there are many, and they shall not push out what came of them.
+const KEPT_FAILURES: usize = 200;
 
 /// One thing that happened.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -43,13 +45,18 @@ pub struct Record {
 /// The records.
 #[derive(Debug)]
 pub struct Journal {
-    recent: VecDeque<Record>,
+    recent: Kept,
+    failures: Kept,
+    next: u64,
     live: broadcast::Sender<Record>,
 }
 
+/// The last records of a sort, with their numbers.
+type Kept = VecDeque<(u64, Record)>;
+
 impl Default for Journal {
     fn default() -> Self {
-        Self { recent: VecDeque::new(), live: broadcast::Sender::new(KEPT) }
+        Self { recent: Kept::new(), failures: Kept::new(), next: 0, live: broadcast::Sender::new(KEPT) }
     }
 }
 
@@ -57,24 +64,28 @@ impl Journal {
     /// Adds a record, with the time of now.
     pub fn add(&mut self, record: Record) {
         let record = Record { time: rfc3339(SystemTime::now()), ..record };
-        tracing::info!(
-            kind = record.kind,
-            service = record.service.as_deref(),
-            endpoint = record.endpoint.as_deref(),
-            "{}",
-            record.message
-        );
-        if self.recent.len() == KEPT {
-            self.recent.pop_front();
+        let (service, endpoint) = (record.service.as_deref(), record.endpoint.as_deref());
+        let (kept, most) = if record.kind == Record::FAILED {
+            tracing::debug!(kind = record.kind, service, endpoint, "{}", record.message);
+            (&mut self.failures, KEPT_FAILURES)
+        } else {
+            tracing::info!(kind = record.kind, service, endpoint, "{}", record.message);
+            (&mut self.recent, KEPT)
+        };
+        if kept.len() == most {
+            kept.pop_front();
         }
-        self.recent.push_back(record.clone());
+        kept.push_back((self.next, record.clone()));
+        self.next += 1;
         // An error means that nobody follows.
         let _ = self.live.send(record);
     }
 
     /// What is kept, and what comes.
     pub fn follow(&self) -> (Vec<Record>, broadcast::Receiver<Record>) {
-        (self.recent.iter().cloned().collect(), self.live.subscribe())
+        let mut kept: Vec<_> = self.recent.iter().chain(&self.failures).collect();
+        kept.sort_by_key(|(number, _)| *number);
+        (kept.into_iter().map(|(_, record)| record.clone()).collect(), self.live.subscribe())
     }
 }
 
@@ -84,6 +95,9 @@ pub fn rfc3339(time: SystemTime) -> String {
 }
 
 impl Record {
+    /// The kind of a connect that failed.
+    pub const FAILED: &str = "failed";
+
     /// A record about an endpoint of a pool.
     pub fn of_pool(pool: &PoolKey, endpoint: std::net::SocketAddr, kind: &str, message: String) -> Self {
         Self {

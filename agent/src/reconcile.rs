@@ -184,7 +184,7 @@ impl Reconciler {
             {
                 let what = std::io::Error::from_raw_os_error(outcome.errno as i32);
                 let message = format!("connection to {} failed after {:.1?}: {what}", outcome.backend, outcome.latency);
-                self.journal.add(Record::of_pool(pool, outcome.backend, "failed", message));
+                self.journal.add(Record::of_pool(pool, outcome.backend, Record::FAILED, message));
             }
             for (pool, event) in self.health.observe(now, pools, outcome.backend, outlook) {
                 self.accounts.count_health(&pool, &event);

@@ -188,7 +188,8 @@ fn services(assignment: &Assignment) -> Vec<ServiceReport> {
         .routes
         .iter()
         .map(|route| {
-            let runs = first_run..first_run + route.pool.groups.len();
+            // A route that leads to nobody has a run as well, of nobody.
+            let runs = first_run..first_run + route.pool.groups.len().max(1);
             first_run = runs.end;
             service(assignment, route, &|address| runs.clone().filter_map(|run| shares.get(&(run, address))).sum())
         })

@@ -140,7 +140,7 @@ plain!(Frontend, 24, 4);
 pub struct Slot {
     /// First entry of the run in `RUNS`.
     pub first: u32,
-    /// Entries in the run, at least 1.
+    /// Entries in the run; 0: this turn refuses.
     pub len: u32,
     /// Visits of this run in one period.
     pub visits: u32,

@@ -44,6 +44,11 @@ pub(crate) fn choose(key: &FrontendKey) -> Choice {
     let Some(slot) = SLOTS.get(frontend.base.wrapping_add((turn % period) as u32)).copied() else {
         return inconsistent();
     };
+    if slot.len == 0 {
+        // SAFETY: as above.
+        unsafe { add(&raw mut (*stats).refused, 1) };
+        return Choice::Refuse;
+    }
     let Some(&backend_id) = RUNS.get(slot.entry(turn / period)) else {
         return inconsistent();
     };

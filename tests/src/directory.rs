@@ -2,12 +2,18 @@
 
 use std::{
     fs,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 use tempfile::TempDir;
+
+use crate::binary;
+
+const NOBODY: u32 = 65_534;
 
 /// A configuration directory.
 #[derive(Debug)]
@@ -16,12 +22,29 @@ pub struct Directory {
 }
 
 impl Directory {
-    /// An empty one.
+    /// An empty one, which every user may read.
     ///
     /// # Errors
     /// There is no room.
     pub fn new() -> Result<Self> {
-        Ok(Self { folder: tempfile::Builder::new().prefix("portolan-").tempdir()? })
+        let folder = tempfile::Builder::new().prefix("portolan-").tempdir()?;
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
+        Ok(Self { folder })
+    }
+
+    /// A command that runs `portolan` as a user who may do nothing.
+    ///
+    /// # Errors
+    /// It was not built.
+    pub fn portolan_as_nobody(&self) -> Result<Command> {
+        // Where it was built, that user may not even look.
+        let copy = self.scratch("portolan");
+        if !copy.exists() {
+            fs::copy(binary("portolan")?, &copy)?;
+        }
+        let mut command = Command::new(copy);
+        command.uid(NOBODY).gid(NOBODY);
+        Ok(command)
     }
 
     /// Where it is.

@@ -121,6 +121,19 @@ fn everything_that_is_wrong_is_told_and_the_rest_works() -> Result<()> {
 }
 
 #[test]
+fn an_empty_slice_as_kubectl_prints_it() -> Result<()> {
+    let directory = Directory::new()?;
+    let mut empty = slice("web", 9080, &[]);
+    empty["endpoints"] = Value::Null;
+    empty["ports"] = Value::Null;
+    directory.write("c1/all.yaml", &[node("n1", "r1/z1"), service("web", &["172.16.0.10"], 80), empty])?;
+    let (report, code) = plan(&directory, &[])?;
+    assert_eq!((code, &report["findings"]), (0, &json!([])));
+    assert_eq!(shares(service_named(&report, "web")), []);
+    Ok(())
+}
+
+#[test]
 fn a_missing_node_is_told_and_everything_is_far() -> Result<()> {
     let directory = Directory::new()?;
     directory.write(
@@ -333,6 +346,91 @@ fn a_route_by_weight_and_a_weight_of_zero() -> Result<()> {
     Ok(())
 }
 
+/// Envoy's weighted clusters: one that is empty fails its share; the others were not meant for it.
+#[test]
+fn a_route_that_leads_to_nobody_refuses_its_share_and_no_more() -> Result<()> {
+    let directory = Directory::new()?;
+    let destination = |host: &str, subset: &str, weight: u32| json!({"destination": {"host": host, "subset": subset}, "weight": weight});
+    let route = json!({
+        "apiVersion": "networking.istio.io/v1", "kind": "VirtualService",
+        "metadata": {"name": "web", "namespace": "default"},
+        "spec": {"hosts": ["web"], "tcp": [{"route": [
+            destination("web", "v1", 6), destination("web", "gone", 3), destination("nowhere", "v1", 1)]}]},
+    });
+    let subset = |name: &str| json!({"name": name, "labels": {"version": name}});
+    directory
+        .write("rules.yaml", &[route, destination_rule("web", &json!({"subsets": [subset("v1"), subset("gone")]}))])?;
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("n1", "r1/z1"),
+            service("web", &["172.16.0.10"], 80),
+            slice("web", 9080, &[("10.0.0.1", "n1", "web-1")]),
+            portolan_tests::objects::pod("web-1", &json!({"version": "v1"})),
+        ],
+    )?;
+    let (report, code) = plan(&directory, &[])?;
+    assert_eq!(code, 1);
+    finding(&report, "VirtualService default/web", "no Service is named \"nowhere.default.svc.cluster.local\"");
+    finding(&report, "Service default/web", "its route to default/web:80 subset gone leads to nobody");
+    assert_eq!(shares(service_named(&report, "web")), [("10.0.0.1:9080".to_owned(), 0.6)]);
+    let bed = Bed::new()?;
+    bed.namespace.add_address("10.0.0.1/32")?;
+    bed.serve("10.0.0.1:9080", "v1")?;
+    let _agent = bed.agent(&directory, "c1", "n1")?;
+    let reply = bed.dialler()?.dial("172.16.0.10:80", 100)?;
+    let refused = reply.seen.iter().filter(|seen| seen.errno == ECONNREFUSED).count();
+    assert_eq!((reply.count("v1"), refused), (60, 40));
+    Ok(())
+}
+
+#[test]
+fn a_rule_has_no_say_over_the_services_of_another_namespace() -> Result<()> {
+    let directory = Directory::new()?;
+    let in_namespace = |mut object: Value, namespace: &str| {
+        object["metadata"]["namespace"] = json!(namespace);
+        object
+    };
+    let distribute = json!({"trafficPolicy": {"loadBalancer": {"localityLbSetting": {"distribute": [
+        {"from": "r1/*", "to": {"r2/*": 100}}]}}}});
+    let host = "web.default.svc.cluster.local";
+    let mut route = portolan_tests::objects::tcp_route(host, host, "v1");
+    route["metadata"]["name"] = json!("route");
+    directory.write(
+        "rules.yaml",
+        &[in_namespace(destination_rule(host, &distribute), "other"), in_namespace(route, "other")],
+    )?;
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("n1", "r1/z1"),
+            node("n2", "r2/z1"),
+            service("web", &["172.16.0.10"], 80),
+            slice("web", 9080, &[("10.0.0.1", "n1", ""), ("10.1.0.1", "n2", "")]),
+        ],
+    )?;
+    let (report, code) = plan(&directory, &[])?;
+    assert_eq!(code, 1);
+    finding(&report, &format!("DestinationRule other/{host}"), "in another namespace");
+    finding(&report, "VirtualService other/route", "in another namespace");
+    let service = service_named(&report, "web");
+    assert_eq!((&service["mode"], &service["subset"]), (&json!("none"), &Value::Null));
+    // From the mesh's own namespace it counts; from the service's own it counts before that.
+    directory.write("rules.yaml", &[in_namespace(destination_rule(host, &distribute), "istio-system")])?;
+    let (report, code) = plan(&directory, &[])?;
+    assert_eq!((code, &service_named(&report, "web")["mode"]), (0, &json!("distribute")));
+    let twice = |name: &str| {
+        let mut rule = destination_rule("web", &json!({}));
+        rule["metadata"]["name"] = json!(name);
+        rule
+    };
+    directory.write("more.yaml", &[twice("a"), twice("b")])?;
+    let report = plan(&directory, &[])?.0;
+    assert_eq!(service_named(&report, "web")["mode"], json!("none"));
+    finding(&report, "DestinationRule default/b", "DestinationRule default/a, which counts");
+    Ok(())
+}
+
 #[test]
 fn what_the_machine_lacks_is_one_clear_line() -> Result<()> {
     let directory = Directory::new()?;
@@ -347,16 +445,12 @@ fn what_the_machine_lacks_is_one_clear_line() -> Result<()> {
     let (cgroup, pins) = (bed.cgroup.path().display().to_string(), bed.pins().display().to_string());
     let admin = directory.scratch("admin.sock").display().to_string();
     let portolan = || binary("portolan").map(Command::new);
-    // A binary that everybody may run, for the ones without root.
-    let copy = directory.scratch("portolan");
-    fs::copy(binary("portolan")?, &copy)?;
-    fs::set_permissions(directory.path().parent().unwrap(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     for (mut command, cgroup, bpffs, said) in [
         (portolan()?, "/proc", pins.as_str(), "/proc is not on a cgroup v2 file system"),
         (portolan()?, "/sys/fs/cgroup/no/such", pins.as_str(), "does not exist"),
         (portolan()?, cgroup.as_str(), "/tmp/portolan-no-bpffs", "is not on a bpffs"),
-        (nobody(&copy), cgroup.as_str(), pins.as_str(), "root is needed"),
-        (without(&copy, "/sys/kernel/btf"), cgroup.as_str(), pins.as_str(), "the kernel has no BTF"),
+        (directory.portolan_as_nobody()?, cgroup.as_str(), pins.as_str(), "root is needed"),
+        (without(&binary("portolan")?, "/sys/kernel/btf"), cgroup.as_str(), pins.as_str(), "the kernel has no BTF"),
     ] {
         let (code, text) = start(&mut command, cgroup, bpffs, &admin)?;
         assert_eq!((code, text.lines().count()), (Some(2), 1), "{said}: {text}");
@@ -368,7 +462,7 @@ fn what_the_machine_lacks_is_one_clear_line() -> Result<()> {
     command.arg(format!(
         "for mount in $(awk '$3 == \"cgroup2\" {{print $2}}' /proc/mounts); do umount -l $mount; done; \
          exec {} agent --config {} --cluster c1 --node n1 --bpffs {pins} --admin {admin} --metrics 127.0.0.1:0",
-        copy.display(),
+        binary("portolan")?.display(),
         directory.path().display()
     ));
     let output = command.output()?;
@@ -376,12 +470,6 @@ fn what_the_machine_lacks_is_one_clear_line() -> Result<()> {
     assert_eq!((output.status.code(), text.lines().count()), (Some(2), 1), "{text}");
     assert!(text.contains("no cgroup v2 is mounted"), "{text}");
     Ok(())
-}
-
-fn nobody(binary: &std::path::Path) -> Command {
-    let mut command = Command::new(binary);
-    std::os::unix::process::CommandExt::uid(&mut command, 65_534);
-    command
 }
 
 /// In a mount namespace in which this folder is empty.
@@ -400,11 +488,8 @@ fn plan_needs_no_root_and_speaks_every_format() -> Result<()> {
         "c1/all.yaml",
         &[node("n1", "r1/z1"), service("web", &["172.16.0.10"], 80), slice("web", 9080, &[("10.0.0.1", "n1", "")])],
     )?;
-    let copy = directory.scratch("portolan");
-    fs::copy(binary("portolan")?, &copy)?;
-    fs::set_permissions(directory.path().parent().unwrap(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let run = |more: &[&str]| -> Result<(Option<i32>, String)> {
-        let mut command = nobody(&copy);
+        let mut command = directory.portolan_as_nobody()?;
         command.arg("plan").arg("--config").arg(directory.path()).args(["--cluster", "c1"]).args(more);
         let output = command.output()?;
         Ok((output.status.code(), String::from_utf8(output.stdout)? + &String::from_utf8(output.stderr)?))

@@ -64,7 +64,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let options = Options { cgroup: args.cgroup, bpffs: args.bpffs, sizes: Sizes::default(), log: args.program_log };
     let reader = Reader { allow_loopback: args.config.allow_loopback_endpoints };
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let (datapath, held) = Datapath::open(&options)?;
         let admin_socket = admin::bind_admin(&args.admin.admin)?;
         let metrics_socket = TcpListener::bind(args.metrics)
@@ -87,5 +87,8 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         ended?;
         tracing::info!("ending; programs and maps stay in place and go on serving");
         Ok(ExitCode::SUCCESS)
-    })
+    });
+    // Somebody may still be waiting for a disk; nothing that is left has to be finished.
+    runtime.shutdown_background();
+    ended
 }

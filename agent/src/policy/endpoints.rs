@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::SocketAddr};
 
 use super::{PoolKey, pool::Scene};
 use crate::{
-    model::{EndpointSlice, Finding, Locality, Service, SliceEndpoint},
+    model::{EndpointSlice, Finding, Locality, Protocol, Service, SliceEndpoint},
     store::{Objects, Snapshot},
 };
 
@@ -112,7 +112,7 @@ fn definition<'a>(scene: &Scene<'a>, key: &PoolKey) -> Option<(&'a Service, &'a 
     let own = scene.snapshot.clusters.get(&scene.client.cluster);
     let all = own.into_iter().chain(scene.snapshot.clusters.values());
     let service = all.filter_map(|objects| objects.services.get(&key.service)).next()?;
-    let port = service.ports.iter().find(|port| port.port == key.port)?;
+    let port = service.ports.iter().find(|port| port.port == key.port && port.protocol == Protocol::Tcp)?;
     Some((service, &port.name))
 }
 
@@ -126,7 +126,11 @@ fn collect<'a>(
     found: &mut Vec<(Endpoint, &'a SliceEndpoint)>,
 ) {
     // Endpoints belong to a Service port by its name, whatever the numbers are.
-    let Some(slice_port) = slice.ports.iter().find(|candidate| candidate.name == port) else { return };
+    let Some(slice_port) =
+        slice.ports.iter().find(|candidate| candidate.name == port && candidate.protocol == Protocol::Tcp)
+    else {
+        return;
+    };
     for endpoint in slice.endpoints.iter().filter(|endpoint| (scene.family)(&endpoint.address)) {
         if service.node_local && (endpoint.node.is_none() || endpoint.node != scene.client.node) {
             continue;

@@ -206,12 +206,14 @@ fn assign_port(
         let ruled = destination.by_rule;
         routes.push(Route { weight: destination.weight, pool: pool::build(scene, destination.key, ruled, findings) });
     }
-    let total: u128 = routes.iter().map(|route| u128::from(route.weight)).sum();
-    let groups = routes.iter().flat_map(|route| {
-        let part = Share::new(u128::from(route.weight), total.max(1));
-        route.pool.groups.iter().map(move |group| (group.share * part, group.members.clone()))
-    });
-    let schedule = Schedule::new(groups.filter(|(share, _)| *share != Share::default()).collect());
+    let schedule = schedule(&routes);
+    if !schedule.is_empty() {
+        for route in routes.iter().filter(|route| route.pool.groups.is_empty()) {
+            let message =
+                format!("port {}: its route to {} leads to nobody: that share is refused", port.port, route.pool.key);
+            findings.push(Finding::warning(format!("Service {}", service.name), message));
+        }
+    }
     let pools = || routes.iter().map(|route| &route.pool);
     let connect_timeout = pools().filter_map(|pool| pool.connect_timeout).min().or_else(|| {
         // Without a limit of its own a connect that nobody answers would count as failed after two minutes only.
@@ -227,4 +229,22 @@ fn assign_port(
         schedule,
         connect_timeout,
     }
+}
+
+/// The turns over all routes. A route that leads to nobody keeps its turns, and they refuse: its connections were not meant for
+/// the others.
+fn schedule(routes: &[Route]) -> Schedule {
+    if routes.iter().all(|route| route.pool.groups.is_empty()) {
+        return Schedule::default();
+    }
+    let total: u128 = routes.iter().map(|route| u128::from(route.weight)).sum();
+    let mut groups = Vec::new();
+    for route in routes {
+        let part = Share::new(u128::from(route.weight), total.max(1));
+        if route.pool.groups.is_empty() {
+            groups.push((part, Vec::new()));
+        }
+        groups.extend(route.pool.groups.iter().map(|group| (group.share * part, group.members.clone())));
+    }
+    Schedule::new(groups)
 }

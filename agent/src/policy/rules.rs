@@ -23,7 +23,7 @@ pub struct RuleBook {
 #[derive(Debug)]
 struct Resolved<T> {
     host: String,
-    namespace: String,
+    name: NamespacedName,
     rule: Arc<T>,
 }
 
@@ -53,15 +53,23 @@ impl RuleBook {
         for objects in scopes {
             for rule in objects.destination_rules.values() {
                 let host = book.full_name(&rule.host, &rule.name.namespace);
-                book.check_destination_rule(rule, &host, findings);
-                let namespace = rule.name.namespace.clone();
-                book.destination_rules.push(Resolved { host, namespace, rule: Arc::clone(rule) });
+                book.check_host(&format!("DestinationRule {}", rule.name), "spec.host", &rule.name, &host, findings);
+                check_failover(rule, findings);
+                let resolved = Resolved { host, name: rule.name.clone(), rule: Arc::clone(rule) };
+                insert("DestinationRule", &mut book.destination_rules, resolved, findings);
             }
             for rule in objects.virtual_services.values().filter(|rule| !rule.tcp.is_empty()) {
                 for host in &rule.hosts {
                     let host = book.full_name(host, &rule.name.namespace);
-                    let namespace = rule.name.namespace.clone();
-                    book.virtual_services.push(Resolved { host, namespace, rule: Arc::clone(rule) });
+                    book.check_host(
+                        &format!("VirtualService {}", rule.name),
+                        "spec.hosts",
+                        &rule.name,
+                        &host,
+                        findings,
+                    );
+                    let resolved = Resolved { host, name: rule.name.clone(), rule: Arc::clone(rule) };
+                    insert("VirtualService", &mut book.virtual_services, resolved, findings);
                 }
             }
         }
@@ -82,31 +90,21 @@ impl RuleBook {
         }
     }
 
-    fn check_destination_rule(&self, rule: &DestinationRule, host: &str, findings: &mut Vec<Finding>) {
-        let object = || format!("DestinationRule {}", rule.name);
-        let meant: Vec<_> = self.hosts.iter().filter(|(name, _)| matches(host, name)).map(|(_, name)| name).collect();
-        if meant.is_empty() {
-            findings.push(Finding::warning(
-                object(),
-                format!("spec.host: no Service is named {host:?}; the rule has no effect"),
-            ));
-        } else if rule.name.namespace != self.mesh.root_namespace
-            && !meant.iter().any(|service| service.namespace == rule.name.namespace)
+    /// A rule that means nobody, or others' services, has no effect, which its author should know.
+    fn check_host(&self, object: &str, field: &str, rule: &NamespacedName, host: &str, findings: &mut Vec<Finding>) {
+        let mut meant = self.hosts.iter().filter(|(name, _)| matches(host, name)).map(|(_, name)| name).peekable();
+        if meant.peek().is_none() {
+            let message = format!("{field}: no Service is named {host:?}; the rule has no effect");
+            findings.push(Finding::warning(object, message));
+        } else if rule.namespace != self.mesh.root_namespace
+            && !meant.any(|service| service.namespace == rule.namespace)
         {
             let message = format!(
-                "spec.host: {host:?} is in another namespace, whose traffic this rule may not change; \
-                 put the rule there, or into {}",
+                "{field}: {host:?} is in another namespace, whose traffic this rule may not change; put the rule there, \
+                 or into {}",
                 self.mesh.root_namespace
             );
-            findings.push(Finding::error(object(), message));
-        }
-        let policies = [&rule.policy].into_iter().chain(rule.subsets.iter().map(|subset| &subset.policy));
-        for policy in policies.flat_map(|policy| [policy].into_iter().chain(policy.ports.values())) {
-            let explicit = policy.locality.as_ref().is_some_and(|locality| !locality.failover.is_empty());
-            if explicit && policy.outlier.is_none() && rule.policy.outlier.is_none() {
-                let message = "localityLbSetting.failover has no effect without outlierDetection; add that block";
-                findings.push(Finding::warning(object(), message));
-            }
+            findings.push(Finding::error(object, message));
         }
     }
 
@@ -114,9 +112,8 @@ impl RuleBook {
     fn find<'a, T>(&self, rules: &'a [Resolved<T>], service: &NamespacedName) -> Option<&'a Arc<T>> {
         let host = self.host_of(service);
         [service.namespace.as_str(), self.mesh.root_namespace.as_str()].into_iter().find_map(|namespace| {
-            let candidates = rules.iter().filter(|rule| rule.namespace == namespace && matches(&rule.host, &host));
-            // Of equals the first counts.
-            candidates.rev().max_by_key(|rule| (rule.host == host, rule.host.len())).map(|rule| &rule.rule)
+            let candidates = rules.iter().filter(|rule| rule.name.namespace == namespace && matches(&rule.host, &host));
+            candidates.max_by_key(|rule| (rule.host == host, rule.host.len())).map(|rule| &rule.rule)
         })
     }
 
@@ -169,4 +166,28 @@ impl RuleBook {
 /// Whether a rule's host (full, or with a leading `*`) means this host.
 fn matches(rule: &str, host: &str) -> bool {
     rule == host || rule.strip_prefix('*').is_some_and(|suffix| host.ends_with(suffix))
+}
+
+/// Adds a rule, unless its namespace has another one for the same host.
+fn insert<T>(kind: &str, rules: &mut Vec<Resolved<T>>, rule: Resolved<T>, findings: &mut Vec<Finding>) {
+    let same = |other: &&Resolved<T>| other.host == rule.host && other.name.namespace == rule.name.namespace;
+    if let Some(other) = rules.iter().find(same) {
+        let message =
+            format!("{:?} has a rule already, {kind} {}, which counts; make one of them", rule.host, other.name);
+        findings.push(Finding::warning(format!("{kind} {}", rule.name), message));
+    } else {
+        rules.push(rule);
+    }
+}
+
+/// Failover rules do nothing while nothing is ever ejected.
+fn check_failover(rule: &DestinationRule, findings: &mut Vec<Finding>) {
+    let policies = [&rule.policy].into_iter().chain(rule.subsets.iter().map(|subset| &subset.policy));
+    for policy in policies.flat_map(|policy| [policy].into_iter().chain(policy.ports.values())) {
+        let explicit = policy.locality.as_ref().is_some_and(|locality| !locality.failover.is_empty());
+        if explicit && policy.outlier.is_none() && rule.policy.outlier.is_none() {
+            let message = "localityLbSetting.failover has no effect without outlierDetection; add that block";
+            findings.push(Finding::warning(format!("DestinationRule {}", rule.name), message));
+        }
+    }
 }

@@ -26,7 +26,7 @@ const MAX_RUN: u128 = 10_000;
 pub struct Run {
     /// How often the run has its turn in one cycle.
     pub visits: u32,
-    /// Its endpoints; one that weighs more stands here more often.
+    /// Its endpoints; one that weighs more stands here more often. Empty: its turns refuse.
     pub members: Vec<SocketAddr>,
 }
 
@@ -67,6 +67,11 @@ impl Schedule {
             .zip(visits)
             .map(|((_, members), visits)| Run { visits: visits as u32, members: run(&members) });
         Self { turns, runs: runs.collect() }
+    }
+
+    /// Whether every connection is refused.
+    pub fn is_empty(&self) -> bool {
+        self.turns.is_empty()
     }
 
     /// The fraction of connections that each member of each run gets, as the kernel gives them: index of the run, endpoint,

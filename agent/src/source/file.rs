@@ -184,7 +184,10 @@ pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Update>) -
     let root =
         std::fs::canonicalize(&root).with_context(|| format!("--config {}: no such directory", root.display()))?;
     let (sender, mut events) = mpsc::unbounded_channel();
-    let mut watcher = notify::recommended_watcher(move |event| {
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+        if event.as_ref().is_ok_and(|event| is_mere_reading(event.kind)) {
+            return;
+        }
         // The receiver is gone only when the agent ends.
         let _ = sender.send(event);
     })?;
@@ -192,30 +195,36 @@ pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Update>) -
 
     let mut directory = Directory::new(root.clone(), reader);
     let mut being_written = BTreeSet::new();
-    let first = directory.scan(&being_written).with_context(|| format!("cannot read {}", root.display()))?;
+    let first;
+    (directory, first) = scan(directory, &being_written).await?;
+    let first = first.with_context(|| format!("cannot read {}", root.display()))?;
     for update in first.into_iter().chain([Update::Synced]) {
         if updates.send(update).await.is_err() {
             return Ok(());
         }
     }
     let mut rescan = Instant::now() + RESCAN;
+    let mut again = false;
     loop {
-        let event = tokio::select! {
-            event = events.recv() => event,
-            () = sleep_until(rescan) => None,
-            () = updates.closed() => return Ok(()),
-        };
-        note(event, &mut being_written);
-        drain(&mut events, &mut being_written).await;
-        let mut changes = match directory.scan(&being_written) {
+        if !again {
+            tokio::select! {
+                Some(event) = events.recv() => note(event, &mut being_written),
+                () = sleep_until(rescan) => {}
+                () = updates.closed() => return Ok(()),
+            }
+            drain(&mut events, &mut being_written).await;
+        }
+        let seen;
+        (directory, seen) = scan(directory, &being_written).await?;
+        let mut changes = match seen {
             Ok(changes) => changes,
             Err(error) => vec![Update::Trouble(vec![Finding::error(
                 root.display(),
                 format!("cannot be read: {error}. All that it last said stays in force"),
             )])],
         };
-        // A write that began while the scan was under way has sent its event by now.
-        drain(&mut events, &mut being_written).await;
+        // A write that began while the scan was under way has sent its event by now, and is looked at in another scan.
+        again = drain(&mut events, &mut being_written).await;
         directory.forget(&mut changes, &being_written);
         rescan = Instant::now() + RESCAN;
         for update in changes {
@@ -226,18 +235,42 @@ pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Update>) -
     }
 }
 
-/// Takes the events of a burst, until there is a pause.
-async fn drain(events: &mut mpsc::UnboundedReceiver<notify::Result<Event>>, being_written: &mut BTreeSet<PathBuf>) {
+/// The scans themselves open and read files, which is no change.
+fn is_mere_reading(kind: EventKind) -> bool {
+    matches!(kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write))
+}
+
+/// Scans on a thread of its own: a disk that hangs shall not keep the agent from anything else.
+async fn scan(
+    mut directory: Directory,
+    being_written: &BTreeSet<PathBuf>,
+) -> anyhow::Result<(Directory, io::Result<Vec<Update>>)> {
+    let being_written = being_written.clone();
+    let scanned = tokio::task::spawn_blocking(move || {
+        let updates = directory.scan(&being_written);
+        (directory, updates)
+    });
+    Ok(scanned.await?)
+}
+
+/// Takes the events of a burst, until there is a pause. Returns whether there were any.
+async fn drain(
+    events: &mut mpsc::UnboundedReceiver<notify::Result<Event>>,
+    being_written: &mut BTreeSet<PathBuf>,
+) -> bool {
     let end = Instant::now() + LONGEST_BURST;
+    let mut any = false;
     while let Ok(Some(event)) = timeout_at(end.min(Instant::now() + BURST), events.recv()).await {
-        note(Some(event), being_written);
+        note(event, being_written);
+        any = true;
     }
+    any
 }
 
 /// Keeps track of which files are open for writing.
-fn note(event: Option<notify::Result<Event>>, being_written: &mut BTreeSet<PathBuf>) {
-    let Some(Ok(event)) = event else {
-        // Events were lost, or a minute has passed: what was open may have been closed.
+fn note(event: notify::Result<Event>, being_written: &mut BTreeSet<PathBuf>) {
+    let Some(event) = event.ok().filter(|event| !event.need_rescan()) else {
+        // Events were lost: what was open may have been closed.
         being_written.clear();
         return;
     };

@@ -262,7 +262,9 @@ impl Layout {
             ops.push(Op::ResetFrontend(id));
         }
         if period > 0 {
-            ops.push(Op::SetRuns(runs, ids));
+            if run_entries > 0 {
+                ops.push(Op::SetRuns(runs, ids));
+            }
             ops.push(Op::SetSlots(base, slots));
         }
         ops.push(Op::SetFrontend(*key, frontend));

@@ -195,10 +195,10 @@ impl World {
         Ok(())
     }
 
-    /// `portolan plan` for a cluster's node: the answer, and the exit status. It runs without root.
+    /// `portolan plan` for a cluster's node: the answer, and the exit status. It runs as a user who may do nothing.
     pub(super) fn plan(&self, cluster: usize, more: &[&str]) -> Result<(Value, i32)> {
         let plan = &self.clusters[cluster].plan;
-        let mut command = Command::new(binary("portolan")?);
+        let mut command = self.directory.portolan_as_nobody()?;
         command.arg("plan").arg("--config").arg(self.directory.path()).args(["--cluster", plan.id]);
         command.args(["--node", &node_name(plan), "-o", "json"]).args(more);
         let output = command.output()?;

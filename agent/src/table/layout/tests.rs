@@ -33,13 +33,13 @@ impl Maps {
 
     /// What a connection to the frontend gets for each value of its cursor, as the kernel computes it; panics where an
     /// entry is missing.
-    fn picks(&self, key: &FrontendKey, count: u64) -> Vec<SocketAddr> {
+    fn picks(&self, key: &FrontendKey, count: u64) -> Vec<Option<SocketAddr>> {
         let frontend = self.frontends[key];
         let period = u64::from(frontend.period);
         (0..if period == 0 { 0 } else { count })
             .map(|turn| {
                 let slot = self.slots[&(frontend.base + (turn % period) as u32)];
-                self.backends[&self.runs[&slot.entry(turn / period)]].endpoint.socket_addr()
+                (slot.len > 0).then(|| self.backends[&self.runs[&slot.entry(turn / period)]].endpoint.socket_addr())
             })
             .collect()
     }
@@ -48,13 +48,14 @@ impl Maps {
 const PICKS: u64 = 60;
 
 /// What it should get, from the schedule alone.
-fn expected(schedule: &Schedule) -> Vec<SocketAddr> {
+fn expected(schedule: &Schedule) -> Vec<Option<SocketAddr>> {
     let turns = schedule.turns.len();
     (0..if turns == 0 { 0 } else { PICKS as usize })
         .map(|i| {
             let turn = schedule.turns[i % turns];
             let run = &schedule.runs[turn.run as usize];
-            run.members[((i / turns) * run.visits as usize + turn.visit as usize) % run.members.len()]
+            let visit = (i / turns) * run.visits as usize + turn.visit as usize;
+            run.members.get(visit.checked_rem(run.members.len())?).copied()
         })
         .collect()
 }
@@ -72,7 +73,7 @@ type Spec = (u8, Vec<(u8, Vec<u8>)>);
 
 fn table(spec: &[Spec]) -> Table {
     let frontends = spec.iter().map(|(i, groups)| {
-        let groups = groups.iter().filter(|(_, members)| !members.is_empty()).map(|(share, members)| {
+        let groups = groups.iter().map(|(share, members)| {
             (Share::from(u128::from(*share)), members.iter().map(|member| (address(*member), 1)).collect())
         });
         let schedule = Schedule::new(groups.collect());
