@@ -4,7 +4,6 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Write as _},
     process::{ChildStdin, ChildStdout, Command, ExitCode, Stdio},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,7 +11,6 @@ use clap::Args;
 use portolan_tests::{
     Bed, Directory, Place, Process,
     objects::{node, service, slice},
-    wait_until,
 };
 
 use crate::{
@@ -104,15 +102,10 @@ fn measure(rounds: usize, connections: usize) -> Result<Vec<Arm>> {
         &[node("n1", "r1/z1"), service("web", &["172.16.0.10"], 80), slice("web", 9080, &[("10.0.0.1", "n1", "")])],
     )?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
-    let mut server = Command::new(program());
-    server.args(["--listen", ENDPOINT]);
-    let _server = Process::spawn(server, Place { namespace: Some(&bed.namespace), cgroup: None })?;
-    wait_until("the server to listen", Duration::from_secs(10), || {
-        bed.namespace.enter(|| std::net::TcpStream::connect(ENDPOINT).map(drop).context("not yet"))
-    })?;
-
-    let mut inside = Client::start(bed.place())?;
-    let mut outside = Client::start(Place { namespace: Some(&bed.namespace), cgroup: None })?;
+    let mut server = Helper::start(&["--listen", ENDPOINT], Place { namespace: Some(&bed.namespace), cgroup: None })?;
+    server.ask("empty")?;
+    let mut inside = Helper::start(&["--cpu", "0"], bed.place())?;
+    let mut outside = Helper::start(&["--cpu", "0"], Place { namespace: Some(&bed.namespace), cgroup: None })?;
     let arm = |name, about, to, served| Arm { name, about, to, served, rounds: Vec::new() };
     let mut arms = vec![
         arm("direct", "the endpoint's address, no program on the way", ENDPOINT, false),
@@ -124,6 +117,7 @@ fn measure(rounds: usize, connections: usize) -> Result<Vec<Arm>> {
         for arm in &mut arms {
             let client = if arm.served { &mut inside } else { &mut outside };
             let times = client.time(arm.to, connections)?;
+            server.ask("empty")?;
             if round > 0 {
                 arm.rounds.push((percentile(&times, 0.5), percentile(&times, 0.99)));
             }
@@ -131,17 +125,18 @@ fn measure(rounds: usize, connections: usize) -> Result<Vec<Arm>> {
     }
     if rounds > 10 {
         in_kernel(&bed, &mut inside, connections)?;
+        server.ask("empty")?;
     }
     Ok(arms)
 }
 
 /// Nanoseconds that each program takes, by the kernel's own count.
-fn in_kernel(bed: &Bed, client: &mut Client, connections: usize) -> Result<()> {
+fn in_kernel(bed: &Bed, client: &mut Helper, connections: usize) -> Result<()> {
     const SETTING: &str = "/proc/sys/kernel/bpf_stats_enabled";
     let before = fs::read_to_string(SETTING)?;
     fs::write(SETTING, "1")?;
-    let measured = client.time(SERVICE, connections * 5).and_then(|_| {
-        println!("\nin the kernel, mean of {} hits:", connections * 5);
+    let measured = client.time(SERVICE, connections).and_then(|_| {
+        println!("\nin the kernel, mean of {connections} hits, the counting itself included:");
         for name in ["connect4", "sock_ops"] {
             let link = bed.pins().join("v1/links").join(name);
             let shown = show(&["link", "show", "pinned"], &link.display().to_string())?;
@@ -172,29 +167,35 @@ fn program() -> std::path::PathBuf {
     target.join("release/bench-connect")
 }
 
-/// A process that times connects.
-struct Client {
+/// A process of the benchmark: one line in, one line out.
+struct Helper {
     tasks: ChildStdin,
     replies: BufReader<ChildStdout>,
     _process: Process,
 }
 
-impl Client {
-    fn start(place: Place<'_>) -> Result<Self> {
+impl Helper {
+    fn start(arguments: &[&str], place: Place<'_>) -> Result<Self> {
         let mut command = Command::new(program());
-        command.args(["--cpu", "0"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = Process::spawn(command, place)?;
         let tasks = process.child().stdin.take().context("no stdin")?;
         let replies = BufReader::new(process.child().stdout.take().context("no stdout")?);
         Ok(Self { tasks, replies, _process: process })
     }
 
-    fn time(&mut self, to: &str, count: usize) -> Result<Vec<f64>> {
-        writeln!(self.tasks, "{to} {count}")?;
+    fn ask(&mut self, task: &str) -> Result<String> {
+        writeln!(self.tasks, "{task}")?;
         let mut line = String::new();
-        self.replies.read_line(&mut line)?;
+        ensure!(self.replies.read_line(&mut line)? > 0, "{} has ended", program().display());
+        Ok(line)
+    }
+
+    /// Nanoseconds of each connect, sorted.
+    fn time(&mut self, to: &str, count: usize) -> Result<Vec<f64>> {
+        let line = self.ask(&format!("{to} {count}"))?;
         let mut times = line.split_whitespace().map(str::parse).collect::<Result<Vec<f64>, _>>()?;
-        ensure!(times.len() == count, "the client has ended");
+        ensure!(times.len() == count, "{} of {count} connections", times.len());
         times.sort_by(f64::total_cmp);
         Ok(times)
     }
