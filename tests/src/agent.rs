@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::{Cgroup, Dialler, Directory, Namespace, Place, Process, binary, unique, wait_until};
+use crate::{Cgroup, Dialler, Directory, Namespace, Place, Process, binary, sweep, unique, wait_until};
 
 /// How long an agent may take to be ready: generous, for machines under load.
 const READY: Duration = Duration::from_secs(30);
@@ -23,7 +23,6 @@ const METRICS: &str = "127.0.0.1:15920";
 /// A node: a network namespace, a cgroup for its pods, a place for pins. Everything is gone with the value.
 #[derive(Debug)]
 pub struct Bed {
-    // In the order in which they may go: the cgroup when its processes have ended.
     /// Its network.
     pub namespace: Namespace,
     /// Its pods.
@@ -46,15 +45,14 @@ impl Bed {
     /// # Errors
     /// The machine does not let one be made; root is needed.
     pub fn named(what: &str) -> Result<Self> {
+        sweep::sweep_dead_runs();
         let name = unique(what);
-        let bed = Self {
+        Ok(Self {
             namespace: Namespace::new(name.clone())?,
             cgroup: Cgroup::new(&name)?,
             pins: PathBuf::from("/sys/fs/bpf").join(&name),
             files: Directory::new()?,
-        };
-        // A Service address that was not rewritten must fail at once, with an error of its own.
-        Ok(bed)
+        })
     }
 
     /// Where a pod of this node runs.

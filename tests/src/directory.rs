@@ -7,7 +7,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -50,6 +50,20 @@ impl Directory {
     /// Where it is.
     pub fn path(&self) -> PathBuf {
         self.folder.path().join("config")
+    }
+
+    /// `portolan plan` for a node: the answer, and the exit status. It runs as a user who may do nothing.
+    ///
+    /// # Errors
+    /// It says neither that all is well nor that there are findings.
+    pub fn plan(&self, cluster: &str, node: &str, more: &[&str]) -> Result<(Value, i32)> {
+        let mut command = self.portolan_as_nobody()?;
+        command.arg("plan").arg("--config").arg(self.path()).args(["--cluster", cluster, "--node", node, "-o", "json"]);
+        let output = command.args(more).output()?;
+        let code = output.status.code().unwrap_or(-1);
+        ensure!((0..=1).contains(&code), "plan ended with {code}: {}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        Ok((serde_json::from_slice(&output.stdout).context(text)?, code))
     }
 
     /// A place for other files of the test.

@@ -9,6 +9,8 @@ mod directory;
 mod netns;
 pub mod objects;
 mod process;
+pub mod report;
+mod sweep;
 mod wait;
 
 pub use agent::{Agent, Bed};
@@ -17,6 +19,7 @@ pub use dial::Dialler;
 pub use directory::Directory;
 pub use netns::{Namespace, link};
 pub use process::{Place, Process, binary};
+pub use sweep::sweep_on_interrupt;
 pub use wait::wait_until;
 
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -13,6 +13,8 @@ use anyhow::{Result, bail};
 pub use report::{Report, Step};
 use world::World;
 
+use crate::sweep_on_interrupt;
+
 /// How to play.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
@@ -55,6 +57,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         let names: Vec<_> = plays().map(|(name, _)| name).collect();
         bail!("--only {}: no such play; there are: {}", options.only.as_deref().unwrap_or_default(), names.join(", "));
     }
+    sweep_on_interrupt()?;
     let mut report = Report::new(options.json);
     let mut kept = None;
     for scenario in &SCENARIOS {
@@ -76,7 +79,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     let failed = report.close();
     if let Some(world) = kept.filter(|_| options.keep) {
-        world.wait_for_visitors()?;
+        world.wait_for_visitors();
     }
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

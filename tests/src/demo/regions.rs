@@ -12,10 +12,11 @@ use super::{
     Play, Scenario,
     pages::expect,
     report::Report,
-    world::{Plan, World, locality_shares},
+    world::{Plan, World},
 };
 use crate::{
     objects::{destination_rule, mesh_config},
+    report::{locality_shares, service_named},
     wait_until,
 };
 
@@ -277,8 +278,9 @@ fn distribution(world: &mut World, report: &mut Report) -> Result<()> {
     let pages = world.pages(HANGZHOU, "/productpage", 1000)?;
     let (local, remote) = (pages.from("reviews-v1"), pages.from("reviews-v2"));
     report.check("1,000 pages", "900 and 100", &format!("{local} and {remote}"));
-    let planned = locality_shares(&world.plan(HANGZHOU, &["--service", "default/reviews"])?.0, "reviews")?;
-    let shown: Vec<_> = planned.iter().map(|(locality, share)| format!("{locality} {share}")).collect();
+    let planned = world.plan(HANGZHOU, &["--service", "default/reviews"])?.0;
+    let planned = locality_shares(service_named(&planned, "reviews")?);
+    let shown: Vec<_> = planned.iter().map(|(locality, share)| format!("{locality} {}", share * 100.0)).collect();
     let measured = [("cn-hangzhou/cn-hangzhou-h", local), ("cn-shanghai/cn-shanghai-b", remote)]
         .map(|(place, count)| format!("{place} {}", count as f64 / 10.0));
     report.check(

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
 use super::pages::Pages;
@@ -195,16 +195,10 @@ impl World {
         Ok(())
     }
 
-    /// `portolan plan` for a cluster's node: the answer, and the exit status. It runs as a user who may do nothing.
+    /// `portolan plan` for a cluster's node: the answer, and the exit status.
     pub(super) fn plan(&self, cluster: usize, more: &[&str]) -> Result<(Value, i32)> {
         let plan = &self.clusters[cluster].plan;
-        let mut command = self.directory.portolan_as_nobody()?;
-        command.arg("plan").arg("--config").arg(self.directory.path()).args(["--cluster", plan.id]);
-        command.args(["--node", &node_name(plan), "-o", "json"]).args(more);
-        let output = command.output()?;
-        let code = output.status.code().unwrap_or(-1);
-        ensure!(code <= 1, "{}", String::from_utf8_lossy(&output.stderr));
-        Ok((serde_json::from_slice(&output.stdout)?, code))
+        self.directory.plan(plan.id, &node_name(plan), more)
     }
 
     /// What the agent of a cluster says: `services`, `endpoints` or `ejections`.
@@ -263,8 +257,8 @@ impl World {
         logs.collect::<Vec<_>>().join("\n")
     }
 
-    /// Says how to look around, and waits for an interrupt.
-    pub(super) fn wait_for_visitors(self) -> Result<()> {
+    /// Says how to look around, and leaves the end to an interrupt.
+    pub(super) fn wait_for_visitors(&self) -> ! {
         println!("\nLeft running. Objects: {}", self.directory.path().display());
         for cluster in &self.clusters {
             let gateway = gateway_address(cluster.index);
@@ -277,9 +271,9 @@ impl World {
             );
         }
         println!("Ctrl-C takes everything down.");
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(tokio::signal::ctrl_c())?;
-        Ok(())
+        loop {
+            std::thread::park();
+        }
     }
 }
 
@@ -329,21 +323,4 @@ fn service_address(cluster: usize, byte: u8) -> String {
 
 fn gateway_address(cluster: usize) -> String {
     format!("{}.0.0.10", 20 + cluster)
-}
-
-/// Where the share of each locality of a service stands in a report: locality and percent.
-pub(super) fn locality_shares(report: &Value, service: &str) -> Result<Vec<(String, f64)>> {
-    let mut services = report["services"].as_array().into_iter().flatten();
-    let Some(service) = services.find(|entry| entry["name"] == service) else {
-        bail!("no service {service} in {report}")
-    };
-    let localities = service["localities"].as_array().into_iter().flatten();
-    Ok(localities
-        .map(|entry| {
-            (
-                entry["locality"].as_str().unwrap_or_default().to_owned(),
-                entry["share"].as_f64().unwrap_or_default() * 100.0,
-            )
-        })
-        .collect())
 }

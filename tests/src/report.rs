@@ -1,0 +1,48 @@
+//! Reading the reports of `plan` and `get`.
+
+use anyhow::{Result, bail};
+use serde_json::Value;
+
+/// The first entry of a service.
+///
+/// # Errors
+/// There is none.
+pub fn service_named<'a>(report: &'a Value, name: &str) -> Result<&'a Value> {
+    let mut services = report["services"].as_array().into_iter().flatten();
+    match services.find(|service| service["name"] == name) {
+        Some(service) => Ok(service),
+        None => bail!("no service {name} in {report}"),
+    }
+}
+
+/// The share of each of its endpoints.
+pub fn shares(service: &Value) -> Vec<(String, f64)> {
+    column(service, "endpoints", "address")
+}
+
+/// The share of each of its localities.
+pub fn locality_shares(service: &Value) -> Vec<(String, f64)> {
+    column(service, "localities", "locality")
+}
+
+fn column(service: &Value, list: &str, name: &str) -> Vec<(String, f64)> {
+    let entries = service[list].as_array().into_iter().flatten();
+    entries
+        .map(|entry| (entry[name].as_str().unwrap_or_default().to_owned(), entry["share"].as_f64().unwrap_or_default()))
+        .collect()
+}
+
+/// The finding about this object whose message contains this.
+///
+/// # Errors
+/// There is none.
+pub fn finding<'a>(report: &'a Value, object: &str, message: &str) -> Result<&'a Value> {
+    let mut findings = report["findings"].as_array().into_iter().flatten();
+    let found = findings.find(|finding| {
+        finding["object"] == object && finding["message"].as_str().is_some_and(|text| text.contains(message))
+    });
+    match found {
+        Some(finding) => Ok(finding),
+        None => bail!("no finding about {object} says {message:?}: {:#}", report["findings"]),
+    }
+}

@@ -1,0 +1,75 @@
+//! Cleaning up after runs that could not: killed ones, and one that is interrupted.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Once,
+    thread,
+    time::Duration,
+};
+
+use anyhow::Result;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::{cgroup, wait_until};
+
+/// Removes what runs have left that are no longer there. Once for each run is enough.
+pub(crate) fn sweep_dead_runs() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| sweep(|run| !Path::new(&format!("/proc/{run}")).exists()));
+}
+
+/// From here on an interrupt takes down all that this run has made, and ends it.
+///
+/// # Errors
+/// There is no thread to be had.
+pub fn sweep_on_interrupt() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    thread::Builder::new().name("interrupt".to_owned()).spawn(move || {
+        if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
+            eprintln!("\ninterrupted: taking everything down");
+            sweep(|run| run == std::process::id());
+            std::process::exit(130);
+        }
+    })?;
+    Ok(())
+}
+
+/// Which run a name belongs to, see [`crate::unique`].
+fn run_of(name: &str) -> Option<u32> {
+    name.strip_prefix("ptl")?.split('-').next()?.parse().ok()
+}
+
+fn sweep(of: impl Fn(u32) -> bool) {
+    let ours = |folder: &Path| -> Vec<PathBuf> {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        entries.filter(|path| run_of(&name(path)).is_some_and(&of)).collect()
+    };
+    for namespace in ours(Path::new("/run/netns")) {
+        let name = namespace.file_name().unwrap_or_default();
+        let pids = Command::new("ip").args(["netns", "pids"]).arg(name).output();
+        let pids = pids.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        for pid in pids.lines().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)) {
+            // It may have ended by itself.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        tell(Command::new("ip").args(["netns", "delete"]).arg(name).status().map(drop), &namespace);
+    }
+    for pins in ours(Path::new("/sys/fs/bpf")) {
+        tell(fs::remove_dir_all(&pins), &pins);
+    }
+    for cgroup in cgroup::root().map(|root| ours(&root)).unwrap_or_default() {
+        let removed = fs::write(cgroup.join("cgroup.kill"), "1").map_err(Into::into).and_then(|()| {
+            wait_until("the cgroup to be empty", Duration::from_secs(5), || Ok(fs::remove_dir(&cgroup)?))
+        });
+        tell(removed, &cgroup);
+    }
+}
+
+fn tell<E: std::fmt::Display>(result: Result<(), E>, what: &Path) {
+    if let Err(error) = result {
+        eprintln!("cannot remove {}: {error}", what.display());
+    }
+}

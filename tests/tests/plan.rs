@@ -1,0 +1,302 @@
+//! Objects as they come: contradicting each other, broken, in any order. `plan` tells whatever is wrong, and the rest works.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use portolan_tests::{
+    Agent, Bed, Directory,
+    objects::{destination_rule, mesh_config, node, service, slice},
+    report::{finding, service_named, shares},
+    wait_until,
+};
+use serde_json::{Value, json};
+
+const BOUND: Duration = Duration::from_secs(20);
+
+#[test]
+fn everything_that_is_wrong_is_told_and_the_rest_works() -> Result<()> {
+    let directory = Directory::new()?;
+    directory.write(
+        "c1/good.yaml",
+        &[
+            node("n1", "r1/z1"),
+            service("web", &["172.16.0.10"], 80),
+            slice("web", 9080, &[("10.0.0.1", "n1", ""), ("10.0.0.2", "lost", "")]),
+            service("twin", &["172.16.0.10"], 80),
+            slice("orphan", 9080, &[("10.0.0.9", "n1", "")]),
+            slice("sneaky", 9080, &[("127.0.0.1", "n1", ""), ("169.254.169.254", "n1", ""), ("10.0.0.3", "n1", "")]),
+            service("sneaky", &["172.16.0.30"], 80),
+            service("selfish", &["127.0.0.53"], 53),
+        ],
+    )?;
+    directory.write(
+        "c1/empty-ports.yaml",
+        &[json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "portless", "namespace": "default"},
+        "spec": {"clusterIP": "172.16.0.40"}})],
+    )?;
+    directory.write(
+        "c1/kinds.yaml",
+        &[json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web-v1"}})],
+    )?;
+    directory.write_text(
+        "c1/broken.yaml",
+        "kind: Service\nmetadata:\n  name: [\n---\napiVersion: v1\nkind: Node\nmetadata: {name: n2}\n",
+    )?;
+    directory.write_text(
+        "c1/typed.yaml",
+        "apiVersion: v1\nkind: Service\nmetadata: {name: typed}\nspec: {ports: [{port: many}]}\n",
+    )?;
+    let distribute = |near: u32, far: u32| {
+        json!({"trafficPolicy": {"loadBalancer": {"localityLbSetting": {"distribute": [
+            {"from": "r1/*", "to": {"r1/*": near, "r2/*": far}}]}}}})
+    };
+    directory.write(
+        "rules.yaml",
+        &[
+            destination_rule("web", &distribute(80, 10)),
+            destination_rule("nobody", &json!({})),
+            destination_rule("sneaky", &json!({"trafficPolicy": {"outlierDetection": {"interval": "soon"}}})),
+        ],
+    )?;
+    let (report, code) = directory.plan("c1", "n1", &[])?;
+    assert_eq!(code, 1);
+    for (object, message, source) in [
+        ("EndpointSlice default/web-ipv4", "no Node lost", ""),
+        ("EndpointSlice default/orphan-ipv4", "no Service default/orphan", ""),
+        ("EndpointSlice default/sneaky-ipv4", "endpoints[0].addresses[0]: 127.0.0.1 is a loopback", "c1/good.yaml"),
+        (
+            "EndpointSlice default/sneaky-ipv4",
+            "endpoints[1].addresses[0]: 169.254.169.254 is a link-local",
+            "c1/good.yaml",
+        ),
+        ("Service default/selfish", "127.0.0.53 is a loopback", "c1/good.yaml"),
+        ("Service default/web", "172.16.0.10 port 80 belongs to Service default/twin", ""),
+        ("Service default/portless", "spec.ports is empty", "c1/empty-ports.yaml"),
+        ("Deployment web-v1", "does not use this kind", "c1/kinds.yaml"),
+        ("c1/broken.yaml", "line ", "c1/broken.yaml"),
+        ("Service default/typed", "spec.ports[0].port: ", "c1/typed.yaml"),
+        ("DestinationRule default/web", "distribute[0].to: the percentages sum to 90, not to 100", "rules.yaml"),
+        ("DestinationRule default/sneaky", "outlierDetection.interval: \"soon\" is no duration", "rules.yaml"),
+        ("DestinationRule default/nobody", "no Service is named", ""),
+    ] {
+        assert_eq!(finding(&report, object, message)?["source"].as_str().unwrap_or_default(), source, "{object}");
+    }
+    // The rest: the twin that comes first by name keeps the address, and what was left of the sneaky one serves.
+    assert_eq!(service_named(&report, "twin")?["frontends"], json!(["172.16.0.10:80"]));
+    assert_eq!(shares(service_named(&report, "sneaky")?), [("10.0.0.3:9080".to_owned(), 1.0)]);
+    // Allowed on demand, but for what nobody should be sent to.
+    let (report, _) = directory.plan("c1", "n1", &["--allow-loopback-endpoints"])?;
+    assert_eq!(shares(service_named(&report, "sneaky")?).len(), 3);
+    Ok(())
+}
+
+#[test]
+fn an_empty_slice_as_kubectl_prints_it() -> Result<()> {
+    let directory = Directory::new()?;
+    let mut empty = slice("web", 9080, &[]);
+    empty["endpoints"] = Value::Null;
+    empty["ports"] = Value::Null;
+    directory.write("c1/all.yaml", &[node("n1", "r1/z1"), service("web", &["172.16.0.10"], 80), empty])?;
+    let (report, code) = directory.plan("c1", "n1", &[])?;
+    assert_eq!((code, &report["findings"]), (0, &json!([])));
+    assert_eq!(shares(service_named(&report, "web")?), []);
+    Ok(())
+}
+
+#[test]
+fn a_missing_node_is_told_and_everything_is_far() -> Result<()> {
+    let directory = Directory::new()?;
+    directory.write(
+        "c1/all.yaml",
+        &[node("n2", "r1/z1"), service("web", &["172.16.0.10"], 80), slice("web", 9080, &[("10.0.0.1", "n2", "")])],
+    )?;
+    let (report, code) = directory.plan("c1", "n1", &[])?;
+    assert_eq!(code, 1);
+    finding(&report, "Node n1", "no such Node")?;
+    assert_eq!(shares(service_named(&report, "web")?), [("10.0.0.1:9080".to_owned(), 1.0)]);
+    Ok(())
+}
+
+/// Failover with explicit regions: the same objects in any order, in any file, give the same verdict.
+#[test]
+fn the_order_in_which_things_are_seen_does_not_matter() -> Result<()> {
+    let objects = |remote_first: bool, local: &str| {
+        let mut endpoints = vec![("10.0.0.1", "n1", ""), ("10.1.0.1", "n2", "")];
+        if remote_first {
+            endpoints.reverse();
+        }
+        let mut objects = vec![
+            slice("web", 9080, &endpoints),
+            service("web", &["172.16.0.10"], 80),
+            node("n1", local),
+            node("n2", "r2/z1"),
+        ];
+        if remote_first {
+            objects.reverse();
+        }
+        objects
+    };
+    let outlier =
+        json!({"trafficPolicy": {"outlierDetection": {"consecutive5xxErrors": 1, "maxEjectionPercent": 100}}});
+    let rule = destination_rule("web", &outlier);
+    let mut seen = Vec::new();
+    for remote_first in [false, true] {
+        let directory = Directory::new()?;
+        directory.write("rules.yaml", std::slice::from_ref(&rule))?;
+        for (i, object) in objects(remote_first, "r1/z1").iter().enumerate() {
+            let name = if remote_first { 9 - i } else { i };
+            directory.write(&format!("c1/{name}.yaml"), std::slice::from_ref(object))?;
+        }
+        let report = directory.plan("c1", "n1", &[])?.0;
+        seen.push((report["services"].clone(), report["findings"].clone()));
+    }
+    assert_eq!(seen[0], seen[1]);
+    assert_eq!(seen[0].0[0]["endpoints"][0]["priority"], json!(0));
+    assert_eq!(seen[0].0[0]["localities"][1]["share"], json!(0.0));
+
+    // The node moves: what was near is far, at once.
+    let bed = Bed::new()?;
+    let directory = Directory::new()?;
+    directory.write("rules.yaml", &[rule])?;
+    directory.write("c1/all.yaml", &objects(false, "r1/z1"))?;
+    let agent = bed.agent(&directory, "c1", "n2")?;
+    let near = |agent: &Agent| -> Result<Value> {
+        Ok(agent.get("endpoints")?["services"][0]["endpoints"][0]["priority"].clone())
+    };
+    assert_eq!(near(&agent)?, json!(1));
+    directory.write("c1/all.yaml", &objects(false, "r2/z1"))?;
+    wait_until("the endpoint to be near", BOUND, || {
+        ensure!(near(&agent)? == json!(0));
+        Ok(())
+    })
+}
+
+#[test]
+fn what_would_be_if_an_endpoint_were_ejected() -> Result<()> {
+    let directory = Directory::new()?;
+    let outlier = json!({"consecutive5xxErrors": 1, "maxEjectionPercent": 100});
+    directory.write(
+        "mesh.yaml",
+        &[mesh_config(&json!({"localityLbSetting": {"failover": [{"from": "r1", "to": "r2"}]}}))],
+    )?;
+    directory
+        .write("rules.yaml", &[destination_rule("web", &json!({"trafficPolicy": {"outlierDetection": outlier}}))])?;
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("n1", "r1/z1"),
+            node("n2", "r2/z1"),
+            node("n3", "r3/z1"),
+            service("web", &["172.16.0.10"], 80),
+            slice(
+                "web",
+                9080,
+                &[("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", ""), ("10.1.0.1", "n2", ""), ("10.2.0.1", "n3", "")],
+            ),
+        ],
+    )?;
+    let share = |ejected: &[&str]| -> Result<Vec<f64>> {
+        let more: Vec<&str> = ejected.iter().flat_map(|address| ["--eject", address]).collect();
+        Ok(shares(service_named(&directory.plan("c1", "n1", &more)?.0, "web")?)
+            .into_iter()
+            .map(|(_, share)| share)
+            .collect())
+    };
+    assert_eq!(share(&[])?, [0.5, 0.5, 0.0, 0.0]);
+    // Half of the near ones can carry 70 %; the rest spills to the preferred region.
+    assert_eq!(share(&["10.0.0.1"])?, [0.0, 0.7, 0.3, 0.0]);
+    assert_eq!(share(&["10.0.0.1", "10.0.0.2:9080"])?, [0.0, 0.0, 1.0, 0.0]);
+    assert_eq!(share(&["10.0.0.1", "10.0.0.2", "10.1.0.1"])?, [0.0, 0.0, 0.0, 1.0]);
+    assert_eq!(share(&["10.0.0.1", "10.0.0.2", "10.1.0.1", "10.2.0.1"])?, [0.0; 4]);
+    assert!(share(&["10.9.9.9"]).is_err(), "an endpoint that there is not");
+    Ok(())
+}
+
+#[test]
+fn a_rule_has_no_say_over_the_services_of_another_namespace() -> Result<()> {
+    let directory = Directory::new()?;
+    let in_namespace = |mut object: Value, namespace: &str| {
+        object["metadata"]["namespace"] = json!(namespace);
+        object
+    };
+    let distribute = json!({"trafficPolicy": {"loadBalancer": {"localityLbSetting": {"distribute": [
+        {"from": "r1/*", "to": {"r2/*": 100}}]}}}});
+    let host = "web.default.svc.cluster.local";
+    let mut route = portolan_tests::objects::tcp_route(host, host, "v1");
+    route["metadata"]["name"] = json!("route");
+    directory.write(
+        "rules.yaml",
+        &[in_namespace(destination_rule(host, &distribute), "other"), in_namespace(route, "other")],
+    )?;
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("n1", "r1/z1"),
+            node("n2", "r2/z1"),
+            service("web", &["172.16.0.10"], 80),
+            slice("web", 9080, &[("10.0.0.1", "n1", ""), ("10.1.0.1", "n2", "")]),
+        ],
+    )?;
+    let (report, code) = directory.plan("c1", "n1", &[])?;
+    assert_eq!(code, 1);
+    finding(&report, &format!("DestinationRule other/{host}"), "in another namespace")?;
+    finding(&report, "VirtualService other/route", "in another namespace")?;
+    let service = service_named(&report, "web")?;
+    assert_eq!((&service["mode"], &service["subset"]), (&json!("none"), &Value::Null));
+    // From the mesh's own namespace it counts; from the service's own it counts before that.
+    directory.write("rules.yaml", &[in_namespace(destination_rule(host, &distribute), "istio-system")])?;
+    let (report, code) = directory.plan("c1", "n1", &[])?;
+    assert_eq!((code, &service_named(&report, "web")?["mode"]), (0, &json!("distribute")));
+    let twice = |name: &str| {
+        let mut rule = destination_rule("web", &json!({}));
+        rule["metadata"]["name"] = json!(name);
+        rule
+    };
+    directory.write("more.yaml", &[twice("a"), twice("b")])?;
+    let report = directory.plan("c1", "n1", &[])?.0;
+    assert_eq!(service_named(&report, "web")?["mode"], json!("none"));
+    finding(&report, "DestinationRule default/b", "DestinationRule default/a, which counts")?;
+    Ok(())
+}
+
+#[test]
+fn plan_needs_no_root_and_speaks_every_format() -> Result<()> {
+    let directory = Directory::new()?;
+    directory.write(
+        "c1/all.yaml",
+        &[node("n1", "r1/z1"), service("web", &["172.16.0.10"], 80), slice("web", 9080, &[("10.0.0.1", "n1", "")])],
+    )?;
+    let run = |more: &[&str]| -> Result<(Option<i32>, String)> {
+        let mut command = directory.portolan_as_nobody()?;
+        command.arg("plan").arg("--config").arg(directory.path()).args(["--cluster", "c1"]).args(more);
+        let output = command.output()?;
+        Ok((output.status.code(), String::from_utf8(output.stdout)? + &String::from_utf8(output.stderr)?))
+    };
+    let (code, table) = run(&["--locality", "r1/z1/s1"])?;
+    assert_eq!(code, Some(0), "{table}");
+    assert!(
+        table.contains("default/web:80") && table.contains("10.0.0.1:9080") && table.contains("100.00%"),
+        "{table}"
+    );
+    let (_, yaml) = run(&["--node", "n1", "-o", "yaml"])?;
+    assert!(yaml.contains("clusterLocal: false") && yaml.contains("onEmpty: refuse"), "{yaml}");
+    let (_, json) = run(&["--node", "n1", "-o", "json", "--service", "default/web", "--port", "80"])?;
+    let json: Value = serde_json::from_str(&json)?;
+    // The contract, field by field.
+    let expected = json!({"namespace": "default", "name": "web", "host": "web.default.svc.cluster.local", "port": 80,
+        "protocol": "TCP", "subset": null, "frontends": ["172.16.0.10:80"], "mode": "none", "clusterLocal": false,
+        "algorithm": "ROUND_ROBIN", "onEmpty": "refuse",
+        "priorities": [{"priority": 0, "hosts": 1, "healthy": 1, "load": 100, "panic": false}],
+        "localities": [{"locality": "r1/z1", "priority": 0, "weight": 1, "share": 1.0}],
+        "endpoints": [{"address": "10.0.0.1:9080", "cluster": "c1", "locality": "r1/z1", "priority": 0, "weight": 1,
+            "health": "healthy", "share": 1.0}]});
+    assert_eq!(json["services"], json!([expected]));
+    assert_eq!(json["client"], json!({"cluster": "c1", "node": "n1", "locality": "r1/z1"}));
+    // Neither node nor locality, and both: wrong usage.
+    assert_eq!(run(&[])?.0, Some(2));
+    assert_eq!(run(&["--node", "n1", "--locality", "r1"])?.0, Some(2));
+    Ok(())
+}
