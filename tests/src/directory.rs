@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::binary;
+use crate::{binary, unique};
 
 const NOBODY: u32 = 65_534;
 
@@ -27,7 +27,7 @@ impl Directory {
     /// # Errors
     /// There is no room.
     pub fn new() -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("portolan-").tempdir()?;
+        let folder = tempfile::Builder::new().prefix(&unique("files-")).tempdir()?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
         Ok(Self { folder })
     }

@@ -17,7 +17,9 @@ use crate::{cgroup, wait_until};
 /// Removes what runs have left that are no longer there. Once for each run is enough.
 pub(crate) fn sweep_dead_runs() {
     static ONCE: Once = Once::new();
-    ONCE.call_once(|| sweep(|run| !Path::new(&format!("/proc/{run}")).exists()));
+    // One that has ended and was not waited for has no command line any more.
+    let is_dead = |run: u32| fs::read(format!("/proc/{run}/cmdline")).map_or(true, |command| command.is_empty());
+    ONCE.call_once(|| sweep(is_dead));
 }
 
 /// From here on an interrupt takes down all that this run has made, and ends it.
@@ -59,6 +61,9 @@ fn sweep(of: impl Fn(u32) -> bool) {
     }
     for pins in ours(Path::new("/sys/fs/bpf")) {
         tell(fs::remove_dir_all(&pins), &pins);
+    }
+    for folder in ours(&std::env::temp_dir()) {
+        tell(fs::remove_dir_all(&folder), &folder);
     }
     for cgroup in cgroup::root().map(|root| ours(&root)).unwrap_or_default() {
         let removed = fs::write(cgroup.join("cgroup.kill"), "1").map_err(Into::into).and_then(|()| {
