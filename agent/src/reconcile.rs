@@ -1,7 +1,7 @@
 //! The one task that knows everything and writes to the kernel: inputs come in, tables go out.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     net::SocketAddr,
     time::{Duration, Instant, SystemTime},
 };
@@ -190,6 +190,15 @@ impl Reconciler {
                 self.accounts.count_health(&pool, &event);
                 self.journal.add(Record::of_health(&pool, &event));
                 changed = true;
+            }
+        }
+        // Each endpoint once, after all its outcomes: while no pool counts failures of it, its successes are of no interest.
+        let endpoints: BTreeSet<SocketAddr> = outcomes.iter().map(|outcome| outcome.backend).collect();
+        for endpoint in endpoints {
+            if let Some(id) = self.layout.backend_id(&endpoint)
+                && let Err(error) = self.datapath.maps.set_troubled(id, self.health.counts(&endpoint))
+            {
+                tracing::warn!("cannot mark backend {endpoint}: {error:#}");
             }
         }
         changed

@@ -6,7 +6,7 @@ use crate::{Endpoint, plain};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum OutcomeKind {
-    /// The connection was established. Told only where the outcome before it was a failure.
+    /// The connection was established. Told only while failures of its backend are counted.
     Established = 0,
     /// The connect failed: refused, reset or unreachable.
     Failed = 1,

@@ -16,10 +16,10 @@ pub struct BackendStats {
     pub sent_bytes: u64,
     /// Bytes received, of closed connections.
     pub received_bytes: u64,
-    /// Not zero while the last outcome was a failure: the next success must be told.
-    pub troubled: u32,
     /// Whose counters these are, see `Backend::epoch`.
     pub epoch: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 plain!(BackendStats, 48, 8);
 

@@ -33,6 +33,11 @@ pub(crate) static FRONTEND_STATS: Array<FrontendStats, 1> = Array::new();
 #[btf_map]
 pub(crate) static BACKEND_STATS: Array<BackendStats, 1> = Array::new();
 
+/// Backend id → not zero while its successes must be told: set here by a failure, taken back by the agent once no pool counts
+/// failures of it any more.
+#[btf_map]
+pub(crate) static TROUBLED: Array<u32, 1> = Array::new();
+
 /// Socket → what it dialled and what it was given.
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketState> = SkStorage::new();

@@ -21,7 +21,7 @@ use portolan_common::{BackendStats, Counter, Outcome, OutcomeKind, SocketState};
 
 use crate::{
     addr,
-    maps::{BACKEND_STATS, EVENTS, SK_ERR_OFFSET, SOCKETS, count},
+    maps::{BACKEND_STATS, EVENTS, SK_ERR_OFFSET, SOCKETS, TROUBLED, count},
     select::add,
 };
 
@@ -122,8 +122,7 @@ fn established(ctx: &SockOpsContext, state: *mut SocketState) {
         (*state).active = 1;
         add(&raw mut (*stats).opened, 1);
         // In quiet times nobody has to be told: a success only matters after a failure.
-        if (*stats).troubled != 0 {
-            (*stats).troubled = 0;
+        if TROUBLED.get((*state).backend_id).is_some_and(|troubled| *troubled != 0) {
             tell(ctx, state, OutcomeKind::Established, 0);
         }
     }
@@ -152,7 +151,9 @@ fn closed(ctx: &SockOpsContext, state: *mut SocketState) {
             return;
         }
         add(&raw mut (*stats).failed, 1);
-        (*stats).troubled = 1;
+        if let Some(troubled) = TROUBLED.get_ptr_mut((*state).backend_id) {
+            *troubled = 1;
+        }
         let kind = if errno == ETIMEDOUT { OutcomeKind::TimedOut } else { OutcomeKind::Failed };
         tell(ctx, state, kind, errno);
     }

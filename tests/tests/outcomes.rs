@@ -187,6 +187,54 @@ fn a_success_between_failures_resets_the_count() -> Result<()> {
     Ok(())
 }
 
+/// A service and another one on the same endpoint: what one pool sees says nothing for the other.
+#[test]
+fn pools_that_share_an_endpoint_count_for_themselves() -> Result<()> {
+    let bed = Bed::new()?;
+    bed.namespace.add_address("10.0.0.1/32")?;
+    let directory = Directory::new()?;
+    let outlier =
+        json!({"consecutive5xxErrors": 2, "interval": "1s", "baseEjectionTime": "1m", "maxEjectionPercent": 100});
+    let mut objects = vec![node("near", "r1/z1")];
+    for (name, address) in [("one", "172.16.0.20"), ("two", "172.16.0.30")] {
+        objects.push(service(name, &[address], 80));
+        objects.push(slice(name, 9080, &[("10.0.0.1", "near", "")]));
+        objects.push(destination_rule(name, &json!({"trafficPolicy": {"outlierDetection": outlier}})));
+    }
+    directory.write("c1/all.yaml", &objects)?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    let failures = |agent: &Agent, count: usize| {
+        wait_until("the failures to be seen", BOUND, || {
+            ensure!(kinds(agent)?.iter().filter(|kind| *kind == "failed").count() == count);
+            Ok(())
+        })
+    };
+    let serve_once = |client: &mut portolan_tests::Dialler, to: &str| -> Result<()> {
+        let listener = bed.namespace.enter(|| Ok(std::net::TcpListener::bind("10.0.0.1:9080")?))?;
+        let server = std::thread::spawn(move || drop(listener.accept()));
+        assert_eq!(client.dial(to, 1)?.errnos(), [0]);
+        server.join().unwrap();
+        Ok(())
+    };
+    assert_eq!(client.dial("172.16.0.20:80", 1)?.errnos(), [ECONNREFUSED]);
+    failures(&agent, 1)?;
+    // A success of the other pool first; then one of the pool itself, which resets its count.
+    serve_once(&mut client, "172.16.0.30:80")?;
+    serve_once(&mut client, "172.16.0.20:80")?;
+    assert_eq!(client.dial("172.16.0.20:80", 1)?.errnos(), [ECONNREFUSED]);
+    failures(&agent, 2)?;
+    assert_eq!(ejected(&agent)?, Vec::<String>::new());
+    // And a success of the other pool alone does not.
+    serve_once(&mut client, "172.16.0.30:80")?;
+    assert_eq!(client.dial("172.16.0.20:80", 1)?.errnos(), [ECONNREFUSED]);
+    failures(&agent, 3)?;
+    let report = agent.get("ejections")?;
+    assert_eq!(report["services"][0]["name"], json!("one"));
+    assert_eq!(report["services"].as_array().map(Vec::len), Some(1), "the other pool goes on: {report}");
+    Ok(())
+}
+
 #[test]
 fn the_default_percentage_ejects_none_of_three_and_says_so() -> Result<()> {
     let bed = Bed::new()?;

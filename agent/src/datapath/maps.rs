@@ -13,16 +13,27 @@ use super::Pins;
 use crate::table::{Held, Op, Sizes};
 
 /// Maps that outlive the agent.
-pub(super) const PINNED: [&str; 9] =
-    ["FRONTENDS", "SLOTS", "RUNS", "BACKENDS", "FRONTEND_STATS", "BACKEND_STATS", "SOCKETS", "EVENTS", "COUNTERS"];
+pub(super) const PINNED: [&str; 10] = [
+    "FRONTENDS",
+    "SLOTS",
+    "RUNS",
+    "BACKENDS",
+    "FRONTEND_STATS",
+    "BACKEND_STATS",
+    "TROUBLED",
+    "SOCKETS",
+    "EVENTS",
+    "COUNTERS",
+];
 
 /// Entries of the maps whose size is a setting.
-pub(super) fn sizes(sizes: Sizes) -> [(&'static str, u32); 6] {
+pub(super) fn sizes(sizes: Sizes) -> [(&'static str, u32); 7] {
     [
         ("FRONTENDS", sizes.frontends),
         ("FRONTEND_STATS", sizes.frontends),
         ("BACKENDS", sizes.backends),
         ("BACKEND_STATS", sizes.backends),
+        ("TROUBLED", sizes.backends),
         ("SLOTS", sizes.slots),
         ("RUNS", sizes.slots),
     ]
@@ -35,6 +46,7 @@ pub(super) fn check_pinned(pins: &Pins, wanted: Sizes) -> Result<()> {
         ("FRONTEND_STATS", (4, size_of::<FrontendStats>())),
         ("BACKENDS", (4, size_of::<Backend>())),
         ("BACKEND_STATS", (4, size_of::<BackendStats>())),
+        ("TROUBLED", (4, size_of::<u32>())),
         ("SLOTS", (4, size_of::<Slot>())),
         ("RUNS", (4, size_of::<u32>())),
     ]);
@@ -76,6 +88,7 @@ pub struct Maps {
     backends: Array<MapData, Backend>,
     frontend_stats: Array<MapData, FrontendStats>,
     backend_stats: Array<MapData, BackendStats>,
+    troubled: Array<MapData, u32>,
     counters: PerCpuArray<MapData, u64>,
 }
 
@@ -88,6 +101,7 @@ impl Maps {
             backends: array(bpf, "BACKENDS")?,
             frontend_stats: array(bpf, "FRONTEND_STATS")?,
             backend_stats: array(bpf, "BACKEND_STATS")?,
+            troubled: array(bpf, "TROUBLED")?,
             counters: PerCpuArray::try_from(take(bpf, "COUNTERS")?)?,
         };
         let held = maps.held(sizes).context("cannot read what a former agent left")?;
@@ -145,6 +159,7 @@ impl Maps {
                 // Counters of sockets of the former endpoint stop with the epoch, before the new one is seen.
                 let stats = BackendStats { epoch: backend.epoch, ..BackendStats::default() };
                 self.backend_stats.set(*id, stats, 0)?;
+                self.troubled.set(*id, 0, 0)?;
                 self.backends.set(*id, *backend, 0)?;
             }
             Op::SetRuns(first, ids) => {
@@ -162,6 +177,14 @@ impl Maps {
             Op::RemoveFrontend(key) => self.frontends.remove(key)?,
         }
         Ok(())
+    }
+
+    /// Whether successes of a backend must be told.
+    ///
+    /// # Errors
+    /// There is no such id.
+    pub fn set_troubled(&mut self, id: u32, troubled: bool) -> Result<()> {
+        Ok(self.troubled.set(id, u32::from(troubled), 0)?)
     }
 
     /// The counters of a frontend.

@@ -3,7 +3,7 @@
 mod outlier;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::SocketAddr,
     time::Instant,
 };
@@ -16,6 +16,8 @@ use crate::policy::{Assignment, Ejections, Pool, PoolKey};
 #[derive(Clone, Debug, Default)]
 pub struct Health {
     pools: BTreeMap<PoolKey, Detector>,
+    /// The pools that an endpoint is in.
+    members: HashMap<SocketAddr, Vec<PoolKey>>,
 }
 
 impl Health {
@@ -29,6 +31,7 @@ impl Health {
             }
         }
         self.pools.retain(|key, _| wanted.contains_key(key));
+        self.members.clear();
         for (key, pools) in wanted {
             let Some(settings) = pools.iter().find_map(|pool| pool.outlier.as_ref()) else { continue };
             // A pool may be reached by several frontends, and in both address families.
@@ -37,6 +40,9 @@ impl Health {
             let detector = self.pools.entry(key.clone()).or_insert_with(|| Detector::new(settings.clone(), now));
             detector.configure(settings, now);
             detector.set_hosts(&hosts);
+            for host in hosts {
+                self.members.entry(host).or_default().push(key.clone());
+            }
         }
     }
 
@@ -54,6 +60,12 @@ impl Health {
             events.extend(event.map(|event| (key.clone(), event)));
         }
         events
+    }
+
+    /// Whether some pool counts failures of the endpoint, so that a success would change something.
+    pub fn counts(&self, address: &SocketAddr) -> bool {
+        let pools = self.members.get(address).into_iter().flatten();
+        pools.filter_map(|key| self.pools.get(key)).any(|detector| detector.counts(address))
     }
 
     /// When [`Self::handle_timeout`] wants to be called.

@@ -177,6 +177,11 @@ impl Detector {
         released.into_iter().map(|address| Event { address, kind: EventKind::Released, ejected, hosts }).collect()
     }
 
+    /// Whether failures of the endpoint are being counted, so that a success would change something.
+    pub fn counts(&self, address: &SocketAddr) -> bool {
+        self.hosts.get(address).is_some_and(|host| host.failures > 0)
+    }
+
     /// The ejections in force.
     pub fn ejections(&self) -> impl Iterator<Item = (SocketAddr, Ejection)> {
         self.hosts.iter().filter_map(|(address, host)| {
