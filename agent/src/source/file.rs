@@ -19,7 +19,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout_at},
 };
 
-use super::{Reader, Update, read_text};
+use super::{Reader, Update, read::fingerprint, read_text};
 use crate::model::{Finding, Scope};
 
 /// Directories below a cluster's that are still looked into: a bound for loops of symbolic links.
@@ -36,13 +36,28 @@ const RESCAN: Duration = Duration::from_secs(60);
 pub struct Directory {
     root: PathBuf,
     reader: Reader,
-    texts: BTreeMap<String, String>,
+    seen: BTreeMap<String, Seen>,
+    /// What was known of files before the last scan, as far as it found them changed.
+    before: BTreeMap<String, Option<Seen>>,
+}
+
+/// A file as it was read last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen {
+    fingerprint: u64,
+    blank: bool,
+}
+
+impl Seen {
+    fn new(text: &str) -> Self {
+        Self { fingerprint: fingerprint(text), blank: text.trim().is_empty() }
+    }
 }
 
 impl Directory {
     /// A directory that was not looked at yet.
     pub fn new(root: PathBuf, reader: Reader) -> Self {
-        Self { root, reader, texts: BTreeMap::new() }
+        Self { root, reader, seen: BTreeMap::new(), before: BTreeMap::new() }
     }
 
     /// Looks at the whole directory and reports what is not as it was. Files in `being_written` count as
@@ -51,33 +66,35 @@ impl Directory {
     /// # Errors
     /// The directory itself cannot be read; nothing has changed then.
     pub fn scan(&mut self, being_written: &BTreeSet<PathBuf>) -> io::Result<Vec<Update>> {
-        let mut files = BTreeMap::new();
-        let mut troubles = Vec::new();
+        let mut found = Found::default();
         for (path, is_directory) in list(&self.root)? {
-            let name = file_name(&path);
             if is_directory {
-                walk(&path, &Scope::Cluster(name), MAX_DEPTH, &mut files, &mut troubles);
+                let cluster = Scope::Cluster(file_name(&path));
+                found.walk(&path, &cluster, MAX_DEPTH);
             } else if is_yaml(&path) {
-                files.insert(path, Scope::Mesh);
+                found.files.insert(path, Scope::Mesh);
             }
         }
+        let Found { files, unreadable, mut troubles } = found;
         let mut updates = Vec::new();
-        let gone: Vec<_> =
-            self.texts.keys().filter(|origin| !files.contains_key(&self.root.join(origin))).cloned().collect();
-        // Where a folder could not be read, its files may still be there.
-        if troubles.is_empty() {
-            for origin in gone {
-                self.texts.remove(&origin);
-                updates.push(Update::Remove { origin });
-            }
+        let is_gone = |origin: &String| {
+            let path = self.root.join(origin);
+            // Where a folder could not be read, its files may still be there.
+            !files.contains_key(&path) && !unreadable.iter().any(|folder| path.starts_with(folder))
+        };
+        let gone: Vec<_> = self.seen.keys().filter(|origin| is_gone(origin)).cloned().collect();
+        for origin in gone {
+            self.seen.remove(&origin);
+            updates.push(Update::Remove { origin });
         }
+        self.before.clear();
         for (path, scope) in files {
             let origin = path.strip_prefix(&self.root).unwrap_or(&path).to_string_lossy().into_owned();
             if being_written.contains(&path) {
                 continue;
             }
             match std::fs::read_to_string(&path) {
-                Ok(text) => updates.extend(self.changed(origin, &scope, text)),
+                Ok(text) => updates.extend(self.changed(origin, &scope, &text)),
                 Err(error) => {
                     troubles.push(Finding::error(
                         &origin,
@@ -90,28 +107,31 @@ impl Directory {
         Ok(updates)
     }
 
-    fn changed(&mut self, origin: String, scope: &Scope, text: String) -> Option<Update> {
-        let before = self.texts.get(&origin);
-        if before == Some(&text) {
+    fn changed(&mut self, origin: String, scope: &Scope, text: &str) -> Option<Update> {
+        let (before, now) = (self.seen.get(&origin).copied(), Seen::new(text));
+        if before == Some(now) {
             return None;
         }
-        let mut contents = read_text(self.reader, scope, &origin, &text);
-        if text.trim().is_empty() && before.is_some_and(|before| !before.trim().is_empty()) {
+        let mut contents = read_text(self.reader, scope, &origin, text);
+        if now.blank && before.is_some_and(|before| !before.blank) {
             contents.whole = false;
-            contents.findings.push(Finding::error(
-                &origin,
-                "the file is empty all of a sudden: what it held stays in force; delete the file if it shall go",
-            ));
+            let message =
+                "the file is empty all of a sudden: what it held stays in force; delete the file if it shall go";
+            contents.findings.push(Finding::error(&origin, message).from_source(&origin));
         }
-        self.texts.insert(origin.clone(), text);
+        self.seen.insert(origin.clone(), now);
+        self.before.insert(origin.clone(), before);
         Some(Update::Replace { origin, contents })
     }
 
-    /// Takes back what a scan saw of these files, for it may have seen them half written.
+    /// Takes back what the last scan saw of these files, for it may have seen them half written.
     fn forget(&mut self, updates: &mut Vec<Update>, being_written: &BTreeSet<PathBuf>) {
         updates.retain(|update| match update {
             Update::Replace { origin, .. } if being_written.contains(&self.root.join(origin)) => {
-                self.texts.remove(origin);
+                match self.before.remove(origin).flatten() {
+                    Some(before) => self.seen.insert(origin.clone(), before),
+                    None => self.seen.remove(origin),
+                };
                 false
             }
             _ => true,
@@ -119,33 +139,37 @@ impl Directory {
     }
 }
 
-fn walk(
-    directory: &Path,
-    scope: &Scope,
-    depth: usize,
-    files: &mut BTreeMap<PathBuf, Scope>,
-    troubles: &mut Vec<Finding>,
-) {
-    let entries = match list(directory) {
-        Ok(entries) => entries,
-        Err(error) => {
-            troubles.push(Finding::error(directory.display(), format!("cannot be read: {error}")));
-            return;
-        }
-    };
-    for (path, is_directory) in entries {
-        match is_directory {
-            true if depth == 0 => {
-                troubles.push(Finding::error(
-                    path.display(),
-                    format!("is nested deeper than {MAX_DEPTH} folders: left out"),
-                ));
+/// What a walk through the folders has found.
+#[derive(Default)]
+struct Found {
+    files: BTreeMap<PathBuf, Scope>,
+    unreadable: Vec<PathBuf>,
+    troubles: Vec<Finding>,
+}
+
+impl Found {
+    fn walk(&mut self, folder: &Path, scope: &Scope, depth: usize) {
+        let entries = match list(folder) {
+            Ok(entries) => entries,
+            Err(error) => {
+                let message = format!("cannot be read: {error}. What its files last said stays in force");
+                self.troubles.push(Finding::error(folder.display(), message));
+                self.unreadable.push(folder.to_owned());
+                return;
             }
-            true => walk(&path, scope, depth - 1, files, troubles),
-            false if is_yaml(&path) => {
-                files.insert(path, scope.clone());
+        };
+        for (path, is_directory) in entries {
+            match is_directory {
+                true if depth == 0 => {
+                    let message = format!("is nested deeper than {MAX_DEPTH} folders: left out");
+                    self.troubles.push(Finding::error(path.display(), message));
+                }
+                true => self.walk(&path, scope, depth - 1),
+                false if is_yaml(&path) => {
+                    self.files.insert(path, scope.clone());
+                }
+                false => {}
             }
-            false => {}
         }
     }
 }

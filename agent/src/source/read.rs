@@ -20,9 +20,7 @@ pub struct Reader {
 
 /// Reads all objects of a file. Nothing in it can make this fail: what is wrong becomes a finding.
 pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Contents {
-    let mut hasher = DefaultHasher::new();
-    text.hash(&mut hasher);
-    let mut contents = Contents { whole: true, fingerprint: hasher.finish(), ..Contents::default() };
+    let mut contents = Contents { whole: true, fingerprint: fingerprint(text), ..Contents::default() };
     for (line, document) in document::split(text) {
         let value = match document::parse(line, &document) {
             Ok(value) => value,
@@ -42,6 +40,13 @@ pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Con
         *finding = finding.clone().from_source(origin);
     }
     contents
+}
+
+/// Tells texts apart.
+pub(super) fn fingerprint(text: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    hasher.finish()
 }
 
 fn read_object(reader: Reader, scope: &Scope, origin: &str, value: Value, contents: &mut Contents) {
