@@ -40,7 +40,9 @@ impl Directory {
         // Where it was built, that user may not even look.
         let copy = self.scratch("portolan");
         if !copy.exists() {
-            fs::copy(binary("portolan")?, &copy)?;
+            // By another process: were it written here, a child of another thread could hold it open for writing, and it could not be run.
+            let status = Command::new("cp").arg(binary("portolan")?).arg(&copy).status()?;
+            ensure!(status.success(), "cp ended with {status}");
         }
         let mut command = Command::new(copy);
         command.uid(NOBODY).gid(NOBODY);
