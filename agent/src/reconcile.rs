@@ -15,7 +15,7 @@ use crate::{
     datapath::{Datapath, Outcome},
     health::{Health, Verdict as Outlook},
     journal::{Journal, Record, rfc3339},
-    model::{Finding, Locality},
+    model::{Finding, Locality, Severity},
     policy::{Client, PoolKey, Verdict, assign},
     report::{EndpointKernel, FrontendKernel, Report},
     source::Update,
@@ -25,6 +25,8 @@ use crate::{
 
 /// Outcomes that are taken in one go, before a new table is published.
 const OUTCOMES_AT_ONCE: usize = 256;
+/// Findings that are logged one by one when they appear together.
+const LOGGED_AT_ONCE: usize = 50;
 /// When something could not be written, it is tried again after this time.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -87,6 +89,7 @@ pub struct Reconciler {
     retry: Option<Instant>,
     /// What the last attempt to write ran into.
     trouble: Vec<Finding>,
+    logged: BTreeSet<Finding>,
 }
 
 impl Reconciler {
@@ -115,6 +118,7 @@ impl Reconciler {
             attached: false,
             retry: None,
             trouble: Vec::new(),
+            logged: BTreeSet::new(),
         }
     }
 
@@ -250,6 +254,7 @@ impl Reconciler {
             self.layout = Layout::from_held(self.layout.sizes(), self.datapath.maps.held(self.layout.sizes())?);
         }
         self.retry = (!self.trouble.is_empty()).then(|| started + RETRY);
+        self.log_findings();
         self.index_pools();
         if !self.attached {
             self.datapath.attach()?;
@@ -265,6 +270,25 @@ impl Reconciler {
             self.journal.add(Record { kind: "published".to_owned(), message, ..Record::default() });
         }
         Ok(())
+    }
+
+    /// Logs the findings that were not there before.
+    fn log_findings(&mut self) {
+        let findings: BTreeSet<Finding> = self.findings().into_iter().collect();
+        let mut fresh = findings.difference(&self.logged);
+        for finding in fresh.by_ref().take(LOGGED_AT_ONCE) {
+            let Finding { object, message, source, .. } = finding;
+            let source = Some(source).filter(|source| !source.is_empty());
+            match finding.severity {
+                Severity::Error => tracing::error!(source, "{object}: {message}"),
+                Severity::Warning => tracing::warn!(source, "{object}: {message}"),
+            }
+        }
+        let more = fresh.count();
+        if more > 0 {
+            tracing::warn!("{more} more findings: portolan get services");
+        }
+        self.logged = findings;
     }
 
     /// Tells the accounts what endpoints belong to.

@@ -65,6 +65,7 @@ fn a_write_that_is_half_done_or_broken_keeps_the_last_good_state() -> Result<()>
             Ok(())
         })?;
         assert_eq!(client.dial("172.16.0.10:80", 3)?.greetings(), ["web"; 3], "{what}");
+        assert!(agent.log().lines().any(|line| line.contains("ERROR") && line.contains(said)), "{}", agent.log());
         directory.write_text("c1/web.yaml", &good)?;
         wait_until("the finding to go", BOUND, || {
             let findings = agent.get("services")?["findings"].clone();

@@ -42,8 +42,9 @@ pub struct Sizes {
 }
 
 impl Default for Sizes {
+    /// For 10,000 services and 100,000 endpoints, with room for a change: what is new is written before what is old goes.
     fn default() -> Self {
-        Self { frontends: 10_000, backends: 100_000, slots: 1_000_000 }
+        Self { frontends: 1 << 14, backends: 1 << 17, slots: 1 << 20 }
     }
 }
 
