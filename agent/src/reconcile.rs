@@ -27,8 +27,10 @@ use crate::{
 const OUTCOMES_AT_ONCE: usize = 256;
 /// Findings that are logged one by one when they appear together.
 const LOGGED_AT_ONCE: usize = 50;
-/// When something could not be written, it is tried again after this time.
-const RETRY: Duration = Duration::from_secs(1);
+/// When something could not be written, it is tried again after this time, and then after twice the time, and so on.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+/// But no later than this.
+const LAST_RETRY: Duration = Duration::from_secs(60);
 
 /// Who the agent works for.
 #[derive(Clone, Debug)]
@@ -87,6 +89,7 @@ pub struct Reconciler {
     pools: HashMap<u32, Vec<PoolKey>>,
     attached: bool,
     retry: Option<Instant>,
+    retry_after: Duration,
     /// What the last attempt to write ran into.
     trouble: Vec<Finding>,
     logged: BTreeSet<Finding>,
@@ -117,6 +120,7 @@ impl Reconciler {
             pools: HashMap::new(),
             attached: false,
             retry: None,
+            retry_after: FIRST_RETRY,
             trouble: Vec::new(),
             logged: BTreeSet::new(),
         }
@@ -249,11 +253,11 @@ impl Reconciler {
         self.name_backends();
         self.accounts.before(&ops, &self.datapath.maps);
         if let Err(error) = self.datapath.maps.apply(&ops) {
-            self.trouble.push(Finding::error("Kernel", format!("{error:#}; tried again in a second")));
+            self.trouble.push(Finding::error("Kernel", format!("{error:#}; tried again soon")));
             // What was written before the failure is not known, so it is read.
             self.layout = Layout::from_held(self.layout.sizes(), self.datapath.maps.held(self.layout.sizes())?);
         }
-        self.retry = (!self.trouble.is_empty()).then(|| started + RETRY);
+        self.plan_retry(started);
         self.log_findings();
         self.index_pools();
         if !self.attached {
@@ -270,6 +274,15 @@ impl Reconciler {
             self.journal.add(Record { kind: "published".to_owned(), message, ..Record::default() });
         }
         Ok(())
+    }
+
+    fn plan_retry(&mut self, now: Instant) {
+        if self.trouble.is_empty() {
+            (self.retry, self.retry_after) = (None, FIRST_RETRY);
+        } else {
+            self.retry = Some(now + self.retry_after);
+            self.retry_after = (self.retry_after * 2).min(LAST_RETRY);
+        }
     }
 
     /// Logs the findings that were not there before.
