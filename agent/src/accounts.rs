@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use portolan_common::BackendStats;
+use portolan_common::{BackendStats, FrontendStats};
 use prometheus_client::metrics::histogram::Histogram;
 
 use crate::{
@@ -15,7 +15,6 @@ use crate::{
     health::{Event, EventKind},
     model::{Finding, Locality, NamespacedName},
     policy::{Endpoint, PoolKey},
-    report::FrontendKernel,
     table::{Layout, Op, Sizes},
 };
 
@@ -55,10 +54,13 @@ pub struct Total {
 /// Ejections and overflows by pool.
 pub type HealthCounts = BTreeMap<(NamespacedName, u16, &'static str), u64>;
 
+/// Connections that were given an endpoint, and refused ones, by service and port.
+pub type ServiceTotals = BTreeMap<(NamespacedName, u16), (u64, u64)>;
+
 /// All that `/metrics` shows, at one moment.
 pub struct Sample {
-    /// Service, port, and what the kernel holds for it.
-    pub frontends: Vec<(NamespacedName, u16, FrontendKernel)>,
+    /// By service and port.
+    pub services: ServiceTotals,
     /// By destination.
     pub totals: BTreeMap<Destination, Total>,
     /// Endpoints that are ejected now.
@@ -86,6 +88,8 @@ pub struct Accounts {
     seen: HashMap<u32, (SocketAddr, BackendStats)>,
     totals: BTreeMap<Destination, Total>,
     health: HealthCounts,
+    seen_frontends: HashMap<u32, FrontendStats>,
+    services: ServiceTotals,
     publish_seconds: Histogram,
 }
 
@@ -96,6 +100,8 @@ impl Default for Accounts {
             seen: HashMap::new(),
             totals: BTreeMap::new(),
             health: BTreeMap::new(),
+            seen_frontends: HashMap::new(),
+            services: BTreeMap::new(),
             publish_seconds: Histogram::new([0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]),
         }
     }
@@ -110,6 +116,9 @@ impl Accounts {
     /// Before these writes are done: takes in the counters that they would reset.
     pub fn before(&mut self, ops: &[Op], maps: &Maps) {
         for op in ops {
+            if let Op::ResetFrontend(id) = op {
+                self.seen_frontends.remove(id);
+            }
             if let Op::SetBackend(id, backend) = op {
                 if let Some((address, _)) = self.seen.get(id) {
                     self.take(*id, *address, maps);
@@ -138,6 +147,21 @@ impl Accounts {
         total.failed += now.failed.saturating_sub(before.failed);
         total.sent_bytes += now.sent_bytes.saturating_sub(before.sent_bytes);
         total.received_bytes += now.received_bytes.saturating_sub(before.received_bytes);
+    }
+
+    /// Takes in the counters of a frontend.
+    pub fn take_frontend(&mut self, id: u32, service: &NamespacedName, port: u16, now: FrontendStats) {
+        let before = self.seen_frontends.insert(id, now).unwrap_or_default();
+        // The id went to another frontend, whose counters began at zero.
+        let before = if now.cursor < before.cursor { FrontendStats::default() } else { before };
+        let (given, refused) = self.services.entry((service.clone(), port)).or_default();
+        *given += now.given().saturating_sub(before.given());
+        *refused += now.refused_in_all().saturating_sub(before.refused_in_all());
+    }
+
+    /// By service and port.
+    pub fn services(&self) -> &ServiceTotals {
+        &self.services
     }
 
     /// Counts a verdict of the outlier detection.

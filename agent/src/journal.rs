@@ -12,7 +12,8 @@ use crate::{
 
 /// Records that are kept.
 const KEPT: usize = 1_000;
-/// Failed connections that are kept: in an outage there are many, and they shall not push out what came of them.
+/// Failed connections, and ejections that were not allowed, that are kept: in an outage there are many, and they shall not push
+/// out what came of them.
 const KEPT_FAILURES: usize = 200;
 
 /// One thing that happened.
@@ -38,6 +39,9 @@ pub struct Record {
     /// How long an ejection lasts at least, in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration_seconds: Option<f64>,
+    /// Cookie of the network namespace of the client whose connection failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_netns: Option<u64>,
     /// For people.
     pub message: String,
 }
@@ -65,7 +69,7 @@ impl Journal {
     pub fn add(&mut self, record: Record) {
         let record = Record { time: rfc3339(SystemTime::now()), ..record };
         let (service, endpoint) = (record.service.as_deref(), record.endpoint.as_deref());
-        let (kept, most) = if record.kind == Record::FAILED {
+        let (kept, most) = if [Record::FAILED, Record::OVERFLOW].contains(&record.kind.as_str()) {
             tracing::debug!(kind = record.kind, service, endpoint, "{}", record.message);
             (&mut self.failures, KEPT_FAILURES)
         } else {
@@ -97,6 +101,8 @@ pub fn rfc3339(time: SystemTime) -> String {
 impl Record {
     /// The kind of a connect that failed.
     pub const FAILED: &str = "failed";
+    /// The kind of an ejection that the limit did not allow.
+    pub const OVERFLOW: &str = "overflow";
 
     /// A record about an endpoint of a pool.
     pub fn of_pool(pool: &PoolKey, endpoint: std::net::SocketAddr, kind: &str, message: String) -> Self {
@@ -124,7 +130,7 @@ impl Record {
             ),
             EventKind::Released => ("released", format!("{address} is back in {pool}; {ejected} of {hosts} are out")),
             EventKind::Overflow { failures } => (
-                "overflow",
+                Self::OVERFLOW,
                 format!(
                     "{address} of {pool} failed {failures} times in a row, but stays: {ejected} of {hosts} are out, \
                      and maxEjectionPercent allows no more"

@@ -95,10 +95,10 @@ fn connections(registry: &mut Registry, sample: &Sample) {
 
 fn services(registry: &mut Registry, sample: &Sample) {
     let (picks, refused) = (Counters::<ServiceLabels>::default(), Counters::<ServiceLabels>::default());
-    for (service, port, kernel) in &sample.frontends {
+    for ((service, port), (given, refusals)) in &sample.services {
         let labels = ServiceLabels { namespace: service.namespace.clone(), service: service.name.clone(), port: *port };
-        picks.get_or_create(&labels).inc_by(kernel.connections);
-        refused.get_or_create(&labels).inc_by(kernel.refused);
+        picks.get_or_create(&labels).inc_by(*given);
+        refused.get_or_create(&labels).inc_by(*refusals);
     }
     registry.register("portolan_picks", "Connections to the service that were given an endpoint", picks);
     registry.register("portolan_refused", "Connections refused because the service had no endpoint to give", refused);

@@ -13,9 +13,9 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use crate::{
     accounts::{Accounts, Destination, Sample},
     datapath::{Datapath, Outcome},
-    health::{Health, Verdict as Outlook},
+    health::{EventKind, Health, Verdict as Outlook},
     journal::{Journal, Record, rfc3339},
-    model::{Finding, Locality, Severity},
+    model::{Finding, Locality, NamespacedName, Severity},
     policy::{Client, PoolKey, Verdict, assign},
     report::{EndpointKernel, FrontendKernel, Report},
     source::Update,
@@ -33,30 +33,28 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(60);
 
 /// Who the agent works for.
-#[derive(Clone, Debug)]
-pub enum Place {
-    /// A node, whose Node object says where it is.
-    Node(String),
-    /// A place that was given.
-    Locality(Locality),
+#[derive(Clone, Debug, Default)]
+pub struct Place {
+    /// The node, whose Node object says where it is.
+    pub node: Option<String>,
+    /// Where it is, whatever the Node object says.
+    pub locality: Option<Locality>,
 }
 
 impl Place {
     /// The client that the policy is asked for.
     pub fn client(&self, cluster: &str, snapshot: &Snapshot, findings: &mut Vec<Finding>) -> Client {
-        let (node, locality) = match self {
-            Self::Locality(locality) => (None, locality.clone()),
-            Self::Node(name) => {
-                let node = snapshot.clusters.get(cluster).and_then(|objects| objects.nodes.get(name));
-                if node.is_none() {
-                    let message = format!(
-                        "cluster {cluster} has no such Node: where its clients are is unknown, so everything is far away"
-                    );
-                    findings.push(Finding::error(format!("Node {name}"), message));
-                }
-                (Some(name.clone()), node.map(|node| node.locality.clone()).unwrap_or_default())
-            }
-        };
+        let node =
+            self.node.as_ref().map(|name| (name, snapshot.clusters.get(cluster).and_then(|it| it.nodes.get(name))));
+        if let (Some((name, None)), None) = (node, &self.locality) {
+            let message = format!(
+                "cluster {cluster} has no such Node: where its clients are is unknown, so everything is far away"
+            );
+            findings.push(Finding::error(format!("Node {name}"), message));
+        }
+        let of_node = || node.and_then(|(_, node)| node).map(|node| node.locality.clone());
+        let locality = self.locality.clone().or_else(of_node).unwrap_or_default();
+        let node = self.node.clone();
         Client { cluster: cluster.to_owned(), node, locality }
     }
 }
@@ -87,11 +85,15 @@ pub struct Reconciler {
     verdict: Verdict,
     /// The pools behind each frontend id.
     pools: HashMap<u32, Vec<PoolKey>>,
+    /// The service and port of each frontend id.
+    services: HashMap<u32, (NamespacedName, u16)>,
     attached: bool,
     retry: Option<Instant>,
     retry_after: Duration,
     /// What the last attempt to write ran into.
     trouble: Vec<Finding>,
+    /// Why not everything is known that should be.
+    doubt: Option<String>,
     logged: BTreeSet<Finding>,
 }
 
@@ -118,10 +120,12 @@ impl Reconciler {
             client: Client::default(),
             verdict: Verdict::default(),
             pools: HashMap::new(),
+            services: HashMap::new(),
             attached: false,
             retry: None,
             retry_after: FIRST_RETRY,
             trouble: Vec::new(),
+            doubt: None,
             logged: BTreeSet::new(),
         }
     }
@@ -132,7 +136,7 @@ impl Reconciler {
     /// The kernel cannot be listened to, or does not take the programs.
     pub async fn run(
         mut self,
-        mut updates: mpsc::Receiver<Update>,
+        mut updates: mpsc::Receiver<Vec<Update>>,
         mut requests: mpsc::Receiver<Request>,
     ) -> Result<()> {
         loop {
@@ -170,10 +174,14 @@ impl Reconciler {
         }
     }
 
-    fn take_updates(&mut self, first: Update, more: &mut mpsc::Receiver<Update>) -> bool {
-        let mut changed = self.store.apply(first);
-        while let Ok(update) = more.try_recv() {
-            changed |= self.store.apply(update);
+    fn take_updates(&mut self, first: Vec<Update>, more: &mut mpsc::Receiver<Vec<Update>>) -> bool {
+        let mut changed = false;
+        let mut batch = Some(first);
+        while let Some(updates) = batch {
+            for update in updates {
+                changed |= self.store.apply(update);
+            }
+            batch = more.try_recv().ok();
         }
         changed
     }
@@ -192,12 +200,13 @@ impl Reconciler {
             {
                 let what = std::io::Error::from_raw_os_error(outcome.errno as i32);
                 let message = format!("connection to {} failed after {:.1?}: {what}", outcome.backend, outcome.latency);
-                self.journal.add(Record::of_pool(pool, outcome.backend, Record::FAILED, message));
+                let record = Record::of_pool(pool, outcome.backend, Record::FAILED, message);
+                self.journal.add(Record { client_netns: Some(outcome.netns_cookie), ..record });
             }
             for (pool, event) in self.health.observe(now, pools, outcome.backend, outlook) {
                 self.accounts.count_health(&pool, &event);
                 self.journal.add(Record::of_health(&pool, &event));
-                changed = true;
+                changed |= !matches!(event.kind, EventKind::Overflow { .. });
             }
         }
         // Each endpoint once, after all its outcomes: while no pool counts failures of it, its successes are of no interest.
@@ -238,19 +247,26 @@ impl Reconciler {
         self.verdict.findings.splice(0..0, findings);
 
         let table = Table::new(&self.verdict.assignments);
-        let (ops, refused) = self.layout.update(started, &table, true);
+        self.doubt = self.store.doubts().or_else(|| {
+            let known = snapshot.clusters.contains_key(&self.cluster);
+            (!known).then(|| format!("the configuration has nothing of cluster {}", self.cluster))
+        });
+        let (ops, refused) = self.layout.update(started, &table, self.doubt.is_none());
         self.trouble = refused
             .iter()
             .map(|refused| {
                 let (address, full) = (refused.key.endpoint().socket_addr(), refused.full);
                 let message = format!(
-                    "stays as it was: {} has no room for {} entries of {}",
-                    refused.map, full.wanted, full.size
+                    "{} ({} entries) has no room for {} more: it stays as it was, or refuses if it is new",
+                    refused.map, full.size, full.wanted
                 );
                 Finding::error(format!("Frontend {address}"), message)
             })
             .collect();
         self.name_backends();
+        if ops.iter().any(|op| matches!(op, Op::RemoveFrontend(_) | Op::ResetFrontend(_))) {
+            self.count_frontends();
+        }
         self.accounts.before(&ops, &self.datapath.maps);
         if let Err(error) = self.datapath.maps.apply(&ops) {
             self.trouble.push(Finding::error("Kernel", format!("{error:#}; tried again soon")));
@@ -318,12 +334,23 @@ impl Reconciler {
     fn index_pools(&mut self) {
         let ids: HashMap<_, u32> = self.layout.frontends().map(|(key, frontend)| (*key, frontend.id)).collect();
         self.pools.clear();
+        self.services.clear();
         for assignment in &self.verdict.assignments {
             let pools: Vec<PoolKey> = assignment.routes.iter().map(|route| route.pool.key.clone()).collect();
             for frontend in &assignment.frontends {
                 if let Some(id) = ids.get(&table::key(*frontend, assignment.protocol.number())) {
                     self.pools.insert(*id, pools.clone());
+                    self.services.insert(*id, (assignment.service.clone(), assignment.port));
                 }
+            }
+        }
+    }
+
+    /// Takes in the counters of all frontends.
+    fn count_frontends(&mut self) {
+        for (id, (service, port)) in &self.services {
+            if let Ok(stats) = self.datapath.maps.frontend_stats(*id) {
+                self.accounts.take_frontend(*id, service, *port, stats);
             }
         }
     }
@@ -342,17 +369,18 @@ impl Reconciler {
         if !self.store.synced() {
             return Err("not everything has been read yet".to_owned());
         }
+        let inherited = self.layout.inherited();
+        if let Some(doubt) = self.doubt.as_ref().filter(|_| inherited > 0) {
+            return Err(format!("{inherited} frontends are left as a former agent published them, for {doubt}"));
+        }
         self.datapath.check_hooks().map_err(|error| format!("{error:#}"))
     }
 
     fn sample(&mut self) -> Sample {
         self.accounts.collect(&self.layout, &self.datapath.maps);
-        let frontends = self.verdict.assignments.iter().map(|assignment| {
-            let kernel = self.frontend_kernel(&assignment.frontends, assignment.protocol.number());
-            (assignment.service.clone(), assignment.port, kernel)
-        });
+        self.count_frontends();
         Sample {
-            frontends: frontends.collect(),
+            services: self.accounts.services().clone(),
             totals: self.accounts.totals().clone(),
             ejected: self.health.ejected(),
             health: self.accounts.health().clone(),
@@ -379,7 +407,9 @@ impl Reconciler {
             .iter()
             .flat_map(|assignment| assignment.routes.iter().map(move |route| (assignment, route)));
         for (service, (assignment, route)) in report.services.iter_mut().zip(routes) {
-            service.kernel = Some(self.frontend_kernel(&assignment.frontends, assignment.protocol.number()));
+            if std::ptr::eq(route, &raw const assignment.routes[0]) {
+                service.kernel = Some(self.frontend_kernel(&assignment.frontends, assignment.protocol.number()));
+            }
             for (endpoint, intended) in service.endpoints.iter_mut().zip(&route.pool.endpoints) {
                 endpoint.kernel = self.endpoint_kernel(&intended.address);
                 endpoint.ejected_until = self.health.ejection(&route.pool.key, &intended.address).map(|ejection| {
@@ -399,8 +429,8 @@ impl Reconciler {
             let stats = self.datapath.maps.frontend_stats(frontend.id).unwrap_or_default();
             sum.slots += frontend.period;
             sum.generation = sum.generation.max(frontend.generation);
-            sum.connections += stats.cursor;
-            sum.refused += stats.refused;
+            sum.connections += stats.given();
+            sum.refused += stats.refused_in_all();
         }
         sum
     }

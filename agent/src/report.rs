@@ -64,13 +64,16 @@ pub struct ServiceReport {
     pub algorithm: String,
     /// What happens where there is nobody to take: `refuse`.
     pub on_empty: String,
+    /// Fraction of new connections that this destination refuses, where a route splits them: its own share, if it has nobody to take.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused_share: Option<f64>,
     /// Levels, nearest first.
     pub priorities: Vec<PriorityReport>,
     /// Localities, by level and name.
     pub localities: Vec<LocalityReport>,
     /// Endpoints, by address.
     pub endpoints: Vec<EndpointReport>,
-    /// What the kernel holds; from a running agent only.
+    /// What the kernel holds for this port; from a running agent only, and with the first of several destinations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<FrontendKernel>,
 }
@@ -139,9 +142,9 @@ pub struct FrontendKernel {
     pub slots: u32,
     /// How often it was published.
     pub generation: u32,
-    /// Connections that took a slot.
+    /// Connections that were given an endpoint.
     pub connections: u64,
-    /// Connections refused because there was nobody to take.
+    /// Connections that were refused because there was nobody to take.
     pub refused: u64,
 }
 
@@ -246,11 +249,19 @@ fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) ->
         cluster_local: pool.cluster_local,
         algorithm: pool.algorithm.to_string(),
         on_empty: "refuse".to_owned(),
+        refused_share: refused_share(assignment, route),
         priorities: priorities.collect(),
         localities: localities.collect(),
         endpoints,
         kernel: None,
     }
+}
+
+/// The part of a split that leads to nobody; of a service that refuses everything it need not be said.
+fn refused_share(assignment: &Assignment, route: &Route) -> Option<f64> {
+    let total: u32 = assignment.routes.iter().map(|route| route.weight).sum();
+    let split = route.pool.groups.is_empty() && !assignment.schedule.is_empty();
+    split.then(|| rounded(f64::from(route.weight) / f64::from(total)))
 }
 
 /// Without the last digits, in which sums of fractions differ from the fraction.

@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     model::{
-        DestinationRule, EndpointSlice, Finding, MeshConfig, NamespacedName, Node, Object, ObjectKey, Pod, Scope,
+        DestinationRule, EndpointSlice, Finding, Kind, MeshConfig, NamespacedName, Node, Object, ObjectKey, Pod, Scope,
         Service, VirtualService,
     },
     source::{Contents, Update},
@@ -20,6 +20,10 @@ pub struct Store {
     objects: BTreeMap<ObjectKey, BTreeMap<String, Object>>,
     findings: BTreeMap<String, Vec<Finding>>,
     troubles: Vec<Finding>,
+    /// Origins that have been read in full.
+    good: BTreeSet<String>,
+    /// Origins of which something could not be read, and never was.
+    doubtful: BTreeSet<String>,
     fingerprints: BTreeMap<String, u64>,
     synced: bool,
 }
@@ -29,6 +33,13 @@ impl Store {
     /// kernel.
     pub fn synced(&self) -> bool {
         self.synced
+    }
+
+    /// Whether something could not be read, and nothing is known of what it says. What a former agent has published must then be left
+    /// as it is.
+    pub fn doubts(&self) -> Option<String> {
+        let doubt = self.doubtful.first().map(|origin| format!("{origin} cannot be read, and never was"));
+        doubt.or_else(|| self.troubles.first().map(|trouble| format!("{}: {}", trouble.object, trouble.message)))
     }
 
     /// Takes in a change. Returns whether anything is different now.
@@ -42,6 +53,7 @@ impl Store {
             Update::Remove { origin } => {
                 self.fingerprints.remove(&origin);
                 self.replace(&origin, Contents { whole: true, ..Contents::default() });
+                self.good.remove(&origin);
                 true
             }
             Update::Trouble(findings) => std::mem::replace(&mut self.troubles, findings.clone()) != findings,
@@ -50,6 +62,17 @@ impl Store {
     }
 
     fn replace(&mut self, origin: &str, contents: Contents) {
+        let known = |key: &ObjectKey| self.objects.get(key).is_some_and(|origins| origins.contains_key(origin));
+        // A rule that cannot be read is not in force; without a Service or its endpoints, connections would be refused.
+        let vital = |key: &ObjectKey| matches!(key.kind, Kind::Service | Kind::EndpointSlice);
+        let lost = contents.objects.iter().any(|read| read.object.is_none() && vital(&read.key) && !known(&read.key));
+        let was_good = self.good.contains(origin);
+        if contents.whole && !lost {
+            self.good.insert(origin.to_owned());
+            self.doubtful.remove(origin);
+        } else if !was_good {
+            self.doubtful.insert(origin.to_owned());
+        }
         let listed: BTreeSet<_> = contents.objects.iter().map(|read| read.key.clone()).collect();
         if contents.whole {
             self.objects.retain(|key, origins| {
@@ -86,6 +109,7 @@ impl Store {
             let mut origins = origins.iter();
             let Some((first, object)) = origins.next() else { continue };
             snapshot.insert(key, object);
+            snapshot.origins.entry(key.to_string()).or_insert_with(|| first.clone());
             for (other, _) in origins {
                 let message = format!("is in {first} as well, which counts; remove one of them");
                 snapshot.findings.push(Finding::error(key, message).from_source(other));
@@ -125,6 +149,8 @@ pub struct Snapshot {
     pub clusters: BTreeMap<String, Objects>,
     /// What is wrong with the objects themselves.
     pub findings: Vec<Finding>,
+    /// Where each object (as findings name it) comes from.
+    pub origins: BTreeMap<String, String>,
 }
 
 impl Snapshot {

@@ -105,14 +105,6 @@ impl FrontendKey {
     }
 }
 
-/// What happens to a connection whose frontend has no backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum OnEmpty {
-    /// ECONNREFUSED, at once.
-    Refuse = 0,
-}
-
 /// Value of `FRONTENDS`: where the schedule of a frontend lies. One update of this value publishes it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

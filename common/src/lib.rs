@@ -12,7 +12,7 @@ mod stats;
 
 pub use backend::Backend;
 pub use event::{Outcome, OutcomeKind};
-pub use frontend::{Endpoint, Frontend, FrontendKey, OnEmpty, Slot};
+pub use frontend::{Endpoint, Frontend, FrontendKey, Slot};
 pub use socket::SocketState;
 pub use stats::{BackendStats, Counter, FrontendStats};
 

@@ -32,8 +32,10 @@ pub struct FrontendStats {
     pub cursor: u64,
     /// Connections refused because the frontend was empty.
     pub refused: u64,
+    /// Connections that took a slot which refuses.
+    pub refused_slots: u64,
     /// Zero.
-    pub reserved: [u64; 6],
+    pub reserved: [u64; 5],
 }
 plain!(FrontendStats, 64, 8);
 
@@ -45,6 +47,18 @@ pub enum Counter {
     EventsLost = 0,
     /// Connections whose published table was not consistent, and that were refused for it.
     Inconsistent = 1,
+}
+
+impl FrontendStats {
+    /// Connections that were given a backend.
+    pub fn given(&self) -> u64 {
+        self.cursor.saturating_sub(self.refused_slots)
+    }
+
+    /// Connections that were refused.
+    pub fn refused_in_all(&self) -> u64 {
+        self.refused + self.refused_slots
+    }
 }
 
 impl Counter {

@@ -58,7 +58,8 @@ pub(crate) static SK_ERR_OFFSET: Global<u32> = Global::new(0);
 #[inline(always)]
 pub(crate) fn count(counter: Counter) {
     if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
-        // SAFETY: the slot belongs to this CPU, and a cgroup program is not interrupted by another one.
+        // SAFETY: a live map value of this CPU. A program in a soft interrupt may come between; at worst one count of a thing that
+        // should not happen is lost.
         unsafe { *value += 1 };
     }
 }

@@ -109,15 +109,31 @@ unsafe fn limit_connect(ctx: &SockOpsContext, state: *mut SocketState) {
     }
 }
 
+/// Puts the application's own limit back, unless it has set another one meanwhile.
+#[inline(always)]
+unsafe fn unlimit_connect(ctx: &SockOpsContext, state: *mut SocketState) {
+    // SAFETY: `state` is a live value of this socket; the option's buffer is four bytes of the stack.
+    unsafe {
+        let limit = (*state).connect_timeout_ms;
+        if limit == 0 {
+            return;
+        }
+        (*state).connect_timeout_ms = 0;
+        let mut now = 0u32;
+        bpf_getsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_USER_TIMEOUT, (&raw mut now).cast(), 4);
+        if now == limit {
+            now = (*state).user_timeout_ms;
+            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_USER_TIMEOUT, (&raw mut now).cast(), 4);
+        }
+    }
+}
+
 /// The connection stands.
 #[inline(always)]
 fn established(ctx: &SockOpsContext, state: *mut SocketState) {
     // SAFETY: `state` is a live value of this socket, which is locked.
     unsafe {
-        if (*state).connect_timeout_ms != 0 {
-            let mut own = (*state).user_timeout_ms;
-            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_USER_TIMEOUT, (&raw mut own).cast(), 4);
-        }
+        unlimit_connect(ctx, state);
         let Some(stats) = stats(state) else { return };
         (*state).active = 1;
         add(&raw mut (*stats).opened, 1);
@@ -133,6 +149,8 @@ fn established(ctx: &SockOpsContext, state: *mut SocketState) {
 fn closed(ctx: &SockOpsContext, state: *mut SocketState) {
     // SAFETY: `state` is a live value of this socket, which is locked; the context is the kernel's.
     unsafe {
+        // A connect that failed: the socket may be connected once more.
+        unlimit_connect(ctx, state);
         let Some(stats) = stats(state) else { return };
         if (*state).active != 0 {
             (*state).active = 0;

@@ -46,7 +46,7 @@ pub(crate) fn choose(key: &FrontendKey) -> Choice {
     };
     if slot.len == 0 {
         // SAFETY: as above.
-        unsafe { add(&raw mut (*stats).refused, 1) };
+        unsafe { add(&raw mut (*stats).refused_slots, 1) };
         return Choice::Refuse;
     }
     let Some(&backend_id) = RUNS.get(slot.entry(turn / period)) else {

@@ -265,5 +265,26 @@ fn the_applications_own_timeout_is_as_it_set_it() -> Result<()> {
         let reply = client.run(&Task::UserTimeout { to: "172.16.0.10:80".parse()?, own })?;
         assert_eq!((reply.errnos(), reply.value), (vec![0], own));
     }
+    // A connect that fails leaves nothing behind either, for the socket may be connected once more.
+    let refused = "172.16.0.20:80";
+    directory.write(
+        "c1/refused.yaml",
+        &[
+            service("refused", &["172.16.0.20"], 80),
+            slice("refused", 9099, &[("10.0.0.1", "near", "")]),
+            destination_rule(
+                "refused",
+                &json!({"trafficPolicy": {"connectionPool": {"tcp": {"connectTimeout": "7s"}}}}),
+            ),
+        ],
+    )?;
+    wait_until("the service", BOUND, || {
+        ensure!(client.dial(refused, 1)?.errnos() == [ECONNREFUSED]);
+        Ok(())
+    })?;
+    for own in [0, 3_000, 60_000] {
+        let reply = client.run(&Task::UserTimeout { to: refused.parse()?, own })?;
+        assert_eq!((reply.errnos(), reply.value), (vec![ECONNREFUSED], own));
+    }
     Ok(())
 }

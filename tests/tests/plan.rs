@@ -64,8 +64,8 @@ fn everything_that_is_wrong_is_told_and_the_rest_works() -> Result<()> {
     let (report, code) = directory.plan("c1", "n1", &[])?;
     assert_eq!(code, 1);
     for (object, message, source) in [
-        ("EndpointSlice default/web-ipv4", "no Node lost", ""),
-        ("EndpointSlice default/orphan-ipv4", "no Service default/orphan", ""),
+        ("EndpointSlice default/web-ipv4", "no Node lost", "c1/good.yaml"),
+        ("EndpointSlice default/orphan-ipv4", "no Service default/orphan", "c1/good.yaml"),
         ("EndpointSlice default/sneaky-ipv4", "endpoints[0].addresses[0]: 127.0.0.1 is a loopback", "c1/good.yaml"),
         (
             "EndpointSlice default/sneaky-ipv4",
@@ -73,14 +73,14 @@ fn everything_that_is_wrong_is_told_and_the_rest_works() -> Result<()> {
             "c1/good.yaml",
         ),
         ("Service default/selfish", "127.0.0.53 is a loopback", "c1/good.yaml"),
-        ("Service default/web", "172.16.0.10 port 80 belongs to Service default/twin", ""),
+        ("Service default/web", "172.16.0.10 port 80 belongs to Service default/twin", "c1/good.yaml"),
         ("Service default/portless", "spec.ports is empty", "c1/empty-ports.yaml"),
         ("Deployment web-v1", "does not use this kind", "c1/kinds.yaml"),
         ("c1/broken.yaml", "line ", "c1/broken.yaml"),
         ("Service default/typed", "spec.ports[0].port: ", "c1/typed.yaml"),
         ("DestinationRule default/web", "distribute[0].to: the percentages sum to 90, not to 100", "rules.yaml"),
         ("DestinationRule default/sneaky", "outlierDetection.interval: \"soon\" is no duration", "rules.yaml"),
-        ("DestinationRule default/nobody", "no Service is named", ""),
+        ("DestinationRule default/nobody", "no Service is named", "rules.yaml"),
     ] {
         assert_eq!(finding(&report, object, message)?["source"].as_str().unwrap_or_default(), source, "{object}");
     }
@@ -101,8 +101,82 @@ fn an_empty_slice_as_kubectl_prints_it() -> Result<()> {
     empty["ports"] = Value::Null;
     directory.write("c1/all.yaml", &[node("n1", "r1/z1"), service("web", &["172.16.0.10"], 80), empty])?;
     let (report, code) = directory.plan("c1", "n1", &[])?;
-    assert_eq!((code, &report["findings"]), (0, &json!([])));
+    assert_eq!(code, 0);
+    finding(&report, "Service default/web", "it has no endpoints")?;
+    assert_eq!(report["findings"].as_array().map(Vec::len), Some(1));
     assert_eq!(shares(service_named(&report, "web")?), []);
+    Ok(())
+}
+
+#[test]
+fn a_service_that_refuses_says_why() -> Result<()> {
+    let directory = Directory::new()?;
+    let mut unready = slice("unready", 9080, &[("10.0.0.1", "n1", "")]);
+    unready["endpoints"][0]["conditions"]["ready"] = json!(false);
+    let mut renamed = slice("renamed", 9080, &[("10.0.0.1", "n1", "")]);
+    renamed["ports"][0]["name"] = json!("other");
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("n1", "r1/z1"),
+            service("empty", &["172.16.0.1"], 80),
+            service("unready", &["172.16.0.2"], 80),
+            unready,
+            service("renamed", &["172.16.0.3"], 80),
+            renamed,
+            service("six", &["fd16::4"], 80),
+            slice("six", 9080, &[("10.0.0.1", "n1", "")]),
+            service("remote", &["172.16.0.5"], 80),
+        ],
+    )?;
+    directory.write(
+        "c2/all.yaml",
+        &[
+            node("n2", "r1/z1"),
+            service("remote", &["172.17.0.5"], 80),
+            slice("remote", 9080, &[("10.1.0.1", "n2", "")]),
+        ],
+    )?;
+    directory.write(
+        "mesh.yaml",
+        &[mesh_config(&json!({"serviceSettings": [
+        {"settings": {"clusterLocal": true}, "hosts": ["remote.default.svc.cluster.local"]}]}))],
+    )?;
+    let report = directory.plan("c1", "n1", &[])?.0;
+    for (name, why) in [
+        ("empty", "it has no endpoints"),
+        ("unready", "none of its 1 endpoints is healthy"),
+        ("renamed", "no EndpointSlice has a TCP port named \"http\""),
+        ("six", "of the other address family"),
+        ("remote", "kept in its cluster"),
+    ] {
+        finding(&report, &format!("Service default/{name}"), why)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_not_in_its_place_is_told() -> Result<()> {
+    let directory = Directory::new()?;
+    let all =
+        [node("n1", "r1/z1"), service("web", &["172.16.0.10"], 80), slice("web", 9080, &[("10.0.0.1", "n1", "")])];
+    directory.write("c1/all.yaml", &all)?;
+    directory.write("stray.yaml", &[service("stray", &["172.16.0.20"], 80)])?;
+    let mut tenant = mesh_config(&json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["*"]}]}));
+    tenant["metadata"]["namespace"] = json!("tenant");
+    directory.write("tenant.yaml", &[tenant])?;
+    let deep = directory.path().join("c1").join("d/".repeat(12));
+    std::fs::create_dir_all(&deep)?;
+    for i in 0..6 {
+        std::os::unix::fs::symlink(".", directory.path().join(format!("c1/loop{i}")))?;
+    }
+    let (report, code) = directory.plan("c1", "n1", &[])?;
+    assert_eq!(code, 1);
+    finding(&report, "Service default/stray", "belongs to a cluster")?;
+    finding(&report, "ConfigMap tenant/istio", "is not in istio-system")?;
+    assert!(report["findings"].to_string().contains("nested deeper"), "{report:#}");
+    let web = service_named(&report, "web")?;
+    assert_eq!((&web["clusterLocal"], shares(web).len()), (&json!(false), 1));
     Ok(())
 }
 
@@ -295,8 +369,10 @@ fn plan_needs_no_root_and_speaks_every_format() -> Result<()> {
             "health": "healthy", "share": 1.0}]});
     assert_eq!(json["services"], json!([expected]));
     assert_eq!(json["client"], json!({"cluster": "c1", "node": "n1", "locality": "r1/z1"}));
-    // Neither node nor locality, and both: wrong usage.
+    // Neither node nor locality: wrong usage. Both: the node, but elsewhere than its object says.
     assert_eq!(run(&[])?.0, Some(2));
-    assert_eq!(run(&["--node", "n1", "--locality", "r1"])?.0, Some(2));
+    assert!(run(&["--node", "n1", "--locality", "r9"])?.1.contains("node n1 at r9"));
+    let (code, said) = run(&["--node", "n1", "--service", "default/nosuch"])?;
+    assert!(code == Some(1) && said.contains("no service of this client"), "{said}");
     Ok(())
 }

@@ -106,6 +106,76 @@ fn nothing_is_taken_away_before_everything_has_been_read() -> Result<()> {
 }
 
 #[test]
+fn what_cannot_be_read_after_a_restart_is_left_as_it_was() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = directory(&bed)?;
+    let other = [service("other", &["172.16.0.20"], 80), slice("other", 9080, &[("10.0.0.2", "n1", "")])];
+    directory.write("c1/other.yaml", &other)?;
+    let all = directory.path().join("c1/all.yaml");
+    let good = fs::read_to_string(&all)?;
+    let mut client = bed.dialler()?;
+    bed.agent(&directory, "c1", "n1")?.process.kill();
+    for (what, cluster, text) in [
+        ("a syntax error", "c1", "kind: Service\nmetadata: {name: [".to_owned()),
+        ("the endpoints cannot be read", "c1", good.replace("\"port\": 9080", "\"port\": \"http\"")),
+        ("the cluster's name is mistyped", "c2", good.clone()),
+    ] {
+        fs::write(&all, &text)?;
+        let mut agent = bed.start(&directory, cluster, "n1")?;
+        wait_until("the agent to be at work", BOUND, || {
+            ensure!(agent.log().lines().rev().any(|line| line.contains("attached")), "{}", agent.log());
+            let (status, why) = agent.http("/readyz")?;
+            ensure!(status == 503 && why.contains("left as a former agent published them"), "{status} {why}");
+            Ok(())
+        })?;
+        assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4], "{what}");
+        assert_eq!(client.dial("172.16.0.20:80", 4)?.greetings(), ["pod2"; 4], "{what}: the others are served");
+        agent.process.kill();
+        fs::write(&all, &good)?;
+        // As it should be again: taken over, and followed.
+        let mut agent = bed.agent(&directory, "c1", "n1")?;
+        assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4], "{what}");
+        agent.process.kill();
+    }
+    Ok(())
+}
+
+#[test]
+fn objects_that_move_to_another_file_are_never_gone() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = directory(&bed)?;
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    let mut load = bed.dialler()?;
+    load.begin(&Task::Load { to: "172.16.0.10:80".parse()? })?;
+    let (mut from, mut to) = (directory.path().join("c1/all.yaml"), directory.path().join("c1/zzz.yaml"));
+    for i in 0..10 {
+        fs::rename(&from, &to)?;
+        std::mem::swap(&mut from, &mut to);
+        let marker = format!("marker-{i}");
+        directory.write("c1/marker.yaml", &[service(&marker, &["172.16.9.9"], 80)])?;
+        wait_until("the move to be seen", BOUND, || {
+            ensure!(agent.get("services")?.to_string().contains(&marker));
+            Ok(())
+        })?;
+    }
+    let reply = load.run(&Task::Stop)?;
+    assert_eq!(reply.bad, 0, "of {}", reply.good);
+    Ok(())
+}
+
+#[test]
+fn a_file_in_the_place_of_the_admin_socket_is_left_alone() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = directory(&bed)?;
+    fs::write(bed.admin(), "precious")?;
+    let mut agent = bed.start(&directory, "c1", "n1")?;
+    assert_eq!(agent.process.wait(BOUND)?.code(), Some(1));
+    assert!(agent.log().contains("no socket"), "{}", agent.log());
+    assert_eq!(fs::read_to_string(bed.admin())?, "precious");
+    Ok(())
+}
+
+#[test]
 fn ending_leaves_everything_in_place_and_cleanup_takes_it_off() -> Result<()> {
     let bed = Bed::new()?;
     let directory = directory(&bed)?;

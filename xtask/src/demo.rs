@@ -33,9 +33,7 @@ fn plays() -> String {
 
 pub(crate) fn run(args: &DemoArgs) -> Result<ExitCode> {
     need_root("the demo")?;
-    if !args.json {
-        println!("setting up: toolchain, packages, build");
-    }
+    eprintln!("setting up: toolchain, packages, build");
     prepare()?;
     demo::run(&Options { only: args.only.clone(), keep: args.keep, json: args.json })
 }

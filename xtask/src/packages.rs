@@ -26,7 +26,7 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
     if find("apt-get").is_none() || !rustix::process::geteuid().is_root() {
         bail!("these packages are missing; install them by hand (Debian's names): {by_hand}");
     }
-    println!("installing: {}", packages.join(" "));
+    eprintln!("installing: {}", packages.join(" "));
     let _quiet = NoServices::begin()?;
     run(&mut apt(&["update", "-qq"]))?;
     let mut install = apt(&["install", "-qq", "--no-install-recommends"]);

@@ -30,13 +30,13 @@ pub(crate) fn ensure(force: bool) -> Result<()> {
     if !(works(&rustc) && has_core_source(&rustc)) {
         let found = find_rustc()?;
         replace_link(&found, &rustc)?;
-        println!("toolchain: rustc is {}", found.display());
+        eprintln!("toolchain: rustc is {}", found.display());
     }
     let llvm = llvm_major(&rustc)?;
     if !works(&linker) {
         provide_linker(&folder, &linker, llvm)?;
     }
-    println!("toolchain: ready ({}, LLVM {llvm}, {})", version(&rustc)?, version(&linker)?);
+    eprintln!("toolchain: ready ({}, LLVM {llvm}, {})", version(&rustc)?, version(&linker)?);
     Ok(())
 }
 
@@ -49,7 +49,7 @@ fn find_rustc() -> Result<PathBuf> {
         if has_core_source(&rustc) {
             return Ok(rustc);
         }
-        println!(
+        eprintln!(
             "toolchain: the rustup nightly has no rust-src (rustup component add rust-src --toolchain nightly); using Debian's"
         );
     }
@@ -76,16 +76,16 @@ fn provide_linker(folder: &Path, linker: &Path, llvm: u32) -> Result<()> {
     if let Some(found) = find("bpf-linker") {
         let about = output(Command::new(&found).arg("--version")).unwrap_or_default();
         if about.contains(&format!("LLVM {llvm}.")) {
-            println!("toolchain: bpf-linker is {}", found.display());
+            eprintln!("toolchain: bpf-linker is {}", found.display());
             return replace_link(&found, linker);
         }
-        println!("toolchain: {} is not known to use LLVM {llvm}, as rustc does; building one", found.display());
+        eprintln!("toolchain: {} is not known to use LLVM {llvm}, as rustc does; building one", found.display());
     }
     let prefix = format!("/usr/lib/llvm-{llvm}");
     if !Path::new(&prefix).join("bin/llvm-config").exists() {
         packages::install(&[&format!("llvm-{llvm}-dev"), &format!("libpolly-{llvm}-dev")])?;
     }
-    println!("toolchain: building bpf-linker {LINKER_VERSION} (a minute or two)");
+    eprintln!("toolchain: building bpf-linker {LINKER_VERSION} (a minute or two)");
     let path = std::env::var("PATH").unwrap_or_default();
     let mut install =
         cargo(&["install", "bpf-linker", "--quiet", "--locked", "--no-default-features", "--version", LINKER_VERSION]);

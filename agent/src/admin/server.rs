@@ -1,6 +1,10 @@
 //! The serving side.
 
-use std::{convert::Infallible, io, os::unix::net::UnixStream, path::Path};
+use std::{
+    convert::Infallible,
+    os::unix::{fs::FileTypeExt as _, net::UnixStream},
+    path::Path,
+};
 
 use anyhow::{Context as _, Result, bail};
 use axum::{
@@ -34,12 +38,13 @@ pub fn bind_admin(path: &Path) -> Result<UnixListener> {
     if UnixStream::connect(path).is_ok() {
         bail!("--admin {}: another agent listens there; give this one its own", path.display());
     }
-    // Left behind by an agent that was killed.
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("--admin: cannot replace {}", path.display()));
+    match std::fs::symlink_metadata(path) {
+        // Left behind by an agent that was killed.
+        Ok(metadata) if metadata.file_type().is_socket() => {
+            std::fs::remove_file(path).with_context(|| format!("--admin: cannot replace {}", path.display()))?;
         }
-        _ => {}
+        Ok(_) => bail!("--admin {}: there is a file that is no socket; give another path", path.display()),
+        Err(_) => {}
     }
     // The mode must be right from the first moment on. No other thread makes files yet.
     let before = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);

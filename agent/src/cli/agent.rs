@@ -64,6 +64,8 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let options = Options { cgroup: args.cgroup, bpffs: args.bpffs, sizes: Sizes::default(), log: args.program_log };
     let reader = Reader { allow_loopback: args.config.allow_loopback_endpoints };
+    // Before anything is loaded.
+    file::check(&args.config.config)?;
     let ended = runtime.block_on(async {
         let (datapath, held) = Datapath::open(&options)?;
         let admin_socket = admin::bind_admin(&args.admin.admin)?;

@@ -40,7 +40,7 @@ pub(super) struct GetArgs {
 
 pub(super) fn run(args: &GetArgs) -> Result<ExitCode> {
     let mut report: Report = block_on(admin::get(&args.admin.admin, "/v1/report"))?;
-    args.select.apply(&mut report);
+    args.select.apply(&mut report)?;
     if args.what == What::Ejections {
         for service in &mut report.services {
             service.endpoints.retain(|endpoint| endpoint.health == "ejected");

@@ -104,22 +104,19 @@ struct PlaceArgs {
 }
 
 #[derive(Debug, Args)]
-#[group(required = true, multiple = false)]
+#[group(required = true, multiple = true)]
 struct At {
     /// Name of the node that clients are on; its Node object says where that is
     #[arg(long, value_name = "NAME", env = "PORTOLAN_NODE")]
     node: Option<String>,
-    /// Where clients are, in place of a node
+    /// Where clients are, in place of a node or of what its Node object says
     #[arg(long, value_name = "REGION/ZONE/SUBZONE", env = "PORTOLAN_LOCALITY")]
     locality: Option<Locality>,
 }
 
 impl At {
     fn place(&self) -> Place {
-        match (&self.node, &self.locality) {
-            (Some(node), _) => Place::Node(node.clone()),
-            (None, locality) => Place::Locality(locality.clone().unwrap_or_default()),
-        }
+        Place { node: self.node.clone(), locality: self.locality.clone() }
     }
 }
 
@@ -143,7 +140,7 @@ struct SelectArgs {
 }
 
 impl SelectArgs {
-    fn apply(&self, report: &mut crate::report::Report) {
+    fn apply(&self, report: &mut crate::report::Report) -> Result<()> {
         report.services.retain(|service| {
             self.port.is_none_or(|port| port == service.port)
                 && self
@@ -151,6 +148,9 @@ impl SelectArgs {
                     .as_ref()
                     .is_none_or(|name| name.namespace == service.namespace && name.name == service.name)
         });
+        let asked = self.service.is_some() || self.port.is_some();
+        anyhow::ensure!(!asked || !report.services.is_empty(), "no service of this client is of that name and port");
+        Ok(())
     }
 }
 

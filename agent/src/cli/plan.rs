@@ -64,7 +64,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<ExitCode> {
     verdict.findings.splice(0..0, findings);
     let mut report = Report::new(&client, store.fingerprint(), &verdict);
     let failed = report.has_errors();
-    args.select.apply(&mut report);
+    args.select.apply(&mut report)?;
     output::print(args.output.output, &report, Rows::Endpoints)?;
     Ok(ExitCode::from(if failed { FAILED } else { 0 }))
 }

@@ -84,6 +84,11 @@ fn check_bpffs(folder: &Path) -> Result<(), Unsupported> {
     )))
 }
 
+/// Whether a path lies on a bpffs.
+pub(super) fn is_bpffs(path: &Path) -> bool {
+    filesystem(path) == Some(BPF_FS_MAGIC)
+}
+
 fn filesystem(path: &Path) -> Option<u64> {
     statfs(path).ok().map(|stat| stat.f_type as u64 & 0xffff_ffff)
 }

@@ -6,9 +6,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use portolan_common::SCHEMA_VERSION;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+
+use super::environment::is_bpffs;
 
 /// The pins of one version of the layout.
 #[derive(Clone, Debug)]
@@ -68,6 +70,7 @@ pub fn cleanup(bpffs: &Path, mut tell: impl FnMut(&Path)) -> Result<()> {
     if !bpffs.exists() {
         return Ok(());
     }
+    ensure!(is_bpffs(bpffs), "{} is not on a bpffs: nothing of Portolan can be pinned there", bpffs.display());
     let Some(_lock) = lock(bpffs)? else {
         bail!("an agent is at work on {}; stop it first", bpffs.display());
     };

@@ -89,6 +89,10 @@ impl Detector {
         if self.settings.interval != settings.interval {
             self.next_sweep = now + settings.interval;
         }
+        if self.settings.consecutive_errors != settings.consecutive_errors {
+            // Counted under another rule.
+            self.hosts.values_mut().for_each(|host| host.failures = 0);
+        }
         if self.settings != *settings {
             self.settings = settings.clone();
         }
@@ -193,5 +197,56 @@ impl Detector {
 
     fn ejected_count(&self) -> usize {
         self.hosts.values().filter(|host| host.ejected_at.is_some()).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(consecutive_errors: u32) -> OutlierDetection {
+        OutlierDetection {
+            consecutive_errors,
+            interval: Duration::from_secs(1),
+            base_ejection_time: Duration::from_secs(30),
+            max_ejection_time: Duration::from_secs(300),
+            max_ejection_percent: 100,
+            min_health_percent: 0,
+        }
+    }
+
+    #[test]
+    fn another_threshold_counts_anew() {
+        let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
+        let mut detector = Detector::new(settings(5), now);
+        detector.set_hosts(&BTreeSet::from([host]));
+        for _ in 0..4 {
+            assert_eq!(detector.observe(now, host, Verdict::Failure), None);
+        }
+        detector.configure(&settings(2), now);
+        assert_eq!(detector.observe(now, host, Verdict::Failure), None);
+        assert!(detector.observe(now, host, Verdict::Failure).is_some());
+    }
+
+    #[test]
+    fn a_host_that_goes_takes_its_ejection_with_it() {
+        let (now, [a, b]) = (Instant::now(), [1, 2].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
+        let mut detector = Detector::new(OutlierDetection { max_ejection_percent: 50, ..settings(1) }, now);
+        detector.set_hosts(&BTreeSet::from([a, b]));
+        assert!(matches!(
+            detector.observe(now, a, Verdict::Failure),
+            Some(Event { kind: EventKind::Ejected { .. }, .. })
+        ));
+        assert!(matches!(
+            detector.observe(now, b, Verdict::Failure),
+            Some(Event { kind: EventKind::Overflow { .. }, .. })
+        ));
+        let c = SocketAddr::from(([10, 0, 0, 3], 80));
+        detector.set_hosts(&BTreeSet::from([b, c]));
+        assert_eq!(detector.ejections().count(), 0);
+        assert!(matches!(
+            detector.observe(now, b, Verdict::Failure),
+            Some(Event { kind: EventKind::Ejected { .. }, .. })
+        ));
     }
 }

@@ -28,8 +28,6 @@ pub struct SliceEndpoint {
     pub terminating: bool,
     /// The node that it runs on.
     pub node: Option<String>,
-    /// The zone that the slice gives, used where the node is not known.
-    pub zone: Option<String>,
     /// The pod behind it, whose labels subsets look at.
     pub pod: Option<NamespacedName>,
 }

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
-use super::{PoolKey, pool::Scene};
+use super::{
+    PoolKey,
+    pool::{Pool, Scene},
+};
 use crate::{
     model::{EndpointSlice, Finding, Locality, Protocol, Service, SliceEndpoint},
     store::{Objects, Snapshot},
@@ -173,6 +176,35 @@ fn has_labels(
         "topology.istio.io/subzone" => *value == locality.subzone,
         _ => pod.and_then(|pod| pod.labels.get(key)) == Some(value),
     })
+}
+
+/// Why a pool has nobody to take.
+pub(super) fn why_nobody(scene: &Scene<'_>, pool: &Pool) -> String {
+    if !pool.endpoints.is_empty() {
+        return format!("none of its {} endpoints is healthy", pool.endpoints.len());
+    }
+    let Some((service, port)) = definition(scene, &pool.key) else {
+        return format!("there is no such service, or it has no TCP port {}", pool.key.port);
+    };
+    let clusters = scene.snapshot.clusters.values();
+    let slices: Vec<_> =
+        clusters.filter_map(|objects| objects.slices.get(&service.name)).flat_map(|slices| slices.values()).collect();
+    let all = || slices.iter().flat_map(|slice| &slice.endpoints);
+    let serves = |slice: &EndpointSlice| slice.ports.iter().any(|candidate| candidate.name == port);
+    if all().next().is_none() {
+        "it has no endpoints".to_owned()
+    } else if !slices.iter().any(|slice| serves(slice)) {
+        format!("no EndpointSlice has a TCP port named {port:?}, as this port of the Service is")
+    } else if !all().any(|endpoint| (scene.family)(&endpoint.address)) {
+        "its endpoints are of the other address family".to_owned()
+    } else if pool.key.subset.is_some() {
+        "no Pod behind its endpoints has the labels of the subset".to_owned()
+    } else if pool.cluster_local {
+        "it is kept in its cluster, which has no endpoint of it".to_owned()
+    } else {
+        "none of its endpoints is left: they are terminating, in clusters without the Service, or not on this node"
+            .to_owned()
+    }
 }
 
 /// What does not fit together: slices without a Service, endpoints on nodes that nobody knows.

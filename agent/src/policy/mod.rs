@@ -161,6 +161,9 @@ pub fn assign(snapshot: &Snapshot, client: &Client, ejections: &Ejections) -> Ve
             }
         }
     }
+    for finding in findings.iter_mut().filter(|finding| finding.source.is_empty()) {
+        finding.source = snapshot.origins.get(&finding.object).cloned().unwrap_or_default();
+    }
     findings.sort();
     findings.dedup();
     verdict.findings = findings;
@@ -207,12 +210,10 @@ fn assign_port(
         routes.push(Route { weight: destination.weight, pool: pool::build(scene, destination.key, ruled, findings) });
     }
     let schedule = schedule(&routes);
-    if !schedule.is_empty() {
-        for route in routes.iter().filter(|route| route.pool.groups.is_empty()) {
-            let message =
-                format!("port {}: its route to {} leads to nobody: that share is refused", port.port, route.pool.key);
-            findings.push(Finding::warning(format!("Service {}", service.name), message));
-        }
+    for route in routes.iter().filter(|route| route.pool.groups.is_empty()) {
+        let why = endpoints::why_nobody(scene, &route.pool);
+        let message = format!("port {}: connections to {} are refused: {why}", port.port, route.pool.key);
+        findings.push(Finding::warning(format!("Service {}", service.name), message));
     }
     let pools = || routes.iter().map(|route| &route.pool);
     let connect_timeout = pools().filter_map(|pool| pool.connect_timeout).min().or_else(|| {

@@ -126,11 +126,9 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
         ruled: rule.is_some() || routed,
         panic_possible: threshold > 0,
     };
-    let mut endpoints = if key.subset.is_some() && subset.is_none() {
-        let message = format!(
-            "subset {:?} of {} is defined by no DestinationRule: its connections are refused",
-            key.subset, key.service
-        );
+    let mut endpoints = if let (Some(name), None) = (&key.subset, subset) {
+        let message =
+            format!("subset {name:?} of {} is defined by no DestinationRule: its connections are refused", key.service);
         findings.push(Finding::error(format!("Service {}", key.service), message));
         Vec::new()
     } else {

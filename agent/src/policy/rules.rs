@@ -1,6 +1,9 @@
 //! Which rules are for a host: names are resolved, the most specific wins, the rule's namespace must be entitled.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    sync::Arc,
+};
 
 use super::{Client, PoolKey};
 use crate::{
@@ -13,19 +16,14 @@ use crate::{
 pub struct RuleBook {
     /// The mesh's settings.
     pub mesh: MeshConfig,
-    destination_rules: Vec<Resolved<DestinationRule>>,
-    virtual_services: Vec<Resolved<VirtualService>>,
-    /// Every service that exists, by host name, with its ports by number.
+    destination_rules: ByHost<DestinationRule>,
+    virtual_services: ByHost<VirtualService>,
+    /// Every service that exists, by host name.
     hosts: BTreeMap<String, NamespacedName>,
 }
 
-/// A rule with one of its hosts as a full name.
-#[derive(Debug)]
-struct Resolved<T> {
-    host: String,
-    name: NamespacedName,
-    rule: Arc<T>,
-}
+/// Rules by the namespace that they are in and the host that they are for, a full name or one with a leading `*`.
+type ByHost<T> = BTreeMap<String, BTreeMap<String, (NamespacedName, Arc<T>)>>;
 
 /// Where a connection to a frontend may go.
 #[derive(Debug)]
@@ -46,7 +44,7 @@ impl RuleBook {
         // The cluster's own settings come before those of the mesh.
         let mesh = scopes.iter().rev().find_map(|objects| objects.mesh_config.as_deref()).cloned().unwrap_or_default();
         let mut book =
-            Self { mesh, destination_rules: Vec::new(), virtual_services: Vec::new(), hosts: BTreeMap::new() };
+            Self { mesh, destination_rules: ByHost::new(), virtual_services: ByHost::new(), hosts: BTreeMap::new() };
         for name in snapshot.clusters.values().flat_map(|objects| objects.services.keys()) {
             book.hosts.insert(book.host_of(name), name.clone());
         }
@@ -55,8 +53,7 @@ impl RuleBook {
                 let host = book.full_name(&rule.host, &rule.name.namespace);
                 book.check_host(&format!("DestinationRule {}", rule.name), "spec.host", &rule.name, &host, findings);
                 check_failover(rule, findings);
-                let resolved = Resolved { host, name: rule.name.clone(), rule: Arc::clone(rule) };
-                insert("DestinationRule", &mut book.destination_rules, resolved, findings);
+                insert("DestinationRule", &mut book.destination_rules, host, &rule.name, rule, findings);
             }
             for rule in objects.virtual_services.values().filter(|rule| !rule.tcp.is_empty()) {
                 for host in &rule.hosts {
@@ -68,8 +65,7 @@ impl RuleBook {
                         &host,
                         findings,
                     );
-                    let resolved = Resolved { host, name: rule.name.clone(), rule: Arc::clone(rule) };
-                    insert("VirtualService", &mut book.virtual_services, resolved, findings);
+                    insert("VirtualService", &mut book.virtual_services, host, &rule.name, rule, findings);
                 }
             }
         }
@@ -92,7 +88,11 @@ impl RuleBook {
 
     /// A rule that means nobody, or others' services, has no effect, which its author should know.
     fn check_host(&self, object: &str, field: &str, rule: &NamespacedName, host: &str, findings: &mut Vec<Finding>) {
-        let mut meant = self.hosts.iter().filter(|(name, _)| matches(host, name)).map(|(_, name)| name).peekable();
+        let exact = self.hosts.get(host).into_iter();
+        // Only a pattern has to be compared with every name.
+        let all = if host.starts_with('*') { self.hosts.iter() } else { Default::default() };
+        let by_pattern = all.filter(|(name, _)| matches(host, name)).map(|(_, name)| name);
+        let mut meant = exact.chain(by_pattern).peekable();
         if meant.peek().is_none() {
             let message = format!("{field}: no Service is named {host:?}; the rule has no effect");
             findings.push(Finding::warning(object, message));
@@ -109,11 +109,15 @@ impl RuleBook {
     }
 
     /// The most specific rule for a host from a namespace that may make rules for it.
-    fn find<'a, T>(&self, rules: &'a [Resolved<T>], service: &NamespacedName) -> Option<&'a Arc<T>> {
+    fn find<'a, T>(&self, rules: &'a ByHost<T>, service: &NamespacedName) -> Option<&'a Arc<T>> {
         let host = self.host_of(service);
-        [service.namespace.as_str(), self.mesh.root_namespace.as_str()].into_iter().find_map(|namespace| {
-            let candidates = rules.iter().filter(|rule| rule.name.namespace == namespace && matches(&rule.host, &host));
-            candidates.max_by_key(|rule| (rule.host == host, rule.host.len())).map(|rule| &rule.rule)
+        [&service.namespace, &self.mesh.root_namespace].into_iter().find_map(|namespace| {
+            let rules = rules.get(namespace)?;
+            // The host itself, or else the longest pattern: each shorter one is a suffix with a `*` before it.
+            let exact = rules.get(&host);
+            let patterns =
+                || (0..=host.len()).filter(|i| host.is_char_boundary(*i)).map(|i| format!("*{}", &host[i..]));
+            exact.or_else(|| patterns().find_map(|pattern| rules.get(&pattern))).map(|(_, rule)| rule)
         })
     }
 
@@ -169,14 +173,21 @@ fn matches(rule: &str, host: &str) -> bool {
 }
 
 /// Adds a rule, unless its namespace has another one for the same host.
-fn insert<T>(kind: &str, rules: &mut Vec<Resolved<T>>, rule: Resolved<T>, findings: &mut Vec<Finding>) {
-    let same = |other: &&Resolved<T>| other.host == rule.host && other.name.namespace == rule.name.namespace;
-    if let Some(other) = rules.iter().find(same) {
-        let message =
-            format!("{:?} has a rule already, {kind} {}, which counts; make one of them", rule.host, other.name);
-        findings.push(Finding::warning(format!("{kind} {}", rule.name), message));
-    } else {
-        rules.push(rule);
+fn insert<T>(
+    kind: &str,
+    rules: &mut ByHost<T>,
+    host: String,
+    name: &NamespacedName,
+    rule: &Arc<T>,
+    findings: &mut Vec<Finding>,
+) {
+    match rules.entry(name.namespace.clone()).or_default().entry(host) {
+        Entry::Vacant(place) => drop(place.insert((name.clone(), Arc::clone(rule)))),
+        Entry::Occupied(place) => {
+            let (host, (other, _)) = (place.key(), place.get());
+            let message = format!("{host:?} has a rule already, {kind} {other}, which counts; make one of them");
+            findings.push(Finding::warning(format!("{kind} {name}"), message));
+        }
     }
 }
 

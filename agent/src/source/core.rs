@@ -18,10 +18,12 @@ const REGION: &str = "topology.kubernetes.io/region";
 const ZONE: &str = "topology.kubernetes.io/zone";
 const SUBZONE: &str = "topology.istio.io/subzone";
 
-pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Service, String> {
+pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<Service>, String> {
     let spec = context.typed::<ApiService>("", value)?.spec.unwrap_or_default();
     if spec.type_.as_deref() == Some("ExternalName") {
-        return Err("spec.type ExternalName is a name in DNS, which has no endpoints to choose from".to_owned());
+        context
+            .warning("spec.type ExternalName is a name in DNS, which has no endpoints to choose from: it is not used");
+        return Ok(None);
     }
     let mut ports = Vec::new();
     for (i, port) in spec.ports.iter().flatten().enumerate() {
@@ -31,7 +33,7 @@ pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Service
         ports.push(ServicePort { name: port.name.clone().unwrap_or_default(), port: number, protocol });
     }
     if ports.is_empty() {
-        context.error("spec.ports is empty: nothing can be dialled; give it a port");
+        return Err("spec.ports is empty: nothing can be dialled; give it a port".to_owned());
     }
     let mut addresses = Vec::new();
     let plural = spec.cluster_ips.unwrap_or_default();
@@ -53,23 +55,28 @@ pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Service
     for (_, field) in not_yet.iter().filter(|(set, _)| *set) {
         context.warning(format!("{field} is not honoured yet"));
     }
-    Ok(Service {
+    Ok(Some(Service {
         name: context.name.clone(),
         addresses,
         ports,
         node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or_default(),
-    })
+    }))
 }
 
-pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<EndpointSlice, String> {
+pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<Option<EndpointSlice>, String> {
     let slice = context.typed::<ApiSlice>("", value)?;
     if slice.address_type == "FQDN" {
-        return Err("addressType FQDN: names cannot be dialled in the kernel".to_owned());
+        context.warning("addressType FQDN: names cannot be dialled in the kernel; it is not used");
+        return Ok(None);
     }
     let service = slice.metadata.labels.unwrap_or_default().remove(SERVICE_OF_SLICE);
-    let service =
-        service.ok_or_else(|| format!("metadata.labels: {SERVICE_OF_SLICE} is missing: no Service claims it"))?;
+    let Some(service) = service else {
+        context.warning(format!(
+            "metadata.labels: {SERVICE_OF_SLICE} is missing: no Service claims it, so it is not used"
+        ));
+        return Ok(None);
+    };
     let mut ports = Vec::new();
     for (i, port) in slice.ports.iter().flatten().enumerate() {
         let Some(number) = port.port else {
@@ -93,7 +100,12 @@ pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<
             Err(message) => context.error(format!("endpoints[{i}].{message}")),
         }
     }
-    Ok(EndpointSlice { name: context.name.clone(), service: NamespacedName::new(namespace, service), ports, endpoints })
+    Ok(Some(EndpointSlice {
+        name: context.name.clone(),
+        service: NamespacedName::new(namespace, service),
+        ports,
+        endpoints,
+    }))
 }
 
 fn slice_endpoint(reader: Reader, namespace: &str, endpoint: ApiEndpoint) -> Result<SliceEndpoint, String> {
@@ -112,7 +124,6 @@ fn slice_endpoint(reader: Reader, namespace: &str, endpoint: ApiEndpoint) -> Res
         serving: conditions.serving.unwrap_or(ready),
         terminating: conditions.terminating.unwrap_or(false),
         node: endpoint.node_name,
-        zone: endpoint.zone,
         pod: pod.map(|target| {
             NamespacedName::new(
                 target.namespace.unwrap_or_else(|| namespace.to_owned()),

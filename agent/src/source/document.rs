@@ -8,7 +8,10 @@ pub(super) fn split(text: &str) -> Vec<(usize, String)> {
     let mut documents = vec![(1, String::new())];
     for (i, line) in text.split_inclusive('\n').enumerate() {
         let bare = line.trim_end();
-        if bare == "---" || line.starts_with("--- ") || bare == "..." {
+        if let Some(rest) = line.strip_prefix("--- ") {
+            // A document may begin on the line that separates it.
+            documents.push((i + 1, format!("    {rest}")));
+        } else if bare == "---" || bare == "..." {
             documents.push((i + 2, String::new()));
         } else if let Some((_, document)) = documents.last_mut() {
             document.push_str(line);
@@ -56,6 +59,13 @@ mod tests {
         assert!(read[0].1.is_ok() && read[2].1.is_ok());
         let message = read[1].1.clone().unwrap_err();
         assert!(message.starts_with("line "), "{message}");
+    }
+
+    #[test]
+    fn a_document_may_begin_on_its_separator() {
+        let documents = split("a: 1\n--- {b: 2}\n--- # c\nc: 3\n");
+        let read: Vec<_> = documents.iter().map(|(line, text)| parse(*line, text).unwrap().to_string()).collect();
+        assert_eq!(read, [r#"{"a":1}"#, r#"{"b":2}"#, r#"{"c":3}"#]);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -22,7 +23,7 @@ use tokio::{
 use super::{Reader, Update, read::fingerprint, read_text};
 use crate::model::{Finding, Scope};
 
-/// Directories below a cluster's that are still looked into: a bound for loops of symbolic links.
+/// Directories below a cluster's that are still looked into.
 const MAX_DEPTH: usize = 8;
 /// Events of one change come in bursts; they are waited for this long.
 const BURST: Duration = Duration::from_millis(20);
@@ -42,16 +43,11 @@ pub struct Directory {
 }
 
 /// A file as it was read last.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 struct Seen {
     fingerprint: u64,
-    blank: bool,
-}
-
-impl Seen {
-    fn new(text: &str) -> Self {
-        Self { fingerprint: fingerprint(text), blank: text.trim().is_empty() }
-    }
+    /// Whether objects from it are in force.
+    holds: bool,
 }
 
 impl Directory {
@@ -70,12 +66,13 @@ impl Directory {
         for (path, is_directory) in list(&self.root)? {
             if is_directory {
                 let cluster = Scope::Cluster(file_name(&path));
+                found.visited.clear();
                 found.walk(&path, &cluster, MAX_DEPTH);
             } else if is_yaml(&path) {
                 found.files.insert(path, Scope::Mesh);
             }
         }
-        let Found { files, unreadable, mut troubles } = found;
+        let Found { files, unreadable, mut troubles, .. } = found;
         let mut updates = Vec::new();
         let is_gone = |origin: &String| {
             let path = self.root.join(origin);
@@ -108,18 +105,20 @@ impl Directory {
     }
 
     fn changed(&mut self, origin: String, scope: &Scope, text: &str) -> Option<Update> {
-        let (before, now) = (self.seen.get(&origin).copied(), Seen::new(text));
-        if before == Some(now) {
+        let before = self.seen.get(&origin).copied();
+        if before.is_some_and(|before| before.fingerprint == fingerprint(text)) {
             return None;
         }
         let mut contents = read_text(self.reader, scope, &origin, text);
-        if now.blank && before.is_some_and(|before| !before.blank) {
+        let held = before.is_some_and(|before| before.holds);
+        if held && contents.objects.is_empty() && contents.whole {
             contents.whole = false;
             let message =
                 "the file is empty all of a sudden: what it held stays in force; delete the file if it shall go";
             contents.findings.push(Finding::error(&origin, message).from_source(&origin));
         }
-        self.seen.insert(origin.clone(), now);
+        let holds = !contents.objects.is_empty() || (held && !contents.whole);
+        self.seen.insert(origin.clone(), Seen { fingerprint: contents.fingerprint, holds });
         self.before.insert(origin.clone(), before);
         Some(Update::Replace { origin, contents })
     }
@@ -145,10 +144,15 @@ struct Found {
     files: BTreeMap<PathBuf, Scope>,
     unreadable: Vec<PathBuf>,
     troubles: Vec<Finding>,
+    /// Device and inode of each folder on the way: symbolic links may lead in circles.
+    visited: BTreeSet<(u64, u64)>,
 }
 
 impl Found {
     fn walk(&mut self, folder: &Path, scope: &Scope, depth: usize) {
+        if std::fs::metadata(folder).is_ok_and(|metadata| !self.visited.insert((metadata.dev(), metadata.ino()))) {
+            return;
+        }
         let entries = match list(folder) {
             Ok(entries) => entries,
             Err(error) => {
@@ -199,11 +203,20 @@ fn is_yaml(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml" || extension == "json")
 }
 
+/// Whether there is such a directory.
+///
+/// # Errors
+/// There is none, or it cannot be read.
+pub fn check(root: &Path) -> anyhow::Result<()> {
+    use anyhow::Context as _;
+    std::fs::read_dir(root).map(drop).with_context(|| format!("--config {}: cannot be read", root.display()))
+}
+
 /// Reports the directory's contents, and then each change, until the receiver is gone.
 ///
 /// # Errors
 /// The directory cannot be read or watched at the start.
-pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Update>) -> anyhow::Result<()> {
+pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Vec<Update>>) -> anyhow::Result<()> {
     use anyhow::Context as _;
     let root =
         std::fs::canonicalize(&root).with_context(|| format!("--config {}: no such directory", root.display()))?;
@@ -221,11 +234,10 @@ pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Update>) -
     let mut being_written = BTreeSet::new();
     let first;
     (directory, first) = scan(directory, &being_written).await?;
-    let first = first.with_context(|| format!("cannot read {}", root.display()))?;
-    for update in first.into_iter().chain([Update::Synced]) {
-        if updates.send(update).await.is_err() {
-            return Ok(());
-        }
+    let mut first = first.with_context(|| format!("cannot read {}", root.display()))?;
+    first.push(Update::Synced);
+    if updates.send(first).await.is_err() {
+        return Ok(());
     }
     let mut rescan = Instant::now() + RESCAN;
     let mut again = false;
@@ -251,10 +263,9 @@ pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Update>) -
         again = drain(&mut events, &mut being_written).await;
         directory.forget(&mut changes, &being_written);
         rescan = Instant::now() + RESCAN;
-        for update in changes {
-            if updates.send(update).await.is_err() {
-                return Ok(());
-            }
+        // All at once: an object that moves from one file to another is never gone.
+        if updates.send(changes).await.is_err() {
+            return Ok(());
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::read::Context;
@@ -11,13 +11,22 @@ use crate::model::{
     TrafficPolicy, VirtualService, WeightedDestination,
 };
 
+/// A list or map that may be written as `null`, which means that it is empty.
+pub(super) fn nullable<'de, T, D>(deserializer: D) -> Result<T, D::Error>
+where
+    T: Default + Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct DestinationRuleSpec {
     host: String,
     #[serde(default)]
     traffic_policy: Option<PolicySpec>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     subsets: Vec<SubsetSpec>,
     #[serde(default)]
     workload_selector: Option<Value>,
@@ -27,7 +36,7 @@ struct DestinationRuleSpec {
 #[serde(rename_all = "camelCase")]
 struct SubsetSpec {
     name: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     labels: BTreeMap<String, String>,
     #[serde(default)]
     traffic_policy: Option<PolicySpec>,
@@ -42,7 +51,7 @@ struct PolicySpec {
     outlier_detection: Option<OutlierSpec>,
     #[serde(default)]
     connection_pool: Option<PoolSpec>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     port_level_settings: Vec<PortSpec>,
 }
 
@@ -75,9 +84,9 @@ struct LoadBalancerSpec {
 pub(super) struct LocalitySpec {
     #[serde(default)]
     enabled: Option<bool>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     distribute: Vec<DistributeSpec>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     failover: Vec<FailoverSpec>,
 }
 
@@ -85,7 +94,7 @@ pub(super) struct LocalitySpec {
 struct DistributeSpec {
     #[serde(default)]
     from: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     to: BTreeMap<String, u32>,
 }
 
@@ -139,12 +148,11 @@ struct HttpPoolSpec {
     max_requests_per_connection: Option<u32>,
 }
 
-pub(super) fn destination_rule(context: &mut Context<'_>, mut value: Value) -> Result<DestinationRule, String> {
+pub(super) fn destination_rule(context: &mut Context<'_>, mut value: Value) -> Result<Option<DestinationRule>, String> {
     let spec: DestinationRuleSpec = context.honoured("spec", value["spec"].take(), |_| false)?;
     if spec.workload_selector.is_some() {
-        return Err(
-            "spec.workloadSelector is not honoured: the rule is for some clients only, so it is left out".to_owned()
-        );
+        context.error("spec.workloadSelector is not honoured: the rule is for some clients only, so it is left out");
+        return Ok(None);
     }
     let mut subsets = Vec::new();
     for (i, subset) in spec.subsets.into_iter().enumerate() {
@@ -153,7 +161,8 @@ pub(super) fn destination_rule(context: &mut Context<'_>, mut value: Value) -> R
         subsets.push(Subset { name: subset.name, labels: subset.labels, policy: policy.unwrap_or_default() });
     }
     let policy = spec.traffic_policy.map(|policy| traffic_policy(context, "spec.trafficPolicy", policy)).transpose()?;
-    Ok(DestinationRule { name: context.name.clone(), host: spec.host, policy: policy.unwrap_or_default(), subsets })
+    let policy = policy.unwrap_or_default();
+    Ok(Some(DestinationRule { name: context.name.clone(), host: spec.host, policy, subsets }))
 }
 
 fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec) -> Result<TrafficPolicy, String> {
@@ -294,19 +303,19 @@ pub(super) fn duration(at: &str, text: &str) -> Result<Duration, String> {
 
 #[derive(Deserialize)]
 struct VirtualServiceSpec {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     hosts: Vec<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     gateways: Vec<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     tcp: Vec<TcpRouteSpec>,
 }
 
 #[derive(Deserialize)]
 struct TcpRouteSpec {
-    #[serde(default, rename = "match")]
+    #[serde(default, rename = "match", deserialize_with = "nullable")]
     matches: Vec<MatchSpec>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     route: Vec<RouteSpec>,
 }
 
@@ -315,9 +324,9 @@ struct TcpRouteSpec {
 struct MatchSpec {
     #[serde(default)]
     port: Option<u16>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     destination_subnets: Vec<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     source_labels: BTreeMap<String, String>,
     #[serde(default)]
     source_namespace: Option<String>,
@@ -339,13 +348,13 @@ struct DestinationSpec {
     port: Option<PortSelector>,
 }
 
-pub(super) fn virtual_service(context: &mut Context<'_>, mut value: Value) -> Result<VirtualService, String> {
+pub(super) fn virtual_service(context: &mut Context<'_>, mut value: Value) -> Result<Option<VirtualService>, String> {
     let spec: VirtualServiceSpec = context.honoured("spec", value["spec"].take(), |path| path == "exportTo")?;
     if !spec.gateways.is_empty() && !spec.gateways.iter().any(|gateway| gateway == "mesh") {
         context.warning(
             "spec.gateways does not name \"mesh\": its routes are for gateways, not for connections on a node",
         );
-        return Ok(VirtualService { name: context.name.clone(), hosts: Vec::new(), tcp: Vec::new() });
+        return Ok(None);
     }
     if spec.hosts.is_empty() {
         return Err("spec.hosts is empty".to_owned());
@@ -354,7 +363,7 @@ pub(super) fn virtual_service(context: &mut Context<'_>, mut value: Value) -> Re
     for (i, route) in spec.tcp.into_iter().enumerate() {
         tcp.push(tcp_route(&format!("spec.tcp[{i}]"), route)?);
     }
-    Ok(VirtualService { name: context.name.clone(), hosts: spec.hosts, tcp })
+    Ok(Some(VirtualService { name: context.name.clone(), hosts: spec.hosts, tcp }))
 }
 
 fn tcp_route(at: &str, spec: TcpRouteSpec) -> Result<TcpRoute, String> {

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::{
     document,
-    istio::{LocalitySpec, duration, locality_setting},
+    istio::{LocalitySpec, duration, locality_setting, nullable},
     read::Context,
 };
 use crate::model::{ClusterLocalRule, LocalitySetting, MeshConfig};
@@ -19,7 +19,7 @@ struct MeshSpec {
     connect_timeout: Option<String>,
     #[serde(default)]
     locality_lb_setting: Option<LocalitySpec>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     service_settings: Vec<ServiceSettingSpec>,
 }
 
@@ -27,7 +27,7 @@ struct MeshSpec {
 struct ServiceSettingSpec {
     #[serde(default)]
     settings: SettingsSpec,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     hosts: Vec<String>,
 }
 

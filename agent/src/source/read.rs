@@ -42,6 +42,9 @@ pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Con
     contents
 }
 
+/// Where Istio keeps its own settings.
+const MESH_NAMESPACE: &str = "istio-system";
+
 /// Tells texts apart.
 pub(super) fn fingerprint(text: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
@@ -64,6 +67,9 @@ fn read_object(reader: Reader, scope: &Scope, origin: &str, value: Value, conten
     let Some(known) = known_kind(group, &kind, &name) else {
         let object = format!("{kind} {name}");
         let message = match kind.as_str() {
+            "ConfigMap" if name.name == "istio" => {
+                "is not in istio-system: the mesh's settings are not for others to make, so it is not used"
+            }
             "ServiceEntry" | "WorkloadEntry" | "Endpoints" => {
                 "this kind is not honoured yet: its endpoints are not used"
             }
@@ -72,6 +78,12 @@ fn read_object(reader: Reader, scope: &Scope, origin: &str, value: Value, conten
         contents.findings.push(Finding::warning(object, message));
         return;
     };
+    let of_a_cluster = matches!(known, Kind::Service | Kind::EndpointSlice | Kind::Node | Kind::Pod);
+    if of_a_cluster && *scope == Scope::Mesh {
+        let message = "belongs to a cluster: put it into the folder of that cluster, for here it is not used";
+        contents.findings.push(Finding::error(format!("{kind} {name}"), message));
+        return;
+    }
     let name = if matches!(known, Kind::Node) {
         NamespacedName::new("", name.name)
     } else if name.namespace.is_empty() {
@@ -82,23 +94,29 @@ fn read_object(reader: Reader, scope: &Scope, origin: &str, value: Value, conten
     let key = ObjectKey { scope: scope.clone(), kind: known, name: name.clone() };
     let mut context = Context { reader, name, object: key.to_string(), findings: &mut contents.findings };
     let result = match known {
-        Kind::Service => core::service(&mut context, value).map(|read| Object::Service(Arc::new(read))),
+        Kind::Service => {
+            core::service(&mut context, value).map(|read| read.map(|read| Object::Service(Arc::new(read))))
+        }
         Kind::EndpointSlice => {
-            core::endpoint_slice(&mut context, value).map(|read| Object::EndpointSlice(Arc::new(read)))
+            core::endpoint_slice(&mut context, value).map(|read| read.map(|read| Object::EndpointSlice(Arc::new(read))))
         }
-        Kind::Node => core::node(&mut context, value).map(|read| Object::Node(Arc::new(read))),
-        Kind::Pod => core::pod(&mut context, value).map(|read| Object::Pod(Arc::new(read))),
-        Kind::DestinationRule => {
-            istio::destination_rule(&mut context, value).map(|read| Object::DestinationRule(Arc::new(read)))
-        }
-        Kind::VirtualService => {
-            istio::virtual_service(&mut context, value).map(|read| Object::VirtualService(Arc::new(read)))
-        }
-        Kind::MeshConfig => mesh::mesh_config(&mut context, value).map(|read| Object::MeshConfig(Arc::new(read))),
+        Kind::Node => core::node(&mut context, value).map(|read| Some(Object::Node(Arc::new(read)))),
+        Kind::Pod => core::pod(&mut context, value).map(|read| Some(Object::Pod(Arc::new(read)))),
+        Kind::DestinationRule => istio::destination_rule(&mut context, value)
+            .map(|read| read.map(|read| Object::DestinationRule(Arc::new(read)))),
+        Kind::VirtualService => istio::virtual_service(&mut context, value)
+            .map(|read| read.map(|read| Object::VirtualService(Arc::new(read)))),
+        Kind::MeshConfig => mesh::mesh_config(&mut context, value).map(|read| Some(Object::MeshConfig(Arc::new(read)))),
     };
-    let object = result
-        .map_err(|message| context.error(format!("{message}. Its last good state stays in force, if there was one")))
-        .ok();
+    let object = match result {
+        Ok(Some(object)) => Some(object),
+        // Understood, and none of Portolan's business: as if it were not there.
+        Ok(None) => return,
+        Err(message) => {
+            context.error(format!("{message}. Its last good state stays in force, if there was one"));
+            None
+        }
+    };
     contents.objects.push(Read { key, object });
 }
 
@@ -107,7 +125,7 @@ fn known_kind(group: &str, kind: &str, name: &NamespacedName) -> Option<Kind> {
         ("", "Service") => Some(Kind::Service),
         ("", "Node") => Some(Kind::Node),
         ("", "Pod") => Some(Kind::Pod),
-        ("", "ConfigMap") if name.name == "istio" => Some(Kind::MeshConfig),
+        ("", "ConfigMap") if name.name == "istio" && name.namespace == MESH_NAMESPACE => Some(Kind::MeshConfig),
         ("discovery.k8s.io", "EndpointSlice") => Some(Kind::EndpointSlice),
         ("networking.istio.io", "DestinationRule") => Some(Kind::DestinationRule),
         ("networking.istio.io", "VirtualService") => Some(Kind::VirtualService),

@@ -12,6 +12,7 @@ use super::{
     Entry, Table,
     alloc::{Full, Ranges},
 };
+use crate::policy::Schedule;
 
 /// One write to the kernel's maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,6 +67,12 @@ struct Placed {
     /// `None` where a former agent wrote it and its schedule was not read back.
     entry: Option<Entry>,
     runs: (u32, u32),
+}
+
+impl Placed {
+    fn is_inherited(&self) -> bool {
+        self.entry.is_none()
+    }
 }
 
 /// What a former agent left in the maps.
@@ -137,6 +144,11 @@ impl Layout {
         layout
     }
 
+    /// How many frontends are still as a former agent has published them.
+    pub fn inherited(&self) -> usize {
+        self.frontends.values().filter(|placed| placed.is_inherited()).count()
+    }
+
     /// The frontend ids and what they stand for.
     pub fn frontends(&self) -> impl Iterator<Item = (&FrontendKey, &Frontend)> {
         self.frontends.iter().map(|(key, placed)| (key, &placed.frontend))
@@ -166,21 +178,35 @@ impl Layout {
         self.sizes
     }
 
-    /// The writes that lead to `table`. Frontends that stay as they are cost none. With `prune` those that the table does not
-    /// have are removed; without it they stay, for not everything is known yet.
-    pub fn update(&mut self, now: Instant, table: &Table, prune: bool) -> (Vec<Op>, Vec<Refused>) {
+    /// The writes that lead to `table`. Frontends that stay as they are cost none. With `complete` those that the table does not
+    /// have are removed. Without it not everything is known that should be: nothing is removed, and where a former agent has published
+    /// somebody, nobody does not take the place.
+    pub fn update(&mut self, now: Instant, table: &Table, complete: bool) -> (Vec<Op>, Vec<Refused>) {
         let (mut ops, mut refused) = (Vec::new(), Vec::new());
         let mut freed = Vec::new();
         for (key, entry) in &table.frontends {
             if self.frontends.get(key).is_some_and(|placed| placed.entry.as_ref() == Some(entry)) {
                 continue;
             }
-            match self.place(now, key, entry, &mut ops) {
-                Ok(placed) => freed.extend(self.frontends.insert(*key, placed).map(|old| (old, false))),
-                Err((map, full)) => refused.push(Refused { key: *key, map, full }),
+            let serves = |placed: &Placed| placed.is_inherited() && placed.frontend.period > 0;
+            if !complete && entry.schedule.is_empty() && self.frontends.get(key).is_some_and(serves) {
+                continue;
+            }
+            let mut placed = self.place(now, key, entry, &mut ops);
+            if let Err((map, full)) = placed {
+                refused.push(Refused { key: *key, map, full });
+                if self.frontends.contains_key(key) {
+                    continue;
+                }
+                // A new one that does not fit refuses: its connections must not go past Portolan to somewhere else.
+                let nobody = Entry { schedule: Schedule::default(), endpoints: Vec::new(), connect_timeout: None };
+                placed = self.place(now, key, &nobody, &mut ops);
+            }
+            if let Ok(placed) = placed {
+                freed.extend(self.frontends.insert(*key, placed).map(|old| (old, false)));
             }
         }
-        if prune {
+        if complete {
             let gone: Vec<_> =
                 self.frontends.keys().filter(|key| !table.frontends.contains_key(key)).copied().collect();
             for key in gone {
@@ -192,7 +218,7 @@ impl Layout {
         for (old, whole) in freed {
             self.free(now, &old, whole);
         }
-        if prune {
+        if complete {
             for address in std::mem::take(&mut self.inherited) {
                 self.drop_if_unused(now, &address);
             }

@@ -164,7 +164,7 @@ proptest! {
 
 #[test]
 fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
-    let sizes = Sizes { frontends: 2, backends: 3, slots: 100 };
+    let sizes = Sizes { frontends: 4, backends: 3, slots: 100 };
     let mut layout = Layout::new(sizes);
     let now = Instant::now();
     let (_, refused) = layout.update(now, &table(&[(1, vec![(1, vec![1, 2])])]), true);
@@ -178,7 +178,12 @@ fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
     );
     assert!(ops.iter().any(|op| matches!(op, Op::SetFrontend(key, _) if *key == frontend(2))));
     assert!(!ops.iter().any(|op| matches!(op, Op::SetFrontend(key, _) if *key == frontend(1))));
+    // A new one that does not fit refuses, rather than not be there.
+    let (ops, refused) = layout.update(now, &table(&[(1, vec![(1, vec![1, 2])]), (3, vec![(1, vec![6, 7, 8])])]), true);
+    assert_eq!(refused.iter().map(|refused| refused.key).collect::<Vec<_>>(), [frontend(3)]);
+    assert!(ops.iter().any(|op| matches!(op, Op::SetFrontend(key, it) if *key == frontend(3) && it.period == 0)));
     // Nothing that was set aside for the refused one is lost.
-    let (_, refused) = layout.update(now, &table(&[(1, vec![(1, vec![1, 2, 6])])]), true);
+    let later = now + Duration::from_secs(2);
+    let (_, refused) = layout.update(later, &table(&[(1, vec![(1, vec![1, 2, 6])])]), true);
     assert_eq!(refused, []);
 }
