@@ -95,7 +95,7 @@ pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<
     let namespace = context.name.namespace.clone();
     let mut endpoints = Vec::new();
     for (i, endpoint) in slice.endpoints.into_iter().enumerate() {
-        match slice_endpoint(context.reader, &namespace, endpoint) {
+        match slice_endpoint(context.reader, &namespace, &slice.address_type, endpoint) {
             Ok(endpoint) => endpoints.push(endpoint),
             Err(message) => context.error(format!("endpoints[{i}].{message}")),
         }
@@ -108,10 +108,18 @@ pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<
     }))
 }
 
-fn slice_endpoint(reader: Reader, namespace: &str, endpoint: ApiEndpoint) -> Result<SliceEndpoint, String> {
+fn slice_endpoint(
+    reader: Reader,
+    namespace: &str,
+    family: &str,
+    endpoint: ApiEndpoint,
+) -> Result<SliceEndpoint, String> {
     // Kubernetes: the addresses are interchangeable, and consumers use the first.
     let text = endpoint.addresses.first().ok_or("addresses is empty")?;
     let address: IpAddr = text.parse().map_err(|_| format!("addresses[0]: {text:?} is no address"))?;
+    if address.is_ipv4() != (family == "IPv4") {
+        return Err(format!("addresses[0]: {address} does not go with addressType {family}"));
+    }
     if let Some(range) = forbidden(reader, address) {
         return Err(format!("addresses[0]: {address} is {range}: refused"));
     }
