@@ -38,8 +38,7 @@ impl Store {
     /// Whether something could not be read, and nothing is known of what it says. What a former agent has published must then be left
     /// as it is.
     pub fn doubts(&self) -> Option<String> {
-        let doubt = self.doubtful.first().map(|origin| format!("{origin} cannot be read, and never was"));
-        doubt.or_else(|| self.troubles.first().map(|trouble| format!("{}: {}", trouble.object, trouble.message)))
+        self.doubtful.first().map(|origin| format!("{origin} cannot be read, and never was"))
     }
 
     /// Takes in a change. Returns whether anything is different now.

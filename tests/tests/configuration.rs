@@ -78,6 +78,8 @@ fn a_write_that_is_half_done_or_broken_keeps_the_last_good_state() -> Result<()>
             Ok(())
         })?;
     }
+    // Something that was never readable keeps nothing else from going.
+    directory.write_text("c1/never.yaml", "kind: [")?;
     // What is taken out on purpose goes.
     directory.write("c1/web.yaml", &objects[..1])?;
     wait_until("the endpoints to go", BOUND, || {

@@ -95,6 +95,16 @@ fn nothing_is_taken_away_before_everything_has_been_read() -> Result<()> {
     fs::write(&all, text)?;
     agent.wait_ready()?;
     assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4]);
+    // A file that cannot be read any more is a finding, and keeps what it held.
+    let link = directory.path().join("c1/.link");
+    std::os::unix::fs::symlink("/proc/self/mem", &link)?;
+    fs::rename(&link, &all)?;
+    wait_until("the finding", BOUND, || {
+        let findings = agent.get("services")?["findings"].to_string();
+        ensure!(findings.contains("c1/all.yaml") && findings.contains("cannot be read"), "{findings}");
+        Ok(())
+    })?;
+    assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4]);
     // Once everything is known, what is gone is taken away.
     directory.remove("c1/all.yaml")?;
     directory.write("c1/all.yaml", &[node("n1", "r1")])?;

@@ -82,10 +82,9 @@ impl Health {
 
     /// The ejections in force, for the policy.
     pub fn ejections(&self) -> Ejections {
-        let by_pool = self
-            .pools
-            .iter()
-            .map(|(key, detector)| (key.clone(), detector.ejections().map(|(address, _)| address).collect()));
+        let of = |detector: &Detector| detector.ejections().map(|(address, _)| address).collect::<BTreeSet<_>>();
+        let by_pool = self.pools.iter().map(|(key, detector)| (key.clone(), of(detector)));
+        let by_pool = by_pool.filter(|(_, ejected)| !ejected.is_empty());
         Ejections { by_pool: by_pool.collect(), everywhere: BTreeSet::new() }
     }
 

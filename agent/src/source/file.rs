@@ -20,7 +20,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout_at},
 };
 
-use super::{Reader, Update, read::fingerprint, read_text};
+use super::{Contents, Reader, Update, read::fingerprint, read_text};
 use crate::model::{Finding, Scope};
 
 /// Directories below a cluster's that are still looked into.
@@ -40,6 +40,8 @@ pub struct Directory {
     seen: BTreeMap<String, Seen>,
     /// What was known of files before the last scan, as far as it found them changed.
     before: BTreeMap<String, Option<Seen>>,
+    /// Files and folders that could not be read, and never were.
+    unread: BTreeSet<String>,
 }
 
 /// A file as it was read last.
@@ -53,7 +55,7 @@ struct Seen {
 impl Directory {
     /// A directory that was not looked at yet.
     pub fn new(root: PathBuf, reader: Reader) -> Self {
-        Self { root, reader, seen: BTreeMap::new(), before: BTreeMap::new() }
+        Self { root, reader, seen: BTreeMap::new(), before: BTreeMap::new(), unread: BTreeSet::new() }
     }
 
     /// Looks at the whole directory and reports what is not as it was. Files in `being_written` count as
@@ -77,7 +79,7 @@ impl Directory {
         let is_gone = |origin: &String| {
             let path = self.root.join(origin);
             // Where a folder could not be read, its files may still be there.
-            !files.contains_key(&path) && !unreadable.iter().any(|folder| path.starts_with(folder))
+            !files.contains_key(&path) && !unreadable.keys().any(|folder| path.starts_with(folder))
         };
         let gone: Vec<_> = self.seen.keys().filter(|origin| is_gone(origin)).cloned().collect();
         for origin in gone {
@@ -85,23 +87,41 @@ impl Directory {
             updates.push(Update::Remove { origin });
         }
         self.before.clear();
+        let (mut unread, mut read) = (BTreeMap::new(), Vec::new());
+        for (folder, error) in &unreadable {
+            let message = format!("cannot be read: {error}. What its files last said stays in force");
+            unread.insert(self.origin(folder), message);
+        }
         for (path, scope) in files {
-            let origin = path.strip_prefix(&self.root).unwrap_or(&path).to_string_lossy().into_owned();
+            let origin = self.origin(&path);
             if being_written.contains(&path) {
                 continue;
             }
             match std::fs::read_to_string(&path) {
-                Ok(text) => updates.extend(self.changed(origin, &scope, &text)),
-                Err(error) => {
-                    troubles.push(Finding::error(
-                        &origin,
-                        format!("cannot be read: {error}. What it last said stays in force"),
-                    ));
+                Ok(text) => read.extend(self.changed(origin, &scope, &text)),
+                Err(error) if self.seen.contains_key(&origin) => {
+                    let message = format!("cannot be read: {error}. What it last said stays in force");
+                    troubles.push(Finding::error(&origin, message));
                 }
+                Err(error) => drop(unread.insert(origin, format!("cannot be read: {error}"))),
             }
         }
+        for origin in self.unread.extract_if(.., |origin| !unread.contains_key(origin)) {
+            updates.push(Update::Remove { origin });
+        }
+        for (origin, message) in unread {
+            if self.unread.insert(origin.clone()) {
+                let findings = vec![Finding::error(&origin, message).from_source(&origin)];
+                updates.push(Update::Replace { origin, contents: Contents { findings, ..Contents::default() } });
+            }
+        }
+        updates.extend(read);
         updates.push(Update::Trouble(troubles));
         Ok(updates)
+    }
+
+    fn origin(&self, path: &Path) -> String {
+        path.strip_prefix(&self.root).unwrap_or(path).to_string_lossy().into_owned()
     }
 
     fn changed(&mut self, origin: String, scope: &Scope, text: &str) -> Option<Update> {
@@ -142,7 +162,7 @@ impl Directory {
 #[derive(Default)]
 struct Found {
     files: BTreeMap<PathBuf, Scope>,
-    unreadable: Vec<PathBuf>,
+    unreadable: BTreeMap<PathBuf, String>,
     troubles: Vec<Finding>,
     /// Device and inode of each folder on the way: symbolic links may lead in circles.
     visited: BTreeSet<(u64, u64)>,
@@ -156,9 +176,7 @@ impl Found {
         let entries = match list(folder) {
             Ok(entries) => entries,
             Err(error) => {
-                let message = format!("cannot be read: {error}. What its files last said stays in force");
-                self.troubles.push(Finding::error(folder.display(), message));
-                self.unreadable.push(folder.to_owned());
+                self.unreadable.insert(folder.to_owned(), error.to_string());
                 return;
             }
         };

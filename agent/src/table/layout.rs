@@ -179,8 +179,8 @@ impl Layout {
     }
 
     /// The writes that lead to `table`. Frontends that stay as they are cost none. With `complete` those that the table does not
-    /// have are removed. Without it not everything is known that should be: nothing is removed, and where a former agent has published
-    /// somebody, nobody does not take the place.
+    /// have are removed. Without it not everything is known that should be: what a former agent has published is not removed, and where it
+    /// has published somebody, nobody does not take the place.
     pub fn update(&mut self, now: Instant, table: &Table, complete: bool) -> (Vec<Op>, Vec<Refused>) {
         let (mut ops, mut refused) = (Vec::new(), Vec::new());
         let mut freed = Vec::new();
@@ -206,13 +206,13 @@ impl Layout {
                 freed.extend(self.frontends.insert(*key, placed).map(|old| (old, false)));
             }
         }
-        if complete {
-            let gone: Vec<_> =
-                self.frontends.keys().filter(|key| !table.frontends.contains_key(key)).copied().collect();
-            for key in gone {
-                ops.push(Op::RemoveFrontend(key));
-                freed.extend(self.frontends.remove(&key).map(|old| (old, true)));
-            }
+        let is_gone = |(key, placed): &(&FrontendKey, &Placed)| {
+            !table.frontends.contains_key(key) && (complete || !placed.is_inherited())
+        };
+        let gone: Vec<_> = self.frontends.iter().filter(is_gone).map(|(key, _)| *key).collect();
+        for key in gone {
+            ops.push(Op::RemoveFrontend(key));
+            freed.extend(self.frontends.remove(&key).map(|old| (old, true)));
         }
         // Only now: until the writes above are done, the kernel reads the old places.
         for (old, whole) in freed {
