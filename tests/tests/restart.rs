@@ -96,6 +96,10 @@ fn nothing_is_taken_away_before_everything_has_been_read() -> Result<()> {
     agent.wait_ready()?;
     assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4]);
     // A file that cannot be read any more is a finding, and keeps what it held.
+    wait_until("the agent to have read what is there", BOUND, || {
+        ensure!(directory.plan("c1", "n1", &[])?.0["config"] == agent.get("services")?["config"]);
+        Ok(())
+    })?;
     let link = directory.path().join("c1/.link");
     std::os::unix::fs::symlink("/proc/self/mem", &link)?;
     fs::rename(&link, &all)?;
