@@ -259,9 +259,9 @@ fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) ->
 
 /// The part of a split that leads to nobody; of a service that refuses everything it need not be said.
 fn refused_share(assignment: &Assignment, route: &Route) -> Option<f64> {
-    let total: u32 = assignment.routes.iter().map(|route| route.weight).sum();
+    let total: f64 = assignment.routes.iter().map(|route| f64::from(route.weight)).sum();
     let split = route.pool.groups.is_empty() && !assignment.schedule.is_empty();
-    split.then(|| rounded(f64::from(route.weight) / f64::from(total)))
+    split.then(|| rounded(f64::from(route.weight) / total))
 }
 
 /// Without the last digits, in which sums of fractions differ from the fraction.
