@@ -106,8 +106,13 @@ impl Directory {
                 Err(error) => drop(unread.insert(origin, format!("cannot be read: {error}"))),
             }
         }
-        for origin in self.unread.extract_if(.., |origin| !unread.contains_key(origin)) {
-            updates.push(Update::Remove { origin });
+        let root = &self.root;
+        let is_over = |origin: &String| !unread.contains_key(origin) && !being_written.contains(&root.join(origin));
+        for origin in self.unread.extract_if(.., |origin| is_over(origin)) {
+            // What could be read now is reported as such.
+            if !self.seen.contains_key(&origin) {
+                updates.push(Update::Remove { origin });
+            }
         }
         for (origin, message) in unread {
             if self.unread.insert(origin.clone()) {
@@ -118,6 +123,19 @@ impl Directory {
         updates.extend(read);
         updates.push(Update::Trouble(troubles));
         Ok(updates)
+    }
+
+    /// Reports files that nothing is known of, for they are being written, as such that could not be read.
+    fn doubt(&mut self, being_written: &BTreeSet<PathBuf>) -> Vec<Update> {
+        let mut updates = Vec::new();
+        for path in being_written.iter().filter(|path| is_yaml(path) && !file_name(path).starts_with('.')) {
+            let origin = self.origin(path);
+            if !self.seen.contains_key(&origin) && self.unread.insert(origin.clone()) {
+                let findings = vec![Finding::warning(&origin, "is being written").from_source(&origin)];
+                updates.push(Update::Replace { origin, contents: Contents { findings, ..Contents::default() } });
+            }
+        }
+        updates
     }
 
     fn origin(&self, path: &Path) -> String {
@@ -131,7 +149,8 @@ impl Directory {
         }
         let mut contents = read_text(self.reader, scope, &origin, text);
         let held = before.is_some_and(|before| before.holds);
-        if held && contents.objects.is_empty() && contents.whole {
+        if held && contents.blank {
+            contents.findings.clear();
             contents.whole = false;
             let message =
                 "the file is empty all of a sudden: what it held stays in force; delete the file if it shall go";
@@ -151,6 +170,7 @@ impl Directory {
                     Some(before) => self.seen.insert(origin.clone(), before),
                     None => self.seen.remove(origin),
                 };
+                self.unread.remove(origin);
                 false
             }
             _ => true,
@@ -204,9 +224,12 @@ fn list(directory: &Path) -> io::Result<Vec<(PathBuf, bool)>> {
         if file_name(&path).starts_with('.') {
             continue;
         }
-        // An entry that is gone by now, or a link to nowhere, is no file.
-        if let Ok(metadata) = std::fs::metadata(&path) {
-            entries.push((path, metadata.is_dir()));
+        match std::fs::metadata(&path) {
+            Ok(metadata) => entries.push((path, metadata.is_dir())),
+            // It is gone by now, or a link to nowhere.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Whoever reads it will say what is wrong.
+            Err(_) => entries.push((path, false)),
         }
     }
     entries.sort();
@@ -253,6 +276,10 @@ pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Vec<Update
     let first;
     (directory, first) = scan(directory, &being_written).await?;
     let mut first = first.with_context(|| format!("cannot read {}", root.display()))?;
+    // Files that somebody is writing just now are not believed yet.
+    drain(&mut events, &mut being_written).await;
+    directory.forget(&mut first, &being_written);
+    first.extend(directory.doubt(&being_written));
     first.push(Update::Synced);
     if updates.send(first).await.is_err() {
         return Ok(());

@@ -294,11 +294,38 @@ fn outlier_detection(context: &mut Context<'_>, at: &str, spec: OutlierSpec) -> 
 
 /// A duration as Go and Istio write it (`1h30m`, `1.5s`), of at least 1 ms.
 pub(super) fn duration(at: &str, text: &str) -> Result<Duration, String> {
-    let nanoseconds = go_parse_duration::parse_duration(text).map_err(|_| format!("{at}: {text:?} is no duration"))?;
-    match u64::try_from(nanoseconds) {
-        Ok(nanoseconds) if nanoseconds >= 1_000_000 => Ok(Duration::from_nanos(nanoseconds)),
-        _ => Err(format!("{at}: {text:?} is less than 1 ms")),
+    match go_duration(text) {
+        None => Err(format!("{at}: {text:?} is no duration")),
+        Some(duration) if duration < Duration::from_millis(1) => Err(format!("{at}: {text:?} is less than 1 ms")),
+        Some(duration) if duration > LONGEST => Err(format!("{at}: {text:?} is more than ten years")),
+        Some(duration) => Ok(duration),
     }
+}
+
+/// No setting means more than this, and sums of it stay far from any limit.
+const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// Go's `time.ParseDuration`, without a sign. (The crate of that purpose panics on some texts, and hangs on others.)
+fn go_duration(text: &str) -> Option<Duration> {
+    let is_number = |c: char| c.is_ascii_digit() || c == '.';
+    let mut rest = text;
+    let mut seconds = 0.0;
+    while !rest.is_empty() {
+        let (number, tail) = rest.split_at(rest.find(|c| !is_number(c))?);
+        let (unit, tail) = tail.split_at(tail.find(is_number).unwrap_or(tail.len()));
+        let unit = match unit {
+            "ns" => 1e-9,
+            "us" | "µs" | "μs" => 1e-6,
+            "ms" => 1e-3,
+            "s" => 1.0,
+            "m" => 60.0,
+            "h" => 3600.0,
+            _ => return None,
+        };
+        seconds += number.parse::<f64>().ok()? * unit;
+        rest = tail;
+    }
+    if text.is_empty() { None } else { Duration::try_from_secs_f64(seconds).ok() }
 }
 
 #[derive(Deserialize)]
@@ -388,4 +415,29 @@ fn tcp_route(at: &str, spec: TcpRouteSpec) -> Result<TcpRoute, String> {
         weight: if single { 1 } else { route.weight },
     });
     Ok(TcpRoute { ports, destinations: destinations.collect() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_as_go_writes_them() {
+        for (text, milliseconds) in [
+            ("1s", 1_000),
+            ("1.5s", 1_500),
+            ("1m", 60_000),
+            ("1h30m", 5_400_000),
+            ("10ms", 10),
+            ("2000µs", 2),
+            (".5s", 500),
+        ] {
+            assert_eq!(duration("at", text), Ok(Duration::from_millis(milliseconds)), "{text}");
+        }
+        let nines = format!("0.{}s", "9".repeat(60));
+        assert_eq!(duration("at", &nines).map(|time| time.as_secs_f64().round()), Ok(1.0));
+        for text in ["", "s", "5", "5с", "10s…", "1µs", "-5s", "1d", "1..2s", "soon", "999999999h", "1s 2s"] {
+            assert!(duration("at", text).is_err(), "{text}");
+        }
+    }
 }

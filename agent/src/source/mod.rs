@@ -29,6 +29,8 @@ pub struct Contents {
     pub findings: Vec<Finding>,
     /// Fingerprint of all that was read, sound or not.
     pub fingerprint: u64,
+    /// Whether there is nothing at all in it but comments.
+    pub blank: bool,
     /// Whether everything could at least be told apart. Where not, an object that is missing may be in the
     /// broken part, and stays.
     pub whole: bool,

@@ -21,7 +21,14 @@ pub struct Reader {
 /// Reads all objects of a file. Nothing in it can make this fail: what is wrong becomes a finding.
 pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Contents {
     let mut contents = Contents { whole: true, fingerprint: fingerprint(text), ..Contents::default() };
-    for (line, document) in document::split(text) {
+    let documents = document::split(text);
+    contents.blank = documents.is_empty();
+    if text.is_empty() {
+        // Nobody writes such a file on purpose: more likely its writer was cut off.
+        contents.whole = false;
+        contents.findings.push(Finding::warning(origin, "the file is empty; delete it if nothing belongs into it"));
+    }
+    for (line, document) in documents {
         let value = match document::parse(line, &document) {
             Ok(value) => value,
             Err(message) => {
@@ -117,6 +124,9 @@ fn read_object(reader: Reader, scope: &Scope, origin: &str, value: Value, conten
             None
         }
     };
+    if contents.objects.iter().any(|read| read.key == key) {
+        contents.findings.push(Finding::warning(&key, "is in this file twice; the last one counts"));
+    }
     contents.objects.push(Read { key, object });
 }
 

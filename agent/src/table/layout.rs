@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::SocketAddr,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use portolan_common::{Backend, Endpoint, Frontend, FrontendKey, Slot};
@@ -218,7 +218,7 @@ impl Layout {
         for (old, whole) in freed {
             self.free(now, &old, whole);
         }
-        if complete {
+        if complete && self.inherited() == 0 {
             for address in std::mem::take(&mut self.inherited) {
                 self.drop_if_unused(now, &address);
             }
@@ -280,9 +280,7 @@ impl Layout {
             base,
             period,
             generation: before.map_or(1, |frontend| frontend.generation.wrapping_add(1)),
-            connect_timeout_ms: entry
-                .connect_timeout
-                .map_or(0, |limit| u32::try_from(limit.as_millis()).unwrap_or(u32::MAX)),
+            connect_timeout_ms: entry.connect_timeout.map_or(0, milliseconds),
             reserved: 0,
         };
         if before.is_none() {
@@ -345,6 +343,11 @@ impl Layout {
             self.backend_ids.release(now, backend.id, 1);
         }
     }
+}
+
+/// As much of it as a socket option takes.
+fn milliseconds(limit: Duration) -> u32 {
+    u32::try_from(limit.as_millis()).unwrap_or(u32::MAX).min(i32::MAX as u32)
 }
 
 #[cfg(test)]
