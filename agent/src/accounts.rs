@@ -108,9 +108,17 @@ impl Default for Accounts {
 }
 
 impl Accounts {
-    /// Says what an endpoint belongs to. One that serves several services counts for the first.
-    pub fn name(&mut self, address: SocketAddr, destination: impl FnOnce() -> Destination) {
-        self.names.entry(address).or_insert_with(destination);
+    /// Says what endpoints belong to. One that serves several services counts for the first.
+    pub fn name(&mut self, endpoints: impl Iterator<Item = (SocketAddr, Destination)>) {
+        let mut names = HashMap::new();
+        for (address, destination) in endpoints {
+            names.entry(address).or_insert(destination);
+        }
+        // What has gone still has its last connections to count.
+        for (address, destination) in std::mem::take(&mut self.names) {
+            names.entry(address).or_insert(destination);
+        }
+        self.names = names;
     }
 
     /// Before these writes are done: takes in the counters that they would reset.

@@ -20,7 +20,7 @@ use crate::{
     report::{EndpointKernel, FrontendKernel, Report},
     source::Update,
     store::{Snapshot, Store},
-    table::{self, Held, Layout, Op, Sizes, Table},
+    table::{self, Held, Knowledge, Layout, Op, Sizes, Table},
 };
 
 /// Outcomes that are taken in one go, before a new table is published.
@@ -247,11 +247,8 @@ impl Reconciler {
         self.verdict.findings.splice(0..0, findings);
 
         let table = Table::new(&self.verdict.assignments);
-        self.doubt = self.store.doubts().or_else(|| {
-            let known = snapshot.clusters.contains_key(&self.cluster);
-            (!known).then(|| format!("the configuration has nothing of cluster {}", self.cluster))
-        });
-        let (ops, refused) = self.layout.update(started, &table, self.doubt.is_none());
+        let knowledge = self.knowledge(&snapshot);
+        let (ops, refused) = self.layout.update(started, &table, knowledge);
         self.trouble = refused
             .iter()
             .map(|refused| {
@@ -292,6 +289,19 @@ impl Reconciler {
         Ok(())
     }
 
+    /// How much is known of what should be, and why no more.
+    fn knowledge(&mut self, snapshot: &Snapshot) -> Knowledge {
+        let unknown = || format!("the configuration has nothing of cluster {}", self.cluster);
+        let (knowledge, doubt) = match self.store.doubt() {
+            Some(doubt) if doubt.settings => (Knowledge::WithoutSettings, Some(doubt.what.clone())),
+            Some(doubt) => (Knowledge::Partial, Some(doubt.what.clone())),
+            None if !snapshot.clusters.contains_key(&self.cluster) => (Knowledge::Partial, Some(unknown())),
+            None => (Knowledge::Complete, None),
+        };
+        self.doubt = doubt;
+        knowledge
+    }
+
     fn plan_retry(&mut self, now: Instant) {
         if self.trouble.is_empty() {
             (self.retry, self.retry_after) = (None, FIRST_RETRY);
@@ -322,13 +332,10 @@ impl Reconciler {
 
     /// Tells the accounts what endpoints belong to.
     fn name_backends(&mut self) {
-        for assignment in &self.verdict.assignments {
-            for pool in assignment.routes.iter().map(|route| &route.pool) {
-                for endpoint in &pool.endpoints {
-                    self.accounts.name(endpoint.address, || Destination::new(&pool.key, endpoint));
-                }
-            }
-        }
+        let pools = self.verdict.assignments.iter().flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
+        self.accounts.name(pools.flat_map(|pool| {
+            pool.endpoints.iter().map(|endpoint| (endpoint.address, Destination::new(&pool.key, endpoint)))
+        }));
     }
 
     fn index_pools(&mut self) {

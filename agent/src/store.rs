@@ -14,6 +14,15 @@ use crate::{
     source::{Contents, Update},
 };
 
+/// Something that could not be read, and never was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Doubt {
+    /// What, for people.
+    pub what: String,
+    /// Whether the mesh's settings may be in it, which say what traffic must stay in its cluster.
+    pub settings: bool,
+}
+
 /// All objects, by identity and by the origin that holds them.
 #[derive(Debug, Default)]
 pub struct Store {
@@ -23,7 +32,7 @@ pub struct Store {
     /// Origins that have been read in full.
     good: BTreeSet<String>,
     /// Origins of which something could not be read, and never was.
-    doubtful: BTreeSet<String>,
+    doubtful: BTreeMap<String, Doubt>,
     fingerprints: BTreeMap<String, u64>,
     synced: bool,
 }
@@ -35,10 +44,10 @@ impl Store {
         self.synced
     }
 
-    /// Whether something could not be read, and nothing is known of what it says. What a former agent has published must then be left
-    /// as it is.
-    pub fn doubts(&self) -> Option<String> {
-        self.doubtful.first().map(|origin| format!("{origin} cannot be read, and never was"))
+    /// What could not be read, and never was, so that nothing is known of what it says. Settings before services, for they say what must
+    /// never happen.
+    pub fn doubt(&self) -> Option<&Doubt> {
+        self.doubtful.values().max_by_key(|doubt| doubt.settings)
     }
 
     /// Takes in a change. Returns whether anything is different now.
@@ -62,15 +71,28 @@ impl Store {
 
     fn replace(&mut self, origin: &str, contents: Contents) {
         let known = |key: &ObjectKey| self.objects.get(key).is_some_and(|origins| origins.contains_key(origin));
-        // A rule that cannot be read is not in force; without a Service or its endpoints, connections would be refused.
-        let vital = |key: &ObjectKey| matches!(key.kind, Kind::Service | Kind::EndpointSlice);
-        let lost = contents.objects.iter().any(|read| read.object.is_none() && vital(&read.key) && !known(&read.key));
-        let was_good = self.good.contains(origin);
-        if contents.whole && !lost {
-            self.good.insert(origin.to_owned());
-            self.doubtful.remove(origin);
-        } else if !was_good {
-            self.doubtful.insert(origin.to_owned());
+        // A rule that cannot be read is not in force; without a Service or its endpoints, connections would be refused, and without the
+        // settings they could leave their cluster.
+        let vital = |key: &ObjectKey| matches!(key.kind, Kind::Service | Kind::EndpointSlice | Kind::MeshConfig);
+        let lost = contents.objects.iter().find(|read| read.object.is_none() && vital(&read.key) && !known(&read.key));
+        let doubt = match lost {
+            Some(read) => Some(Doubt {
+                what: format!("{} in {origin} is broken", read.key),
+                settings: read.key.kind == Kind::MeshConfig,
+            }),
+            // The mesh's objects are in no folder.
+            None if !contents.whole => {
+                Some(Doubt { what: format!("{origin} cannot be read"), settings: !origin.contains('/') })
+            }
+            None => None,
+        };
+        match doubt {
+            None => {
+                self.good.insert(origin.to_owned());
+                self.doubtful.remove(origin);
+            }
+            Some(doubt) if !self.good.contains(origin) => drop(self.doubtful.insert(origin.to_owned(), doubt)),
+            Some(_) => {}
         }
         let listed: BTreeSet<_> = contents.objects.iter().map(|read| read.key.clone()).collect();
         if contents.whole {
@@ -108,7 +130,7 @@ impl Store {
             let mut origins = origins.iter();
             let Some((first, object)) = origins.next() else { continue };
             snapshot.insert(key, object);
-            snapshot.origins.entry(key.to_string()).or_insert_with(|| first.clone());
+            snapshot.origins.insert((key.scope.clone(), key.to_string()), first.clone());
             for (other, _) in origins {
                 let message = format!("is in {first} as well, which counts; remove one of them");
                 snapshot.findings.push(Finding::error(key, message).from_source(other));
@@ -149,10 +171,16 @@ pub struct Snapshot {
     /// What is wrong with the objects themselves.
     pub findings: Vec<Finding>,
     /// Where each object (as findings name it) comes from.
-    pub origins: BTreeMap<String, String>,
+    pub origins: BTreeMap<(Scope, String), String>,
 }
 
 impl Snapshot {
+    /// Where an object comes from, as a finding names it: for people of this cluster its own one, or else the mesh's.
+    pub fn origin(&self, cluster: &str, object: &str) -> Option<&String> {
+        let of = |scope: Scope| self.origins.get(&(scope, object.to_owned()));
+        of(Scope::Cluster(cluster.to_owned())).or_else(|| of(Scope::Mesh))
+    }
+
     fn insert(&mut self, key: &ObjectKey, object: &Object) {
         let into = match &key.scope {
             Scope::Mesh => &mut self.mesh,

@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use portolan_tests::{
     Bed, Directory,
     dial::Task,
-    objects::{node, service, slice},
+    objects::{mesh_config, node, service, slice},
     wait_until,
 };
 use rustix::process::Signal;
@@ -132,6 +132,7 @@ fn what_cannot_be_read_after_a_restart_is_left_as_it_was() -> Result<()> {
     for (what, cluster, text) in [
         ("a syntax error", "c1", "kind: Service\nmetadata: {name: [".to_owned()),
         ("the endpoints cannot be read", "c1", good.replace("\"port\": 9080", "\"port\": \"http\"")),
+        ("the file is empty", "c1", String::new()),
         ("the cluster's name is mistyped", "c2", good.clone()),
     ] {
         fs::write(&all, &text)?;
@@ -151,6 +152,39 @@ fn what_cannot_be_read_after_a_restart_is_left_as_it_was() -> Result<()> {
         assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4], "{what}");
         agent.process.kill();
     }
+    Ok(())
+}
+
+#[test]
+fn what_must_stay_in_its_cluster_stays_there_while_the_settings_cannot_be_read() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = directory(&bed)?;
+    bed.namespace.add_address("10.1.0.1/32")?;
+    bed.serve("10.1.0.1:9080", "elsewhere")?;
+    directory.write(
+        "c2/all.yaml",
+        &[node("n2", "r1"), service("web", &["172.17.0.10"], 80), slice("web", 9080, &[("10.1.0.1", "n2", "")])],
+    )?;
+    let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["*"]}]});
+    directory.write("mesh.yaml", &[mesh_config(&keep)])?;
+    let mut client = bed.dialler()?;
+    bed.agent(&directory, "c1", "n1")?.process.kill();
+    assert_eq!(client.dial("172.16.0.10:80", 20)?.count("elsewhere"), 0);
+
+    directory.write_text("mesh.yaml", "kind: [")?;
+    let agent = bed.start(&directory, "c1", "n1")?;
+    wait_until("the agent to say what it lacks", BOUND, || {
+        let (status, why) = agent.http("/readyz")?;
+        ensure!(status == 503 && why.contains("mesh.yaml cannot be read"), "{status} {why}");
+        Ok(())
+    })?;
+    assert_eq!(client.dial("172.16.0.10:80", 20)?.count("elsewhere"), 0);
+    directory.write("mesh.yaml", &[mesh_config(&json!({}))])?;
+    wait_until("the new settings to be in force", BOUND, || {
+        ensure!(client.dial("172.16.0.10:80", 3)?.count("elsewhere") == 1);
+        Ok(())
+    })?;
+    assert_eq!(agent.http("/readyz")?.0, 200);
     Ok(())
 }
 

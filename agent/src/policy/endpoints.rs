@@ -213,9 +213,11 @@ pub(super) fn check(snapshot: &Snapshot, findings: &mut Vec<Finding>) {
         for (service, slices) in &objects.slices {
             let unknown = !objects.services.contains_key(service);
             for slice in slices.values() {
+                let object = format!("EndpointSlice {}", slice.name);
+                let source = snapshot.origin(cluster, &object).cloned().unwrap_or_default();
                 if unknown {
                     let message = format!("cluster {cluster} has no Service {service}: these endpoints are not used");
-                    findings.push(Finding::warning(format!("EndpointSlice {}", slice.name), message));
+                    findings.push(Finding::warning(&object, message).from_source(&source));
                 }
                 let nodes: BTreeSet<_> = slice.endpoints.iter().map(|endpoint| endpoint.node.as_deref()).collect();
                 for node in nodes.into_iter().filter(|node| !node.is_some_and(|node| objects.nodes.contains_key(node)))
@@ -225,7 +227,7 @@ pub(super) fn check(snapshot: &Snapshot, findings: &mut Vec<Finding>) {
                     });
                     let message =
                         format!("endpoints.nodeName: {what}, so the locality is unknown and counts as far away");
-                    findings.push(Finding::warning(format!("EndpointSlice {}", slice.name), message));
+                    findings.push(Finding::warning(&object, message).from_source(&source));
                 }
             }
         }

@@ -162,7 +162,7 @@ pub fn assign(snapshot: &Snapshot, client: &Client, ejections: &Ejections) -> Ve
         }
     }
     for finding in findings.iter_mut().filter(|finding| finding.source.is_empty()) {
-        finding.source = snapshot.origins.get(&finding.object).cloned().unwrap_or_default();
+        finding.source = snapshot.origin(&client.cluster, &finding.object).cloned().unwrap_or_default();
     }
     findings.sort();
     findings.dedup();
@@ -183,7 +183,7 @@ fn free_addresses(
             Some(other) => findings.push(Finding::error(
                 format!("Service {}", service.name),
                 format!(
-                    "spec.clusterIPs: {address} port {} belongs to Service {other} already, which keeps it",
+                    "spec.clusterIPs: {address} port {} belongs to Service {other}, which comes first by its name",
                     port.port
                 ),
             )),

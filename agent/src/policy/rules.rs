@@ -193,11 +193,14 @@ fn insert<T>(
 
 /// Failover rules do nothing while nothing is ever ejected.
 fn check_failover(rule: &DestinationRule, findings: &mut Vec<Finding>) {
-    let policies = [&rule.policy].into_iter().chain(rule.subsets.iter().map(|subset| &subset.policy));
-    for policy in policies.flat_map(|policy| [policy].into_iter().chain(policy.ports.values())) {
+    let policies = || [&rule.policy].into_iter().chain(rule.subsets.iter().map(|subset| &subset.policy));
+    let own = policies().map(|policy| (policy, policy.outlier.is_some() || rule.policy.outlier.is_some()));
+    // A port's settings replace everything: they inherit no block.
+    let of_ports = policies().flat_map(|policy| policy.ports.values()).map(|policy| (policy, policy.outlier.is_some()));
+    for (policy, ejects) in own.chain(of_ports) {
         let explicit = policy.locality.as_ref().is_some_and(|locality| !locality.failover.is_empty());
-        if explicit && policy.outlier.is_none() && rule.policy.outlier.is_none() {
-            let message = "localityLbSetting.failover has no effect without outlierDetection; add that block";
+        if explicit && !ejects {
+            let message = "localityLbSetting.failover has no effect without outlierDetection beside it; add that block";
             findings.push(Finding::warning(format!("DestinationRule {}", rule.name), message));
         }
     }

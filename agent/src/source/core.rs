@@ -32,7 +32,8 @@ pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<
         let number = port_number(port.port).ok_or_else(|| format!("{at}.port: {} is no port", port.port))?;
         ports.push(ServicePort { name: port.name.clone().unwrap_or_default(), port: number, protocol });
     }
-    if ports.is_empty() {
+    // A headless Service may do without: nothing of it is dialled anyway.
+    if ports.is_empty() && spec.cluster_ip.as_deref() != Some("None") {
         return Err("spec.ports is empty: nothing can be dialled; give it a port".to_owned());
     }
     let mut addresses = Vec::new();

@@ -277,7 +277,7 @@ pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Vec<Update
     (directory, first) = scan(directory, &being_written).await?;
     let mut first = first.with_context(|| format!("cannot read {}", root.display()))?;
     // Files that somebody is writing just now are not believed yet.
-    drain(&mut events, &mut being_written).await;
+    let mut again = drain(&mut events, &mut being_written).await;
     directory.forget(&mut first, &being_written);
     first.extend(directory.doubt(&being_written));
     first.push(Update::Synced);
@@ -285,7 +285,6 @@ pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Vec<Update
         return Ok(());
     }
     let mut rescan = Instant::now() + RESCAN;
-    let mut again = false;
     loop {
         if !again {
             tokio::select! {

@@ -49,6 +49,18 @@ impl Default for Sizes {
     }
 }
 
+/// How much is known of what should be. It matters for what a former agent has published, while this one has not read everything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Knowledge {
+    /// Everything: the table is the truth.
+    Complete,
+    /// Some services or endpoints are not known: what the former agent has published is not removed, and where it has published somebody,
+    /// nobody does not take the place.
+    Partial,
+    /// The settings that say what must stay in its cluster are not known either: what the former agent has published stays as it is.
+    WithoutSettings,
+}
+
 /// A frontend that does not fit: it stays as it was.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
@@ -178,18 +190,22 @@ impl Layout {
         self.sizes
     }
 
-    /// The writes that lead to `table`. Frontends that stay as they are cost none. With `complete` those that the table does not
-    /// have are removed. Without it not everything is known that should be: what a former agent has published is not removed, and where it
-    /// has published somebody, nobody does not take the place.
-    pub fn update(&mut self, now: Instant, table: &Table, complete: bool) -> (Vec<Op>, Vec<Refused>) {
+    /// The writes that lead to `table`. Frontends that stay as they are cost none. Those that the table does not have are removed;
+    /// how far that goes for what a former agent has published, `knowledge` says.
+    pub fn update(&mut self, now: Instant, table: &Table, knowledge: Knowledge) -> (Vec<Op>, Vec<Refused>) {
+        let complete = knowledge == Knowledge::Complete;
         let (mut ops, mut refused) = (Vec::new(), Vec::new());
         let mut freed = Vec::new();
         for (key, entry) in &table.frontends {
             if self.frontends.get(key).is_some_and(|placed| placed.entry.as_ref() == Some(entry)) {
                 continue;
             }
-            let serves = |placed: &Placed| placed.is_inherited() && placed.frontend.period > 0;
-            if !complete && entry.schedule.is_empty() && self.frontends.get(key).is_some_and(serves) {
+            let kept = |placed: &Placed| match knowledge {
+                Knowledge::Complete => false,
+                Knowledge::Partial => placed.is_inherited() && placed.frontend.period > 0 && entry.schedule.is_empty(),
+                Knowledge::WithoutSettings => placed.is_inherited(),
+            };
+            if self.frontends.get(key).is_some_and(kept) {
                 continue;
             }
             let mut placed = self.place(now, key, entry, &mut ops);

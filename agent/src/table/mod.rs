@@ -15,7 +15,7 @@ use std::{
 use portolan_common::{Endpoint, FrontendKey};
 
 pub use alloc::Full;
-pub use layout::{Held, Layout, Op, Refused, Sizes};
+pub use layout::{Held, Knowledge, Layout, Op, Refused, Sizes};
 
 use crate::policy::{Assignment, Schedule};
 

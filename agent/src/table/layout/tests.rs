@@ -101,7 +101,7 @@ proptest! {
         let mut before = Table::default();
         for table in &tables {
             now += Duration::from_secs(seconds);
-            let (ops, refused) = layout.update(now, table, true);
+            let (ops, refused) = layout.update(now, table, Knowledge::Complete);
             // With no time to rest, places run out; that is told, and nothing else is harmed.
             prop_assume!(refused.is_empty());
             for op in &ops {
@@ -118,7 +118,7 @@ proptest! {
             for (key, entry) in &table.frontends {
                 prop_assert_eq!(maps.picks(key, PICKS), expected(&entry.schedule));
             }
-            let again = layout.update(now, table, true);
+            let again = layout.update(now, table, Knowledge::Complete);
             prop_assert_eq!(again, (Vec::new(), Vec::new()), "what is unchanged is not written");
             before = table.clone();
         }
@@ -128,7 +128,7 @@ proptest! {
     fn a_new_agent_takes_over_what_it_finds(first in tables(), second in tables()) {
         let (mut layout, mut maps, now) = (Layout::new(Sizes::default()), Maps::default(), Instant::now());
         for table in &first {
-            layout.update(now, table, true).0.iter().for_each(|op| maps.write(op));
+            layout.update(now, table, Knowledge::Complete).0.iter().for_each(|op| maps.write(op));
         }
         let former = maps.clone();
         let held = Held {
@@ -145,12 +145,12 @@ proptest! {
         };
         let mut layout = Layout::from_held(Sizes::default(), held);
         // Nothing is known yet: nothing may go.
-        layout.update(now, &Table::default(), false).0.iter().for_each(|op| maps.write(op));
+        layout.update(now, &Table::default(), Knowledge::Partial).0.iter().for_each(|op| maps.write(op));
         for key in former.frontends.keys() {
             prop_assert_eq!(maps.picks(key, PICKS), former.picks(key, PICKS));
         }
         let last = second.last().unwrap();
-        for op in layout.update(now, last, true).0 {
+        for op in layout.update(now, last, Knowledge::Complete).0 {
             maps.write(&op);
             for key in maps.frontends.keys() {
                 let picks = maps.picks(key, PICKS);
@@ -167,11 +167,11 @@ fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
     let sizes = Sizes { frontends: 4, backends: 3, slots: 100 };
     let mut layout = Layout::new(sizes);
     let now = Instant::now();
-    let (_, refused) = layout.update(now, &table(&[(1, vec![(1, vec![1, 2])])]), true);
+    let (_, refused) = layout.update(now, &table(&[(1, vec![(1, vec![1, 2])])]), Knowledge::Complete);
     assert_eq!(refused, []);
     // Two backends more than there is room for, in the first of two frontends.
     let wanted = table(&[(1, vec![(1, vec![1, 2, 3, 4, 5])]), (2, vec![(1, vec![6])])]);
-    let (ops, refused) = layout.update(now, &wanted, true);
+    let (ops, refused) = layout.update(now, &wanted, Knowledge::Complete);
     assert_eq!(
         refused.iter().map(|refused| (refused.key, refused.map)).collect::<Vec<_>>(),
         [(frontend(1), "BACKENDS")]
@@ -179,11 +179,12 @@ fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
     assert!(ops.iter().any(|op| matches!(op, Op::SetFrontend(key, _) if *key == frontend(2))));
     assert!(!ops.iter().any(|op| matches!(op, Op::SetFrontend(key, _) if *key == frontend(1))));
     // A new one that does not fit refuses, rather than not be there.
-    let (ops, refused) = layout.update(now, &table(&[(1, vec![(1, vec![1, 2])]), (3, vec![(1, vec![6, 7, 8])])]), true);
+    let (ops, refused) =
+        layout.update(now, &table(&[(1, vec![(1, vec![1, 2])]), (3, vec![(1, vec![6, 7, 8])])]), Knowledge::Complete);
     assert_eq!(refused.iter().map(|refused| refused.key).collect::<Vec<_>>(), [frontend(3)]);
     assert!(ops.iter().any(|op| matches!(op, Op::SetFrontend(key, it) if *key == frontend(3) && it.period == 0)));
     // Nothing that was set aside for the refused one is lost.
     let later = now + Duration::from_secs(2);
-    let (_, refused) = layout.update(later, &table(&[(1, vec![(1, vec![1, 2, 6])])]), true);
+    let (_, refused) = layout.update(later, &table(&[(1, vec![(1, vec![1, 2, 6])])]), Knowledge::Complete);
     assert_eq!(refused, []);
 }
