@@ -188,3 +188,31 @@ fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
     let (_, refused) = layout.update(later, &table(&[(1, vec![(1, vec![1, 2, 6])])]), Knowledge::Complete);
     assert_eq!(refused, []);
 }
+
+/// The kernel still sends connections to what a refused frontend had before.
+#[test]
+fn backends_of_an_inherited_frontend_that_is_refused_are_not_given_away() {
+    let sizes = Sizes { frontends: 4, backends: 4, slots: 4 };
+    let now = Instant::now();
+    let (mut former, mut maps) = (Layout::new(sizes), Maps::default());
+    let ops = former.update(now, &table(&[(1, vec![(1, vec![1, 2])])]), Knowledge::Complete).0;
+    ops.iter().for_each(|op| maps.write(op));
+    let held = Held {
+        frontends: maps.frontends.iter().map(|(key, frontend)| (*key, *frontend, (0, 2))).collect(),
+        backends: maps.backends.iter().map(|(id, backend)| (*id, *backend)).collect(),
+        epochs: maps.backends.iter().map(|(id, backend)| (*id, backend.epoch)).collect(),
+    };
+    let mut layout = Layout::from_held(sizes, held);
+    // Three entries do not fit beside the two that are in use.
+    let too_much = (1, vec![(1, vec![1, 2, 3])]);
+    let (_, refused) = layout.update(now, &table(std::slice::from_ref(&too_much)), Knowledge::Complete);
+    assert_eq!(refused.len(), 1);
+    for (seconds, member) in [(2, 7), (4, 8)] {
+        let wanted = table(&[too_much.clone(), (2, vec![(1, vec![member])])]);
+        let (ops, _) = layout.update(now + Duration::from_secs(seconds), &wanted, Knowledge::Complete);
+        for op in &ops {
+            maps.write(op);
+        }
+        assert_eq!(maps.picks(&frontend(1), 2), [Some(address(1)), Some(address(2))]);
+    }
+}
