@@ -42,6 +42,8 @@ pub struct Directory {
     before: BTreeMap<String, Option<Seen>>,
     /// Files and folders that could not be read, and never were.
     unread: BTreeSet<String>,
+    /// Those of them that the last scan took out.
+    cleared: BTreeSet<String>,
 }
 
 /// A file as it was read last.
@@ -55,7 +57,14 @@ struct Seen {
 impl Directory {
     /// A directory that was not looked at yet.
     pub fn new(root: PathBuf, reader: Reader) -> Self {
-        Self { root, reader, seen: BTreeMap::new(), before: BTreeMap::new(), unread: BTreeSet::new() }
+        Self {
+            root,
+            reader,
+            seen: BTreeMap::new(),
+            before: BTreeMap::new(),
+            unread: BTreeSet::new(),
+            cleared: BTreeSet::new(),
+        }
     }
 
     /// Looks at the whole directory and reports what is not as it was. Files in `being_written` count as
@@ -108,11 +117,10 @@ impl Directory {
         }
         let root = &self.root;
         let is_over = |origin: &String| !unread.contains_key(origin) && !being_written.contains(&root.join(origin));
-        for origin in self.unread.extract_if(.., |origin| is_over(origin)) {
-            // What could be read now is reported as such.
-            if !self.seen.contains_key(&origin) {
-                updates.push(Update::Remove { origin });
-            }
+        self.cleared = self.unread.extract_if(.., |origin| is_over(origin)).collect();
+        // What could be read now is reported as such.
+        for origin in self.cleared.iter().filter(|origin| !self.seen.contains_key(*origin)) {
+            updates.push(Update::Remove { origin: origin.clone() });
         }
         for (origin, message) in unread {
             if self.unread.insert(origin.clone()) {
@@ -170,7 +178,12 @@ impl Directory {
                     Some(before) => self.seen.insert(origin.clone(), before),
                     None => self.seen.remove(origin),
                 };
-                self.unread.remove(origin);
+                // Of what never was read, nothing is known still; what was only now found unreadable is found so again.
+                if self.cleared.contains(origin) {
+                    self.unread.insert(origin.clone());
+                } else {
+                    self.unread.remove(origin);
+                }
                 false
             }
             _ => true,
