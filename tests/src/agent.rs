@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{Read as _, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
     process::{Command, Output},
@@ -128,6 +128,25 @@ impl Bed {
             }
         });
         Ok(())
+    }
+
+    /// Has `client` make one connection with a server on `address`, and returns once nobody listens there any more. Another test may start a
+    /// process meanwhile, which holds the listener between its fork and its exec, so that closing it here is not the end of it.
+    ///
+    /// # Errors
+    /// The address cannot be listened on, or `client` fails.
+    pub fn serve_once<T>(&self, address: &str, client: impl FnOnce() -> Result<T>) -> Result<T> {
+        let address: SocketAddr = address.parse()?;
+        let listener = self.namespace.enter(|| TcpListener::bind(address).context("cannot listen"))?;
+        let server = thread::spawn(move || listener.accept().map(drop));
+        let served = client()?;
+        server.join().expect("accepting does not panic")?;
+        wait_until("the server to be gone", READY, || {
+            let error = self.namespace.enter(|| Ok(TcpStream::connect(address).err()))?;
+            ensure!(error.is_some_and(|error| error.kind() == ErrorKind::ConnectionRefused), "somebody listens");
+            Ok(())
+        })?;
+        Ok(served)
     }
 }
 

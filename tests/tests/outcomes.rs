@@ -170,10 +170,8 @@ fn a_success_between_failures_resets_the_count() -> Result<()> {
         Ok(())
     };
     fail(&mut client)?;
-    let listener = bed.namespace.enter(|| Ok(std::net::TcpListener::bind("10.0.0.1:9080")?))?;
-    let server = std::thread::spawn(move || drop(listener.accept()));
-    assert_eq!(client.dial("172.16.0.20:80", 1)?.errnos(), [0]);
-    server.join().unwrap();
+    let served = bed.serve_once("10.0.0.1:9080", || client.dial("172.16.0.20:80", 1))?;
+    assert_eq!(served.errnos(), [0]);
     fail(&mut client)?;
     assert_eq!(ejected(&agent)?, Vec::<String>::new());
     fail(&mut client)?;
@@ -211,10 +209,7 @@ fn pools_that_share_an_endpoint_count_for_themselves() -> Result<()> {
         })
     };
     let serve_once = |client: &mut portolan_tests::Dialler, to: &str| -> Result<()> {
-        let listener = bed.namespace.enter(|| Ok(std::net::TcpListener::bind("10.0.0.1:9080")?))?;
-        let server = std::thread::spawn(move || drop(listener.accept()));
-        assert_eq!(client.dial(to, 1)?.errnos(), [0]);
-        server.join().unwrap();
+        assert_eq!(bed.serve_once("10.0.0.1:9080", || client.dial(to, 1))?.errnos(), [0]);
         Ok(())
     };
     assert_eq!(client.dial("172.16.0.20:80", 1)?.errnos(), [ECONNREFUSED]);
