@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::SocketAddr,
+    sync::Arc,
     time::Duration,
 };
 
@@ -13,8 +14,8 @@ use prometheus_client::metrics::histogram::Histogram;
 use crate::{
     datapath::{Counters, Maps},
     health::{Event, EventKind},
-    model::{Finding, Locality, NamespacedName},
-    policy::{Endpoint, PoolKey},
+    model::{Finding, Locality, NamespacedName, ServiceId},
+    policy::{Assignment, Endpoint, PoolKey},
     table::{Layout, Op, Sizes},
 };
 
@@ -24,15 +25,19 @@ pub struct Destination {
     /// The service.
     pub service: NamespacedName,
     /// The cluster of the endpoint.
-    pub cluster: String,
+    pub cluster: Arc<str>,
     /// Its locality.
-    pub locality: Locality,
+    pub locality: Arc<Locality>,
 }
 
 impl Destination {
     /// The destination of an endpoint of a pool.
     pub fn new(pool: &PoolKey, endpoint: &Endpoint) -> Self {
-        Self { service: pool.service.clone(), cluster: endpoint.cluster.clone(), locality: endpoint.locality.clone() }
+        Self {
+            service: pool.service.name.clone(),
+            cluster: Arc::clone(&endpoint.cluster),
+            locality: Arc::clone(&endpoint.locality),
+        }
     }
 }
 
@@ -84,13 +89,23 @@ pub struct Sample {
 /// The counts so far.
 #[derive(Debug)]
 pub struct Accounts {
-    names: HashMap<SocketAddr, Destination>,
+    names: HashMap<SocketAddr, Vec<Name>>,
     seen: HashMap<u32, (SocketAddr, BackendStats)>,
     totals: BTreeMap<Destination, Total>,
     health: HealthCounts,
     seen_frontends: HashMap<u32, FrontendStats>,
     services: ServiceTotals,
     publish_seconds: Histogram,
+}
+
+/// What an endpoint belongs to.
+#[derive(Debug)]
+struct Name {
+    /// The service whose assignments name it.
+    owner: ServiceId,
+    destination: Arc<Destination>,
+    /// Whether they still do. What has gone keeps its name for its last connections, until somebody else has the address.
+    live: bool,
 }
 
 impl Default for Accounts {
@@ -108,17 +123,22 @@ impl Default for Accounts {
 }
 
 impl Accounts {
-    /// Says what endpoints belong to. One that serves several services counts for the first.
-    pub fn name(&mut self, endpoints: impl Iterator<Item = (SocketAddr, Destination)>) {
-        let mut names = HashMap::new();
-        for (address, destination) in endpoints {
-            names.entry(address).or_insert(destination);
+    /// Says what the endpoints of a service belong to. One that serves several services counts for the first by name.
+    pub fn name(&mut self, service: &ServiceId, before: &[Arc<Assignment>], after: &[Arc<Assignment>]) {
+        for (_, endpoint) in endpoints(before) {
+            for name in self.names.get_mut(&endpoint.address).into_iter().flatten() {
+                name.live &= name.owner != *service;
+            }
         }
-        // What has gone still has its last connections to count.
-        for (address, destination) in std::mem::take(&mut self.names) {
-            names.entry(address).or_insert(destination);
+        let mut made: BTreeMap<Destination, Arc<Destination>> = BTreeMap::new();
+        for (pool, endpoint) in endpoints(after) {
+            let destination = Destination::new(pool, endpoint);
+            let destination = Arc::clone(made.entry(destination.clone()).or_insert_with(|| Arc::new(destination)));
+            let names = self.names.entry(endpoint.address).or_default();
+            names.retain(|name| name.live && name.owner != *service);
+            names.push(Name { owner: service.clone(), destination, live: true });
+            names.sort_by(|a, b| a.owner.cmp(&b.owner));
         }
-        self.names = names;
     }
 
     /// Before these writes are done: takes in the counters that they would reset.
@@ -148,8 +168,9 @@ impl Accounts {
     fn take(&mut self, id: u32, address: SocketAddr, maps: &Maps) {
         let Ok(now) = maps.backend_stats(id) else { return };
         let before = self.seen.insert(id, (address, now)).map_or_else(BackendStats::default, |(_, stats)| stats);
-        let Some(destination) = self.names.get(&address) else { return };
-        let total = self.totals.entry(destination.clone()).or_default();
+        let names = self.names.get(&address).map(Vec::as_slice).unwrap_or_default();
+        let Some(name) = names.iter().find(|name| name.live).or(names.first()) else { return };
+        let total = self.totals.entry((*name.destination).clone()).or_default();
         total.opened += now.opened.saturating_sub(before.opened);
         total.closed += now.closed.saturating_sub(before.closed);
         total.failed += now.failed.saturating_sub(before.failed);
@@ -179,7 +200,7 @@ impl Accounts {
             EventKind::Overflow { .. } => "overflow",
             EventKind::Released => return,
         };
-        *self.health.entry((pool.service.clone(), pool.port, kind)).or_default() += 1;
+        *self.health.entry((pool.service.name.clone(), pool.port, kind)).or_default() += 1;
     }
 
     /// A table was published.
@@ -201,4 +222,10 @@ impl Accounts {
     pub fn health(&self) -> &HealthCounts {
         &self.health
     }
+}
+
+/// The endpoints of assignments, with their pools.
+fn endpoints(assignments: &[Arc<Assignment>]) -> impl Iterator<Item = (&PoolKey, &Endpoint)> {
+    let pools = assignments.iter().flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
+    pools.flat_map(|pool| pool.endpoints.iter().map(|endpoint| (&pool.key, endpoint)))
 }

@@ -31,7 +31,7 @@ impl From<&Destination> for DestinationLabels {
         Self {
             destination_service_namespace: destination.service.namespace.clone(),
             destination_service_name: destination.service.name.clone(),
-            destination_cluster: destination.cluster.clone(),
+            destination_cluster: destination.cluster.to_string(),
             destination_region: destination.locality.region.clone(),
             destination_zone: destination.locality.zone.clone(),
         }

@@ -11,16 +11,17 @@ use portolan_common::OutcomeKind;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::{
-    accounts::{Accounts, Destination, Sample},
+    accounts::{Accounts, Sample},
     datapath::{Datapath, Outcome},
+    explain::Explanation,
     health::{EventKind, Health, Verdict as Outlook},
     journal::{Journal, Record, rfc3339},
-    model::{Finding, Locality, NamespacedName, Severity},
-    policy::{Client, PoolKey, Verdict, assign},
+    model::{Code, Finding, Labels, Locality, NamespacedName, Severity},
+    policy::{self, Assignment, Client, Compiler, PoolKey, Recompiled},
     report::{EndpointKernel, FrontendKernel, Report},
     source::Update,
-    store::{Snapshot, Store},
-    table::{self, Held, Knowledge, Layout, Op, Sizes, Table},
+    store::{Changes, NETWORK, Snapshot, Store},
+    table::{self, Held, Knowledge, Layout, Op, Refused, Sizes, Table},
 };
 
 /// Outcomes that are taken in one go, before a new table is published.
@@ -39,23 +40,37 @@ pub struct Place {
     pub node: Option<String>,
     /// Where it is, whatever the Node object says.
     pub locality: Option<Locality>,
+    /// Labels beside those of the Node object.
+    pub labels: Labels,
 }
 
 impl Place {
     /// The client that the policy is asked for.
     pub fn client(&self, cluster: &str, snapshot: &Snapshot, findings: &mut Vec<Finding>) -> Client {
-        let node =
-            self.node.as_ref().map(|name| (name, snapshot.clusters.get(cluster).and_then(|it| it.nodes.get(name))));
+        let own = snapshot.clusters.get(cluster);
+        let node = self.node.as_ref().map(|name| (name, own.and_then(|own| own.nodes.get(name))));
         if let (Some((name, None)), None) = (node, &self.locality) {
             let message = format!(
                 "cluster {cluster} has no such Node: where its clients are is unknown, so everything is far away"
             );
-            findings.push(Finding::error(format!("Node {name}"), message));
+            findings.push(Finding::new(Code::UnknownNode, format!("Node {name}"), message));
         }
-        let of_node = || node.and_then(|(_, node)| node).map(|node| node.locality.clone());
-        let locality = self.locality.clone().or_else(of_node).unwrap_or_default();
-        let node = self.node.clone();
-        Client { cluster: cluster.to_owned(), node, locality }
+        let node = node.and_then(|(_, node)| node);
+        let locality = self.locality.clone().or_else(|| Some((*node?.locality).clone())).unwrap_or_default();
+        let mut labels = node.map(|node| node.labels.clone()).unwrap_or_default();
+        let places = [
+            ("topology.istio.io/cluster", cluster),
+            (NETWORK, own.map(|own| own.network()).unwrap_or_default()),
+            ("topology.kubernetes.io/region", &locality.region),
+            ("topology.kubernetes.io/zone", &locality.zone),
+            ("topology.istio.io/subzone", &locality.subzone),
+            ("kubernetes.io/hostname", self.node.as_deref().unwrap_or_default()),
+        ];
+        for (label, value) in places.into_iter().filter(|(_, value)| !value.is_empty()) {
+            labels.insert(label.to_owned(), value.to_owned());
+        }
+        labels.extend(self.labels.clone());
+        Client { cluster: cluster.into(), node: self.node.clone(), locality, labels }
     }
 }
 
@@ -63,6 +78,8 @@ impl Place {
 pub enum Request {
     /// What `get` shows.
     Report(oneshot::Sender<Report>),
+    /// What `explain` shows, of this service and port.
+    Explain(NamespacedName, Option<u16>, oneshot::Sender<Option<Explanation>>),
     /// What `/metrics` shows.
     Sample(oneshot::Sender<Sample>),
     /// Whether connections are served as they should be; if not, why.
@@ -82,7 +99,13 @@ pub struct Reconciler {
     journal: Journal,
     accounts: Accounts,
     client: Client,
-    verdict: Verdict,
+    /// What is wrong with it.
+    client_findings: Vec<Finding>,
+    compiler: Compiler,
+    /// What has changed since the last publication.
+    changes: Changes,
+    /// How much was known then; `None` where the whole table is to be looked at again.
+    knowledge: Option<Knowledge>,
     /// The pools behind each frontend id.
     pools: HashMap<u32, Vec<PoolKey>>,
     /// The service and port of each frontend id.
@@ -118,7 +141,10 @@ impl Reconciler {
             journal: Journal::default(),
             accounts: Accounts::default(),
             client: Client::default(),
-            verdict: Verdict::default(),
+            client_findings: Vec::new(),
+            compiler: Compiler::default(),
+            changes: Changes::everything(),
+            knowledge: None,
             pools: HashMap::new(),
             services: HashMap::new(),
             attached: false,
@@ -168,22 +194,21 @@ impl Reconciler {
                 }
                 failed = logs => return failed,
             };
-            if changed && self.store.synced() {
+            if changed && self.store.synced() && !self.changes.is_empty() {
                 self.publish()?;
             }
         }
     }
 
     fn take_updates(&mut self, first: Vec<Update>, more: &mut mpsc::Receiver<Vec<Update>>) -> bool {
-        let mut changed = false;
         let mut batch = Some(first);
         while let Some(updates) = batch {
             for update in updates {
-                changed |= self.store.apply(update);
+                self.store.apply(update, &mut self.changes);
             }
             batch = more.try_recv().ok();
         }
-        changed
+        !self.changes.is_empty()
     }
 
     fn take_outcomes(&mut self, outcomes: &[Outcome]) -> bool {
@@ -206,7 +231,10 @@ impl Reconciler {
             for (pool, event) in self.health.observe(now, pools, outcome.backend, outlook) {
                 self.accounts.count_health(&pool, &event);
                 self.journal.add(Record::of_health(&pool, &event));
-                changed |= !matches!(event.kind, EventKind::Overflow { .. });
+                if !matches!(event.kind, EventKind::Overflow { .. }) {
+                    self.changes.services.insert(pool.service.clone());
+                    changed = true;
+                }
             }
         }
         // Each endpoint once, after all its outcomes: while no pool counts failures of it, its successes are of no interest.
@@ -223,56 +251,62 @@ impl Reconciler {
 
     fn take_time(&mut self, now: Instant) -> bool {
         let retry = self.retry.take_if(|at| *at <= now).is_some();
-        let released = self.health.handle_timeout(now);
+        // All of the table is tried again, for what did not fit may fit now.
+        self.knowledge = self.knowledge.filter(|_| !retry);
+        self.changes.findings |= retry;
+        let (released, warmer) = self.health.handle_timeout(now);
         for (pool, event) in &released {
             self.journal.add(Record::of_health(pool, event));
         }
-        retry || !released.is_empty()
+        let pools = released.iter().map(|(pool, _)| pool).chain(&warmer);
+        self.changes.services.extend(pools.map(|pool| pool.service.clone()));
+        retry || !self.changes.is_empty()
     }
 
-    /// Computes the verdict and leads the kernel to it.
+    /// Computes what is new and leads the kernel to it.
     fn publish(&mut self) -> Result<()> {
         let started = Instant::now();
-        let snapshot = self.store.snapshot();
+        let mut changes = std::mem::take(&mut self.changes);
         let mut findings = Vec::new();
-        self.client = self.place.client(&self.cluster, &snapshot, &mut findings);
-        let mut ejections = self.health.ejections();
-        self.verdict = assign(&snapshot, &self.client, &ejections);
-        self.health.configure(started, &self.verdict.assignments);
-        // A rule or an endpoint that went took its ejections with it.
-        if self.health.ejections() != ejections {
-            ejections = self.health.ejections();
-            self.verdict = assign(&snapshot, &self.client, &ejections);
+        let client = self.place.client(&self.cluster, self.store.snapshot(), &mut findings);
+        changes.everything |= client != self.client;
+        changes.findings |= findings != self.client_findings;
+        (self.client, self.client_findings) = (client, findings);
+        let observed = self.health.observed();
+        let recompiled = self.compiler.compile(self.store.snapshot(), &self.client, observed, &changes);
+        for service in &recompiled {
+            self.health.configure(started, &service.service, &service.after);
+            self.accounts.name(&service.service, &service.before, &service.after);
         }
-        self.verdict.findings.splice(0..0, findings);
 
-        let table = Table::new(&self.verdict.assignments);
-        let knowledge = self.knowledge(&snapshot);
-        let (ops, refused) = self.layout.update(started, &table, knowledge);
-        self.trouble = refused
-            .iter()
-            .map(|refused| {
-                let (address, full) = (refused.key.endpoint().socket_addr(), refused.full);
-                let message = format!(
-                    "{} ({} entries) has no room for {} more: it stays as it was, or refuses if it is new",
-                    refused.map, full.size, full.wanted
-                );
-                Finding::error(format!("Frontend {address}"), message)
-            })
-            .collect();
-        self.name_backends();
+        let knowledge = self.what_is_known();
+        let whole = self.knowledge != Some(knowledge);
+        let (table, gone) = self.wanted(&recompiled, whole);
+        let (ops, refused) = if whole {
+            self.layout.update(started, &table, knowledge)
+        } else {
+            self.layout.change(started, &table, &gone, knowledge)
+        };
+        self.knowledge = Some(knowledge).filter(|_| refused.is_empty());
+        self.trouble = refused.iter().map(no_room).collect();
         if ops.iter().any(|op| matches!(op, Op::RemoveFrontend(_) | Op::ResetFrontend(_))) {
             self.count_frontends();
         }
         self.accounts.before(&ops, &self.datapath.maps);
         if let Err(error) = self.datapath.maps.apply(&ops) {
-            self.trouble.push(Finding::error("Kernel", format!("{error:#}; tried again soon")));
+            let message = format!("{error:#}; tried again soon");
+            self.trouble.push(Finding::new(Code::KernelWrite, "Kernel", message));
             // What was written before the failure is not known, so it is read.
             self.layout = Layout::from_held(self.layout.sizes(), self.datapath.maps.held(self.layout.sizes())?);
+            self.knowledge = None;
         }
         self.plan_retry(started);
-        self.log_findings();
-        self.index_pools();
+        self.log_findings(changes.findings || !self.trouble.is_empty());
+        if whole {
+            self.pools.clear();
+            self.services.clear();
+        }
+        self.index_pools(&recompiled, whole);
         if !self.attached {
             self.datapath.attach()?;
             self.attached = true;
@@ -289,13 +323,26 @@ impl Reconciler {
         Ok(())
     }
 
+    /// The frontends that shall be: all of them, or those of the services that were computed anew; and those that shall go.
+    fn wanted(&self, recompiled: &[Recompiled], whole: bool) -> (Table, Vec<portolan_common::FrontendKey>) {
+        if whole {
+            return (Table::new(&self.compiler.verdict().assignments), Vec::new());
+        }
+        let table = Table::new(recompiled.iter().flat_map(|service| &service.after));
+        let before = Table::new(recompiled.iter().flat_map(|service| &service.before));
+        let gone = before.frontends.into_keys().filter(|key| !table.frontends.contains_key(key)).collect();
+        (table, gone)
+    }
+
     /// How much is known of what should be, and why no more.
-    fn knowledge(&mut self, snapshot: &Snapshot) -> Knowledge {
+    fn what_is_known(&mut self) -> Knowledge {
         let unknown = || format!("the configuration has nothing of cluster {}", self.cluster);
         let (knowledge, doubt) = match self.store.doubt() {
             Some(doubt) if doubt.settings => (Knowledge::WithoutSettings, Some(doubt.what.clone())),
             Some(doubt) => (Knowledge::Partial, Some(doubt.what.clone())),
-            None if !snapshot.clusters.contains_key(&self.cluster) => (Knowledge::Partial, Some(unknown())),
+            None if !self.store.snapshot().clusters.contains_key(self.cluster.as_str()) => {
+                (Knowledge::Partial, Some(unknown()))
+            }
             None => (Knowledge::Complete, None),
         };
         self.doubt = doubt;
@@ -311,43 +358,48 @@ impl Reconciler {
         }
     }
 
-    /// Logs the findings that were not there before.
-    fn log_findings(&mut self) {
-        let findings: BTreeSet<Finding> = self.findings().into_iter().collect();
-        let mut fresh = findings.difference(&self.logged);
-        for finding in fresh.by_ref().take(LOGGED_AT_ONCE) {
-            let Finding { object, message, source, .. } = finding;
-            let source = Some(source).filter(|source| !source.is_empty());
+    /// Logs the findings that were not there before. Those of objects are looked through only where there is anything new.
+    fn log_findings(&mut self, of_objects: bool) {
+        let mut fresh = self.compiler.fresh_findings();
+        if of_objects {
+            let now: BTreeSet<Finding> = self
+                .store
+                .findings()
+                .into_iter()
+                .chain(self.client_findings.clone())
+                .chain(self.trouble.clone())
+                .collect();
+            fresh.extend(now.difference(&self.logged).cloned());
+            self.logged = now;
+        }
+        for finding in &mut fresh {
+            self.store.add_source(&self.cluster, finding);
+        }
+        for finding in fresh.iter().take(LOGGED_AT_ONCE) {
+            let Finding { code, object, field, message, position, .. } = finding;
+            let at = position.as_ref().map(|position| format!(":{}:{}", position.line, position.column));
+            let source =
+                Some(format!("{}{}", finding.source, at.unwrap_or_default())).filter(|source| !source.is_empty());
+            let field = if field.is_empty() { String::new() } else { format!(" {field}") };
             match finding.severity {
-                Severity::Error => tracing::error!(source, "{object}: {message}"),
-                Severity::Warning => tracing::warn!(source, "{object}: {message}"),
+                Severity::Error => tracing::error!(source, "{code} {object}{field}: {message}"),
+                Severity::Warning => tracing::warn!(source, "{code} {object}{field}: {message}"),
             }
         }
-        let more = fresh.count();
-        if more > 0 {
+        if let Some(more) = fresh.len().checked_sub(LOGGED_AT_ONCE).filter(|more| *more > 0) {
             tracing::warn!("{more} more findings: portolan get services");
         }
-        self.logged = findings;
     }
 
-    /// Tells the accounts what endpoints belong to.
-    fn name_backends(&mut self) {
-        let pools = self.verdict.assignments.iter().flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
-        self.accounts.name(pools.flat_map(|pool| {
-            pool.endpoints.iter().map(|endpoint| (endpoint.address, Destination::new(&pool.key, endpoint)))
-        }));
-    }
-
-    fn index_pools(&mut self) {
-        let ids: HashMap<_, u32> = self.layout.frontends().map(|(key, frontend)| (*key, frontend.id)).collect();
-        self.pools.clear();
-        self.services.clear();
-        for assignment in &self.verdict.assignments {
+    /// Takes down what the ids of frontends stand for: of all services, or of those that were computed anew.
+    fn index_pools(&mut self, recompiled: &[Recompiled], whole: bool) {
+        let all = if whole { self.compiler.verdict().assignments } else { Vec::new() };
+        for assignment in all.iter().chain(recompiled.iter().flat_map(|service| &service.after)) {
             let pools: Vec<PoolKey> = assignment.routes.iter().map(|route| route.pool.key.clone()).collect();
             for frontend in &assignment.frontends {
-                if let Some(id) = ids.get(&table::key(*frontend, assignment.protocol.number())) {
-                    self.pools.insert(*id, pools.clone());
-                    self.services.insert(*id, (assignment.service.clone(), assignment.port));
+                if let Some(id) = self.layout.frontend_id(&table::key(*frontend, assignment.protocol.number())) {
+                    self.pools.insert(id, pools.clone());
+                    self.services.insert(id, (assignment.service.name.clone(), assignment.port));
                 }
             }
         }
@@ -366,6 +418,7 @@ impl Reconciler {
         // Where the one who asked has gone away, the answer is for nobody.
         match request {
             Request::Report(reply) => drop(reply.send(self.report())),
+            Request::Explain(name, port, reply) => drop(reply.send(self.explain(&name, port))),
             Request::Sample(reply) => drop(reply.send(self.sample())),
             Request::Ready(reply) => drop(reply.send(self.ready())),
             Request::Events(reply) => drop(reply.send(self.journal.follow())),
@@ -401,21 +454,28 @@ impl Reconciler {
     }
 
     fn findings(&self) -> Vec<Finding> {
-        self.verdict.findings.iter().chain(&self.trouble).cloned().collect()
+        let of_rules = self.compiler.findings().chain(&self.client_findings).chain(&self.trouble).cloned();
+        let mut findings: Vec<Finding> = self.store.findings().into_iter().chain(of_rules).collect();
+        for finding in &mut findings {
+            self.store.add_source(&self.cluster, finding);
+        }
+        findings.sort();
+        findings.dedup();
+        findings
     }
 
     /// The verdict, with what the kernel holds beside it.
     fn report(&self) -> Report {
-        let mut report = Report::new(&self.client, self.store.fingerprint(), &self.verdict);
-        report.findings = self.findings();
-        let routes = self
-            .verdict
+        let mut verdict = self.compiler.verdict();
+        verdict.findings = self.findings();
+        let mut report = Report::new(&self.client, self.store.fingerprint(), &verdict);
+        let routes = verdict
             .assignments
             .iter()
             .flat_map(|assignment| assignment.routes.iter().map(move |route| (assignment, route)));
         for (service, (assignment, route)) in report.services.iter_mut().zip(routes) {
             if std::ptr::eq(route, &raw const assignment.routes[0]) {
-                service.kernel = Some(self.frontend_kernel(&assignment.frontends, assignment.protocol.number()));
+                service.kernel = Some(self.frontend_kernel(assignment));
             }
             for (endpoint, intended) in service.endpoints.iter_mut().zip(&route.pool.endpoints) {
                 endpoint.kernel = self.endpoint_kernel(&intended.address);
@@ -428,11 +488,32 @@ impl Reconciler {
         report
     }
 
-    fn frontend_kernel(&self, frontends: &[SocketAddr], protocol: u32) -> FrontendKernel {
+    /// The verdict for one service, step by step.
+    fn explain(&self, name: &NamespacedName, port: Option<u16>) -> Option<Explanation> {
+        let snapshot = self.store.snapshot();
+        let service = policy::service_named(snapshot, &self.client, name)?;
+        let verdict = policy::explain(snapshot, &self.client, self.health.observed(), &service);
+        let mut explanation = Explanation::new(&self.client, &verdict, port);
+        for finding in &mut explanation.findings {
+            self.store.add_source(&self.cluster, finding);
+        }
+        let routes = verdict.assignments.iter().filter(|assignment| port.is_none_or(|port| port == assignment.port));
+        let pools = routes.flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
+        for (route, pool) in explanation.routes_mut().zip(pools) {
+            for (endpoint, intended) in route.endpoints.iter_mut().zip(&pool.endpoints) {
+                let ejection = self.health.ejection(&pool.key, &intended.address);
+                endpoint.ejected_until = ejection.map(|ejection| {
+                    rfc3339(SystemTime::now() + ejection.until.saturating_duration_since(Instant::now()))
+                });
+            }
+        }
+        Some(explanation)
+    }
+
+    fn frontend_kernel(&self, assignment: &Assignment) -> FrontendKernel {
         let mut sum = FrontendKernel::default();
-        for frontend in
-            frontends.iter().filter_map(|address| self.datapath.maps.frontend(&table::key(*address, protocol)))
-        {
+        let keys = assignment.frontends.iter().map(|address| table::key(*address, assignment.protocol.number()));
+        for frontend in keys.filter_map(|key| self.datapath.maps.frontend(&key)) {
             let stats = self.datapath.maps.frontend_stats(frontend.id).unwrap_or_default();
             sum.slots += frontend.period;
             sum.generation = sum.generation.max(frontend.generation);
@@ -450,4 +531,14 @@ impl Reconciler {
             failures: stats.failed,
         })
     }
+}
+
+/// A frontend that does not fit.
+fn no_room(refused: &Refused) -> Finding {
+    let (address, full) = (refused.key.endpoint().socket_addr(), refused.full);
+    let message = format!(
+        "{} ({} entries) has no room for {} more: it stays as it was, or refuses if it is new",
+        refused.map, full.size, full.wanted
+    );
+    Finding::new(Code::MapFull, format!("Frontend {address}"), message)
 }

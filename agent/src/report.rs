@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    model::{Finding, Severity},
+    model::{Finding, Retention, Severity},
     policy::{Assignment, Client, Route, Verdict},
 };
 
@@ -35,6 +35,13 @@ pub struct ClientReport {
     pub locality: String,
 }
 
+impl ClientReport {
+    /// Of a client.
+    pub fn new(client: &Client) -> Self {
+        Self { cluster: client.cluster.to_string(), node: client.node.clone(), locality: client.locality.to_string() }
+    }
+}
+
 /// One port of a service.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -43,6 +50,9 @@ pub struct ServiceReport {
     pub namespace: String,
     /// Its name.
     pub name: String,
+    /// `ServiceEntry`, where it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
     /// Its host name.
     pub host: String,
     /// The port that clients dial.
@@ -62,7 +72,7 @@ pub struct ServiceReport {
     pub cluster_local: bool,
     /// Host choice.
     pub algorithm: String,
-    /// What happens where there is nobody to take: `refuse`.
+    /// What happens where there is nobody to take: `refuse`; or `pass`, where connections go where they were going.
     pub on_empty: String,
     /// Fraction of new connections that this destination refuses, where a route splits them: its own share, if it has nobody to take.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -164,13 +174,9 @@ impl Report {
     /// From the policy's verdict.
     pub fn new(client: &Client, config: String, verdict: &Verdict) -> Self {
         Self {
-            client: ClientReport {
-                cluster: client.cluster.clone(),
-                node: client.node.clone(),
-                locality: client.locality.to_string(),
-            },
+            client: ClientReport::new(client),
             config,
-            services: verdict.assignments.iter().flat_map(services).collect(),
+            services: verdict.assignments.iter().flat_map(|assignment| services(assignment)).collect(),
             findings: verdict.findings.clone(),
         }
     }
@@ -181,22 +187,31 @@ impl Report {
     }
 }
 
-fn services(assignment: &Assignment) -> Vec<ServiceReport> {
-    let mut shares: BTreeMap<(usize, SocketAddr), f64> = BTreeMap::new();
+/// The shares of endpoints, for each route of an assignment.
+pub(crate) fn route_shares(assignment: &Assignment) -> Vec<BTreeMap<SocketAddr, f64>> {
+    let mut shares: Vec<BTreeMap<SocketAddr, f64>> = vec![BTreeMap::new(); assignment.schedule.runs.len()];
     for (run, address, share) in assignment.schedule.shares() {
-        *shares.entry((run, address)).or_default() += share;
+        *shares[run].entry(address).or_default() += share;
     }
-    let mut first_run = 0;
-    assignment
-        .routes
-        .iter()
-        .map(|route| {
-            // A route that leads to nobody has a run as well, of nobody.
-            let runs = first_run..first_run + route.pool.groups.len().max(1);
-            first_run = runs.end;
-            service(assignment, route, &|address| runs.clone().filter_map(|run| shares.get(&(run, address))).sum())
+    let mut runs = shares.into_iter();
+    let routes = assignment.routes.iter().map(|route| {
+        // A route that leads to nobody has a run as well, of nobody.
+        let own = runs.by_ref().take(route.pool.groups.max(1));
+        own.fold(BTreeMap::new(), |mut sum, run| {
+            for (address, share) in run {
+                *sum.entry(address).or_default() += share;
+            }
+            sum
         })
-        .collect()
+    });
+    routes.collect()
+}
+
+fn services(assignment: &Assignment) -> Vec<ServiceReport> {
+    let routes = assignment.routes.iter().zip(route_shares(assignment));
+    let share =
+        |shares: &BTreeMap<SocketAddr, f64>, address: SocketAddr| shares.get(&address).copied().unwrap_or_default();
+    routes.map(|(route, shares)| service(assignment, route, &|address| share(&shares, address))).collect()
 }
 
 fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) -> f64) -> ServiceReport {
@@ -207,12 +222,12 @@ fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) ->
         .iter()
         .map(|endpoint| EndpointReport {
             address: endpoint.address.to_string(),
-            cluster: endpoint.cluster.clone(),
+            cluster: endpoint.cluster.to_string(),
             locality: endpoint.locality.to_string(),
             priority: endpoint.priority,
             weight: endpoint.weight,
             health: endpoint.health.as_str().to_owned(),
-            share: rounded(share(endpoint.address)),
+            share: if assignment.passthrough { 0.0 } else { rounded(share(endpoint.address)) },
             ejected_until: None,
             kernel: None,
         })
@@ -221,12 +236,16 @@ fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) ->
         let here = pool
             .endpoints
             .iter()
-            .filter(|endpoint| endpoint.priority == locality.priority && endpoint.locality == locality.locality);
+            .filter(|endpoint| endpoint.priority == locality.priority && *endpoint.locality == locality.locality);
         LocalityReport {
             locality: locality.locality.to_string(),
             priority: locality.priority,
             weight: locality.weight,
-            share: rounded(here.map(|endpoint| share(endpoint.address)).sum()),
+            share: if assignment.passthrough {
+                0.0
+            } else {
+                rounded(here.map(|endpoint| share(endpoint.address)).sum())
+            },
         }
     });
     let priorities = pool.priorities.iter().zip(0..).map(|(level, priority)| PriorityReport {
@@ -237,8 +256,9 @@ fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) ->
         panic: level.panic,
     });
     ServiceReport {
-        namespace: assignment.service.namespace.clone(),
-        name: assignment.service.name.clone(),
+        namespace: assignment.service.name.namespace.clone(),
+        name: assignment.service.name.name.clone(),
+        kind: assignment.service.is_entry.then(|| "ServiceEntry".to_owned()),
         host: assignment.host.clone(),
         port: assignment.port,
         protocol: assignment.protocol.to_string(),
@@ -246,9 +266,9 @@ fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) ->
         destination: elsewhere.then(|| format!("{}:{}", pool.key.service, pool.key.port)),
         frontends: assignment.frontends.iter().map(SocketAddr::to_string).collect(),
         mode: pool.mode.as_str().to_owned(),
-        cluster_local: pool.cluster_local,
+        cluster_local: pool.retention == Retention::Strict,
         algorithm: pool.algorithm.to_string(),
-        on_empty: "refuse".to_owned(),
+        on_empty: if assignment.passthrough { "pass" } else { "refuse" }.to_owned(),
         refused_share: refused_share(assignment, route),
         priorities: priorities.collect(),
         localities: localities.collect(),
@@ -260,11 +280,11 @@ fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) ->
 /// The part of a split that leads to nobody; of a service that refuses everything it need not be said.
 fn refused_share(assignment: &Assignment, route: &Route) -> Option<f64> {
     let total: f64 = assignment.routes.iter().map(|route| f64::from(route.weight)).sum();
-    let split = route.pool.groups.is_empty() && !assignment.schedule.is_empty();
+    let split = route.pool.groups == 0 && !assignment.schedule.is_empty();
     split.then(|| rounded(f64::from(route.weight) / total))
 }
 
 /// Without the last digits, in which sums of fractions differ from the fraction.
-fn rounded(share: f64) -> f64 {
+pub(crate) fn rounded(share: f64) -> f64 {
     (share * 1e12).round() / 1e12
 }

@@ -8,8 +8,8 @@ use std::{
 
 use crate::{
     model::{
-        DestinationRule, EndpointSlice, Finding, Kind, MeshConfig, NamespacedName, Node, Object, ObjectKey, Pod, Scope,
-        Service, VirtualService,
+        Code, DestinationRule, EndpointSlice, Finding, Kind, MeshConfig, Namespace, NamespacedName, Node, Object,
+        ObjectKey, Pod, Scope, Service, ServiceEntry, ServiceId, VirtualService, WorkloadEntry,
     },
     source::{Contents, Update},
 };
@@ -23,10 +23,36 @@ pub struct Doubt {
     pub settings: bool,
 }
 
+/// What a change concerns.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// All services: rules, places, or the services themselves are not as they were.
+    pub everything: bool,
+    /// These services: their endpoints are not as they were.
+    pub services: BTreeSet<ServiceId>,
+    /// Whether there is anything new to say about the objects.
+    pub findings: bool,
+    /// Whether all sources have reported for the first time.
+    pub synced: bool,
+}
+
+impl Changes {
+    /// Everything is to be looked at.
+    pub fn everything() -> Self {
+        Self { everything: true, ..Self::default() }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// All objects, by identity and by the origin that holds them.
 #[derive(Debug, Default)]
 pub struct Store {
-    objects: BTreeMap<ObjectKey, BTreeMap<String, Object>>,
+    objects: BTreeMap<ObjectKey, Holders>,
+    snapshot: Snapshot,
     findings: BTreeMap<String, Vec<Finding>>,
     troubles: Vec<Finding>,
     /// Origins that have been read in full.
@@ -36,6 +62,9 @@ pub struct Store {
     fingerprints: BTreeMap<String, u64>,
     synced: bool,
 }
+
+/// The origins that hold an object, in order of their names; the first one counts.
+type Holders = Vec<(Arc<str>, Object)>;
 
 impl Store {
     /// Whether everything that the sources have has been reported once. Before that, nothing may be removed from the
@@ -50,27 +79,29 @@ impl Store {
         self.doubtful.values().max_by_key(|doubt| doubt.settings)
     }
 
-    /// Takes in a change. Returns whether anything is different now.
-    pub fn apply(&mut self, update: Update) -> bool {
+    /// Takes in a change, and adds to `changes` what is different now.
+    pub fn apply(&mut self, update: Update, changes: &mut Changes) {
         match update {
             Update::Replace { origin, contents } => {
                 self.fingerprints.insert(origin.clone(), contents.fingerprint);
-                self.replace(&origin, contents);
-                true
+                self.replace(&origin, contents, changes);
             }
             Update::Remove { origin } => {
                 self.fingerprints.remove(&origin);
-                self.replace(&origin, Contents { whole: true, ..Contents::default() });
+                self.replace(&origin, Contents { whole: true, ..Contents::default() }, changes);
                 self.good.remove(&origin);
-                true
             }
-            Update::Trouble(findings) => std::mem::replace(&mut self.troubles, findings.clone()) != findings,
-            Update::Synced => !std::mem::replace(&mut self.synced, true),
+            Update::Trouble(findings) => {
+                changes.findings |= self.troubles != findings;
+                self.troubles = findings;
+            }
+            Update::Synced => changes.synced |= !std::mem::replace(&mut self.synced, true),
         }
     }
 
-    fn replace(&mut self, origin: &str, contents: Contents) {
-        let known = |key: &ObjectKey| self.objects.get(key).is_some_and(|origins| origins.contains_key(origin));
+    fn replace(&mut self, origin: &str, contents: Contents, changes: &mut Changes) {
+        let holds = |holders: &Holders| holders.iter().any(|(holder, _)| &**holder == origin);
+        let known = |key: &ObjectKey| self.objects.get(key).is_some_and(holds);
         // A rule that cannot be read is not in force; without a Service or its endpoints, connections would be refused, and without the
         // settings they could leave their cluster.
         let vital = |key: &ObjectKey| matches!(key.kind, Kind::Service | Kind::EndpointSlice | Kind::MeshConfig);
@@ -94,25 +125,60 @@ impl Store {
             Some(doubt) if !self.good.contains(origin) => drop(self.doubtful.insert(origin.to_owned(), doubt)),
             Some(_) => {}
         }
-        let listed: BTreeSet<_> = contents.objects.iter().map(|read| read.key.clone()).collect();
         if contents.whole {
-            self.objects.retain(|key, origins| {
-                if !listed.contains(key) {
-                    origins.remove(origin);
-                }
-                !origins.is_empty()
-            });
+            let listed: BTreeSet<_> = contents.objects.iter().map(|read| &read.key).collect();
+            let gone = self.objects.iter().filter(|(key, holders)| holds(holders) && !listed.contains(key));
+            let gone: Vec<ObjectKey> = gone.map(|(key, _)| key.clone()).collect();
+            for key in gone {
+                self.hold(key, origin, None, changes);
+            }
         }
         for read in contents.objects {
             // A broken object leaves its last good state alone.
-            if let Some(object) = read.object {
-                self.objects.entry(read.key).or_default().insert(origin.to_owned(), object);
+            if read.object.is_some() {
+                self.hold(read.key, origin, read.object, changes);
             }
         }
+        let findings = self.findings.get(origin).map(Vec::as_slice).unwrap_or_default();
+        changes.findings |= findings != contents.findings;
         if contents.findings.is_empty() {
             self.findings.remove(origin);
         } else {
             self.findings.insert(origin.to_owned(), contents.findings);
+        }
+    }
+
+    /// From now on the origin holds this object, or no longer does.
+    fn hold(&mut self, key: ObjectKey, origin: &str, object: Option<Object>, changes: &mut Changes) {
+        let holders = self.objects.entry(key.clone()).or_default();
+        let before = holders.first().map(|(_, object)| object.clone());
+        match (holders.binary_search_by(|(holder, _)| (**holder).cmp(origin)), object) {
+            (Ok(at), Some(object)) => holders[at].1 = object,
+            (Ok(at), None) => drop(holders.remove(at)),
+            (Err(at), Some(object)) => holders.insert(at, (Arc::from(origin), object)),
+            (Err(_), None) => {}
+        }
+        // Whoever holds it beside the others is a finding.
+        changes.findings |= holders.len() > 1;
+        let after = holders.first().map(|(_, object)| object.clone());
+        if holders.is_empty() {
+            self.objects.remove(&key);
+        }
+        if before != after {
+            for object in before.iter().chain(&after) {
+                self.snapshot.concerned(&key, object, changes);
+            }
+            changes.everything |= match (&before, &after) {
+                (Some(before), Some(after)) => self::changes_everything(before, after),
+                (Some(one), None) | (None, Some(one)) => comes_with_everything(&key, one),
+                (None, None) => false,
+            };
+            if let Some(before) = &before {
+                self.snapshot.remove(&key, before);
+            }
+            if let Some(after) = after {
+                self.snapshot.insert(&key, after);
+            }
         }
     }
 
@@ -124,22 +190,70 @@ impl Store {
     }
 
     /// Everything at this moment, arranged for the policy.
-    pub fn snapshot(&self) -> Snapshot {
-        let mut snapshot = Snapshot::default();
-        for (key, origins) in &self.objects {
-            let mut origins = origins.iter();
-            let Some((first, object)) = origins.next() else { continue };
-            snapshot.insert(key, object);
-            snapshot.origins.insert((key.scope.clone(), key.to_string()), first.clone());
-            for (other, _) in origins {
-                let message = format!("is in {first} as well, which counts; remove one of them");
-                snapshot.findings.push(Finding::error(key, message).from_source(other));
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// What is wrong with the objects themselves.
+    pub fn findings(&self) -> Vec<Finding> {
+        let mut findings: Vec<Finding> = self.findings.values().flatten().chain(&self.troubles).cloned().collect();
+        for (key, holders) in self.objects.iter().filter(|(_, holders)| holders.len() > 1) {
+            for (other, _) in &holders[1..] {
+                let message = format!("is in {} as well, which counts; remove one of them", holders[0].0);
+                findings.push(Finding::new(Code::InSeveralFiles, key, message).from_source(other));
             }
         }
-        let read = self.findings.values().flatten();
-        snapshot.findings.extend(read.chain(&self.troubles).cloned());
-        snapshot
+        findings
     }
+
+    /// Adds to a finding about an object the file that the object is in: of the client's own cluster, or else of the mesh.
+    pub fn add_source(&self, cluster: &str, finding: &mut Finding) {
+        if !finding.source.is_empty() {
+            return;
+        }
+        let Some((kind, name)) = finding.object.split_once(' ') else { return };
+        let Some(kind) = Kind::ALL.into_iter().find(|known| known.to_string() == kind) else { return };
+        let name = name.parse().unwrap_or_else(|_| NamespacedName::new("", name));
+        let cluster = if finding.cluster.is_empty() { cluster } else { &finding.cluster };
+        let source = [Scope::Cluster(cluster.to_owned()), Scope::Mesh].into_iter().find_map(|scope| {
+            let holders = self.objects.get(&ObjectKey { scope, kind, name: name.clone() })?;
+            holders.first().map(|(origin, _)| origin.to_string())
+        });
+        finding.source = source.unwrap_or_default();
+    }
+}
+
+/// Whether a change of an object concerns more than the service that it belongs to.
+fn changes_everything(before: &Object, after: &Object) -> bool {
+    match (before, after) {
+        (Object::Service(before), Object::Service(after)) => {
+            before.addresses != after.addresses || before.ports != after.ports
+        }
+        (Object::ServiceEntry(before), Object::ServiceEntry(after)) => {
+            (&before.hosts, &before.addresses, &before.ports) != (&after.hosts, &after.addresses, &after.ports)
+        }
+        (Object::EndpointSlice(_), _) | (Object::Pod(_), _) | (Object::WorkloadEntry(_), _) => false,
+        (Object::Namespace(before), Object::Namespace(after)) => {
+            is_system(&before.name) && before.labels.get(NETWORK) != after.labels.get(NETWORK)
+        }
+        _ => true,
+    }
+}
+
+/// Whether an object that comes or goes concerns more than the service that it belongs to.
+fn comes_with_everything(key: &ObjectKey, object: &Object) -> bool {
+    match object {
+        Object::EndpointSlice(_) | Object::Pod(_) | Object::WorkloadEntry(_) => false,
+        Object::Namespace(namespace) => is_system(&namespace.name) && key.kind == Kind::Namespace,
+        _ => true,
+    }
+}
+
+/// The label of Istio's own namespace that names the network of a cluster.
+pub const NETWORK: &str = "topology.istio.io/network";
+
+fn is_system(namespace: &str) -> bool {
+    namespace == MeshConfig::default().root_namespace
 }
 
 /// The objects of one cluster, or those of the whole mesh.
@@ -153,6 +267,12 @@ pub struct Objects {
     pub nodes: BTreeMap<String, Arc<Node>>,
     /// Pods by name.
     pub pods: BTreeMap<NamespacedName, Arc<Pod>>,
+    /// Namespaces by name.
+    pub namespaces: BTreeMap<String, Arc<Namespace>>,
+    /// ServiceEntries by name.
+    pub service_entries: BTreeMap<NamespacedName, Arc<ServiceEntry>>,
+    /// WorkloadEntries by name.
+    pub workload_entries: BTreeMap<NamespacedName, Arc<WorkloadEntry>>,
     /// DestinationRules by name.
     pub destination_rules: BTreeMap<NamespacedName, Arc<DestinationRule>>,
     /// VirtualServices by name.
@@ -161,42 +281,141 @@ pub struct Objects {
     pub mesh_config: Option<Arc<MeshConfig>>,
 }
 
+impl Objects {
+    /// The network that the pods of the cluster are in; empty where nothing names it.
+    pub fn network(&self) -> &str {
+        let system = self.namespaces.iter().find(|(name, _)| is_system(name)).map(|(_, namespace)| namespace);
+        system.and_then(|namespace| namespace.labels.get(NETWORK)).map(String::as_str).unwrap_or_default()
+    }
+
+    fn is_empty(&self) -> bool {
+        let Self { services, slices, nodes, pods, namespaces, .. } = self;
+        services.is_empty()
+            && slices.is_empty()
+            && nodes.is_empty()
+            && pods.is_empty()
+            && namespaces.is_empty()
+            && self.service_entries.is_empty()
+            && self.workload_entries.is_empty()
+            && self.destination_rules.is_empty()
+            && self.virtual_services.is_empty()
+            && self.mesh_config.is_none()
+    }
+}
+
 /// All inputs at one moment. The objects are shared with the store, not copied.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     /// Objects of the whole mesh.
     pub mesh: Objects,
     /// Objects by cluster.
-    pub clusters: BTreeMap<String, Objects>,
-    /// What is wrong with the objects themselves.
-    pub findings: Vec<Finding>,
-    /// Where each object (as findings name it) comes from.
-    pub origins: BTreeMap<(Scope, String), String>,
+    pub clusters: BTreeMap<Arc<str>, Objects>,
 }
 
 impl Snapshot {
-    /// Where an object comes from, as a finding names it: for people of this cluster its own one, or else the mesh's.
-    pub fn origin(&self, cluster: &str, object: &str) -> Option<&String> {
-        let of = |scope: Scope| self.origins.get(&(scope, object.to_owned()));
-        of(Scope::Cluster(cluster.to_owned())).or_else(|| of(Scope::Mesh))
-    }
-
-    fn insert(&mut self, key: &ObjectKey, object: &Object) {
+    fn insert(&mut self, key: &ObjectKey, object: Object) {
         let into = match &key.scope {
             Scope::Mesh => &mut self.mesh,
-            Scope::Cluster(id) => self.clusters.entry(id.clone()).or_default(),
+            Scope::Cluster(id) => self.clusters.entry(Arc::from(id.as_str())).or_default(),
         };
         let name = key.name.clone();
-        match object.clone() {
+        match object {
             Object::Service(it) => drop(into.services.insert(name, it)),
             Object::EndpointSlice(it) => {
                 into.slices.entry(it.service.clone()).or_default().insert(name.name, it);
             }
             Object::Node(it) => drop(into.nodes.insert(name.name, it)),
             Object::Pod(it) => drop(into.pods.insert(name, it)),
+            Object::Namespace(it) => drop(into.namespaces.insert(name.name, it)),
+            Object::ServiceEntry(it) => drop(into.service_entries.insert(name, it)),
+            Object::WorkloadEntry(it) => drop(into.workload_entries.insert(name, it)),
             Object::DestinationRule(it) => drop(into.destination_rules.insert(name, it)),
             Object::VirtualService(it) => drop(into.virtual_services.insert(name, it)),
             Object::MeshConfig(it) => into.mesh_config = Some(it),
+        }
+    }
+
+    fn remove(&mut self, key: &ObjectKey, object: &Object) {
+        let from = match &key.scope {
+            Scope::Mesh => Some(&mut self.mesh),
+            Scope::Cluster(id) => self.clusters.get_mut(id.as_str()),
+        };
+        let Some(from) = from else { return };
+        let name = &key.name;
+        match object {
+            Object::Service(_) => drop(from.services.remove(name)),
+            Object::EndpointSlice(slice) => {
+                if let Some(slices) = from.slices.get_mut(&slice.service) {
+                    slices.remove(&name.name);
+                    if slices.is_empty() {
+                        from.slices.remove(&slice.service);
+                    }
+                }
+            }
+            Object::Node(_) => drop(from.nodes.remove(&name.name)),
+            Object::Pod(_) => drop(from.pods.remove(name)),
+            Object::Namespace(_) => drop(from.namespaces.remove(&name.name)),
+            Object::ServiceEntry(_) => drop(from.service_entries.remove(name)),
+            Object::WorkloadEntry(_) => drop(from.workload_entries.remove(name)),
+            Object::DestinationRule(_) => drop(from.destination_rules.remove(name)),
+            Object::VirtualService(_) => drop(from.virtual_services.remove(name)),
+            Object::MeshConfig(_) => from.mesh_config = None,
+        }
+        if let Scope::Cluster(id) = &key.scope
+            && from.is_empty()
+        {
+            self.clusters.remove(id.as_str());
+        }
+    }
+
+    /// Adds the services whose endpoints an object has a part in.
+    fn concerned(&self, key: &ObjectKey, object: &Object, changes: &mut Changes) {
+        let namespace = &key.name.namespace;
+        let services = &mut changes.services;
+        let all = || std::iter::once(&self.mesh).chain(self.clusters.values());
+        let entries = || all().flat_map(|objects| objects.service_entries.values());
+        let selected = |labels: &crate::model::Labels, selector: &crate::model::Labels| {
+            selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+        };
+        match object {
+            Object::Service(service) => drop(services.insert(ServiceId::service(service.name.clone()))),
+            Object::ServiceEntry(entry) => drop(services.insert(ServiceId::entry(entry.name.clone()))),
+            Object::EndpointSlice(slice) => {
+                services.insert(ServiceId::service(slice.service.clone()));
+            }
+            Object::Pod(pod) => {
+                let Scope::Cluster(id) = &key.scope else { return };
+                let slices = self.clusters.get(id.as_str()).map(|objects| &objects.slices);
+                let Some(slices) = slices else { return };
+                let first = NamespacedName::new(namespace, "");
+                let of_namespace = slices.range(first..).take_while(|(service, _)| service.namespace == *namespace);
+                let behind = |slices: &BTreeMap<String, Arc<EndpointSlice>>| {
+                    let mut endpoints = slices.values().flat_map(|slice| &slice.endpoints);
+                    endpoints.any(|endpoint| endpoint.pod.as_deref() == Some(pod.name.name.as_str()))
+                };
+                let behind = of_namespace.filter(|(_, slices)| behind(slices));
+                services.extend(behind.map(|(service, _)| ServiceId::service(service.clone())));
+            }
+            Object::WorkloadEntry(entry) => {
+                let labels = &entry.workload.labels;
+                let of_services = all().flat_map(|objects| objects.services.values()).filter(|service| {
+                    service.name.namespace == *namespace
+                        && !service.selector.is_empty()
+                        && selected(labels, &service.selector)
+                });
+                services.extend(of_services.map(|service| ServiceId::service(service.name.clone())));
+                let of_entries = entries().filter(|entry| {
+                    entry.name.namespace == *namespace
+                        && entry.selector.as_ref().is_some_and(|own| selected(labels, own))
+                });
+                services.extend(of_entries.map(|entry| ServiceId::entry(entry.name.clone())));
+            }
+            // Their changes concern everything.
+            Object::Node(_)
+            | Object::Namespace(_)
+            | Object::DestinationRule(_)
+            | Object::VirtualService(_)
+            | Object::MeshConfig(_) => {}
         }
     }
 }

@@ -39,7 +39,8 @@ fn column(service: &Value, list: &str, name: &str) -> Vec<(String, f64)> {
 pub fn finding<'a>(report: &'a Value, object: &str, message: &str) -> Result<&'a Value> {
     let mut findings = report["findings"].as_array().into_iter().flatten();
     let found = findings.find(|finding| {
-        finding["object"] == object && finding["message"].as_str().is_some_and(|text| text.contains(message))
+        let text = |key: &str| finding[key].as_str().unwrap_or_default();
+        finding["object"] == object && format!("{}: {}", text("field"), text("message")).contains(message)
     });
     match found {
         Some(finding) => Ok(finding),

@@ -57,11 +57,11 @@ fn a_write_that_is_half_done_or_broken_keeps_the_last_good_state() -> Result<()>
     portless["spec"]["ports"] = json!([]);
     let without_ports = format!("{portless}\n---\n{}", objects[1]);
     for (what, text, said) in [
-        ("a syntax error", "kind: Service\nmetadata: {name: [".to_owned(), "line "),
+        ("a syntax error", "kind: Service\nmetadata: {name: [".to_owned(), "unclosed bracket"),
         ("an endpoint's port that is none", good.replace("\"port\": 9080", "\"port\": \"http\""), "ports[0].port"),
         ("an empty file", String::new(), "empty all of a sudden"),
         ("a file of nothing", "\n# nothing\n".to_owned(), "empty all of a sudden"),
-        ("a Service without ports", without_ports, "spec.ports is empty"),
+        ("a Service without ports", without_ports, "nothing can be dialled; give it a port"),
     ] {
         directory.write_text("c1/web.yaml", &text)?;
         wait_until(&format!("a finding about {what}"), BOUND, || {
@@ -156,7 +156,7 @@ fn a_route_that_leads_to_nobody_refuses_its_share_and_no_more() -> Result<()> {
     )?;
     let (report, code) = directory.plan("c1", "n1", &[])?;
     assert_eq!(code, 1);
-    finding(&report, "VirtualService default/web", "no Service is named \"nowhere.default.svc.cluster.local\"")?;
+    finding(&report, "VirtualService default/web", "no service is named \"nowhere.default.svc.cluster.local\"")?;
     finding(
         &report,
         "Service default/web",

@@ -74,13 +74,13 @@ fn everything_that_is_wrong_is_told_and_the_rest_works() -> Result<()> {
         ),
         ("Service default/selfish", "127.0.0.53 is a loopback", "c1/good.yaml"),
         ("Service default/web", "172.16.0.10 port 80 belongs to Service default/twin", "c1/good.yaml"),
-        ("Service default/portless", "spec.ports is empty", "c1/empty-ports.yaml"),
+        ("Service default/portless", "spec.ports: is empty", "c1/empty-ports.yaml"),
         ("Deployment web-v1", "does not use this kind", "c1/kinds.yaml"),
-        ("c1/broken.yaml", "line ", "c1/broken.yaml"),
+        ("c1/broken.yaml", "What this file last said well", "c1/broken.yaml"),
         ("Service default/typed", "spec.ports[0].port: ", "c1/typed.yaml"),
         ("DestinationRule default/web", "distribute[0].to: the percentages sum to 90, not to 100", "rules.yaml"),
         ("DestinationRule default/sneaky", "outlierDetection.interval: \"soon\" is no duration", "rules.yaml"),
-        ("DestinationRule default/nobody", "no Service is named", "rules.yaml"),
+        ("DestinationRule default/nobody", "no service is named", "rules.yaml"),
     ] {
         assert_eq!(finding(&report, object, message)?["source"].as_str().unwrap_or_default(), source, "{object}");
     }
@@ -325,7 +325,8 @@ fn a_rule_has_no_say_over_the_services_of_another_namespace() -> Result<()> {
     let (report, code) = directory.plan("c1", "n1", &[])?;
     assert_eq!((code, &service_named(&report, "web")?["mode"]), (0, &json!("distribute")));
     let twice = |name: &str| {
-        let mut rule = destination_rule("web", &json!({}));
+        let policy = json!({"connectionPool": {"tcp": {"connectTimeout": if name == "a" { "1s" } else { "2s" }}}});
+        let mut rule = destination_rule("web", &json!({"trafficPolicy": policy}));
         rule["metadata"]["name"] = json!(name);
         rule
     };

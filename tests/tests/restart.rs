@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Bed, Directory,
+    Bed, Directory, Held,
     dial::Task,
     objects::{mesh_config, node, service, slice},
     wait_until,
@@ -68,31 +68,14 @@ fn nothing_is_taken_away_before_everything_has_been_read() -> Result<()> {
     let directory = directory(&bed)?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     agent.process.kill();
-    // The directory is a FIFO's length away from being read: the agent starts, and does not get to the end of it.
-    let fifo = directory.path().join("c1/slow.yaml");
-    rustix::fs::mknodat(
-        rustix::fs::CWD,
-        &fifo,
-        rustix::fs::FileType::Fifo,
-        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
-        0,
-    )?;
+    // The directory is one file away from being read: the agent starts, and does not get past opening it.
     let all = directory.path().join("c1/all.yaml");
-    let text = fs::read_to_string(&all)?;
-    fs::remove_file(&all)?;
+    let held = Held::open(&all)?;
     let mut agent = bed.start(&directory, "c1", "n1")?;
-    // It is at work: it opens the FIFO for reading, which lets it be opened for writing.
-    let mut writer = wait_until("the agent to read", BOUND, || {
-        use std::os::unix::fs::OpenOptionsExt as _;
-        Ok(fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(&fifo)?)
-    })?;
+    held.wait(BOUND)?;
     let mut client = bed.dialler()?;
     assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4], "what a former agent published stands");
-    // Now the rest arrives, and with it the same service.
-    std::io::Write::write_all(&mut writer, text.as_bytes())?;
-    drop(writer);
-    fs::remove_file(&fifo)?;
-    fs::write(&all, text)?;
+    drop(held);
     agent.wait_ready()?;
     assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4]);
     // A file that cannot be read any more is a finding, and keeps what it held.

@@ -23,7 +23,7 @@ use tokio::{
 };
 use tokio_stream::{Stream, StreamExt as _, wrappers::BroadcastStream};
 
-use crate::{journal::Record, metrics, reconcile::Request};
+use crate::{journal::Record, metrics, model::NamespacedName, reconcile::Request};
 
 type Questions = mpsc::Sender<Request>;
 
@@ -58,7 +58,11 @@ pub fn bind_admin(path: &Path) -> Result<UnixListener> {
 /// # Errors
 /// The socket fails.
 pub async fn serve_admin(listener: UnixListener, questions: Questions) -> Result<()> {
-    let router = Router::new().route("/v1/report", get(report)).route("/v1/events", get(events)).with_state(questions);
+    let router = Router::new()
+        .route("/v1/report", get(report))
+        .route("/v1/explain", get(explain))
+        .route("/v1/events", get(events))
+        .with_state(questions);
     Ok(axum::serve(listener, router).await?)
 }
 
@@ -85,6 +89,20 @@ async fn ask<T>(questions: &Questions, request: impl FnOnce(oneshot::Sender<T>) 
 
 async fn report(State(questions): State<Questions>) -> Result<Response, Response> {
     Ok(Json(ask(&questions, Request::Report).await?).into_response())
+}
+
+#[derive(Deserialize)]
+struct Which {
+    namespace: String,
+    name: String,
+    port: Option<u16>,
+}
+
+async fn explain(State(questions): State<Questions>, Query(which): Query<Which>) -> Result<Response, Response> {
+    let name = NamespacedName::new(which.namespace, which.name);
+    let unknown = format!("clients of this node have no service {name}\n");
+    let explanation = ask(&questions, |reply| Request::Explain(name, which.port, reply)).await?;
+    Ok(explanation.map_or_else(|| (StatusCode::NOT_FOUND, unknown).into_response(), |it| Json(it).into_response()))
 }
 
 #[derive(Deserialize)]

@@ -16,7 +16,7 @@ use crate::{
     admin,
     datapath::{Datapath, Options, ProgramLog},
     reconcile::Reconciler,
-    source::{Reader, file},
+    source::file,
     table::Sizes,
 };
 
@@ -63,7 +63,8 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     // One thread works, one answers.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let options = Options { cgroup: args.cgroup, bpffs: args.bpffs, sizes: Sizes::default(), log: args.program_log };
-    let reader = Reader { allow_loopback: args.config.allow_loopback_endpoints };
+    let reader = args.config.reader.reader();
+    anyhow::ensure!(!args.place.at.all_nodes, "--all-nodes: an agent serves one node; name it with --node");
     // Before anything is loaded.
     file::check(&args.config.config)?;
     let ended = runtime.block_on(async {

@@ -2,17 +2,26 @@
 
 mod agent;
 mod cleanup;
+mod diff;
 mod events;
+mod explain;
 mod get;
+mod offline;
 mod output;
 mod plan;
 
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
-use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand, error::ErrorKind};
 
-use crate::{datapath::Unsupported, model::Locality, reconcile::Place};
+use crate::{
+    datapath::Unsupported,
+    model::{Locality, NamespacedName},
+    reconcile::Place,
+    report::Report,
+    source::Reader,
+};
 
 /// Gives every connection on a node to the right endpoint, in the kernel.
 ///
@@ -23,6 +32,9 @@ use crate::{datapath::Unsupported, model::Locality, reconcile::Place};
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// Print without colours (they are left out as well where NO_COLOR is set, or where no terminal is)
+    #[arg(long, global = true)]
+    no_color: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -30,7 +42,9 @@ enum Command {
     /// Serves the connections of this node (needs root)
     Agent(Box<agent::AgentArgs>),
     /// Shows how connections would be shared, from objects in files; needs no root and no kernel
-    Plan(plan::PlanArgs),
+    Plan(Box<plan::PlanArgs>),
+    /// Shows why each endpoint of a service has its share
+    Explain(Box<explain::ExplainArgs>),
     /// Shows what the running agent intends and what the kernel holds
     Get(get::GetArgs),
     /// Shows what has happened: ejections, releases, failed connections, changes
@@ -64,9 +78,13 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode> {
+    if cli.no_color {
+        anstream::ColorChoice::Never.write_global();
+    }
     match cli.command {
         Command::Agent(args) => agent::run(*args),
         Command::Plan(args) => plan::run(&args),
+        Command::Explain(args) => explain::run(&args),
         Command::Get(args) => get::run(&args),
         Command::Events(args) => events::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),
@@ -88,9 +106,22 @@ struct ConfigArgs {
     /// Directory with the objects: DIR/*.yaml for the mesh, DIR/<cluster-id>/**/*.yaml for each cluster
     #[arg(long, value_name = "DIR", env = "PORTOLAN_CONFIG")]
     config: PathBuf,
+    #[command(flatten)]
+    reader: ReaderArgs,
+}
+
+/// How objects are read.
+#[derive(Debug, Args)]
+struct ReaderArgs {
     /// Accept endpoints and Service addresses in loopback and link-local ranges
     #[arg(long, env = "PORTOLAN_ALLOW_LOOPBACK_ENDPOINTS")]
     allow_loopback_endpoints: bool,
+}
+
+impl ReaderArgs {
+    fn reader(&self) -> Reader {
+        Reader { allow_loopback: self.allow_loopback_endpoints }
+    }
 }
 
 /// Where the client is.
@@ -104,7 +135,6 @@ struct PlaceArgs {
 }
 
 #[derive(Debug, Args)]
-#[group(required = true, multiple = true)]
 struct At {
     /// Name of the node that clients are on; its Node object says where that is
     #[arg(long, value_name = "NAME", env = "PORTOLAN_NODE")]
@@ -112,11 +142,27 @@ struct At {
     /// Where clients are, in place of a node or of what its Node object says
     #[arg(long, value_name = "REGION/ZONE/SUBZONE", env = "PORTOLAN_LOCALITY")]
     locality: Option<Locality>,
+    /// Every node of the cluster in turn
+    #[arg(long, conflicts_with_all = ["node", "locality"])]
+    all_nodes: bool,
+    /// A label of the clients, beside those of the node, for failoverPriority
+    #[arg(long = "label", value_name = "K=V", value_parser = label, env = "PORTOLAN_LABELS", value_delimiter = ',')]
+    labels: Vec<(String, String)>,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').filter(|(key, _)| !key.is_empty()).ok_or("not KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 impl At {
     fn place(&self) -> Place {
-        Place { node: self.node.clone(), locality: self.locality.clone() }
+        if self.node.is_none() && self.locality.is_none() && !self.all_nodes {
+            let message = "where are the clients? --node, --locality or, of plan, --all-nodes says it\n";
+            Cli::command().error(ErrorKind::MissingRequiredArgument, message).exit();
+        }
+        let labels = self.labels.iter().cloned().collect();
+        Place { node: self.node.clone(), locality: self.locality.clone(), labels }
     }
 }
 
@@ -133,23 +179,39 @@ struct AdminArgs {
 struct SelectArgs {
     /// Only this service
     #[arg(long, value_name = "NAMESPACE/NAME")]
-    service: Option<crate::model::NamespacedName>,
+    service: Option<NamespacedName>,
     /// Only this port
     #[arg(long)]
     port: Option<u16>,
 }
 
 impl SelectArgs {
-    fn apply(&self, report: &mut crate::report::Report) -> Result<()> {
+    /// Leaves only these.
+    fn apply(&self, report: &mut Report) -> Result<()> {
+        self.keep(report);
+        if report.services.is_empty() { self.found_nothing() } else { Ok(()) }
+    }
+
+    /// Leaves only these in each; one of them at least must have some.
+    fn apply_to_all(&self, reports: &mut [Report]) -> Result<()> {
+        self.keep_in_all(reports);
+        if reports.iter().all(|report| report.services.is_empty()) { self.found_nothing() } else { Ok(()) }
+    }
+
+    fn keep_in_all(&self, reports: &mut [Report]) {
+        reports.iter_mut().for_each(|report| self.keep(report));
+    }
+
+    fn keep(&self, report: &mut Report) {
         report.services.retain(|service| {
-            self.port.is_none_or(|port| port == service.port)
-                && self
-                    .service
-                    .as_ref()
-                    .is_none_or(|name| name.namespace == service.namespace && name.name == service.name)
+            let named = |name: &NamespacedName| name.namespace == service.namespace && name.name == service.name;
+            self.port.is_none_or(|port| port == service.port) && self.service.as_ref().is_none_or(named)
         });
+    }
+
+    fn found_nothing(&self) -> Result<()> {
         let asked = self.service.is_some() || self.port.is_some();
-        anyhow::ensure!(!asked || !report.services.is_empty(), "no service of this client is of that name and port");
+        anyhow::ensure!(!asked, "no service of this client is of that name and port");
         Ok(())
     }
 }

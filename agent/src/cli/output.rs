@@ -1,15 +1,19 @@
 //! Tables for people, JSON and YAML for machines.
 
-use std::io::Write as _;
+use std::{
+    collections::BTreeSet,
+    io::{IsTerminal as _, Write as _},
+};
 
+use anstyle::{AnsiColor, Style};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
 use crate::{
-    model::{Finding, Severity},
-    report::{Report, ServiceReport},
+    model::{Finding, Position, Severity},
+    report::{ClientReport, Report, ServiceReport},
 };
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -38,39 +42,101 @@ pub(super) enum Rows {
 }
 
 pub(super) fn print(format: Format, report: &Report, rows: Rows) -> Result<()> {
-    let text = match format {
-        Format::Json => serde_json::to_string_pretty(report)? + "\n",
-        Format::Yaml => to_yaml(report)?,
-        Format::Table => table(report, rows) + &findings(&report.findings),
-    };
-    // A reader that has seen enough closes the pipe, which is no error.
+    match format {
+        Format::Table => {
+            write(&(client(&report.client) + &table(report, rows) + &findings("Findings", &report.findings)))
+        }
+        format => print_value(format, report),
+    }
+}
+
+/// Several reports. Clients that send alike are shown together.
+pub(super) fn print_all(format: Format, reports: &[Report], rows: Rows) -> Result<()> {
+    if !matches!(format, Format::Table) {
+        return print_value(format, &reports);
+    }
+    let mut alike: Vec<(String, String)> = Vec::new();
+    for report in reports {
+        let table = table(report, rows);
+        let head = client(&report.client);
+        match alike.iter_mut().find(|(_, other)| *other == table) {
+            Some((heads, _)) => {
+                heads.truncate(heads.trim_end().len());
+                heads.push('\n');
+                heads.push_str(&head);
+            }
+            None => alike.push((head, table)),
+        }
+    }
+    let text: Vec<String> = alike.into_iter().map(|(heads, table)| heads + &table).collect();
+    let all: BTreeSet<Finding> = reports.iter().flat_map(|report| &report.findings).cloned().collect();
+    write(&(text.join("\n") + &findings("Findings", &all.into_iter().collect::<Vec<_>>())))
+}
+
+/// As JSON or YAML.
+pub(super) fn print_value(format: Format, value: &impl Serialize) -> Result<()> {
+    match format {
+        Format::Yaml => write(&serde_saphyr::to_string(value)?),
+        _ => write(&(serde_json::to_string_pretty(value)? + "\n")),
+    }
+}
+
+/// To standard output. A reader that has seen enough closes the pipe, which is no error.
+pub(super) fn write(text: &str) -> Result<()> {
     match anstream::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         result => Ok(result?),
     }
 }
 
-fn to_yaml(value: &impl Serialize) -> Result<String> {
-    Ok(serde_saphyr::to_string(value)?)
+/// How far long work is, for people who watch.
+pub(super) fn progress(what: &str, done: usize, all: usize) {
+    let mut stderr = std::io::stderr();
+    if all > 1 && stderr.is_terminal() {
+        let end = if done == all { "\r\x1b[K" } else { "" };
+        // Nobody is the worse off for not seeing it.
+        let _ = write!(stderr, "\r{what} {done} of {all}{end}");
+    }
+}
+
+/// The line that says for whom a table is.
+pub(super) fn client(client: &ClientReport) -> String {
+    let node = client.node.as_ref().map(|node| format!(" node {node}")).unwrap_or_default();
+    let at = if client.locality.is_empty() { "an unknown place" } else { &client.locality };
+    format!("Client: cluster {}{node} at {at}\n\n", client.cluster)
+}
+
+pub(super) fn new_table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(header.to_vec());
+    table
+}
+
+/// The table as text; rows by number have styles.
+pub(super) fn render(table: &Table, style: impl Fn(usize) -> Option<Style>) -> String {
+    let line = |(i, line): (usize, String)| {
+        let style = i.checked_sub(1).map_or(Some(Style::new().bold()), &style).unwrap_or_default();
+        format!("{style}{}{style:#}\n", line.trim_end())
+    };
+    table.lines().enumerate().map(line).collect()
+}
+
+/// How an endpoint stands out.
+pub(super) fn style_of(health: &str) -> Option<Style> {
+    match health {
+        "ejected" => Some(AnsiColor::Red.on_default()),
+        "unhealthy" | "draining" => Some(AnsiColor::Yellow.on_default()),
+        _ => None,
+    }
 }
 
 fn table(report: &Report, rows: Rows) -> String {
-    let client = &report.client;
-    let node = client.node.as_ref().map(|node| format!(" node {node}")).unwrap_or_default();
-    let at = if client.locality.is_empty() { "an unknown place" } else { &client.locality };
-    let head = format!("Client: cluster {}{node} at {at}\n\n", client.cluster);
     let live = report.services.iter().any(|service| service.kernel.is_some());
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
     match rows {
-        Rows::Services => services(&mut table, report, live),
-        Rows::Endpoints => endpoints(&mut table, report, live),
+        Rows::Services => services(report, live),
+        Rows::Endpoints => endpoints(report, live),
     }
-    if table.is_empty() {
-        return head + "nothing\n";
-    }
-    let lines: Vec<String> = table.lines().map(|line| line.trim_end().to_owned() + "\n").collect();
-    head + &lines.concat()
 }
 
 fn name(service: &ServiceReport) -> String {
@@ -79,12 +145,12 @@ fn name(service: &ServiceReport) -> String {
     format!("{}/{}:{}{destination}{subset}", service.namespace, service.name, service.port)
 }
 
-fn services(table: &mut Table, report: &Report, live: bool) {
+fn services(report: &Report, live: bool) -> String {
     let mut header = vec!["SERVICE", "FRONTENDS", "MODE", "LOCAL", "LOCALITIES", "HEALTHY"];
     if live {
         header.extend(["SLOTS", "CONNECTIONS", "REFUSED"]);
     }
-    table.set_header(header);
+    let mut table = new_table(&header);
     for service in &report.services {
         let shares = service.localities.iter().filter(|locality| locality.share > 0.0);
         let shares: Vec<_> =
@@ -98,7 +164,11 @@ fn services(table: &mut Table, report: &Report, live: bool) {
             service.frontends.join(", "),
             service.mode.clone(),
             if service.cluster_local { "yes" } else { "no" }.to_owned(),
-            if shares.is_empty() { "refused".to_owned() } else { shares.join(", ") },
+            match (service.on_empty.as_str(), shares.is_empty()) {
+                ("pass", _) => "left alone".to_owned(),
+                (_, true) => "refused".to_owned(),
+                (_, false) => shares.join(", "),
+            },
             format!("{healthy}/{hosts}"),
         ];
         if live {
@@ -107,17 +177,22 @@ fn services(table: &mut Table, report: &Report, live: bool) {
         }
         table.add_row(row);
     }
+    if report.services.is_empty() { "nothing\n".to_owned() } else { render(&table, |_| None) }
 }
 
-fn endpoints(table: &mut Table, report: &Report, live: bool) {
+fn endpoints(report: &Report, live: bool) -> String {
     let mut header = vec!["SERVICE", "MODE", "ENDPOINT", "CLUSTER", "LOCALITY", "PRIORITY", "HEALTH", "SHARE"];
     if live {
         header.extend(["CONNECTIONS", "ACTIVE", "FAILURES", "EJECTED UNTIL"]);
     }
-    table.set_header(header);
+    let mut table = new_table(&header);
+    let mut styles = Vec::new();
     for service in &report.services {
-        if service.endpoints.is_empty() {
-            table.add_row(vec![name(service), service.mode.clone(), "none: refused".to_owned()]);
+        if service.endpoints.is_empty() || service.on_empty == "pass" {
+            let what = if service.on_empty == "pass" { "left alone" } else { "none: refused" };
+            table.add_row(vec![name(service), service.mode.clone(), what.to_owned()]);
+            styles.push(None);
+            continue;
         }
         for endpoint in &service.endpoints {
             let mut row = vec![
@@ -136,30 +211,44 @@ fn endpoints(table: &mut Table, report: &Report, live: bool) {
                 row.push(endpoint.ejected_until.clone().unwrap_or_default());
             }
             table.add_row(row);
+            styles.push(style_of(&endpoint.health));
         }
     }
     if let Some(share) = table.column_mut(7) {
         share.set_cell_alignment(CellAlignment::Right);
     }
+    if styles.is_empty() { "nothing\n".to_owned() } else { render(&table, |i| styles.get(i).copied().flatten()) }
 }
 
-fn or_unknown(locality: &str) -> &str {
+pub(super) fn or_unknown(locality: &str) -> &str {
     if locality.is_empty() { "(unknown)" } else { locality }
 }
 
-fn percent(share: f64) -> String {
+pub(super) fn percent(share: f64) -> String {
     format!("{:.2}%", share * 100.0)
 }
 
-fn findings(findings: &[Finding]) -> String {
-    let lines = findings.iter().map(|finding| {
-        let severity = match finding.severity {
-            Severity::Error => "error  ",
-            Severity::Warning => "warning",
-        };
-        let source = if finding.source.is_empty() { String::new() } else { format!(" ({})", finding.source) };
-        format!("{severity}  {}{source}: {}\n", finding.object, finding.message)
-    });
-    let lines: String = lines.collect();
-    if lines.is_empty() { lines } else { format!("\nFindings:\n{lines}") }
+pub(super) fn findings(title: &str, findings: &[Finding]) -> String {
+    let lines: String = findings.iter().map(finding).collect();
+    if lines.is_empty() { lines } else { format!("\n{title}:\n{lines}") }
+}
+
+/// One finding, with the line of the file that it is about.
+fn finding(finding: &Finding) -> String {
+    let (severity, style) = match finding.severity {
+        Severity::Error => ("error  ", AnsiColor::Red.on_default()),
+        Severity::Warning => ("warning", AnsiColor::Yellow.on_default()),
+    };
+    let Finding { code, object, field, message, source, position, .. } = finding;
+    let at = position.as_ref().map(|position| format!(":{}:{}", position.line, position.column)).unwrap_or_default();
+    let source = if source.is_empty() { String::new() } else { format!(" ({source}{at})") };
+    let field = if field.is_empty() { String::new() } else { format!(" {field}") };
+    let mut text = format!("{style}{severity}{style:#} {code} {object}{field}{source}: {message}\n");
+    if let Some(Position { line, column, text: excerpt }) = position {
+        let number = line.to_string();
+        let gap = " ".repeat(number.len());
+        let mark = " ".repeat(column.saturating_sub(1));
+        text += &format!("        {number} | {excerpt}\n        {gap} | {mark}{style}^{style:#}\n");
+    }
+    text
 }

@@ -1,21 +1,16 @@
 //! `portolan plan`
 
-use std::{collections::BTreeSet, net::IpAddr, net::SocketAddr, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::{Context as _, Result};
-use clap::Args;
+use anyhow::Result;
+use clap::{Args, Subcommand};
 
 use super::{
-    ConfigArgs, FAILED, PlaceArgs, SelectArgs,
+    At, FAILED, PlaceArgs, ReaderArgs, SelectArgs, diff,
+    offline::Offline,
     output::{self, OutputArgs, Rows},
 };
-use crate::{
-    model::Finding,
-    policy::{Ejections, assign},
-    report::Report,
-    source::{Reader, Update, file::Directory},
-    store::Store,
-};
+use crate::report::Report;
 
 /// Shows, for a client in one place, which endpoint gets which share of new connections, and what is wrong with the objects.
 ///
@@ -23,16 +18,25 @@ use crate::{
 /// is an error.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  portolan plan --config mesh/ --cluster c1 --node n1 --service default/reviews -o json"
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = "Examples:\n  portolan plan --config mesh/ --cluster c1 --node n1 --service default/reviews -o json\n  \
+                  portolan plan --config mesh/ --cluster c1 --all-nodes\n  \
+                  portolan plan diff mesh/ mesh-new/ --cluster c1 --node n1"
 )]
 pub(super) struct PlanArgs {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+    /// Directory with the objects: DIR/*.yaml for the mesh, DIR/<cluster-id>/**/*.yaml for each cluster
+    #[arg(long, value_name = "DIR", env = "PORTOLAN_CONFIG", required = true)]
+    config: Option<PathBuf>,
     #[command(flatten)]
-    config: ConfigArgs,
+    reader: ReaderArgs,
+    /// Id of the cluster that clients are in
+    #[arg(long, value_name = "ID", env = "PORTOLAN_CLUSTER", required = true)]
+    cluster: Option<String>,
     #[command(flatten)]
-    place: PlaceArgs,
-    /// A label of the client
-    #[arg(long = "label", value_name = "K=V")]
-    labels: Vec<String>,
+    at: At,
     #[command(flatten)]
     select: SelectArgs,
     /// What would be if this endpoint (ADDRESS or ADDRESS:PORT) were ejected
@@ -42,58 +46,79 @@ pub(super) struct PlanArgs {
     output: OutputArgs,
 }
 
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Shows what a change of the objects would do to the shares, before it is applied
+    ///
+    /// Exit status 0: no share changes; 1: some do, or the new directory has errors that the old one has not.
+    Diff(DiffArgs),
+}
+
+#[derive(Debug, Args)]
+struct DiffArgs {
+    /// The objects as they are
+    #[arg(value_name = "DIR_A")]
+    before: PathBuf,
+    /// The objects as they would be
+    #[arg(value_name = "DIR_B")]
+    after: PathBuf,
+    #[command(flatten)]
+    reader: ReaderArgs,
+    #[command(flatten)]
+    place: PlaceArgs,
+    #[command(flatten)]
+    select: SelectArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
 pub(super) fn run(args: &PlanArgs) -> Result<ExitCode> {
-    let reader = Reader { allow_loopback: args.config.allow_loopback_endpoints };
-    let root = &args.config.config;
-    let updates = Directory::new(root.clone(), reader)
-        .scan(&BTreeSet::new())
-        .with_context(|| format!("--config {}: cannot be read", root.display()))?;
-    let mut store = Store::default();
-    for update in updates.into_iter().chain([Update::Synced]) {
-        store.apply(update);
+    if let Some(Verb::Diff(args)) = &args.verb {
+        return run_diff(args);
     }
-    let snapshot = store.snapshot();
-    let mut findings = Vec::new();
-    let client = args.place.at.place().client(&args.place.cluster, &snapshot, &mut findings);
-    for label in &args.labels {
-        let message = "no rule that looks at labels of clients is honoured yet, so this changes nothing";
-        findings.push(Finding::warning(format!("--label {label}"), message));
+    let root = args.config.clone().unwrap_or_default();
+    let cluster = args.cluster.clone().unwrap_or_default();
+    let offline = Offline::read(&root, args.reader.reader())?;
+    let mut reports = reports(&offline, &cluster, &args.at, &args.eject)?;
+    let failed = reports.iter().any(Report::has_errors);
+    args.select.apply_to_all(&mut reports)?;
+    if args.at.all_nodes {
+        output::print_all(args.output.output, &reports, Rows::Endpoints)?;
+    } else if let Some(report) = reports.first() {
+        output::print(args.output.output, report, Rows::Endpoints)?;
     }
-    let everywhere = ejected(&args.eject, |ejections| assign(&snapshot, &client, ejections))?;
-    let mut verdict = assign(&snapshot, &client, &Ejections { everywhere, ..Ejections::default() });
-    verdict.findings.splice(0..0, findings);
-    let mut report = Report::new(&client, store.fingerprint(), &verdict);
-    let failed = report.has_errors();
-    args.select.apply(&mut report)?;
-    output::print(args.output.output, &report, Rows::Endpoints)?;
     Ok(ExitCode::from(if failed { FAILED } else { 0 }))
 }
 
-/// The endpoints that `--eject` means: one with this port, or with this address and any port.
-fn ejected(
-    texts: &[String],
-    verdict: impl FnOnce(&Ejections) -> crate::policy::Verdict,
-) -> Result<BTreeSet<SocketAddr>> {
-    if texts.is_empty() {
-        return Ok(BTreeSet::new());
+/// One report, or one for each node.
+fn reports(offline: &Offline, cluster: &str, at: &At, eject: &[String]) -> Result<Vec<Report>> {
+    let places = match at.all_nodes {
+        true => offline.nodes(cluster, &at.place().labels)?,
+        false => vec![at.place()],
+    };
+    let mut reports = Vec::new();
+    for (i, at) in places.iter().enumerate() {
+        output::progress("node", i, places.len());
+        let (client, findings) = offline.client(cluster, at);
+        let observed = offline.ejected(&client, eject)?;
+        reports.push(offline.report(&client, findings, &observed));
     }
-    let verdict = verdict(&Ejections::default());
-    let known: BTreeSet<SocketAddr> = verdict
-        .assignments
-        .iter()
-        .flat_map(|assignment| &assignment.routes)
-        .flat_map(|route| &route.pool.endpoints)
-        .map(|endpoint| endpoint.address)
-        .collect();
-    let mut ejected = BTreeSet::new();
-    for text in texts {
-        let meant: Vec<SocketAddr> = match (text.parse::<SocketAddr>(), text.parse::<IpAddr>()) {
-            (Ok(address), _) => known.iter().filter(|known| **known == address).copied().collect(),
-            (_, Ok(ip)) => known.iter().filter(|known| known.ip() == ip).copied().collect(),
-            _ => anyhow::bail!("--eject {text}: not ADDRESS or ADDRESS:PORT"),
-        };
-        anyhow::ensure!(!meant.is_empty(), "--eject {text}: no service of this client has such an endpoint");
-        ejected.extend(meant);
+    output::progress("node", places.len(), places.len());
+    Ok(reports)
+}
+
+fn run_diff(args: &DiffArgs) -> Result<ExitCode> {
+    let mut sides = Vec::new();
+    for root in [&args.before, &args.after] {
+        let offline = Offline::read(root, args.reader.reader())?;
+        let mut reports = reports(&offline, &args.place.cluster, &args.place.at, &[])?;
+        args.select.keep_in_all(&mut reports);
+        sides.push(reports);
     }
-    Ok(ejected)
+    if sides.iter().flatten().all(|report| report.services.is_empty()) {
+        args.select.found_nothing()?;
+    }
+    let diff = diff::Diff::new(&sides[0], &sides[1]);
+    diff::print(args.output.output, &diff)?;
+    Ok(ExitCode::from(if diff.is_empty() { 0 } else { FAILED }))
 }

@@ -62,7 +62,8 @@ pub struct Ejection {
 
 #[derive(Clone, Debug, Default)]
 struct Host {
-    failures: u32,
+    /// Failures in a row, for each threshold.
+    failures: [u32; 2],
     ejected_at: Option<Instant>,
     /// How many times the base time the next ejection lasts, less one.
     multiplier: u32,
@@ -89,9 +90,9 @@ impl Detector {
         if self.settings.interval != settings.interval {
             self.next_sweep = now + settings.interval;
         }
-        if self.settings.consecutive_errors != settings.consecutive_errors {
+        if self.settings.thresholds() != settings.thresholds() {
             // Counted under another rule.
-            self.hosts.values_mut().for_each(|host| host.failures = 0);
+            self.hosts.values_mut().for_each(|host| host.failures = [0; 2]);
         }
         if self.settings != *settings {
             self.settings = settings.clone();
@@ -112,20 +113,21 @@ impl Detector {
         let hosts = self.hosts.len();
         let host = self.hosts.get_mut(&address)?;
         if verdict == Verdict::Success {
-            host.failures = 0;
+            host.failures = [0; 2];
             return None;
         }
-        host.failures += 1;
-        let failures = host.failures;
-        if self.settings.consecutive_errors == 0
-            || failures != self.settings.consecutive_errors
-            || host.ejected_at.is_some()
-        {
-            return None;
+        // Each threshold counts for itself, and starts again when it is reached, whether the limit allows the ejection or not.
+        let mut reached = None;
+        for (count, threshold) in host.failures.iter_mut().zip(self.settings.thresholds()).filter(|(_, it)| *it > 0) {
+            *count = count.saturating_add(1);
+            if *count == threshold && host.ejected_at.is_none() {
+                reached = Some(std::mem::take(count));
+            }
         }
-        // The counter starts again, whether the limit allows the ejection or not.
-        host.failures = 0;
-        if 100.0 * (ejected + 1) as f64 / hosts as f64 > f64::from(self.settings.max_ejection_percent) {
+        let failures = reached?;
+        let within = 100.0 * (ejected + 1) as f64 / hosts as f64 <= f64::from(self.settings.max_ejection_percent);
+        let first = self.settings.always_eject_one && ejected == 0;
+        if !(within || first) {
             return Some(Event { address, kind: EventKind::Overflow { failures }, ejected, hosts });
         }
         host.ejected_at = Some(now);
@@ -163,7 +165,7 @@ impl Detector {
                     if now.saturating_duration_since(since) >= time {
                         host.ejected_at = None;
                         host.last_release = Some(now);
-                        host.failures = 0;
+                        host.failures = [0; 2];
                         released.push(*address);
                     }
                 }
@@ -183,7 +185,7 @@ impl Detector {
 
     /// Whether failures of the endpoint are being counted, so that a success would change something.
     pub fn counts(&self, address: &SocketAddr) -> bool {
-        self.hosts.get(address).is_some_and(|host| host.failures > 0)
+        self.hosts.get(address).is_some_and(|host| host.failures != [0; 2])
     }
 
     /// The ejections in force.
@@ -207,12 +209,49 @@ mod tests {
     fn settings(consecutive_errors: u32) -> OutlierDetection {
         OutlierDetection {
             consecutive_errors,
+            gateway_errors: 0,
+            local_origin_errors: None,
             interval: Duration::from_secs(1),
             base_ejection_time: Duration::from_secs(30),
             max_ejection_time: Duration::from_secs(300),
             max_ejection_percent: 100,
+            always_eject_one: false,
             min_health_percent: 0,
         }
+    }
+
+    #[test]
+    fn thresholds_count_for_themselves() {
+        let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
+        let eject_after = |settings: OutlierDetection| {
+            let mut detector = Detector::new(settings, now);
+            detector.set_hosts(&BTreeSet::from([host]));
+            (1..10).find(|_| detector.observe(now, host, Verdict::Failure).is_some())
+        };
+        assert_eq!(eject_after(settings(5)), Some(5));
+        assert_eq!(eject_after(OutlierDetection { gateway_errors: 3, ..settings(5) }), Some(3));
+        assert_eq!(eject_after(OutlierDetection { gateway_errors: 3, ..settings(0) }), Some(3));
+        assert_eq!(eject_after(settings(0)), None);
+        let split = OutlierDetection { gateway_errors: 1, local_origin_errors: Some(4), ..settings(1) };
+        assert_eq!(eject_after(split.clone()), Some(4));
+        assert_eq!(eject_after(OutlierDetection { local_origin_errors: Some(0), ..split }), None);
+    }
+
+    #[test]
+    fn one_may_always_go_where_that_is_asked_for() {
+        let (now, hosts) = (Instant::now(), [1, 2, 3].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
+        let most = |settings: OutlierDetection| {
+            let mut detector = Detector::new(settings, now);
+            detector.set_hosts(&BTreeSet::from(hosts));
+            for host in hosts {
+                detector.observe(now, host, Verdict::Failure);
+            }
+            detector.ejections().count()
+        };
+        let small = || OutlierDetection { max_ejection_percent: 10, ..settings(1) };
+        assert_eq!(most(small()), 0);
+        assert_eq!(most(OutlierDetection { always_eject_one: true, ..small() }), 1);
+        assert_eq!(most(OutlierDetection { always_eject_one: true, max_ejection_percent: 67, ..small() }), 2);
     }
 
     #[test]

@@ -56,6 +56,12 @@ impl LocalityPattern {
             && Self::part(subzone, &locality.subzone)
     }
 
+    /// The place itself, where the pattern names one: parts that stand for all are unknown.
+    pub fn place(&self) -> Locality {
+        let [region, zone, subzone] = self.parts.clone().map(|part| if part == "*" { String::new() } else { part });
+        Locality { region, zone, subzone }
+    }
+
     fn part(rule: &str, part: &str) -> bool {
         rule.is_empty() || rule == "*" || rule == part
     }

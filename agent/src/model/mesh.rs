@@ -4,13 +4,24 @@ use std::time::Duration;
 
 use super::LocalitySetting;
 
-/// One pattern of `serviceSettings`.
+/// Whether connections to a service stay in the client's cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retention {
+    /// They go where the other rules say.
+    Off,
+    /// Endpoints of the client's cluster come first, the others after them (Portolan's own).
+    Prefer,
+    /// They stay; without an endpoint there, they are refused (Istio's `clusterLocal`).
+    Strict,
+}
+
+/// What is said of the hosts of one pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ClusterLocalRule {
+pub struct RetentionRule {
     /// A host name, `*.namespace.svc.domain`, or `*`.
     pub host: String,
     /// Whether traffic to it stays in its cluster.
-    pub cluster_local: bool,
+    pub retention: Retention,
 }
 
 /// Istio's MeshConfig, as far as it matters for the choice of an endpoint.
@@ -23,7 +34,7 @@ pub struct MeshConfig {
     /// Locality setting for destinations without one of their own.
     pub locality: LocalitySetting,
     /// In the order in which they were written.
-    pub cluster_local: Vec<ClusterLocalRule>,
+    pub retention: Vec<RetentionRule>,
     /// Connect timeout for destinations without one of their own.
     pub connect_timeout: Option<Duration>,
 }
@@ -35,7 +46,7 @@ impl Default for MeshConfig {
             root_namespace: "istio-system".to_owned(),
             domain: "cluster.local".to_owned(),
             locality: LocalitySetting::default(),
-            cluster_local: Vec::new(),
+            retention: Vec::new(),
             connect_timeout: None,
         }
     }

@@ -9,14 +9,17 @@ mod object;
 mod rules;
 mod service;
 
-pub use endpoint::{EndpointSlice, Node, Pod, SliceEndpoint, SlicePort};
-pub use finding::{Finding, Severity};
+pub use endpoint::{
+    EndpointSlice, Hints, Labels, Namespace, Node, Pod, SliceEndpoint, SlicePort, Workload, WorkloadEntry,
+};
+pub use finding::{Code, Finding, Position, Severity};
 pub use locality::{Locality, LocalityPattern};
-pub use mesh::{ClusterLocalRule, MeshConfig};
+pub use mesh::{MeshConfig, Retention, RetentionRule};
 pub use name::NamespacedName;
 pub use object::{Kind, Object, ObjectKey, Scope};
 pub use rules::{
-    Algorithm, DestinationRule, Distribute, Failover, LocalitySetting, OutlierDetection, Subset, TcpRoute,
-    TrafficPolicy, VirtualService, WeightedDestination,
+    Algorithm, ConnectionPool, DestinationRule, Distribute, Failover, Keepalive, LabelPreference, LoadBalancer,
+    LocalitySetting, Match, OutlierDetection, Route, Subnet, Subset, TrafficPolicy, VirtualService, Warmup,
+    WeightedDestination,
 };
-pub use service::{Protocol, Service, ServicePort};
+pub use service::{Protocol, Service, ServiceEntry, ServiceId, ServicePort, TrafficDistribution};

@@ -2,7 +2,10 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{DestinationRule, EndpointSlice, MeshConfig, NamespacedName, Node, Pod, Service, VirtualService};
+use super::{
+    DestinationRule, EndpointSlice, MeshConfig, Namespace, NamespacedName, Node, Pod, Service, ServiceEntry,
+    VirtualService, WorkloadEntry,
+};
 
 /// Whose object it is.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -24,12 +27,34 @@ pub enum Kind {
     Node,
     /// `Pod`
     Pod,
+    /// `Namespace`
+    Namespace,
+    /// `ServiceEntry`
+    ServiceEntry,
+    /// `WorkloadEntry`
+    WorkloadEntry,
     /// `DestinationRule`
     DestinationRule,
     /// `VirtualService`
     VirtualService,
     /// The ConfigMap `istio`, which holds the MeshConfig.
     MeshConfig,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::Service,
+        Self::EndpointSlice,
+        Self::Node,
+        Self::Pod,
+        Self::Namespace,
+        Self::ServiceEntry,
+        Self::WorkloadEntry,
+        Self::DestinationRule,
+        Self::VirtualService,
+        Self::MeshConfig,
+    ];
 }
 
 impl fmt::Display for Kind {
@@ -39,6 +64,9 @@ impl fmt::Display for Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
             Self::Pod => "Pod",
+            Self::Namespace => "Namespace",
+            Self::ServiceEntry => "ServiceEntry",
+            Self::WorkloadEntry => "WorkloadEntry",
             Self::DestinationRule => "DestinationRule",
             Self::VirtualService => "VirtualService",
             Self::MeshConfig => "ConfigMap",
@@ -64,7 +92,7 @@ impl fmt::Display for ObjectKey {
 }
 
 /// An object that was read and is sound. Shared: a clone is another name for the same object.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Object {
     /// A Service.
     Service(Arc<Service>),
@@ -74,6 +102,12 @@ pub enum Object {
     Node(Arc<Node>),
     /// A Pod.
     Pod(Arc<Pod>),
+    /// A Namespace.
+    Namespace(Arc<Namespace>),
+    /// A ServiceEntry.
+    ServiceEntry(Arc<ServiceEntry>),
+    /// A WorkloadEntry.
+    WorkloadEntry(Arc<WorkloadEntry>),
     /// A DestinationRule.
     DestinationRule(Arc<DestinationRule>),
     /// A VirtualService.

@@ -1,8 +1,8 @@
 //! Istio's rules, as far as they mean something for a connection.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr, time::Duration};
 
-use super::{LocalityPattern, NamespacedName};
+use super::{Labels, LocalityPattern, NamespacedName};
 
 /// How a host is chosen inside a locality.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +49,7 @@ pub struct Failover {
     pub to: String,
 }
 
-/// `localityLbSetting`. A valid one has `distribute` or `failover`, not both.
+/// `localityLbSetting`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalitySetting {
     /// Whether locality counts at all.
@@ -58,19 +58,43 @@ pub struct LocalitySetting {
     pub distribute: Vec<Distribute>,
     /// Preferred regions for failover.
     pub failover: Vec<Failover>,
+    /// Labels that an endpoint should share with the client, the most important first.
+    pub failover_priority: Vec<LabelPreference>,
+    /// Whether the share of a locality in `distribute` that cannot carry it goes where failover leads (Portolan's own). Without it,
+    /// a valid setting has `distribute` or the others, not both.
+    pub distribute_with_failover: bool,
 }
 
 impl Default for LocalitySetting {
     fn default() -> Self {
-        Self { enabled: true, distribute: Vec::new(), failover: Vec::new() }
+        Self {
+            enabled: true,
+            distribute: Vec::new(),
+            failover: Vec::new(),
+            failover_priority: Vec::new(),
+            distribute_with_failover: false,
+        }
     }
+}
+
+/// An entry of `failoverPriority`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LabelPreference {
+    /// The label.
+    pub key: String,
+    /// The value that endpoints should have; the client's own where absent.
+    pub value: Option<String>,
 }
 
 /// `outlierDetection`, with Envoy's defaults where Istio sets none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OutlierDetection {
-    /// Failures in a row that eject; 0 turns it off.
+    /// Failures in a row that eject; 0 turns it off. Not asked for a connection where `local_origin_errors` is set.
     pub consecutive_errors: u32,
+    /// The same events, another threshold; 0: not set.
+    pub gateway_errors: u32,
+    /// With `splitExternalLocalOriginErrors`: the only threshold for connections; 0 turns it off.
+    pub local_origin_errors: Option<u32>,
     /// The sweep that releases.
     pub interval: Duration,
     /// Time of the first ejection; the n-th lasts n times as long.
@@ -79,38 +103,109 @@ pub struct OutlierDetection {
     pub max_ejection_time: Duration,
     /// Percentage of the pool that may be ejected at once.
     pub max_ejection_percent: u32,
+    /// Whether one endpoint may be ejected where the percentage allows none (Portolan's own).
+    pub always_eject_one: bool,
     /// Panic threshold in percent; 0: no panic.
     pub min_health_percent: u32,
 }
 
-/// `trafficPolicy`. Absent blocks are the defaults.
+impl OutlierDetection {
+    /// Failures of connections in a row that eject. A threshold of 0 is none.
+    pub fn thresholds(&self) -> [u32; 2] {
+        match self.local_origin_errors {
+            Some(errors) => [errors, 0],
+            None => [self.gateway_errors, self.consecutive_errors],
+        }
+    }
+
+    /// Endpoints out of `hosts` that may be ejected at once.
+    pub fn most_ejected(&self, hosts: usize) -> usize {
+        let by_percent = hosts * self.max_ejection_percent as usize / 100;
+        by_percent.max(usize::from(self.always_eject_one && hosts > 0))
+    }
+}
+
+/// `warmup`: new endpoints get less at first.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Warmup {
+    /// How long.
+    pub window: Duration,
+    /// What they get at least, in percent.
+    pub minimum_percent: f64,
+    /// 1: in proportion to their age; more: faster at first.
+    pub aggression: f64,
+}
+
+/// `connectionPool.tcp`
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConnectionPool {
+    /// Limit for the connect.
+    pub connect_timeout: Option<Duration>,
+    /// Connections to the destination at once, from this node.
+    pub max_connections: Option<u32>,
+    /// Connections without traffic are closed after this time.
+    pub idle_timeout: Option<Duration>,
+    /// Connections are closed after this time.
+    pub max_duration: Option<Duration>,
+    /// Whether and how the kernel looks after silent connections.
+    pub keepalive: Option<Keepalive>,
+}
+
+/// `tcpKeepalive`
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Keepalive {
+    /// Probes without an answer.
+    pub probes: Option<u32>,
+    /// Silence before the first.
+    pub time: Option<Duration>,
+    /// Time between them.
+    pub interval: Option<Duration>,
+}
+
+/// `trafficPolicy`. Absent blocks are the defaults.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct TrafficPolicy {
-    /// Host choice.
-    pub algorithm: Option<Algorithm>,
-    /// Locality setting; it replaces the mesh's.
-    pub locality: Option<LocalitySetting>,
+    /// How endpoints are chosen.
+    pub balancer: Option<LoadBalancer>,
     /// Outlier detection.
     pub outlier: Option<OutlierDetection>,
-    /// `connectionPool.tcp.connectTimeout`.
-    pub connect_timeout: Option<Duration>,
+    /// Limits on connections.
+    pub pool: Option<ConnectionPool>,
     /// `portLevelSettings`: each replaces everything above for its port.
     pub ports: BTreeMap<u16, TrafficPolicy>,
 }
 
+/// `loadBalancer`
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LoadBalancer {
+    /// Host choice.
+    pub algorithm: Option<Algorithm>,
+    /// Locality setting; it replaces all others.
+    pub locality: Option<LocalitySetting>,
+    /// Warmup of new endpoints.
+    pub warmup: Option<Warmup>,
+}
+
+impl TrafficPolicy {
+    /// The locality setting.
+    pub fn locality(&self) -> Option<&LocalitySetting> {
+        self.balancer.as_ref()?.locality.as_ref()
+    }
+}
+
 /// A named part of a destination's endpoints.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Subset {
     /// The name that routes use.
     pub name: String,
     /// Labels that an endpoint must have.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// Overrides, block by block.
     pub policy: TrafficPolicy,
 }
 
 /// A DestinationRule.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct DestinationRule {
     /// Its name.
     pub name: NamespacedName,
@@ -135,16 +230,83 @@ pub struct WeightedDestination {
     pub weight: u32,
 }
 
-/// One `tcp` route.
+/// When a route counts: all of it must hold. A part that is left out always does.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Match {
+    /// The port that was dialled.
+    pub port: Option<u16>,
+    /// Ranges, one of which the address that was dialled is in.
+    pub subnets: Vec<Subnet>,
+}
+
+impl Match {
+    /// Whether a connection to this address is meant.
+    pub fn holds(&self, address: IpAddr, port: u16) -> bool {
+        self.port.is_none_or(|own| own == port)
+            && (self.subnets.is_empty() || self.subnets.iter().any(|subnet| subnet.contains(address)))
+    }
+}
+
+/// A range of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Subnet {
+    address: IpAddr,
+    prefix: u32,
+}
+
+impl Subnet {
+    /// Whether the address is in it.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        match (self.address, address.to_canonical()) {
+            (IpAddr::V4(own), IpAddr::V4(other)) => {
+                let differing = u32::from(own) ^ u32::from(other);
+                differing.checked_shr(32 - self.prefix).unwrap_or(0) == 0
+            }
+            (IpAddr::V6(own), IpAddr::V6(other)) => {
+                let differing = u128::from(own) ^ u128::from(other);
+                differing.checked_shr(128 - self.prefix).unwrap_or(0) == 0
+            }
+            _ => false,
+        }
+    }
+
+    /// The only address in it, if there is but one.
+    pub fn single(&self) -> Option<IpAddr> {
+        (self.prefix == if self.address.is_ipv4() { 32 } else { 128 }).then_some(self.address)
+    }
+}
+
+impl FromStr for Subnet {
+    type Err = String;
+
+    /// `ADDRESS[/PREFIX]`
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (address, prefix) = text.split_once('/').map_or((text, None), |(address, prefix)| (address, Some(prefix)));
+        let wrong = || format!("{text:?} is neither an address nor a range");
+        let address: IpAddr = address.parse().map_err(|_| wrong())?;
+        let longest = if address.is_ipv4() { 32 } else { 128 };
+        let prefix = prefix.map_or(Ok(longest), str::parse).map_err(|_| wrong())?;
+        if prefix > longest { Err(wrong()) } else { Ok(Self { address, prefix }) }
+    }
+}
+
+/// One route.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TcpRoute {
-    /// Ports that it is for; empty: all.
-    pub ports: Vec<u16>,
+pub struct Route {
+    /// One of them must hold; empty: always.
+    pub matches: Vec<Match>,
     /// Where to.
     pub destinations: Vec<WeightedDestination>,
 }
 
-/// A VirtualService that a node can honour: its `tcp` routes.
+impl Route {
+    /// Whether a connection to this address is meant.
+    pub fn holds(&self, address: IpAddr, port: u16) -> bool {
+        self.matches.is_empty() || self.matches.iter().any(|own| own.holds(address, port))
+    }
+}
+
+/// A VirtualService, as far as a node can honour it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VirtualService {
     /// Its name.
@@ -152,12 +314,7 @@ pub struct VirtualService {
     /// The hosts it is for, as written.
     pub hosts: Vec<String>,
     /// In order; the first that matches counts.
-    pub tcp: Vec<TcpRoute>,
-}
-
-impl TrafficPolicy {
-    /// Whether the `loadBalancer` block is there.
-    pub fn has_load_balancer(&self) -> bool {
-        self.algorithm.is_some() || self.locality.is_some()
-    }
+    pub tcp: Vec<Route>,
+    /// Those that do not look into requests; likewise.
+    pub http: Vec<Route>,
 }

@@ -1,10 +1,10 @@
 //! Services: names, addresses and ports.
 
-use std::{fmt, net::IpAddr};
+use std::{fmt, net::IpAddr, time::Duration};
 
 use serde::Serialize;
 
-use super::NamespacedName;
+use super::{Labels, NamespacedName, Workload};
 
 /// The protocols of Service ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -49,15 +49,28 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// One port of a Service.
+/// One port of a service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePort {
-    /// The name by which EndpointSlices refer to it; empty for the only port.
+    /// The name by which endpoints refer to it; empty for the only port.
     pub name: String,
     /// The port that clients dial.
     pub port: u16,
     /// Its protocol.
     pub protocol: Protocol,
+    /// Where workloads that name no port of their own listen: the port itself, if nothing else is said. (EndpointSlices have it resolved.)
+    pub target: u16,
+    /// Whether its name or `appProtocol` says that HTTP is spoken there.
+    pub http: bool,
+}
+
+/// `trafficDistribution`: whom clients of a service prefer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TrafficDistribution {
+    /// Endpoints in the client's zone.
+    PreferSameZone,
+    /// Endpoints on the client's node, or else in its zone.
+    PreferSameNode,
 }
 
 /// A Service of one cluster.
@@ -73,4 +86,59 @@ pub struct Service {
     pub node_local: bool,
     /// `publishNotReadyAddresses`: endpoints that are not ready count as ready.
     pub publish_not_ready: bool,
+    /// `trafficDistribution`
+    pub distribution: Option<TrafficDistribution>,
+    /// `sessionAffinity: ClientIP`, with its timeout.
+    pub affinity: Option<Duration>,
+    /// `selector`: labels of WorkloadEntries that serve it as well.
+    pub selector: Labels,
+}
+
+/// A ServiceEntry: a service that is described by hand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceEntry {
+    /// Its name.
+    pub name: NamespacedName,
+    /// Its host names; rules are found by the first.
+    pub hosts: Vec<String>,
+    /// The addresses that clients dial.
+    pub addresses: Vec<IpAddr>,
+    /// Its ports.
+    pub ports: Vec<ServicePort>,
+    /// Its endpoints, where they are listed.
+    pub endpoints: Vec<Workload>,
+    /// Labels of the WorkloadEntries and Pods that are its endpoints, where they are not listed.
+    pub selector: Option<Labels>,
+}
+
+/// Which service: Services and ServiceEntries have names of their own.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServiceId {
+    /// Namespace and name of the object.
+    pub name: NamespacedName,
+    /// Whether it is a ServiceEntry.
+    pub is_entry: bool,
+}
+
+impl ServiceId {
+    /// A Service.
+    pub fn service(name: NamespacedName) -> Self {
+        Self { name, is_entry: false }
+    }
+
+    /// A ServiceEntry.
+    pub fn entry(name: NamespacedName) -> Self {
+        Self { name, is_entry: true }
+    }
+
+    /// As findings name the object.
+    pub fn object(&self) -> String {
+        format!("{} {}", if self.is_entry { "ServiceEntry" } else { "Service" }, self.name)
+    }
+}
+
+impl fmt::Display for ServiceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.name.fmt(f)
+    }
 }

@@ -1,14 +1,20 @@
 //! Which endpoints a pool has.
 
-use std::{collections::BTreeSet, net::SocketAddr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use super::{
     PoolKey,
+    locality::Labelled,
     pool::{Pool, Scene},
+    service::{ServiceView, find},
 };
 use crate::{
-    model::{EndpointSlice, Finding, Locality, Protocol, Service, SliceEndpoint},
-    store::{Objects, Snapshot},
+    model::{Code, EndpointSlice, Finding, Hints, Labels, Locality, Retention, ServiceId, SliceEndpoint, Workload},
+    store::{NETWORK, Objects, Snapshot},
 };
 
 /// Whether an endpoint may be chosen, and if not, why.
@@ -47,9 +53,9 @@ pub struct Endpoint {
     /// Where it listens.
     pub address: SocketAddr,
     /// Its cluster.
-    pub cluster: String,
+    pub cluster: Arc<str>,
     /// Where it is.
-    pub locality: Locality,
+    pub locality: Arc<Locality>,
     /// 1, unless an object says otherwise.
     pub weight: u32,
     /// Whether it may be chosen.
@@ -58,124 +64,305 @@ pub struct Endpoint {
     pub priority: u32,
 }
 
+/// An endpoint that the pool does not have, and why; for `explain`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LeftOut {
+    /// The endpoint.
+    pub address: IpAddr,
+    /// Its cluster.
+    pub cluster: Arc<str>,
+    /// The rule that left it out.
+    pub why: &'static str,
+}
+
 /// What decides which endpoints belong to a pool.
 pub(super) struct Filter<'a> {
     pub(super) key: &'a PoolKey,
     /// The subset's labels.
-    pub(super) labels: Option<&'a std::collections::BTreeMap<String, String>>,
-    pub(super) cluster_local: bool,
+    pub(super) labels: Option<&'a Labels>,
+    pub(super) retention: Retention,
     /// Whether an Istio rule is in force for the service.
     pub(super) ruled: bool,
-    /// Whether panic is possible: then endpoints that are not ready stay out altogether, so that it never revives them.
-    pub(super) panic_possible: bool,
+    /// Whether endpoints that are not ready stay out altogether, and do not count as unhealthy ones.
+    pub(super) ready_only: bool,
+    /// Whether ejections count: nobody is ejected from a pool that asks for no outlier detection.
+    pub(super) ejects: bool,
 }
 
-/// The endpoints of the pool, in order of their addresses.
-pub(super) fn select(scene: &Scene<'_>, filter: &Filter<'_>) -> Vec<Endpoint> {
-    let Some((service, port)) = definition(scene, filter.key) else { return Vec::new() };
-    let mut found: Vec<(Endpoint, &SliceEndpoint)> = Vec::new();
-    let mut seen = BTreeSet::new();
-    for (cluster, objects) in &scene.snapshot.clusters {
-        let own = *cluster == scene.client.cluster;
-        if (filter.cluster_local || service.node_local) && !own {
-            continue;
+/// An endpoint with all that decides about it.
+#[derive(Clone)]
+pub(super) struct Candidate<'a> {
+    pub(super) endpoint: Endpoint,
+    ready: bool,
+    serving: bool,
+    terminating: Option<bool>,
+    hints: Option<&'a Hints>,
+    labels: Option<&'a Labels>,
+    network: &'a str,
+    node: Option<&'a str>,
+}
+
+impl Labelled for Candidate<'_> {
+    /// A label of the workload, or one of those that Istio adds to each.
+    fn label(&self, key: &str) -> &str {
+        let place = &self.endpoint.locality;
+        let own = || self.labels.and_then(|labels| labels.get(key)).map(String::as_str).unwrap_or_default();
+        match key {
+            "topology.istio.io/cluster" => &self.endpoint.cluster,
+            // Places come from the node, whatever the pod claims.
+            "topology.kubernetes.io/region" => &place.region,
+            "topology.kubernetes.io/zone" => &place.zone,
+            "topology.istio.io/subzone" => &place.subzone,
+            "kubernetes.io/hostname" => self.node.unwrap_or_default(),
+            NETWORK => Some(own()).filter(|own| !own.is_empty()).unwrap_or(self.network),
+            _ => own(),
         }
+    }
+}
+
+/// What has been found so far.
+struct Found<'a> {
+    candidates: Vec<Candidate<'a>>,
+    seen: BTreeSet<SocketAddr>,
+    left_out: Option<Vec<LeftOut>>,
+}
+
+impl Found<'_> {
+    fn leave_out(&mut self, address: IpAddr, cluster: &Arc<str>, why: &'static str) {
+        if let Some(left_out) = &mut self.left_out {
+            left_out.push(LeftOut { address, cluster: Arc::clone(cluster), why });
+        }
+    }
+}
+
+/// The endpoints of the pool, in order of their addresses; and where somebody wants to know, those that it does not have.
+pub(super) fn select<'a>(scene: &Scene<'a>, filter: &Filter<'_>) -> (Vec<Candidate<'a>>, Vec<LeftOut>) {
+    let mut found = Found { candidates: Vec::new(), seen: BTreeSet::new(), left_out: scene.explain.then(Vec::new) };
+    let Some(view) = find(scene.snapshot, &scene.client.cluster, &filter.key.service) else {
+        return Default::default();
+    };
+    let Some(port) = view.port(filter.key.port) else { return Default::default() };
+    if !view.id.is_entry {
+        slices(scene, filter, &view, &port.name, &mut found);
+    }
+    workloads(scene, filter, &view, port, &mut found);
+    by_hints(scene, filter, &view, &mut found);
+    let Found { candidates, mut left_out, .. } = found;
+    // kube-proxy: where nothing is ready, what is going away but still serves is better than nothing.
+    let is_ready = |candidate: &Candidate<'_>| candidate.ready && candidate.terminating != Some(true);
+    let last_resort =
+        !filter.ruled && !candidates.iter().any(|candidate| view.publish_not_ready || is_ready(candidate));
+    let mut chosen = Vec::with_capacity(candidates.len());
+    for mut candidate in candidates {
+        match health(filter, &view, last_resort, &candidate) {
+            Ok(health) => candidate.endpoint.health = health,
+            Err(why) => {
+                if let Some(left_out) = &mut left_out {
+                    let Endpoint { address, cluster, .. } = &candidate.endpoint;
+                    left_out.push(LeftOut { address: address.ip(), cluster: Arc::clone(cluster), why });
+                }
+                continue;
+            }
+        }
+        let address = &candidate.endpoint.address;
+        if candidate.endpoint.health.is_usable() && scene.observed.is_ejected(filter.key, address, filter.ejects) {
+            candidate.endpoint.health = EndpointHealth::Ejected;
+        }
+        chosen.push(candidate);
+    }
+    chosen.sort_by_key(|candidate| candidate.endpoint.address);
+    (chosen, left_out.unwrap_or_default())
+}
+
+/// What its conditions say of an endpoint, or why the pool does not have it.
+fn health(
+    filter: &Filter<'_>,
+    view: &ServiceView<'_>,
+    last_resort: bool,
+    candidate: &Candidate<'_>,
+) -> Result<EndpointHealth, &'static str> {
+    let ready = candidate.ready || view.publish_not_ready;
+    // Absent means "no" to Kubernetes, and to Istio "yes" for what is not ready.
+    let going = candidate.terminating.unwrap_or(filter.ruled && !ready);
+    match (ready, going) {
+        (true, _) if view.publish_not_ready => Ok(EndpointHealth::Healthy),
+        (_, true) if last_resort && candidate.serving => Ok(EndpointHealth::Draining),
+        (_, true) => Err("it is terminating"),
+        (true, false) => Ok(EndpointHealth::Healthy),
+        (false, false) if filter.ready_only => {
+            Err("it is not ready, and minHealthPercent allows panic, which shall not revive it")
+        }
+        (false, false) => Ok(EndpointHealth::Unhealthy),
+    }
+}
+
+fn slices<'a>(scene: &Scene<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, port: &str, found: &mut Found<'a>) {
+    for (cluster, objects) in &scene.snapshot.clusters {
+        let Some(slices) = objects.slices.get(&view.id.name) else { continue };
+        let own = *cluster == scene.client.cluster;
         // A cluster adds endpoints to services that it has itself.
-        if objects.services.contains_key(&service.name) {
-            for slice in objects.slices.get(&service.name).into_iter().flat_map(|slices| slices.values()) {
-                collect(scene, filter, service, port, (cluster, objects, slice), &mut seen, &mut found);
+        let outside = if !own && filter.retention == Retention::Strict {
+            Some("it is in another cluster, and clusterLocal keeps connections in the client's")
+        } else if !own && view.node_local {
+            Some("it is on another node, and internalTrafficPolicy is Local")
+        } else if !objects.services.contains_key(&view.id.name) {
+            Some("its cluster has no such Service")
+        } else {
+            None
+        };
+        let network = objects.network();
+        for slice in slices.values() {
+            let serves = slice.ports.iter().find(|own| own.name == port && own.protocol == view.protocol);
+            for endpoint in &slice.endpoints {
+                // Endpoints belong to a service port by its name, whatever the numbers are.
+                let (why, number) = match (outside, serves) {
+                    (Some(why), _) => (Some(why), 0),
+                    (None, None) => (Some("its slice has no port of that name"), 0),
+                    (None, Some(port)) => (None, port.port),
+                };
+                let candidate = Candidate {
+                    endpoint: Endpoint {
+                        address: SocketAddr::new(endpoint.address, number),
+                        cluster: Arc::clone(cluster),
+                        locality: locality_of(scene, objects, endpoint),
+                        weight: 1,
+                        health: EndpointHealth::Healthy,
+                        priority: 0,
+                    },
+                    ready: endpoint.ready,
+                    serving: endpoint.serving,
+                    terminating: endpoint.terminating,
+                    hints: endpoint.hints.as_deref(),
+                    labels: pod_labels(objects, slice, endpoint),
+                    network,
+                    node: endpoint.node.as_deref(),
+                };
+                add(scene, filter, view, candidate, why, found);
             }
         }
     }
-    let ready = |endpoint: &SliceEndpoint| endpoint.ready || service.publish_not_ready;
-    // kube-proxy: where nothing is ready, what is going away but still serves is better than nothing.
-    let last_resort = !filter.ruled && !found.iter().any(|(_, endpoint)| ready(endpoint) && !endpoint.terminating);
-    let mut endpoints: Vec<Endpoint> = found
-        .into_iter()
-        .filter_map(|(mut endpoint, conditions)| {
-            endpoint.health = match (ready(conditions), conditions.terminating) {
-                (_, true) if last_resort && conditions.serving => EndpointHealth::Draining,
-                (_, true) => return None,
-                (false, false) if filter.panic_possible => return None,
-                (false, false) => EndpointHealth::Unhealthy,
-                (true, false) => EndpointHealth::Healthy,
-            };
-            if endpoint.health.is_usable() && scene.ejections.contains(filter.key, &endpoint.address) {
-                endpoint.health = EndpointHealth::Ejected;
-            }
-            Some(endpoint)
-        })
-        .collect();
-    endpoints.sort_by_key(|endpoint| endpoint.address);
-    endpoints
 }
 
-/// The Service as the client's own cluster has it, or else any cluster, and the name of the port.
-fn definition<'a>(scene: &Scene<'a>, key: &PoolKey) -> Option<(&'a Service, &'a str)> {
+/// Endpoints that are described by hand: those of a ServiceEntry, and WorkloadEntries that it or a Service selects.
+fn workloads<'a>(
+    scene: &Scene<'a>,
+    filter: &Filter<'_>,
+    view: &ServiceView<'a>,
+    port: &crate::model::ServicePort,
+    found: &mut Found<'a>,
+) {
     let own = scene.snapshot.clusters.get(&scene.client.cluster);
-    let all = own.into_iter().chain(scene.snapshot.clusters.values());
-    let service = all.filter_map(|objects| objects.services.get(&key.service)).next()?;
-    let port = service.ports.iter().find(|port| port.port == key.port && port.protocol == Protocol::Tcp)?;
-    Some((service, &port.name))
+    let namespace = &view.id.name.namespace;
+    let selected = |workload: &Workload| {
+        view.selector
+            .is_some_and(|selector| selector.iter().all(|(key, value)| workload.labels.get(key) == Some(value)))
+    };
+    let entries =
+        [Some(&scene.snapshot.mesh), own].into_iter().flatten().flat_map(|objects| objects.workload_entries.values());
+    let entries = entries.filter(|entry| entry.name.namespace == *namespace && selected(&entry.workload));
+    let network = own.map(Objects::network).unwrap_or_default();
+    for workload in view.workloads.iter().chain(entries.map(|entry| &entry.workload)) {
+        let number = workload.ports.get(&port.name).copied().unwrap_or(port.target);
+        let candidate = Candidate {
+            endpoint: Endpoint {
+                address: SocketAddr::new(workload.address, number),
+                // Each control plane takes what is described by hand for its own.
+                cluster: Arc::clone(&scene.client.cluster),
+                locality: Arc::clone(&workload.locality),
+                weight: workload.weight,
+                health: EndpointHealth::Healthy,
+                priority: 0,
+            },
+            ready: true,
+            serving: true,
+            terminating: Some(false),
+            hints: None,
+            labels: Some(&workload.labels),
+            network: if workload.network.is_empty() { network } else { &workload.network },
+            node: None,
+        };
+        add(scene, filter, view, candidate, None, found);
+    }
 }
 
-fn collect<'a>(
+/// Adds a candidate, unless something speaks against it.
+fn add<'a>(
     scene: &Scene<'_>,
     filter: &Filter<'_>,
-    service: &Service,
-    port: &str,
-    (cluster, objects, slice): (&str, &Objects, &'a EndpointSlice),
-    seen: &mut BTreeSet<SocketAddr>,
-    found: &mut Vec<(Endpoint, &'a SliceEndpoint)>,
+    view: &ServiceView<'_>,
+    candidate: Candidate<'a>,
+    why: Option<&'static str>,
+    found: &mut Found<'a>,
 ) {
-    // Endpoints belong to a Service port by its name, whatever the numbers are.
-    let Some(slice_port) =
-        slice.ports.iter().find(|candidate| candidate.name == port && candidate.protocol == Protocol::Tcp)
-    else {
+    let Endpoint { address, cluster, .. } = &candidate.endpoint;
+    let on_node = || candidate.node.is_some() && candidate.node == scene.client.node.as_deref();
+    let has = |labels: &Labels| labels.iter().all(|(key, value)| candidate.label(key) == value);
+    let why = if !(scene.family)(&address.ip()) {
+        Some("it is of the other address family")
+    } else if why.is_some() {
+        why
+    } else if view.node_local && !on_node() {
+        Some("it is on another node, and internalTrafficPolicy is Local")
+    } else if !filter.labels.is_none_or(has) {
+        Some("it has not the labels of the subset")
+    } else {
+        None
+    };
+    match why {
+        Some(why) => found.leave_out(address.ip(), &Arc::clone(cluster), why),
+        // During a rollout of slices an endpoint may be in two of them.
+        None if found.seen.insert(*address) => found.candidates.push(candidate),
+        None => {}
+    }
+}
+
+/// Kubernetes' topology hints: if every ready endpoint has one, and one of them is for this node or zone, those of others are left out.
+/// Istio's rules and `trafficDistribution` say the same by other means.
+fn by_hints(scene: &Scene<'_>, filter: &Filter<'_>, view: &ServiceView<'_>, found: &mut Found<'_>) {
+    if filter.ruled || view.distribution.is_some() || view.node_local {
+        return;
+    }
+    let zone = &scene.client.locality.zone;
+    let node = scene.client.node.as_deref();
+    let for_node = |hints: &Hints| hints.nodes.iter().any(|name| Some(name.as_str()) == node);
+    let for_zone = |hints: &Hints| !zone.is_empty() && hints.zones.contains(zone);
+    let counts = |given: &dyn Fn(&Hints) -> bool, meant: &dyn Fn(&Hints) -> bool| {
+        let mut ready = found.candidates.iter().filter(|candidate| candidate.ready).peekable();
+        let mut any = false;
+        ready.peek().is_some()
+            && ready.all(|candidate| {
+                any |= candidate.hints.is_some_and(meant);
+                candidate.hints.is_some_and(given)
+            })
+            && any
+    };
+    let meant: &dyn Fn(&Hints) -> bool = if counts(&|hints| !hints.nodes.is_empty(), &for_node) {
+        &for_node
+    } else if counts(&|hints| !hints.zones.is_empty(), &for_zone) {
+        &for_zone
+    } else {
         return;
     };
-    for endpoint in slice.endpoints.iter().filter(|endpoint| (scene.family)(&endpoint.address)) {
-        if service.node_local && (endpoint.node.is_none() || endpoint.node != scene.client.node) {
-            continue;
-        }
-        let locality = locality_of(objects, endpoint);
-        if !filter.labels.is_none_or(|labels| has_labels(objects, endpoint, cluster, &locality, labels)) {
-            continue;
-        }
-        let address = SocketAddr::new(endpoint.address, slice_port.port);
-        // During a rollout of slices an endpoint may be in two of them.
-        if seen.insert(address) {
-            let health = EndpointHealth::Healthy;
-            found.push((
-                Endpoint { address, cluster: cluster.to_owned(), locality, weight: 1, health, priority: 0 },
-                endpoint,
-            ));
-        }
+    let others = found.candidates.extract_if(.., |candidate| candidate.ready && !candidate.hints.is_some_and(meant));
+    let others: Vec<_> = others.map(|other| (other.endpoint.address.ip(), other.endpoint.cluster)).collect();
+    for (address, cluster) in others {
+        found.leave_out(address, &cluster, "its topology hints are for clients elsewhere");
     }
 }
 
 /// Locality comes from the Node only: pods cannot make themselves look near.
-fn locality_of(objects: &Objects, endpoint: &SliceEndpoint) -> Locality {
-    let node = endpoint.node.as_ref().and_then(|name| objects.nodes.get(name));
-    node.map_or_else(Locality::default, |node| node.locality.clone())
+fn locality_of(scene: &Scene<'_>, objects: &Objects, endpoint: &SliceEndpoint) -> Arc<Locality> {
+    let node = endpoint.node.as_deref().and_then(|name| objects.nodes.get(name));
+    node.map_or_else(|| Arc::clone(scene.nowhere), |node| Arc::clone(&node.locality))
 }
 
-/// The pod's labels, and those that Istio adds to each endpoint.
-fn has_labels(
-    objects: &Objects,
-    endpoint: &SliceEndpoint,
-    cluster: &str,
-    locality: &Locality,
-    wanted: &std::collections::BTreeMap<String, String>,
-) -> bool {
-    let pod = endpoint.pod.as_ref().and_then(|name| objects.pods.get(name));
-    wanted.iter().all(|(key, value)| match key.as_str() {
-        "topology.istio.io/cluster" => value == cluster,
-        "topology.kubernetes.io/region" => *value == locality.region,
-        "topology.kubernetes.io/zone" => *value == locality.zone,
-        "topology.istio.io/subzone" => *value == locality.subzone,
-        _ => pod.and_then(|pod| pod.labels.get(key)) == Some(value),
-    })
+fn pod_labels<'a>(objects: &'a Objects, slice: &EndpointSlice, endpoint: &SliceEndpoint) -> Option<&'a Labels> {
+    if objects.pods.is_empty() {
+        return None;
+    }
+    let pod = endpoint.pod.as_deref()?;
+    let name = crate::model::NamespacedName::new(&slice.name.namespace, pod);
+    objects.pods.get(&name).map(|pod| &pod.labels)
 }
 
 /// Why a pool has nobody to take.
@@ -183,23 +370,29 @@ pub(super) fn why_nobody(scene: &Scene<'_>, pool: &Pool) -> String {
     if !pool.endpoints.is_empty() {
         return format!("none of its {} endpoints is healthy", pool.endpoints.len());
     }
-    let Some((service, port)) = definition(scene, &pool.key) else {
-        return format!("there is no such service, or it has no TCP port {}", pool.key.port);
+    let Some(view) = find(scene.snapshot, &scene.client.cluster, &pool.key.service) else {
+        return "there is no such service".to_owned();
     };
+    let Some(port) = view.port(pool.key.port) else {
+        return format!("it has no TCP port {}", pool.key.port);
+    };
+    if view.id.is_entry {
+        return "no endpoint of it can be dialled from here".to_owned();
+    }
     let clusters = scene.snapshot.clusters.values();
     let slices: Vec<_> =
-        clusters.filter_map(|objects| objects.slices.get(&service.name)).flat_map(|slices| slices.values()).collect();
+        clusters.filter_map(|objects| objects.slices.get(&view.id.name)).flat_map(|slices| slices.values()).collect();
     let all = || slices.iter().flat_map(|slice| &slice.endpoints);
-    let serves = |slice: &EndpointSlice| slice.ports.iter().any(|candidate| candidate.name == port);
+    let serves = |slice: &EndpointSlice| slice.ports.iter().any(|candidate| candidate.name == port.name);
     if all().next().is_none() {
         "it has no endpoints".to_owned()
     } else if !slices.iter().any(|slice| serves(slice)) {
-        format!("no EndpointSlice has a TCP port named {port:?}, as this port of the Service is")
+        format!("no EndpointSlice has a TCP port named {:?}, as this port of the Service is", port.name)
     } else if !all().any(|endpoint| (scene.family)(&endpoint.address)) {
         "its endpoints are of the other address family".to_owned()
     } else if pool.key.subset.is_some() {
         "no Pod behind its endpoints has the labels of the subset".to_owned()
-    } else if pool.cluster_local {
+    } else if pool.retention == Retention::Strict {
         "it is kept in its cluster, which has no endpoint of it".to_owned()
     } else {
         "none of its endpoints is left: they are terminating, in clusters without the Service, or not on this node"
@@ -207,28 +400,33 @@ pub(super) fn why_nobody(scene: &Scene<'_>, pool: &Pool) -> String {
     }
 }
 
-/// What does not fit together: slices without a Service, endpoints on nodes that nobody knows.
-pub(super) fn check(snapshot: &Snapshot, findings: &mut Vec<Finding>) {
+/// What does not fit together in the endpoints of one service: slices without a Service, endpoints on nodes that nobody knows.
+pub(super) fn check(snapshot: &Snapshot, client: &Arc<str>, service: &ServiceId, findings: &mut Vec<Finding>) {
+    if service.is_entry {
+        return;
+    }
     for (cluster, objects) in &snapshot.clusters {
-        for (service, slices) in &objects.slices {
-            let unknown = !objects.services.contains_key(service);
-            for slice in slices.values() {
-                let object = format!("EndpointSlice {}", slice.name);
-                let source = snapshot.origin(cluster, &object).cloned().unwrap_or_default();
-                if unknown {
-                    let message = format!("cluster {cluster} has no Service {service}: these endpoints are not used");
-                    findings.push(Finding::warning(&object, message).from_source(&source));
+        let other = if cluster == client { "" } else { &**cluster };
+        let mut say = |code: Code, slice: &EndpointSlice, field: &str, message: String| {
+            let finding = Finding::new(code, format!("EndpointSlice {}", slice.name), message);
+            findings.push(finding.at(field).in_cluster(other));
+        };
+        let unknown = !objects.services.contains_key(&service.name);
+        for slice in objects.slices.get(&service.name).into_iter().flat_map(|slices| slices.values()) {
+            if unknown {
+                let message = format!("cluster {cluster} has no Service {service}: these endpoints are not used");
+                say(Code::SliceWithoutService, slice, "metadata.labels", message);
+            }
+            let mut told = BTreeSet::new();
+            for node in slice.endpoints.iter().map(|endpoint| endpoint.node.as_deref()) {
+                if node.is_some_and(|node| objects.nodes.contains_key(node)) || !told.insert(node) {
+                    continue;
                 }
-                let nodes: BTreeSet<_> = slice.endpoints.iter().map(|endpoint| endpoint.node.as_deref()).collect();
-                for node in nodes.into_iter().filter(|node| !node.is_some_and(|node| objects.nodes.contains_key(node)))
-                {
-                    let what = node.map_or("an endpoint names no node".to_owned(), |node| {
-                        format!("cluster {cluster} has no Node {node}")
-                    });
-                    let message =
-                        format!("endpoints.nodeName: {what}, so the locality is unknown and counts as far away");
-                    findings.push(Finding::warning(&object, message).from_source(&source));
-                }
+                let what = node.map_or("an endpoint names no node".to_owned(), |node| {
+                    format!("cluster {cluster} has no Node {node}")
+                });
+                let message = format!("{what}, so the locality is unknown and counts as far away");
+                say(Code::EndpointWithoutPlace, slice, "endpoints.nodeName", message);
             }
         }
     }

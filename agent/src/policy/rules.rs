@@ -2,28 +2,34 @@
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
+    net::IpAddr,
     sync::Arc,
 };
 
 use super::{Client, PoolKey};
 use crate::{
-    model::{DestinationRule, Finding, MeshConfig, NamespacedName, Service, TrafficPolicy, VirtualService},
+    model::{
+        Code, DestinationRule, Finding, MeshConfig, NamespacedName, Route, ServiceId, ServicePort, TrafficPolicy,
+        VirtualService,
+    },
     store::{Objects, Snapshot},
 };
 
 /// The rules that are in force for a client: the mesh's and its own cluster's.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct RuleBook {
     /// The mesh's settings.
     pub mesh: MeshConfig,
     destination_rules: ByHost<DestinationRule>,
     virtual_services: ByHost<VirtualService>,
     /// Every service that exists, by host name.
-    hosts: BTreeMap<String, NamespacedName>,
+    hosts: BTreeMap<String, ServiceId>,
+    /// Host names of ServiceEntries; those of Services follow from their names.
+    entries: BTreeMap<NamespacedName, String>,
 }
 
 /// Rules by the namespace that they are in and the host that they are for, a full name or one with a leading `*`.
-type ByHost<T> = BTreeMap<String, BTreeMap<String, (NamespacedName, Arc<T>)>>;
+type ByHost<T> = BTreeMap<String, BTreeMap<String, Arc<T>>>;
 
 /// Where a connection to a frontend may go.
 #[derive(Debug)]
@@ -36,6 +42,9 @@ pub struct Destination {
     pub by_rule: bool,
 }
 
+/// A route and the rule that it is in.
+type Taken<'a> = (&'a VirtualService, &'a Route);
+
 impl RuleBook {
     /// Collects the rules for the client.
     pub fn new(snapshot: &Snapshot, client: &Client, findings: &mut Vec<Finding>) -> Self {
@@ -43,38 +52,52 @@ impl RuleBook {
         let scopes: Vec<&Objects> = [Some(&snapshot.mesh), own].into_iter().flatten().collect();
         // The cluster's own settings come before those of the mesh.
         let mesh = scopes.iter().rev().find_map(|objects| objects.mesh_config.as_deref()).cloned().unwrap_or_default();
-        let mut book =
-            Self { mesh, destination_rules: ByHost::new(), virtual_services: ByHost::new(), hosts: BTreeMap::new() };
+        let mut book = Self { mesh, ..Self::default() };
         for name in snapshot.clusters.values().flat_map(|objects| objects.services.keys()) {
-            book.hosts.insert(book.host_of(name), name.clone());
+            book.hosts.insert(name.host(&book.mesh.domain), ServiceId::service(name.clone()));
+        }
+        for entry in scopes.iter().flat_map(|objects| objects.service_entries.values()) {
+            let host = &entry.hosts[0];
+            let id = ServiceId::entry(entry.name.clone());
+            match book.hosts.get(host) {
+                Some(other) if !other.is_entry => {
+                    let message =
+                        format!("{host:?} is the name of Service {other}, which counts; the entry is not used");
+                    findings.push(Finding::new(Code::ServiceWins, id.object(), message).at("spec.hosts[0]"));
+                    continue;
+                }
+                Some(_) => {}
+                None => drop(book.hosts.insert(host.clone(), id)),
+            }
+            book.entries.insert(entry.name.clone(), host.clone());
         }
         for objects in scopes {
             for rule in objects.destination_rules.values() {
                 let host = book.full_name(&rule.host, &rule.name.namespace);
                 book.check_host(&format!("DestinationRule {}", rule.name), "spec.host", &rule.name, &host, findings);
                 check_failover(rule, findings);
-                insert("DestinationRule", &mut book.destination_rules, host, &rule.name, rule, findings);
+                book.add_destination_rule(host, rule, findings);
             }
-            for rule in objects.virtual_services.values().filter(|rule| !rule.tcp.is_empty()) {
+            for rule in objects.virtual_services.values().filter(|rule| !(rule.tcp.is_empty() && rule.http.is_empty()))
+            {
                 for host in &rule.hosts {
                     let host = book.full_name(host, &rule.name.namespace);
-                    book.check_host(
-                        &format!("VirtualService {}", rule.name),
-                        "spec.hosts",
-                        &rule.name,
-                        &host,
-                        findings,
-                    );
-                    insert("VirtualService", &mut book.virtual_services, host, &rule.name, rule, findings);
+                    let object = format!("VirtualService {}", rule.name);
+                    book.check_host(&object, "spec.hosts", &rule.name, &host, findings);
+                    book.add_virtual_service(host, rule, findings);
                 }
             }
         }
         book
     }
 
-    /// The host name of a Service.
-    pub fn host_of(&self, name: &NamespacedName) -> String {
-        name.host(&self.mesh.domain)
+    /// The host name of a service; `None` for a ServiceEntry that is not used.
+    pub fn host_of(&self, service: &ServiceId) -> Option<String> {
+        if service.is_entry {
+            self.entries.get(&service.name).cloned()
+        } else {
+            Some(service.name.host(&self.mesh.domain))
+        }
     }
 
     /// A name without dots means a Service in the rule's own namespace.
@@ -94,57 +117,69 @@ impl RuleBook {
         let by_pattern = all.filter(|(name, _)| matches(host, name)).map(|(_, name)| name);
         let mut meant = exact.chain(by_pattern).peekable();
         if meant.peek().is_none() {
-            let message = format!("{field}: no Service is named {host:?}; the rule has no effect");
-            findings.push(Finding::warning(object, message));
+            let message = format!("no service is named {host:?}; the rule has no effect");
+            findings.push(Finding::new(Code::UnknownHost, object, message).at(field));
         } else if rule.namespace != self.mesh.root_namespace
-            && !meant.any(|service| service.namespace == rule.namespace)
+            && !meant.any(|service| service.name.namespace == rule.namespace)
         {
             let message = format!(
-                "{field}: {host:?} is in another namespace, whose traffic this rule may not change; put the rule there, \
-                 or into {}",
+                "{host:?} is in another namespace, whose traffic this rule may not change; put the rule there, or into {}",
                 self.mesh.root_namespace
             );
-            findings.push(Finding::error(object, message));
+            findings.push(Finding::new(Code::ForeignHost, object, message).at(field));
         }
     }
 
     /// The most specific rule for a host from a namespace that may make rules for it.
-    fn find<'a, T>(&self, rules: &'a ByHost<T>, service: &NamespacedName) -> Option<&'a Arc<T>> {
-        let host = self.host_of(service);
-        [&service.namespace, &self.mesh.root_namespace].into_iter().find_map(|namespace| {
+    fn find<'a, T>(&self, rules: &'a ByHost<T>, service: &ServiceId) -> Option<&'a Arc<T>> {
+        let host = self.host_of(service)?;
+        [&service.name.namespace, &self.mesh.root_namespace].into_iter().find_map(|namespace| {
             let rules = rules.get(namespace)?;
             // The host itself, or else the longest pattern: each shorter one is a suffix with a `*` before it.
             let exact = rules.get(&host);
             let patterns =
                 || (0..=host.len()).filter(|i| host.is_char_boundary(*i)).map(|i| format!("*{}", &host[i..]));
-            exact.or_else(|| patterns().find_map(|pattern| rules.get(&pattern))).map(|(_, rule)| rule)
+            exact.or_else(|| patterns().find_map(|pattern| rules.get(&pattern)))
         })
     }
 
     /// The DestinationRule for a service.
-    pub fn destination_rule(&self, service: &NamespacedName) -> Option<&Arc<DestinationRule>> {
+    pub fn destination_rule(&self, service: &ServiceId) -> Option<&Arc<DestinationRule>> {
         self.find(&self.destination_rules, service)
     }
 
-    /// Where connections to a port of a service go: by its `tcp` route, or to itself.
-    pub fn destinations(&self, service: &Service, port: u16, findings: &mut Vec<Finding>) -> Vec<Destination> {
-        let rule = self.find(&self.virtual_services, &service.name);
-        let route =
-            rule.and_then(|rule| rule.tcp.iter().find(|route| route.ports.is_empty() || route.ports.contains(&port)));
-        let (Some(rule), Some(route)) = (rule, route) else {
-            let key = PoolKey { service: service.name.clone(), port, subset: None };
+    /// The route that a connection to this address of a service takes.
+    pub fn route(&self, service: &ServiceId, port: &ServicePort, address: IpAddr) -> Option<Taken<'_>> {
+        let rule = self.find(&self.virtual_services, service)?;
+        // What a port speaks decides which routes are for it; where it does not say, those for connections come first.
+        let lists = if port.http { [&rule.http, &rule.tcp] } else { [&rule.tcp, &rule.http] };
+        let route = lists.into_iter().flatten().find(|route| route.holds(address, port.port))?;
+        Some((rule, route))
+    }
+
+    /// Where connections to a port of a service go: by this route, or to the service itself.
+    pub fn destinations(
+        &self,
+        service: &ServiceId,
+        port: u16,
+        route: Option<Taken<'_>>,
+        findings: &mut Vec<Finding>,
+    ) -> Vec<Destination> {
+        let Some((rule, route)) = route else {
+            let key = PoolKey { service: service.clone(), port, subset: None };
             return vec![Destination { weight: 1, key, by_rule: false }];
         };
         let mut destinations = Vec::new();
         for destination in route.destinations.iter().filter(|destination| destination.weight > 0) {
             let host = self.full_name(&destination.host, &rule.name.namespace);
-            let name = self.hosts.get(&host).cloned().unwrap_or_else(|| {
-                let message = format!("tcp.route.destination.host: no Service is named {host:?}; its share is refused");
-                findings.push(Finding::error(format!("VirtualService {}", rule.name), message));
-                NamespacedName::new(&rule.name.namespace, &destination.host)
+            let id = self.hosts.get(&host).cloned().unwrap_or_else(|| {
+                let message = format!("no service is named {host:?}; its share is refused");
+                let finding = Finding::new(Code::UnknownDestination, format!("VirtualService {}", rule.name), message);
+                findings.push(finding.at("route.destination.host"));
+                ServiceId::service(NamespacedName::new(&rule.name.namespace, &destination.host))
             });
             let key =
-                PoolKey { service: name, port: destination.port.unwrap_or(port), subset: destination.subset.clone() };
+                PoolKey { service: id, port: destination.port.unwrap_or(port), subset: destination.subset.clone() };
             destinations.push(Destination { weight: destination.weight, key, by_rule: true });
         }
         destinations
@@ -157,38 +192,64 @@ impl RuleBook {
         let subset = rule.subsets.iter().find(|subset| Some(&subset.name) == key.subset.as_ref());
         let Some(own) = subset.map(|subset| &subset.policy) else { return base };
         for_port(own).unwrap_or_else(|| TrafficPolicy {
-            // `loadBalancer` is one block: both fields come from the same one.
-            algorithm: if own.has_load_balancer() { own.algorithm } else { base.algorithm },
-            locality: if own.has_load_balancer() { own.locality.clone() } else { base.locality },
+            balancer: own.balancer.clone().or(base.balancer),
             outlier: own.outlier.clone().or(base.outlier),
-            connect_timeout: own.connect_timeout.or(base.connect_timeout),
+            pool: own.pool.clone().or(base.pool),
             ports: BTreeMap::new(),
         })
+    }
+
+    /// Adds a rule. Of several for one host in one namespace, the first one's policy counts, and the subsets of all (Istio
+    /// `mergeDestinationRule`).
+    fn add_destination_rule(&mut self, host: String, rule: &Arc<DestinationRule>, findings: &mut Vec<Finding>) {
+        match self.destination_rules.entry(rule.name.namespace.clone()).or_default().entry(host) {
+            Entry::Vacant(place) => drop(place.insert(Arc::clone(rule))),
+            Entry::Occupied(mut place) => {
+                let host = place.key().clone();
+                let merged = Arc::make_mut(place.get_mut());
+                let mut lost = Vec::new();
+                if merged.policy == TrafficPolicy::default() {
+                    merged.policy = rule.policy.clone();
+                } else if rule.policy != TrafficPolicy::default() {
+                    lost.push("spec.trafficPolicy".to_owned());
+                }
+                for (i, subset) in rule.subsets.iter().enumerate() {
+                    if merged.subsets.iter().any(|other| other.name == subset.name) {
+                        lost.push(format!("spec.subsets[{i}]"));
+                    } else {
+                        merged.subsets.push(subset.clone());
+                    }
+                }
+                for field in lost {
+                    let message = format!(
+                        "{host:?} has a rule already, DestinationRule {}, which counts; make one of them",
+                        merged.name
+                    );
+                    let finding = Finding::new(Code::SecondRule, format!("DestinationRule {}", rule.name), message);
+                    findings.push(finding.at(field));
+                }
+            }
+        }
+    }
+
+    /// Adds a rule, unless its namespace has another one for the same host.
+    fn add_virtual_service(&mut self, host: String, rule: &Arc<VirtualService>, findings: &mut Vec<Finding>) {
+        match self.virtual_services.entry(rule.name.namespace.clone()).or_default().entry(host) {
+            Entry::Vacant(place) => drop(place.insert(Arc::clone(rule))),
+            Entry::Occupied(place) => {
+                let (host, other) = (place.key(), &place.get().name);
+                let message =
+                    format!("{host:?} has a rule already, VirtualService {other}, which counts; make one of them");
+                let finding = Finding::new(Code::SecondRule, format!("VirtualService {}", rule.name), message);
+                findings.push(finding.at("spec.hosts"));
+            }
+        }
     }
 }
 
 /// Whether a rule's host (full, or with a leading `*`) means this host.
 fn matches(rule: &str, host: &str) -> bool {
     rule == host || rule.strip_prefix('*').is_some_and(|suffix| host.ends_with(suffix))
-}
-
-/// Adds a rule, unless its namespace has another one for the same host.
-fn insert<T>(
-    kind: &str,
-    rules: &mut ByHost<T>,
-    host: String,
-    name: &NamespacedName,
-    rule: &Arc<T>,
-    findings: &mut Vec<Finding>,
-) {
-    match rules.entry(name.namespace.clone()).or_default().entry(host) {
-        Entry::Vacant(place) => drop(place.insert((name.clone(), Arc::clone(rule)))),
-        Entry::Occupied(place) => {
-            let (host, (other, _)) = (place.key(), place.get());
-            let message = format!("{host:?} has a rule already, {kind} {other}, which counts; make one of them");
-            findings.push(Finding::warning(format!("{kind} {name}"), message));
-        }
-    }
 }
 
 /// Failover rules do nothing while nothing is ever ejected.
@@ -198,10 +259,15 @@ fn check_failover(rule: &DestinationRule, findings: &mut Vec<Finding>) {
     // A port's settings replace everything: they inherit no block.
     let of_ports = policies().flat_map(|policy| policy.ports.values()).map(|policy| (policy, policy.outlier.is_some()));
     for (policy, ejects) in own.chain(of_ports) {
-        let explicit = policy.locality.as_ref().is_some_and(|locality| !locality.failover.is_empty());
-        if explicit && !ejects {
-            let message = "localityLbSetting.failover has no effect without outlierDetection beside it; add that block";
-            findings.push(Finding::warning(format!("DestinationRule {}", rule.name), message));
+        let Some(locality) = policy.locality().filter(|locality| !locality.distribute_with_failover) else { continue };
+        let fields = [
+            ("failover", !locality.failover.is_empty()),
+            ("failoverPriority", !locality.failover_priority.is_empty() && locality.distribute.is_empty()),
+        ];
+        for (field, _) in fields.iter().filter(|(_, set)| *set && !ejects) {
+            let message = "has no effect without outlierDetection beside it; add that block";
+            let finding = Finding::new(Code::NeedsOutlierDetection, format!("DestinationRule {}", rule.name), message);
+            findings.push(finding.at(format!("localityLbSetting.{field}")));
         }
     }
 }

@@ -1,60 +1,76 @@
 //! Readers of the kinds of Kubernetes itself.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
-use k8s_openapi::api::{
-    core::v1::{Node as ApiNode, Service as ApiService},
-    discovery::v1::{Endpoint as ApiEndpoint, EndpointSlice as ApiSlice},
+use k8s_openapi::{
+    api::{
+        core::v1::{Node as ApiNode, Service as ApiService, ServicePort as ApiPort, ServiceSpec},
+        discovery::v1::{Endpoint as ApiEndpoint, EndpointSlice as ApiSlice},
+    },
+    apimachinery::pkg::util::intstr::IntOrString,
 };
 use serde_json::Value;
 
-use super::read::{Context, Reader};
+use super::read::{Context, Invalid, Reader, invalid};
 use crate::model::{
-    EndpointSlice, Locality, NamespacedName, Node, Pod, Protocol, Service, ServicePort, SliceEndpoint, SlicePort,
+    Code, EndpointSlice, Hints, Labels, Locality, Namespace, NamespacedName, Node, Pod, Protocol, Service, ServicePort,
+    SliceEndpoint, SlicePort, TrafficDistribution,
 };
 
 const SERVICE_OF_SLICE: &str = "kubernetes.io/service-name";
 const REGION: &str = "topology.kubernetes.io/region";
 const ZONE: &str = "topology.kubernetes.io/zone";
 const SUBZONE: &str = "topology.istio.io/subzone";
+/// Istio's form of `trafficDistribution`, from before Kubernetes had it.
+const DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
+/// Kubernetes' default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
+const AFFINITY: u64 = 10_800;
 
-pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<Service>, String> {
-    let spec = context.typed::<ApiService>("", value)?.spec.unwrap_or_default();
+pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<Service>, Invalid> {
+    let service = context.typed::<ApiService>("", value)?;
+    let spec = service.spec.unwrap_or_default();
     if spec.type_.as_deref() == Some("ExternalName") {
-        context
-            .warning("spec.type ExternalName is a name in DNS, which has no endpoints to choose from: it is not used");
+        let message = "ExternalName is a name in DNS, which has no endpoints to choose from: it is not used";
+        context.finding(Code::NotHonoured, "spec.type", message);
         return Ok(None);
     }
     let mut ports = Vec::new();
     for (i, port) in spec.ports.iter().flatten().enumerate() {
-        let at = format!("spec.ports[{i}]");
-        let protocol = Protocol::parse(port.protocol.as_deref()).map_err(|message| format!("{at}.{message}"))?;
-        let number = port_number(port.port).ok_or_else(|| format!("{at}.port: {} is no port", port.port))?;
-        ports.push(ServicePort { name: port.name.clone().unwrap_or_default(), port: number, protocol });
+        ports.push(service_port(&format!("spec.ports[{i}]"), port)?);
     }
     // A headless Service may do without: nothing of it is dialled anyway.
     if ports.is_empty() && spec.cluster_ip.as_deref() != Some("None") {
-        return Err("spec.ports is empty: nothing can be dialled; give it a port".to_owned());
+        return Err(invalid("spec.ports", "is empty: nothing can be dialled; give it a port"));
     }
-    let mut addresses = Vec::new();
-    let plural = spec.cluster_ips.unwrap_or_default();
-    let singular = if plural.is_empty() { spec.cluster_ip.into_iter().collect() } else { Vec::new() };
-    for text in plural.into_iter().chain(singular).filter(|text| !text.is_empty() && text != "None") {
-        let address = text.parse::<IpAddr>().map_err(|_| format!("spec.clusterIPs: {text:?} is no address"))?;
-        match forbidden(context.reader, address) {
-            None => addresses.push(address.to_canonical()),
-            Some(range) => context.error(format!("spec.clusterIPs: {address} is {range}: refused")),
-        }
-    }
+    let addresses = addresses(context, &spec)?;
     if spec.external_ips.is_some_and(|list| !list.is_empty()) {
-        context.warning("spec.externalIPs is ignored: whoever may write a Service must not take any address");
+        let message = "is ignored: whoever may write a Service must not take any address";
+        context.finding(Code::ExternalAddresses, "spec.externalIPs", message);
     }
-    let not_yet = [
-        (spec.session_affinity.as_deref() == Some("ClientIP"), "spec.sessionAffinity"),
-        (spec.traffic_distribution.is_some(), "spec.trafficDistribution"),
-    ];
-    for (_, field) in not_yet.iter().filter(|(set, _)| *set) {
-        context.warning(format!("{field} is not honoured yet"));
+    let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
+        let config = spec.session_affinity_config.and_then(|config| config.client_ip?.timeout_seconds);
+        Duration::from_secs(config.and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or(AFFINITY))
+    });
+    if affinity.is_some() {
+        context.finding(Code::NotHonoured, "spec.sessionAffinity", "is read, and not honoured yet");
+    }
+    let annotated = service.metadata.annotations.unwrap_or_default().remove(DISTRIBUTION);
+    let annotation = format!("metadata.annotations[\"{DISTRIBUTION}\"]");
+    let fields = [("spec.trafficDistribution", spec.traffic_distribution), (annotation.as_str(), annotated)];
+    let mut distribution = None;
+    for (field, text) in fields {
+        let Some(text) = text else { continue };
+        distribution = distribution.or(match text.as_str() {
+            "PreferClose" | "PreferSameZone" => Some(TrafficDistribution::PreferSameZone),
+            "PreferSameNode" => Some(TrafficDistribution::PreferSameNode),
+            "Any" => None,
+            _ => {
+                let message =
+                    format!("{text:?} is none of PreferSameZone, PreferClose, PreferSameNode: it has no effect");
+                context.finding(Code::InvalidPart, field, message);
+                None
+            }
+        });
     }
     Ok(Some(Service {
         name: context.name.clone(),
@@ -62,101 +78,153 @@ pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<
         ports,
         node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or_default(),
+        distribution,
+        affinity,
+        selector: spec.selector.unwrap_or_default(),
     }))
 }
 
-pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<Option<EndpointSlice>, String> {
+fn service_port(at: &str, port: &ApiPort) -> Result<ServicePort, Invalid> {
+    let protocol =
+        Protocol::parse(port.protocol.as_deref()).map_err(|message| invalid(format!("{at}.protocol"), message))?;
+    let number =
+        port_number(port.port).ok_or_else(|| invalid(format!("{at}.port"), format!("{} is no port", port.port)))?;
+    let name = port.name.clone().unwrap_or_default();
+    let target = match &port.target_port {
+        Some(IntOrString::Int(target)) => port_number(*target).unwrap_or(number),
+        _ => number,
+    };
+    // Istio's protocol selection: `appProtocol`, or else the name up to its first dash.
+    let spoken = port.app_protocol.as_deref().unwrap_or(name.split('-').next().unwrap_or_default());
+    let http = matches!(spoken.to_ascii_lowercase().as_str(), "http" | "http2" | "grpc" | "kubernetes.io/h2c");
+    Ok(ServicePort { name, port: number, protocol, target, http })
+}
+
+fn addresses(context: &mut Context<'_>, spec: &ServiceSpec) -> Result<Vec<IpAddr>, Invalid> {
+    let plural = spec.cluster_ips.as_deref().unwrap_or_default();
+    let singular = if plural.is_empty() { spec.cluster_ip.as_slice() } else { &[] };
+    let mut addresses = Vec::new();
+    for text in plural.iter().chain(singular).filter(|text| !text.is_empty() && *text != "None") {
+        let address =
+            text.parse::<IpAddr>().map_err(|_| invalid("spec.clusterIPs", format!("{text:?} is no address")))?;
+        match forbidden(context.reader, address) {
+            None => addresses.push(address.to_canonical()),
+            Some(range) => {
+                context.finding(Code::ForbiddenAddress, "spec.clusterIPs", format!("{address} is {range}: refused"));
+            }
+        }
+    }
+    Ok(addresses)
+}
+
+pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<Option<EndpointSlice>, Invalid> {
     let slice = context.typed::<ApiSlice>("", value)?;
     if slice.address_type == "FQDN" {
-        context.warning("addressType FQDN: names cannot be dialled in the kernel; it is not used");
+        let message = "FQDN: names cannot be dialled in the kernel; it is not used";
+        context.finding(Code::NotHonoured, "addressType", message);
         return Ok(None);
     }
     let service = slice.metadata.labels.unwrap_or_default().remove(SERVICE_OF_SLICE);
     let Some(service) = service else {
-        context.warning(format!(
-            "metadata.labels: {SERVICE_OF_SLICE} is missing: no Service claims it, so it is not used"
-        ));
+        let message = format!("{SERVICE_OF_SLICE} is missing: no Service claims it, so it is not used");
+        context.finding(Code::SliceWithoutService, "metadata.labels", message);
         return Ok(None);
     };
     let mut ports = Vec::new();
     for (i, port) in slice.ports.iter().flatten().enumerate() {
         let Some(number) = port.port else {
-            context.warning(format!("ports[{i}].port is empty: \"all ports\" is not honoured"));
+            context.finding(Code::NotHonoured, format!("ports[{i}].port"), "is empty: \"all ports\" is not honoured");
             continue;
         };
+        let protocol = Protocol::parse(port.protocol.as_deref());
         ports.push(SlicePort {
             name: port.name.clone().unwrap_or_default(),
-            port: port_number(number).ok_or_else(|| format!("ports[{i}].port: {number} is no port"))?,
-            protocol: Protocol::parse(port.protocol.as_deref()).map_err(|message| format!("ports[{i}].{message}"))?,
+            port: port_number(number)
+                .ok_or_else(|| invalid(format!("ports[{i}].port"), format!("{number} is no port")))?,
+            protocol: protocol.map_err(|message| invalid(format!("ports[{i}].protocol"), message))?,
         });
     }
-    if slice.endpoints.iter().any(|endpoint| endpoint.hints.is_some()) {
-        context.warning("endpoints.hints are not honoured yet");
-    }
-    let namespace = context.name.namespace.clone();
-    let mut endpoints = Vec::new();
+    let mut endpoints = Vec::with_capacity(slice.endpoints.len());
     for (i, endpoint) in slice.endpoints.into_iter().enumerate() {
-        match slice_endpoint(context.reader, &namespace, &slice.address_type, endpoint) {
-            Ok(endpoint) => endpoints.push(endpoint),
-            Err(message) => context.error(format!("endpoints[{i}].{message}")),
-        }
+        let at = format!("endpoints[{i}]");
+        endpoints.extend(slice_endpoint(context, &at, &slice.address_type, endpoint));
     }
     Ok(Some(EndpointSlice {
         name: context.name.clone(),
-        service: NamespacedName::new(namespace, service),
+        service: NamespacedName::new(&context.name.namespace, service),
         ports,
         endpoints,
     }))
 }
 
-fn slice_endpoint(
-    reader: Reader,
-    namespace: &str,
-    family: &str,
-    endpoint: ApiEndpoint,
-) -> Result<SliceEndpoint, String> {
+/// `None`: it cannot be used, which is a finding.
+fn slice_endpoint(context: &mut Context<'_>, at: &str, family: &str, endpoint: ApiEndpoint) -> Option<SliceEndpoint> {
+    let field = || format!("{at}.addresses[0]");
     // Kubernetes: the addresses are interchangeable, and consumers use the first.
-    let text = endpoint.addresses.first().ok_or("addresses is empty")?;
-    let address: IpAddr = text.parse().map_err(|_| format!("addresses[0]: {text:?} is no address"))?;
+    let text = endpoint.addresses.first().map(String::as_str).unwrap_or_default();
+    let Ok(address) = text.parse::<IpAddr>() else {
+        context.finding(Code::InvalidPart, field(), format!("{text:?} is no address"));
+        return None;
+    };
     if address.is_ipv4() != (family == "IPv4") {
-        return Err(format!("addresses[0]: {address} does not go with addressType {family}"));
+        let message = format!("{address} does not go with addressType {family}");
+        context.finding(Code::InvalidPart, field(), message);
+        return None;
     }
-    if let Some(range) = forbidden(reader, address) {
-        return Err(format!("addresses[0]: {address} is {range}: refused"));
+    if let Some(range) = forbidden(context.reader, address) {
+        context.finding(Code::ForbiddenAddress, field(), format!("{address} is {range}: refused"));
+        return None;
     }
     let conditions = endpoint.conditions.unwrap_or_default();
     let ready = conditions.ready.unwrap_or(true);
-    let pod = endpoint.target_ref.filter(|target| target.kind.as_deref() == Some("Pod"));
-    Ok(SliceEndpoint {
+    let mut pod = endpoint.target_ref.filter(|target| target.kind.as_deref() == Some("Pod"));
+    let elsewhere = |namespace: &String| *namespace != context.name.namespace;
+    if let Some(namespace) = pod.as_ref().and_then(|pod| pod.namespace.clone()).filter(elsewhere) {
+        let message =
+            format!("{namespace} is another namespace, whose pods' labels are not for this object: it has no labels");
+        context.finding(Code::InvalidPart, format!("{at}.targetRef.namespace"), message);
+        pod = None;
+    }
+    let hints = endpoint.hints.map(|hints| {
+        Box::new(Hints {
+            nodes: hints.for_nodes.unwrap_or_default().into_iter().map(|node| node.name).collect(),
+            zones: hints.for_zones.unwrap_or_default().into_iter().map(|zone| zone.name).collect(),
+        })
+    });
+    Some(SliceEndpoint {
         address: address.to_canonical(),
         ready,
         serving: conditions.serving.unwrap_or(ready),
-        terminating: conditions.terminating.unwrap_or(false),
-        node: endpoint.node_name,
-        pod: pod.map(|target| {
-            NamespacedName::new(
-                target.namespace.unwrap_or_else(|| namespace.to_owned()),
-                target.name.unwrap_or_default(),
-            )
-        }),
+        terminating: conditions.terminating,
+        node: endpoint.node_name.map(String::into_boxed_str),
+        pod: pod.and_then(|pod| pod.name).map(String::into_boxed_str),
+        hints,
     })
 }
 
-pub(super) fn node(context: &mut Context<'_>, value: Value) -> Result<Node, String> {
-    let mut labels = context.typed::<ApiNode>("", value)?.metadata.labels.unwrap_or_default();
-    let mut label = |key: &str| labels.remove(key).unwrap_or_default();
+pub(super) fn node(context: &mut Context<'_>, value: Value) -> Result<Node, Invalid> {
+    let labels: Labels = context.typed::<ApiNode>("", value)?.metadata.labels.unwrap_or_default();
+    let label = |key: &str| labels.get(key).cloned().unwrap_or_default();
     let locality = Locality { region: label(REGION), zone: label(ZONE), subzone: label(SUBZONE) };
     if locality.region.is_empty() {
-        context.warning(format!("metadata.labels: {REGION} is missing: what runs here has no region"));
+        let message = format!("{REGION} is missing: what runs here has no region");
+        context.finding(Code::NoRegion, "metadata.labels", message);
     }
-    Ok(Node { name: context.name.name.clone(), locality })
+    Ok(Node { name: context.name.name.clone(), locality: Arc::new(locality), labels })
 }
 
-pub(super) fn pod(context: &mut Context<'_>, value: Value) -> Result<Pod, String> {
-    // Only the labels matter, and a Pod is a large object: the rest is not even looked at.
+pub(super) fn pod(context: &mut Context<'_>, value: Value) -> Result<Pod, Invalid> {
+    Ok(Pod { name: context.name.clone(), labels: labels(context, &value)? })
+}
+
+pub(super) fn namespace(context: &mut Context<'_>, value: Value) -> Result<Namespace, Invalid> {
+    Ok(Namespace { name: context.name.name.clone(), labels: labels(context, &value)? })
+}
+
+/// Where only the labels matter, the rest of a large object is not even looked at.
+fn labels(context: &Context<'_>, value: &Value) -> Result<Labels, Invalid> {
     let labels = value.pointer("/metadata/labels").cloned().unwrap_or_default();
-    let labels = context.typed::<Option<_>>("metadata.labels", labels)?.unwrap_or_default();
-    Ok(Pod { name: context.name.clone(), labels })
+    Ok(context.typed::<Option<_>>("metadata.labels", labels)?.unwrap_or_default())
 }
 
 fn port_number(port: i32) -> Option<u16> {
@@ -165,7 +233,7 @@ fn port_number(port: i32) -> Option<u16> {
 
 /// The range that an address lies in, if nothing may be sent there: a Service must not become a way to the
 /// node's own services or to the metadata service of a cloud. v4-mapped forms are IPv4.
-fn forbidden(reader: Reader, address: IpAddr) -> Option<&'static str> {
+pub(super) fn forbidden(reader: Reader, address: IpAddr) -> Option<&'static str> {
     let address = address.to_canonical();
     let link_local = match address {
         IpAddr::V4(v4) => v4.is_link_local(),

@@ -1,5 +1,6 @@
 //! From text to documents: YAML, several in one file, Lists taken apart.
 
+use granit_parser::{Event, Parser, Span};
 use serde_json::Value;
 
 /// Texts of the documents in a file, with the line that each begins on (from 1). They are split before they are
@@ -23,27 +24,159 @@ pub(super) fn split(text: &str) -> Vec<(usize, String)> {
     documents
 }
 
-/// Parses one document. The message of an error gives line and column inside the file.
-pub(super) fn parse(first_line: usize, text: &str) -> Result<Value, String> {
-    serde_saphyr::from_str::<Value>(text).map_err(|error| match error.location() {
-        Some(at) => {
-            let message = error.without_snippet().to_string();
-            let message = message.split(" at line ").next().unwrap_or_default().to_owned();
-            format!("line {}, column {}: {message}", first_line as u64 + at.line() - 1, at.column())
-        }
-        None => error.without_snippet().to_string(),
+/// Nodes in one document at the most: some 300,000 lines, or all pods of a large cluster in one List.
+const MAX_NODES: usize = 2_000_000;
+/// Nodes that aliases may stand for, in one document.
+const MAX_FROM_ALIASES: usize = 50_000;
+
+/// What is wrong with a document, and where in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct SyntaxError {
+    pub(super) message: String,
+    /// Line and column, from 1.
+    pub(super) at: Option<(usize, usize)>,
+}
+
+/// Parses one document that begins on this line of its file. Time and memory are bounded, whatever the text.
+pub(super) fn parse(first_line: usize, text: &str) -> Result<Value, SyntaxError> {
+    let options = serde_saphyr::options! {
+        budget: serde_saphyr::budget! { max_nodes: MAX_NODES, max_events: 4 * MAX_NODES },
+        alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: MAX_FROM_ALIASES },
+    };
+    serde_saphyr::from_str_with_options::<Value>(text, options).map_err(|error| {
+        let message = error.without_snippet().to_string();
+        let message = message.split(" at line ").next().unwrap_or_default().to_owned();
+        let at = error.location().map(|at| (first_line + at.line() as usize - 1, at.column() as usize));
+        SyntaxError { message, at }
     })
 }
 
-/// The objects of a document: itself, or the items of a `List`.
-pub(super) fn flatten(value: Value) -> Vec<Value> {
+/// Where in the text of a document a field is: line and column, from 1, of the deepest part of its path that is there.
+pub(super) fn locate(text: &str, path: &str) -> Option<(usize, usize)> {
+    let path = segments(path);
+    let mut events = Parser::new_from_str(text)
+        .map_while(Result::ok)
+        .filter(|(event, _)| event.is_node() || matches!(event, Event::MappingEnd | Event::SequenceEnd));
+    let mut found = None;
+    seek(&mut events, &path, &mut found);
+    found
+}
+
+/// `spec.to["a/b"][0]` → `spec`, `to`, `a/b`, `0`.
+fn segments(path: &str) -> Vec<String> {
+    let mut segments = vec![String::new()];
+    let mut quoted = false;
+    for c in path.chars() {
+        let fresh = match c {
+            '"' => {
+                quoted = !quoted;
+                continue;
+            }
+            ']' if !quoted => continue,
+            '.' | '[' if !quoted => true,
+            _ => false,
+        };
+        match segments.last_mut() {
+            Some(last) if !fresh => last.push(c),
+            _ => segments.push(String::new()),
+        }
+    }
+    segments.retain(|segment| !segment.is_empty());
+    segments
+}
+
+type Spanned<'a> = (Event<'a>, Span);
+
+/// Takes one node from the events, and notes how far the path leads into it.
+fn seek<'a>(
+    events: &mut dyn Iterator<Item = Spanned<'a>>,
+    path: &[String],
+    found: &mut Option<(usize, usize)>,
+) -> Option<()> {
+    let place = |span: &Span| Some((span.start.line(), span.start.col() + 1));
+    let (event, _) = events.next()?;
+    let wanted = path.split_first();
+    match event {
+        Event::MappingStart(..) => loop {
+            let (key, at) = events.next()?;
+            if matches!(key, Event::MappingEnd) {
+                return Some(());
+            }
+            let Some((key, _)) = key.scalar() else {
+                skip_rest(events, &key)?;
+                skip(events)?;
+                continue;
+            };
+            match wanted {
+                Some((first, rest)) if first == key => {
+                    *found = place(&at);
+                    seek(events, rest, found)?;
+                    return None;
+                }
+                _ => skip(events)?,
+            }
+        },
+        Event::SequenceStart(..) => {
+            for index in 0.. {
+                let next = events.next()?;
+                if matches!(next.0, Event::SequenceEnd) {
+                    break;
+                }
+                if wanted.is_some_and(|(first, _)| first.parse() == Ok(index)) {
+                    *found = place(&next.1);
+                    let rest = wanted.map_or(&[][..], |(_, rest)| rest);
+                    seek(&mut std::iter::once(next).chain(&mut *events), rest, found)?;
+                    return None;
+                }
+                skip_rest(events, &next.0)?;
+            }
+            Some(())
+        }
+        _ => Some(()),
+    }
+}
+
+/// Takes one whole node from the events.
+fn skip<'a>(events: &mut dyn Iterator<Item = Spanned<'a>>) -> Option<()> {
+    let (event, _) = events.next()?;
+    skip_rest(events, &event)
+}
+
+/// Takes what is left of a node of which this is the first event.
+fn skip_rest<'a>(events: &mut dyn Iterator<Item = Spanned<'a>>, first: &Event<'a>) -> Option<()> {
+    let opens = |event: &Event<'_>| matches!(event, Event::MappingStart(..) | Event::SequenceStart(..));
+    let mut depth = usize::from(opens(first));
+    while depth > 0 {
+        let (event, _) = events.next()?;
+        match event {
+            Event::MappingEnd | Event::SequenceEnd => depth -= 1,
+            event if opens(&event) => depth += 1,
+            _ => {}
+        }
+    }
+    Some(())
+}
+
+/// The objects of a document, each with its path in it: itself, or the items of a `List`.
+pub(super) fn flatten(value: Value) -> Vec<(String, Value)> {
+    let mut objects = Vec::new();
+    flatten_into(String::new(), value, &mut objects);
+    objects
+}
+
+fn flatten_into(at: String, value: Value, objects: &mut Vec<(String, Value)>) {
     let is_list = value.get("kind").and_then(Value::as_str).is_some_and(|kind| kind.ends_with("List"));
     match value {
-        Value::Object(mut fields) if is_list => match fields.remove("items") {
-            Some(Value::Array(items)) => items.into_iter().flat_map(flatten).collect(),
-            _ => Vec::new(),
-        },
-        other => vec![other],
+        Value::Object(mut fields) if is_list => {
+            let items = match fields.remove("items") {
+                Some(Value::Array(items)) => items,
+                _ => Vec::new(),
+            };
+            for (i, item) in items.into_iter().enumerate() {
+                flatten_into(format!("{at}items[{i}]."), item, objects);
+            }
+        }
+        other => objects.push((at, other)),
     }
 }
 
@@ -57,8 +190,7 @@ mod tests {
         let read: Vec<_> = documents.iter().map(|(line, text)| (*line, parse(*line, text))).collect();
         assert_eq!(read.len(), 3);
         assert!(read[0].1.is_ok() && read[2].1.is_ok());
-        let message = read[1].1.clone().unwrap_err();
-        assert!(message.starts_with("line "), "{message}");
+        assert_eq!(read[1].1.as_ref().unwrap_err().at.map(|(line, _)| line), Some(3));
     }
 
     #[test]
@@ -72,7 +204,7 @@ mod tests {
     fn lists_are_taken_apart() {
         let list =
             parse(1, "kind: List\nitems:\n- kind: ServiceList\n  items: [{kind: Service}]\n- kind: Node\n").unwrap();
-        let kinds: Vec<_> = flatten(list).iter().map(|v| v["kind"].as_str().unwrap().to_owned()).collect();
+        let kinds: Vec<_> = flatten(list).iter().map(|(_, v)| v["kind"].as_str().unwrap().to_owned()).collect();
         assert_eq!(kinds, ["Service", "Node"]);
     }
 
@@ -84,5 +216,30 @@ mod tests {
             text += &format!("a{i}: &a{i} [*a{p},*a{p},*a{p},*a{p},*a{p},*a{p},*a{p},*a{p},*a{p},*a{p}]\n");
         }
         assert!(parse(1, &text).is_err());
+    }
+
+    #[test]
+    fn fields_are_found() {
+        let text = "# a comment\nkind: X\nspec:\n  list:\n  - {a: 1}\n  - to:\n      \"r1/*\": 90\n      r2/z.2: 11\n  other: |\n    text\n";
+        for (path, place) in [
+            ("kind", (2, 1)),
+            ("spec.list[0].a", (5, 6)),
+            ("spec.list[1].to[\"r1/*\"]", (7, 7)),
+            ("spec.list[1].to[\"r2/z.2\"]", (8, 7)),
+            ("spec.list[1].nowhere.at.all", (6, 5)),
+            ("spec.other.deeper", (9, 3)),
+        ] {
+            assert_eq!(locate(text, path), Some(place), "{path}");
+        }
+        assert_eq!(locate(text, "status"), None);
+        assert_eq!(locate("a: [", "a.b"), Some((1, 1)));
+    }
+
+    #[test]
+    fn depth_is_bounded() {
+        let deep = "[".repeat(100_000);
+        assert!(parse(1, &deep).is_err());
+        let block: String = (0..2_000).map(|i| format!("{}a:\n", " ".repeat(i))).collect();
+        assert!(parse(1, &block).is_err());
     }
 }

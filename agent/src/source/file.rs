@@ -21,10 +21,12 @@ use tokio::{
 };
 
 use super::{Contents, Reader, Update, read::fingerprint, read_text};
-use crate::model::{Finding, Scope};
+use crate::model::{Code, Finding, Scope};
 
 /// Directories below a cluster's that are still looked into.
 const MAX_DEPTH: usize = 8;
+/// Files that are larger are not read.
+const MAX_BYTES: u64 = 128 << 20;
 /// Events of one change come in bursts; they are waited for this long.
 const BURST: Duration = Duration::from_millis(20);
 /// A file that is written without end does not hold up the others for longer than this.
@@ -106,11 +108,11 @@ impl Directory {
             if being_written.contains(&path) {
                 continue;
             }
-            match std::fs::read_to_string(&path) {
+            match read_file(&path) {
                 Ok(text) => read.extend(self.changed(origin, &scope, &text)),
                 Err(error) if self.seen.contains_key(&origin) => {
                     let message = format!("cannot be read: {error}. What it last said stays in force");
-                    troubles.push(Finding::error(&origin, message));
+                    troubles.push(Finding::new(Code::Unreadable, &origin, message));
                 }
                 Err(error) => drop(unread.insert(origin, format!("cannot be read: {error}"))),
             }
@@ -124,7 +126,7 @@ impl Directory {
         }
         for (origin, message) in unread {
             if self.unread.insert(origin.clone()) {
-                let findings = vec![Finding::error(&origin, message).from_source(&origin)];
+                let findings = vec![Finding::new(Code::Unreadable, &origin, message).from_source(&origin)];
                 updates.push(Update::Replace { origin, contents: Contents { findings, ..Contents::default() } });
             }
         }
@@ -139,7 +141,7 @@ impl Directory {
         for path in being_written.iter().filter(|path| is_yaml(path) && !file_name(path).starts_with('.')) {
             let origin = self.origin(path);
             if !self.seen.contains_key(&origin) && self.unread.insert(origin.clone()) {
-                let findings = vec![Finding::warning(&origin, "is being written").from_source(&origin)];
+                let findings = vec![Finding::new(Code::EmptyFile, &origin, "is being written").from_source(&origin)];
                 updates.push(Update::Replace { origin, contents: Contents { findings, ..Contents::default() } });
             }
         }
@@ -162,7 +164,7 @@ impl Directory {
             contents.whole = false;
             let message =
                 "the file is empty all of a sudden: what it held stays in force; delete the file if it shall go";
-            contents.findings.push(Finding::error(&origin, message).from_source(&origin));
+            contents.findings.push(Finding::new(Code::Emptied, &origin, message).from_source(&origin));
         }
         let holds = !contents.objects.is_empty() || (held && !contents.whole);
         self.seen.insert(origin.clone(), Seen { fingerprint: contents.fingerprint, holds });
@@ -191,6 +193,19 @@ impl Directory {
     }
 }
 
+/// A file of any other kind could be without end, and so could reading it.
+fn read_file(path: &Path) -> io::Result<String> {
+    let metadata = std::fs::metadata(path)?;
+    if !metadata.is_file() {
+        return Err(io::Error::other("it is no ordinary file"));
+    }
+    if metadata.len() > MAX_BYTES {
+        let mib = MAX_BYTES >> 20;
+        return Err(io::Error::other(format!("it is larger than {mib} MiB; make several of it")));
+    }
+    std::fs::read_to_string(path)
+}
+
 /// What a walk through the folders has found.
 #[derive(Default)]
 struct Found {
@@ -217,7 +232,7 @@ impl Found {
             match is_directory {
                 true if depth == 0 => {
                     let message = format!("is nested deeper than {MAX_DEPTH} folders: left out");
-                    self.troubles.push(Finding::error(path.display(), message));
+                    self.troubles.push(Finding::new(Code::TooLarge, path.display(), message));
                 }
                 true => self.walk(&path, scope, depth - 1),
                 false if is_yaml(&path) => {
@@ -311,7 +326,8 @@ pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Vec<Update
         (directory, seen) = scan(directory, &being_written).await?;
         let mut changes = match seen {
             Ok(changes) => changes,
-            Err(error) => vec![Update::Trouble(vec![Finding::error(
+            Err(error) => vec![Update::Trouble(vec![Finding::new(
+                Code::Unreadable,
                 root.display(),
                 format!("cannot be read: {error}. All that it last said stays in force"),
             )])],

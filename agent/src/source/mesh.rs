@@ -5,10 +5,10 @@ use serde_json::Value;
 
 use super::{
     document,
-    istio::{LocalitySpec, duration, locality_setting, nullable},
-    read::Context,
+    read::{Context, DISTRIBUTE_WITH_FAILOVER, Invalid, PREFER_CLUSTER_LOCAL, invalid},
+    spec::{LocalitySpec, locality_setting, maybe_duration, nullable},
 };
-use crate::model::{ClusterLocalRule, LocalitySetting, MeshConfig};
+use crate::model::{LocalitySetting, MeshConfig, Retention, RetentionRule};
 
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -61,31 +61,50 @@ const OF_OTHERS: [&str; 18] = [
     "trustDomainAliases",
 ];
 
-pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<MeshConfig, String> {
+pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<MeshConfig, Invalid> {
     let text = value.pointer("/data/mesh").and_then(Value::as_str).unwrap_or_default();
-    let config = document::parse(1, text).map_err(|message| format!("data.mesh: {message}"))?;
+    let config = document::parse(1, text).map_err(|error| {
+        let at =
+            error.at.map(|(line, column)| format!("line {line}, column {column} of the text: ")).unwrap_or_default();
+        invalid("data.mesh", format!("{at}{}", error.message))
+    })?;
     let spec = match config {
         Value::Null => MeshSpec::default(),
         config => context
             .honoured("data.mesh", config, |path| OF_OTHERS.contains(&path.split('.').next().unwrap_or_default()))?,
     };
     let default = MeshConfig::default();
-    let locality = spec.locality_lb_setting.map(|setting| locality_setting("data.mesh.localityLbSetting", setting));
-    let timeout = spec.connect_timeout.map(|text| duration("data.mesh.connectTimeout", &text));
-    let mut cluster_local = Vec::new();
+    let together = context.switch(&value, DISTRIBUTE_WITH_FAILOVER);
+    let locality = match spec.locality_lb_setting {
+        Some(setting) => locality_setting(context, "data.mesh.localityLbSetting", setting, together)?,
+        None => LocalitySetting::default(),
+    };
+    let mut retention = Vec::new();
     for (i, setting) in spec.service_settings.into_iter().enumerate() {
         for host in setting.hosts {
-            if host.is_empty() || host.trim_start_matches('*').contains('*') {
-                return Err(format!("data.mesh.serviceSettings[{i}].hosts: {host:?}: `*` may only lead"));
-            }
-            cluster_local.push(ClusterLocalRule { host, cluster_local: setting.settings.cluster_local });
+            check_host(&format!("data.mesh.serviceSettings[{i}].hosts"), &host)?;
+            let strict = if setting.settings.cluster_local { Retention::Strict } else { Retention::Off };
+            retention.push(RetentionRule { host, retention: strict });
         }
+    }
+    let preferred = value.pointer("/metadata/annotations").and_then(|map| map.get(PREFER_CLUSTER_LOCAL)?.as_str());
+    let preferred = preferred.into_iter().flat_map(|list| list.split(',')).map(str::trim);
+    for host in preferred.filter(|host| !host.is_empty()) {
+        check_host(&format!("metadata.annotations[\"{PREFER_CLUSTER_LOCAL}\"]"), host)?;
+        retention.push(RetentionRule { host: host.to_owned(), retention: Retention::Prefer });
     }
     Ok(MeshConfig {
         root_namespace: spec.root_namespace.unwrap_or(default.root_namespace),
         domain: default.domain,
-        locality: locality.transpose()?.unwrap_or_else(LocalitySetting::default),
-        cluster_local,
-        connect_timeout: timeout.transpose()?,
+        locality,
+        retention,
+        connect_timeout: maybe_duration("data.mesh.connectTimeout", spec.connect_timeout)?,
     })
+}
+
+fn check_host(at: &str, host: &str) -> Result<(), Invalid> {
+    if host.is_empty() || host.trim_start_matches('*').contains('*') {
+        return Err(invalid(at, format!("{host:?}: `*` may only lead")));
+    }
+    Ok(())
 }

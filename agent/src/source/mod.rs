@@ -1,11 +1,14 @@
 //! Where objects come from. A source does the I/O and sends [`Update`]s; what the objects mean is `model`'s.
 
 mod core;
+mod destination_rule;
 mod document;
+mod entry;
 pub mod file;
-mod istio;
 mod mesh;
 mod read;
+mod spec;
+mod virtual_service;
 
 use crate::model::{Finding, Object, ObjectKey};
 

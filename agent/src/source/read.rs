@@ -8,8 +8,8 @@ use std::{
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{Contents, Read, core, document, istio, mesh};
-use crate::model::{Finding, Kind, NamespacedName, Object, ObjectKey, Scope};
+use super::{Contents, Read, core, destination_rule, document, entry, mesh, virtual_service};
+use crate::model::{Code, Finding, Kind, NamespacedName, Object, ObjectKey, Position, Scope};
 
 /// How objects are read.
 #[derive(Clone, Copy, Debug, Default)]
@@ -17,6 +17,9 @@ pub struct Reader {
     /// Accept endpoints and Service addresses in loopback and link-local ranges.
     pub allow_loopback: bool,
 }
+
+/// Positions of findings that are looked up in one file; looking one up reads its document again.
+const LOCATED: usize = 100;
 
 /// Reads all objects of a file. Nothing in it can make this fail: what is wrong becomes a finding.
 pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Contents {
@@ -26,21 +29,36 @@ pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Con
     if text.is_empty() {
         // Nobody writes such a file on purpose: more likely its writer was cut off.
         contents.whole = false;
-        contents.findings.push(Finding::warning(origin, "the file is empty; delete it if nothing belongs into it"));
+        let message = "the file is empty; delete it if nothing belongs into it";
+        contents.findings.push(Finding::new(Code::EmptyFile, origin, message));
     }
+    let position = |(line, column): (usize, usize)| {
+        let text = text.lines().nth(line.checked_sub(1)?)?.chars().take(200).collect();
+        Some(Position { line, column, text })
+    };
+    let mut located = 0;
     for (line, document) in documents {
         let value = match document::parse(line, &document) {
             Ok(value) => value,
-            Err(message) => {
+            Err(error) => {
                 contents.whole = false;
-                contents
-                    .findings
-                    .push(Finding::error(origin, format!("{message}. What this file last said well stays in force")));
+                let message = format!("{}. What this file last said well stays in force", error.message);
+                let mut finding = Finding::new(Code::Syntax, origin, message);
+                finding.position = error.at.and_then(position);
+                contents.findings.push(finding);
                 continue;
             }
         };
-        for value in document::flatten(value) {
+        for (path, value) in document::flatten(value) {
+            let known = contents.findings.len();
             read_object(reader, scope, origin, value, &mut contents);
+            for finding in contents.findings[known..].iter_mut().filter(|finding| !finding.field.is_empty()) {
+                if located < LOCATED {
+                    located += 1;
+                    let at = document::locate(&document, &format!("{path}{}", finding.field));
+                    finding.position = at.and_then(|(row, column)| position((line + row - 1, column)));
+                }
+            }
         }
     }
     for finding in &mut contents.findings {
@@ -66,32 +84,29 @@ fn read_object(reader: Reader, scope: &Scope, origin: &str, value: Value, conten
     let name = NamespacedName::new(field("/metadata/namespace"), field("/metadata/name"));
     if kind.is_empty() || name.name.is_empty() {
         contents.whole = false;
-        contents
-            .findings
-            .push(Finding::error(origin, "a document without `kind` or `metadata.name` is no Kubernetes object"));
+        let message = "a document without `kind` or `metadata.name` is no Kubernetes object";
+        contents.findings.push(Finding::new(Code::NotAnObject, origin, message));
         return;
     }
     let Some(known) = known_kind(group, &kind, &name) else {
-        let object = format!("{kind} {name}");
-        let message = match kind.as_str() {
-            "ConfigMap" if name.name == "istio" => {
-                "is not in istio-system: the mesh's settings are not for others to make, so it is not used"
-            }
-            "ServiceEntry" | "WorkloadEntry" | "Endpoints" => {
-                "this kind is not honoured yet: its endpoints are not used"
-            }
-            _ => "Portolan does not use this kind",
+        let (code, message) = match kind.as_str() {
+            "ConfigMap" if name.name == "istio" => (
+                Code::Misplaced,
+                "is not in istio-system: the mesh's settings are not for others to make, so it is not used",
+            ),
+            "Endpoints" => (Code::UnusedKind, "EndpointSlices are used instead: its endpoints are not"),
+            _ => (Code::UnusedKind, "Portolan does not use this kind"),
         };
-        contents.findings.push(Finding::warning(object, message));
+        contents.findings.push(Finding::new(code, format!("{kind} {name}"), message));
         return;
     };
-    let of_a_cluster = matches!(known, Kind::Service | Kind::EndpointSlice | Kind::Node | Kind::Pod);
+    let of_a_cluster = matches!(known, Kind::Service | Kind::EndpointSlice | Kind::Node | Kind::Pod | Kind::Namespace);
     if of_a_cluster && *scope == Scope::Mesh {
         let message = "belongs to a cluster: put it into the folder of that cluster, for here it is not used";
-        contents.findings.push(Finding::error(format!("{kind} {name}"), message));
+        contents.findings.push(Finding::new(Code::Misplaced, format!("{kind} {name}"), message));
         return;
     }
-    let name = if matches!(known, Kind::Node) {
+    let name = if matches!(known, Kind::Node | Kind::Namespace) {
         NamespacedName::new("", name.name)
     } else if name.namespace.is_empty() {
         NamespacedName::new("default", name.name)
@@ -100,34 +115,65 @@ fn read_object(reader: Reader, scope: &Scope, origin: &str, value: Value, conten
     };
     let key = ObjectKey { scope: scope.clone(), kind: known, name: name.clone() };
     let mut context = Context { reader, name, object: key.to_string(), findings: &mut contents.findings };
-    let result = match known {
-        Kind::Service => {
-            core::service(&mut context, value).map(|read| read.map(|read| Object::Service(Arc::new(read))))
-        }
-        Kind::EndpointSlice => {
-            core::endpoint_slice(&mut context, value).map(|read| read.map(|read| Object::EndpointSlice(Arc::new(read))))
-        }
-        Kind::Node => core::node(&mut context, value).map(|read| Some(Object::Node(Arc::new(read)))),
-        Kind::Pod => core::pod(&mut context, value).map(|read| Some(Object::Pod(Arc::new(read)))),
-        Kind::DestinationRule => istio::destination_rule(&mut context, value)
-            .map(|read| read.map(|read| Object::DestinationRule(Arc::new(read)))),
-        Kind::VirtualService => istio::virtual_service(&mut context, value)
-            .map(|read| read.map(|read| Object::VirtualService(Arc::new(read)))),
-        Kind::MeshConfig => mesh::mesh_config(&mut context, value).map(|read| Some(Object::MeshConfig(Arc::new(read)))),
-    };
-    let object = match result {
+    let object = match object(&mut context, known, value) {
         Ok(Some(object)) => Some(object),
         // Understood, and none of Portolan's business: as if it were not there.
         Ok(None) => return,
-        Err(message) => {
-            context.error(format!("{message}. Its last good state stays in force, if there was one"));
+        Err(Invalid { field, message }) => {
+            let message = format!("{message}. Its last good state stays in force, if there was one");
+            context.finding(Code::InvalidObject, field, message);
             None
         }
     };
     if contents.objects.iter().any(|read| read.key == key) {
-        contents.findings.push(Finding::warning(&key, "is in this file twice; the last one counts"));
+        contents.findings.push(Finding::new(Code::Repeated, &key, "is in this file twice; the last one counts"));
     }
     contents.objects.push(Read { key, object });
+}
+
+fn object(context: &mut Context<'_>, kind: Kind, value: Value) -> Result<Option<Object>, Invalid> {
+    annotations(context, kind, &value);
+    Ok(match kind {
+        Kind::Service => core::service(context, value)?.map(Arc::new).map(Object::Service),
+        Kind::EndpointSlice => core::endpoint_slice(context, value)?.map(Arc::new).map(Object::EndpointSlice),
+        Kind::Node => Some(Object::Node(Arc::new(core::node(context, value)?))),
+        Kind::Pod => Some(Object::Pod(Arc::new(core::pod(context, value)?))),
+        Kind::Namespace => Some(Object::Namespace(Arc::new(core::namespace(context, value)?))),
+        Kind::ServiceEntry => entry::service_entry(context, value)?.map(Arc::new).map(Object::ServiceEntry),
+        Kind::WorkloadEntry => Some(Object::WorkloadEntry(Arc::new(entry::workload_entry(context, value)?))),
+        Kind::DestinationRule => {
+            destination_rule::destination_rule(context, value)?.map(Arc::new).map(Object::DestinationRule)
+        }
+        Kind::VirtualService => {
+            virtual_service::virtual_service(context, value)?.map(Arc::new).map(Object::VirtualService)
+        }
+        Kind::MeshConfig => Some(Object::MeshConfig(Arc::new(mesh::mesh_config(context, value)?))),
+    })
+}
+
+/// Annotations of Portolan's own, by the kind that they mean something on.
+pub(super) const DISTRIBUTE_WITH_FAILOVER: &str = "portolan.io/distribute-with-failover";
+pub(super) const ALWAYS_EJECT_ONE: &str = "portolan.io/always-eject-one";
+pub(super) const PREFER_CLUSTER_LOCAL: &str = "portolan.io/prefer-cluster-local";
+const ANNOTATIONS: [(&str, &[Kind]); 3] = [
+    (DISTRIBUTE_WITH_FAILOVER, &[Kind::DestinationRule, Kind::MeshConfig]),
+    (ALWAYS_EJECT_ONE, &[Kind::DestinationRule]),
+    (PREFER_CLUSTER_LOCAL, &[Kind::MeshConfig]),
+];
+
+/// Portolan's own annotations are not for mistyping.
+fn annotations(context: &mut Context<'_>, kind: Kind, value: &Value) {
+    let annotations = value.pointer("/metadata/annotations").and_then(Value::as_object);
+    for key in annotations.into_iter().flat_map(|map| map.keys()).filter(|key| key.starts_with("portolan.io/")) {
+        let known = ANNOTATIONS.iter().find(|(name, _)| name == key);
+        if known.is_none_or(|(_, kinds)| !kinds.contains(&kind)) {
+            let here: Vec<_> =
+                ANNOTATIONS.iter().filter(|(_, kinds)| kinds.contains(&kind)).map(|(name, _)| *name).collect();
+            let here = if here.is_empty() { "none".to_owned() } else { here.join(", ") };
+            let message = format!("means nothing on a {kind}; those that do: {here}");
+            context.finding(Code::UnknownAnnotation, format!("metadata.annotations[\"{key}\"]"), message);
+        }
+    }
 }
 
 fn known_kind(group: &str, kind: &str, name: &NamespacedName) -> Option<Kind> {
@@ -135,12 +181,28 @@ fn known_kind(group: &str, kind: &str, name: &NamespacedName) -> Option<Kind> {
         ("", "Service") => Some(Kind::Service),
         ("", "Node") => Some(Kind::Node),
         ("", "Pod") => Some(Kind::Pod),
+        ("", "Namespace") => Some(Kind::Namespace),
         ("", "ConfigMap") if name.name == "istio" && name.namespace == MESH_NAMESPACE => Some(Kind::MeshConfig),
         ("discovery.k8s.io", "EndpointSlice") => Some(Kind::EndpointSlice),
         ("networking.istio.io", "DestinationRule") => Some(Kind::DestinationRule),
         ("networking.istio.io", "VirtualService") => Some(Kind::VirtualService),
+        ("networking.istio.io", "ServiceEntry") => Some(Kind::ServiceEntry),
+        ("networking.istio.io", "WorkloadEntry") => Some(Kind::WorkloadEntry),
         _ => None,
     }
+}
+
+/// Why an object cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Invalid {
+    /// The field.
+    pub(super) field: String,
+    /// What is wrong with it.
+    pub(super) message: String,
+}
+
+pub(super) fn invalid(field: impl Into<String>, message: impl Into<String>) -> Invalid {
+    Invalid { field: field.into(), message: message.into() }
 }
 
 /// What the readers of the kinds have at hand.
@@ -152,19 +214,49 @@ pub(super) struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// Something in the object does not work.
-    pub(super) fn error(&mut self, message: impl Into<String>) {
-        self.findings.push(Finding::error(&self.object, message));
+    /// Something that people should know of a field of the object.
+    pub(super) fn finding(&mut self, code: Code, field: impl Into<String>, message: impl Into<String>) {
+        self.findings.push(Finding::new(code, &self.object, message).at(field));
     }
 
-    /// Something in the object is not honoured.
-    pub(super) fn warning(&mut self, message: impl Into<String>) {
-        self.findings.push(Finding::warning(&self.object, message));
+    /// A part cannot be used; the rest is.
+    pub(super) fn part(&mut self, broken: Invalid) {
+        self.finding(Code::InvalidPart, broken.field, broken.message);
     }
 
-    /// Into a type, with the path of the field in the message of an error.
-    pub(super) fn typed<T: DeserializeOwned>(&self, at: &str, value: Value) -> Result<T, String> {
-        serde_path_to_error::deserialize(value).map_err(|error| located(at, &error))
+    /// The switch that an annotation is, which is off where it is absent.
+    pub(super) fn switch(&mut self, value: &Value, annotation: &str) -> bool {
+        let field = format!("metadata.annotations[\"{annotation}\"]");
+        match value.pointer("/metadata/annotations").and_then(|map| map.get(annotation)).map(Value::as_str) {
+            None | Some(Some("false")) => false,
+            Some(Some("true")) => true,
+            Some(other) => {
+                let message = format!("{other:?} is neither \"true\" nor \"false\": it stays off");
+                self.finding(Code::UnknownAnnotation, field, message);
+                false
+            }
+        }
+    }
+
+    /// Whether clients of all namespaces are meant. A node serves all of them alike, so an object for some of them only is left out.
+    pub(super) fn is_for_all(&mut self, export_to: &[String]) -> bool {
+        let all = export_to.is_empty() || export_to.iter().any(|to| to == "*");
+        if !all {
+            let message = format!(
+                "{export_to:?}: a node cannot tell clients of one namespace from those of another, so the object is left out; \
+                 export it to \"*\""
+            );
+            self.finding(Code::LeftOut, "spec.exportTo", message);
+        }
+        all
+    }
+
+    /// Into a type, with the path of the field in the error.
+    pub(super) fn typed<T: DeserializeOwned>(&self, at: &str, value: Value) -> Result<T, Invalid> {
+        serde_path_to_error::deserialize(value).map_err(|error| {
+            let path = error.path().to_string();
+            invalid(join(at, &path), error.into_inner().to_string())
+        })
     }
 
     /// Into a type that holds the honoured fields only: each other field becomes a finding, but for those
@@ -174,27 +266,23 @@ impl Context<'_> {
         at: &str,
         value: Value,
         silent: impl Fn(&str) -> bool,
-    ) -> Result<T, String> {
+    ) -> Result<T, Invalid> {
         let mut ignored = Vec::new();
         let mut track = serde_path_to_error::Track::new();
         let tracked = serde_path_to_error::Deserializer::new(value, &mut track);
         let typed = serde_ignored::deserialize(tracked, |path| ignored.push(path.to_string().replace(".?", "")));
-        let typed = typed.map_err(|error| {
-            let path = track.path().to_string();
-            if path == "." { format!("{at}: {error}") } else { format!("{at}.{path}: {error}") }
-        })?;
+        let typed = typed.map_err(|error| invalid(join(at, &track.path().to_string()), error.to_string()))?;
         for path in ignored.iter().filter(|path| !silent(path)) {
-            self.warning(format!("{at}.{path} is not honoured"));
+            self.finding(Code::NotHonoured, join(at, path), "is not honoured");
         }
         Ok(typed)
     }
 }
 
-fn located(at: &str, error: &serde_path_to_error::Error<serde_json::Error>) -> String {
-    let path = error.path().to_string();
-    match (at, path.as_str()) {
-        ("", _) => format!("{path}: {}", error.inner()),
-        (_, ".") => format!("{at}: {}", error.inner()),
-        _ => format!("{at}.{path}: {}", error.inner()),
+fn join(at: &str, path: &str) -> String {
+    match (at, path) {
+        (at, ".") => at.to_owned(),
+        ("", path) => path.to_owned(),
+        (at, path) => format!("{at}.{path}"),
     }
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -12,7 +13,6 @@ use super::{
     Entry, Table,
     alloc::{Full, Ranges},
 };
-use crate::policy::Schedule;
 
 /// One write to the kernel's maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -161,9 +161,9 @@ impl Layout {
         self.frontends.values().filter(|placed| placed.is_inherited()).count()
     }
 
-    /// The frontend ids and what they stand for.
-    pub fn frontends(&self) -> impl Iterator<Item = (&FrontendKey, &Frontend)> {
-        self.frontends.iter().map(|(key, placed)| (key, &placed.frontend))
+    /// The id of a frontend.
+    pub fn frontend_id(&self, key: &FrontendKey) -> Option<u32> {
+        self.frontends.get(key).map(|placed| placed.frontend.id)
     }
 
     /// The backend id of an endpoint.
@@ -190,10 +190,31 @@ impl Layout {
         self.sizes
     }
 
-    /// The writes that lead to `table`. Frontends that stay as they are cost none. Those that the table does not have are removed;
-    /// how far that goes for what a former agent has published, `knowledge` says.
+    /// The writes that lead to `table`, which is all there shall be. Frontends that stay as they are cost none. Those that the table does
+    /// not have are removed; how far that goes for what a former agent has published, `knowledge` says.
     pub fn update(&mut self, now: Instant, table: &Table, knowledge: Knowledge) -> (Vec<Op>, Vec<Refused>) {
         let complete = knowledge == Knowledge::Complete;
+        let is_gone = |(key, placed): &(&FrontendKey, &Placed)| {
+            !table.frontends.contains_key(key) && (complete || !placed.is_inherited())
+        };
+        let gone: Vec<_> = self.frontends.iter().filter(is_gone).map(|(key, _)| *key).collect();
+        let written = self.change(now, table, &gone, knowledge);
+        if complete && self.inherited() == 0 {
+            for address in std::mem::take(&mut self.inherited) {
+                self.drop_if_unused(now, &address);
+            }
+        }
+        written
+    }
+
+    /// The writes that bring these frontends to what `table` says, and take the `gone` ones away. All others stay.
+    pub fn change(
+        &mut self,
+        now: Instant,
+        table: &Table,
+        gone: &[FrontendKey],
+        knowledge: Knowledge,
+    ) -> (Vec<Op>, Vec<Refused>) {
         let (mut ops, mut refused) = (Vec::new(), Vec::new());
         let mut freed = Vec::new();
         for (key, entry) in &table.frontends {
@@ -215,29 +236,22 @@ impl Layout {
                     continue;
                 }
                 // A new one that does not fit refuses: its connections must not go past Portolan to somewhere else.
-                let nobody = Entry { schedule: Schedule::default(), endpoints: Vec::new(), connect_timeout: None };
+                let nobody = Entry { schedule: Arc::default(), endpoints: Arc::default(), connect_timeout: None };
                 placed = self.place(now, key, &nobody, &mut ops);
             }
             if let Ok(placed) = placed {
                 freed.extend(self.frontends.insert(*key, placed).map(|old| (old, false)));
             }
         }
-        let is_gone = |(key, placed): &(&FrontendKey, &Placed)| {
-            !table.frontends.contains_key(key) && (complete || !placed.is_inherited())
-        };
-        let gone: Vec<_> = self.frontends.iter().filter(is_gone).map(|(key, _)| *key).collect();
         for key in gone {
-            ops.push(Op::RemoveFrontend(key));
-            freed.extend(self.frontends.remove(&key).map(|old| (old, true)));
+            if let Some(old) = self.frontends.remove(key) {
+                ops.push(Op::RemoveFrontend(*key));
+                freed.push((old, true));
+            }
         }
         // Only now: until the writes above are done, the kernel reads the old places.
         for (old, whole) in freed {
             self.free(now, &old, whole);
-        }
-        if complete && self.inherited() == 0 {
-            for address in std::mem::take(&mut self.inherited) {
-                self.drop_if_unused(now, &address);
-            }
         }
         (ops, refused)
     }
@@ -326,7 +340,7 @@ impl Layout {
                 }
             }
         }
-        for member in members {
+        for member in members.iter() {
             let epochs = &mut self.epochs;
             let backend = self.backends.entry(*member).or_insert_with(|| {
                 let id = fresh.pop().unwrap_or_default();
@@ -345,7 +359,7 @@ impl Layout {
         if whole {
             self.frontend_ids.release(now, old.frontend.id, 1);
         }
-        for address in old.entry.iter().flat_map(|entry| &entry.endpoints) {
+        for address in old.entry.iter().flat_map(|entry| entry.endpoints.iter()) {
             if let Some(backend) = self.backends.get_mut(address) {
                 backend.frontends -= 1;
             }

@@ -9,6 +9,7 @@ mod layout;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    sync::Arc,
     time::Duration,
 };
 
@@ -23,9 +24,9 @@ use crate::policy::{Assignment, Schedule};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Turns and runs; empty: refuse.
-    pub schedule: Schedule,
+    pub schedule: Arc<Schedule>,
     /// All endpoints, in order, those without a turn as well: the kernel goes on counting their connections.
-    pub endpoints: Vec<SocketAddr>,
+    pub endpoints: Arc<[SocketAddr]>,
     /// Limit for the connect.
     pub connect_timeout: Option<Duration>,
 }
@@ -38,20 +39,20 @@ pub struct Table {
 }
 
 impl Table {
-    /// From the policy's verdict.
-    pub fn new(assignments: &[Assignment]) -> Self {
+    /// From the policy's verdict, or a part of it. Where connections go where they were going, there is nothing to hold.
+    pub fn new<'a>(assignments: impl IntoIterator<Item = &'a Arc<Assignment>>) -> Self {
         let mut frontends = BTreeMap::new();
-        for assignment in assignments {
+        for assignment in assignments.into_iter().filter(|assignment| !assignment.passthrough) {
             let pools = assignment.routes.iter().map(|route| &route.pool);
             let endpoints: BTreeSet<SocketAddr> =
                 pools.flat_map(|pool| &pool.endpoints).map(|endpoint| endpoint.address).collect();
+            let entry = Entry {
+                schedule: Arc::clone(&assignment.schedule),
+                endpoints: endpoints.into_iter().collect(),
+                connect_timeout: assignment.connect_timeout,
+            };
             for frontend in &assignment.frontends {
-                let entry = Entry {
-                    schedule: assignment.schedule.clone(),
-                    endpoints: endpoints.iter().copied().collect(),
-                    connect_timeout: assignment.connect_timeout,
-                };
-                frontends.insert(key(*frontend, assignment.protocol.number()), entry);
+                frontends.insert(key(*frontend, assignment.protocol.number()), entry.clone());
             }
         }
         Self { frontends }

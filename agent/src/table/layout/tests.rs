@@ -78,7 +78,8 @@ fn table(spec: &[Spec]) -> Table {
         });
         let schedule = Schedule::new(groups.collect());
         let endpoints: BTreeSet<_> = schedule.runs.iter().flat_map(|run| run.members.iter().copied()).collect();
-        let entry = Entry { schedule, endpoints: endpoints.into_iter().collect(), connect_timeout: None };
+        let entry =
+            Entry { schedule: Arc::new(schedule), endpoints: endpoints.into_iter().collect(), connect_timeout: None };
         (frontend(*i), entry)
     });
     Table { frontends: frontends.collect() }

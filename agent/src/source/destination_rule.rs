@@ -1,0 +1,370 @@
+//! Reader of DestinationRules. The types hold what is honoured; every other field becomes a finding.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{
+    read::{ALWAYS_EJECT_ONE, Context, DISTRIBUTE_WITH_FAILOVER, Invalid, invalid},
+    spec::{LocalitySpec, duration, locality_setting, maybe_duration, nullable},
+};
+use crate::model::{
+    Algorithm, Code, ConnectionPool, DestinationRule, Keepalive, LoadBalancer, OutlierDetection, Subset, TrafficPolicy,
+    Warmup,
+};
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct DestinationRuleSpec {
+    host: String,
+    #[serde(default)]
+    traffic_policy: Option<PolicySpec>,
+    #[serde(default, deserialize_with = "nullable")]
+    subsets: Vec<SubsetSpec>,
+    #[serde(default)]
+    workload_selector: Option<Value>,
+    #[serde(default, deserialize_with = "nullable")]
+    export_to: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SubsetSpec {
+    name: String,
+    #[serde(default, deserialize_with = "nullable")]
+    labels: BTreeMap<String, String>,
+    #[serde(default)]
+    traffic_policy: Option<PolicySpec>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PolicySpec {
+    #[serde(default)]
+    load_balancer: Option<LoadBalancerSpec>,
+    #[serde(default)]
+    outlier_detection: Option<OutlierSpec>,
+    #[serde(default)]
+    connection_pool: Option<PoolSpec>,
+    #[serde(default, deserialize_with = "nullable")]
+    port_level_settings: Vec<PortSpec>,
+}
+
+#[derive(Deserialize)]
+struct PortSpec {
+    port: PortSelector,
+    #[serde(flatten)]
+    policy: serde_json::Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+struct PortSelector {
+    number: u16,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct LoadBalancerSpec {
+    #[serde(default)]
+    simple: Option<String>,
+    #[serde(default)]
+    consistent_hash: Option<HashSpec>,
+    #[serde(default)]
+    locality_lb_setting: Option<LocalitySpec>,
+    #[serde(default)]
+    warmup: Option<WarmupSpec>,
+    #[serde(default)]
+    warmup_duration_secs: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct HashSpec {
+    #[serde(default)]
+    use_source_ip: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct WarmupSpec {
+    duration: String,
+    #[serde(default)]
+    minimum_percent: Option<f64>,
+    #[serde(default)]
+    aggression: Option<f64>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct OutlierSpec {
+    // Wrapped integers may be null; the deprecated name counts where the current one is absent.
+    #[serde(default, rename = "consecutive5xxErrors")]
+    consecutive_5xx_errors: Option<u32>,
+    #[serde(default)]
+    consecutive_errors: Option<u32>,
+    #[serde(default)]
+    consecutive_gateway_errors: Option<u32>,
+    #[serde(default)]
+    split_external_local_origin_errors: bool,
+    #[serde(default)]
+    consecutive_local_origin_failures: Option<u32>,
+    #[serde(default)]
+    interval: Option<String>,
+    #[serde(default)]
+    base_ejection_time: Option<String>,
+    #[serde(default)]
+    max_ejection_percent: Option<u32>,
+    #[serde(default)]
+    min_health_percent: Option<u32>,
+}
+
+#[derive(Deserialize)]
+struct PoolSpec {
+    #[serde(default)]
+    tcp: Option<TcpPoolSpec>,
+    #[serde(default)]
+    http: Option<HttpPoolSpec>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct TcpPoolSpec {
+    #[serde(default)]
+    connect_timeout: Option<String>,
+    #[serde(default)]
+    max_connections: Option<u32>,
+    #[serde(default)]
+    idle_timeout: Option<String>,
+    #[serde(default)]
+    max_connection_duration: Option<String>,
+    #[serde(default)]
+    tcp_keepalive: Option<KeepaliveSpec>,
+}
+
+#[derive(Deserialize)]
+struct KeepaliveSpec {
+    #[serde(default)]
+    probes: Option<u32>,
+    #[serde(default)]
+    time: Option<String>,
+    #[serde(default)]
+    interval: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct HttpPoolSpec {
+    #[serde(default)]
+    max_requests_per_connection: Option<u32>,
+}
+
+/// Settings of Portolan's own, from the rule's annotations.
+#[derive(Clone, Copy)]
+struct Own {
+    distribute_with_failover: bool,
+    always_eject_one: bool,
+}
+
+pub(super) fn destination_rule(
+    context: &mut Context<'_>,
+    mut value: Value,
+) -> Result<Option<DestinationRule>, Invalid> {
+    let own = Own {
+        distribute_with_failover: context.switch(&value, DISTRIBUTE_WITH_FAILOVER),
+        always_eject_one: context.switch(&value, ALWAYS_EJECT_ONE),
+    };
+    let spec: DestinationRuleSpec = context.honoured("spec", value["spec"].take(), |_| false)?;
+    if spec.workload_selector.is_some() {
+        let message = "is not honoured: the rule is for some clients only, which a node cannot tell from others, so it is left out";
+        context.finding(Code::LeftOut, "spec.workloadSelector", message);
+        return Ok(None);
+    }
+    if !context.is_for_all(&spec.export_to) {
+        return Ok(None);
+    }
+    if spec.host.is_empty() || spec.host.trim_start_matches('*').contains('*') {
+        return Err(invalid("spec.host", format!("{:?} is no host name; a `*` may only lead", spec.host)));
+    }
+    let mut subsets: Vec<Subset> = Vec::new();
+    for (i, subset) in spec.subsets.into_iter().enumerate() {
+        let at = format!("spec.subsets[{i}]");
+        if subsets.iter().any(|other| other.name == subset.name) {
+            return Err(invalid(format!("{at}.name"), format!("{:?} is the name of another subset", subset.name)));
+        }
+        let policy =
+            subset.traffic_policy.map(|policy| traffic_policy(context, &format!("{at}.trafficPolicy"), policy, own));
+        let policy = policy.transpose()?.unwrap_or_default();
+        subsets.push(Subset { name: subset.name, labels: subset.labels, policy });
+    }
+    let policy = spec.traffic_policy.map(|policy| traffic_policy(context, "spec.trafficPolicy", policy, own));
+    let policy = policy.transpose()?.unwrap_or_default();
+    Ok(Some(DestinationRule { name: context.name.clone(), host: spec.host, policy, subsets }))
+}
+
+fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec, own: Own) -> Result<TrafficPolicy, Invalid> {
+    let mut policy = TrafficPolicy::default();
+    if let Some(balancer) = spec.load_balancer {
+        policy.balancer = Some(load_balancer(context, &format!("{at}.loadBalancer"), balancer, own)?);
+    }
+    if let Some(outlier) = spec.outlier_detection {
+        policy.outlier = Some(outlier_detection(&format!("{at}.outlierDetection"), outlier, own)?);
+    }
+    if let Some(pool) = spec.connection_pool {
+        policy.pool = Some(connection_pool(context, &format!("{at}.connectionPool"), pool)?);
+    }
+    for (i, port) in spec.port_level_settings.into_iter().enumerate() {
+        let at = format!("{at}.portLevelSettings[{i}]");
+        let number = port.port.number;
+        let spec: PolicySpec = context.honoured(&at, Value::Object(port.policy), |_| false)?;
+        if !spec.port_level_settings.is_empty() {
+            return Err(invalid(format!("{at}.portLevelSettings"), "a port has no ports"));
+        }
+        let settings = traffic_policy(context, &at, spec, own)?;
+        let lost = [
+            ("outlierDetection", policy.outlier.is_some() && settings.outlier.is_none()),
+            ("loadBalancer", policy.locality().is_some() && settings.locality().is_none()),
+        ];
+        for (block, _) in lost.iter().filter(|(_, lost)| *lost) {
+            let message = format!(
+                "replaces everything for port {number}: the {block} above does not count there; repeat it here"
+            );
+            context.finding(Code::PortPolicyDrops, &at, message);
+        }
+        if policy.ports.insert(number, settings).is_some() {
+            return Err(invalid(format!("{at}.port.number"), format!("{number} has settings already")));
+        }
+    }
+    Ok(policy)
+}
+
+fn load_balancer(
+    context: &mut Context<'_>,
+    at: &str,
+    spec: LoadBalancerSpec,
+    own: Own,
+) -> Result<LoadBalancer, Invalid> {
+    let algorithm = algorithm(context, at, spec.simple.as_deref(), spec.consistent_hash)?;
+    let setting = spec.locality_lb_setting.map(|setting| {
+        locality_setting(context, &format!("{at}.localityLbSetting"), setting, own.distribute_with_failover)
+    });
+    let locality = setting.transpose()?;
+    let warmup = match (spec.warmup, spec.warmup_duration_secs) {
+        (Some(warmup), _) => Some(self::warmup(&format!("{at}.warmup"), warmup)?),
+        (None, Some(text)) => {
+            let window = duration(format!("{at}.warmupDurationSecs"), &text)?;
+            Some(Warmup { window, minimum_percent: 10.0, aggression: 1.0 })
+        }
+        (None, None) => None,
+    };
+    if warmup.is_some() && !matches!(algorithm, None | Some(Algorithm::RoundRobin | Algorithm::LeastRequest)) {
+        context.finding(
+            Code::NotTogether,
+            format!("{at}.warmup"),
+            "has an effect with ROUND_ROBIN and LEAST_REQUEST only",
+        );
+        return Ok(LoadBalancer { algorithm, locality, warmup: None });
+    }
+    Ok(LoadBalancer { algorithm, locality, warmup })
+}
+
+fn warmup(at: &str, spec: WarmupSpec) -> Result<Warmup, Invalid> {
+    let minimum_percent = spec.minimum_percent.unwrap_or(10.0);
+    if !(0.0..=100.0).contains(&minimum_percent) {
+        return Err(invalid(format!("{at}.minimumPercent"), format!("{minimum_percent} is not within 0 and 100")));
+    }
+    let aggression = spec.aggression.unwrap_or(1.0);
+    if !(1.0..=1000.0).contains(&aggression) {
+        return Err(invalid(format!("{at}.aggression"), format!("{aggression} is not within 1 and 1000")));
+    }
+    Ok(Warmup { window: duration(format!("{at}.duration"), &spec.duration)?, minimum_percent, aggression })
+}
+
+fn algorithm(
+    context: &mut Context<'_>,
+    at: &str,
+    simple: Option<&str>,
+    hash: Option<HashSpec>,
+) -> Result<Option<Algorithm>, Invalid> {
+    let (field, asked) = match (hash, simple) {
+        (Some(HashSpec { use_source_ip: true }), _) => ("consistentHash", Algorithm::ConsistentHash),
+        (Some(_), _) => {
+            let message = "useSourceIp is the only key that a connection has; ROUND_ROBIN is used";
+            context.finding(Code::NotHonoured, format!("{at}.consistentHash"), message);
+            return Ok(None);
+        }
+        (None, None | Some("UNSPECIFIED")) => return Ok(None),
+        (None, Some("ROUND_ROBIN")) => return Ok(Some(Algorithm::RoundRobin)),
+        (None, Some("PASSTHROUGH")) => return Ok(Some(Algorithm::Passthrough)),
+        (None, Some("LEAST_REQUEST" | "LEAST_CONN")) => ("simple", Algorithm::LeastRequest),
+        (None, Some("RANDOM")) => ("simple", Algorithm::Random),
+        (None, Some(other)) => return Err(invalid(format!("{at}.simple"), format!("{other:?} is no algorithm"))),
+    };
+    let message =
+        format!("{asked} is not built yet; ROUND_ROBIN is used, with the same shares for each locality and endpoint");
+    context.finding(Code::AlgorithmNotYet, format!("{at}.{field}"), message);
+    Ok(Some(asked))
+}
+
+fn outlier_detection(at: &str, spec: OutlierSpec, own: Own) -> Result<OutlierDetection, Invalid> {
+    let time = |field: &str, text: Option<String>, default: Duration| {
+        Ok(maybe_duration(format!("{at}.{field}"), text)?.unwrap_or(default))
+    };
+    let percent = |field: &str, value: Option<u32>| match value {
+        Some(value) if value > 100 => {
+            Err(invalid(format!("{at}.{field}"), format!("{value} is more than 100 percent")))
+        }
+        value => Ok(value.unwrap_or(0)),
+    };
+    let base_ejection_time = time("baseEjectionTime", spec.base_ejection_time, Duration::from_secs(30))?;
+    let local_origin = spec.consecutive_local_origin_failures.unwrap_or(5);
+    Ok(OutlierDetection {
+        consecutive_errors: spec.consecutive_5xx_errors.or(spec.consecutive_errors).unwrap_or(5),
+        gateway_errors: spec.consecutive_gateway_errors.unwrap_or(0),
+        local_origin_errors: spec.split_external_local_origin_errors.then_some(local_origin),
+        interval: time("interval", spec.interval, Duration::from_secs(10))?,
+        base_ejection_time,
+        max_ejection_time: base_ejection_time.max(Duration::from_secs(300)),
+        // Istio takes 0 for "not set".
+        max_ejection_percent: match percent("maxEjectionPercent", spec.max_ejection_percent)? {
+            0 => 10,
+            set => set,
+        },
+        always_eject_one: own.always_eject_one,
+        min_health_percent: percent("minHealthPercent", spec.min_health_percent)?,
+    })
+}
+
+fn connection_pool(context: &mut Context<'_>, at: &str, spec: PoolSpec) -> Result<ConnectionPool, Invalid> {
+    // With 1 each request has a connection of its own, which is what Portolan chooses for anyway.
+    if spec.http.and_then(|http| http.max_requests_per_connection).is_some_and(|max| max > 1) {
+        let message = "is not honoured: connections are not looked into";
+        context.finding(Code::NotHonoured, format!("{at}.http.maxRequestsPerConnection"), message);
+    }
+    let Some(tcp) = spec.tcp else { return Ok(ConnectionPool::default()) };
+    let at = format!("{at}.tcp");
+    let keepalive = tcp.tcp_keepalive.map(|keepalive| {
+        Ok(Keepalive {
+            probes: keepalive.probes,
+            time: maybe_duration(format!("{at}.tcpKeepalive.time"), keepalive.time)?,
+            interval: maybe_duration(format!("{at}.tcpKeepalive.interval"), keepalive.interval)?,
+        })
+    });
+    let pool = ConnectionPool {
+        connect_timeout: maybe_duration(format!("{at}.connectTimeout"), tcp.connect_timeout)?,
+        max_connections: tcp.max_connections.filter(|max| *max > 0),
+        idle_timeout: maybe_duration(format!("{at}.idleTimeout"), tcp.idle_timeout)?,
+        max_duration: maybe_duration(format!("{at}.maxConnectionDuration"), tcp.max_connection_duration)?,
+        keepalive: keepalive.transpose()?,
+    };
+    let not_enforced = [
+        ("maxConnections", pool.max_connections.is_some()),
+        ("idleTimeout", pool.idle_timeout.is_some()),
+        ("maxConnectionDuration", pool.max_duration.is_some()),
+        ("tcpKeepalive", pool.keepalive.is_some()),
+    ];
+    for (field, _) in not_enforced.iter().filter(|(_, set)| *set) {
+        context.finding(Code::NotHonoured, format!("{at}.{field}"), "is checked, and not enforced yet");
+    }
+    Ok(pool)
+}
