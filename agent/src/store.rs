@@ -51,7 +51,9 @@ impl Changes {
 /// All objects, by identity and by the origin that holds them.
 #[derive(Debug, Default)]
 pub struct Store {
-    objects: BTreeMap<ObjectKey, Holders>,
+    objects: BTreeMap<Arc<ObjectKey>, Holders>,
+    /// What each origin holds.
+    held: BTreeMap<String, BTreeSet<Arc<ObjectKey>>>,
     snapshot: Snapshot,
     findings: BTreeMap<String, Vec<Finding>>,
     troubles: Vec<Finding>,
@@ -127,16 +129,16 @@ impl Store {
         }
         if contents.whole {
             let listed: BTreeSet<_> = contents.objects.iter().map(|read| &read.key).collect();
-            let gone = self.objects.iter().filter(|(key, holders)| holds(holders) && !listed.contains(key));
-            let gone: Vec<ObjectKey> = gone.map(|(key, _)| key.clone()).collect();
+            let gone = self.held.get(origin).into_iter().flatten().filter(|key| !listed.contains(&***key));
+            let gone: Vec<Arc<ObjectKey>> = gone.cloned().collect();
             for key in gone {
-                self.hold(key, origin, None, changes);
+                self.hold(&key, origin, None, changes);
             }
         }
         for read in contents.objects {
             // A broken object leaves its last good state alone.
             if read.object.is_some() {
-                self.hold(read.key, origin, read.object, changes);
+                self.hold(&Arc::new(read.key), origin, read.object, changes);
             }
         }
         let findings = self.findings.get(origin).map(Vec::as_slice).unwrap_or_default();
@@ -149,8 +151,16 @@ impl Store {
     }
 
     /// From now on the origin holds this object, or no longer does.
-    fn hold(&mut self, key: ObjectKey, origin: &str, object: Option<Object>, changes: &mut Changes) {
-        let holders = self.objects.entry(key.clone()).or_default();
+    fn hold(&mut self, key: &Arc<ObjectKey>, origin: &str, object: Option<Object>, changes: &mut Changes) {
+        if object.is_some() {
+            self.held.entry(origin.to_owned()).or_default().insert(Arc::clone(key));
+        } else if let Some(held) = self.held.get_mut(origin) {
+            held.remove(key);
+            if held.is_empty() {
+                self.held.remove(origin);
+            }
+        }
+        let holders = self.objects.entry(Arc::clone(key)).or_default();
         let before = holders.first().map(|(_, object)| object.clone());
         match (holders.binary_search_by(|(holder, _)| (**holder).cmp(origin)), object) {
             (Ok(at), Some(object)) => holders[at].1 = object,
@@ -162,22 +172,22 @@ impl Store {
         changes.findings |= holders.len() > 1;
         let after = holders.first().map(|(_, object)| object.clone());
         if holders.is_empty() {
-            self.objects.remove(&key);
+            self.objects.remove(key);
         }
         if before != after {
             for object in before.iter().chain(&after) {
-                self.snapshot.concerned(&key, object, changes);
+                self.snapshot.concerned(key, object, changes);
             }
             changes.everything |= match (&before, &after) {
                 (Some(before), Some(after)) => self::changes_everything(before, after),
-                (Some(one), None) | (None, Some(one)) => comes_with_everything(&key, one),
+                (Some(one), None) | (None, Some(one)) => comes_with_everything(one),
                 (None, None) => false,
             };
             if let Some(before) = &before {
-                self.snapshot.remove(&key, before);
+                self.snapshot.remove(key, before);
             }
             if let Some(after) = after {
-                self.snapshot.insert(&key, after);
+                self.snapshot.insert(key, after);
             }
         }
     }
@@ -234,17 +244,17 @@ fn changes_everything(before: &Object, after: &Object) -> bool {
         }
         (Object::EndpointSlice(_), _) | (Object::Pod(_), _) | (Object::WorkloadEntry(_), _) => false,
         (Object::Namespace(before), Object::Namespace(after)) => {
-            is_system(&before.name) && before.labels.get(NETWORK) != after.labels.get(NETWORK)
+            before.name == SYSTEM && before.labels.get(NETWORK) != after.labels.get(NETWORK)
         }
         _ => true,
     }
 }
 
 /// Whether an object that comes or goes concerns more than the service that it belongs to.
-fn comes_with_everything(key: &ObjectKey, object: &Object) -> bool {
+fn comes_with_everything(object: &Object) -> bool {
     match object {
         Object::EndpointSlice(_) | Object::Pod(_) | Object::WorkloadEntry(_) => false,
-        Object::Namespace(namespace) => is_system(&namespace.name) && key.kind == Kind::Namespace,
+        Object::Namespace(namespace) => namespace.name == SYSTEM,
         _ => true,
     }
 }
@@ -252,9 +262,8 @@ fn comes_with_everything(key: &ObjectKey, object: &Object) -> bool {
 /// The label of Istio's own namespace that names the network of a cluster.
 pub const NETWORK: &str = "topology.istio.io/network";
 
-fn is_system(namespace: &str) -> bool {
-    namespace == MeshConfig::default().root_namespace
-}
+/// Istio's own namespace.
+const SYSTEM: &str = "istio-system";
 
 /// The objects of one cluster, or those of the whole mesh.
 #[derive(Clone, Debug, Default)]
@@ -284,7 +293,7 @@ pub struct Objects {
 impl Objects {
     /// The network that the pods of the cluster are in; empty where nothing names it.
     pub fn network(&self) -> &str {
-        let system = self.namespaces.iter().find(|(name, _)| is_system(name)).map(|(_, namespace)| namespace);
+        let system = self.namespaces.get(SYSTEM);
         system.and_then(|namespace| namespace.labels.get(NETWORK)).map(String::as_str).unwrap_or_default()
     }
 

@@ -1,6 +1,8 @@
 //! The vectors in `data/vectors.json`: what Istio, Envoy and Kubernetes do, as figures with their sources.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod common;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
@@ -15,14 +17,15 @@ use portolan::{
         Object, OutlierDetection, Retention, RetentionRule, Scope, Severity, TrafficDistribution, Warmup,
     },
     policy::{
-        Client, Level, OVERPROVISIONING_FACTOR, Observed, Schedule, SettingSource, Share, assign, distribute_weights,
-        effective_setting, effective_weights, failover_levels, label_levels, levels, loads, retention, warmup_factor,
+        Level, OVERPROVISIONING_FACTOR, Schedule, SettingSource, Share, distribute_weights, effective_setting,
+        effective_weights, failover_levels, label_levels, levels, loads, retention, warmup_factor,
     },
     report::Report,
-    source::{Reader, Update, read_text},
-    store::{Changes, Store},
+    source::{Reader, read_text},
 };
 use serde_json::{Value, json};
+
+use common::{World, destination_rule, node, service, slice};
 
 /// Checks one vector; the text says what is wrong with ours.
 type Check = fn(&Value, &Value);
@@ -548,73 +551,6 @@ fn zone_aware(input: &Value, expect: &Value) {
         .collect();
     let ours = failover_levels(&region(&input["proxy_locality"]), &endpoints.iter().collect::<Vec<_>>(), &rules);
     assert_eq!(json!(ours), expect["priorities"]);
-}
-
-/// Objects by cluster, as files hold them.
-struct World(Store);
-
-impl World {
-    fn new(clusters: &[(&str, Vec<Value>)]) -> Self {
-        Self::with_mesh(&[], clusters)
-    }
-
-    fn with_mesh(mesh: &[Value], clusters: &[(&str, Vec<Value>)]) -> Self {
-        let mut store = Store::default();
-        let mut add = |scope: &Scope, origin: &str, objects: &[Value]| {
-            let text: Vec<String> = objects.iter().map(Value::to_string).collect();
-            let contents = read_text(Reader::default(), scope, origin, &text.join("\n---\n"));
-            store.apply(Update::Replace { origin: origin.to_owned(), contents }, &mut Changes::default());
-        };
-        add(&Scope::Mesh, "mesh.yaml", mesh);
-        for (cluster, objects) in clusters {
-            add(&Scope::Cluster((*cluster).to_owned()), &format!("{cluster}/all.yaml"), objects);
-        }
-        Self(store)
-    }
-
-    fn report(&self, cluster: &str, node: &str) -> Report {
-        let locality =
-            self.0.snapshot().clusters.get(cluster).and_then(|own| Some((*own.nodes.get(node)?.locality).clone()));
-        let client = Client {
-            cluster: cluster.into(),
-            node: Some(node.to_owned()),
-            locality: locality.unwrap_or_default(),
-            ..Client::default()
-        };
-        let mut verdict = assign(self.0.snapshot(), &client, &Observed::default());
-        verdict.findings.extend(self.0.findings());
-        Report::new(&client, String::new(), &verdict)
-    }
-}
-
-fn service(more: &Value) -> Value {
-    let mut service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "reviews", "namespace": "default"},
-        "spec": {"clusterIP": "172.16.0.1", "ports": [{"port": 80, "name": "tcp"}]}});
-    for (key, value) in more.as_object().unwrap() {
-        service["spec"][key] = value.clone();
-    }
-    service
-}
-
-fn slice(endpoints: &[Value]) -> Value {
-    json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
-        "metadata": {"name": "reviews-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "reviews"}},
-        "ports": [{"name": "tcp", "port": 80, "protocol": "TCP"}], "endpoints": endpoints})
-}
-
-fn node(name: &str, region: &str, zone: &str) -> Value {
-    let mut labels = json!({});
-    for (key, value) in [("topology.kubernetes.io/region", region), ("topology.kubernetes.io/zone", zone)] {
-        if !value.is_empty() {
-            labels[key] = json!(value);
-        }
-    }
-    json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}})
-}
-
-fn destination_rule(policy: Value) -> Value {
-    json!({"apiVersion": "networking.istio.io/v1", "kind": "DestinationRule",
-        "metadata": {"name": "reviews", "namespace": "default"}, "spec": {"host": "reviews", "trafficPolicy": policy}})
 }
 
 fn ip(endpoint: &portolan::report::EndpointReport) -> String {

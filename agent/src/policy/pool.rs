@@ -172,7 +172,9 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
         _ => {
             let default = LocalitySetting::default();
             let setting = setting.as_ref().unwrap_or(&default);
-            let weights = place(scene.client, mode, setting, source.is_some(), retention, &mut candidates);
+            let distribution = source == Some(SettingSource::TrafficDistribution);
+            let by_distance = distribution || (source.is_some() && policy.outlier.is_some());
+            let weights = place(scene.client, mode, setting, by_distance, retention, &mut candidates);
             let explicit = !(setting.failover.is_empty() && setting.failover_priority.is_empty());
             let ejects = policy.outlier.is_some();
             let by_locality = mode == Mode::Distribute || (mode == Mode::Failover && explicit && ejects);
@@ -245,12 +247,12 @@ fn place(
     client: &Client,
     mode: Mode,
     setting: &LocalitySetting,
-    enabled: bool,
+    by_distance: bool,
     retention: Retention,
     candidates: &mut Vec<Candidate<'_>>,
 ) -> Weights {
     if mode == Mode::Failover {
-        let mut levels = if enabled { failover(client, setting, candidates) } else { vec![0; candidates.len()] };
+        let mut levels = if by_distance { failover(client, setting, candidates) } else { vec![0; candidates.len()] };
         if retention == Retention::Prefer {
             // However far inside the own cluster, it is nearer than any other.
             let outside = levels.iter().max().map_or(0, |level| level + 1);
