@@ -246,9 +246,11 @@ mod tests {
             let parts = parts(&shares, MAX_TURNS);
             let (total, sum) = (parts.iter().sum::<u64>(), weights.iter().sum::<u128>());
             prop_assert!(u128::from(total) <= MAX_TURNS + weights.len() as u128);
+            // A share of less than one turn gets one all the same, at the others' cost.
+            let tiny = weights.iter().filter(|weight| **weight * MAX_TURNS < sum).count() as f64;
             for (part, weight) in parts.iter().zip(&weights) {
                 let difference = *part as f64 / total as f64 - *weight as f64 / sum as f64;
-                prop_assert!(*part > 0 && difference.abs() < 0.001, "{difference}");
+                prop_assert!(*part > 0 && difference.abs() <= (1.0 + tiny) / total as f64, "{difference}");
             }
         }
     }

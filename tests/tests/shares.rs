@@ -1,0 +1,156 @@
+//! The kernel gives what `plan` says: random configurations, real connections, counts that match exactly.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::{Result, ensure};
+use portolan_tests::{
+    Bed, Directory,
+    objects::{destination_rule, mesh_config, node, pod, service},
+    report, wait_until,
+};
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
+use serde_json::{Value, json};
+
+const BOUND: Duration = Duration::from_secs(20);
+const CONFIGURATIONS: usize = 50;
+const CONNECTIONS: u32 = 1_000;
+/// Endpoints, over two clusters.
+const ENDPOINTS: usize = 10;
+const REGIONS: [&str; 3] = ["r1/z1", "r2/z2", "r3/z3"];
+
+fn address(i: usize) -> String {
+    format!("10.0.0.{}", i + 1)
+}
+
+/// A configuration by chance: localities, conditions, and one of all the rules that decide about shares.
+fn configuration(random: &mut StdRng, round: usize) -> Vec<(&'static str, Vec<Value>)> {
+    let mut clusters: BTreeMap<&str, Vec<Value>> = BTreeMap::new();
+    let own = [REGIONS[0], REGIONS[1], REGIONS[2]].choose(random).copied().unwrap_or(REGIONS[0]);
+    let mut endpoints: BTreeMap<&str, Vec<Value>> = BTreeMap::new();
+    for i in 0..random.random_range(1..=ENDPOINTS) {
+        let cluster = if random.random_bool(0.5) { "c1" } else { "c2" };
+        let ready = random.random_bool(0.8);
+        let place = random.random_range(0..REGIONS.len());
+        endpoints.entry(cluster).or_default().push(json!({
+            "addresses": [address(i)], "nodeName": format!("node-{place}"),
+            "conditions": {"ready": ready, "serving": ready, "terminating": !ready && random.random_bool(0.3)},
+            "targetRef": {"kind": "Pod", "name": format!("web-{i}"), "namespace": "default"},
+        }));
+        let version = ["v1", "v2"].choose(random).copied().unwrap_or_default();
+        clusters.entry(cluster).or_default().push(pod(&format!("web-{i}"), &json!({"version": version})));
+    }
+    for cluster in ["c1", "c2"] {
+        let objects = clusters.entry(cluster).or_default();
+        objects.push(node("n1", own));
+        objects.extend((0..).zip(REGIONS).map(|(i, place)| node(&format!("node-{i}"), place)));
+        // A new address in each round, so that its cursor begins at the beginning.
+        let mut web = service("web", &[&format!("172.{}.0.{}", if cluster == "c1" { 16 } else { 17 }, round + 1)], 80);
+        if random.random_bool(0.2) {
+            web["spec"]["trafficDistribution"] = json!("PreferSameZone");
+        }
+        objects.push(web);
+        let mut slice = portolan_tests::objects::slice("web", 9080, &[]);
+        slice["endpoints"] = json!(endpoints.remove(cluster).unwrap_or_default());
+        objects.push(slice);
+    }
+    let settings = [
+        json!({"failover": [{"from": "r1", "to": "r3"}]}),
+        json!({"failoverPriority": ["topology.istio.io/cluster"]}),
+        json!({"distribute": [{"from": "*", "to": {"r1/*": 50, "r2/*": 30, "r3/*": 20}}]}),
+        json!({"distribute": [{"from": "*", "to": {"r1/*": 90, "r2/*": 10}}], "failover": [{"from": "r2", "to": "r3"}]}),
+        Value::Null,
+    ];
+    let mut policy = json!({"loadBalancer": {"localityLbSetting": settings.choose(random)}});
+    if random.random_bool(0.6) {
+        let threshold = [0, 50].choose(random);
+        policy["outlierDetection"] =
+            json!({"consecutive5xxErrors": 5, "maxEjectionPercent": 100, "minHealthPercent": threshold});
+    }
+    let subsets = json!([{"name": "v1", "labels": {"version": "v1"}}, {"name": "v2", "labels": {"version": "v2"}}]);
+    let mut rule = destination_rule("web", &json!({"trafficPolicy": policy, "subsets": subsets}));
+    rule["metadata"]["annotations"] = json!({"portolan.io/distribute-with-failover": "true"});
+    let mut mesh = vec![rule];
+    if random.random_bool(0.3) {
+        let to =
+            |subset: &str, weight: u32| json!({"destination": {"host": "web", "subset": subset}, "weight": weight});
+        mesh.push(json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService",
+            "metadata": {"name": "web", "namespace": "default"},
+            "spec": {"hosts": ["web"], "tcp": [{"route": [to("v1", 80), to("v2", 20)]}]}}));
+    }
+    if random.random_bool(0.3) {
+        mesh.push(mesh_config(&json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["*.default.svc.cluster.local"]}]})));
+    }
+    let own = |cluster: &str| clusters.get(cluster).cloned().unwrap_or_default();
+    vec![("mesh.yaml", mesh), ("c1/all.yaml", own("c1")), ("c2/all.yaml", own("c2"))]
+}
+
+/// Connections out of a thousand that each endpoint shall get; the empty name: those that are refused. `None`: not a whole number of them.
+fn expected(report: &Value) -> Option<BTreeMap<String, u32>> {
+    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+    let mut sum = 0;
+    for service in report["services"].as_array().into_iter().flatten() {
+        for (endpoint, share) in report::shares(service) {
+            let count = share * f64::from(CONNECTIONS);
+            if (count - count.round()).abs() > 1e-6 {
+                return None;
+            }
+            sum += count.round() as u32;
+            if count > 0.5 {
+                *counts.entry(endpoint).or_default() += count.round() as u32;
+            }
+        }
+    }
+    if sum < CONNECTIONS {
+        counts.insert(String::new(), CONNECTIONS - sum);
+    }
+    Some(counts)
+}
+
+#[test]
+fn the_kernel_gives_what_plan_says() -> Result<()> {
+    let bed = Bed::new()?;
+    for i in 0..ENDPOINTS {
+        bed.namespace.add_address(&format!("{}/32", address(i)))?;
+        bed.serve(&format!("{}:9080", address(i)), &format!("{}:9080", address(i)))?;
+    }
+    let directory = Directory::new()?;
+    let mut agent = None;
+    let mut client = bed.dialler()?;
+    let mut random = StdRng::seed_from_u64(20_261_122);
+    let (mut round, mut modes) = (0, BTreeMap::<String, usize>::new());
+    for attempt in 0.. {
+        ensure!(
+            attempt < 20 * CONFIGURATIONS,
+            "only {round} configurations have shares that a thousand connections can show"
+        );
+        for (file, objects) in configuration(&mut random, round) {
+            directory.write(file, &objects)?;
+        }
+        let (plan, _) = directory.plan("c1", "n1", &[])?;
+        let Some(expected) = expected(&plan) else { continue };
+        *modes.entry(plan["services"][0]["mode"].to_string()).or_default() += 1;
+        if agent.is_none() {
+            agent = Some(bed.agent(&directory, "c1", "n1")?);
+        }
+        wait_until("the agent to have read the configuration", BOUND, || {
+            let config =
+                agent.as_ref().map(|agent| agent.get("services")).transpose()?.unwrap_or_default()["config"].clone();
+            ensure!(config == plan["config"], "{config} is not {}", plan["config"]);
+            Ok(())
+        })?;
+        let reply = client.dial(&format!("172.16.0.{}:80", round + 1), CONNECTIONS)?;
+        let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+        for seen in &reply.seen {
+            *counts.entry(seen.greeting.clone()).or_default() += 1;
+        }
+        assert_eq!(counts, expected, "configuration {round}: {plan:#}");
+        round += 1;
+        if round == CONFIGURATIONS {
+            break;
+        }
+    }
+    // All ways to share were among them.
+    println!("modes: {modes:?}");
+    assert_eq!(modes.len(), 3, "{modes:?}");
+    Ok(())
+}
