@@ -91,7 +91,6 @@ codes! {
     // The agent.
     MapFull = 90, Error, "A map of the kernel is full";
     KernelWrite = 91, Error, "The kernel did not take a change";
-    NotWatched = 92, Error, "The directory is not watched";
 }
 
 impl fmt::Display for Code {

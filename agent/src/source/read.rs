@@ -1,6 +1,7 @@
 //! From documents to objects: which kind it is, and who reads it.
 
 use std::{
+    collections::BTreeSet,
     hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::Arc,
 };
@@ -37,6 +38,7 @@ pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Con
         Some(Position { line, column, text })
     };
     let mut located = 0;
+    let mut seen = BTreeSet::new();
     for (line, document) in documents {
         let value = match document::parse(line, &document) {
             Ok(value) => value,
@@ -51,7 +53,7 @@ pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Con
         };
         for (path, value) in document::flatten(value) {
             let known = contents.findings.len();
-            read_object(reader, scope, origin, value, &mut contents);
+            read_object(reader, scope, origin, value, &mut seen, &mut contents);
             for finding in contents.findings[known..].iter_mut().filter(|finding| !finding.field.is_empty()) {
                 if located < LOCATED {
                     located += 1;
@@ -77,7 +79,14 @@ pub(super) fn fingerprint(text: &str) -> u64 {
     hasher.finish()
 }
 
-fn read_object(reader: Reader, scope: &Scope, origin: &str, value: Value, contents: &mut Contents) {
+fn read_object(
+    reader: Reader,
+    scope: &Scope,
+    origin: &str,
+    value: Value,
+    seen: &mut BTreeSet<ObjectKey>,
+    contents: &mut Contents,
+) {
     let field = |path: &str| value.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned();
     let (group, kind) = (field("/apiVersion"), field("/kind"));
     let group = group.split_once('/').map_or("", |(group, _)| group);
@@ -125,7 +134,7 @@ fn read_object(reader: Reader, scope: &Scope, origin: &str, value: Value, conten
             None
         }
     };
-    if contents.objects.iter().any(|read| read.key == key) {
+    if !seen.insert(key.clone()) {
         contents.findings.push(Finding::new(Code::Repeated, &key, "is in this file twice; the last one counts"));
     }
     contents.objects.push(Read { key, object });

@@ -65,6 +65,21 @@ impl World {
     }
 }
 
+/// A text, whatever it is, from the reader to the report. Must not panic, and what comes out must make sense.
+pub fn through(text: &str) {
+    let world = World::read(text, &[("c1", text), ("c2", text)]);
+    let client = world.client("c1", "n1", &[("rack", "a")]);
+    let report = world.report_for(&client, &Observed::default());
+    for service in &report.services {
+        let given: f64 = service.endpoints.iter().map(|endpoint| endpoint.share).sum();
+        assert!((0.0..=1.0 + 1e-9).contains(&given), "{service:?}");
+    }
+    for finding in &report.findings {
+        assert!(!finding.object.is_empty() && !finding.message.is_empty(), "{finding:?}");
+    }
+    serde_json::to_string(&report).unwrap();
+}
+
 /// The only service of this name.
 pub fn named<'a>(report: &'a Report, name: &str) -> &'a ServiceReport {
     let mut found = report.services.iter().filter(|service| service.name == name);

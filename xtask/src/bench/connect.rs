@@ -1,13 +1,12 @@
-//! `cargo xtask bench`: what connect() costs through Portolan, beside connect() to the endpoint itself, in one run.
+//! What connect() costs through Portolan, beside connect() to the endpoint itself, in one run.
 
 use std::{
     fs,
     io::{BufRead as _, BufReader, Write as _},
-    process::{ChildStdin, ChildStdout, Command, ExitCode, Stdio},
+    process::{ChildStdin, ChildStdout, Command, Stdio},
 };
 
 use anyhow::{Context as _, Result, ensure};
-use clap::Args;
 use portolan_tests::{
     Bed, Directory, Place, Process,
     objects::{node, service, slice},
@@ -17,17 +16,6 @@ use crate::{
     command::{cargo, find, need_root, root, run as run_command},
     demo,
 };
-
-/// How long to measure.
-#[derive(Debug, Args)]
-pub(crate) struct BenchArgs {
-    /// Rounds; in each, every arm has its turn
-    #[arg(long, default_value_t = 60)]
-    rounds: usize,
-    /// Connections of an arm in a round
-    #[arg(long, default_value_t = 2_000)]
-    connections: usize,
-}
 
 const SERVICE: &str = "172.16.0.10:80";
 const ENDPOINT: &str = "10.0.0.1:9080";
@@ -43,9 +31,9 @@ struct Arm {
     rounds: Vec<(f64, f64)>,
 }
 
-pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
-    let arms = measure(args.rounds, args.connections)?;
-    println!("\nconnect(), {} rounds of {} connections for each arm, in turn:", args.rounds, args.connections);
+pub(super) fn run(rounds: usize, connections: usize) -> Result<()> {
+    let arms = measure(rounds, connections)?;
+    println!("\nconnect(), {rounds} rounds of {connections} connections for each arm, in turn:");
     let direct = &arms[0];
     for arm in &arms {
         let (p50, p99) =
@@ -69,11 +57,11 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
             println!("  goal: hit / direct p50 ≤ {GOAL}: {met}");
         }
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Every arm runs, and every figure is one.
-pub(crate) fn smoke() -> Result<()> {
+pub(super) fn smoke() -> Result<()> {
     for arm in measure(3, 100)? {
         ensure!(arm.rounds.len() == 3, "{} ran {} rounds", arm.name, arm.rounds.len());
         let sound = arm.rounds.iter().all(|(p50, p99)| p50.is_finite() && *p50 > 0.0 && p99 >= p50);
