@@ -1,0 +1,179 @@
+//! What the verbs show: `explain` from files and from the agent, `plan diff`, `plan --all-nodes`, labels, exit codes.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::{process::Output, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use portolan_tests::{
+    Bed, Directory,
+    objects::{destination_rule, node, service, slice},
+    wait_until,
+};
+use serde_json::{Value, json};
+
+const BOUND: Duration = Duration::from_secs(20);
+
+/// A service with an endpoint in each of two regions, and nodes `near` and `far` there.
+fn directory(policy: &Value) -> Result<Directory> {
+    let directory = Directory::new()?;
+    directory.write("rules.yaml", &[destination_rule("web", &json!({"trafficPolicy": policy}))])?;
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("near", "r1/z1"),
+            node("far", "r2/z2"),
+            service("web", &["172.16.0.10"], 80),
+            slice("web", 9080, &[("10.0.0.1", "near", ""), ("10.0.0.2", "far", "")]),
+        ],
+    )?;
+    Ok(directory)
+}
+
+fn run(directory: &Directory, arguments: &[&str]) -> Result<Output> {
+    let place = directory.path().display().to_string();
+    let arguments = arguments.iter().map(|argument| argument.replace("DIR", &place));
+    Ok(directory.portolan_as_nobody()?.args(arguments).output()?)
+}
+
+fn json_of(output: &Output) -> Result<Value> {
+    serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn shares(explanation: &Value) -> Vec<(Value, Value, Value)> {
+    let endpoints = explanation["ports"][0]["routes"][0]["endpoints"].as_array().unwrap();
+    endpoints.iter().map(|it| (it["address"].clone(), it["health"].clone(), it["share"].clone())).collect()
+}
+
+#[test]
+fn explain_says_the_same_from_files_and_from_the_agent() -> Result<()> {
+    let eager =
+        json!({"outlierDetection": {"consecutive5xxErrors": 1, "maxEjectionPercent": 100, "baseEjectionTime": "1m"}});
+    let directory = directory(&eager)?;
+    let bed = Bed::new()?;
+    for i in 1..=2 {
+        bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
+    }
+    bed.serve("10.0.0.2:9080", "far")?;
+    let _agent = bed.agent(&directory, "c1", "near")?;
+    let live = |which: &str| -> Result<Value> {
+        json_of(&bed.portolan(&["explain", which, "-o", "json", "--admin", &bed.admin().display().to_string()])?)
+    };
+    let offline = |more: &[&str]| -> Result<Value> {
+        let arguments =
+            ["explain", "default/web:80", "--config", "DIR", "--cluster", "c1", "--node", "near", "-o", "json"];
+        json_of(&run(&directory, &[&arguments[..], more].concat())?)
+    };
+    assert_eq!(live("default/web:80")?, offline(&[])?);
+    let steps: Vec<Value> = offline(&[])?["ports"][0]["routes"][0]["steps"].as_array().unwrap().clone();
+    let step = |name: &str| steps.iter().find(|step| step["step"] == name).unwrap().clone();
+    assert_eq!(step("policy")["object"], "DestinationRule default/web");
+    // Lesson 29: it says that failover came with outlier detection.
+    let said = step("locality")["says"].to_string();
+    assert!(said.contains("It is on because outlierDetection is"), "{said}");
+    // The near one refuses, and is ejected: what the agent then explains is what `--eject` asks.
+    bed.dialler()?.dial("172.16.0.10:80", 1)?;
+    wait_until("the ejection", BOUND, || {
+        let now = live("default/web")?;
+        ensure!(shares(&now)[0].1 == "ejected", "{now:#}");
+        Ok(())
+    })?;
+    let (now, asked) = (live("default/web")?, offline(&["--eject", "10.0.0.1"])?);
+    assert_eq!(shares(&now), shares(&asked));
+    assert_eq!(shares(&now)[1].2, json!(1.0));
+    assert!(now["ports"][0]["routes"][0]["endpoints"][0]["ejectedUntil"].is_string());
+    // What is not there.
+    let missing = bed.portolan(&["explain", "default/wed", "--admin", &bed.admin().display().to_string()])?;
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("have no service default/wed"));
+    Ok(())
+}
+
+#[test]
+fn explain_names_what_was_left_out() -> Result<()> {
+    let directory = directory(&json!({}))?;
+    let mut local = service("web", &["172.16.0.10"], 80);
+    local["spec"]["internalTrafficPolicy"] = json!("Local");
+    let slice = slice("web", 9080, &[("10.0.0.1", "near", ""), ("10.0.0.2", "far", "")]);
+    directory.write("c1/all.yaml", &[node("near", "r1/z1"), node("far", "r2/z2"), local, slice])?;
+    let arguments = ["explain", "default/web", "--config", "DIR", "--cluster", "c1", "--node", "near"];
+    let explanation = json_of(&run(&directory, &[&arguments[..], &["-o", "json"]].concat())?)?;
+    let left_out = &explanation["ports"][0]["routes"][0]["leftOut"];
+    assert_eq!(left_out[0]["address"], "10.0.0.2");
+    assert!(left_out[0]["why"].as_str().unwrap().contains("internalTrafficPolicy"), "{left_out}");
+    let text = String::from_utf8(run(&directory, &arguments)?.stdout)?;
+    for part in ["10.0.0.1:9080", "LEFT OUT", "internalTrafficPolicy is Local", "STEP"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(!text.contains('\x1b'), "no colours where no terminal is: {text}");
+    Ok(())
+}
+
+#[test]
+fn diff_shows_what_a_change_would_do() -> Result<()> {
+    let directory = directory(&json!({"outlierDetection": {"maxEjectionPercent": 100}}))?;
+    let after = directory.scratch("after");
+    let copied = std::process::Command::new("cp").arg("-r").arg(directory.path()).arg(&after).status()?;
+    ensure!(copied.success(), "cp ended with {copied}");
+    let after = after.display().to_string();
+    let place = ["--cluster", "c1", "--all-nodes", "-o", "json"];
+    let diff = |b: &str| run(&directory, &[&["plan", "diff", "DIR", b][..], &place].concat());
+    let same = diff(&after)?;
+    assert_eq!((same.status.code(), json_of(&same)?["clients"].clone()), (Some(0), json!([])));
+    let split = json!({"trafficPolicy": {"loadBalancer": {"localityLbSetting": {"distribute": [
+        {"from": "r1/*", "to": {"r1/*": 90, "r2/*": 10}}]}}}});
+    std::fs::write(format!("{after}/rules.yaml"), destination_rule("web", &split).to_string())?;
+    let changed = diff(&after)?;
+    assert_eq!(changed.status.code(), Some(1));
+    let report = json_of(&changed)?;
+    // For the far node no rule of `distribute` is, and failover is gone with outlierDetection.
+    let client = |i: usize| (report["clients"][i]["client"]["node"].clone(), report["clients"][i]["changes"].clone());
+    let change = |endpoint: &str, locality: &str, before: f64, after: f64| json!({"service": "default/web:80", "endpoint": endpoint, "cluster": "c1", "locality": locality, "before": before, "after": after});
+    assert_eq!(
+        client(0),
+        (json!("far"), json!([change("10.0.0.1:9080", "r1/z1", 0.0, 0.5), change("10.0.0.2:9080", "r2/z2", 1.0, 0.5)]))
+    );
+    assert_eq!(
+        client(1),
+        (
+            json!("near"),
+            json!([change("10.0.0.1:9080", "r1/z1", 1.0, 0.9), change("10.0.0.2:9080", "r2/z2", 0.0, 0.1)])
+        )
+    );
+    // An endpoint that goes without another, and an error that comes.
+    std::fs::write(format!("{after}/rules.yaml"), "kind: [")?;
+    let broken = json_of(&diff(&after)?)?;
+    assert_eq!(broken["findings"]["added"][0]["code"], "PTL0002", "{broken:#}");
+    Ok(())
+}
+
+#[test]
+fn all_nodes_and_labels() -> Result<()> {
+    let policy = json!({"outlierDetection": {}, "loadBalancer": {"localityLbSetting": {"failoverPriority": ["topology.kubernetes.io/region"]}}});
+    let directory = directory(&policy)?;
+    let plan = ["plan", "--config", "DIR", "--cluster", "c1"];
+    let all = json_of(&run(&directory, &[&plan[..], &["--all-nodes", "-o", "json"]].concat())?)?;
+    let nodes: Vec<&Value> = all.as_array().unwrap().iter().map(|report| &report["client"]["node"]).collect();
+    assert_eq!(nodes, ["far", "near"]);
+    let share = |report: &Value| report["services"][0]["endpoints"][0]["share"].clone();
+    assert_eq!((share(&all[0]), share(&all[1])), (json!(0.0), json!(1.0)));
+    // A label beside those of the node.
+    let labelled =
+        [&plan[..], &["--node", "near", "--label", "topology.kubernetes.io/region=r2", "-o", "json"]].concat();
+    assert_eq!(share(&json_of(&run(&directory, &labelled)?)?), json!(0.0));
+    // Nodes that send alike are shown together.
+    let text = String::from_utf8(run(&directory, &[&plan[..], &["--all-nodes", "--no-color"]].concat())?.stdout)?;
+    assert_eq!(text.matches("Client: ").count(), 2, "{text}");
+    for (arguments, code) in [
+        (vec!["plan"], 2),
+        (plan.to_vec(), 2),
+        ([&plan[..], &["--node", "near", "--label", "nonsense"]].concat(), 2),
+        ([&plan[..], &["--node", "near", "--service", "default/wed"]].concat(), 1),
+        ([&plan[..], &["--node", "nowhere"]].concat(), 1),
+        ([&plan[..], &["--node", "near"]].concat(), 0),
+    ] {
+        let output = run(&directory, &arguments)?;
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
