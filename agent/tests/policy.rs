@@ -218,9 +218,8 @@ fn http_routes_that_look_into_nothing_are_taken_for_connections() {
     let subsets = "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: web, namespace: default}\n\
                    spec: {host: web, subsets: [{name: v1, labels: {version: v1}}, {name: v2, labels: {version: v2}}]}\n---\n";
     let to = |subset: &str| format!("{{destination: {{host: web, subset: {subset}}}}}");
-    let split = format!(
-        "{{destination: {{host: web, subset: v1}}, weight: 60}}, {{destination: {{host: web, subset: v2}}, weight: 40}}"
-    );
+    let split =
+        "{destination: {host: web, subset: v1}, weight: 60}, {destination: {host: web, subset: v2}, weight: 40}";
     let of = |spec: &str| {
         let report = World::read(&format!("{subsets}{}", route(spec)), &[("c1", WEB)]).report("c1", "a");
         let all = report.services.iter().flat_map(shares).collect::<Vec<_>>();

@@ -232,6 +232,17 @@ impl Agent {
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
+    /// What `portolan explain` says of a service (`namespace/name`).
+    ///
+    /// # Errors
+    /// The agent does not answer, or has no such service.
+    pub fn explain(&self, service: &str) -> Result<Value> {
+        let mut command = Command::new(binary("portolan")?);
+        let output = command.args(["explain", service, "-o", "json", "--admin"]).arg(&self.admin).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
     /// The events so far, oldest first.
     ///
     /// # Errors

@@ -192,6 +192,14 @@ fn outage(world: &mut World, report: &mut Report) -> Result<()> {
     report.check("an outage: one failed page for each local endpoint", "3", &errors.to_string());
     let pages = world.pages(HANGZHOU, "/productpage", 10)?;
     report.check("then all from Shanghai", &expect(10, 20, 0), &pages.to_string());
+    let explanation = world.explain(HANGZHOU, "default/reviews")?;
+    let why = |endpoint: &Value| endpoint["why"].as_str().unwrap_or_default().to_owned();
+    let endpoints = explanation["ports"][0]["routes"][0]["endpoints"].as_array().cloned().unwrap_or_default();
+    let ejected =
+        endpoints.iter().filter(|endpoint| why(endpoint).contains("ejected, for connections to it failed")).count();
+    let serving = endpoints.iter().filter(|endpoint| why(endpoint).contains("share the 100 % of priority 1")).count();
+    let seen = format!("{ejected} ejected, {serving} serving");
+    report.check("`portolan explain` says why", "3 ejected, 1 serving", &seen);
 
     // One pod recovers, two do not: the former is taken back for good, the latter are ejected again.
     world.revive(HANGZHOU, "reviews", 1)?;

@@ -206,6 +206,11 @@ impl World {
         self.clusters[cluster].agent.get(what)
     }
 
+    /// Why a service's endpoints have their shares, as the agent of a cluster explains it.
+    pub(super) fn explain(&self, cluster: usize, service: &str) -> Result<Value> {
+        self.clusters[cluster].agent.explain(service)
+    }
+
     /// The events of a cluster's agent.
     pub(super) fn events(&self, cluster: usize) -> Result<Vec<Value>> {
         self.clusters[cluster].agent.events()
