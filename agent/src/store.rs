@@ -106,7 +106,10 @@ impl Store {
         let known = |key: &ObjectKey| self.objects.get(key).is_some_and(holds);
         // A rule that cannot be read is not in force; without a Service or its endpoints, connections would be refused, and without the
         // settings they could leave their cluster.
-        let vital = |key: &ObjectKey| matches!(key.kind, Kind::Service | Kind::EndpointSlice | Kind::MeshConfig);
+        let vital = |key: &ObjectKey| {
+            use Kind::{EndpointSlice, MeshConfig, Service, ServiceEntry, WorkloadEntry};
+            matches!(key.kind, Service | EndpointSlice | ServiceEntry | WorkloadEntry | MeshConfig)
+        };
         let lost = contents.objects.iter().find(|read| read.object.is_none() && vital(&read.key) && !known(&read.key));
         let doubt = match lost {
             Some(read) => Some(Doubt {

@@ -93,6 +93,34 @@ fn everything_that_is_wrong_is_told_and_the_rest_works() -> Result<()> {
     Ok(())
 }
 
+/// The examples of `docs/`, as somebody would try them: the codes on their first line are shown, and an error makes the status 1.
+#[test]
+fn every_broken_example_is_told_and_survived() -> Result<()> {
+    let examples = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/examples/broken");
+    for example in std::fs::read_dir(examples)? {
+        let text = std::fs::read_to_string(example?.path())?;
+        let directory = Directory::new()?;
+        directory.write("c1/node.yaml", &[node("n1", "r1/z1")])?;
+        directory.write_text("c1/example.yaml", &text)?;
+        let (report, code) = directory.plan("c1", "n1", &[])?;
+        let errors = report["findings"].as_array().into_iter().flatten().any(|finding| finding["severity"] == "error");
+        assert_eq!(code, i32::from(errors), "{text}");
+        let config = directory.path().display().to_string();
+        let place = ["--config", &config, "--cluster", "c1", "--node", "n1"];
+        let shown = directory.portolan_as_nobody()?.arg("plan").args(place).output()?;
+        let shown = String::from_utf8(shown.stdout)?;
+        for code in text.lines().next().unwrap().split_whitespace().filter(|word| word.starts_with("PTL")) {
+            assert!(shown.contains(code), "{code}: {shown}");
+        }
+        for service in report["services"].as_array().unwrap() {
+            let name = format!("{}/{}", service["namespace"].as_str().unwrap(), service["name"].as_str().unwrap());
+            let explained = directory.portolan_as_nobody()?.args(["explain", &name]).args(place).output()?;
+            assert_eq!(explained.status.code(), Some(0), "{}", String::from_utf8_lossy(&explained.stderr));
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn an_empty_slice_as_kubectl_prints_it() -> Result<()> {
     let directory = Directory::new()?;

@@ -27,7 +27,7 @@ const DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
 const AFFINITY: u64 = 10_800;
 
 pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<Service>, Invalid> {
-    let service = context.typed::<ApiService>("", value)?;
+    let service: ApiService = context.honoured("", value, |_| false)?;
     let spec = service.spec.unwrap_or_default();
     if spec.type_.as_deref() == Some("ExternalName") {
         let message = "ExternalName is a name in DNS, which has no endpoints to choose from: it is not used";
@@ -43,6 +43,17 @@ pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<
         return Err(invalid("spec.ports", "is empty: nothing can be dialled; give it a port"));
     }
     let addresses = addresses(context, &spec)?;
+    let node_local = match spec.internal_traffic_policy.as_deref() {
+        None | Some("Cluster") => false,
+        Some("Local") => true,
+        // It might have been meant to be strict, so it is not taken for the other.
+        Some(other) => {
+            return Err(invalid(
+                "spec.internalTrafficPolicy",
+                format!("{other:?} is neither \"Cluster\" nor \"Local\""),
+            ));
+        }
+    };
     if spec.external_ips.is_some_and(|list| !list.is_empty()) {
         let message = "is ignored: whoever may write a Service must not take any address";
         context.finding(Code::ExternalAddresses, "spec.externalIPs", message);
@@ -76,7 +87,7 @@ pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<
         name: context.name.clone(),
         addresses,
         ports,
-        node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+        node_local,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or_default(),
         distribution,
         affinity,
@@ -118,7 +129,7 @@ fn addresses(context: &mut Context<'_>, spec: &ServiceSpec) -> Result<Vec<IpAddr
 }
 
 pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<Option<EndpointSlice>, Invalid> {
-    let slice = context.typed::<ApiSlice>("", value)?;
+    let slice: ApiSlice = context.honoured("", value, |_| false)?;
     if slice.address_type == "FQDN" {
         let message = "FQDN: names cannot be dialled in the kernel; it is not used";
         context.finding(Code::NotHonoured, "addressType", message);
