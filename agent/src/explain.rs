@@ -67,27 +67,12 @@ pub struct Step {
 
 /// An endpoint and its share.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
 pub struct EndpointExplanation {
-    /// Address and port.
-    pub address: String,
-    /// Its cluster.
-    pub cluster: String,
-    /// `region/zone/subzone`
-    pub locality: String,
-    /// Its level.
-    pub priority: u32,
-    /// Its weight.
-    pub weight: u32,
-    /// `healthy`, `unhealthy`, `draining` or `ejected`.
-    pub health: String,
-    /// Fraction of new connections.
-    pub share: f64,
-    /// Why that much.
+    /// As `plan` shows it.
+    #[serde(flatten)]
+    pub endpoint: EndpointReport,
+    /// Why it gets that much.
     pub why: String,
-    /// When its ejection ends at the earliest (RFC 3339); from a running agent only.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ejected_until: Option<String>,
 }
 
 /// An endpoint that the pool does not have.
@@ -140,15 +125,8 @@ fn explain_route(
         if assignment.passthrough { 0.0 } else { shares.get(&endpoint.address).copied().unwrap_or_default() }
     };
     let endpoints = pool.endpoints.iter().map(|endpoint| EndpointExplanation {
-        address: endpoint.address.to_string(),
-        cluster: endpoint.cluster.to_string(),
-        locality: endpoint.locality.to_string(),
-        priority: endpoint.priority,
-        weight: endpoint.weight,
-        health: endpoint.health.as_str().to_owned(),
-        share: rounded(share(endpoint)),
+        endpoint: EndpointReport::new(endpoint, share(endpoint)),
         why: why(client, pool, endpoint, share(endpoint)),
-        ejected_until: None,
     });
     let left_out = pool.left_out.iter().map(|left_out| LeftOutExplanation {
         address: left_out.address.to_string(),

@@ -13,6 +13,7 @@ pub mod health;
 pub mod journal;
 pub mod metrics;
 pub mod model;
+pub mod place;
 pub mod policy;
 pub mod reconcile;
 pub mod report;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     model::{Finding, Retention, Severity},
-    policy::{Assignment, Client, Route, Verdict},
+    policy::{Assignment, Client, Endpoint, Route, Verdict},
 };
 
 /// The answer of `plan` and `get`.
@@ -144,6 +144,23 @@ pub struct EndpointReport {
     pub kernel: Option<EndpointKernel>,
 }
 
+impl EndpointReport {
+    /// Of an endpoint and the share that it gets.
+    pub fn new(endpoint: &Endpoint, share: f64) -> Self {
+        Self {
+            address: endpoint.address.to_string(),
+            cluster: endpoint.cluster.to_string(),
+            locality: endpoint.locality.to_string(),
+            priority: endpoint.priority,
+            weight: endpoint.weight,
+            health: endpoint.health.as_str().to_owned(),
+            share: rounded(share),
+            ejected_until: None,
+            kernel: None,
+        }
+    }
+}
+
 /// A frontend as the kernel holds it, summed over its addresses.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -220,16 +237,8 @@ fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) ->
     let endpoints: Vec<EndpointReport> = pool
         .endpoints
         .iter()
-        .map(|endpoint| EndpointReport {
-            address: endpoint.address.to_string(),
-            cluster: endpoint.cluster.to_string(),
-            locality: endpoint.locality.to_string(),
-            priority: endpoint.priority,
-            weight: endpoint.weight,
-            health: endpoint.health.as_str().to_owned(),
-            share: if assignment.passthrough { 0.0 } else { rounded(share(endpoint.address)) },
-            ejected_until: None,
-            kernel: None,
+        .map(|endpoint| {
+            EndpointReport::new(endpoint, if assignment.passthrough { 0.0 } else { share(endpoint.address) })
         })
         .collect();
     let localities = pool.localities.iter().map(|locality| {
@@ -285,6 +294,6 @@ fn refused_share(assignment: &Assignment, route: &Route) -> Option<f64> {
 }
 
 /// Without the last digits, in which sums of fractions differ from the fraction.
-pub(crate) fn rounded(share: f64) -> f64 {
+fn rounded(share: f64) -> f64 {
     (share * 1e12).round() / 1e12
 }

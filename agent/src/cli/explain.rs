@@ -138,7 +138,7 @@ fn route(route: &RouteExplanation) -> String {
             share.set_cell_alignment(CellAlignment::Right);
         }
         text += "\n";
-        text += &indented(&output::render(&table, |i| output::style_of(&route.endpoints.get(i)?.health)));
+        text += &indented(&output::render(&table, |i| output::style_of(&route.endpoints.get(i)?.endpoint.health)));
     }
     if !route.left_out.is_empty() {
         let mut table = output::new_table(&["LEFT OUT", "CLUSTER", "WHY"]);
@@ -151,7 +151,8 @@ fn route(route: &RouteExplanation) -> String {
     text
 }
 
-fn row(endpoint: &EndpointExplanation) -> Vec<String> {
+fn row(explained: &EndpointExplanation) -> Vec<String> {
+    let endpoint = &explained.endpoint;
     let until = endpoint.ejected_until.as_ref().map(|until| format!(" until {until}")).unwrap_or_default();
     vec![
         endpoint.address.clone(),
@@ -160,7 +161,7 @@ fn row(endpoint: &EndpointExplanation) -> Vec<String> {
         endpoint.priority.to_string(),
         endpoint.health.clone(),
         output::percent(endpoint.share),
-        format!("{}{until}", endpoint.why),
+        format!("{}{until}", explained.why),
     ]
 }
 

@@ -18,7 +18,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand, error::ErrorKind};
 use crate::{
     datapath::Unsupported,
     model::{Locality, NamespacedName},
-    reconcile::Place,
+    place::Place,
     report::Report,
     source::Reader,
 };

@@ -10,8 +10,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::{
     model::Finding,
+    place::Place,
     policy::{Client, Observed, Verdict, assign},
-    reconcile::Place,
     report::Report,
     source::{Reader, file::Directory},
     store::{Changes, Store},

@@ -12,7 +12,7 @@
 //! | their priority, or the weight of their locality | `locality` |
 //! | the load of each priority | `load` |
 //! | what new endpoints get | `warmup` |
-//! | the share of each group of endpoints | `pool` |
+//! | the share of each group of endpoints | `spread`, for one `pool` |
 //! | the order of turns | `schedule` |
 
 mod cluster_local;
@@ -24,6 +24,7 @@ mod pool;
 mod rules;
 mod schedule;
 mod service;
+mod spread;
 mod warmup;
 
 use std::{
@@ -40,9 +41,10 @@ pub use self::{
     endpoints::{Endpoint, EndpointHealth, LeftOut},
     load::{Level, Loads, OVERPROVISIONING_FACTOR, loads},
     locality::{Labelled, SettingSource, distribute_weights, effective_setting, failover_levels, label_levels, levels},
-    pool::{Group, LocalityShare, Mode, Pool, Priority, effective_weights},
+    pool::{Group, LocalityShare, Mode, Pool, Priority},
     rules::RuleBook,
     schedule::{Run, Schedule, Share, Turn, edf_order},
+    spread::effective_weights,
     warmup::warmup_factor,
 };
 use crate::model::{Finding, Labels, Locality, NamespacedName, Protocol, ServiceId};

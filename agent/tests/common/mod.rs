@@ -5,8 +5,8 @@
 
 use portolan::{
     model::{Finding, Labels, Scope},
+    place::Place,
     policy::{Client, Observed, assign},
-    reconcile::Place,
     report::{Report, ServiceReport},
     source::{Reader, Update, read_text},
     store::{Changes, Store},

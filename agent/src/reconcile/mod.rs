@@ -1,9 +1,11 @@
 //! The one task that knows everything and writes to the kernel: inputs come in, tables go out.
 
+mod answers;
+
 use std::{
     collections::{BTreeSet, HashMap},
     net::SocketAddr,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
@@ -15,12 +17,13 @@ use crate::{
     datapath::{Datapath, Outcome},
     explain::Explanation,
     health::{EventKind, Health, Verdict as Outlook},
-    journal::{Journal, Record, rfc3339},
-    model::{Code, Finding, Labels, Locality, NamespacedName, Severity},
-    policy::{self, Assignment, Client, Compiler, PoolKey, Recompiled},
-    report::{EndpointKernel, FrontendKernel, Report},
+    journal::{Journal, Record},
+    model::{Code, Finding, NamespacedName, Severity},
+    place::Place,
+    policy::{Client, Compiler, PoolKey, Recompiled},
+    report::Report,
     source::Update,
-    store::{Changes, NETWORK, Snapshot, Store},
+    store::{Changes, Store},
     table::{self, Held, Knowledge, Layout, Op, Refused, Sizes, Table},
 };
 
@@ -32,47 +35,6 @@ const LOGGED_AT_ONCE: usize = 50;
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// But no later than this.
 const LAST_RETRY: Duration = Duration::from_secs(60);
-
-/// Who the agent works for.
-#[derive(Clone, Debug, Default)]
-pub struct Place {
-    /// The node, whose Node object says where it is.
-    pub node: Option<String>,
-    /// Where it is, whatever the Node object says.
-    pub locality: Option<Locality>,
-    /// Labels beside those of the Node object.
-    pub labels: Labels,
-}
-
-impl Place {
-    /// The client that the policy is asked for.
-    pub fn client(&self, cluster: &str, snapshot: &Snapshot, findings: &mut Vec<Finding>) -> Client {
-        let own = snapshot.clusters.get(cluster);
-        let node = self.node.as_ref().map(|name| (name, own.and_then(|own| own.nodes.get(name))));
-        if let (Some((name, None)), None) = (node, &self.locality) {
-            let message = format!(
-                "cluster {cluster} has no such Node: where its clients are is unknown, so everything is far away"
-            );
-            findings.push(Finding::new(Code::UnknownNode, format!("Node {name}"), message));
-        }
-        let node = node.and_then(|(_, node)| node);
-        let locality = self.locality.clone().or_else(|| Some((*node?.locality).clone())).unwrap_or_default();
-        let mut labels = node.map(|node| node.labels.clone()).unwrap_or_default();
-        let places = [
-            ("topology.istio.io/cluster", cluster),
-            (NETWORK, own.map(|own| own.network()).unwrap_or_default()),
-            ("topology.kubernetes.io/region", &locality.region),
-            ("topology.kubernetes.io/zone", &locality.zone),
-            ("topology.istio.io/subzone", &locality.subzone),
-            ("kubernetes.io/hostname", self.node.as_deref().unwrap_or_default()),
-        ];
-        for (label, value) in places.into_iter().filter(|(_, value)| !value.is_empty()) {
-            labels.insert(label.to_owned(), value.to_owned());
-        }
-        labels.extend(self.labels.clone());
-        Client { cluster: cluster.into(), node: self.node.clone(), locality, labels }
-    }
-}
 
 /// A question to the task.
 pub enum Request {
@@ -412,124 +374,6 @@ impl Reconciler {
                 self.accounts.take_frontend(*id, service, *port, stats);
             }
         }
-    }
-
-    fn answer(&mut self, request: Request) {
-        // Where the one who asked has gone away, the answer is for nobody.
-        match request {
-            Request::Report(reply) => drop(reply.send(self.report())),
-            Request::Explain(name, port, reply) => drop(reply.send(self.explain(&name, port))),
-            Request::Sample(reply) => drop(reply.send(self.sample())),
-            Request::Ready(reply) => drop(reply.send(self.ready())),
-            Request::Events(reply) => drop(reply.send(self.journal.follow())),
-        }
-    }
-
-    fn ready(&self) -> Result<(), String> {
-        if !self.store.synced() {
-            return Err("not everything has been read yet".to_owned());
-        }
-        let inherited = self.layout.inherited();
-        if let Some(doubt) = self.doubt.as_ref().filter(|_| inherited > 0) {
-            return Err(format!("{inherited} frontends are left as a former agent published them, for {doubt}"));
-        }
-        self.datapath.check_hooks().map_err(|error| format!("{error:#}"))
-    }
-
-    fn sample(&mut self) -> Sample {
-        self.accounts.collect(&self.layout, &self.datapath.maps);
-        self.count_frontends();
-        Sample {
-            services: self.accounts.services().clone(),
-            totals: self.accounts.totals().clone(),
-            ejected: self.health.ejected(),
-            health: self.accounts.health().clone(),
-            publish_seconds: self.accounts.publish_seconds(),
-            counters: self.datapath.maps.counters().unwrap_or_default(),
-            used: self.layout.used(),
-            sizes: self.layout.sizes(),
-            ready: self.ready().is_ok(),
-            findings: self.findings(),
-        }
-    }
-
-    fn findings(&self) -> Vec<Finding> {
-        let of_rules = self.compiler.findings().chain(&self.client_findings).chain(&self.trouble).cloned();
-        let mut findings: Vec<Finding> = self.store.findings().into_iter().chain(of_rules).collect();
-        for finding in &mut findings {
-            self.store.add_source(&self.cluster, finding);
-        }
-        findings.sort();
-        findings.dedup();
-        findings
-    }
-
-    /// The verdict, with what the kernel holds beside it.
-    fn report(&self) -> Report {
-        let mut verdict = self.compiler.verdict();
-        verdict.findings = self.findings();
-        let mut report = Report::new(&self.client, self.store.fingerprint(), &verdict);
-        let routes = verdict
-            .assignments
-            .iter()
-            .flat_map(|assignment| assignment.routes.iter().map(move |route| (assignment, route)));
-        for (service, (assignment, route)) in report.services.iter_mut().zip(routes) {
-            if std::ptr::eq(route, &raw const assignment.routes[0]) {
-                service.kernel = Some(self.frontend_kernel(assignment));
-            }
-            for (endpoint, intended) in service.endpoints.iter_mut().zip(&route.pool.endpoints) {
-                endpoint.kernel = self.endpoint_kernel(&intended.address);
-                endpoint.ejected_until = self.health.ejection(&route.pool.key, &intended.address).map(|ejection| {
-                    let left = ejection.until.saturating_duration_since(Instant::now());
-                    rfc3339(SystemTime::now() + left)
-                });
-            }
-        }
-        report
-    }
-
-    /// The verdict for one service, step by step.
-    fn explain(&self, name: &NamespacedName, port: Option<u16>) -> Option<Explanation> {
-        let snapshot = self.store.snapshot();
-        let service = policy::service_named(snapshot, &self.client, name)?;
-        let verdict = policy::explain(snapshot, &self.client, self.health.observed(), &service);
-        let mut explanation = Explanation::new(&self.client, &verdict, port);
-        for finding in &mut explanation.findings {
-            self.store.add_source(&self.cluster, finding);
-        }
-        let routes = verdict.assignments.iter().filter(|assignment| port.is_none_or(|port| port == assignment.port));
-        let pools = routes.flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
-        for (route, pool) in explanation.routes_mut().zip(pools) {
-            for (endpoint, intended) in route.endpoints.iter_mut().zip(&pool.endpoints) {
-                let ejection = self.health.ejection(&pool.key, &intended.address);
-                endpoint.ejected_until = ejection.map(|ejection| {
-                    rfc3339(SystemTime::now() + ejection.until.saturating_duration_since(Instant::now()))
-                });
-            }
-        }
-        Some(explanation)
-    }
-
-    fn frontend_kernel(&self, assignment: &Assignment) -> FrontendKernel {
-        let mut sum = FrontendKernel::default();
-        let keys = assignment.frontends.iter().map(|address| table::key(*address, assignment.protocol.number()));
-        for frontend in keys.filter_map(|key| self.datapath.maps.frontend(&key)) {
-            let stats = self.datapath.maps.frontend_stats(frontend.id).unwrap_or_default();
-            sum.slots += frontend.period;
-            sum.generation = sum.generation.max(frontend.generation);
-            sum.connections += stats.given();
-            sum.refused += stats.refused_in_all();
-        }
-        sum
-    }
-
-    fn endpoint_kernel(&self, address: &SocketAddr) -> Option<EndpointKernel> {
-        let stats = self.datapath.maps.backend_stats(self.layout.backend_id(address)?).ok()?;
-        Some(EndpointKernel {
-            connections: stats.opened,
-            active: stats.opened.saturating_sub(stats.closed),
-            failures: stats.failed,
-        })
     }
 }
 

@@ -1,0 +1,137 @@
+//! What the task answers to those who ask: reports, explanations, metrics, readiness.
+
+use std::{
+    net::SocketAddr,
+    time::{Instant, SystemTime},
+};
+
+use super::{Reconciler, Request};
+use crate::{
+    accounts::Sample,
+    explain::Explanation,
+    journal::rfc3339,
+    model::{Finding, NamespacedName},
+    policy::{self, Assignment},
+    report::{EndpointKernel, FrontendKernel, Report},
+    table,
+};
+
+impl Reconciler {
+    pub(super) fn answer(&mut self, request: Request) {
+        // Where the one who asked has gone away, the answer is for nobody.
+        match request {
+            Request::Report(reply) => drop(reply.send(self.report())),
+            Request::Explain(name, port, reply) => drop(reply.send(self.explain(&name, port))),
+            Request::Sample(reply) => drop(reply.send(self.sample())),
+            Request::Ready(reply) => drop(reply.send(self.ready())),
+            Request::Events(reply) => drop(reply.send(self.journal.follow())),
+        }
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        if !self.store.synced() {
+            return Err("not everything has been read yet".to_owned());
+        }
+        let inherited = self.layout.inherited();
+        if let Some(doubt) = self.doubt.as_ref().filter(|_| inherited > 0) {
+            return Err(format!("{inherited} frontends are left as a former agent published them, for {doubt}"));
+        }
+        self.datapath.check_hooks().map_err(|error| format!("{error:#}"))
+    }
+
+    fn sample(&mut self) -> Sample {
+        self.accounts.collect(&self.layout, &self.datapath.maps);
+        self.count_frontends();
+        Sample {
+            services: self.accounts.services().clone(),
+            totals: self.accounts.totals().clone(),
+            ejected: self.health.ejected(),
+            health: self.accounts.health().clone(),
+            publish_seconds: self.accounts.publish_seconds(),
+            counters: self.datapath.maps.counters().unwrap_or_default(),
+            used: self.layout.used(),
+            sizes: self.layout.sizes(),
+            ready: self.ready().is_ok(),
+            findings: self.findings(),
+        }
+    }
+
+    fn findings(&self) -> Vec<Finding> {
+        let of_rules = self.compiler.findings().chain(&self.client_findings).chain(&self.trouble).cloned();
+        let mut findings: Vec<Finding> = self.store.findings().into_iter().chain(of_rules).collect();
+        for finding in &mut findings {
+            self.store.add_source(&self.cluster, finding);
+        }
+        findings.sort();
+        findings.dedup();
+        findings
+    }
+
+    /// The verdict, with what the kernel holds beside it.
+    fn report(&self) -> Report {
+        let mut verdict = self.compiler.verdict();
+        verdict.findings = self.findings();
+        let mut report = Report::new(&self.client, self.store.fingerprint(), &verdict);
+        let routes = verdict
+            .assignments
+            .iter()
+            .flat_map(|assignment| assignment.routes.iter().map(move |route| (assignment, route)));
+        for (service, (assignment, route)) in report.services.iter_mut().zip(routes) {
+            if std::ptr::eq(route, &raw const assignment.routes[0]) {
+                service.kernel = Some(self.frontend_kernel(assignment));
+            }
+            for (endpoint, intended) in service.endpoints.iter_mut().zip(&route.pool.endpoints) {
+                endpoint.kernel = self.endpoint_kernel(&intended.address);
+                endpoint.ejected_until = self.health.ejection(&route.pool.key, &intended.address).map(|ejection| {
+                    let left = ejection.until.saturating_duration_since(Instant::now());
+                    rfc3339(SystemTime::now() + left)
+                });
+            }
+        }
+        report
+    }
+
+    /// The verdict for one service, step by step.
+    fn explain(&self, name: &NamespacedName, port: Option<u16>) -> Option<Explanation> {
+        let snapshot = self.store.snapshot();
+        let service = policy::service_named(snapshot, &self.client, name)?;
+        let verdict = policy::explain(snapshot, &self.client, self.health.observed(), &service);
+        let mut explanation = Explanation::new(&self.client, &verdict, port);
+        for finding in &mut explanation.findings {
+            self.store.add_source(&self.cluster, finding);
+        }
+        let routes = verdict.assignments.iter().filter(|assignment| port.is_none_or(|port| port == assignment.port));
+        let pools = routes.flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
+        for (route, pool) in explanation.routes_mut().zip(pools) {
+            for (endpoint, intended) in route.endpoints.iter_mut().zip(&pool.endpoints) {
+                let ejection = self.health.ejection(&pool.key, &intended.address);
+                endpoint.endpoint.ejected_until = ejection.map(|ejection| {
+                    rfc3339(SystemTime::now() + ejection.until.saturating_duration_since(Instant::now()))
+                });
+            }
+        }
+        Some(explanation)
+    }
+
+    fn frontend_kernel(&self, assignment: &Assignment) -> FrontendKernel {
+        let mut sum = FrontendKernel::default();
+        let keys = assignment.frontends.iter().map(|address| table::key(*address, assignment.protocol.number()));
+        for frontend in keys.filter_map(|key| self.datapath.maps.frontend(&key)) {
+            let stats = self.datapath.maps.frontend_stats(frontend.id).unwrap_or_default();
+            sum.slots += frontend.period;
+            sum.generation = sum.generation.max(frontend.generation);
+            sum.connections += stats.given();
+            sum.refused += stats.refused_in_all();
+        }
+        sum
+    }
+
+    fn endpoint_kernel(&self, address: &SocketAddr) -> Option<EndpointKernel> {
+        let stats = self.datapath.maps.backend_stats(self.layout.backend_id(address)?).ok()?;
+        Some(EndpointKernel {
+            connections: stats.opened,
+            active: stats.opened.saturating_sub(stats.closed),
+            failures: stats.failed,
+        })
+    }
+}
