@@ -10,7 +10,7 @@ use crate::{
         Assignment, Client, Endpoint, EndpointHealth, Mode, OVERPROVISIONING_FACTOR, Pool, Priority, Route,
         SettingSource, Verdict,
     },
-    report::{ClientReport, rounded, route_shares},
+    report::{ClientReport, EndpointReport, route_shares},
 };
 
 /// The answer of `explain`.
