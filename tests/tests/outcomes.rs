@@ -283,3 +283,36 @@ fn the_applications_own_timeout_is_as_it_set_it() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_new_endpoint_warms_up() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = Directory::new()?;
+    let policy = json!({"loadBalancer": {"simple": "ROUND_ROBIN", "warmup": {"duration": "4s"}}});
+    let write = |endpoints: &[(&str, &str, &str)]| {
+        directory.write(
+            "c1/all.yaml",
+            &[
+                node("near", "r1/z1"),
+                service("web", &["172.16.0.10"], 80),
+                slice("web", 9080, endpoints),
+                destination_rule("web", &json!({"trafficPolicy": policy})),
+            ],
+        )
+    };
+    write(&[("10.0.0.1", "near", "")])?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    write(&[("10.0.0.1", "near", ""), ("10.0.0.2", "near", "")])?;
+    let share =
+        || -> Result<Option<f64>> { Ok(agent.get("endpoints")?["services"][0]["endpoints"][1]["share"].as_f64()) };
+    // From the first moment on it gets little, and more with time.
+    let mut seen = Vec::new();
+    wait_until("the new endpoint to be warm", BOUND, || {
+        seen.extend(share()?);
+        seen.dedup();
+        ensure!(seen.last() == Some(&0.5), "{seen:?}");
+        Ok(())
+    })?;
+    assert!(seen[0] < 0.3 && seen.len() > 2 && seen.is_sorted(), "{seen:?}");
+    Ok(())
+}

@@ -33,6 +33,8 @@ pub struct Health {
     /// Pools that count failures of an endpoint.
     counting: HashMap<SocketAddr, BTreeSet<PoolKey>>,
     observed: Observed,
+    /// Services of pools in which endpoints have begun to warm up since somebody asked.
+    warming: BTreeSet<ServiceId>,
 }
 
 /// A pool that somebody looks after.
@@ -102,8 +104,10 @@ impl Health {
             if let Some(detector) = &mut watched.detector {
                 detector.set_hosts(&hosts);
             }
-            if let Some(warming) = &mut watched.warming {
-                warming.set_hosts(now, &hosts);
+            if let Some(warming) = &mut watched.warming
+                && warming.set_hosts(now, &hosts)
+            {
+                self.warming.insert(key.service.clone());
             }
         }
         self.counting.retain(|host, pools| {
@@ -190,6 +194,11 @@ impl Health {
         (events, warmer)
     }
 
+    /// The services in whose pools endpoints have begun to warm up since this was asked before.
+    pub fn newly_warming(&mut self) -> BTreeSet<ServiceId> {
+        std::mem::take(&mut self.warming)
+    }
+
     /// The ejections in force and the ages of new endpoints, for the policy.
     pub fn observed(&self) -> &Observed {
         &self.observed
@@ -224,14 +233,17 @@ impl Watched {
 }
 
 impl Warming {
-    /// Those that are there when the pool is first seen count as old: how long they have been there is not known.
-    fn set_hosts(&mut self, now: Instant, hosts: &BTreeSet<SocketAddr>) {
+    /// Those that are there when the pool is first seen count as old: how long they have been there is not known. Returns whether anybody
+    /// is new.
+    fn set_hosts(&mut self, now: Instant, hosts: &BTreeSet<SocketAddr>) -> bool {
         let since = if self.since.is_empty() { None } else { Some(now) };
         self.since.retain(|host, _| hosts.contains(host));
+        let before = self.since.len();
         for host in hosts {
             self.since.entry(*host).or_insert(since);
         }
         self.next = self.next_step(now);
+        since.is_some() && self.since.len() > before
     }
 
     fn ages(&self, now: Instant) -> HashMap<SocketAddr, Duration> {

@@ -3,7 +3,7 @@
 mod answers;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -234,12 +234,7 @@ impl Reconciler {
         changes.everything |= client != self.client;
         changes.findings |= findings != self.client_findings;
         (self.client, self.client_findings) = (client, findings);
-        let observed = self.health.observed();
-        let recompiled = self.compiler.compile(self.store.snapshot(), &self.client, observed, &changes);
-        for service in &recompiled {
-            self.health.configure(started, &service.service, &service.after);
-            self.accounts.name(&service.service, &service.before, &service.after);
-        }
+        let recompiled = self.compile(started, &changes);
 
         let knowledge = self.what_is_known();
         let whole = self.knowledge != Some(knowledge);
@@ -283,6 +278,27 @@ impl Reconciler {
             self.journal.add(Record { kind: "published".to_owned(), message, ..Record::default() });
         }
         Ok(())
+    }
+
+    /// Computes what is new, and tells the detectors and the accounts.
+    fn compile(&mut self, now: Instant, changes: &Changes) -> Vec<Recompiled> {
+        let mut recompiled: BTreeMap<_, Recompiled> = BTreeMap::new();
+        let mut changes =
+            Changes { services: changes.services.clone(), everything: changes.everything, ..Changes::default() };
+        // Twice where endpoints begin to warm up: only the detectors know that they are new.
+        while changes.everything || !changes.services.is_empty() {
+            let observed = self.health.observed();
+            for next in self.compiler.compile(self.store.snapshot(), &self.client, observed, &changes) {
+                self.health.configure(now, &next.service, &next.after);
+                self.accounts.name(&next.service, &next.before, &next.after);
+                match recompiled.entry(next.service.clone()) {
+                    Entry::Occupied(mut known) => known.get_mut().after = next.after,
+                    Entry::Vacant(place) => drop(place.insert(next)),
+                }
+            }
+            changes = Changes { services: self.health.newly_warming(), ..Changes::default() };
+        }
+        recompiled.into_values().collect()
     }
 
     /// The frontends that shall be: all of them, or those of the services that were computed anew; and those that shall go.
