@@ -148,8 +148,12 @@ impl Accounts {
                 self.seen_frontends.remove(id);
             }
             if let Op::SetBackend(id, backend) = op {
-                if let Some((address, _)) = self.seen.get(id) {
-                    self.take(*id, *address, maps);
+                if let Some((address, _)) = self.seen.get(id).copied() {
+                    self.take(*id, address, maps);
+                    // Its last connections are counted.
+                    if self.names.get(&address).is_some_and(|names| names.iter().all(|name| !name.live)) {
+                        self.names.remove(&address);
+                    }
                 }
                 self.seen.insert(*id, (backend.endpoint.socket_addr(), BackendStats::default()));
             }

@@ -19,7 +19,9 @@ use crate::{
 pub struct Doubt {
     /// What, for people.
     pub what: String,
-    /// Whether the mesh's settings may be in it, which say what traffic must stay in its cluster.
+    /// Whose objects may be in it.
+    pub scope: Scope,
+    /// Whether it is the mesh's settings, which say what traffic must stay in its cluster.
     pub settings: bool,
 }
 
@@ -75,10 +77,22 @@ impl Store {
         self.synced
     }
 
-    /// What could not be read, and never was, so that nothing is known of what it says. Settings before services, for they say what must
-    /// never happen.
-    pub fn doubt(&self) -> Option<&Doubt> {
-        self.doubtful.values().max_by_key(|doubt| doubt.settings)
+    /// What could not be read, and never was, so that nothing is known of what it says; and whether the settings that count for a cluster may
+    /// be in it. Those first, for they say what must never happen.
+    pub fn doubt(&self, cluster: &str) -> Option<(&Doubt, bool)> {
+        let settings = |doubt: &Doubt| {
+            let own = Scope::Cluster(cluster.to_owned());
+            let of = |scope: &Scope| match scope {
+                Scope::Mesh => self.snapshot.mesh.mesh_config.is_some(),
+                Scope::Cluster(id) => {
+                    self.snapshot.clusters.get(id.as_str()).is_some_and(|it| it.mesh_config.is_some())
+                }
+            };
+            // A cluster's own settings are as good a place for them as the mesh's, unless they are known already.
+            let may_be_here = doubt.scope == Scope::Mesh || (doubt.scope == own && !of(&Scope::Mesh) && !of(&own));
+            doubt.settings || may_be_here
+        };
+        self.doubtful.values().map(|doubt| (doubt, settings(doubt))).max_by_key(|(_, settings)| *settings)
     }
 
     /// Takes in a change, and adds to `changes` what is different now.
@@ -114,12 +128,15 @@ impl Store {
         let doubt = match lost {
             Some(read) => Some(Doubt {
                 what: format!("{} in {origin} is broken", read.key),
+                scope: read.key.scope.clone(),
                 settings: read.key.kind == Kind::MeshConfig,
             }),
-            // The mesh's objects are in no folder.
-            None if !contents.whole => {
-                Some(Doubt { what: format!("{origin} cannot be read"), settings: !origin.contains('/') })
-            }
+            None if !contents.whole => Some(Doubt {
+                what: format!("{origin} cannot be read"),
+                // The mesh's objects are in no folder.
+                scope: origin.split_once('/').map_or(Scope::Mesh, |(cluster, _)| Scope::Cluster(cluster.to_owned())),
+                settings: false,
+            }),
             None => None,
         };
         match doubt {
@@ -178,6 +195,7 @@ impl Store {
             self.objects.remove(key);
         }
         if before != after {
+            let clusters = self.snapshot.clusters.len();
             for object in before.iter().chain(&after) {
                 self.snapshot.concerned(key, object, changes);
             }
@@ -192,6 +210,7 @@ impl Store {
             if let Some(after) = after {
                 self.snapshot.insert(key, after);
             }
+            changes.everything |= self.snapshot.clusters.len() != clusters;
         }
     }
 
@@ -382,6 +401,9 @@ impl Snapshot {
 
     /// Adds the services whose endpoints an object has a part in.
     fn concerned(&self, key: &ObjectKey, object: &Object, changes: &mut Changes) {
+        if changes.everything {
+            return;
+        }
         let namespace = &key.name.namespace;
         let services = &mut changes.services;
         let all = || std::iter::once(&self.mesh).chain(self.clusters.values());

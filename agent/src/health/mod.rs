@@ -110,8 +110,9 @@ impl Health {
                 self.warming.insert(key.service.clone());
             }
         }
+        let detector = self.pools.get(key).and_then(|watched| watched.detector.as_ref());
         self.counting.retain(|host, pools| {
-            if !hosts.contains(host) {
+            if !detector.is_some_and(|detector| detector.counts(host)) {
                 pools.remove(key);
             }
             !pools.is_empty()

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    Assignment, Client, Group, Observed, Route, RuleBook, Schedule, Share, Verdict, endpoints, pool,
+    Assignment, Client, Group, Observed, Pool, Route, RuleBook, Schedule, Share, Verdict, endpoints, pool,
     service::{self, ServiceView},
 };
 use crate::{
@@ -128,7 +128,9 @@ impl Compiler {
             self.findings.push(Finding::new(Code::UnknownCluster, format!("Cluster {}", client.cluster), message));
         }
         // Services come before entries: a ServiceEntry does not take what is a Service's.
-        let services = snapshot.clusters.values().flat_map(|objects| objects.services.values());
+        // Of other clusters' addresses nobody here need know.
+        let own = snapshot.clusters.get(&client.cluster);
+        let services = own.into_iter().flat_map(|objects| objects.services.values());
         let of_services: BTreeMap<IpAddr, &NamespacedName> =
             services.flat_map(|service| service.addresses.iter().map(|address| (*address, &service.name))).collect();
         for id in of_client(snapshot, client) {
@@ -155,6 +157,7 @@ impl Compiler {
                 }
             }
         }
+        let before: BTreeSet<Finding> = before.into_iter().collect();
         self.fresh.extend(self.findings.iter().filter(|finding| !before.contains(finding)).cloned());
     }
 
@@ -249,6 +252,11 @@ impl Compiler {
                     groups.push(own);
                     routes.push(Route { weight: destination.weight, pool });
                 }
+                if let [_, _, ..] = routes.as_slice() {
+                    for pool in routes.iter_mut().map(|route| &mut route.pool) {
+                        whole_connections(pool, id, &mut compiled.findings);
+                    }
+                }
                 let assignment = Assignment {
                     service: id.clone(),
                     host: host.to_owned(),
@@ -291,6 +299,16 @@ fn refusals(scene: &pool::Scene<'_>, assignment: &Assignment, findings: &mut Vec
         let why = endpoints::why_nobody(scene, pool);
         let message = format!("port {}: connections to {} are refused: {why}", assignment.port, pool.key);
         findings.push(Finding::new(Code::NobodyToTake, assignment.service.object(), message));
+    }
+}
+
+/// A part of a service's connections cannot be left alone while others are given endpoints.
+fn whole_connections(pool: &mut Pool, id: &ServiceId, findings: &mut Vec<Finding>) {
+    if pool.algorithm == Algorithm::Passthrough {
+        let message =
+            format!("PASSTHROUGH of {} has no effect where a route splits connections; ROUND_ROBIN is used", pool.key);
+        findings.push(Finding::new(Code::NotTogether, id.object(), message));
+        pool.algorithm = Algorithm::RoundRobin;
     }
 }
 

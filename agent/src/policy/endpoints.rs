@@ -109,12 +109,12 @@ impl Labelled for Candidate<'_> {
         let own = || self.labels.and_then(|labels| labels.get(key)).map(String::as_str).unwrap_or_default();
         match key {
             "topology.istio.io/cluster" => &self.endpoint.cluster,
-            // Places come from the node, whatever the pod claims.
+            // Places come from the node and the network from the cluster, whatever the pod claims.
             "topology.kubernetes.io/region" => &place.region,
             "topology.kubernetes.io/zone" => &place.zone,
             "topology.istio.io/subzone" => &place.subzone,
             "kubernetes.io/hostname" => self.node.unwrap_or_default(),
-            NETWORK => Some(own()).filter(|own| !own.is_empty()).unwrap_or(self.network),
+            NETWORK => self.network,
             _ => own(),
         }
     }
@@ -197,7 +197,10 @@ fn health(
 }
 
 fn slices<'a>(scene: &Scene<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, port: &str, found: &mut Found<'a>) {
-    for (cluster, objects) in &scene.snapshot.clusters {
+    // The own cluster first: what it says of an address counts, whatever another one says of the same.
+    let own = scene.snapshot.clusters.get_key_value(&scene.client.cluster);
+    let others = scene.snapshot.clusters.iter().filter(|(cluster, _)| **cluster != scene.client.cluster);
+    for (cluster, objects) in own.into_iter().chain(others) {
         let Some(slices) = objects.slices.get(&view.id.name) else { continue };
         let own = *cluster == scene.client.cluster;
         // A cluster adds endpoints to services that it has itself.
@@ -312,7 +315,9 @@ fn add<'a>(
         Some(why) => found.leave_out(address.ip(), &Arc::clone(cluster), why),
         // During a rollout of slices an endpoint may be in two of them.
         None if found.seen.insert(*address) => found.candidates.push(candidate),
-        None => {}
+        None => {
+            found.leave_out(address.ip(), &Arc::clone(cluster), "it is listed more than once; the first one counts")
+        }
     }
 }
 

@@ -60,14 +60,18 @@ impl RuleBook {
             let host = &entry.hosts[0];
             let id = ServiceId::entry(entry.name.clone());
             match book.hosts.get(host) {
-                Some(other) if !other.is_entry => {
+                // A Service that only another cluster has does not take an entry's name.
+                Some(other) if !other.is_entry && own.is_some_and(|own| own.services.contains_key(&other.name)) => {
                     let message =
                         format!("{host:?} is the name of Service {other}, which counts; the entry is not used");
                     findings.push(Finding::new(Code::ServiceWins, id.object(), message).at("spec.hosts[0]"));
                     continue;
                 }
-                Some(_) => {}
-                None => drop(book.hosts.insert(host.clone(), id)),
+                Some(other) if other.is_entry => {
+                    let message = format!("{host:?} is the name of {} as well, to which routes lead", other.object());
+                    findings.push(Finding::new(Code::SecondRule, id.object(), message).at("spec.hosts[0]"));
+                }
+                _ => drop(book.hosts.insert(host.clone(), id)),
             }
             book.entries.insert(entry.name.clone(), host.clone());
         }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::Result;
-use portolan_common::OutcomeKind;
+use portolan_common::{FrontendKey, OutcomeKind};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::{
@@ -75,6 +75,8 @@ pub struct Reconciler {
     attached: bool,
     retry: Option<Instant>,
     retry_after: Duration,
+    /// Frontends that did not fit. The whole table is gone through again after a while.
+    refused: BTreeMap<FrontendKey, Finding>,
     /// What the last attempt to write ran into.
     trouble: Vec<Finding>,
     /// Why not everything is known that should be.
@@ -112,6 +114,7 @@ impl Reconciler {
             attached: false,
             retry: None,
             retry_after: FIRST_RETRY,
+            refused: BTreeMap::new(),
             trouble: Vec::new(),
             doubt: None,
             logged: BTreeSet::new(),
@@ -244,8 +247,13 @@ impl Reconciler {
         } else {
             self.layout.change(started, &table, &gone, knowledge)
         };
-        self.knowledge = Some(knowledge).filter(|_| refused.is_empty());
-        self.trouble = refused.iter().map(no_room).collect();
+        self.knowledge = Some(knowledge);
+        if whole {
+            self.refused.clear();
+        }
+        self.refused.retain(|key, _| !table.frontends.contains_key(key) && !gone.contains(key));
+        self.refused.extend(refused.iter().map(|refused| (refused.key, no_room(refused))));
+        self.trouble = self.refused.values().cloned().collect();
         if ops.iter().any(|op| matches!(op, Op::RemoveFrontend(_) | Op::ResetFrontend(_))) {
             self.count_frontends();
         }
@@ -254,7 +262,7 @@ impl Reconciler {
             let message = format!("{error:#}; tried again soon");
             self.trouble.push(Finding::new(Code::KernelWrite, "Kernel", message));
             // What was written before the failure is not known, so it is read.
-            self.layout = Layout::from_held(self.layout.sizes(), self.datapath.maps.held(self.layout.sizes())?);
+            self.layout = self.layout.read_again(self.datapath.maps.held(self.layout.sizes())?);
             self.knowledge = None;
         }
         self.plan_retry(started);
@@ -302,7 +310,7 @@ impl Reconciler {
     }
 
     /// The frontends that shall be: all of them, or those of the services that were computed anew; and those that shall go.
-    fn wanted(&self, recompiled: &[Recompiled], whole: bool) -> (Table, Vec<portolan_common::FrontendKey>) {
+    fn wanted(&self, recompiled: &[Recompiled], whole: bool) -> (Table, Vec<FrontendKey>) {
         if whole {
             return (Table::new(&self.compiler.verdict().assignments), Vec::new());
         }
@@ -315,9 +323,9 @@ impl Reconciler {
     /// How much is known of what should be, and why no more.
     fn what_is_known(&mut self) -> Knowledge {
         let unknown = || format!("the configuration has nothing of cluster {}", self.cluster);
-        let (knowledge, doubt) = match self.store.doubt() {
-            Some(doubt) if doubt.settings => (Knowledge::WithoutSettings, Some(doubt.what.clone())),
-            Some(doubt) => (Knowledge::Partial, Some(doubt.what.clone())),
+        let (knowledge, doubt) = match self.store.doubt(&self.cluster) {
+            Some((doubt, true)) => (Knowledge::WithoutSettings, Some(doubt.what.clone())),
+            Some((doubt, false)) => (Knowledge::Partial, Some(doubt.what.clone())),
             None if !self.store.snapshot().clusters.contains_key(self.cluster.as_str()) => {
                 (Knowledge::Partial, Some(unknown()))
             }
@@ -330,7 +338,7 @@ impl Reconciler {
     fn plan_retry(&mut self, now: Instant) {
         if self.trouble.is_empty() {
             (self.retry, self.retry_after) = (None, FIRST_RETRY);
-        } else {
+        } else if self.retry.is_none() {
             self.retry = Some(now + self.retry_after);
             self.retry_after = (self.retry_after * 2).min(LAST_RETRY);
         }
@@ -373,7 +381,9 @@ impl Reconciler {
     fn index_pools(&mut self, recompiled: &[Recompiled], whole: bool) {
         let all = if whole { self.compiler.verdict().assignments } else { Vec::new() };
         for assignment in all.iter().chain(recompiled.iter().flat_map(|service| &service.after)) {
-            let pools: Vec<PoolKey> = assignment.routes.iter().map(|route| route.pool.key.clone()).collect();
+            // A route may name a pool twice, which counts once.
+            let pools: BTreeSet<PoolKey> = assignment.routes.iter().map(|route| route.pool.key.clone()).collect();
+            let pools: Vec<PoolKey> = pools.into_iter().collect();
             for frontend in &assignment.frontends {
                 if let Some(id) = self.layout.frontend_id(&table::key(*frontend, assignment.protocol.number())) {
                     self.pools.insert(id, pools.clone());

@@ -58,6 +58,10 @@ pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<
         let message = "is ignored: whoever may write a Service must not take any address";
         context.finding(Code::ExternalAddresses, "spec.externalIPs", message);
     }
+    if let Some(other) = spec.session_affinity.as_deref().filter(|it| !matches!(*it, "" | "None" | "ClientIP")) {
+        let message = format!("{other:?} is neither \"None\" nor \"ClientIP\": it has no effect");
+        context.finding(Code::InvalidPart, "spec.sessionAffinity", message);
+    }
     let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
         let config = spec.session_affinity_config.and_then(|config| config.client_ip?.timeout_seconds);
         Duration::from_secs(config.and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or(AFFINITY))

@@ -208,7 +208,7 @@ fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec, own: Ow
         policy.balancer = Some(load_balancer(context, &format!("{at}.loadBalancer"), balancer, own)?);
     }
     if let Some(outlier) = spec.outlier_detection {
-        policy.outlier = Some(outlier_detection(&format!("{at}.outlierDetection"), outlier, own)?);
+        policy.outlier = Some(outlier_detection(context, &format!("{at}.outlierDetection"), outlier, own)?);
     }
     if let Some(pool) = spec.connection_pool {
         policy.pool = Some(connection_pool(context, &format!("{at}.connectionPool"), pool)?);
@@ -306,7 +306,23 @@ fn algorithm(
     Ok(Some(asked))
 }
 
-fn outlier_detection(at: &str, spec: OutlierSpec, own: Own) -> Result<OutlierDetection, Invalid> {
+fn outlier_detection(
+    context: &mut Context<'_>,
+    at: &str,
+    spec: OutlierSpec,
+    own: Own,
+) -> Result<OutlierDetection, Invalid> {
+    let split = spec.split_external_local_origin_errors;
+    let unused = [
+        ("consecutive5xxErrors", split && spec.consecutive_5xx_errors.or(spec.consecutive_errors).is_some()),
+        ("consecutiveGatewayErrors", split && spec.consecutive_gateway_errors.is_some()),
+        ("consecutiveLocalOriginFailures", !split && spec.consecutive_local_origin_failures.is_some()),
+    ];
+    for (field, _) in unused.iter().filter(|(_, set)| *set) {
+        let state = if split { "on" } else { "off" };
+        let message = format!("has no effect on connections while splitExternalLocalOriginErrors is {state}");
+        context.finding(Code::NotHonoured, format!("{at}.{field}"), message);
+    }
     let time = |field: &str, text: Option<String>, default: Duration| {
         Ok(maybe_duration(format!("{at}.{field}"), text)?.unwrap_or(default))
     };

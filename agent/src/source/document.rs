@@ -29,16 +29,16 @@ const MAX_NODES: usize = 2_000_000;
 /// Nodes that aliases may stand for, in one document.
 const MAX_FROM_ALIASES: usize = 50_000;
 
-/// What is wrong with a document, and where in the file.
+/// What is wrong with a document, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SyntaxError {
     pub(super) message: String,
-    /// Line and column, from 1.
+    /// Line and column in the document, from 1.
     pub(super) at: Option<(usize, usize)>,
 }
 
-/// Parses one document that begins on this line of its file. Time and memory are bounded, whatever the text.
-pub(super) fn parse(first_line: usize, text: &str) -> Result<Value, SyntaxError> {
+/// Parses one document. Time and memory are bounded, whatever the text.
+pub(super) fn parse(text: &str) -> Result<Value, SyntaxError> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! { max_nodes: MAX_NODES, max_events: 4 * MAX_NODES },
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: MAX_FROM_ALIASES },
@@ -46,7 +46,7 @@ pub(super) fn parse(first_line: usize, text: &str) -> Result<Value, SyntaxError>
     serde_saphyr::from_str_with_options::<Value>(text, options).map_err(|error| {
         let message = error.without_snippet().to_string();
         let message = message.split(" at line ").next().unwrap_or_default().to_owned();
-        let at = error.location().map(|at| (first_line + at.line() as usize - 1, at.column() as usize));
+        let at = error.location().map(|at| (at.line() as usize, at.column() as usize));
         SyntaxError { message, at }
     })
 }
@@ -187,23 +187,23 @@ mod tests {
     #[test]
     fn a_broken_document_does_not_hide_the_next() {
         let documents = split("a: 1\n---\nb: [\n--- # three\nc: 3\n---\n# nothing\n");
-        let read: Vec<_> = documents.iter().map(|(line, text)| (*line, parse(*line, text))).collect();
+        let read: Vec<_> = documents.iter().map(|(line, text)| (*line, parse(text))).collect();
         assert_eq!(read.len(), 3);
         assert!(read[0].1.is_ok() && read[2].1.is_ok());
-        assert_eq!(read[1].1.as_ref().unwrap_err().at.map(|(line, _)| line), Some(3));
+        assert_eq!(read[1].1.as_ref().unwrap_err().at.map(|(line, _)| line), Some(1));
     }
 
     #[test]
     fn a_document_may_begin_on_its_separator() {
         let documents = split("a: 1\n--- {b: 2}\n--- # c\nc: 3\n");
-        let read: Vec<_> = documents.iter().map(|(line, text)| parse(*line, text).unwrap().to_string()).collect();
+        let read: Vec<_> = documents.iter().map(|(_, text)| parse(text).unwrap().to_string()).collect();
         assert_eq!(read, [r#"{"a":1}"#, r#"{"b":2}"#, r#"{"c":3}"#]);
     }
 
     #[test]
     fn lists_are_taken_apart() {
         let list =
-            parse(1, "kind: List\nitems:\n- kind: ServiceList\n  items: [{kind: Service}]\n- kind: Node\n").unwrap();
+            parse("kind: List\nitems:\n- kind: ServiceList\n  items: [{kind: Service}]\n- kind: Node\n").unwrap();
         let kinds: Vec<_> = flatten(list).iter().map(|(_, v)| v["kind"].as_str().unwrap().to_owned()).collect();
         assert_eq!(kinds, ["Service", "Node"]);
     }
@@ -215,7 +215,7 @@ mod tests {
             let p = i - 1;
             text += &format!("a{i}: &a{i} [*a{p},*a{p},*a{p},*a{p},*a{p},*a{p},*a{p},*a{p},*a{p},*a{p}]\n");
         }
-        assert!(parse(1, &text).is_err());
+        assert!(parse(&text).is_err());
     }
 
     #[test]
@@ -238,8 +238,8 @@ mod tests {
     #[test]
     fn depth_is_bounded() {
         let deep = "[".repeat(100_000);
-        assert!(parse(1, &deep).is_err());
+        assert!(parse(&deep).is_err());
         let block: String = (0..2_000).map(|i| format!("{}a:\n", " ".repeat(i))).collect();
-        assert!(parse(1, &block).is_err());
+        assert!(parse(&block).is_err());
     }
 }

@@ -8,7 +8,7 @@ use super::{
     read::{Context, DISTRIBUTE_WITH_FAILOVER, Invalid, PREFER_CLUSTER_LOCAL, invalid},
     spec::{LocalitySpec, locality_setting, maybe_duration, nullable},
 };
-use crate::model::{LocalitySetting, MeshConfig, Retention, RetentionRule};
+use crate::model::{Code, LocalitySetting, MeshConfig, Retention, RetentionRule};
 
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -62,8 +62,19 @@ const OF_OTHERS: [&str; 18] = [
 ];
 
 pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<MeshConfig, Invalid> {
-    let text = value.pointer("/data/mesh").and_then(Value::as_str).unwrap_or_default();
-    let config = document::parse(1, text).map_err(|error| {
+    let data = value.get("data").and_then(Value::as_object);
+    let Some(text) = data.and_then(|data| data.get("mesh")?.as_str()) else {
+        let message = "is no text: the settings are written behind `mesh: |`, as text; without them nothing is known of what must stay in its cluster";
+        return Err(invalid("data.mesh", message));
+    };
+    for key in data.into_iter().flat_map(|data| data.keys()).filter(|key| *key != "mesh") {
+        context.finding(
+            Code::NotHonoured,
+            format!("data.{key}"),
+            "is not honoured: networks are taken to be flat, and all settings to be in data.mesh",
+        );
+    }
+    let config = document::parse(text).map_err(|error| {
         let at =
             error.at.map(|(line, column)| format!("line {line}, column {column} of the text: ")).unwrap_or_default();
         invalid("data.mesh", format!("{at}{}", error.message))
@@ -87,7 +98,12 @@ pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<Mes
             retention.push(RetentionRule { host, retention: strict });
         }
     }
-    let preferred = value.pointer("/metadata/annotations").and_then(|map| map.get(PREFER_CLUSTER_LOCAL)?.as_str());
+    let preferred = value.pointer("/metadata/annotations").and_then(|map| map.get(PREFER_CLUSTER_LOCAL));
+    if preferred.is_some_and(|list| !list.is_string()) {
+        let field = format!("metadata.annotations[\"{PREFER_CLUSTER_LOCAL}\"]");
+        context.finding(Code::UnknownAnnotation, field, "is no text, so no host is meant");
+    }
+    let preferred = preferred.and_then(Value::as_str);
     let preferred = preferred.into_iter().flat_map(|list| list.split(',')).map(str::trim);
     for host in preferred.filter(|host| !host.is_empty()) {
         check_host(&format!("metadata.annotations[\"{PREFER_CLUSTER_LOCAL}\"]"), host)?;

@@ -19,8 +19,8 @@ pub struct Reader {
     pub allow_loopback: bool,
 }
 
-/// Positions of findings that are looked up in one file; looking one up reads its document again.
-const LOCATED: usize = 100;
+/// Bytes that are read again in one file in order to find positions: each one that is looked up reads its document up to there.
+const READ_AGAIN: usize = 16 << 20;
 
 /// Reads all objects of a file. Nothing in it can make this fail: what is wrong becomes a finding.
 pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Contents {
@@ -33,14 +33,14 @@ pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Con
         let message = "the file is empty; delete it if nothing belongs into it";
         contents.findings.push(Finding::new(Code::EmptyFile, origin, message));
     }
-    let position = |(line, column): (usize, usize)| {
-        let text = text.lines().nth(line.checked_sub(1)?)?.chars().take(200).collect();
-        Some(Position { line, column, text })
-    };
-    let mut located = 0;
+    let mut read_again = 0;
     let mut seen = BTreeSet::new();
     for (line, document) in documents {
-        let value = match document::parse(line, &document) {
+        let position = |(row, column): (usize, usize)| {
+            let text = document.lines().nth(row.checked_sub(1)?)?.chars().take(200).collect();
+            Some(Position { line: line + row - 1, column, text })
+        };
+        let value = match document::parse(&document) {
             Ok(value) => value,
             Err(error) => {
                 contents.whole = false;
@@ -55,10 +55,10 @@ pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Con
             let known = contents.findings.len();
             read_object(reader, scope, origin, value, &mut seen, &mut contents);
             for finding in contents.findings[known..].iter_mut().filter(|finding| !finding.field.is_empty()) {
-                if located < LOCATED {
-                    located += 1;
-                    let at = document::locate(&document, &format!("{path}{}", finding.field));
-                    finding.position = at.and_then(|(row, column)| position((line + row - 1, column)));
+                read_again += document.len();
+                if read_again <= READ_AGAIN {
+                    finding.position =
+                        document::locate(&document, &format!("{path}{}", finding.field)).and_then(position);
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Where things lie in the kernel's maps, and the writes from what is there to what is wanted.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -78,13 +78,9 @@ struct Placed {
     frontend: Frontend,
     /// `None` where a former agent wrote it and its schedule was not read back.
     entry: Option<Entry>,
+    /// Whether a former agent wrote it, and this one has not since.
+    inherited: bool,
     runs: (u32, u32),
-}
-
-impl Placed {
-    fn is_inherited(&self) -> bool {
-        self.entry.is_none()
-    }
 }
 
 /// What a former agent left in the maps.
@@ -109,7 +105,7 @@ pub struct Layout {
     backend_ids: Ranges,
     backends: HashMap<SocketAddr, BackendUse>,
     /// Endpoints of a former agent that no frontend uses yet.
-    inherited: Vec<SocketAddr>,
+    inherited: BTreeSet<SocketAddr>,
     /// The last epoch of each backend id that was ever in use.
     epochs: HashMap<u32, u32>,
 }
@@ -131,7 +127,7 @@ impl Layout {
             runs: Ranges::new(sizes.slots),
             backend_ids: Ranges::new(sizes.backends),
             backends: HashMap::new(),
-            inherited: Vec::new(),
+            inherited: BTreeSet::new(),
             epochs: HashMap::new(),
         }
     }
@@ -145,20 +141,30 @@ impl Layout {
             layout.backend_ids.claim(id, 1);
             let address = backend.endpoint.socket_addr();
             layout.backends.insert(address, BackendUse { id, frontends: 0 });
-            layout.inherited.push(address);
+            layout.inherited.insert(address);
         }
         for (key, frontend, runs) in held.frontends {
             layout.frontend_ids.claim(frontend.id, 1);
             layout.slots.claim(frontend.base, frontend.period);
             layout.runs.claim(runs.0, runs.1);
-            layout.frontends.insert(key, Placed { frontend, entry: None, runs });
+            layout.frontends.insert(key, Placed { frontend, entry: None, inherited: true, runs });
+        }
+        layout
+    }
+
+    /// The same maps, read once more, for what was written last is not known. What this agent has published is its own still.
+    #[must_use]
+    pub fn read_again(&self, held: Held) -> Self {
+        let mut layout = Self::from_held(self.sizes, held);
+        for (key, placed) in &mut layout.frontends {
+            placed.inherited = self.frontends.get(key).is_none_or(|before| before.inherited);
         }
         layout
     }
 
     /// How many frontends are still as a former agent has published them.
     pub fn inherited(&self) -> usize {
-        self.frontends.values().filter(|placed| placed.is_inherited()).count()
+        self.frontends.values().filter(|placed| placed.inherited).count()
     }
 
     /// The id of a frontend.
@@ -194,10 +200,7 @@ impl Layout {
     /// not have are removed; how far that goes for what a former agent has published, `knowledge` says.
     pub fn update(&mut self, now: Instant, table: &Table, knowledge: Knowledge) -> (Vec<Op>, Vec<Refused>) {
         let complete = knowledge == Knowledge::Complete;
-        let is_gone = |(key, placed): &(&FrontendKey, &Placed)| {
-            !table.frontends.contains_key(key) && (complete || !placed.is_inherited())
-        };
-        let gone: Vec<_> = self.frontends.iter().filter(is_gone).map(|(key, _)| *key).collect();
+        let gone: Vec<_> = self.frontends.keys().filter(|key| !table.frontends.contains_key(key)).copied().collect();
         let written = self.change(now, table, &gone, knowledge);
         if complete && self.inherited() == 0 {
             for address in std::mem::take(&mut self.inherited) {
@@ -217,14 +220,15 @@ impl Layout {
     ) -> (Vec<Op>, Vec<Refused>) {
         let (mut ops, mut refused) = (Vec::new(), Vec::new());
         let mut freed = Vec::new();
+        let complete = knowledge == Knowledge::Complete;
         for (key, entry) in &table.frontends {
             if self.frontends.get(key).is_some_and(|placed| placed.entry.as_ref() == Some(entry)) {
                 continue;
             }
             let kept = |placed: &Placed| match knowledge {
                 Knowledge::Complete => false,
-                Knowledge::Partial => placed.is_inherited() && placed.frontend.period > 0 && entry.schedule.is_empty(),
-                Knowledge::WithoutSettings => placed.is_inherited(),
+                Knowledge::Partial => placed.inherited && placed.frontend.period > 0 && entry.schedule.is_empty(),
+                Knowledge::WithoutSettings => placed.inherited,
             };
             if self.frontends.get(key).is_some_and(kept) {
                 continue;
@@ -244,6 +248,10 @@ impl Layout {
             }
         }
         for key in gone {
+            // What a former agent has published is removed only by one who knows everything.
+            if self.frontends.get(key).is_some_and(|placed| placed.inherited && !complete) {
+                continue;
+            }
             if let Some(old) = self.frontends.remove(key) {
                 ops.push(Op::RemoveFrontend(*key));
                 freed.push((old, true));
@@ -323,7 +331,7 @@ impl Layout {
             ops.push(Op::SetSlots(base, slots));
         }
         ops.push(Op::SetFrontend(*key, frontend));
-        Ok(Placed { frontend, entry: Some(entry.clone()), runs: (runs, run_entries) })
+        Ok(Placed { frontend, entry: Some(entry.clone()), inherited: false, runs: (runs, run_entries) })
     }
 
     /// Ids for all endpoints of an entry, each used once more by it.
@@ -368,6 +376,10 @@ impl Layout {
     }
 
     fn drop_if_unused(&mut self, now: Instant, address: &SocketAddr) {
+        // An inherited frontend may use it, and how is not known.
+        if self.inherited.contains(address) {
+            return;
+        }
         if let Some(backend) = self.backends.get(address).copied().filter(|backend| backend.frontends == 0) {
             self.backends.remove(address);
             self.backend_ids.release(now, backend.id, 1);

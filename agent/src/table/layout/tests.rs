@@ -45,6 +45,29 @@ impl Maps {
     }
 }
 
+impl Maps {
+    /// What a new agent would find.
+    fn held(&self, layout: &Layout) -> Held {
+        let of = |(key, frontend): (&FrontendKey, &Frontend)| {
+            let slots = || (frontend.base..frontend.base + frontend.period).map(|i| self.slots[&i]);
+            let start = slots().map(|slot| slot.first).min().unwrap_or(0);
+            let end = slots().map(|slot| slot.first + slot.len).max().unwrap_or(0);
+            (*key, *frontend, (start, end - start))
+        };
+        let used: BTreeSet<u32> = self.runs.values().copied().collect();
+        let is_current = |id: &u32| layout.backend_id(&self.backends[id].endpoint.socket_addr()) == Some(*id);
+        Held {
+            frontends: self.frontends.iter().map(of).collect(),
+            backends: used.into_iter().filter(is_current).map(|id| (id, self.backends[&id])).collect(),
+            epochs: self.backends.iter().map(|(id, backend)| (*id, backend.epoch)).collect(),
+        }
+    }
+
+    fn write_all(&mut self, ops: &[Op]) {
+        ops.iter().for_each(|op| self.write(op));
+    }
+}
+
 const PICKS: u64 = 60;
 
 /// What it should get, from the schedule alone.
@@ -125,6 +148,33 @@ proptest! {
         }
     }
 
+    /// Part by part comes to the same as all at once.
+    #[test]
+    fn changes_add_up(tables in tables(), parts in 1usize..4) {
+        let (mut layout, mut maps, mut now) = (Layout::new(Sizes::default()), Maps::default(), Instant::now());
+        let mut before = Table::default();
+        for table in &tables {
+            now += Duration::from_secs(2);
+            let keys: BTreeSet<_> = before.frontends.keys().chain(table.frontends.keys()).copied().collect();
+            for part in 0..parts {
+                let own: Vec<_> = keys.iter().skip(part).step_by(parts).copied().collect();
+                let set = own.iter().filter_map(|key| Some((*key, table.frontends.get(key)?.clone())));
+                let set = Table { frontends: set.collect() };
+                let gone: Vec<_> = own.into_iter().filter(|key| !table.frontends.contains_key(key)).collect();
+                let (ops, refused) = layout.change(now, &set, &gone, Knowledge::Complete);
+                prop_assert!(refused.is_empty());
+                maps.write_all(&ops);
+            }
+            prop_assert_eq!(maps.frontends.keys().collect::<Vec<_>>(), table.frontends.keys().collect::<Vec<_>>());
+            for (key, entry) in &table.frontends {
+                prop_assert_eq!(maps.picks(key, PICKS), expected(&entry.schedule));
+            }
+            // And nothing is left to do.
+            prop_assert_eq!(layout.update(now, table, Knowledge::Complete), (Vec::new(), Vec::new()));
+            before = table.clone();
+        }
+    }
+
     #[test]
     fn a_new_agent_takes_over_what_it_finds(first in tables(), second in tables()) {
         let (mut layout, mut maps, now) = (Layout::new(Sizes::default()), Maps::default(), Instant::now());
@@ -132,18 +182,7 @@ proptest! {
             layout.update(now, table, Knowledge::Complete).0.iter().for_each(|op| maps.write(op));
         }
         let former = maps.clone();
-        let held = Held {
-            frontends: maps.frontends.iter().map(|(key, frontend)| {
-                let slots = || (frontend.base..frontend.base + frontend.period).map(|i| maps.slots[&i]);
-                let start = slots().map(|slot| slot.first).min().unwrap_or(0);
-                let end = slots().map(|slot| slot.first + slot.len).max().unwrap_or(0);
-                (*key, *frontend, (start, end - start))
-            }).collect(),
-            backends: maps.runs.values().collect::<BTreeSet<_>>().into_iter()
-                .filter(|id| layout.backend_id(&maps.backends[id].endpoint.socket_addr()) == Some(**id))
-                .map(|id| (*id, maps.backends[id])).collect(),
-            epochs: maps.backends.iter().map(|(id, backend)| (*id, backend.epoch)).collect(),
-        };
+        let held = maps.held(&layout);
         let mut layout = Layout::from_held(Sizes::default(), held);
         // Nothing is known yet: nothing may go.
         layout.update(now, &Table::default(), Knowledge::Partial).0.iter().for_each(|op| maps.write(op));
@@ -216,4 +255,56 @@ fn backends_of_an_inherited_frontend_that_is_refused_are_not_given_away() {
         }
         assert_eq!(maps.picks(&frontend(1), 2), [Some(address(1)), Some(address(2))]);
     }
+}
+
+/// A former agent's frontends 1 and 2, which share endpoint 1, and an agent that has taken them over.
+fn taken_over(now: Instant) -> (Layout, Maps) {
+    let sizes = Sizes { frontends: 8, backends: 8, slots: 40 };
+    let (mut former, mut maps) = (Layout::new(sizes), Maps::default());
+    let ops = former.update(now, &table(&[(1, vec![(1, vec![1])]), (2, vec![(1, vec![1, 2])])]), Knowledge::Complete).0;
+    maps.write_all(&ops);
+    (Layout::from_held(sizes, maps.held(&former)), maps)
+}
+
+#[test]
+fn what_a_former_agent_shares_among_frontends_is_not_given_away() {
+    let now = Instant::now();
+    let (mut layout, mut maps) = taken_over(now);
+    // The first is this agent's by now, the second is still as it was found; then endpoint 1 leaves the first.
+    for (seconds, members) in [(1, vec![1]), (2, vec![3]), (4, vec![4, 5]), (6, vec![6, 7])] {
+        let wanted = table(&[(1, vec![(1, members)])]);
+        let (ops, refused) = layout.change(now + Duration::from_secs(seconds), &wanted, &[], Knowledge::Partial);
+        assert_eq!(refused, []);
+        maps.write_all(&ops);
+        assert_eq!(maps.picks(&frontend(2), 2), [Some(address(1)), Some(address(2))]);
+    }
+    // Once everything is known, it may go.
+    let last = table(&[(1, vec![(1, vec![6])])]);
+    maps.write_all(&layout.update(now + Duration::from_secs(8), &last, Knowledge::Complete).0);
+    assert_eq!((layout.backend_id(&address(1)), layout.inherited()), (None, 0));
+}
+
+#[test]
+fn what_is_not_known_for_sure_takes_nothing_away_bit_by_bit_either() {
+    let now = Instant::now();
+    for knowledge in [Knowledge::Partial, Knowledge::WithoutSettings] {
+        let (mut layout, _) = taken_over(now);
+        let nobody = table(&[(1, vec![])]);
+        assert_eq!(layout.change(now, &nobody, &[frontend(2)], knowledge), (Vec::new(), Vec::new()), "{knowledge:?}");
+    }
+}
+
+#[test]
+fn what_this_agent_has_published_stays_its_own_when_the_maps_are_read_again() {
+    let now = Instant::now();
+    let (mut layout, mut maps) = taken_over(now);
+    let own = table(&[(3, vec![(1, vec![3])])]);
+    maps.write_all(&layout.change(now, &own, &[], Knowledge::WithoutSettings).0);
+    let mut layout = layout.read_again(maps.held(&layout));
+    assert_eq!(layout.inherited(), 2);
+    let later = now + Duration::from_secs(2);
+    let moved = table(&[(3, vec![(1, vec![4])]), (2, vec![(1, vec![4])])]);
+    maps.write_all(&layout.update(later, &moved, Knowledge::WithoutSettings).0);
+    assert_eq!(maps.picks(&frontend(3), 1), [Some(address(4))], "its own follows");
+    assert_eq!(maps.picks(&frontend(2), 2), [Some(address(1)), Some(address(2))], "the former agent's stays");
 }
