@@ -52,6 +52,15 @@ fn route(spec: &str) -> String {
     )
 }
 
+/// A slice of `web` with one endpoint.
+fn slice_of(endpoint: &str) -> String {
+    format!(
+        "{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv4, \
+         metadata: {{name: web-9, namespace: default, labels: {{kubernetes.io/service-name: web}}}}, \
+         ports: [{{name: tcp, port: 80}}], endpoints: [{{addresses: [{endpoint}}}]}}\n"
+    )
+}
+
 fn given(pairs: &[(&str, f64)]) -> Vec<(String, f64)> {
     pairs.iter().map(|(host, share)| ((*host).to_owned(), *share)).collect()
 }
@@ -344,6 +353,28 @@ fn the_own_cluster_may_come_first_without_being_the_only_one() {
 }
 
 #[test]
+fn settings_that_are_no_text_are_not_taken_for_none() {
+    for data in ["{mesh: {serviceSettings: []}}", "{meshConfig: ''}", "{}"] {
+        let config = format!(
+            "{{apiVersion: v1, kind: ConfigMap, metadata: {{name: istio, namespace: istio-system}}, data: {data}}}"
+        );
+        let world = World::read(&config, &[("c1", WEB)]);
+        assert_eq!(findings(&world.report("c1", "a"), "PTL0020").len(), 1, "{data}");
+        assert_eq!(world.0.doubt("c1").map(|(_, settings)| settings), Some(true), "{data}");
+    }
+    // Where they may be in what cannot be read: in the mesh's files, or in the own cluster's while none are known.
+    let doubt = |mesh: &str, own: &str, other: &str| {
+        World::read(mesh, &[("c1", own), ("c2", other)]).0.doubt("c1").map(|(_, settings)| settings)
+    };
+    let known = "{apiVersion: v1, kind: ConfigMap, metadata: {name: istio, namespace: istio-system}, data: {mesh: ''}}";
+    assert_eq!(doubt("kind: [", WEB, WEB), Some(true));
+    assert_eq!(doubt("", "kind: [", WEB), Some(true));
+    assert_eq!(doubt(known, "kind: [", WEB), Some(false));
+    assert_eq!(doubt(known, WEB, "kind: ["), Some(false));
+    assert_eq!(doubt(known, WEB, WEB), None);
+}
+
+#[test]
 fn passthrough_is_left_alone_unless_it_would_leave_the_cluster() {
     let policy = rule("{loadBalancer: {simple: PASSTHROUGH}}");
     let report = World::read(&policy, &[("c1", WEB)]).report("c1", "a");
@@ -456,5 +487,36 @@ fn nobody_takes_what_is_not_theirs() {
                  {apiVersion: v1, kind: Service, metadata: {name: trap, namespace: default}, spec: {clusterIP: 172.16.0.67, ports: [{port: 80}]}}\n---\n\
                  {apiVersion: networking.istio.io/v1, kind: DestinationRule, metadata: {name: web, namespace: default}, spec: {host: web, trafficPolicy: {loadBalancer: {localityLbSetting: {distribute: [{from: r1, to: {r3: 100}}]}}}}}";
     let (seen, frontends, _) = hosts(WEB, "", &[("rogue", rogue)]);
-    assert_eq!((seen, frontends), (pods, vec!["172.16.0.1:80".to_owned()]));
+    assert_eq!((seen, frontends), (pods.clone(), vec!["172.16.0.1:80".to_owned()]));
+    // One that says of the own pods that they are not ready, whatever its name sorts before.
+    let liar = format!("{}---\n{rogue}", slice_of("10.0.0.1], conditions: {ready: false}"));
+    for name in ["a-cluster", "z-cluster"] {
+        let (seen, _, report) = hosts(WEB, "", &[(name, &liar)]);
+        assert_eq!(seen, pods, "{name}");
+        assert!(named(&report, "web").endpoints.iter().all(|endpoint| endpoint.cluster == "c1"));
+    }
+    // One whose Service has the address or the name of an entry here.
+    let rogue = "{apiVersion: v1, kind: Service, metadata: {name: bank, namespace: shop}, spec: {clusterIP: 172.30.0.1, ports: [{port: 443}]}}";
+    for host in ["bank.example.com", "bank.shop.svc.cluster.local"] {
+        let entry = ENTRY.replace("bank.example.com", host);
+        assert_eq!(shares(named(&hosts(WEB, &entry, &[("rogue", rogue)]).2, "bank")).len(), 3, "{host}");
+    }
+    // A pod that claims to be in the client's network.
+    let system = |network: &str| {
+        format!(
+            "{{apiVersion: v1, kind: Namespace, metadata: {{name: istio-system, labels: {{topology.istio.io/network: {network}}}}}}}\n---\n"
+        )
+    };
+    let by_network = rule(
+        "{outlierDetection: {}, loadBalancer: {localityLbSetting: {failoverPriority: [topology.istio.io/network]}}}",
+    );
+    let far = WEB
+        .replace("10.0.0.", "10.1.0.")
+        .replace("172.16.", "172.17.")
+        .replace("version: v1", "topology.istio.io/network: here");
+    let (seen, _, report) =
+        hosts(&format!("{}{WEB}", system("here")), &by_network, &[("c2", &format!("{}{far}", system("there")))]);
+    assert_eq!(seen, pods);
+    let nearest = |endpoint: &&portolan::report::EndpointReport| endpoint.priority == 0;
+    assert!(named(&report, "web").endpoints.iter().filter(nearest).all(|endpoint| endpoint.cluster == "c1"));
 }

@@ -66,9 +66,10 @@ fn policies() -> impl Strategy<Value = Value> {
 
 fn configurations() -> impl Strategy<Value = Configuration> {
     let distribution = select(vec![json!(null), json!("PreferSameZone"), json!("PreferSameNode")]);
-    let routed = select(vec![0, 1, 2]);
-    (specs(), policies(), any::<bool>(), distribution, routed).prop_map(
-        |(specs, policy, retained, distribution, routed)| {
+    let routed = select(vec![0, 1, 2, 3, 4]);
+    let others = (0..3usize, 0..3usize, select(vec!["", "n1", "n2"]));
+    (specs(), policies(), any::<bool>(), distribution, routed, others).prop_map(
+        |(specs, policy, retained, distribution, routed, (machines, banks, network))| {
             let panics = policy.pointer("/outlierDetection/minHealthPercent").is_some_and(|percent| *percent != json!(0));
             let mut objects = Vec::new();
             for cluster in CLUSTERS {
@@ -80,22 +81,54 @@ fn configurations() -> impl Strategy<Value = Configuration> {
                     objects.push((
                         Some(cluster),
                         json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": format!("s{service}"), "namespace": "default"},
-                            "spec": {"clusterIP": address, "ports": [{"port": 80, "name": "tcp"}], "trafficDistribution": distribution}}),
+                            "spec": {"clusterIP": address, "ports": [{"port": 80, "name": "tcp"}], "trafficDistribution": distribution,
+                                "selector": {"app": format!("s{service}")}}}),
                     ));
                 }
             }
             for (i, spec) in specs.iter().enumerate() {
                 objects.push((Some(CLUSTERS[spec.cluster]), slice(i, spec)));
+                // Of some, the pod is not known.
+                if i % 4 > 0 {
+                    let version = format!("v{}", spec.state % 2);
+                    let pod = json!({"apiVersion": "v1", "kind": "Pod",
+                        "metadata": {"name": format!("pod-{i}"), "namespace": "default", "labels": {"version": version}}});
+                    objects.push((Some(CLUSTERS[spec.cluster]), pod));
+                }
+            }
+            for i in 0..machines {
+                let machine = json!({"apiVersion": "networking.istio.io/v1", "kind": "WorkloadEntry",
+                    "metadata": {"name": format!("vm-{i}"), "namespace": "default"},
+                    "spec": {"address": format!("10.8.0.{}", i + 1), "labels": {"app": format!("s{i}"), "version": "v1"}, "locality": "r2/z1"}});
+                objects.push((if i == 0 { None } else { Some("c1") }, machine));
+            }
+            if banks > 0 {
+                let endpoints: Vec<Value> = (1..=banks).map(|i| json!({"address": format!("10.9.0.{i}"), "weight": i})).collect();
+                let entry = json!({"apiVersion": "networking.istio.io/v1", "kind": "ServiceEntry",
+                    "metadata": {"name": "bank", "namespace": "default"},
+                    "spec": {"hosts": ["bank.example.com"], "addresses": ["172.30.0.1"], "resolution": "STATIC",
+                        "ports": [{"number": 80, "name": "tcp", "protocol": "TCP"}], "endpoints": endpoints}});
+                objects.push((None, entry));
+            }
+            if !network.is_empty() {
+                let system = json!({"apiVersion": "v1", "kind": "Namespace",
+                    "metadata": {"name": "istio-system", "labels": {"topology.istio.io/network": network}}});
+                objects.push((Some("c1"), system));
             }
             let mut rule = destination_rule(policy);
             rule["metadata"]["annotations"] = json!({"portolan.io/distribute-with-failover": "true"});
             rule["spec"]["host"] = json!("s0");
-            rule["spec"]["subsets"] = json!([{"name": "far", "labels": {"topology.istio.io/cluster": "c2"}}]);
+            rule["spec"]["subsets"] = json!([
+                {"name": "far", "labels": {"topology.istio.io/cluster": "c2"}},
+                {"name": "v1", "labels": {"version": "v1"}},
+            ]);
             objects.push((None, rule));
             if routed > 0 {
                 let there = json!({"host": "s1"});
                 let far = json!({"host": "s0", "subset": "far"});
-                let route = [json!({"destination": there, "weight": 3}), json!({"destination": far, "weight": 1})];
+                let new = json!({"host": "s0", "subset": "v1"});
+                let bank = json!({"host": "bank.example.com"});
+                let route = [(there, 3), (far, 1), (new, 2), (bank, 4)].map(|(to, weight)| json!({"destination": to, "weight": weight}));
                 objects.push((
                     None,
                     json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService",
@@ -128,6 +161,7 @@ fn slice(i: usize, spec: &Spec) -> Value {
             "labels": {"kubernetes.io/service-name": format!("s{}", spec.service)}},
         "ports": [{"name": "tcp", "port": 80}],
         "endpoints": [{"addresses": [format!("10.{}.0.{}", spec.cluster, i + 1)], "conditions": conditions,
+            "targetRef": {"kind": "Pod", "name": format!("pod-{i}"), "namespace": "default"},
             "nodeName": format!("{}-{}", CLUSTERS[spec.cluster], REGIONS[spec.region])}]})
 }
 
@@ -245,12 +279,18 @@ proptest! {
         from in configurations(),
         to in configurations(),
         ejections in vec((0..2usize, 0..14u8), 0..4),
+        twice in 0..8usize,
     ) {
         let mut world = world(&from.objects, 3);
+        // Some are in another file as well, which goes in the end.
+        let copies: Vec<_> = from.objects.iter().filter(|(of, _)| *of == Some("c1")).take(twice).map(|(_, it)| it.to_string()).collect();
+        let own = Scope::Cluster("c1".to_owned());
+        world.put(&own, "c1/copies.yaml", &(copies.join("\n---\n") + "\n"));
         let client = world.client("c1", "c1-r1", &[]);
         let (mut compiler, mut observed) = (Compiler::default(), Observed::default());
         compiler.compile(world.0.snapshot(), &client, &observed, &Changes::everything());
-        for (scope, origin, text) in files(&to.objects, 3) {
+        let last = [(own, "c1/copies.yaml".to_owned(), "# nothing\n".to_owned())];
+        for (scope, origin, text) in files(&to.objects, 3).into_iter().chain(last) {
             let changes = world.put(&scope, &origin, &text);
             compiler.compile(world.0.snapshot(), &client, &observed, &changes);
             let mut anew = assign(world.0.snapshot(), &client, &observed);

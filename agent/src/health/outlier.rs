@@ -8,6 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use portolan_common::OutcomeKind;
+
 use crate::model::OutlierDetection;
 
 /// How a connect ended, as far as it says something of the endpoint.
@@ -17,6 +19,15 @@ pub enum Verdict {
     Success,
     /// Refused, reset, unreachable or timed out.
     Failure,
+}
+
+impl From<OutcomeKind> for Verdict {
+    fn from(outcome: OutcomeKind) -> Self {
+        match outcome {
+            OutcomeKind::Established => Self::Success,
+            OutcomeKind::Failed | OutcomeKind::TimedOut => Self::Failure,
+        }
+    }
 }
 
 /// A change of an endpoint's state.

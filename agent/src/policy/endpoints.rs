@@ -316,7 +316,7 @@ fn add<'a>(
         // During a rollout of slices an endpoint may be in two of them.
         None if found.seen.insert(*address) => found.candidates.push(candidate),
         None => {
-            found.leave_out(address.ip(), &Arc::clone(cluster), "it is listed more than once; the first one counts")
+            found.leave_out(address.ip(), &Arc::clone(cluster), "it is listed more than once; the first one counts");
         }
     }
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::Result;
-use portolan_common::{FrontendKey, OutcomeKind};
+use portolan_common::FrontendKey;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::{
@@ -181,10 +181,7 @@ impl Reconciler {
         let mut changed = false;
         for outcome in outcomes {
             let Some(pools) = self.pools.get(&outcome.frontend_id) else { continue };
-            let outlook = match outcome.kind {
-                OutcomeKind::Established => Outlook::Success,
-                OutcomeKind::Failed | OutcomeKind::TimedOut => Outlook::Failure,
-            };
+            let outlook = Outlook::from(outcome.kind);
             if outlook == Outlook::Failure
                 && let Some(pool) = pools.first()
             {

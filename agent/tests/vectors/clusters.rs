@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use portolan::{
-    model::{MeshConfig, Retention, RetentionRule, Severity},
+    model::{Object, Retention, Scope, Severity},
     policy::retention,
     report::Report,
+    source::{Reader, read_text},
 };
 use serde_json::{Value, json};
 
@@ -15,12 +16,13 @@ use crate::{
 };
 
 pub fn cluster_local(input: &Value, expect: &Value) {
-    let rules = list(&input["service_settings"]).iter().flat_map(|setting| {
-        let strict = if setting["clusterLocal"] == json!(true) { Retention::Strict } else { Retention::Off };
-        list(&setting["hosts"]).iter().map(move |host| RetentionRule { host: text(host), retention: strict })
-    });
-    let mesh = MeshConfig { retention: rules.collect(), ..MeshConfig::default() };
-    let (retention, _) = retention(&mesh, &text(&input["host"]));
+    let setting = |it: &Value| json!({"settings": {"clusterLocal": it["clusterLocal"]}, "hosts": it["hosts"]});
+    let settings: Vec<Value> = list(&input["service_settings"]).iter().map(setting).collect();
+    let config = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"},
+        "data": {"mesh": json!({"serviceSettings": settings}).to_string()}});
+    let contents = read_text(Reader::default(), &Scope::Mesh, "mesh.yaml", &config.to_string());
+    let Some(Object::MeshConfig(mesh)) = &contents.objects[0].object else { panic!("{:?}", contents.findings) };
+    let (retention, _) = retention(mesh, &text(&input["host"]));
     assert_eq!(json!(retention == Retention::Strict), expect["cluster_local"]);
 }
 

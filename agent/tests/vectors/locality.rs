@@ -13,24 +13,41 @@ use portolan::{
 use serde_json::{Value, json};
 
 use crate::{
-    common::{World, destination_rule, service},
+    common::{World, destination_rule, node, service, slice},
     values::{labels, list, locality, number, text, texts},
 };
 
+/// Objects of one service with an endpoint in each of these places, and a client in another.
 pub fn failover(input: &Value, expect: &Value) {
-    let client = locality(&input["proxy_locality"]);
-    let endpoints: Vec<Locality> = list(&input["endpoint_localities"]).iter().map(locality).collect();
-    let rules: Vec<Failover> = list(&input["failover"])
-        .iter()
-        .map(|rule| Failover { from: text(&rule["from"]), to: text(&rule["to"]) })
-        .collect();
-    let on = input["outlier_detection_set"] == json!(true) && input["locality_lb_enabled"] != json!(false);
-    let levels = if on {
-        failover_levels(&client, &endpoints.iter().collect::<Vec<_>>(), &rules)
-    } else {
-        vec![0; endpoints.len()]
+    let place = |value: &Value| {
+        let locality = locality(value);
+        let mut node = node("", &locality.region, &locality.zone);
+        if !locality.subzone.is_empty() {
+            node["metadata"]["labels"]["topology.istio.io/subzone"] = json!(locality.subzone);
+        }
+        node
     };
-    assert_eq!(json!(levels), expect["priorities"]);
+    let mut objects = vec![service(&json!({})), place(&input["proxy_locality"])];
+    objects[1]["metadata"]["name"] = json!("client");
+    let mut endpoints = Vec::new();
+    for (i, at) in list(&input["endpoint_localities"]).iter().enumerate() {
+        let mut node = place(at);
+        node["metadata"]["name"] = json!(format!("n{i}"));
+        objects.push(node);
+        endpoints.push(json!({"addresses": [format!("10.0.0.{}", i + 1)], "nodeName": format!("n{i}")}));
+    }
+    let mut setting = json!({"failover": input["failover"]});
+    if input["locality_lb_enabled"].is_boolean() {
+        setting["enabled"] = input["locality_lb_enabled"].clone();
+    }
+    let mut policy = json!({"loadBalancer": {"localityLbSetting": setting}});
+    if input["outlier_detection_set"] == json!(true) {
+        policy["outlierDetection"] = json!({});
+    }
+    objects.extend([slice(&endpoints), destination_rule(policy)]);
+    let report = World::new(&[("c1", objects)]).report("c1", "client");
+    let levels: Vec<u32> = report.services[0].endpoints.iter().map(|endpoint| endpoint.priority).collect();
+    assert_eq!(json!(levels), expect["priorities"], "{:?}", report.findings);
 }
 
 pub fn distribute(input: &Value, expect: &Value) {

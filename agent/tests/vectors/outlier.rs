@@ -9,6 +9,7 @@ use portolan::{
     health::{Detector, EventKind, Verdict},
     model::OutlierDetection,
 };
+use portolan_common::OutcomeKind;
 use serde_json::{Value, json};
 
 use crate::{
@@ -190,11 +191,14 @@ pub fn outlier_mapping(input: &Value, expect: &Value) {
 pub fn tcp_mapping(input: &Value, expect: &Value) {
     let reports = list(&expect["result"]);
     for (event, result) in list(&input["events"]).iter().zip(reports) {
+        // What the kernel tells of each; of the others it tells nothing.
         let verdict = match text(event).as_str() {
-            "connect_timeout" | "connect_refused_or_reset" => Some(Verdict::Failure),
-            "connected" => Some(Verdict::Success),
+            "connect_timeout" => Some(OutcomeKind::TimedOut),
+            "connect_refused_or_reset" => Some(OutcomeKind::Failed),
+            "connected" => Some(OutcomeKind::Established),
             _ => None,
         };
+        let verdict = verdict.map(Verdict::from);
         let result = text(result);
         let expected = if result.contains("->50") {
             Some(Verdict::Failure)
