@@ -8,7 +8,7 @@ use criterion::{BatchSize, Criterion};
 use portolan::{
     model::{
         EndpointSlice, Kind, Locality, NamespacedName, Node, Object, ObjectKey, Protocol, Scope, Service, ServicePort,
-        SliceEndpoint, SlicePort,
+        SliceEndpoint, SlicePort, Target,
     },
     policy::{Client, Compiler, Observed},
     source::{Contents, Read, Reader, Update, read_text},
@@ -82,7 +82,13 @@ fn store() -> Store {
         apply(object(Kind::Node, NamespacedName::new("", &node.name), Object::Node(node.into())));
     }
     for i in 0..SERVICES {
-        let port = ServicePort { name: "http".to_owned(), port: 80, protocol: Protocol::Tcp, target: 80, http: true };
+        let port = ServicePort {
+            name: "http".to_owned(),
+            port: 80,
+            protocol: Protocol::Tcp,
+            target: Target::Number(80),
+            http: true,
+        };
         let service = Service {
             name: name(i),
             addresses: vec![(0xac10_0000 + i).to_be_bytes().into()],

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    model::{Finding, Locality, Retention},
+    model::{Code, Finding, Locality, MeshConfig, Retention, ServiceId},
     policy::{
         Assignment, Client, Endpoint, EndpointHealth, Mode, OVERPROVISIONING_FACTOR, Pool, Priority, Route,
         SettingSource, Verdict,
@@ -183,6 +183,8 @@ fn steps(client: &Client, assignment: &Assignment, route: &Route) -> Vec<Step> {
             pool.endpoints.len(),
             outlier.max_ejection_percent
         );
+        let says =
+            if outlier.always_eject_one { says + "; one always may (portolan.io/always-eject-one)" } else { says };
         steps.push(step("ejection", rule, says));
     }
     steps.push(order(assignment, pool));
@@ -235,6 +237,9 @@ fn locality(pool: &Pool, rule: Option<&str>) -> Step {
         None => None,
     };
     let says = match (pool.mode, pool.setting) {
+        (Mode::Distribute, _) if pool.distributes_with_failover => {
+            "distribute with failover: each locality gets its percentage; what it cannot carry goes where failover leads from there"
+        }
         (Mode::Distribute, _) => "distribute: each locality gets its percentage; those that are not named get nothing",
         (Mode::Failover, Some(SettingSource::TrafficDistribution)) => {
             "trafficDistribution: nearest first, the next level as far as the nearer ones cannot carry all"
@@ -319,5 +324,25 @@ fn distance(client: &Client, endpoint: &Endpoint) -> &'static str {
         "the same zone"
     } else {
         "the same place"
+    }
+}
+
+/// Whether a finding may have to do with a service: it is about the service itself, about one of its slices, about rules of its namespace or
+/// of the mesh, or about a file of which nothing else is known.
+pub fn concerns(finding: &Finding, service: &ServiceId) -> bool {
+    let Some((kind, name)) = finding.object.split_once(' ') else { return true };
+    let (namespace, name) = name.split_once('/').unwrap_or(("", name));
+    let own = &service.name;
+    match kind {
+        "Service" | "ServiceEntry" => finding.object == service.object(),
+        "EndpointSlice" => namespace == own.namespace && name.starts_with(own.name.as_str()),
+        "DestinationRule" | "VirtualService" => {
+            // A rule for another host is none of this service's business.
+            let elsewhere = matches!(finding.code, Code::UnknownHost | Code::ForeignHost);
+            (namespace == own.namespace || namespace == MeshConfig::default().root_namespace) && !elsewhere
+        }
+        "WorkloadEntry" => namespace == own.namespace,
+        "ConfigMap" | "Cluster" => true,
+        _ => false,
     }
 }

@@ -3,7 +3,7 @@
 use crate::{
     model::{Code, Finding, Labels, Locality},
     policy::Client,
-    store::{NETWORK, Snapshot},
+    store::{NETWORK, Store},
 };
 
 /// The clients of a node, or of a place that is none.
@@ -19,7 +19,17 @@ pub struct Place {
 
 impl Place {
     /// The client that the policy is asked for.
-    pub fn client(&self, cluster: &str, snapshot: &Snapshot, findings: &mut Vec<Finding>) -> Client {
+    pub fn client(&self, cluster: &str, store: &Store, findings: &mut Vec<Finding>) -> Client {
+        let snapshot = store.snapshot();
+        let unknown = store.doubt(cluster).filter(|(_, settings)| *settings).map(|(doubt, _)| doubt);
+        if let Some(doubt) = unknown {
+            let message = format!(
+                "{}, and with it what must stay in its cluster: until it can be read, connections stay in theirs, unless settings that are \
+                 known say otherwise of their host",
+                doubt.what
+            );
+            findings.push(Finding::new(Code::SettingsUnknown, format!("Cluster {cluster}"), message));
+        }
         let own = snapshot.clusters.get(cluster);
         let node = self.node.as_ref().map(|name| (name, own.and_then(|own| own.nodes.get(name))));
         if let (Some((name, None)), None) = (node, &self.locality) {
@@ -43,6 +53,6 @@ impl Place {
             labels.insert(label.to_owned(), value.to_owned());
         }
         labels.extend(self.labels.clone());
-        Client { cluster: cluster.into(), node: self.node.clone(), locality, labels }
+        Client { cluster: cluster.into(), node: self.node.clone(), locality, labels, confined: unknown.is_some() }
     }
 }

@@ -70,6 +70,9 @@ pub struct ServiceReport {
     pub mode: String,
     /// Whether only the client's own cluster serves.
     pub cluster_local: bool,
+    /// Portolan's own annotations that are in force (docs/extensions.md).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub extensions: Vec<String>,
     /// Host choice.
     pub algorithm: String,
     /// What happens where there is nobody to take: `refuse`; or `pass`, where connections go where they were going.
@@ -276,6 +279,7 @@ fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) ->
         frontends: assignment.frontends.iter().map(SocketAddr::to_string).collect(),
         mode: pool.mode.as_str().to_owned(),
         cluster_local: pool.retention == Retention::Strict,
+        extensions: pool.extensions().into_iter().map(str::to_owned).collect(),
         algorithm: pool.algorithm.to_string(),
         on_empty: if assignment.passthrough { "pass" } else { "refuse" }.to_owned(),
         refused_share: refused_share(assignment, route),

@@ -412,6 +412,7 @@ fn new_endpoints_warm_up() {
         service: portolan::model::ServiceId::service("default/web".parse().unwrap()),
         port: 80,
         subset: None,
+        v6: false,
     };
     let of = |age: u64| {
         let ages = HashMap::from([("10.0.0.3:80".parse().unwrap(), Duration::from_secs(age))]);
@@ -519,4 +520,120 @@ fn nobody_takes_what_is_not_theirs() {
     assert_eq!(seen, pods);
     let nearest = |endpoint: &&portolan::report::EndpointReport| endpoint.priority == 0;
     assert!(named(&report, "web").endpoints.iter().filter(nearest).all(|endpoint| endpoint.cluster == "c1"));
+}
+
+#[test]
+fn a_destination_without_a_port_is_the_only_one_that_there_is() {
+    let front = "{apiVersion: v1, kind: Service, metadata: {name: front, namespace: default}, spec: {clusterIP: 172.16.0.9, ports: [{port: 8080}]}}";
+    let text = format!("{WEB}---\n{front}");
+    let to = |port: &str| {
+        let spec = format!("{{hosts: [front], tcp: [{{route: [{{destination: {{host: web{port}}}}}]}}]}}");
+        World::read(&route(&spec), &[("c1", &text)]).report("c1", "a")
+    };
+    assert_eq!(shares(named(&to(""), "front")).len(), 3);
+    let wrong = to(", port: {number: 81}");
+    assert_eq!((shares(named(&wrong, "front")).len(), findings(&wrong, "PTL0063").len()), (0, 1));
+}
+
+#[test]
+fn a_named_target_port_is_the_workloads_to_say() {
+    let machine = |name: &str, ports: &str| {
+        format!(
+            "{{apiVersion: networking.istio.io/v1, kind: WorkloadEntry, metadata: {{name: {name}, namespace: default}}, \
+             spec: {{address: 10.8.0.{name}, labels: {{app: web}}{ports}}}}}\n---\n"
+        )
+        .replace("name: ", "name: vm-")
+        .replace("vm-vm-", "vm-")
+    };
+    let web = WEB.replace(
+        "spec: {clusterIP: 172.16.0.1, ports: [{port: 80, name: tcp}]}",
+        "spec: {clusterIP: 172.16.0.1, selector: {app: web}, ports: [{port: 80, name: tcp, targetPort: main}]}",
+    );
+    let text = format!("{}{}", machine("1", ", ports: {main: 8080}"), machine("2", ""));
+    let report = World::read(&text, &[("c1", &web)]).report("c1", "a");
+    let machines: Vec<&str> = named(&report, "web")
+        .endpoints
+        .iter()
+        .map(|it| it.address.as_str())
+        .filter(|it| it.starts_with("10.8."))
+        .collect();
+    assert_eq!(machines, ["10.8.0.1:8080"]);
+    let twice = WEB.replace("[{port: 80, name: tcp}]", "[{port: 80, name: tcp}, {port: 80, name: other}]");
+    assert_eq!(findings(&World::read("", &[("c1", &twice)]).report("c1", "a"), "PTL0020").len(), 1);
+}
+
+#[test]
+fn while_settings_cannot_be_read_everything_stays_in_its_cluster() {
+    let far = WEB.replace("10.0.0.", "10.1.0.").replace("172.16.", "172.17.");
+    let broken = "{apiVersion: v1, kind: ConfigMap, metadata: {name: istio, namespace: istio-system}, data: {mesh: '{connectTimeout: soon}'}}";
+    for mesh in [broken, "kind: ["] {
+        let report = World::read(mesh, &[("c1", WEB), ("c2", &far)]).report("c1", "a");
+        let web = named(&report, "web");
+        assert!(web.cluster_local && web.endpoints.iter().all(|endpoint| endpoint.cluster == "c1"), "{web:?}");
+        let world = World::read(mesh, &[("c1", WEB), ("c2", &far)]);
+        assert!(world.client("c1", "a", &[]).confined);
+    }
+    let sound = broken.replace("soon", "1s");
+    let report = World::read(&sound, &[("c1", WEB), ("c2", &far)]).report("c1", "a");
+    assert_eq!(shares(named(&report, "web")).len(), 6);
+    // Settings of the cluster's own in place of the mesh's are told; so are hosts that nobody has.
+    let own = format!("{WEB}---\n{}", sound.replace("'{connectTimeout: 1s}'", "'{serviceSettings: [{settings: {clusterLocal: true}, hosts: [reviews, \"*.nowhere.svc.cluster.local\", web.default.svc.cluster.local]}]}'"));
+    let report = World::read(&sound, &[("c1", &own), ("c2", &far)]).report("c1", "a");
+    assert_eq!((findings(&report, "PTL0070").len(), findings(&report, "PTL0060").len()), (1, 2));
+    assert!(named(&report, "web").cluster_local);
+}
+
+#[test]
+fn the_clusters_own_rule_comes_before_the_meshs() {
+    let timeout = |seconds: u32| {
+        rule(&format!(
+            "{{loadBalancer: {{localityLbSetting: {{distribute: [{{from: r1, to: {{r{seconds}: 100}}}}]}}}}}}"
+        ))
+    };
+    let report = World::read(&timeout(2), &[("c1", &format!("{WEB}---\n{}", timeout(3)))]).report("c1", "a");
+    assert_eq!(shares(named(&report, "web")), given(&[("3", 100.0)]));
+    assert_eq!(findings(&report, "PTL0062").len(), 1);
+}
+
+#[test]
+fn of_an_endpoint_in_two_slices_the_ready_one_counts() {
+    let stale = slice_of("10.0.0.1], conditions: {ready: false}").replace("web-9", "web-0");
+    let report = World::read("", &[("c1", &format!("{stale}---\n{WEB}"))]).report("c1", "a");
+    assert_eq!(shares(named(&report, "web")).len(), 3);
+}
+
+/// Many groups of sizes that have nothing in common: no fraction may be added up beyond its bounds.
+#[test]
+fn shares_of_many_odd_groups_do_not_overflow() {
+    let primes: Vec<u32> = (2..200u32).filter(|n| (2..*n).all(|d| n % d > 0)).take(40).collect();
+    let mut text = "{apiVersion: v1, kind: Service, metadata: {name: web, namespace: default}, spec: {clusterIP: 172.16.0.1, ports: [{port: 80, name: tcp}]}}\n".to_owned();
+    let mut endpoints = Vec::new();
+    for (region, size) in primes.iter().enumerate() {
+        text += &format!(
+            "---\n{{apiVersion: v1, kind: Node, metadata: {{name: n{region}, labels: {{topology.kubernetes.io/region: r{region}}}}}}}\n"
+        );
+        for i in 0..*size {
+            let ready = i % 3 > 0;
+            endpoints.push(format!(
+                "{{addresses: [10.{}.{}.{}], nodeName: n{region}, conditions: {{ready: {ready}}}}}",
+                region,
+                i / 250,
+                i % 250 + 1
+            ));
+        }
+    }
+    text += &format!(
+        "---\n{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv4, metadata: {{name: web-1, namespace: default, \
+         labels: {{kubernetes.io/service-name: web}}}}, ports: [{{name: tcp, port: 80}}], endpoints: [{}]}}\n",
+        endpoints.join(", ")
+    );
+    let to: Vec<String> = (0..40).map(|i| format!("r{i}: {}", if i == 0 { 61 } else { 1 })).collect();
+    for annotation in ["", "annotations: {portolan.io/distribute-with-failover: 'true'}, "] {
+        let rule = rule(&format!("{{outlierDetection: {{}}, loadBalancer: {{localityLbSetting: {{distribute: [{{from: '*', to: {{{}}}}}]}}}}}}", to.join(", ")))
+            .replace("{name: web,", &format!("{{{annotation}name: web,"));
+        let report = World::read(&rule, &[("c1", &text)]).report("c1", "n0");
+        let sum: f64 = named(&report, "web").endpoints.iter().map(|endpoint| endpoint.share).sum();
+        assert!((sum - 1.0).abs() < 1e-9, "{sum}");
+        assert_eq!(named(&report, "web").extensions.is_empty(), annotation.is_empty());
+    }
 }

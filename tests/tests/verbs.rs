@@ -140,7 +140,30 @@ fn diff_shows_what_a_change_would_do() -> Result<()> {
             json!([change("10.0.0.1:9080", "r1/z1", 1.0, 0.9), change("10.0.0.2:9080", "r2/z2", 0.0, 0.1)])
         )
     );
-    // An endpoint that goes without another, and an error that comes.
+    // Two addresses of one service that change their destinations.
+    let mut twin = service("web", &["172.16.0.10", "172.17.0.10"], 80);
+    twin["spec"]["clusterIPs"] = json!(["172.16.0.10", "172.17.0.10"]);
+    let nodes = [node("near", "r1/z1"), node("far", "r2/z2")];
+    let endpoints = slice("web", 9080, &[("10.0.0.1", "near", ""), ("10.0.0.2", "far", "")]);
+    directory.write("c1/all.yaml", &[nodes[0].clone(), nodes[1].clone(), twin, endpoints])?;
+    std::fs::copy(directory.path().join("c1/all.yaml"), format!("{after}/c1/all.yaml"))?;
+    let halves = |first: &str| {
+        let subset =
+            |name: &str, region: &str| json!({"name": name, "labels": {"topology.kubernetes.io/region": region}});
+        let rule = destination_rule("web", &json!({"subsets": [subset("a", "r1"), subset("b", "r2")]}));
+        let to = |subset: &str| json!([{"destination": {"host": "web", "subset": subset}}]);
+        let second = if first == "a" { "b" } else { "a" };
+        let route = json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService",
+            "metadata": {"name": "web", "namespace": "default"},
+            "spec": {"hosts": ["web"], "tcp": [
+                {"match": [{"destinationSubnets": ["172.16.0.0/16"]}], "route": to(first)}, {"route": to(second)}]}});
+        format!("{rule}\n---\n{route}\n")
+    };
+    directory.write_text("rules.yaml", &halves("a"))?;
+    std::fs::write(format!("{after}/rules.yaml"), halves("b"))?;
+    let swapped = json_of(&diff(&after)?)?;
+    assert_eq!(swapped["clients"][0]["changes"].as_array().map(Vec::len), Some(4), "{swapped:#}");
+    // An error that comes.
     std::fs::write(format!("{after}/rules.yaml"), "kind: [")?;
     let broken = json_of(&diff(&after)?)?;
     assert_eq!(broken["findings"]["added"][0]["code"], "PTL0002", "{broken:#}");

@@ -64,7 +64,6 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let options = Options { cgroup: args.cgroup, bpffs: args.bpffs, sizes: Sizes::default(), log: args.program_log };
     let reader = args.config.reader.reader();
-    anyhow::ensure!(!args.place.at.all_nodes, "--all-nodes: an agent serves one node; name it with --node");
     // Before anything is loaded.
     file::check(&args.config.config)?;
     let ended = runtime.block_on(async {

@@ -36,7 +36,7 @@ struct ClientDiff {
 /// An endpoint, or a refusal, whose share changes.
 #[derive(Debug, Serialize)]
 struct Change {
-    /// `namespace/name:port`, with the address family where both have the same port.
+    /// `namespace/name:port`, with the kind, the family and the addresses where they are needed to tell it from others.
     service: String,
     /// `null`: the part of the connections that is refused.
     endpoint: Option<String>,
@@ -59,7 +59,8 @@ impl Diff {
         let mut clients = Vec::new();
         for node in nodes {
             let Some(client) = new.get(node).or(old.get(node)).map(|report| report.client.clone()) else { continue };
-            let (was, is) = (shares(old.get(node)), shares(new.get(node)));
+            let names = Names::new(old.get(node).into_iter().chain(new.get(node)));
+            let (was, is) = (names.shares(old.get(node)), names.shares(new.get(node)));
             let keys: BTreeSet<_> = was.keys().chain(is.keys()).collect();
             let change = |key: &(String, Option<String>)| {
                 let (a, b) = (was.get(key), is.get(key));
@@ -101,32 +102,60 @@ impl Diff {
     }
 }
 
-/// The shares of endpoints by service, and the share of each service that is refused.
-fn shares(report: Option<&Report>) -> Shares {
-    let mut shares = Shares::new();
-    let mut given: BTreeMap<String, f64> = BTreeMap::new();
-    for service in report.iter().flat_map(|report| &report.services) {
-        let name = name(service);
-        let sum = given.entry(name.clone()).or_default();
-        if service.on_empty == "pass" {
-            *sum = 1.0;
-        }
-        for endpoint in &service.endpoints {
-            *sum += endpoint.share;
-            let entry = shares.entry((name.clone(), Some(endpoint.address.clone())));
-            let entry = entry.or_insert_with(|| (0.0, endpoint.cluster.clone(), endpoint.locality.clone()));
-            entry.0 += endpoint.share;
-        }
-    }
-    for (service, given) in given {
-        shares.insert((service, None), ((1.0 - given).max(0.0), String::new(), String::new()));
-    }
-    shares
+/// What to call services. As a rule, one name has one set of addresses of a family; where routes tell addresses apart, they are named.
+struct Names {
+    several: BTreeSet<String>,
 }
 
-fn name(service: &ServiceReport) -> String {
+impl Names {
+    fn new<'a>(reports: impl Iterator<Item = &'a Report>) -> Self {
+        let mut several = BTreeSet::new();
+        for report in reports {
+            let mut seen: BTreeMap<String, &[String]> = BTreeMap::new();
+            for service in &report.services {
+                let name = short(service);
+                if *seen.entry(name.clone()).or_insert(&service.frontends) != service.frontends {
+                    several.insert(name);
+                }
+            }
+        }
+        Self { several }
+    }
+
+    fn name(&self, service: &ServiceReport) -> String {
+        let name = short(service);
+        if self.several.contains(&name) { format!("{name} at {}", service.frontends.join(", ")) } else { name }
+    }
+
+    /// The shares of endpoints by service, and the share of each service that is refused.
+    fn shares(&self, report: Option<&Report>) -> Shares {
+        let mut shares = Shares::new();
+        let mut given: BTreeMap<String, f64> = BTreeMap::new();
+        for service in report.iter().flat_map(|report| &report.services) {
+            let name = self.name(service);
+            let sum = given.entry(name.clone()).or_default();
+            if service.on_empty == "pass" {
+                *sum = 1.0;
+            }
+            for endpoint in &service.endpoints {
+                *sum += endpoint.share;
+                let entry = shares.entry((name.clone(), Some(endpoint.address.clone())));
+                let entry = entry.or_insert_with(|| (0.0, endpoint.cluster.clone(), endpoint.locality.clone()));
+                entry.0 += endpoint.share;
+            }
+        }
+        for (service, given) in given {
+            shares.insert((service, None), ((1.0 - given).max(0.0), String::new(), String::new()));
+        }
+        shares
+    }
+}
+
+/// Kind, where it is no Service, name, port, and family, where it is IPv6.
+fn short(service: &ServiceReport) -> String {
     let v6 = service.frontends.first().is_some_and(|address| address.starts_with('['));
-    format!("{}/{}:{}{}", service.namespace, service.name, service.port, if v6 { " (IPv6)" } else { "" })
+    let kind = service.kind.as_ref().map(|kind| format!("{kind} ")).unwrap_or_default();
+    format!("{kind}{}/{}:{}{}", service.namespace, service.name, service.port, if v6 { " (IPv6)" } else { "" })
 }
 
 pub(super) fn print(format: Format, diff: &Diff) -> Result<()> {

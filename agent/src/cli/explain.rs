@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     admin,
-    explain::{EndpointExplanation, Explanation, PortExplanation, RouteExplanation},
+    explain::{EndpointExplanation, Explanation, PortExplanation, RouteExplanation, concerns},
     model::NamespacedName,
     policy,
 };
@@ -79,10 +79,12 @@ pub(super) fn run(args: &ExplainArgs) -> Result<ExitCode> {
                 .with_context(|| format!("clients of cluster {cluster} have no service {name}"))?;
             let observed = offline.ejected(&client, &args.eject)?;
             let mut verdict = policy::explain(snapshot, &client, &observed, &service);
-            let about = |finding: &crate::model::Finding| finding.object == service.object();
-            verdict.findings.extend(offline.store.findings().into_iter().filter(about));
+            verdict.findings.extend(offline.store.findings());
             verdict.findings.extend(findings);
+            verdict.findings.retain(|finding| concerns(finding, &service));
             offline.add_sources(&client, &mut verdict.findings);
+            verdict.findings.sort();
+            verdict.findings.dedup();
             Explanation::new(&client, &verdict, *port)
         }
         _ => {

@@ -17,7 +17,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand, error::ErrorKind};
 
 use crate::{
     datapath::Unsupported,
-    model::{Locality, NamespacedName},
+    model::{Labels, Locality, NamespacedName},
     place::Place,
     report::Report,
     source::Reader,
@@ -142,9 +142,6 @@ struct At {
     /// Where clients are, in place of a node or of what its Node object says
     #[arg(long, value_name = "REGION/ZONE/SUBZONE", env = "PORTOLAN_LOCALITY")]
     locality: Option<Locality>,
-    /// Every node of the cluster in turn
-    #[arg(long, conflicts_with_all = ["node", "locality"])]
-    all_nodes: bool,
     /// A label of the clients, beside those of the node, for failoverPriority
     #[arg(long = "label", value_name = "K=V", value_parser = label, env = "PORTOLAN_LABELS", value_delimiter = ',')]
     labels: Vec<(String, String)>,
@@ -157,12 +154,16 @@ fn label(text: &str) -> Result<(String, String), String> {
 
 impl At {
     fn place(&self) -> Place {
-        if self.node.is_none() && self.locality.is_none() && !self.all_nodes {
-            let message = "where are the clients? --node, --locality or, of plan, --all-nodes says it\n";
+        if self.node.is_none() && self.locality.is_none() {
+            let message =
+                "where are the clients? --node or --locality says it (of plan, --all-nodes asks for every node)\n";
             Cli::command().error(ErrorKind::MissingRequiredArgument, message).exit();
         }
-        let labels = self.labels.iter().cloned().collect();
-        Place { node: self.node.clone(), locality: self.locality.clone(), labels }
+        Place { node: self.node.clone(), locality: self.locality.clone(), labels: self.labels() }
+    }
+
+    fn labels(&self) -> Labels {
+        self.labels.iter().cloned().collect()
     }
 }
 

@@ -41,7 +41,7 @@ impl Offline {
     /// The client in a place, and what is wrong with it.
     pub(super) fn client(&self, cluster: &str, place: &Place) -> (Client, Vec<Finding>) {
         let mut findings = Vec::new();
-        (place.client(cluster, self.store.snapshot(), &mut findings), findings)
+        (place.client(cluster, &self.store, &mut findings), findings)
     }
 
     /// What connections of a client would find.
@@ -62,7 +62,7 @@ impl Offline {
         }
     }
 
-    /// The places of all nodes of a cluster. Nodes on which connections would find the same are one place, under the name of the first.
+    /// The places of all nodes of a cluster.
     pub(super) fn nodes(&self, cluster: &str, labels: &crate::model::Labels) -> Result<Vec<Place>> {
         let nodes: BTreeMap<_, _> =
             self.store.snapshot().clusters.get(cluster).map(|own| own.nodes.clone()).unwrap_or_default();

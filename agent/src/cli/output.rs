@@ -145,6 +145,17 @@ fn name(service: &ServiceReport) -> String {
     format!("{}/{}:{}{destination}{subset}", service.namespace, service.name, service.port)
 }
 
+/// The mode, and what annotations have made of it.
+fn mode(service: &ServiceReport) -> String {
+    let with = |name: &str, says: &'static str| service.extensions.iter().any(|it| it == name).then_some(says);
+    let parts = [
+        with("distribute-with-failover", " with failover"),
+        with("prefer-cluster-local", ", own cluster first"),
+        with("always-eject-one", ", ejects one"),
+    ];
+    parts.into_iter().flatten().fold(service.mode.clone(), |mode, part| mode + part)
+}
+
 fn services(report: &Report, live: bool) -> String {
     let mut header = vec!["SERVICE", "FRONTENDS", "MODE", "LOCAL", "LOCALITIES", "HEALTHY"];
     if live {
@@ -162,7 +173,7 @@ fn services(report: &Report, live: bool) -> String {
         let mut row = vec![
             name(service),
             service.frontends.join(", "),
-            service.mode.clone(),
+            mode(service),
             if service.cluster_local { "yes" } else { "no" }.to_owned(),
             match (service.on_empty.as_str(), shares.is_empty()) {
                 ("pass", _) => "left alone".to_owned(),
@@ -190,14 +201,14 @@ fn endpoints(report: &Report, live: bool) -> String {
     for service in &report.services {
         if service.endpoints.is_empty() || service.on_empty == "pass" {
             let what = if service.on_empty == "pass" { "left alone" } else { "none: refused" };
-            table.add_row(vec![name(service), service.mode.clone(), what.to_owned()]);
+            table.add_row(vec![name(service), mode(service), what.to_owned()]);
             styles.push(None);
             continue;
         }
         for endpoint in &service.endpoints {
             let mut row = vec![
                 name(service),
-                service.mode.clone(),
+                mode(service),
                 endpoint.address.clone(),
                 endpoint.cluster.clone(),
                 or_unknown(&endpoint.locality).to_owned(),

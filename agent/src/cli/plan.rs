@@ -37,6 +37,9 @@ pub(super) struct PlanArgs {
     cluster: Option<String>,
     #[command(flatten)]
     at: At,
+    /// Every node of the cluster in turn
+    #[arg(long)]
+    all_nodes: bool,
     #[command(flatten)]
     select: SelectArgs,
     /// What would be if this endpoint (ADDRESS or ADDRESS:PORT) were ejected
@@ -66,6 +69,9 @@ struct DiffArgs {
     reader: ReaderArgs,
     #[command(flatten)]
     place: PlaceArgs,
+    /// Every node of the cluster in turn
+    #[arg(long)]
+    all_nodes: bool,
     #[command(flatten)]
     select: SelectArgs,
     #[command(flatten)]
@@ -79,10 +85,10 @@ pub(super) fn run(args: &PlanArgs) -> Result<ExitCode> {
     let root = args.config.clone().unwrap_or_default();
     let cluster = args.cluster.clone().unwrap_or_default();
     let offline = Offline::read(&root, args.reader.reader())?;
-    let mut reports = reports(&offline, &cluster, &args.at, &args.eject)?;
+    let mut reports = reports(&offline, &cluster, (&args.at, args.all_nodes), &args.eject)?;
     let failed = reports.iter().any(Report::has_errors);
     args.select.apply_to_all(&mut reports)?;
-    if args.at.all_nodes {
+    if args.all_nodes {
         output::print_all(args.output.output, &reports, Rows::Endpoints)?;
     } else if let Some(report) = reports.first() {
         output::print(args.output.output, report, Rows::Endpoints)?;
@@ -91,9 +97,9 @@ pub(super) fn run(args: &PlanArgs) -> Result<ExitCode> {
 }
 
 /// One report, or one for each node.
-fn reports(offline: &Offline, cluster: &str, at: &At, eject: &[String]) -> Result<Vec<Report>> {
-    let places = match at.all_nodes {
-        true => offline.nodes(cluster, &at.place().labels)?,
+fn reports(offline: &Offline, cluster: &str, (at, all_nodes): (&At, bool), eject: &[String]) -> Result<Vec<Report>> {
+    let places = match all_nodes {
+        true => offline.nodes(cluster, &at.labels())?,
         false => vec![at.place()],
     };
     let mut reports = Vec::new();
@@ -111,7 +117,7 @@ fn run_diff(args: &DiffArgs) -> Result<ExitCode> {
     let mut sides = Vec::new();
     for root in [&args.before, &args.after] {
         let offline = Offline::read(root, args.reader.reader())?;
-        let mut reports = reports(&offline, &args.place.cluster, &args.place.at, &[])?;
+        let mut reports = reports(&offline, &args.place.cluster, (&args.place.at, args.all_nodes), &[])?;
         args.select.keep_in_all(&mut reports);
         sides.push(reports);
     }

@@ -68,6 +68,7 @@ codes! {
     NoRegion = 31, Warning, "A node has no region";
     EndpointWithoutPlace = 32, Warning, "An endpoint is on no known node";
     UnknownCluster = 33, Error, "The cluster of the clients is not known";
+    SettingsUnknown = 34, Error, "The mesh's settings are not known";
     // Services.
     AddressTaken = 40, Error, "Two services have the same address";
     SliceWithoutService = 41, Warning, "Endpoints of a service that is not there";

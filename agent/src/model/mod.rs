@@ -22,4 +22,4 @@ pub use rules::{
     LocalitySetting, Match, OutlierDetection, Route, Subnet, Subset, TrafficPolicy, VirtualService, Warmup,
     WeightedDestination,
 };
-pub use service::{Protocol, Service, ServiceEntry, ServiceId, ServicePort, TrafficDistribution};
+pub use service::{Protocol, Service, ServiceEntry, ServiceId, ServicePort, Target, TrafficDistribution};

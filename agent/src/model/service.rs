@@ -58,10 +58,19 @@ pub struct ServicePort {
     pub port: u16,
     /// Its protocol.
     pub protocol: Protocol,
-    /// Where workloads that name no port of their own listen: the port itself, if nothing else is said. (EndpointSlices have it resolved.)
-    pub target: u16,
+    /// Where workloads listen that name no port of their own. (EndpointSlices have it resolved.)
+    pub target: Target,
     /// Whether its name or `appProtocol` says that HTTP is spoken there.
     pub http: bool,
+}
+
+/// `targetPort`: the port itself, if nothing else is said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// This port.
+    Number(u16),
+    /// The port that a workload has under this name.
+    Name(String),
 }
 
 /// `trafficDistribution`: whom clients of a service prefer.

@@ -245,7 +245,13 @@ impl Compiler {
                 };
                 let alike: Vec<IpAddr> = rest.extract_if(.., same).collect();
                 let frontends = alike.into_iter().map(|address| SocketAddr::new(address, port.port)).collect();
-                let destinations = self.rules.destinations(id, port.port, taken, &mut compiled.findings);
+                let ports = |service: &ServiceId| -> Vec<u16> {
+                    let view = service::find(snapshot, &client.cluster, service);
+                    let tcp = |port: &&ServicePort| port.protocol == Protocol::Tcp;
+                    view.map(|view| view.ports.iter().filter(tcp).map(|port| port.port).collect()).unwrap_or_default()
+                };
+                let at = (port.port, first.is_ipv6());
+                let destinations = self.rules.destinations(id, at, taken, &ports, &mut compiled.findings);
                 let (mut routes, mut groups) = (Vec::new(), Vec::new());
                 for destination in destinations {
                     let (pool, own) = pool::build(&scene, destination.key, destination.by_rule, &mut compiled.findings);

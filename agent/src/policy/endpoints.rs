@@ -1,7 +1,7 @@
 //! Which endpoints a pool has.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap, hash_map::Entry},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -13,7 +13,9 @@ use super::{
     service::{ServiceView, find},
 };
 use crate::{
-    model::{Code, EndpointSlice, Finding, Hints, Labels, Locality, Retention, ServiceId, SliceEndpoint, Workload},
+    model::{
+        Code, EndpointSlice, Finding, Hints, Labels, Locality, Retention, ServiceId, SliceEndpoint, Target, Workload,
+    },
     store::{NETWORK, Objects, Snapshot},
 };
 
@@ -123,7 +125,8 @@ impl Labelled for Candidate<'_> {
 /// What has been found so far.
 struct Found<'a> {
     candidates: Vec<Candidate<'a>>,
-    seen: BTreeSet<SocketAddr>,
+    /// Where in the list an address is.
+    seen: HashMap<SocketAddr, usize>,
     left_out: Option<Vec<LeftOut>>,
 }
 
@@ -137,7 +140,7 @@ impl Found<'_> {
 
 /// The endpoints of the pool, in order of their addresses; and where somebody wants to know, those that it does not have.
 pub(super) fn select<'a>(scene: &Scene<'a>, filter: &Filter<'_>) -> (Vec<Candidate<'a>>, Vec<LeftOut>) {
-    let mut found = Found { candidates: Vec::new(), seen: BTreeSet::new(), left_out: scene.explain.then(Vec::new) };
+    let mut found = Found { candidates: Vec::new(), seen: HashMap::new(), left_out: scene.explain.then(Vec::new) };
     let Some(view) = find(scene.snapshot, &scene.client.cluster, &filter.key.service) else {
         return Default::default();
     };
@@ -265,7 +268,14 @@ fn workloads<'a>(
     let entries = entries.filter(|entry| entry.name.namespace == *namespace && selected(&entry.workload));
     let network = own.map(Objects::network).unwrap_or_default();
     for workload in view.workloads.iter().chain(entries.map(|entry| &entry.workload)) {
-        let number = workload.ports.get(&port.name).copied().unwrap_or(port.target);
+        // Istio: the workload's own port of that name, or else the target, whose name is the workload's to say.
+        let own = |name: &str| workload.ports.get(name).copied();
+        let number = own(&port.name).or_else(|| match &port.target {
+            Target::Number(number) => Some(*number),
+            Target::Name(name) => own(name),
+        });
+        let why = number.is_none().then_some("it does not say which port the service's targetPort is");
+        let number = number.unwrap_or_default();
         let candidate = Candidate {
             endpoint: Endpoint {
                 address: SocketAddr::new(workload.address, number),
@@ -284,7 +294,7 @@ fn workloads<'a>(
             network: if workload.network.is_empty() { network } else { &workload.network },
             node: None,
         };
-        add(scene, filter, view, candidate, None, found);
+        add(scene, filter, view, candidate, why, found);
     }
 }
 
@@ -313,11 +323,21 @@ fn add<'a>(
     };
     match why {
         Some(why) => found.leave_out(address.ip(), &Arc::clone(cluster), why),
-        // During a rollout of slices an endpoint may be in two of them.
-        None if found.seen.insert(*address) => found.candidates.push(candidate),
-        None => {
-            found.leave_out(address.ip(), &Arc::clone(cluster), "it is listed more than once; the first one counts");
-        }
+        None => match found.seen.entry(*address) {
+            Entry::Vacant(place) => {
+                place.insert(found.candidates.len());
+                found.candidates.push(candidate);
+            }
+            // During a rollout of slices an endpoint may be in two of them, and be ready in one only.
+            Entry::Occupied(place) => {
+                let first = &mut found.candidates[*place.get()];
+                let (address, cluster) = (address.ip(), Arc::clone(cluster));
+                if first.endpoint.cluster == cluster && candidate.ready && !first.ready {
+                    *first = candidate;
+                }
+                found.leave_out(address, &cluster, "it is listed more than once, which counts once");
+            }
+        },
     }
 }
 

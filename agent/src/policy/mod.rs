@@ -60,11 +60,19 @@ pub struct Client {
     pub locality: Locality,
     /// Its labels: those of the node, with its place, cluster and network among them.
     pub labels: Labels,
+    /// Whether the settings are not known that say what must stay in its cluster, so that everything does of which nothing else is said.
+    pub confined: bool,
 }
 
 impl Default for Client {
     fn default() -> Self {
-        Self { cluster: Arc::from(""), node: None, locality: Locality::default(), labels: Labels::new() }
+        Self {
+            cluster: Arc::from(""),
+            node: None,
+            locality: Locality::default(),
+            labels: Labels::new(),
+            confined: false,
+        }
     }
 }
 
@@ -77,12 +85,15 @@ pub struct PoolKey {
     pub port: u16,
     /// Its subset.
     pub subset: Option<String>,
+    /// Whether it is the IPv6 endpoints: those of a pod in both families are two, and each family counts its own.
+    pub v6: bool,
 }
 
 impl fmt::Display for PoolKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.service, self.port)?;
-        self.subset.as_ref().map_or(Ok(()), |subset| write!(f, " subset {subset}"))
+        self.subset.as_ref().map_or(Ok(()), |subset| write!(f, " subset {subset}"))?;
+        f.write_str(if self.v6 { " (IPv6)" } else { "" })
     }
 }
 

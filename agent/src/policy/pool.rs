@@ -100,6 +100,8 @@ pub struct Pool {
     pub mode: Mode,
     /// Where the locality setting comes from; none counts where it is absent.
     pub setting: Option<SettingSource>,
+    /// Whether what a locality in `distribute` cannot carry goes where failover leads.
+    pub distributes_with_failover: bool,
     /// Whether connections stay in the client's own cluster.
     pub retention: Retention,
     /// The pattern that says so.
@@ -124,6 +126,19 @@ pub struct Pool {
     pub groups: usize,
     /// Endpoints that it does not have, where somebody wants to know.
     pub left_out: Vec<LeftOut>,
+}
+
+impl Pool {
+    /// What Portolan's own annotations have made of it.
+    pub fn extensions(&self) -> Vec<&'static str> {
+        let one = self.outlier.as_ref().is_some_and(|outlier| outlier.always_eject_one);
+        let all = [
+            ("distribute-with-failover", self.distributes_with_failover),
+            ("always-eject-one", one),
+            ("prefer-cluster-local", self.retention == Retention::Prefer),
+        ];
+        all.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect()
+    }
 }
 
 /// The pool, and who gets which share of its connections; nobody: refuse.
@@ -195,6 +210,8 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
     let pool = Pool {
         mode,
         setting: source,
+        distributes_with_failover: mode == Mode::Distribute
+            && setting.as_ref().is_some_and(|setting| setting.distribute_with_failover),
         retention,
         retained_by,
         rule: rule.cloned(),

@@ -9,8 +9,8 @@ use std::{
 use super::{Client, PoolKey};
 use crate::{
     model::{
-        Code, DestinationRule, Finding, MeshConfig, NamespacedName, Route, ServiceId, ServicePort, TrafficPolicy,
-        VirtualService,
+        Code, DestinationRule, Finding, MeshConfig, NamespacedName, Retention, RetentionRule, Route, ServiceId,
+        ServicePort, TrafficPolicy, VirtualService,
     },
     store::{Objects, Snapshot},
 };
@@ -49,9 +49,18 @@ impl RuleBook {
     /// Collects the rules for the client.
     pub fn new(snapshot: &Snapshot, client: &Client, findings: &mut Vec<Finding>) -> Self {
         let own = snapshot.clusters.get(&client.cluster);
-        let scopes: Vec<&Objects> = [Some(&snapshot.mesh), own].into_iter().flatten().collect();
-        // The cluster's own settings come before those of the mesh.
-        let mesh = scopes.iter().rev().find_map(|objects| objects.mesh_config.as_deref()).cloned().unwrap_or_default();
+        // What is the cluster's own comes before what is the mesh's.
+        let scopes: Vec<&Objects> = [own, Some(&snapshot.mesh)].into_iter().flatten().collect();
+        let mut configs = scopes.iter().filter_map(|objects| objects.mesh_config.as_deref());
+        let mut mesh = configs.next().cloned().unwrap_or_default();
+        if configs.next().is_some() {
+            let message =
+                format!("cluster {} has settings of its own, which count; those of the mesh do not", client.cluster);
+            findings.push(Finding::new(Code::NotTogether, "ConfigMap istio-system/istio", message));
+        }
+        if client.confined {
+            mesh.retention.insert(0, RetentionRule { host: "*".to_owned(), retention: Retention::Strict });
+        }
         let mut book = Self { mesh, ..Self::default() };
         for name in snapshot.clusters.values().flat_map(|objects| objects.services.keys()) {
             book.hosts.insert(name.host(&book.mesh.domain), ServiceId::service(name.clone()));
@@ -75,6 +84,7 @@ impl RuleBook {
             }
             book.entries.insert(entry.name.clone(), host.clone());
         }
+        book.check_retention(findings);
         for objects in scopes {
             for rule in objects.destination_rules.values() {
                 let host = book.full_name(&rule.host, &rule.name.namespace);
@@ -93,6 +103,29 @@ impl RuleBook {
             }
         }
         book
+    }
+
+    /// A host that nobody has stays in its cluster in vain, and one that is mistyped does not at all.
+    fn check_retention(&self, findings: &mut Vec<Finding>) {
+        for rule in self.mesh.retention.iter().filter(|rule| rule.host != "*") {
+            let pattern = rule.host.starts_with('*');
+            let known = if pattern {
+                self.hosts.keys().any(|host| matches(&rule.host, host))
+            } else {
+                self.hosts.contains_key(&rule.host)
+            };
+            if !known {
+                let message = format!(
+                    "{:?} is the host of no service, so nothing is kept in its cluster by it; hosts are full names \
+                     (reviews.default.svc.{}) or begin with `*`",
+                    rule.host, self.mesh.domain
+                );
+                findings.push(
+                    Finding::new(Code::UnknownHost, "ConfigMap istio-system/istio", message)
+                        .at("serviceSettings.hosts"),
+                );
+            }
+        }
     }
 
     /// The host name of a service; `None` for a ServiceEntry that is not used.
@@ -119,7 +152,9 @@ impl RuleBook {
         // Only a pattern has to be compared with every name.
         let all = if host.starts_with('*') { self.hosts.iter() } else { Default::default() };
         let by_pattern = all.filter(|(name, _)| matches(host, name)).map(|(_, name)| name);
-        let mut meant = exact.chain(by_pattern).peekable();
+        let entries: Vec<ServiceId> =
+            self.entries.iter().filter(|(_, name)| *name == host).map(|(id, _)| ServiceId::entry(id.clone())).collect();
+        let mut meant = exact.chain(by_pattern).chain(&entries).peekable();
         if meant.peek().is_none() {
             let message = format!("no service is named {host:?}; the rule has no effect");
             findings.push(Finding::new(Code::UnknownHost, object, message).at(field));
@@ -165,25 +200,34 @@ impl RuleBook {
     pub fn destinations(
         &self,
         service: &ServiceId,
-        port: u16,
+        (port, v6): (u16, bool),
         route: Option<Taken<'_>>,
+        ports: &dyn Fn(&ServiceId) -> Vec<u16>,
         findings: &mut Vec<Finding>,
     ) -> Vec<Destination> {
         let Some((rule, route)) = route else {
-            let key = PoolKey { service: service.clone(), port, subset: None };
+            let key = PoolKey { service: service.clone(), port, subset: None, v6 };
             return vec![Destination { weight: 1, key, by_rule: false }];
         };
+        let object = || format!("VirtualService {}", rule.name);
         let mut destinations = Vec::new();
         for destination in route.destinations.iter().filter(|destination| destination.weight > 0) {
             let host = self.full_name(&destination.host, &rule.name.namespace);
             let id = self.hosts.get(&host).cloned().unwrap_or_else(|| {
                 let message = format!("no service is named {host:?}; its share is refused");
-                let finding = Finding::new(Code::UnknownDestination, format!("VirtualService {}", rule.name), message);
-                findings.push(finding.at("route.destination.host"));
+                findings.push(Finding::new(Code::UnknownDestination, object(), message).at("route.destination.host"));
                 ServiceId::service(NamespacedName::new(&rule.name.namespace, &destination.host))
             });
-            let key =
-                PoolKey { service: id, port: destination.port.unwrap_or(port), subset: destination.subset.clone() };
+            // Istio: the port that is named, or else the only one that there is, or else the one that was dialled.
+            let known = ports(&id);
+            let only = known.first().copied().filter(|_| known.len() == 1);
+            let port = destination.port.or(only).unwrap_or(port);
+            if !known.is_empty() && !known.contains(&port) {
+                let message =
+                    format!("{id} has no TCP port {port}; its share is refused. Name one of its ports: {known:?}");
+                findings.push(Finding::new(Code::UnknownDestination, object(), message).at("route.destination.port"));
+            }
+            let key = PoolKey { service: id, port, subset: destination.subset.clone(), v6 };
             destinations.push(Destination { weight: destination.weight, key, by_rule: true });
         }
         destinations

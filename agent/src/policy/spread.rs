@@ -125,7 +125,8 @@ impl Spread<'_> {
         for (candidate, target) in candidates.iter_mut().zip(&targets) {
             candidate.endpoint.priority = u32::from(target.is_none());
         }
-        let mut shares: Vec<Share> = vec![Share::from(0); 2];
+        // For people; the groups have the exact ones.
+        let mut shares = [0.0; 2];
         let (mut groups, mut panics) = (Vec::new(), [false; 2]);
         for (i, (place, percent)) in rule.to.iter().enumerate() {
             // From here: the target itself, then all others in the order of failover.
@@ -150,7 +151,8 @@ impl Spread<'_> {
                 }
                 for level in 0..2 {
                     let part = chosen.iter().filter(|endpoint| endpoint.priority == level).count() as u128;
-                    shares[level as usize] += share * Share::new(part, chosen.len() as u128);
+                    let load = f64::from(*percent) * f64::from(priority.load) / 100.0;
+                    shares[level as usize] += load * part as f64 / chosen.len() as f64;
                     panics[level as usize] |= priority.panic && part > 0;
                 }
                 groups.push(Group { share, members: self.members(chosen) });
@@ -164,7 +166,7 @@ impl Spread<'_> {
         let priorities = (0..2u32).map(|level| {
             let on = || candidates.iter().filter(|candidate| candidate.endpoint.priority == level);
             let healthy = on().filter(|candidate| candidate.endpoint.health.is_usable()).count() as u64;
-            let load = (shares[level as usize] * Share::from(100)).round().to_integer() as u32;
+            let load = shares[level as usize].round() as u32;
             Priority { hosts: on().count() as u64, healthy, load, panic: panics[level as usize] }
         });
         let mut priorities: Vec<Priority> = priorities.collect();

@@ -8,7 +8,7 @@ use std::{
 use super::{Reconciler, Request};
 use crate::{
     accounts::Sample,
-    explain::Explanation,
+    explain::{Explanation, concerns},
     journal::rfc3339,
     model::{Finding, NamespacedName},
     policy::{self, Assignment},
@@ -31,6 +31,9 @@ impl Reconciler {
     fn ready(&self) -> Result<(), String> {
         if !self.store.synced() {
             return Err("not everything has been read yet".to_owned());
+        }
+        if self.client.confined {
+            return Err("the mesh's settings cannot be read, so connections are kept in their cluster".to_owned());
         }
         let inherited = self.layout.inherited();
         if let Some(doubt) = self.doubt.as_ref().filter(|_| inherited > 0) {
@@ -95,7 +98,12 @@ impl Reconciler {
     fn explain(&self, name: &NamespacedName, port: Option<u16>) -> Option<Explanation> {
         let snapshot = self.store.snapshot();
         let service = policy::service_named(snapshot, &self.client, name)?;
-        let verdict = policy::explain(snapshot, &self.client, self.health.observed(), &service);
+        let mut verdict = policy::explain(snapshot, &self.client, self.health.observed(), &service);
+        verdict.findings.extend(self.store.findings());
+        verdict.findings.extend(self.client_findings.clone());
+        verdict.findings.retain(|finding| concerns(finding, &service));
+        verdict.findings.sort();
+        verdict.findings.dedup();
         let mut explanation = Explanation::new(&self.client, &verdict, port);
         for finding in &mut explanation.findings {
             self.store.add_source(&self.cluster, finding);

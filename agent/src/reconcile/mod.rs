@@ -230,7 +230,7 @@ impl Reconciler {
         let started = Instant::now();
         let mut changes = std::mem::take(&mut self.changes);
         let mut findings = Vec::new();
-        let client = self.place.client(&self.cluster, self.store.snapshot(), &mut findings);
+        let client = self.place.client(&self.cluster, &self.store, &mut findings);
         changes.everything |= client != self.client;
         changes.findings |= findings != self.client_findings;
         (self.client, self.client_findings) = (client, findings);

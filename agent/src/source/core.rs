@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::read::{Context, Invalid, Reader, invalid};
 use crate::model::{
     Code, EndpointSlice, Hints, Labels, Locality, Namespace, NamespacedName, Node, Pod, Protocol, Service, ServicePort,
-    SliceEndpoint, SlicePort, TrafficDistribution,
+    SliceEndpoint, SlicePort, Target, TrafficDistribution,
 };
 
 const SERVICE_OF_SLICE: &str = "kubernetes.io/service-name";
@@ -36,7 +36,12 @@ pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<
     }
     let mut ports = Vec::new();
     for (i, port) in spec.ports.iter().flatten().enumerate() {
-        ports.push(service_port(&format!("spec.ports[{i}]"), port)?);
+        let port = service_port(&format!("spec.ports[{i}]"), port)?;
+        if ports.iter().any(|other: &ServicePort| (other.port, other.protocol) == (port.port, port.protocol)) {
+            let message = format!("{} {} is a port of this Service already", port.protocol, port.port);
+            return Err(invalid(format!("spec.ports[{i}]"), message));
+        }
+        ports.push(port);
     }
     // A headless Service may do without: nothing of it is dialled anyway.
     if ports.is_empty() && spec.cluster_ip.as_deref() != Some("None") {
@@ -106,8 +111,13 @@ fn service_port(at: &str, port: &ApiPort) -> Result<ServicePort, Invalid> {
         port_number(port.port).ok_or_else(|| invalid(format!("{at}.port"), format!("{} is no port", port.port)))?;
     let name = port.name.clone().unwrap_or_default();
     let target = match &port.target_port {
-        Some(IntOrString::Int(target)) => port_number(*target).unwrap_or(number),
-        _ => number,
+        None => Target::Number(number),
+        Some(IntOrString::String(name)) => Target::Name(name.clone()),
+        Some(IntOrString::Int(target)) => {
+            let target = port_number(*target)
+                .ok_or_else(|| invalid(format!("{at}.targetPort"), format!("{target} is no port")))?;
+            Target::Number(target)
+        }
     };
     // Istio's protocol selection: `appProtocol`, or else the name up to its first dash.
     let spoken = port.app_protocol.as_deref().unwrap_or(name.split('-').next().unwrap_or_default());

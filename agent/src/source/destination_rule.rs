@@ -199,6 +199,12 @@ pub(super) fn destination_rule(
     }
     let policy = spec.traffic_policy.map(|policy| traffic_policy(context, "spec.trafficPolicy", policy, own));
     let policy = policy.transpose()?.unwrap_or_default();
+    for (i, subset) in subsets.iter().enumerate() {
+        for (port, own) in &subset.policy.ports {
+            let at = format!("spec.subsets[{i}].trafficPolicy.portLevelSettings");
+            tell_losses(context, &at, *port, &policy, own);
+        }
+    }
     Ok(Some(DestinationRule { name: context.name.clone(), host: spec.host, policy, subsets }))
 }
 
@@ -221,21 +227,26 @@ fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec, own: Ow
             return Err(invalid(format!("{at}.portLevelSettings"), "a port has no ports"));
         }
         let settings = traffic_policy(context, &at, spec, own)?;
-        let lost = [
-            ("outlierDetection", policy.outlier.is_some() && settings.outlier.is_none()),
-            ("loadBalancer", policy.locality().is_some() && settings.locality().is_none()),
-        ];
-        for (block, _) in lost.iter().filter(|(_, lost)| *lost) {
-            let message = format!(
-                "replaces everything for port {number}: the {block} above does not count there; repeat it here"
-            );
-            context.finding(Code::PortPolicyDrops, &at, message);
-        }
+        tell_losses(context, &at, number, &policy, &settings);
         if policy.ports.insert(number, settings).is_some() {
             return Err(invalid(format!("{at}.port.number"), format!("{number} has settings already")));
         }
     }
     Ok(policy)
+}
+
+/// Settings of a port inherit nothing, which people do not expect.
+fn tell_losses(context: &mut Context<'_>, at: &str, port: u16, above: &TrafficPolicy, own: &TrafficPolicy) {
+    let lost = [
+        ("outlierDetection", above.outlier.is_some() && own.outlier.is_none()),
+        ("loadBalancer", above.balancer.is_some() && own.balancer.is_none()),
+        ("connectionPool", above.pool.is_some() && own.pool.is_none()),
+    ];
+    for (block, _) in lost.iter().filter(|(_, lost)| *lost) {
+        let message =
+            format!("replaces everything for port {port}: the {block} above does not count there; repeat it here");
+        context.finding(Code::PortPolicyDrops, at, message);
+    }
 }
 
 fn load_balancer(

@@ -11,7 +11,8 @@ use super::{
     spec::nullable,
 };
 use crate::model::{
-    Code, Labels, Locality, NamespacedName, Protocol, ServiceEntry, ServicePort, Subnet, Workload, WorkloadEntry,
+    Code, Labels, Locality, NamespacedName, Protocol, ServiceEntry, ServicePort, Subnet, Target, Workload,
+    WorkloadEntry,
 };
 
 #[derive(Deserialize)]
@@ -164,7 +165,7 @@ fn service_port(at: &str, spec: PortSpec) -> Result<ServicePort, Invalid> {
         "" | "TCP" | "TLS" | "HTTPS" | "MONGO" | "MYSQL" | "REDIS" => (Protocol::Tcp, false),
         other => return Err(invalid(format!("{at}.protocol"), format!("{other:?} is no protocol"))),
     };
-    let target = spec.target_port.filter(|target| *target != 0).unwrap_or(spec.number);
+    let target = Target::Number(spec.target_port.filter(|target| *target != 0).unwrap_or(spec.number));
     Ok(ServicePort { name: spec.name, port: spec.number, protocol, target, http })
 }
 

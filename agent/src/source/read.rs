@@ -236,11 +236,12 @@ impl Context<'_> {
     /// The switch that an annotation is, which is off where it is absent.
     pub(super) fn switch(&mut self, value: &Value, annotation: &str) -> bool {
         let field = format!("metadata.annotations[\"{annotation}\"]");
-        match value.pointer("/metadata/annotations").and_then(|map| map.get(annotation)).map(Value::as_str) {
-            None | Some(Some("false")) => false,
-            Some(Some("true")) => true,
-            Some(other) => {
-                let message = format!("{other:?} is neither \"true\" nor \"false\": it stays off");
+        let set = value.pointer("/metadata/annotations").and_then(|map| map.get(annotation));
+        match set.map(|set| (set, set.as_str())) {
+            None | Some((_, Some("false"))) => false,
+            Some((_, Some("true"))) => true,
+            Some((other, _)) => {
+                let message = format!("{other} is neither \"true\" nor \"false\", in quotes: it stays off");
                 self.finding(Code::UnknownAnnotation, field, message);
                 false
             }

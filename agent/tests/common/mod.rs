@@ -50,7 +50,7 @@ impl World {
     pub fn client(&self, cluster: &str, node: &str, labels: &[(&str, &str)]) -> Client {
         let labels: Labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         let place = Place { node: Some(node.to_owned()), locality: None, labels };
-        place.client(cluster, self.0.snapshot(), &mut Vec::new())
+        place.client(cluster, &self.0, &mut Vec::new())
     }
 
     pub fn report(&self, cluster: &str, node: &str) -> Report {
