@@ -162,6 +162,19 @@ fn what_must_stay_in_its_cluster_stays_there_while_the_settings_cannot_be_read()
         Ok(())
     })?;
     assert_eq!(client.dial("172.16.0.10:80", 20)?.count("elsewhere"), 0);
+    // Nor does a service that no former agent has published leave its cluster.
+    for (cluster, address, endpoint, node) in
+        [("c1", "172.16.0.30", "10.0.0.1", "n1"), ("c2", "172.17.0.30", "10.1.0.1", "n2")]
+    {
+        let objects = [service("fresh", &[address], 80), slice("fresh", 9080, &[(endpoint, node, "")])];
+        directory.write(&format!("{cluster}/fresh.yaml"), &objects)?;
+    }
+    wait_until("the new service", BOUND, || {
+        let errnos = client.dial("172.16.0.30:80", 1)?.errnos();
+        ensure!(errnos == [0], "{errnos:?}");
+        Ok(())
+    })?;
+    assert_eq!(client.dial("172.16.0.30:80", 20)?.count("elsewhere"), 0);
     directory.write("mesh.yaml", &[mesh_config(&json!({}))])?;
     wait_until("the new settings to be in force", BOUND, || {
         ensure!(client.dial("172.16.0.10:80", 3)?.count("elsewhere") == 1);

@@ -32,12 +32,12 @@ impl Reconciler {
         if !self.store.synced() {
             return Err("not everything has been read yet".to_owned());
         }
-        if self.client.confined {
-            return Err("the mesh's settings cannot be read, so connections are kept in their cluster".to_owned());
-        }
         let inherited = self.layout.inherited();
         if let Some(doubt) = self.doubt.as_ref().filter(|_| inherited > 0) {
             return Err(format!("{inherited} frontends are left as a former agent published them, for {doubt}"));
+        }
+        if self.client.confined {
+            return Err("the mesh's settings cannot be read, so connections are kept in their cluster".to_owned());
         }
         self.datapath.check_hooks().map_err(|error| format!("{error:#}"))
     }
