@@ -7,8 +7,8 @@ use std::{hint::black_box, time::Instant};
 use criterion::{BatchSize, Criterion};
 use portolan::{
     model::{
-        EndpointSlice, Kind, Locality, NamespacedName, Node, Object, ObjectKey, Protocol, Scope, Service, ServicePort,
-        SliceEndpoint, SlicePort, Target,
+        EndpointSlice, Kind, Labels, Locality, NamespacedName, Node, Object, ObjectKey, Pod, Protocol, Scope, Service,
+        ServicePort, SliceEndpoint, SlicePort, Target,
     },
     policy::{Client, Compiler, Observed},
     source::{Contents, Read, Reader, Update, read_text},
@@ -105,6 +105,19 @@ fn store() -> Store {
     store
 }
 
+/// The pods behind all endpoints, as an agent holds them that watches pods.
+fn add_pods(store: &mut Store) {
+    let mut changes = Changes::everything();
+    for (i, e) in (0..SERVICES).flat_map(|i| (0..ENDPOINTS).map(move |e| (i, e))) {
+        let name = NamespacedName::new(name(i).namespace, format!("service-{i}-7d4b9c-{e:05}"));
+        let labels =
+            [("app", format!("service-{i}")), ("version", "v1".to_owned()), ("pod-template-hash", "7d4b9c".to_owned())];
+        let labels: Labels = labels.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        let pod = Pod { name: name.clone(), labels: labels.into() };
+        store.apply(object(Kind::Pod, name, Object::Pod(pod.into())), &mut changes);
+    }
+}
+
 fn client() -> Client {
     let locality = Locality { region: "r0".to_owned(), zone: "z0".to_owned(), subzone: String::new() };
     Client { cluster: "c1".into(), node: Some("node-0".to_owned()), locality, ..Client::default() }
@@ -142,6 +155,11 @@ fn main() {
         "resident, MiB: {before:.0} at start, {objects:.0} with all objects, {verdict:.0} with the verdict, {all:.0} with the table"
     );
     assert_eq!(compiler.verdict().assignments.len(), SERVICES as usize);
+    let mut with_pods = store_of_all;
+    let started = Instant::now();
+    add_pods(&mut with_pods);
+    println!("and {} pods: {:.0?}, {:.0} MiB", SERVICES * ENDPOINTS, started.elapsed(), resident());
+    let store_of_all = with_pods;
 
     let mut criterion = Criterion::default().configure_from_args();
     let mut group = criterion.benchmark_group("policy");

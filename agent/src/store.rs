@@ -8,8 +8,8 @@ use std::{
 
 use crate::{
     model::{
-        Code, DestinationRule, EndpointSlice, Finding, Kind, MeshConfig, Namespace, NamespacedName, Node, Object,
-        ObjectKey, Pod, Scope, Service, ServiceEntry, ServiceId, VirtualService, WorkloadEntry,
+        Code, DestinationRule, EndpointSlice, Finding, Kind, Labels, MeshConfig, Namespace, NamespacedName, Node,
+        Object, ObjectKey, Pod, Scope, Service, ServiceEntry, ServiceId, VirtualService, WorkloadEntry,
     },
     source::{Contents, Update},
 };
@@ -64,6 +64,8 @@ pub struct Store {
     /// Origins of which something could not be read, and never was.
     doubtful: BTreeMap<String, Doubt>,
     fingerprints: BTreeMap<String, u64>,
+    /// The sets of labels that pods have: those of one workload share theirs.
+    labels: BTreeSet<Arc<Labels>>,
     synced: bool,
 }
 
@@ -180,7 +182,8 @@ impl Store {
                 self.held.remove(origin);
             }
         }
-        let holders = self.objects.entry(Arc::clone(key)).or_default();
+        let object = object.map(|object| self.shared(object));
+        let holders = self.objects.entry(Arc::clone(key)).or_insert_with(|| Vec::with_capacity(1));
         let before = holders.first().map(|(_, object)| object.clone());
         match (holders.binary_search_by(|(holder, _)| (**holder).cmp(origin)), object) {
             (Ok(at), Some(object)) => holders[at].1 = object,
@@ -212,6 +215,22 @@ impl Store {
             }
             changes.everything |= self.snapshot.clusters.len() != clusters;
         }
+    }
+
+    /// The same object, with the labels that others have as well.
+    fn shared(&mut self, object: Object) -> Object {
+        let Object::Pod(pod) = object else { return object };
+        if self.labels.len() > 2 * self.objects.len() {
+            self.labels.retain(|labels| Arc::strong_count(labels) > 1);
+        }
+        let labels = match self.labels.get(&pod.labels) {
+            Some(known) => Arc::clone(known),
+            None => {
+                self.labels.insert(Arc::clone(&pod.labels));
+                return Object::Pod(pod);
+            }
+        };
+        Object::Pod(Arc::new(Pod { labels, ..Arc::unwrap_or_clone(pod) }))
     }
 
     /// Tells whether two stores have read the same: two agents, or an agent and `plan`.

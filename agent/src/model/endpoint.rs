@@ -101,8 +101,8 @@ pub struct Node {
 pub struct Pod {
     /// Its name.
     pub name: NamespacedName,
-    /// Its labels.
-    pub labels: Labels,
+    /// Its labels, which as a rule it shares with its like.
+    pub labels: Arc<Labels>,
 }
 
 /// A namespace.

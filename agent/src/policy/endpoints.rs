@@ -387,7 +387,7 @@ fn pod_labels<'a>(objects: &'a Objects, slice: &EndpointSlice, endpoint: &SliceE
     }
     let pod = endpoint.pod.as_deref()?;
     let name = crate::model::NamespacedName::new(&slice.name.namespace, pod);
-    objects.pods.get(&name).map(|pod| &pod.labels)
+    objects.pods.get(&name).map(|pod| &*pod.labels)
 }
 
 /// Why a pool has nobody to take.

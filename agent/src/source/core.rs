@@ -239,7 +239,7 @@ pub(super) fn node(context: &mut Context<'_>, value: Value) -> Result<Node, Inva
 }
 
 pub(super) fn pod(context: &mut Context<'_>, value: Value) -> Result<Pod, Invalid> {
-    Ok(Pod { name: context.name.clone(), labels: labels(context, &value)? })
+    Ok(Pod { name: context.name.clone(), labels: Arc::new(labels(context, &value)?) })
 }
 
 pub(super) fn namespace(context: &mut Context<'_>, value: Value) -> Result<Namespace, Invalid> {
