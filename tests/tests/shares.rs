@@ -1,6 +1,9 @@
 //! The kernel gives what `plan` says: random configurations, real connections, counts that match exactly.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
@@ -84,26 +87,20 @@ fn configuration(random: &mut StdRng, round: usize) -> Vec<(&'static str, Vec<Va
     vec![("mesh.yaml", mesh), ("c1/all.yaml", own("c1")), ("c2/all.yaml", own("c2"))]
 }
 
-/// Connections out of a thousand that each endpoint shall get; the empty name: those that are refused. `None`: not a whole number of them.
-fn expected(report: &Value) -> Option<BTreeMap<String, u32>> {
-    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
-    let mut sum = 0;
+/// Connections out of a thousand that each endpoint shall get; the empty name: those that are refused.
+fn expected(report: &Value) -> BTreeMap<String, f64> {
+    let mut counts: BTreeMap<String, f64> = BTreeMap::new();
+    let all = f64::from(CONNECTIONS);
     for service in report["services"].as_array().into_iter().flatten() {
-        for (endpoint, share) in report::shares(service) {
-            let count = share * f64::from(CONNECTIONS);
-            if (count - count.round()).abs() > 1e-6 {
-                return None;
-            }
-            sum += count.round() as u32;
-            if count > 0.5 {
-                *counts.entry(endpoint).or_default() += count.round() as u32;
-            }
+        for (endpoint, share) in report::shares(service).into_iter().filter(|(_, share)| *share > 0.0) {
+            *counts.entry(endpoint).or_default() += share * all;
         }
     }
-    if sum < CONNECTIONS {
-        counts.insert(String::new(), CONNECTIONS - sum);
+    let refused = all - counts.values().sum::<f64>();
+    if refused > 1e-6 {
+        counts.insert(String::new(), refused);
     }
-    Some(counts)
+    counts
 }
 
 #[test]
@@ -117,7 +114,7 @@ fn the_kernel_gives_what_plan_says() -> Result<()> {
     let mut agent = None;
     let mut client = bed.dialler()?;
     let mut random = StdRng::seed_from_u64(20_261_122);
-    let (mut round, mut modes) = (0, BTreeMap::<String, usize>::new());
+    let (mut round, mut exact, mut modes) = (0, 0, BTreeMap::<String, usize>::new());
     for attempt in 0.. {
         ensure!(
             attempt < 20 * CONFIGURATIONS,
@@ -127,7 +124,7 @@ fn the_kernel_gives_what_plan_says() -> Result<()> {
             directory.write(file, &objects)?;
         }
         let (plan, _) = directory.plan("c1", "n1", &[])?;
-        let Some(expected) = expected(&plan) else { continue };
+        let expected = expected(&plan);
         *modes.entry(plan["services"][0]["mode"].to_string()).or_default() += 1;
         if agent.is_none() {
             agent = Some(bed.agent(&directory, "c1", "n1")?);
@@ -143,14 +140,23 @@ fn the_kernel_gives_what_plan_says() -> Result<()> {
         for seen in &reply.seen {
             *counts.entry(seen.greeting.clone()).or_default() += 1;
         }
-        assert_eq!(counts, expected, "configuration {round}: {plan:#}");
+        // Where a thousand is a whole number of cycles, exactly; where it ends within one, a connection more or less.
+        let whole = expected.values().all(|count| (count - count.round()).abs() < 1e-6);
+        let most = if whole { 1e-6 } else { 1.0 };
+        let names: BTreeSet<&String> = counts.keys().chain(expected.keys()).collect();
+        for name in names {
+            let (seen, wanted) = (counts.get(name).copied().unwrap_or(0), expected.get(name).copied().unwrap_or(0.0));
+            let difference = (f64::from(seen) - wanted).abs();
+            assert!(difference <= most, "configuration {round}: {name:?} got {seen}, not {wanted}: {plan:#}");
+        }
         round += 1;
-        if round == CONFIGURATIONS {
+        exact += usize::from(whole);
+        if exact == CONFIGURATIONS {
             break;
         }
     }
     // All ways to share were among them.
-    println!("modes: {modes:?}");
+    println!("{exact} exact ones among {round} configurations; modes: {modes:?}");
     assert_eq!(modes.len(), 3, "{modes:?}");
     Ok(())
 }

@@ -94,6 +94,14 @@ fn with_remainder(mut load: Vec<u64>, to: Option<usize>, whole: u64) -> Vec<u32>
 mod tests {
     use super::*;
 
+    /// Envoy's arithmetic, and the one case in which losing a host gives its level more: when that brings all levels into panic, they are
+    /// taken by their size.
+    #[test]
+    fn panic_may_raise_the_load_of_a_level_that_lost_a_host() {
+        let of = |far: u64| loads(&[Level::new(2, 1), Level::new(1, far)], 60, OVERPROVISIONING_FACTOR).load;
+        assert_eq!((of(1), of(0)), (vec![70, 30], vec![67, 33]));
+    }
+
     proptest::proptest! {
         #[test]
         fn loads_sum_to_a_hundred(levels in proptest::collection::vec((0u64..200, 0u64..200), 1..6), threshold in 0u32..=100) {

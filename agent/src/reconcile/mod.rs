@@ -263,7 +263,7 @@ impl Reconciler {
             self.knowledge = None;
         }
         self.plan_retry(started);
-        self.log_findings(changes.findings || !self.trouble.is_empty());
+        self.log_findings(changes.findings || whole || !self.trouble.is_empty());
         if whole {
             self.pools.clear();
             self.services.clear();
