@@ -1,14 +1,11 @@
 //! Builds the eBPF object, which the agent embeds.
 
-use std::{
-    env,
-    error::Error,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{env, error::Error, path::PathBuf, process::Command};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().ok_or("the agent has no parent directory")?;
+    // As it is now: this script may have been compiled for a checkout elsewhere, which shared its target directory.
+    let own = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
+    let root = own.parent().ok_or("the agent has no parent directory")?;
     println!("cargo:rerun-if-env-changed=PORTOLAN_TOOLCHAIN");
     for input in ["ebpf/src", "ebpf/Cargo.toml", "common/src", "Cargo.lock", "Cargo.toml"] {
         println!("cargo:rerun-if-changed={}", root.join(input).display());
