@@ -116,7 +116,7 @@ pub struct ServiceEntry {
     pub ports: Vec<ServicePort>,
     /// Its endpoints, where they are listed.
     pub endpoints: Vec<Workload>,
-    /// Labels of the WorkloadEntries and Pods that are its endpoints, where they are not listed.
+    /// Labels of the WorkloadEntries that are its endpoints, where they are not listed.
     pub selector: Option<Labels>,
 }
 
