@@ -16,7 +16,7 @@ use crate::{
     health::{Event, EventKind},
     model::{Finding, Locality, NamespacedName, ServiceId},
     policy::{Assignment, Endpoint, PoolKey},
-    table::{Layout, Op, Sizes},
+    table::{Layout, Op},
 };
 
 /// Where connections went. Labels are few: no addresses.
@@ -76,10 +76,8 @@ pub struct Sample {
     pub publish_seconds: Histogram,
     /// Counters of the programs.
     pub counters: Counters,
-    /// Map entries in use.
-    pub used: Sizes,
-    /// Map entries that there are.
-    pub sizes: Sizes,
+    /// Entries in use and entries that there are, by map.
+    pub occupancy: [(&'static str, u32, u32); 6],
     /// Whether everything is in place.
     pub ready: bool,
     /// What people should know.

@@ -136,6 +136,11 @@ fn agent(registry: &mut Registry, sample: &Sample) {
             "Connections refused because the table contradicted itself",
             sample.counters.inconsistent,
         ),
+        (
+            "portolan_no_memory",
+            "Sockets that were given an endpoint, but on which nothing could be remembered",
+            sample.counters.no_memory,
+        ),
     ];
     for (name, help, value) in counters {
         let counter = Counter::<u64, AtomicU64>::default();
@@ -143,10 +148,9 @@ fn agent(registry: &mut Registry, sample: &Sample) {
         registry.register(name, help, counter);
     }
     let (used, capacity) = (Family::<MapLabels, Gauge>::default(), Family::<MapLabels, Gauge>::default());
-    for (family, sizes) in [(&used, sample.used), (&capacity, sample.sizes)] {
-        for (map, entries) in [("frontends", sizes.frontends), ("backends", sizes.backends), ("slots", sizes.slots)] {
-            family.get_or_create(&MapLabels { map }).set(entries.into());
-        }
+    for (map, entries, size) in sample.occupancy {
+        used.get_or_create(&MapLabels { map }).set(entries.into());
+        capacity.get_or_create(&MapLabels { map }).set(size.into());
     }
     registry.register("portolan_map_entries", "Entries in use", used);
     registry.register("portolan_map_capacity", "Entries that there are", capacity);

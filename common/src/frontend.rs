@@ -100,29 +100,63 @@ impl FrontendKey {
     }
 
     /// The IP protocol number.
+    #[inline(always)]
     pub const fn protocol(&self) -> u32 {
         self.protocol
     }
 }
 
-/// Value of `FRONTENDS`: where the schedule of a frontend lies. One update of this value publishes it.
+/// Value of `VERSIONS`: what a frontend does, as it was published once. It is never written again while a program may read it; the
+/// next version lies elsewhere, and one word in `CURRENT` says which of them counts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Frontend {
-    /// Index into `CURSORS` and `FRONTEND_STATS`, and the name of the frontend in events.
-    pub id: u32,
+pub struct Version {
+    /// Whose version it is. A program that finds another's has been overtaken by a change of `FRONTENDS`, and looks again.
+    pub key: FrontendKey,
+    /// Goes up with each version that is published, of whichever frontend.
+    pub generation: u32,
     /// First slot of the schedule in `SLOTS`.
     pub base: u32,
     /// Slots in the schedule; 0: the frontend is empty and refuses.
     pub period: u32,
-    /// Goes up by one with each publication of this frontend.
-    pub generation: u32,
-    /// Milliseconds after which a connect that is not answered is given up; 0: the system's own limit.
-    pub connect_timeout_ms: u32,
+    /// First of its backends in `RUNS`: every one that has a turn, once, in ascending order. Kept where somebody may come back to a
+    /// backend (UDP, session affinity).
+    pub members: u32,
+    /// How many they are.
+    pub member_count: u32,
+    /// `sessionAffinity: ClientIP`: seconds for which a client comes back to its backend; 0: it does not.
+    pub affinity_seconds: u32,
+    /// See [`VersionFlags`].
+    pub flags: u32,
     /// Zero.
     pub reserved: u32,
 }
-plain!(Frontend, 24, 4);
+plain!(Version, 56, 4);
+
+/// Bits of [`Version::flags`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VersionFlags;
+
+impl VersionFlags {
+    /// Connections must not leave their cluster: refused with EHOSTUNREACH, and never left to anybody else.
+    pub const STRICT: u32 = 1;
+    /// A slot is drawn instead of taken in turn.
+    pub const RANDOM: u32 = 2;
+}
+
+/// How a slot's run gives one of its backends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Choice {
+    /// The next one.
+    RoundRobin = 0,
+    /// A random one.
+    Random = 1,
+    /// Of two that are drawn, the one with fewer active connections.
+    LeastRequest = 2,
+    /// The one that the client's hash names; the run is a Maglev table.
+    Hash = 3,
+}
 
 /// Value of `SLOTS`: one place in a schedule. It names a run of backends (all those of a locality), and how
 /// often that run is visited, so that one cursor for each frontend is enough to step through both levels
@@ -138,16 +172,27 @@ pub struct Slot {
     pub visits: u32,
     /// Which of these visits this slot is: 0 ..< visits.
     pub visit: u32,
+    /// The pool's place in `POOLS`, where its limits are; 0: it has none.
+    pub pool: u32,
+    /// See [`Choice`].
+    pub choice: u16,
+    /// Not zero where a turn that refuses does so because connections must not leave their cluster.
+    pub strict: u16,
 }
-plain!(Slot, 16, 4);
+plain!(Slot, 24, 4);
 
 impl Slot {
     /// The entry of `RUNS` that this slot takes in the given period.
     #[inline(always)]
     pub const fn entry(&self, period: u64) -> u32 {
-        let visit = period.wrapping_mul(self.visits as u64).wrapping_add(self.visit as u64);
+        self.at(period.wrapping_mul(self.visits as u64).wrapping_add(self.visit as u64))
+    }
+
+    /// The entry of `RUNS` at this place of the run, which begins anew at its end.
+    #[inline(always)]
+    pub const fn at(&self, place: u64) -> u32 {
         // A program for the kernel has no way to panic, so there must be no division that could.
-        match visit.checked_rem(self.len as u64) {
+        match place.checked_rem(self.len as u64) {
             Some(member) => self.first.wrapping_add(member as u32),
             None => self.first,
         }

@@ -8,6 +8,10 @@ use crate::plain;
 pub struct BackendStats {
     /// Connections established.
     pub opened: u64,
+    /// Connections that there are, those that are being made included.
+    pub active: u64,
+    /// UDP: sockets that were given this backend.
+    pub flows: u64,
     /// Connections closed after they were established.
     pub closed: u64,
     /// Connects that failed: refused, reset, unreachable or timed out.
@@ -21,7 +25,7 @@ pub struct BackendStats {
     /// Zero.
     pub reserved: u32,
 }
-plain!(BackendStats, 48, 8);
+plain!(BackendStats, 64, 8);
 
 /// Value of `FRONTEND_STATS`, indexed by frontend id. As long as a cache line,
 /// for its cursor is what all CPUs share.
@@ -32,10 +36,12 @@ pub struct FrontendStats {
     pub cursor: u64,
     /// Connections refused because the frontend was empty.
     pub refused: u64,
-    /// Connections that took a slot which refuses.
+    /// Connections that took a slot, and were refused: by the slot itself, or by the limit of its pool.
     pub refused_slots: u64,
+    /// Connections that came back to their backend, and took no slot.
+    pub came_back: u64,
     /// Zero.
-    pub reserved: [u64; 5],
+    pub reserved: [u64; 4],
 }
 plain!(FrontendStats, 64, 8);
 
@@ -47,12 +53,14 @@ pub enum Counter {
     EventsLost = 0,
     /// Connections whose published table was not consistent, and that were refused for it.
     Inconsistent = 1,
+    /// Sockets on which nothing could be remembered for lack of memory.
+    NoMemory = 2,
 }
 
 impl FrontendStats {
     /// Connections that were given a backend.
     pub fn given(&self) -> u64 {
-        self.cursor.saturating_sub(self.refused_slots)
+        (self.cursor + self.came_back).saturating_sub(self.refused_slots)
     }
 
     /// Connections that were refused.
@@ -63,5 +71,5 @@ impl FrontendStats {
 
 impl Counter {
     /// How many counters there are.
-    pub const COUNT: u32 = 2;
+    pub const COUNT: u32 = 3;
 }

@@ -1,76 +1,122 @@
-//! The connect hooks: a Service address becomes an endpoint.
+//! The connect hooks: a Service address becomes an endpoint. TCP, and UDP sockets that are connected.
 
-use aya_ebpf::{helpers::generated::bpf_set_retval, programs::SockAddrContext};
+use aya_ebpf::{
+    helpers::generated::{bpf_ktime_get_ns, bpf_set_retval, bpf_skc_to_mptcp_sock},
+    programs::SockAddrContext,
+};
 use aya_log_ebpf::debug;
-use portolan_common::{Endpoint, FrontendKey};
+use portolan_common::{Counter, Endpoint, FrontendKey, SocketStage};
 
 use crate::{
     addr,
-    maps::SOCKETS,
-    select::{Choice, Taken, choose},
+    maps::{BACKEND_STATS, POOLS, SET, SOCKETS, count},
+    select::{Found, Lookup, Pick, Taken, add, find, pick},
 };
 
-/// What a sock_addr program returns to let the connect go on.
+/// What a sock_addr program returns to let the call go on.
 pub(crate) const PROCEED: i32 = 1;
-/// What it returns to fail the connect with the error that was set.
+/// What it returns to fail the call with the error that was set.
 const FAIL: i32 = 0;
 const ECONNREFUSED: i32 = 111;
-const IPPROTO_TCP: u32 = 6;
+const EHOSTUNREACH: i32 = 113;
+pub(crate) const IPPROTO_TCP: u32 = 6;
+pub(crate) const IPPROTO_UDP: u32 = 17;
 
 #[inline(always)]
 pub(crate) fn connect4(ctx: &SockAddrContext) -> i32 {
-    if !is_tcp(ctx) {
+    let protocol = protocol(ctx);
+    if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
         return PROCEED;
     }
-    let dialled = addr::read4(ctx);
-    match choose(&FrontendKey::new(dialled, IPPROTO_TCP)) {
-        Choice::Miss => forget(ctx),
-        Choice::Refuse => refuse(ctx, &dialled),
-        Choice::Take(taken) => {
-            remember(ctx, dialled, &taken);
-            addr::write4(ctx, &taken.backend.endpoint);
+    match connect(ctx, FrontendKey::new(addr::read4(ctx), protocol)) {
+        Ok(Some(endpoint)) => {
+            addr::write4(ctx, &endpoint);
             PROCEED
         }
+        Ok(None) => PROCEED,
+        Err(Refused) => FAIL,
     }
 }
 
 #[inline(always)]
 pub(crate) fn connect6(ctx: &SockAddrContext) -> i32 {
-    if !is_tcp(ctx) {
+    let protocol = protocol(ctx);
+    if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
         return PROCEED;
     }
-    let dialled = addr::read6(ctx);
-    match choose(&FrontendKey::new(dialled, IPPROTO_TCP)) {
-        Choice::Miss => forget(ctx),
-        Choice::Refuse => refuse(ctx, &dialled),
-        Choice::Take(taken) => {
-            remember(ctx, dialled, &taken);
-            addr::write6(ctx, &taken.backend.endpoint);
+    match connect(ctx, FrontendKey::new(addr::read6(ctx), protocol)) {
+        Ok(Some(endpoint)) => {
+            addr::write6(ctx, &endpoint);
             PROCEED
+        }
+        Ok(None) => PROCEED,
+        Err(Refused) => FAIL,
+    }
+}
+
+/// The error is set, and the call shall fail.
+pub(crate) struct Refused;
+
+/// The endpoint to connect to in place of what was dialled; `None`: what was dialled.
+#[inline(always)]
+fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Refused> {
+    let found = match find(&key) {
+        Lookup::Found(found) => found,
+        Lookup::Miss => {
+            forget(ctx);
+            return Ok(None);
+        }
+        Lookup::Broken => {
+            forget(ctx);
+            return Err(refuse(ctx, &key, false));
+        }
+    };
+    // MPTCP is left alone: its further subflows would be connections of their own. But strict is strict.
+    if key.protocol() == IPPROTO_TCP && is_mptcp(ctx) {
+        forget(ctx);
+        return if found.is_strict() { Err(refuse(ctx, &key, true)) } else { Ok(None) };
+    }
+    match pick(ctx, &found) {
+        Pick::Refuse { strict } => {
+            forget(ctx);
+            Err(refuse(ctx, &key, strict))
+        }
+        Pick::Take(taken) => {
+            remember(ctx, &key, &found, &taken);
+            Ok(Some(taken.backend.endpoint))
         }
     }
 }
 
 #[inline(always)]
-fn is_tcp(ctx: &SockAddrContext) -> bool {
+pub(crate) fn protocol(ctx: &SockAddrContext) -> u32 {
     // SAFETY: the kernel gives a valid context.
-    unsafe { (*ctx.sock_addr).protocol == IPPROTO_TCP }
+    unsafe { (*ctx.sock_addr).protocol }
 }
 
-/// Fails the connect at once. ECONNREFUSED, not the default EPERM: applications retry on the former, and
-/// kernel clients have looped on the latter.
+/// Whether the socket is a subflow of an MPTCP connection.
 #[inline(always)]
-fn refuse(ctx: &SockAddrContext, dialled: &Endpoint) -> i32 {
-    forget(ctx);
+fn is_mptcp(ctx: &SockAddrContext) -> bool {
+    // SAFETY: the kernel gives a valid context.
+    unsafe {
+        let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
+        !sk.is_null() && !bpf_skc_to_mptcp_sock(sk.cast()).is_null()
+    }
+}
+
+/// Fails the call at once. Not with the default EPERM: applications retry on these, and kernel clients have looped on that.
+#[inline(always)]
+pub(crate) fn refuse(ctx: &SockAddrContext, key: &FrontendKey, strict: bool) -> Refused {
+    let dialled = key.endpoint();
     debug!(ctx, "refused {:i}:{}: no backend", u32::from_be(dialled.v4_word()), u16::from_be(dialled.port_word()));
     // SAFETY: a helper call without pointers.
-    unsafe { bpf_set_retval(-ECONNREFUSED) };
-    FAIL
+    unsafe { bpf_set_retval(if strict { -EHOSTUNREACH } else { -ECONNREFUSED }) };
+    Refused
 }
 
 /// Takes back what an earlier connect of this socket left on it.
 #[inline(always)]
-fn forget(ctx: &SockAddrContext) -> i32 {
+fn forget(ctx: &SockAddrContext) {
     // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
     unsafe {
         let state = SOCKETS.get_ptr_mut(ctx);
@@ -78,34 +124,56 @@ fn forget(ctx: &SockAddrContext) -> i32 {
             (*state).backend = Endpoint::from_words([0; 4], 0);
         }
     }
-    PROCEED
 }
 
 /// Writes on the socket what it dialled and what it was given. Where there is no memory for it, the
 /// connection still goes where it should; only its outcome stays unknown.
 #[inline(always)]
-fn remember(ctx: &SockAddrContext, dialled: Endpoint, taken: &Taken) {
+fn remember(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &Taken) {
     // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
     unsafe {
         let state = SOCKETS.get_or_insert_ptr_mut(ctx, None);
         if state.is_null() {
+            count(Counter::NoMemory);
             return;
         }
-        (*state).frontend = dialled;
+        (*state).frontend = key.endpoint();
         (*state).backend = taken.backend.endpoint;
+        (*state).set = SET.load();
         (*state).backend_id = taken.backend_id;
         (*state).epoch = taken.backend.epoch;
-        (*state).frontend_id = taken.frontend.id;
-        (*state).connect_timeout_ms = taken.frontend.connect_timeout_ms;
-        (*state).active = 0;
+        (*state).frontend_id = found.id;
+        (*state).pool = taken.pool;
+        (*state).stage = SocketStage::None as u32;
+        (*state).connect_timeout_ms = 0;
+        (*state).protocol = key.protocol();
+        if taken.pool != 0
+            && let Some(limits) = POOLS.get(taken.pool)
+        {
+            (*state).pool_epoch = limits.epoch;
+            (*state).connect_timeout_ms = limits.connect_timeout_ms;
+        }
+        if key.protocol() == IPPROTO_UDP {
+            (*state).started_ns = bpf_ktime_get_ns();
+            count_flow(taken);
+        }
     }
     debug!(
         ctx,
         "frontend {} generation {}: backend {} {:i}:{}",
-        taken.frontend.id,
-        taken.frontend.generation,
+        found.id,
+        found.version.generation,
         taken.backend_id,
         u32::from_be(taken.backend.endpoint.v4_word()),
         u16::from_be(taken.backend.endpoint.port_word())
     );
+}
+
+/// Counts a UDP socket that was given a backend.
+#[inline(always)]
+pub(crate) fn count_flow(taken: &Taken) {
+    if let Some(stats) = BACKEND_STATS.get_ptr_mut(taken.backend_id) {
+        // SAFETY: a live map value; the field is only ever added to.
+        unsafe { add(&raw mut (*stats).flows, 1) };
+    }
 }

@@ -3,6 +3,8 @@
 //! | program | hook | job |
 //! |---|---|---|
 //! | `connect4`, `connect6` | before a connect | a Service address becomes an endpoint, or the connect is refused |
+//! | `sendmsg4`, `sendmsg6` | before a datagram of an unconnected socket | the same, for one conversation after another |
+//! | `recvmsg4`, `recvmsg6` | after a datagram was received | it comes from the Service address that it answers |
 //! | `getpeername4`, `getpeername6` | `getpeername()` | the application sees the Service address that it dialled |
 //! | `sock_ops` | TCP events | how the connect ended, and the counters |
 #![no_std]
@@ -13,6 +15,7 @@
 
 mod addr;
 mod connect;
+mod datagram;
 mod maps;
 mod outcome;
 mod peername;
@@ -23,16 +26,40 @@ use aya_ebpf::{
     programs::{SockAddrContext, SockOpsContext},
 };
 
-/// TCP to an IPv4 address.
+/// TCP and connected UDP to an IPv4 address.
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
     connect::connect4(&ctx)
 }
 
-/// TCP to an IPv6 address, v4-mapped ones included.
+/// TCP and connected UDP to an IPv6 address, v4-mapped ones included.
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
     connect::connect6(&ctx)
+}
+
+/// A datagram to an IPv4 address.
+#[cgroup_sock_addr(sendmsg4)]
+pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    datagram::sendmsg4(&ctx)
+}
+
+/// A datagram to an IPv6 address.
+#[cgroup_sock_addr(sendmsg6)]
+pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    datagram::sendmsg6(&ctx)
+}
+
+/// A datagram that an IPv4 socket has received.
+#[cgroup_sock_addr(recvmsg4)]
+pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    datagram::recvmsg4(&ctx)
+}
+
+/// A datagram that an IPv6 socket has received, from v4-mapped addresses included.
+#[cgroup_sock_addr(recvmsg6)]
+pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    datagram::recvmsg6(&ctx)
 }
 
 /// The peer of an IPv4 socket.

@@ -1,17 +1,30 @@
 //! Every map and every constant that the agent sets, on one screen. Sizes are set by the agent at load.
+//!
+//! What a connection reads, in this order: FRONTENDS → CURRENT → VERSIONS → SLOTS → RUNS → BACKENDS. All but CURRENT are written only
+//! where no program can be reading; the word in CURRENT is what publishes.
 
 use aya_ebpf::{
     Global,
-    btf_maps::{Array, HashMap, PerCpuArray, RingBuf, SkStorage},
+    bindings::BPF_F_MMAPABLE,
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage},
     macros::btf_map,
 };
 use portolan_common::{
-    Backend, BackendStats, Counter, Frontend, FrontendKey, FrontendStats, Outcome, Slot, SocketState,
+    Affinity, AffinityKey, Backend, BackendStats, Counter, Flows, FrontendKey, FrontendStats, Limits, Outcome,
+    PoolStats, Slot, SocketState, Version,
 };
 
-/// Service address, port, protocol → where its schedule lies.
+/// Service address, port, protocol → frontend id. An entry never changes: replacing one would let a reader of its bucket miss it.
 #[btf_map]
-pub(crate) static FRONTENDS: HashMap<FrontendKey, Frontend, 1> = HashMap::new();
+pub(crate) static FRONTENDS: HashMap<FrontendKey, u32, 1> = HashMap::new();
+
+/// Frontend id → which version counts. The agent has it in its memory, and changes it by a single store.
+#[btf_map]
+pub(crate) static CURRENT: Array<u64, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// Versions of frontends.
+#[btf_map]
+pub(crate) static VERSIONS: Array<Version, 1> = Array::new();
 
 /// Places in schedules: each names a run of backends.
 #[btf_map]
@@ -25,6 +38,10 @@ pub(crate) static RUNS: Array<u32, 1> = Array::new();
 #[btf_map]
 pub(crate) static BACKENDS: Array<Backend, 1> = Array::new();
 
+/// Limits of pools.
+#[btf_map]
+pub(crate) static POOLS: Array<Limits, 1> = Array::new();
+
 /// Frontend id → shared cursor and counters.
 #[btf_map]
 pub(crate) static FRONTEND_STATS: Array<FrontendStats, 1> = Array::new();
@@ -33,14 +50,26 @@ pub(crate) static FRONTEND_STATS: Array<FrontendStats, 1> = Array::new();
 #[btf_map]
 pub(crate) static BACKEND_STATS: Array<BackendStats, 1> = Array::new();
 
+/// Counters of pools that have limits.
+#[btf_map]
+pub(crate) static POOL_STATS: Array<PoolStats, 1> = Array::new();
+
 /// Backend id → not zero while its successes must be told: set here by a failure, taken back by the agent once no pool counts
 /// failures of it any more.
 #[btf_map]
 pub(crate) static TROUBLED: Array<u32, 1> = Array::new();
 
+/// Who comes back to which backend (`sessionAffinity`).
+#[btf_map]
+pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, 1> = LruHashMap::new();
+
 /// Socket → what it dialled and what it was given.
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketState> = SkStorage::new();
+
+/// Unconnected UDP socket → where its datagrams go, and whose the answers are.
+#[btf_map]
+pub(crate) static DATAGRAMS: SkStorage<Flows> = SkStorage::new();
 
 /// Outcomes for the agent: 1 MiB holds 14,500 that were not read yet.
 #[btf_map]
@@ -53,6 +82,10 @@ pub(crate) static COUNTERS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerC
 /// Offset of `sk_err` in the kernel's `struct sock`: the agent reads it from the kernel's BTF.
 #[unsafe(no_mangle)]
 pub(crate) static SK_ERR_OFFSET: Global<u32> = Global::new(0);
+
+/// The name of this set of maps, for what sockets remember of it.
+#[unsafe(no_mangle)]
+pub(crate) static SET: Global<u32> = Global::new(0);
 
 /// Adds one to a counter of this CPU.
 #[inline(always)]

@@ -17,12 +17,12 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use aya_log_ebpf::debug;
-use portolan_common::{BackendStats, Counter, Outcome, OutcomeKind, SocketState};
+use portolan_common::{BackendStats, Counter, Outcome, OutcomeKind, PoolStats, SocketStage, SocketState};
 
 use crate::{
     addr,
-    maps::{BACKEND_STATS, EVENTS, SK_ERR_OFFSET, SOCKETS, TROUBLED, count},
-    select::add,
+    maps::{BACKEND_STATS, EVENTS, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, SOCKETS, TROUBLED, count},
+    select::{add, take_one},
 };
 
 const TCP_SYN_SENT: u32 = 2;
@@ -35,6 +35,11 @@ const TCP_CLOSING: u32 = 11;
 const ETIMEDOUT: u32 = 110;
 const IPPROTO_TCP: i32 = 6;
 const TCP_USER_TIMEOUT: i32 = 18;
+const TCP_KEEPIDLE: i32 = 4;
+const TCP_KEEPINTVL: i32 = 5;
+const TCP_KEEPCNT: i32 = 6;
+const SOL_SOCKET: i32 = 1;
+const SO_KEEPALIVE: i32 = 9;
 
 #[inline(always)]
 pub(crate) fn sock_ops(ctx: &SockOpsContext) {
@@ -82,11 +87,53 @@ fn connecting(ctx: &SockOpsContext, state: *mut SocketState) {
     // SAFETY: `state` is a live value of this socket, which is locked.
     unsafe {
         (*state).started_ns = bpf_ktime_get_ns();
+        if let Some(stats) = stats(state) {
+            (*state).stage = SocketStage::Connecting as u32;
+            add(&raw mut (*stats).active, 1);
+        }
+        if (*state).pool != 0 {
+            if let Some(pool) = pool_stats(state) {
+                add(&raw mut (*pool).active, 1);
+            }
+            keep_alive(ctx, state);
+        }
         if (*state).connect_timeout_ms != 0 {
             limit_connect(ctx, state);
         }
     }
     let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+}
+
+/// Has the kernel look after a connection that is silent, as its pool's limits say. An application that has asked for that itself keeps
+/// what it asked for.
+#[inline(always)]
+unsafe fn keep_alive(ctx: &SockOpsContext, state: *const SocketState) {
+    // SAFETY: `state` is a live value of this socket.
+    let Some(limits) = POOLS.get(unsafe { (*state).pool }).copied().filter(|limits| limits.keepalive != 0) else {
+        return;
+    };
+    let mut own = 0u32;
+    // SAFETY: the option's buffer is four bytes of the stack.
+    unsafe {
+        bpf_getsockopt(ctx.as_ptr(), SOL_SOCKET, SO_KEEPALIVE, (&raw mut own).cast(), 4);
+        if own != 0 {
+            return;
+        }
+        own = 1;
+        bpf_setsockopt(ctx.as_ptr(), SOL_SOCKET, SO_KEEPALIVE, (&raw mut own).cast(), 4);
+        own = limits.keepalive_time;
+        if own != 0 {
+            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_KEEPIDLE, (&raw mut own).cast(), 4);
+        }
+        own = limits.keepalive_interval;
+        if own != 0 {
+            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_KEEPINTVL, (&raw mut own).cast(), 4);
+        }
+        own = limits.keepalive_probes;
+        if own != 0 {
+            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_KEEPCNT, (&raw mut own).cast(), 4);
+        }
+    }
 }
 
 /// Has the kernel give up an unanswered connect: TCP_USER_TIMEOUT counts in SYN_SENT as well. An application
@@ -135,7 +182,7 @@ fn established(ctx: &SockOpsContext, state: *mut SocketState) {
     unsafe {
         unlimit_connect(ctx, state);
         let Some(stats) = stats(state) else { return };
-        (*state).active = 1;
+        (*state).stage = SocketStage::Established as u32;
         add(&raw mut (*stats).opened, 1);
         // In quiet times nobody has to be told: a success only matters after a failure.
         if TROUBLED.get((*state).backend_id).is_some_and(|troubled| *troubled != 0) {
@@ -151,9 +198,18 @@ fn closed(ctx: &SockOpsContext, state: *mut SocketState) {
     unsafe {
         // A connect that failed: the socket may be connected once more.
         unlimit_connect(ctx, state);
+        let stage = core::mem::replace(&mut (*state).stage, SocketStage::None as u32);
+        if stage != SocketStage::None as u32
+            && (*state).pool != 0
+            && let Some(pool) = pool_stats(state)
+        {
+            take_one(&raw mut (*pool).active);
+        }
         let Some(stats) = stats(state) else { return };
-        if (*state).active != 0 {
-            (*state).active = 0;
+        if stage != SocketStage::None as u32 {
+            take_one(&raw mut (*stats).active);
+        }
+        if stage == SocketStage::Established as u32 {
             add(&raw mut (*stats).closed, 1);
             count_bytes(ctx, stats);
             return;
@@ -193,13 +249,28 @@ unsafe fn count_bytes(ctx: &SockOpsContext, stats: *mut BackendStats) {
     }
 }
 
-/// The counters of the socket's backend, unless its id has gone to another endpoint since.
+/// The counters of the socket's backend, unless its id has gone to another endpoint since, or belongs to other maps.
 #[inline(always)]
 unsafe fn stats(state: *mut SocketState) -> Option<*mut BackendStats> {
     // SAFETY: `state` is a live value.
     unsafe {
+        if (*state).set != SET.load() {
+            return None;
+        }
         let stats = BACKEND_STATS.get_ptr_mut((*state).backend_id)?;
         ((*stats).epoch == (*state).epoch).then_some(stats)
+    }
+}
+
+/// The counters of the socket's pool, unless its place has gone to another pool since.
+#[inline(always)]
+unsafe fn pool_stats(state: *const SocketState) -> Option<*mut PoolStats> {
+    // SAFETY: `state` is a live value.
+    unsafe {
+        if (*state).set != SET.load() || POOLS.get((*state).pool)?.epoch != (*state).pool_epoch {
+            return None;
+        }
+        POOL_STATS.get_ptr_mut((*state).pool)
     }
 }
 

@@ -1,68 +1,275 @@
-//! Which backend a connection gets: one hash lookup, one atomic add, three array reads.
+//! Which backend a connection gets: one hash lookup, and array reads.
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
-use portolan_common::{Backend, Counter, Frontend, FrontendKey};
+use aya_ebpf::{
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_ktime_get_ns},
+    programs::SockAddrContext,
+};
+use portolan_common::{
+    Affinity, AffinityKey, Backend, Choice, Counter, FrontendKey, FrontendStats, Slot, Version, VersionFlags,
+};
 
-use crate::maps::{BACKENDS, FRONTEND_STATS, FRONTENDS, RUNS, SLOTS, count};
+use crate::maps::{
+    AFFINITY, BACKEND_STATS, BACKENDS, CURRENT, FRONTEND_STATS, FRONTENDS, POOL_STATS, POOLS, RUNS, SLOTS, VERSIONS,
+    count,
+};
+
+/// A frontend that somebody dials.
+pub(crate) struct Found {
+    pub(crate) id: u32,
+    pub(crate) version: Version,
+}
+
+impl Found {
+    /// Whether its connections must not leave their cluster.
+    #[inline(always)]
+    pub(crate) fn is_strict(&self) -> bool {
+        self.version.flags & VersionFlags::STRICT != 0
+    }
+}
 
 /// What the table says of an address.
-pub(crate) enum Choice {
+pub(crate) enum Lookup {
     /// Not a Service address: none of our business.
     Miss,
-    /// A Service address without a backend: the connect is refused.
-    Refuse,
-    /// A Service address, and the endpoint for this connection.
+    Found(Found),
+    /// The table contradicts itself.
+    Broken,
+}
+
+/// What a connection gets.
+pub(crate) enum Pick {
+    /// Nobody. `strict`: because it must not leave its cluster.
+    Refuse {
+        strict: bool,
+    },
     Take(Taken),
 }
 
 /// The endpoint for one connection.
 pub(crate) struct Taken {
-    pub(crate) frontend: Frontend,
     pub(crate) backend_id: u32,
     pub(crate) backend: Backend,
+    pub(crate) pool: u32,
 }
 
-/// Takes the next slot of the frontend's schedule.
+/// How often a lookup is tried that changes of FRONTENDS overtake. Each takes a system call of the agent's, so one is rare.
+const TRIES: u32 = 4;
+/// `log2` of the most members that a frontend may have, and one.
+const SEARCH_STEPS: u32 = 18;
+/// An affinity is not written again for less than this.
+const AFFINITY_STEP_NS: u64 = 1_000_000_000;
+
+/// Looks an address up.
 #[inline(always)]
-pub(crate) fn choose(key: &FrontendKey) -> Choice {
-    // SAFETY: the value is copied out at once.
-    let Some(frontend) = (unsafe { FRONTENDS.get(key) }).copied() else {
-        return Choice::Miss;
-    };
-    let Some(stats) = FRONTEND_STATS.get_ptr_mut(frontend.id) else {
-        return inconsistent();
-    };
-    if frontend.period == 0 {
+pub(crate) fn find(key: &FrontendKey) -> Lookup {
+    for _ in 0..TRIES {
+        // SAFETY: the value is copied out at once.
+        let Some(id) = (unsafe { FRONTENDS.get(key) }).copied() else { return Lookup::Miss };
+        let Some(current) = CURRENT.get_ptr(id) else { break };
+        // SAFETY: a live map value, which the agent changes by a single store.
+        let index = unsafe { current.read_volatile() } as u32;
+        let Some(version) = VERSIONS.get(index) else { break };
+        // An entry of FRONTENDS that was removed may be another one's by now.
+        if version.key == *key {
+            return Lookup::Found(Found { id, version: *version });
+        }
+    }
+    count(Counter::Inconsistent);
+    Lookup::Broken
+}
+
+/// Takes a backend for one more connection to the frontend.
+#[inline(always)]
+pub(crate) fn pick(ctx: &SockAddrContext, found: &Found) -> Pick {
+    let version = &found.version;
+    let Some(stats) = FRONTEND_STATS.get_ptr_mut(found.id) else { return broken() };
+    if version.period == 0 {
         // SAFETY: a live map value; the field is only ever added to.
         unsafe { add(&raw mut (*stats).refused, 1) };
-        return Choice::Refuse;
+        return Pick::Refuse { strict: found.is_strict() };
     }
-    // SAFETY: as above.
-    let turn = unsafe { add(&raw mut (*stats).cursor, 1) };
-    let period = u64::from(frontend.period);
-    let Some(slot) = SLOTS.get(frontend.base.wrapping_add((turn % period) as u32)).copied() else {
-        return inconsistent();
-    };
-    if slot.len == 0 {
+    if version.affinity_seconds == 0 {
+        return next(ctx, found, stats);
+    }
+    let key = AffinityKey { client: client(ctx), frontend: version.key };
+    if let Some(taken) = come_back(&key, version) {
+        if is_full(taken.pool) {
+            // SAFETY: a live map value; the field is only ever added to.
+            unsafe { add(&raw mut (*stats).refused, 1) };
+            return Pick::Refuse { strict: false };
+        }
+        // SAFETY: as above.
+        unsafe { add(&raw mut (*stats).came_back, 1) };
+        return Pick::Take(taken);
+    }
+    let pick = next(ctx, found, stats);
+    if let Pick::Take(taken) = &pick {
+        let affinity = Affinity {
+            // SAFETY: a helper call without pointers.
+            last_ns: unsafe { bpf_ktime_get_ns() },
+            backend_id: taken.backend_id,
+            epoch: taken.backend.epoch,
+            generation: version.generation,
+            pool: taken.pool,
+        };
+        // Where there is no memory for it, the client is served all the same.
+        let _ = AFFINITY.insert(&key, &affinity, 0);
+    }
+    pick
+}
+
+/// The backend that the client had, if it still has turns and the client has not been away for too long.
+#[inline(always)]
+fn come_back(key: &AffinityKey, version: &Version) -> Option<Taken> {
+    let affinity = AFFINITY.get_ptr_mut(key)?;
+    // SAFETY: a live map value; another CPU may write it meanwhile, and each field is checked or corrected below. A helper call without
+    // pointers.
+    unsafe {
+        let now = bpf_ktime_get_ns();
+        let idle = now.saturating_sub((*affinity).last_ns);
+        if idle > u64::from(version.affinity_seconds) * 1_000_000_000 {
+            return None;
+        }
+        let (backend_id, pool) = ((*affinity).backend_id, (*affinity).pool);
+        let backend = live(version, backend_id, (*affinity).epoch, (*affinity).generation)?;
+        // In another version the place of the pool may be somebody else's: the next slot that is taken will say. Until then it has none.
+        let pool = if (*affinity).generation == version.generation { pool } else { 0 };
+        if idle > AFFINITY_STEP_NS {
+            (*affinity).last_ns = now;
+        }
+        Some(Taken { backend_id, backend, pool })
+    }
+}
+
+/// The backend, if it is the one of this epoch and has turns in this version. `generation` is the version in which it was found before.
+#[inline(always)]
+pub(crate) fn live(version: &Version, backend_id: u32, epoch: u32, generation: u32) -> Option<Backend> {
+    if generation != version.generation && !is_member(version, backend_id) {
+        return None;
+    }
+    let backend = BACKENDS.get(backend_id).copied()?;
+    (backend.epoch == epoch).then_some(backend)
+}
+
+/// Whether a backend has turns in this version: a binary search.
+#[inline(always)]
+fn is_member(version: &Version, backend_id: u32) -> bool {
+    let (mut low, mut len) = (version.members, version.member_count);
+    for _ in 0..SEARCH_STEPS {
+        if len == 0 {
+            return false;
+        }
+        let half = len / 2;
+        let middle = low.wrapping_add(half);
+        let Some(&id) = RUNS.get(middle) else { return false };
+        if id == backend_id {
+            return true;
+        }
+        if id < backend_id {
+            low = middle.wrapping_add(1);
+            len -= half + 1;
+        } else {
+            len = half;
+        }
+    }
+    false
+}
+
+/// Takes the next slot of the frontend's schedule, or draws one, and a backend of its run.
+#[inline(always)]
+fn next(ctx: &SockAddrContext, found: &Found, stats: *mut FrontendStats) -> Pick {
+    let version = &found.version;
+    // SAFETY: a live map value; the field is only ever added to.
+    let cursor = unsafe { add(&raw mut (*stats).cursor, 1) };
+    let drawn = version.flags & VersionFlags::RANDOM != 0;
+    let turn = if drawn { u64::from(random()) } else { cursor };
+    // Checked, for a program has no way to panic, and the compiler does not see that there is a period.
+    let period = u64::from(version.period);
+    let (Some(place), Some(round)) = (turn.checked_rem(period), turn.checked_div(period)) else { return broken() };
+    let Some(slot) = SLOTS.get(version.base.wrapping_add(place as u32)).copied() else { return broken() };
+    if slot.len == 0 || is_full(slot.pool) {
         // SAFETY: as above.
         unsafe { add(&raw mut (*stats).refused_slots, 1) };
-        return Choice::Refuse;
+        return Pick::Refuse { strict: slot.strict != 0 };
     }
-    let Some(&backend_id) = RUNS.get(slot.entry(turn / period)) else {
-        return inconsistent();
-    };
-    let Some(backend) = BACKENDS.get(backend_id).copied() else {
-        return inconsistent();
-    };
-    Choice::Take(Taken { frontend, backend_id, backend })
+    let entry = if slot.choice == Choice::RoundRobin as u16 { slot.entry(round) } else { chosen(ctx, &slot) };
+    let Some(&backend_id) = RUNS.get(entry) else { return broken() };
+    let Some(backend) = BACKENDS.get(backend_id).copied() else { return broken() };
+    Pick::Take(Taken { backend_id, backend, pool: slot.pool })
+}
+
+/// The entry of `RUNS` that a slot gives that does not go in turn.
+#[inline(always)]
+fn chosen(ctx: &SockAddrContext, slot: &Slot) -> u32 {
+    if slot.choice == Choice::Hash as u16 {
+        return slot.at(mix(client(ctx)));
+    }
+    let first = u64::from(random());
+    if slot.choice == Choice::Random as u16 {
+        return slot.at(first);
+    }
+    // Of two different ones.
+    let Some(further) = u64::from(random()).checked_rem(u64::from(slot.len) - 1) else { return slot.at(first) };
+    let (one, other) = (slot.at(first), slot.at(first + further + 1));
+    if active(other) < active(one) { other } else { one }
+}
+
+/// Active connections of the backend at this entry of `RUNS`.
+#[inline(always)]
+fn active(entry: u32) -> u64 {
+    let stats = RUNS.get(entry).and_then(|id| BACKEND_STATS.get(*id));
+    stats.map_or(u64::MAX, |stats| stats.active)
+}
+
+/// Whether a pool has as many connections as it may have; if so, it is counted.
+#[inline(always)]
+fn is_full(pool: u32) -> bool {
+    if pool == 0 {
+        return false;
+    }
+    let Some(max) = POOLS.get(pool).map(|limits| limits.max_connections) else { return false };
+    if max == 0 {
+        return false;
+    }
+    let Some(stats) = POOL_STATS.get_ptr_mut(pool) else { return false };
+    // SAFETY: a live map value; the fields are only ever added to.
+    unsafe {
+        if (*stats).active < u64::from(max) {
+            return false;
+        }
+        add(&raw mut (*stats).overflow, 1);
+    }
+    true
+}
+
+/// Who dials: the network namespace, which is the pod.
+#[inline(always)]
+fn client(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the kernel gives a valid context.
+    unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) }
+}
+
+#[inline(always)]
+fn random() -> u32 {
+    // SAFETY: a helper call without pointers.
+    unsafe { bpf_get_prandom_u32() as u32 }
+}
+
+/// Spreads numbers that are close together over all there are (the finalizer of SplitMix64).
+#[inline(always)]
+fn mix(number: u64) -> u64 {
+    let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    number ^ (number >> 31)
 }
 
 /// The table contradicts itself, which the agent's order of writing rules out: refuse rather than guess.
 #[inline(always)]
-fn inconsistent() -> Choice {
+fn broken() -> Pick {
     count(Counter::Inconsistent);
-    Choice::Refuse
+    Pick::Refuse { strict: false }
 }
 
 /// Adds to a shared counter in one atomic instruction and returns what it was before.
@@ -73,4 +280,14 @@ fn inconsistent() -> Choice {
 pub(crate) unsafe fn add(value: *mut u64, amount: u64) -> u64 {
     // SAFETY: as the caller promises.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(value, amount) }
+}
+
+/// Takes one from a shared counter in one atomic instruction.
+///
+/// # Safety
+/// `value` points into a live map value.
+#[inline(always)]
+pub(crate) unsafe fn take_one(value: *mut u64) {
+    // SAFETY: as the caller promises.
+    unsafe { add(value, u64::MAX) };
 }

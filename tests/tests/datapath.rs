@@ -13,6 +13,7 @@ use portolan_tests::{
 use serde_json::json;
 
 const ECONNREFUSED: i32 = 111;
+const EHOSTUNREACH: i32 = 113;
 const ENETUNREACH: i32 = 101;
 
 /// Two regions on one node: `near` at 10.0.0.x, `far` at 10.1.0.x; 90 % near, 10 % far.
@@ -151,9 +152,9 @@ fn a_service_without_endpoints_refuses_at_once_and_falls_through_to_nobody() -> 
     })?;
     for nonblocking in [false, true] {
         let task = Task::Dial { to: "172.16.0.10:80".parse()?, times: 3, mapped: false, nonblocking, send: 0 };
-        assert_eq!(client.run(&task)?.errnos(), [ECONNREFUSED; 3], "nonblocking {nonblocking}");
+        assert_eq!(client.run(&task)?.errnos(), [EHOSTUNREACH; 3], "nonblocking {nonblocking}");
         let task = Task::Dial { to: "172.16.0.10:80".parse()?, times: 1, mapped: true, nonblocking, send: 0 };
-        assert_eq!(client.run(&task)?.errnos(), [ECONNREFUSED]);
+        assert_eq!(client.run(&task)?.errnos(), [EHOSTUNREACH]);
     }
     let services = agent.get("services")?;
     assert_eq!(services["services"][0]["kernel"]["refused"], json!(8));

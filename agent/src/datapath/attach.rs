@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{
     Ebpf,
     programs::{CgroupAttachMode, Program, links::FdLink},
@@ -18,7 +18,17 @@ use aya::{
 use super::{Pins, link};
 
 /// The programs, by the names of their functions. Where connections end is watched before any is sent anywhere.
-const PROGRAMS: [&str; 5] = ["sock_ops", "getpeername4", "getpeername6", "connect4", "connect6"];
+pub(super) const PROGRAMS: [&str; 9] = [
+    "sock_ops",
+    "getpeername4",
+    "getpeername6",
+    "recvmsg4",
+    "recvmsg6",
+    "sendmsg4",
+    "sendmsg6",
+    "connect4",
+    "connect6",
+];
 
 pub(super) struct Hooks {
     cgroup: PathBuf,
@@ -67,13 +77,14 @@ impl Hooks {
                     link::update(&pinned, fd.as_fd()).context("the link does not take the new program")?;
                     return Ok(pinned);
                 }
-                // Its cgroup is gone, or somebody has detached it: it does nothing any more.
-                0 => fs::remove_file(&pin).with_context(|| format!("cannot remove {}", pin.display()))?,
-                _ => bail!(
-                    "{} belongs to another cgroup; give that one with --cgroup, or run: portolan cleanup",
-                    pin.display()
+                0 => tracing::warn!("{name} had been detached from its cgroup; it is attached anew"),
+                id => tracing::warn!(
+                    "{name} was attached to cgroup {id}, which is not {}; it is moved there",
+                    self.cgroup.display()
                 ),
             }
+            // With its pin, the link goes.
+            fs::remove_file(&pin).with_context(|| format!("cannot remove {}", pin.display()))?;
         }
         let cgroup = File::open(&self.cgroup)?;
         let link: FdLink = match program {
@@ -92,23 +103,59 @@ impl Hooks {
         link::open(&pin).with_context(|| format!("cannot open {}", pin.display()))
     }
 
+    /// Whether every program is where it should be; if not, which one is not, and why.
     pub(super) fn check(&self) -> Result<()> {
         if self.links.len() < PROGRAMS.len() {
             bail!("the programs are not attached yet");
         }
+        self.check_cgroup()?;
+        self.links.iter().try_for_each(|(name, link)| self.check_one(name, link))
+    }
+
+    fn check_cgroup(&self) -> Result<()> {
         let now =
             fs::metadata(&self.cgroup).with_context(|| format!("the cgroup {} is gone", self.cgroup.display()))?.ino();
-        if now != self.cgroup_id {
-            bail!("the cgroup {} is another one now; restart the agent", self.cgroup.display());
+        ensure!(now == self.cgroup_id, "the cgroup {} is another one now", self.cgroup.display());
+        Ok(())
+    }
+
+    fn check_one(&self, name: &str, link: &OwnedFd) -> Result<()> {
+        match link::cgroup_id(link)? {
+            id if id == self.cgroup_id => {}
+            0 => bail!("{name} has been detached from {}", self.cgroup.display()),
+            id => bail!("{name} is attached to cgroup {id}, not to {}", self.cgroup.display()),
         }
-        for (name, link) in &self.links {
-            match link::cgroup_id(link)? {
-                id if id == self.cgroup_id => {}
-                0 => bail!("{name} has been detached from {}", self.cgroup.display()),
-                id => bail!("{name} is attached to cgroup {id}, not to {}", self.cgroup.display()),
-            }
+        let pin = self.pins.link(name);
+        if !pin.exists() {
+            link::pin(link, &pin).with_context(|| format!("cannot pin {name} again at {}", pin.display()))?;
+            tracing::warn!("{name} was not pinned any more, and would have ended with the agent; it is pinned again");
         }
         Ok(())
+    }
+
+    /// Puts every program back that is not where it should be, and tells what was wrong with it.
+    pub(super) fn mend(&mut self, bpf: &mut Ebpf) -> Result<Vec<String>> {
+        let mut mended = Vec::new();
+        if self.links.len() < PROGRAMS.len() {
+            return Ok(mended);
+        }
+        if let Err(error) = self.check_cgroup() {
+            // It was removed, and made anew: its pods are below the new one.
+            let now = fs::metadata(&self.cgroup).with_context(|| format!("{error:#}"))?.ino();
+            mended.push(format!("{error:#}"));
+            self.cgroup_id = now;
+        }
+        for i in 0..self.links.len() {
+            let (name, link) = &self.links[i];
+            let Err(error) = self.check_one(name, link) else { continue };
+            let name = *name;
+            let link = self
+                .attach_one(bpf, name)
+                .with_context(|| format!("{error:#}, and cannot be attached to {}", self.cgroup.display()))?;
+            mended.push(format!("{error:#}"));
+            self.links[i] = (name, link);
+        }
+        Ok(mended)
     }
 
     pub(super) fn cgroup(&self) -> &Path {

@@ -11,9 +11,24 @@ use std::{
     path::Path,
 };
 
+const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+
+/// Pins a link.
+pub(super) fn pin(link: impl AsFd, pin: &Path) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    let mut attr = Attr { path: path.as_ptr().addr() as u64, fd: link.as_fd().as_raw_fd() as u32, flags: 0 };
+    // SAFETY: the attributes are those of this command; the path outlives the call.
+    unsafe { bpf(BPF_OBJ_PIN, &mut attr) }.map(drop)
+}
 
 /// Opens a pinned link.
 pub(super) fn open(pin: &Path) -> io::Result<OwnedFd> {

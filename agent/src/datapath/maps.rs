@@ -1,74 +1,64 @@
 //! The maps: written in the order that the table gives, read for what people and metrics ask.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, MapData, MapInfo, PerCpuArray},
+    maps::{Array, HashMap, Map, MapData, MapInfo, PerCpuArray},
 };
-use portolan_common::{Backend, BackendStats, Counter, Frontend, FrontendKey, FrontendStats, Slot};
+use portolan_common::{
+    Affinity, AffinityKey, Backend, BackendStats, Counter, FrontendKey, FrontendStats, Limits, PoolStats, Slot, Version,
+};
 
-use super::Pins;
-use crate::table::{Held, Op, Sizes};
+use super::{
+    current::Current,
+    pins::{Pins, Set},
+};
+use crate::table::{Held, HeldFrontend, Op, Sizes};
 
-/// Maps that outlive the agent.
-pub(super) const PINNED: [&str; 10] = [
-    "FRONTENDS",
-    "SLOTS",
-    "RUNS",
-    "BACKENDS",
-    "FRONTEND_STATS",
-    "BACKEND_STATS",
-    "TROUBLED",
-    "SOCKETS",
-    "EVENTS",
-    "COUNTERS",
-];
+/// Maps of a set that have no size of their own to choose.
+pub(super) const OF_FIXED_SIZE: [&str; 2] = ["EVENTS", "COUNTERS"];
+/// Maps that belong to sockets, whatever set is in force.
+pub(super) const OF_SOCKETS: [&str; 2] = ["SOCKETS", "DATAGRAMS"];
 
-/// Entries of the maps whose size is a setting.
-pub(super) fn sizes(sizes: Sizes) -> [(&'static str, u32); 7] {
+/// A map of a set whose size is a setting: bytes of its keys and values, and its entries.
+pub(super) struct Shape {
+    pub(super) name: &'static str,
+    key: usize,
+    value: usize,
+    pub(super) entries: u32,
+}
+
+/// All of them.
+pub(super) fn shapes(sizes: Sizes) -> [Shape; 12] {
+    let array = |name, value, entries| Shape { name, key: size_of::<u32>(), value, entries };
+    let hash = |name, key, value, entries| Shape { name, key, value, entries };
     [
-        ("FRONTENDS", sizes.frontends),
-        ("FRONTEND_STATS", sizes.frontends),
-        ("BACKENDS", sizes.backends),
-        ("BACKEND_STATS", sizes.backends),
-        ("TROUBLED", sizes.backends),
-        ("SLOTS", sizes.slots),
-        ("RUNS", sizes.slots),
+        hash("FRONTENDS", size_of::<FrontendKey>(), size_of::<u32>(), sizes.frontends),
+        array("CURRENT", size_of::<u64>(), sizes.frontends),
+        array("VERSIONS", size_of::<Version>(), sizes.versions()),
+        array("SLOTS", size_of::<Slot>(), sizes.slots),
+        array("RUNS", size_of::<u32>(), sizes.slots),
+        array("BACKENDS", size_of::<Backend>(), sizes.backends),
+        array("POOLS", size_of::<Limits>(), sizes.pools()),
+        array("FRONTEND_STATS", size_of::<FrontendStats>(), sizes.frontends),
+        array("BACKEND_STATS", size_of::<BackendStats>(), sizes.backends),
+        array("POOL_STATS", size_of::<PoolStats>(), sizes.pools()),
+        array("TROUBLED", size_of::<u32>(), sizes.backends),
+        hash("AFFINITY", size_of::<AffinityKey>(), size_of::<Affinity>(), sizes.affinities),
     ]
 }
 
-/// A pinned map is reused as it is, whatever its layout. So it is compared before.
-pub(super) fn check_pinned(pins: &Pins, wanted: Sizes) -> Result<()> {
-    let key_and_value = BTreeMap::from([
-        ("FRONTENDS", (size_of::<FrontendKey>(), size_of::<Frontend>())),
-        ("FRONTEND_STATS", (4, size_of::<FrontendStats>())),
-        ("BACKENDS", (4, size_of::<Backend>())),
-        ("BACKEND_STATS", (4, size_of::<BackendStats>())),
-        ("TROUBLED", (4, size_of::<u32>())),
-        ("SLOTS", (4, size_of::<Slot>())),
-        ("RUNS", (4, size_of::<u32>())),
-    ]);
-    for (name, entries) in sizes(wanted) {
-        let pin = pins.map(name);
-        if !pin.exists() {
-            continue;
-        }
-        let info = MapInfo::from_pin(&pin).with_context(|| format!("cannot open {}", pin.display()))?;
-        let (key, value) = key_and_value[name];
-        if (info.key_size(), info.value_size(), info.max_entries()) != (key as u32, value as u32, entries) {
-            bail!(
-                "{} has another layout (key {}, value {}, entries {}) than this version (key {key}, value {value}, entries {entries}); \
-                 use the version that made it, or run: portolan cleanup",
-                pin.display(),
-                info.key_size(),
-                info.value_size(),
-                info.max_entries()
-            );
-        }
-    }
-    Ok(())
+/// Whether the maps of a set are as this version would make them. A pinned map is reused as it is, whatever its layout, so they are compared
+/// before.
+pub(super) fn fits(pins: &Pins, set: Set, sizes: Sizes) -> bool {
+    shapes(sizes).iter().all(|shape| {
+        MapInfo::from_pin(pins.map(set, shape.name)).is_ok_and(|info| {
+            (info.key_size(), info.value_size(), info.max_entries())
+                == (shape.key as u32, shape.value as u32, shape.entries)
+        })
+    })
 }
 
 /// Totals over all CPUs.
@@ -78,16 +68,43 @@ pub struct Counters {
     pub events_lost: u64,
     /// Connections refused because the table contradicted itself.
     pub inconsistent: u64,
+    /// Sockets on which nothing could be remembered.
+    pub no_memory: u64,
+}
+
+/// The entries of `RUNS` that a version uses.
+#[derive(Default)]
+struct Range {
+    bounds: Option<(u32, u32)>,
+}
+
+impl Range {
+    fn add(&mut self, first: u32, len: u32) {
+        if len > 0 {
+            let (start, end) = self.bounds.unwrap_or((first, first));
+            self.bounds = Some((start.min(first), end.max(first.saturating_add(len))));
+        }
+    }
+
+    /// First and number.
+    fn within(&self, size: u32) -> (u32, u32) {
+        let (start, end) = self.bounds.unwrap_or_default();
+        (start.min(size), end.min(size) - start.min(size))
+    }
 }
 
 /// The maps that the agent reads and writes.
 pub struct Maps {
-    frontends: HashMap<MapData, FrontendKey, Frontend>,
+    frontends: HashMap<MapData, FrontendKey, u32>,
+    current: Current,
+    versions: Array<MapData, Version>,
     slots: Array<MapData, Slot>,
     runs: Array<MapData, u32>,
     backends: Array<MapData, Backend>,
+    pools: Array<MapData, Limits>,
     frontend_stats: Array<MapData, FrontendStats>,
     backend_stats: Array<MapData, BackendStats>,
+    pool_stats: Array<MapData, PoolStats>,
     troubled: Array<MapData, u32>,
     counters: PerCpuArray<MapData, u64>,
 }
@@ -96,11 +113,15 @@ impl Maps {
     pub(super) fn open(bpf: &mut Ebpf, sizes: Sizes) -> Result<(Self, Held)> {
         let maps = Self {
             frontends: HashMap::try_from(take(bpf, "FRONTENDS")?)?,
+            current: Current::open(&take(bpf, "CURRENT")?, sizes.frontends)?,
+            versions: array(bpf, "VERSIONS")?,
             slots: array(bpf, "SLOTS")?,
             runs: array(bpf, "RUNS")?,
             backends: array(bpf, "BACKENDS")?,
+            pools: array(bpf, "POOLS")?,
             frontend_stats: array(bpf, "FRONTEND_STATS")?,
             backend_stats: array(bpf, "BACKEND_STATS")?,
+            pool_stats: array(bpf, "POOL_STATS")?,
             troubled: array(bpf, "TROUBLED")?,
             counters: PerCpuArray::try_from(take(bpf, "COUNTERS")?)?,
         };
@@ -108,35 +129,46 @@ impl Maps {
         Ok((maps, held))
     }
 
-    /// What a former agent left: its frontends, the places that they use, and the backends behind them.
+    /// What the maps hold: frontends, the places that they use, and the backends and pools behind them.
     ///
     /// # Errors
     /// The kernel does not let a map be read.
     pub fn held(&self, sizes: Sizes) -> Result<Held> {
         let mut held = Held::default();
-        let mut backends = BTreeMap::new();
+        let (mut backends, mut pools) = (BTreeSet::new(), BTreeSet::new());
         for entry in self.frontends.iter() {
-            let (key, frontend) = entry?;
-            let (mut first, mut end) = (u32::MAX, 0);
-            for i in frontend.base..frontend.base.saturating_add(frontend.period).min(sizes.slots) {
+            let (_, id) = entry?;
+            let index = self.current.get(id)?;
+            let version = self.versions.get(&index, 0)?;
+            let mut range = Range::default();
+            for i in version.base..version.base.saturating_add(version.period).min(sizes.slots) {
                 let slot = self.slots.get(&i, 0)?;
-                first = first.min(slot.first);
-                end = end.max(slot.first.saturating_add(slot.len));
+                range.add(slot.first, slot.len);
+                pools.insert(slot.pool);
             }
-            let runs = if end == 0 { (0, 0) } else { (first, end.min(sizes.slots) - first) };
+            range.add(version.members, version.member_count);
+            let runs = range.within(sizes.slots);
             for i in runs.0..runs.0 + runs.1 {
-                let id = self.runs.get(&i, 0)?;
-                if id < sizes.backends {
-                    backends.insert(id, self.backends.get(&id, 0)?);
-                }
+                backends.insert(self.runs.get(&i, 0)?);
             }
-            held.frontends.push((key, frontend, runs));
+            held.frontends.push(HeldFrontend { id, index, version, runs });
         }
-        held.backends = backends.into_iter().collect();
         for (id, backend) in (0..sizes.backends).zip(self.backends.iter()) {
-            let epoch = backend?.epoch;
-            if epoch > 0 {
-                held.epochs.push((id, epoch));
+            let backend = backend?;
+            if backends.contains(&id) {
+                held.backends.push((id, backend));
+            }
+            if backend.epoch > 0 {
+                held.epochs.push((id, backend.epoch));
+            }
+        }
+        for (id, limits) in (0..sizes.pools()).zip(self.pools.iter()).skip(1) {
+            let limits = limits?;
+            if pools.contains(&id) {
+                held.pools.push((id, limits));
+            }
+            if limits.epoch > 0 {
+                held.pool_epochs.push((id, limits.epoch));
             }
         }
         Ok(held)
@@ -162,6 +194,12 @@ impl Maps {
                 self.troubled.set(*id, 0, 0)?;
                 self.backends.set(*id, *backend, 0)?;
             }
+            Op::ResetPool(id, limits) => {
+                // The other way round: the counters of a pool have no epoch of their own.
+                self.pools.set(*id, *limits, 0)?;
+                self.pool_stats.set(*id, PoolStats::default(), 0)?;
+            }
+            Op::SetPool(id, limits) => self.pools.set(*id, *limits, 0)?,
             Op::SetRuns(first, ids) => {
                 for (i, id) in (*first..).zip(ids) {
                     self.runs.set(i, *id, 0)?;
@@ -172,8 +210,10 @@ impl Maps {
                     self.slots.set(i, *slot, 0)?;
                 }
             }
+            Op::SetVersion(index, version) => self.versions.set(*index, *version, 0)?,
             Op::ResetFrontend(id) => self.frontend_stats.set(*id, FrontendStats::default(), 0)?,
-            Op::SetFrontend(key, frontend) => self.frontends.insert(*key, *frontend, 0)?,
+            Op::Publish(id, index) => self.current.publish(*id, *index)?,
+            Op::AddFrontend(key, id) => self.frontends.insert(*key, *id, 0)?,
             Op::RemoveFrontend(key) => self.frontends.remove(key)?,
         }
         Ok(())
@@ -203,9 +243,18 @@ impl Maps {
         Ok(self.backend_stats.get(&id, 0)?)
     }
 
-    /// The frontend as the kernel holds it now.
-    pub fn frontend(&self, key: &FrontendKey) -> Option<Frontend> {
-        self.frontends.get(key, 0).ok()
+    /// The counters of a pool's place.
+    ///
+    /// # Errors
+    /// There is no such place.
+    pub fn pool_stats(&self, id: u32) -> Result<PoolStats> {
+        Ok(self.pool_stats.get(&id, 0)?)
+    }
+
+    /// The frontend as the kernel holds it now: its id, and the version that counts.
+    pub fn frontend(&self, key: &FrontendKey) -> Option<(u32, Version)> {
+        let id = self.frontends.get(key, 0).ok()?;
+        Some((id, self.versions.get(&self.current.get(id).ok()?, 0).ok()?))
     }
 
     /// Totals over all CPUs.
@@ -214,11 +263,15 @@ impl Maps {
     /// The kernel does not let the map be read.
     pub fn counters(&self) -> Result<Counters> {
         let total = |counter: Counter| -> Result<u64> { Ok(self.counters.get(&(counter as u32), 0)?.iter().sum()) };
-        Ok(Counters { events_lost: total(Counter::EventsLost)?, inconsistent: total(Counter::Inconsistent)? })
+        Ok(Counters {
+            events_lost: total(Counter::EventsLost)?,
+            inconsistent: total(Counter::Inconsistent)?,
+            no_memory: total(Counter::NoMemory)?,
+        })
     }
 }
 
-fn take(bpf: &mut Ebpf, name: &str) -> Result<aya::maps::Map> {
+fn take(bpf: &mut Ebpf, name: &str) -> Result<Map> {
     bpf.take_map(name).with_context(|| format!("the embedded object has no map {name}"))
 }
 

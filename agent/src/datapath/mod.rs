@@ -2,21 +2,29 @@
 
 mod attach;
 mod btf;
+mod current;
 mod environment;
 mod events;
+mod grace;
 mod link;
 mod maps;
 mod pins;
 
-use std::{fmt, path::PathBuf};
+use std::{
+    fmt,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result};
 use aya::{Ebpf, EbpfLoader};
+use portolan_common::SCHEMA_VERSION;
 
-use self::{attach::Hooks, environment::Environment};
+use self::{attach::Hooks, environment::Environment, pins::Set};
 pub use self::{
     environment::Unsupported,
     events::{EventStream, Logs, Outcome},
+    grace::{Grace, barrier},
     maps::{Counters, Maps},
     pins::{Pins, cleanup},
 };
@@ -75,51 +83,78 @@ pub struct Datapath {
     pub events: EventStream,
     /// What the programs tell for debugging, if they were asked to.
     pub logs: Option<Logs>,
+    /// When nobody reads any more what was in force a moment ago.
+    pub grace: Grace,
     hooks: Hooks,
     bpf: Ebpf,
-    // Held as long as the agent lives: no second one may write to the same maps.
-    _lock: std::os::fd::OwnedFd,
+    pins: Pins,
+    set: Set,
+    /// The set that is in force until this one is.
+    former: Option<Set>,
+    // Held as long as the agent lives: no second one may write to the same maps, or serve the same cgroup.
+    _locks: [OwnedFd; 2],
 }
 
 impl Datapath {
-    /// Loads the programs over the pinned maps, or over new ones. Nothing is attached yet: where a former agent's programs are, they
-    /// go on.
+    /// Loads the programs over the maps of a former agent, or, where those are of another version or of other sizes, over new ones. Nothing is
+    /// attached yet: where a former agent's programs are, they go on.
     ///
     /// # Errors
     /// [`Unsupported`] where the machine lacks something; otherwise what the kernel said.
     pub fn open(options: &Options) -> Result<(Self, Held)> {
         let environment = Environment::check(options)?;
         let pins = Pins::new(&options.bpffs);
-        let lock = pins.prepare()?;
-        maps::check_pinned(&pins, options.sizes)?;
+        let locks = [pins.prepare()?, own_cgroup(&environment.cgroup)?];
+        let current = pins.current();
+        let fitting = current.filter(|set| set.schema == SCHEMA_VERSION && maps::fits(&pins, *set, options.sizes));
+        // What a start left that came to nothing.
+        pins.remove_sets_but(current.as_slice())?;
+        let set = fitting.map_or_else(|| pins.new_set(), Ok)?;
 
         let mut loader = EbpfLoader::new();
         let level = options.log.level();
         loader.override_global("SK_ERR_OFFSET", &environment.sk_err_offset, true);
+        loader.override_global("SET", &set.id, true);
         loader.override_global(aya_log::LEVEL, &level, true);
-        for (name, entries) in maps::sizes(options.sizes) {
-            loader.map_max_entries(name, entries);
+        for shape in maps::shapes(options.sizes) {
+            loader.map_max_entries(shape.name, shape.entries);
+            loader.map_pin_path(shape.name, pins.map(set, shape.name));
         }
-        for name in maps::PINNED {
-            loader.map_pin_path(name, pins.map(name));
+        for name in maps::OF_FIXED_SIZE {
+            loader.map_pin_path(name, pins.map(set, name));
+        }
+        for name in maps::OF_SOCKETS {
+            loader.map_pin_path(name, pins.socket_map(name));
         }
         let mut bpf = loader.load(OBJECT).context("the kernel does not take Portolan's maps")?;
-        let hooks = Hooks::load(&mut bpf, environment.cgroup, pins)?;
+        let hooks = Hooks::load(&mut bpf, environment.cgroup, pins.clone())?;
         let logs = match options.log {
             ProgramLog::Off => None,
             ProgramLog::Debug => Some(Logs::open(&mut bpf)?),
         };
+        // A former agent may have freed something just before it ended.
+        barrier();
         let (maps, held) = Maps::open(&mut bpf, options.sizes)?;
         let events = EventStream::open(&mut bpf)?;
-        Ok((Self { maps, events, logs, hooks, bpf, _lock: lock }, held))
+        let former = current.filter(|current| *current != set);
+        let grace = Grace::start()?;
+        Ok((Self { maps, events, logs, grace, hooks, bpf, pins, set, former, _locks: locks }, held))
     }
 
-    /// Attaches the programs, or puts them in the place of a former agent's, each in one step.
+    /// Attaches the programs, or puts them in the place of a former agent's, each in one step. Then what the former ones used goes.
     ///
     /// # Errors
     /// What the kernel said.
     pub fn attach(&mut self) -> Result<()> {
-        self.hooks.attach(&mut self.bpf)
+        self.hooks.attach(&mut self.bpf)?;
+        self.pins.make_current(self.set)?;
+        self.former = None;
+        self.pins.remove_sets_but(&[self.set])
+    }
+
+    /// Whether a former version's programs and maps are in force until these are attached.
+    pub fn replaces_another(&self) -> bool {
+        self.former.is_some()
     }
 
     /// Whether every hook is attached to the cgroup that it should be on; if not, which one is not, and why.
@@ -130,8 +165,23 @@ impl Datapath {
         self.hooks.check()
     }
 
+    /// Puts every hook back that is not in place; what was wrong with each.
+    ///
+    /// # Errors
+    /// One cannot be put back.
+    pub fn mend_hooks(&mut self) -> Result<Vec<String>> {
+        self.hooks.mend(&mut self.bpf)
+    }
+
     /// The cgroup that is served.
     pub fn cgroup(&self) -> &std::path::Path {
         self.hooks.cgroup()
     }
+}
+
+/// Takes a cgroup for this agent alone, whatever its pins.
+fn own_cgroup(cgroup: &Path) -> Result<OwnedFd> {
+    pins::lock(cgroup)?.with_context(|| {
+        format!("another agent serves the cgroup {}; stop it, or give this one another --cgroup", cgroup.display())
+    })
 }

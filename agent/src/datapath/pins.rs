@@ -1,58 +1,139 @@
-//! Where maps and links are pinned, so that they outlive the agent: `<bpffs>/v<schema>/{maps,links}/`.
+//! Where maps and links are pinned, so that they outlive the agent.
+//!
+//! ```text
+//! <bpffs>/links/<program>            the live links; they stay, whatever is put into them
+//!         sockets-v<layout>/<map>    what is kept on sockets
+//!         v<schema>-<set>/<map>      one set of maps: all the others
+//!         current -> v<schema>-<set> the set whose programs are in the links
+//! ```
+//! A version with another schema, or with other sizes, builds a set of its own beside the current one, fills it, puts its programs into the
+//! live links, and only then makes it the current one. Whatever kills it on the way leaves the former one in force.
 
 use std::{
     fs, io,
-    os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{DirBuilderExt as _, symlink},
+    },
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use portolan_common::SCHEMA_VERSION;
+use portolan_common::{SCHEMA_VERSION, SOCKET_LAYOUT};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 
 use super::environment::is_bpffs;
 
-/// The pins of one version of the layout.
+const CURRENT: &str = "current";
+const LINKS: &str = "links";
+
+/// The pins of one node.
 #[derive(Clone, Debug)]
 pub struct Pins {
     root: PathBuf,
-    version: PathBuf,
+}
+
+/// A set of maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Set {
+    pub(super) schema: u32,
+    /// Its name; sockets remember it.
+    pub(super) id: u32,
+}
+
+impl Set {
+    fn parse(name: &str) -> Option<Self> {
+        let (schema, id) = name.strip_prefix('v')?.split_once('-')?;
+        Some(Self { schema: schema.parse().ok()?, id: id.parse().ok()? })
+    }
+
+    fn folder(self) -> String {
+        format!("v{}-{}", self.schema, self.id)
+    }
 }
 
 impl Pins {
     /// The pins below a folder on a bpffs.
     pub fn new(bpffs: &Path) -> Self {
-        Self { root: bpffs.to_owned(), version: bpffs.join(format!("v{SCHEMA_VERSION}")) }
-    }
-
-    /// Where a map is pinned.
-    pub fn map(&self, name: &str) -> PathBuf {
-        self.version.join("maps").join(name)
+        Self { root: bpffs.to_owned() }
     }
 
     /// Where a link is pinned.
     pub fn link(&self, name: &str) -> PathBuf {
-        self.version.join("links").join(name)
+        self.root.join(LINKS).join(name)
+    }
+
+    /// Where a map of a set is pinned.
+    pub(super) fn map(&self, set: Set, name: &str) -> PathBuf {
+        self.root.join(set.folder()).join(name)
+    }
+
+    /// Where a map is pinned that belongs to sockets.
+    pub(super) fn socket_map(&self, name: &str) -> PathBuf {
+        self.root.join(format!("sockets-v{SOCKET_LAYOUT}")).join(name)
+    }
+
+    /// Where a map of the current set is pinned, if there is one.
+    pub fn current_map(&self, name: &str) -> Option<PathBuf> {
+        Some(self.map(self.current()?, name))
     }
 
     /// Makes the folders, for root only, and takes them for this agent alone.
     pub(super) fn prepare(&self) -> Result<OwnedFd> {
-        for folder in [&self.root, &self.version, &self.version.join("maps"), &self.version.join("links")] {
-            match fs::DirBuilder::new().mode(0o700).create(folder) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                    return Err(error).with_context(|| format!("cannot create {}", folder.display()));
-                }
-                _ => {}
-            }
+        for folder in [&self.root, &self.root.join(LINKS), &self.root.join(format!("sockets-v{SOCKET_LAYOUT}"))] {
+            make_folder(folder)?;
         }
         lock(&self.root)?.with_context(|| {
             format!("another agent is at work on {}; stop it, or give this one its own --bpffs", self.root.display())
         })
     }
+
+    /// The set whose programs are in the links.
+    pub(super) fn current(&self) -> Option<Set> {
+        let target = fs::read_link(self.root.join(CURRENT)).ok()?;
+        Set::parse(target.to_str()?).filter(|set| self.root.join(set.folder()).exists())
+    }
+
+    /// Makes a new set beside the others.
+    pub(super) fn new_set(&self) -> Result<Set> {
+        // Sockets may remember a set that has gone, so a name is not used twice.
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs() as u32;
+        let taken: Vec<u32> = self.sets()?.into_iter().map(|set| set.id).collect();
+        let id = (0..).map(|more: u32| now.wrapping_add(more)).find(|id| *id != 0 && !taken.contains(id));
+        let set = Set { schema: SCHEMA_VERSION, id: id.unwrap_or(1) };
+        make_folder(&self.root.join(set.folder()))?;
+        Ok(set)
+    }
+
+    /// Makes a set the current one, in one step.
+    pub(super) fn make_current(&self, set: Set) -> Result<()> {
+        let (draft, current) = (self.root.join("next"), self.root.join(CURRENT));
+        match fs::remove_file(&draft) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+        symlink(set.folder(), &draft)
+            .and_then(|()| fs::rename(&draft, &current))
+            .with_context(|| format!("cannot make {}", current.display()))
+    }
+
+    /// Removes all sets but these. Programs that are in a link keep their maps, pinned or not.
+    pub(super) fn remove_sets_but(&self, kept: &[Set]) -> Result<()> {
+        for set in self.sets()?.into_iter().filter(|set| !kept.contains(set)) {
+            remove_all(&self.root.join(set.folder()), &mut |_| {})?;
+        }
+        Ok(())
+    }
+
+    fn sets(&self) -> Result<Vec<Set>> {
+        let names = entries(&self.root)?.into_iter().filter_map(|path| Set::parse(path.file_name()?.to_str()?));
+        Ok(names.collect())
+    }
 }
 
-/// The folder, locked for this process; `None` where another one has it.
-fn lock(folder: &Path) -> Result<Option<OwnedFd>> {
+/// A folder, locked for this process; `None` where another one has it.
+pub(super) fn lock(folder: &Path) -> Result<Option<OwnedFd>> {
     let directory = open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .with_context(|| format!("cannot open {}", folder.display()))?;
     match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
@@ -74,21 +155,39 @@ pub fn cleanup(bpffs: &Path, mut tell: impl FnMut(&Path)) -> Result<()> {
     let Some(_lock) = lock(bpffs)? else {
         bail!("an agent is at work on {}; stop it first", bpffs.display());
     };
-    for version in entries(bpffs)? {
-        if !version.file_name().is_some_and(|name| name.to_string_lossy().starts_with('v')) {
-            continue;
+    // Links first, so that nothing is rewritten any more when the rest goes.
+    let mut all = entries(bpffs)?;
+    all.sort_by_key(|path| path.file_name().is_none_or(|name| name != LINKS));
+    for path in all {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name == CURRENT || name == "next" {
+            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        } else if name == LINKS || name.starts_with('v') || name.starts_with("sockets-v") {
+            remove_all(&path, &mut tell)?;
         }
-        // Links first: without their maps, programs would refuse.
-        for folder in ["links", "maps"].map(|folder| version.join(folder)) {
-            for pin in entries(&folder)? {
-                fs::remove_file(&pin).with_context(|| format!("cannot remove {}", pin.display()))?;
-                tell(&pin);
-            }
-            remove_folder(&folder)?;
-        }
-        remove_folder(&version)?;
     }
     remove_folder(bpffs)
+}
+
+fn make_folder(folder: &Path) -> Result<()> {
+    match fs::DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(error).with_context(|| format!("cannot create {}", folder.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn remove_all(folder: &Path, tell: &mut dyn FnMut(&Path)) -> Result<()> {
+    for pin in entries(folder)? {
+        if pin.is_dir() {
+            remove_all(&pin, tell)?;
+            continue;
+        }
+        fs::remove_file(&pin).with_context(|| format!("cannot remove {}", pin.display()))?;
+        tell(&pin);
+    }
+    remove_folder(folder)
 }
 
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
@@ -110,5 +209,19 @@ fn remove_folder(folder: &Path) -> Result<()> {
             Err(error).with_context(|| format!("cannot remove {}", folder.display()))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_sets() {
+        let set = Set { schema: 2, id: 17 };
+        assert_eq!(Set::parse(&set.folder()), Some(set));
+        for other in ["v1", "links", "sockets-v1", "v2-", "v-3", "current", "v2-x"] {
+            assert_eq!(Set::parse(other), None, "{other}");
+        }
     }
 }

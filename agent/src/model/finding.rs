@@ -85,7 +85,6 @@ codes! {
     UnknownSubset = 64, Error, "A route leads to a subset that no rule defines";
     NeedsOutlierDetection = 65, Warning, "Failover without outlierDetection has no effect";
     EjectsNobody = 66, Warning, "The limit on ejections allows none";
-    AlgorithmNotYet = 67, Warning, "The algorithm is not built yet";
     PortPolicyDrops = 68, Warning, "The settings of a port drop those of its host";
     NeedsHttp = 69, Warning, "A route looks into requests";
     NotTogether = 70, Warning, "Two settings exclude each other";

@@ -29,6 +29,11 @@ impl Protocol {
         }
     }
 
+    /// Whether Portolan gives its connections endpoints.
+    pub const fn is_balanced(self) -> bool {
+        matches!(self, Self::Tcp | Self::Udp)
+    }
+
     /// The IP protocol number.
     pub const fn number(self) -> u32 {
         match self {

@@ -8,16 +8,13 @@ use std::{
 };
 
 use super::{
-    Assignment, Client, Group, Observed, Pool, Route, RuleBook, Schedule, Share, Verdict, endpoints, pool,
+    Assignment, Client, Group, Observed, Part, Pool, Route, RuleBook, Schedule, Share, Verdict, endpoints, pool,
     service::{self, ServiceView},
 };
 use crate::{
     model::{Algorithm, Code, Finding, Locality, NamespacedName, Protocol, ServiceId, ServicePort},
     store::{Changes, Snapshot},
 };
-
-/// Envoy's connect timeout where none is set; it decides when a connect counts as failed.
-const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Everything for one client, from nothing.
 pub fn assign(snapshot: &Snapshot, client: &Client, observed: &Observed) -> Verdict {
@@ -59,7 +56,7 @@ pub struct Compiler {
     findings: Vec<Finding>,
     services: BTreeMap<ServiceId, Compiled>,
     /// Whose address it is, where several services claim it.
-    owners: BTreeMap<(IpAddr, u16), ServiceId>,
+    owners: BTreeMap<(IpAddr, u16, Protocol), ServiceId>,
     /// Services whose routes lead to a service, beside itself.
     dependents: BTreeMap<ServiceId, BTreeSet<ServiceId>>,
     nowhere: Arc<Locality>,
@@ -142,8 +139,8 @@ impl Compiler {
                         .push(Finding::new(Code::ServiceWins, id.object(), message).at(format!("spec.addresses[{i}]")));
                     continue;
                 }
-                for port in view.ports.iter().filter(|port| port.protocol == Protocol::Tcp) {
-                    let key = (*address, port.port);
+                for port in view.ports.iter().filter(|port| port.protocol.is_balanced()) {
+                    let key = (*address, port.port, port.protocol);
                     let owner = self.owners.entry(key).or_insert_with(|| id.clone());
                     if *owner != id {
                         let message = format!(
@@ -213,13 +210,13 @@ impl Compiler {
         compiled: &mut Compiled,
     ) {
         let id = &view.id;
-        if port.protocol != Protocol::Tcp {
-            let message =
-                format!("port {}: {} is not handled yet; such traffic is left alone", port.port, port.protocol);
+        if !port.protocol.is_balanced() {
+            let message = format!("port {}: {} is left alone", port.port, port.protocol);
             compiled.findings.push(Finding::new(Code::ProtocolNotHandled, id.object(), message));
             return;
         }
-        let own = view.addresses.iter().filter(|address| self.owners.get(&(**address, port.port)) == Some(id));
+        let own =
+            view.addresses.iter().filter(|address| self.owners.get(&(**address, port.port, port.protocol)) == Some(id));
         for family in [IpAddr::is_ipv4 as fn(&IpAddr) -> bool, IpAddr::is_ipv6] {
             let scene = pool::Scene {
                 snapshot,
@@ -247,10 +244,10 @@ impl Compiler {
                 let frontends = alike.into_iter().map(|address| SocketAddr::new(address, port.port)).collect();
                 let ports = |service: &ServiceId| -> Vec<u16> {
                     let view = service::find(snapshot, &client.cluster, service);
-                    let tcp = |port: &&ServicePort| port.protocol == Protocol::Tcp;
-                    view.map(|view| view.ports.iter().filter(tcp).map(|port| port.port).collect()).unwrap_or_default()
+                    let alike = |other: &&ServicePort| other.protocol == port.protocol;
+                    view.map(|view| view.ports.iter().filter(alike).map(|port| port.port).collect()).unwrap_or_default()
                 };
-                let at = (port.port, first.is_ipv6());
+                let at = (port.port, port.protocol, first.is_ipv6());
                 let destinations = self.rules.destinations(id, at, taken, &ports, &mut compiled.findings);
                 let (mut routes, mut groups) = (Vec::new(), Vec::new());
                 for destination in destinations {
@@ -272,7 +269,7 @@ impl Compiler {
                     routed_by: taken.map(|(rule, _)| rule.name.clone()),
                     passthrough: matches!(routes.as_slice(), [only] if only.pool.algorithm == Algorithm::Passthrough),
                     schedule: Arc::new(schedule(&routes, groups)),
-                    connect_timeout: connect_timeout(&routes),
+                    affinity: affinity(view, &routes, &mut compiled.findings),
                     routes,
                 };
                 refusals(&scene, &assignment, &mut compiled.findings);
@@ -318,11 +315,15 @@ fn whole_connections(pool: &mut Pool, id: &ServiceId, findings: &mut Vec<Finding
     }
 }
 
-/// The shortest limit that a rule sets. Without one, a connect that nobody answers would count as failed after two minutes only.
-fn connect_timeout(routes: &[Route]) -> Option<Duration> {
-    let pools = || routes.iter().map(|route| &route.pool);
-    let set = pools().filter_map(|pool| pool.limits.connect_timeout).min();
-    set.or_else(|| pools().any(|pool| pool.outlier.is_some()).then_some(DEFAULT_CONNECT_TIMEOUT))
+/// How long clients come back to their endpoint. A hash has them come back anyway, as long as the endpoints are the same.
+fn affinity(view: &ServiceView<'_>, routes: &[Route], findings: &mut Vec<Finding>) -> Option<Duration> {
+    let affinity = view.affinity?;
+    if routes.iter().any(|route| route.pool.algorithm == Algorithm::ConsistentHash) {
+        let message = "has no effect: consistentHash of the DestinationRule says where clients come back to";
+        findings.push(Finding::new(Code::NotTogether, view.id.object(), message).at("spec.sessionAffinity"));
+        return None;
+    }
+    Some(affinity)
 }
 
 /// The turns over all routes. A route that leads to nobody keeps its turns, and they refuse: its connections were not meant for
@@ -333,12 +334,18 @@ fn schedule(routes: &[Route], groups: Vec<Vec<Group>>) -> Schedule {
     }
     let total: u128 = routes.iter().map(|route| u128::from(route.weight)).sum();
     let mut parts = Vec::new();
-    for (route, groups) in routes.iter().zip(groups) {
-        let part = Share::new(u128::from(route.weight), total.max(1));
+    for (i, (route, groups)) in routes.iter().zip(groups).enumerate() {
+        let share = Share::new(u128::from(route.weight), total.max(1));
+        let choice = route.pool.choice();
         if groups.is_empty() {
-            parts.push((part, Vec::new()));
+            parts.push(Part { share, members: Vec::new(), choice, route: i as u32 });
         }
-        parts.extend(groups.into_iter().map(|group| (group.share * part, group.members)));
+        parts.extend(groups.into_iter().map(|group| Part {
+            share: group.share * share,
+            members: group.members,
+            choice,
+            route: i as u32,
+        }));
     }
     Schedule::new(parts)
 }

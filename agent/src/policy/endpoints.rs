@@ -144,7 +144,7 @@ pub(super) fn select<'a>(scene: &Scene<'a>, filter: &Filter<'_>) -> (Vec<Candida
     let Some(view) = find(scene.snapshot, &scene.client.cluster, &filter.key.service) else {
         return Default::default();
     };
-    let Some(port) = view.port(filter.key.port) else { return Default::default() };
+    let Some(port) = view.port(filter.key) else { return Default::default() };
     if !view.id.is_entry {
         slices(scene, filter, &view, &port.name, &mut found);
     }
@@ -218,7 +218,7 @@ fn slices<'a>(scene: &Scene<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, po
         };
         let network = objects.network();
         for slice in slices.values() {
-            let serves = slice.ports.iter().find(|own| own.name == port && own.protocol == view.protocol);
+            let serves = slice.ports.iter().find(|own| own.name == port && own.protocol == filter.key.protocol);
             for endpoint in &slice.endpoints {
                 // Endpoints belong to a service port by its name, whatever the numbers are.
                 let (why, number) = match (outside, serves) {
@@ -398,8 +398,8 @@ pub(super) fn why_nobody(scene: &Scene<'_>, pool: &Pool) -> String {
     let Some(view) = find(scene.snapshot, &scene.client.cluster, &pool.key.service) else {
         return "there is no such service".to_owned();
     };
-    let Some(port) = view.port(pool.key.port) else {
-        return format!("it has no TCP port {}", pool.key.port);
+    let Some(port) = view.port(&pool.key) else {
+        return format!("it has no {} port {}", pool.key.protocol, pool.key.port);
     };
     if view.id.is_entry {
         return "no endpoint of it can be dialled from here".to_owned();
@@ -408,11 +408,13 @@ pub(super) fn why_nobody(scene: &Scene<'_>, pool: &Pool) -> String {
     let slices: Vec<_> =
         clusters.filter_map(|objects| objects.slices.get(&view.id.name)).flat_map(|slices| slices.values()).collect();
     let all = || slices.iter().flat_map(|slice| &slice.endpoints);
-    let serves = |slice: &EndpointSlice| slice.ports.iter().any(|candidate| candidate.name == port.name);
+    let serves = |slice: &EndpointSlice| {
+        slice.ports.iter().any(|candidate| candidate.name == port.name && candidate.protocol == port.protocol)
+    };
     if all().next().is_none() {
         "it has no endpoints".to_owned()
     } else if !slices.iter().any(|slice| serves(slice)) {
-        format!("no EndpointSlice has a TCP port named {:?}, as this port of the Service is", port.name)
+        format!("no EndpointSlice has a {} port named {:?}, as this port of the Service is", port.protocol, port.name)
     } else if !all().any(|endpoint| (scene.family)(&endpoint.address)) {
         "its endpoints are of the other address family".to_owned()
     } else if pool.key.subset.is_some() {

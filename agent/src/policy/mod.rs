@@ -13,13 +13,14 @@
 //! | the load of each priority | `load` |
 //! | what new endpoints get | `warmup` |
 //! | the share of each group of endpoints | `spread`, for one `pool` |
-//! | the order of turns | `schedule` |
+//! | the order of turns | `schedule`; where a client's hash decides, `maglev` |
 
 mod cluster_local;
 mod compile;
 mod endpoints;
 mod load;
 mod locality;
+mod maglev;
 mod pool;
 mod rules;
 mod schedule;
@@ -43,7 +44,7 @@ pub use self::{
     locality::{Labelled, SettingSource, distribute_weights, effective_setting, failover_levels, label_levels, levels},
     pool::{Group, LocalityShare, Mode, Pool, Priority},
     rules::RuleBook,
-    schedule::{Run, Schedule, Share, Turn, edf_order},
+    schedule::{Part, Run, Schedule, Share, Turn, edf_order},
     spread::effective_weights,
     warmup::warmup_factor,
 };
@@ -83,6 +84,8 @@ pub struct PoolKey {
     pub service: ServiceId,
     /// Its port.
     pub port: u16,
+    /// The port's protocol.
+    pub protocol: Protocol,
     /// Its subset.
     pub subset: Option<String>,
     /// Whether it is the IPv6 endpoints: those of a pod in both families are two, and each family counts its own.
@@ -92,6 +95,9 @@ pub struct PoolKey {
 impl fmt::Display for PoolKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.service, self.port)?;
+        if self.protocol != Protocol::Tcp {
+            write!(f, "/{}", self.protocol)?;
+        }
         self.subset.as_ref().map_or(Ok(()), |subset| write!(f, " subset {subset}"))?;
         f.write_str(if self.v6 { " (IPv6)" } else { "" })
     }
@@ -151,8 +157,8 @@ pub struct Assignment {
     pub passthrough: bool,
     /// The turns in which endpoints are taken; empty: refuse.
     pub schedule: Arc<Schedule>,
-    /// Limit for the connect.
-    pub connect_timeout: Option<Duration>,
+    /// `sessionAffinity: ClientIP`: how long a client comes back to its endpoint.
+    pub affinity: Option<Duration>,
 }
 
 /// The whole verdict.

@@ -4,14 +4,17 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
+
+use portolan_common::Choice;
 
 use super::{
     Client, Endpoint, LeftOut, Observed, PoolKey, RuleBook, Share,
     cluster_local::retention,
     endpoints::{self, Candidate, Filter},
     locality::{SettingSource, compacted, distribute_weights, effective_setting, levels},
-    service,
+    maglev, service,
     spread::Spread,
 };
 use crate::{
@@ -129,6 +132,16 @@ pub struct Pool {
 }
 
 impl Pool {
+    /// How the kernel takes one of its endpoints.
+    pub fn choice(&self) -> Choice {
+        match self.algorithm {
+            Algorithm::RoundRobin | Algorithm::Passthrough => Choice::RoundRobin,
+            Algorithm::LeastRequest => Choice::LeastRequest,
+            Algorithm::Random => Choice::Random,
+            Algorithm::ConsistentHash => Choice::Hash,
+        }
+    }
+
     /// What Portolan's own annotations have made of it.
     pub fn extensions(&self) -> Vec<&'static str> {
         let one = self.outlier.as_ref().is_some_and(|outlier| outlier.always_eject_one);
@@ -206,7 +219,11 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
         .map(|((priority, locality), weight)| LocalityShare { locality, priority, weight })
         .collect();
     let mut limits = policy.pool.unwrap_or_default();
-    limits.connect_timeout = limits.connect_timeout.or(scene.rules.mesh.connect_timeout);
+    let ejects = policy.outlier.is_some();
+    limits.connect_timeout =
+        limits.connect_timeout.or(scene.rules.mesh.connect_timeout).or(ejects.then_some(DEFAULT_CONNECT_TIMEOUT));
+    let algorithm = algorithm(balancer.algorithm, &key, retention, findings);
+    let groups = if algorithm == Algorithm::ConsistentHash { maglev::quotas(groups) } else { groups };
     let pool = Pool {
         mode,
         setting: source,
@@ -215,7 +232,7 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
         retention,
         retained_by,
         rule: rule.cloned(),
-        algorithm: algorithm(balancer.algorithm, &key, retention, findings),
+        algorithm,
         outlier: policy.outlier,
         warmup: balancer.warmup,
         limits,
@@ -229,10 +246,16 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
     (pool, groups)
 }
 
-/// What the kernel does of what was asked for (the reader has said what is not built yet).
+/// Envoy's connect timeout where none is set; it decides when a connect counts as failed. Without one, a connect that nobody answers
+/// would count as failed after two minutes only.
+const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Who decides among the endpoints.
 fn algorithm(asked: Option<Algorithm>, key: &PoolKey, retention: Retention, findings: &mut Vec<Finding>) -> Algorithm {
-    if asked != Some(Algorithm::Passthrough) {
-        return Algorithm::RoundRobin;
+    // Istio's own default is LEAST_REQUEST, which has to be asked for here: plain Services go round.
+    let asked = asked.unwrap_or(Algorithm::RoundRobin);
+    if asked != Algorithm::Passthrough {
+        return asked;
     }
     if retention == Retention::Strict {
         let message =

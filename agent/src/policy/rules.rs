@@ -9,8 +9,8 @@ use std::{
 use super::{Client, PoolKey};
 use crate::{
     model::{
-        Code, DestinationRule, Finding, MeshConfig, NamespacedName, Retention, RetentionRule, Route, ServiceId,
-        ServicePort, TrafficPolicy, VirtualService,
+        Code, DestinationRule, Finding, MeshConfig, NamespacedName, Protocol, Retention, RetentionRule, Route,
+        ServiceId, ServicePort, TrafficPolicy, VirtualService,
     },
     store::{Objects, Snapshot},
 };
@@ -189,7 +189,8 @@ impl RuleBook {
 
     /// The route that a connection to this address of a service takes.
     pub fn route(&self, service: &ServiceId, port: &ServicePort, address: IpAddr) -> Option<Taken<'_>> {
-        let rule = self.find(&self.virtual_services, service)?;
+        // Istio's routes are for connections.
+        let rule = self.find(&self.virtual_services, service).filter(|_| port.protocol == Protocol::Tcp)?;
         // What a port speaks decides which routes are for it; where it does not say, those for connections come first.
         let lists = if port.http { [&rule.http, &rule.tcp] } else { [&rule.tcp, &rule.http] };
         let route = lists.into_iter().flatten().find(|route| route.holds(address, port.port))?;
@@ -200,13 +201,13 @@ impl RuleBook {
     pub fn destinations(
         &self,
         service: &ServiceId,
-        (port, v6): (u16, bool),
+        (port, protocol, v6): (u16, Protocol, bool),
         route: Option<Taken<'_>>,
         ports: &dyn Fn(&ServiceId) -> Vec<u16>,
         findings: &mut Vec<Finding>,
     ) -> Vec<Destination> {
         let Some((rule, route)) = route else {
-            let key = PoolKey { service: service.clone(), port, subset: None, v6 };
+            let key = PoolKey { service: service.clone(), port, protocol, subset: None, v6 };
             return vec![Destination { weight: 1, key, by_rule: false }];
         };
         let object = || format!("VirtualService {}", rule.name);
@@ -227,7 +228,7 @@ impl RuleBook {
                     format!("{id} has no TCP port {port}; its share is refused. Name one of its ports: {known:?}");
                 findings.push(Finding::new(Code::UnknownDestination, object(), message).at("route.destination.port"));
             }
-            let key = PoolKey { service: id, port, subset: destination.subset.clone(), v6 };
+            let key = PoolKey { service: id, port, protocol, subset: destination.subset.clone(), v6 };
             destinations.push(Destination { weight: destination.weight, key, by_rule: true });
         }
         destinations

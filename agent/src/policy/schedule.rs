@@ -12,6 +12,9 @@ use std::{
 
 use num_integer::Integer;
 use num_rational::Ratio;
+use portolan_common::Choice;
+
+use super::maglev;
 
 /// An exact fraction of all connections.
 pub type Share = Ratio<u128>;
@@ -21,13 +24,37 @@ const MAX_TURNS: u128 = 10_000;
 /// Entries in a run at the most, where weights of single endpoints are in play.
 const MAX_RUN: u128 = 10_000;
 
-/// Endpoints that take their turns one after another.
+/// Endpoints that share what falls to them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
     /// How often the run has its turn in one cycle.
     pub visits: u32,
     /// Its endpoints; one that weighs more stands here more often. Empty: its turns refuse.
     pub members: Vec<SocketAddr>,
+    /// How one of them is taken.
+    pub choice: Choice,
+    /// The route that it belongs to.
+    pub route: u32,
+}
+
+/// What a run is made from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    /// Fraction of all connections, relative to the sum over the parts.
+    pub share: Share,
+    /// Endpoints and their weights; nobody: its turns refuse.
+    pub members: Vec<(SocketAddr, u32)>,
+    /// How one of them is taken.
+    pub choice: Choice,
+    /// Index of the route that it belongs to.
+    pub route: u32,
+}
+
+impl Part {
+    /// One whose endpoints take their turns, of the only route.
+    pub fn in_turn(share: Share, members: Vec<(SocketAddr, u32)>) -> Self {
+        Self { share, members, choice: Choice::RoundRobin, route: 0 }
+    }
 }
 
 /// One place in the cycle.
@@ -49,10 +76,9 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// From groups of endpoints with their weights, and the share of each group. The shares are taken relative to their
-    /// sum.
-    pub fn new(groups: Vec<(Share, Vec<(SocketAddr, u32)>)>) -> Self {
-        let shares: Vec<Share> = groups.iter().map(|(share, _)| *share).collect();
+    /// From the groups of endpoints.
+    pub fn new(parts_of: Vec<Part>) -> Self {
+        let shares: Vec<Share> = parts_of.iter().map(|part| part.share).collect();
         let visits = parts(&shares, MAX_TURNS);
         let mut seen = vec![0; visits.len()];
         let turns = edf_order(&visits)
@@ -62,10 +88,12 @@ impl Schedule {
                 Turn { run: run as u32, visit: seen[run] - 1 }
             })
             .collect();
-        let runs = groups
-            .into_iter()
-            .zip(visits)
-            .map(|((_, members), visits)| Run { visits: visits as u32, members: run(&members) });
+        let runs = parts_of.into_iter().zip(visits).map(|(part, visits)| Run {
+            visits: visits as u32,
+            members: if part.choice == Choice::Hash { maglev::table(&part.members) } else { run(&part.members) },
+            choice: part.choice,
+            route: part.route,
+        });
         Self { turns, runs: runs.collect() }
     }
 
@@ -193,7 +221,8 @@ mod tests {
     #[test]
     fn ninety_ten_is_exact_in_every_ten() {
         for (near, far) in [(1, 1), (3, 2), (7, 5), (100, 1)] {
-            let groups = vec![(Share::new(9, 10), equal(0..near)), (Share::new(1, 10), equal(near..near + far))];
+            let near_part = Part::in_turn(Share::new(9, 10), equal(0..near));
+            let groups = vec![near_part, Part::in_turn(Share::new(1, 10), equal(near..near + far))];
             let schedule = Schedule::new(groups);
             let picks: Vec<_> = (0..1000).map(|i| take(&schedule, i)).collect();
             let far: Vec<_> = (near..near + far).map(address).collect();
@@ -206,9 +235,10 @@ mod tests {
     #[test]
     fn weight_zero_gets_nothing() {
         // An off-by-one in a percentage draw gives every destination one percent more, and weight 0 its share of that.
-        let schedule = Schedule::new(vec![(Share::from(0), equal(0..1)), (Share::from(1), equal(1..2))]);
+        let schedule =
+            Schedule::new(vec![Part::in_turn(Share::from(0), equal(0..1)), Part::in_turn(Share::from(1), equal(1..2))]);
         assert!((0..10_000).all(|i| take(&schedule, i) == address(1)));
-        let members = Schedule::new(vec![(Share::from(1), vec![(address(0), 0), (address(1), 5)])]);
+        let members = Schedule::new(vec![Part::in_turn(Share::from(1), vec![(address(0), 0), (address(1), 5)])]);
         assert!((0..100).all(|i| take(&members, i) == address(1)));
     }
 
@@ -226,7 +256,7 @@ mod tests {
             let mut next = 0;
             let schedule = Schedule::new(groups.iter().map(|&(share, hosts)| {
                 next += hosts;
-                (Share::from(share), equal(next - hosts..next))
+                Part::in_turn(Share::from(share), equal(next - hosts..next))
             }).collect());
             let rounds: usize = schedule.runs.iter().fold(1, |rounds, run| rounds.lcm(&run.members.len()));
             let picks = rounds * schedule.turns.len();

@@ -1,9 +1,10 @@
 //! What a Service and a ServiceEntry have in common.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
+use super::PoolKey;
 use crate::{
-    model::{Labels, Protocol, ServiceId, ServicePort, TrafficDistribution, Workload},
+    model::{Labels, ServiceId, ServicePort, TrafficDistribution, Workload},
     store::{Objects, Snapshot},
 };
 
@@ -12,11 +13,10 @@ pub(super) struct ServiceView<'a> {
     pub(super) id: ServiceId,
     pub(super) addresses: &'a [IpAddr],
     pub(super) ports: &'a [ServicePort],
-    /// The protocol that is balanced.
-    pub(super) protocol: Protocol,
     pub(super) node_local: bool,
     pub(super) publish_not_ready: bool,
     pub(super) distribution: Option<TrafficDistribution>,
+    pub(super) affinity: Option<Duration>,
     /// Labels of workloads that belong to it.
     pub(super) selector: Option<&'a Labels>,
     /// Endpoints that it names itself.
@@ -24,9 +24,9 @@ pub(super) struct ServiceView<'a> {
 }
 
 impl ServiceView<'_> {
-    /// The port of this number.
-    pub(super) fn port(&self, number: u16) -> Option<&ServicePort> {
-        self.ports.iter().find(|port| port.port == number && port.protocol == self.protocol)
+    /// The port that a pool is for.
+    pub(super) fn port(&self, key: &PoolKey) -> Option<&ServicePort> {
+        self.ports.iter().find(|port| port.port == key.port && port.protocol == key.protocol)
     }
 }
 
@@ -40,10 +40,10 @@ pub(super) fn find<'a>(snapshot: &'a Snapshot, cluster: &Arc<str>, id: &ServiceI
             id: id.clone(),
             addresses: &entry.addresses,
             ports: &entry.ports,
-            protocol: Protocol::Tcp,
             node_local: false,
             publish_not_ready: false,
             distribution: None,
+            affinity: None,
             selector: entry.selector.as_ref(),
             workloads: &entry.endpoints,
         });
@@ -54,10 +54,10 @@ pub(super) fn find<'a>(snapshot: &'a Snapshot, cluster: &Arc<str>, id: &ServiceI
         id: id.clone(),
         addresses: &service.addresses,
         ports: &service.ports,
-        protocol: Protocol::Tcp,
         node_local: service.node_local,
         publish_not_ready: service.publish_not_ready,
         distribution: service.distribution,
+        affinity: service.affinity,
         selector: Some(&service.selector).filter(|selector| !selector.is_empty()),
         workloads: &[],
     })

@@ -52,8 +52,7 @@ impl Reconciler {
             health: self.accounts.health().clone(),
             publish_seconds: self.accounts.publish_seconds(),
             counters: self.datapath.maps.counters().unwrap_or_default(),
-            used: self.layout.used(),
-            sizes: self.layout.sizes(),
+            occupancy: self.layout.occupancy(),
             ready: self.ready().is_ok(),
             findings: self.findings(),
         }
@@ -123,11 +122,11 @@ impl Reconciler {
 
     fn frontend_kernel(&self, assignment: &Assignment) -> FrontendKernel {
         let mut sum = FrontendKernel::default();
-        let keys = assignment.frontends.iter().map(|address| table::key(*address, assignment.protocol.number()));
-        for frontend in keys.filter_map(|key| self.datapath.maps.frontend(&key)) {
-            let stats = self.datapath.maps.frontend_stats(frontend.id).unwrap_or_default();
-            sum.slots += frontend.period;
-            sum.generation = sum.generation.max(frontend.generation);
+        let keys = assignment.frontends.iter().map(|address| table::key(*address, assignment.protocol));
+        for (id, version) in keys.filter_map(|key| self.datapath.maps.frontend(&key)) {
+            let stats = self.datapath.maps.frontend_stats(id).unwrap_or_default();
+            sum.slots += version.period;
+            sum.generation = sum.generation.max(version.generation);
             sum.connections += stats.given();
             sum.refused += stats.refused_in_all();
         }
@@ -136,10 +135,6 @@ impl Reconciler {
 
     fn endpoint_kernel(&self, address: &SocketAddr) -> Option<EndpointKernel> {
         let stats = self.datapath.maps.backend_stats(self.layout.backend_id(address)?).ok()?;
-        Some(EndpointKernel {
-            connections: stats.opened,
-            active: stats.opened.saturating_sub(stats.closed),
-            failures: stats.failed,
-        })
+        Some(EndpointKernel { connections: stats.opened + stats.flows, active: stats.active, failures: stats.failed })
     }
 }

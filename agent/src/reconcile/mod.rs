@@ -14,7 +14,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::{
     accounts::{Accounts, Sample},
-    datapath::{Datapath, Outcome},
+    datapath::{Datapath, Outcome, barrier},
     explain::Explanation,
     health::{EventKind, Health, Verdict as Outlook},
     journal::{Journal, Record},
@@ -24,7 +24,7 @@ use crate::{
     report::Report,
     source::Update,
     store::{Changes, Store},
-    table::{self, Held, Knowledge, Layout, Op, Refused, Sizes, Table},
+    table::{self, Held, Knowledge, Layout, Op, Refused, Round, Sizes, Table},
 };
 
 /// Outcomes that are taken in one go, before a new table is published.
@@ -157,6 +157,7 @@ impl Reconciler {
                     self.answer(request);
                     false
                 }
+                round = self.datapath.grace.settled() => self.settle(round),
                 failed = logs => return failed,
             };
             if changed && self.store.synced() && !self.changes.is_empty() {
@@ -225,6 +226,23 @@ impl Reconciler {
         retry || !self.changes.is_empty()
     }
 
+    /// What rested is free again. Somebody may have been waiting for it.
+    fn settle(&mut self, round: Round) -> bool {
+        self.layout.settle(round);
+        let waited = !self.refused.is_empty() && self.retry.is_some();
+        if waited {
+            self.retry = None;
+            self.knowledge = None;
+            self.changes.findings = true;
+        }
+        waited
+    }
+
+    /// Whether this agent's programs may take the place of a former version's: only with a whole table.
+    fn may_attach(&self) -> bool {
+        !self.datapath.replaces_another() || (self.doubt.is_none() && self.trouble.is_empty())
+    }
+
     /// Computes what is new and leads the kernel to it.
     fn publish(&mut self) -> Result<()> {
         let started = Instant::now();
@@ -239,11 +257,8 @@ impl Reconciler {
         let knowledge = self.what_is_known();
         let whole = self.knowledge != Some(knowledge);
         let (table, gone) = self.wanted(&recompiled, whole);
-        let (ops, refused) = if whole {
-            self.layout.update(started, &table, knowledge)
-        } else {
-            self.layout.change(started, &table, &gone, knowledge)
-        };
+        let (ops, refused) =
+            if whole { self.layout.update(&table, knowledge) } else { self.layout.change(&table, &gone, knowledge) };
         self.knowledge = Some(knowledge);
         if whole {
             self.refused.clear();
@@ -258,9 +273,13 @@ impl Reconciler {
         if let Err(error) = self.datapath.maps.apply(&ops) {
             let message = format!("{error:#}; tried again soon");
             self.trouble.push(Finding::new(Code::KernelWrite, "Kernel", message));
-            // What was written before the failure is not known, so it is read.
+            // What was written before the failure is not known, so it is read, once nobody reads what is to be free.
+            barrier();
             self.layout = self.layout.read_again(self.datapath.maps.held(self.layout.sizes())?);
             self.knowledge = None;
+        }
+        if let Some(round) = self.layout.end_round() {
+            self.datapath.grace.begin(round);
         }
         self.plan_retry(started);
         self.log_findings(changes.findings || whole || !self.trouble.is_empty());
@@ -269,13 +288,13 @@ impl Reconciler {
             self.services.clear();
         }
         self.index_pools(&recompiled, whole);
-        if !self.attached {
+        if !self.attached && self.may_attach() {
             self.datapath.attach()?;
             self.attached = true;
             let cgroup = self.datapath.cgroup().display();
             tracing::info!(%cgroup, frontends = table.frontends.len(), "attached: connections are served");
         }
-        let frontends = ops.iter().filter(|op| matches!(op, Op::SetFrontend(..) | Op::RemoveFrontend(_))).count();
+        let frontends = ops.iter().filter(|op| matches!(op, Op::Publish(..) | Op::RemoveFrontend(_))).count();
         let took = started.elapsed();
         self.accounts.published(took);
         if frontends > 0 {
@@ -382,7 +401,7 @@ impl Reconciler {
             let pools: BTreeSet<PoolKey> = assignment.routes.iter().map(|route| route.pool.key.clone()).collect();
             let pools: Vec<PoolKey> = pools.into_iter().collect();
             for frontend in &assignment.frontends {
-                if let Some(id) = self.layout.frontend_id(&table::key(*frontend, assignment.protocol.number())) {
+                if let Some(id) = self.layout.frontend_id(&table::key(*frontend, assignment.protocol)) {
                     self.pools.insert(id, pools.clone());
                     self.services.insert(id, (assignment.service.name.clone(), assignment.port));
                 }

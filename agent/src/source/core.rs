@@ -71,9 +71,6 @@ pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<
         let config = spec.session_affinity_config.and_then(|config| config.client_ip?.timeout_seconds);
         Duration::from_secs(config.and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or(AFFINITY))
     });
-    if affinity.is_some() {
-        context.finding(Code::NotHonoured, "spec.sessionAffinity", "is read, and not honoured yet");
-    }
     let annotated = service.metadata.annotations.unwrap_or_default().remove(DISTRIBUTION);
     let annotation = format!("metadata.annotations[\"{DISTRIBUTION}\"]");
     let fields = [("spec.trafficDistribution", spec.traffic_distribution), (annotation.as_str(), annotated)];

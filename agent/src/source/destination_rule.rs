@@ -297,24 +297,20 @@ fn algorithm(
     simple: Option<&str>,
     hash: Option<HashSpec>,
 ) -> Result<Option<Algorithm>, Invalid> {
-    let (field, asked) = match (hash, simple) {
-        (Some(HashSpec { use_source_ip: true }), _) => ("consistentHash", Algorithm::ConsistentHash),
+    Ok(match (hash, simple) {
+        (Some(HashSpec { use_source_ip: true }), _) => Some(Algorithm::ConsistentHash),
         (Some(_), _) => {
             let message = "useSourceIp is the only key that a connection has; ROUND_ROBIN is used";
             context.finding(Code::NotHonoured, format!("{at}.consistentHash"), message);
-            return Ok(None);
+            None
         }
-        (None, None | Some("UNSPECIFIED")) => return Ok(None),
-        (None, Some("ROUND_ROBIN")) => return Ok(Some(Algorithm::RoundRobin)),
-        (None, Some("PASSTHROUGH")) => return Ok(Some(Algorithm::Passthrough)),
-        (None, Some("LEAST_REQUEST" | "LEAST_CONN")) => ("simple", Algorithm::LeastRequest),
-        (None, Some("RANDOM")) => ("simple", Algorithm::Random),
+        (None, None | Some("UNSPECIFIED")) => None,
+        (None, Some("ROUND_ROBIN")) => Some(Algorithm::RoundRobin),
+        (None, Some("PASSTHROUGH")) => Some(Algorithm::Passthrough),
+        (None, Some("LEAST_REQUEST" | "LEAST_CONN")) => Some(Algorithm::LeastRequest),
+        (None, Some("RANDOM")) => Some(Algorithm::Random),
         (None, Some(other)) => return Err(invalid(format!("{at}.simple"), format!("{other:?} is no algorithm"))),
-    };
-    let message =
-        format!("{asked} is not built yet; ROUND_ROBIN is used, with the same shares for each locality and endpoint");
-    context.finding(Code::AlgorithmNotYet, format!("{at}.{field}"), message);
-    Ok(Some(asked))
+    })
 }
 
 fn outlier_detection(
@@ -377,21 +373,11 @@ fn connection_pool(context: &mut Context<'_>, at: &str, spec: PoolSpec) -> Resul
             interval: maybe_duration(format!("{at}.tcpKeepalive.interval"), keepalive.interval)?,
         })
     });
-    let pool = ConnectionPool {
+    Ok(ConnectionPool {
         connect_timeout: maybe_duration(format!("{at}.connectTimeout"), tcp.connect_timeout)?,
         max_connections: tcp.max_connections.filter(|max| *max > 0),
         idle_timeout: maybe_duration(format!("{at}.idleTimeout"), tcp.idle_timeout)?,
         max_duration: maybe_duration(format!("{at}.maxConnectionDuration"), tcp.max_connection_duration)?,
         keepalive: keepalive.transpose()?,
-    };
-    let not_enforced = [
-        ("maxConnections", pool.max_connections.is_some()),
-        ("idleTimeout", pool.idle_timeout.is_some()),
-        ("maxConnectionDuration", pool.max_duration.is_some()),
-        ("tcpKeepalive", pool.keepalive.is_some()),
-    ];
-    for (field, _) in not_enforced.iter().filter(|(_, set)| *set) {
-        context.finding(Code::NotHonoured, format!("{at}.{field}"), "is checked, and not enforced yet");
-    }
-    Ok(pool)
+    })
 }

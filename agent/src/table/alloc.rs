@@ -1,9 +1,9 @@
-//! Who may write where: ranges and ids that the kernel may still be reading are kept back for a while.
+//! Who may write where: ranges and ids that the kernel may still be reading are kept back until nobody can.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    time::{Duration, Instant},
-};
+use std::collections::{BTreeMap, VecDeque};
+
+/// Number of a publication. What is freed in one may be given out again once every program that ran then has ended.
+pub type Round = u64;
 
 /// No room for this many entries in one piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,16 +14,12 @@ pub struct Full {
     pub size: u32,
 }
 
-/// How long something freed is not given out again. A program that looked a frontend up just before it changed has finished
-/// with the old slots microseconds later; this is longer by far.
-const GRACE: Duration = Duration::from_secs(1);
-
 /// Ranges of an array map.
 #[derive(Clone, Debug)]
 pub(super) struct Ranges {
     size: u32,
     free: BTreeMap<u32, u32>,
-    resting: VecDeque<(Instant, u32, u32)>,
+    resting: VecDeque<(Round, u32, u32)>,
 }
 
 impl Ranges {
@@ -32,8 +28,7 @@ impl Ranges {
     }
 
     /// A range of `len` entries.
-    pub(super) fn take(&mut self, now: Instant, len: u32) -> Result<u32, Full> {
-        self.wake(now);
+    pub(super) fn take(&mut self, len: u32) -> Result<u32, Full> {
         let hole = self.free.iter().find(|(_, free)| **free >= len).map(|(start, free)| (*start, *free));
         let (start, free) = hole.ok_or(Full { wanted: len, size: self.size })?;
         self.free.remove(&start);
@@ -64,10 +59,20 @@ impl Ranges {
     }
 
     /// Gives a range back that the kernel may still be reading.
-    pub(super) fn release(&mut self, now: Instant, start: u32, len: u32) {
+    pub(super) fn release(&mut self, round: Round, start: u32, len: u32) {
         if len > 0 {
-            self.resting.push_back((now, start, len));
+            self.resting.push_back((round, start, len));
         }
+    }
+
+    /// Whether something is kept back that was freed in this round.
+    pub(super) fn rests(&self, round: Round) -> bool {
+        self.resting.back().is_some_and(|(since, ..)| *since == round)
+    }
+
+    /// Entries that there are.
+    pub(super) fn size(&self) -> u32 {
+        self.size
     }
 
     /// Entries in use, those at rest included.
@@ -75,12 +80,9 @@ impl Ranges {
         self.size - self.free.values().sum::<u32>()
     }
 
-    fn wake(&mut self, now: Instant) {
-        while let Some(&(since, start, len)) = self.resting.front() {
-            if now.saturating_duration_since(since) < GRACE {
-                return;
-            }
-            self.resting.pop_front();
+    /// What was freed up to this round may be given out again.
+    pub(super) fn settle(&mut self, round: Round) {
+        while let Some((_, start, len)) = self.resting.pop_front_if(|(since, ..)| *since <= round) {
             self.put(start, len);
         }
     }
@@ -105,37 +107,34 @@ mod tests {
 
     #[test]
     fn a_freed_range_rests_before_it_is_given_out_again() {
-        let now = Instant::now();
         let mut ranges = Ranges::new(10);
-        assert_eq!((ranges.take(now, 6), ranges.take(now, 4)), (Ok(0), Ok(6)));
-        ranges.release(now, 0, 6);
-        assert!(ranges.take(now, 1).is_err());
-        assert_eq!(ranges.take(now + GRACE, 6), Ok(0));
+        assert_eq!((ranges.take(6), ranges.take(4)), (Ok(0), Ok(6)));
+        ranges.release(7, 0, 6);
+        ranges.settle(6);
+        assert!(ranges.take(1).is_err());
+        ranges.settle(7);
+        assert_eq!(ranges.take(6), Ok(0));
     }
 
     #[test]
     fn neighbours_grow_together() {
-        let now = Instant::now();
         let mut ranges = Ranges::new(9);
         for _ in 0..3 {
-            ranges.take(now, 3).unwrap();
+            ranges.take(3).unwrap();
         }
         for start in [0, 6, 3] {
-            ranges.release(now, start, 3);
+            ranges.release(1, start, 3);
         }
-        assert_eq!(ranges.take(now + GRACE, 9), Ok(0));
+        ranges.settle(1);
+        assert_eq!(ranges.take(9), Ok(0));
     }
 
     #[test]
     fn a_claimed_range_is_not_given_out() {
-        let now = Instant::now();
         let mut ranges = Ranges::new(10);
         ranges.claim(2, 3);
         ranges.claim(9, 1);
-        assert_eq!(
-            (ranges.take(now, 4), ranges.take(now, 2), ranges.take(now, 1)),
-            (Ok(5), Ok(0), Err(Full { wanted: 1, size: 10 }))
-        );
+        assert_eq!((ranges.take(4), ranges.take(2), ranges.take(1)), (Ok(5), Ok(0), Err(Full { wanted: 1, size: 10 })));
         assert_eq!(ranges.used(), 10);
     }
 }

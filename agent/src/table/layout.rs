@@ -2,16 +2,22 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    hash::Hasher as _,
     net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use portolan_common::{Backend, Endpoint, Frontend, FrontendKey, Slot};
+use portolan_common::{Backend, Endpoint, FrontendKey, Limits, Slot, Version, VersionFlags};
+use siphasher::sip::SipHasher13;
 
 use super::{
-    Entry, Table,
-    alloc::{Full, Ranges},
+    Entry, PoolEntry, Table,
+    alloc::{Full, Ranges, Round},
+    shared::{Id, Shared},
+};
+use crate::{
+    model::{ConnectionPool, Protocol},
+    policy::PoolKey,
 };
 
 /// One write to the kernel's maps.
@@ -19,14 +25,22 @@ use super::{
 pub enum Op {
     /// A backend id gets an endpoint, and counters at zero.
     SetBackend(u32, Backend),
+    /// A place for a pool's limits gets a pool, and counters at zero.
+    ResetPool(u32, Limits),
+    /// A pool has other limits.
+    SetPool(u32, Limits),
     /// Backend ids of runs, from this entry on.
     SetRuns(u32, Vec<u32>),
     /// Slots of a schedule, from this entry on.
     SetSlots(u32, Vec<Slot>),
+    /// A version of a frontend, which nobody reads yet.
+    SetVersion(u32, Version),
     /// A frontend id's cursor and counters start at zero.
     ResetFrontend(u32),
-    /// Publishes a frontend: from here on connections use it.
-    SetFrontend(FrontendKey, Frontend),
+    /// Publishes: from here on connections to this frontend id use this version.
+    Publish(u32, u32),
+    /// An address is a frontend's from here on.
+    AddFrontend(FrontendKey, u32),
     /// Takes a frontend away: its address is nobody's any more.
     RemoveFrontend(FrontendKey),
 }
@@ -34,18 +48,32 @@ pub enum Op {
 /// How many entries the maps have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Frontends.
+    /// Frontends; twice as many versions, and as many pools with limits.
     pub frontends: u32,
     /// Backends.
     pub backends: u32,
     /// Slots; runs have as many entries.
     pub slots: u32,
+    /// Clients that come back to their endpoint.
+    pub affinities: u32,
 }
 
 impl Default for Sizes {
     /// For 10,000 services and 100,000 endpoints, with room for a change: what is new is written before what is old goes.
     fn default() -> Self {
-        Self { frontends: 1 << 14, backends: 1 << 17, slots: 1 << 20 }
+        Self { frontends: 1 << 14, backends: 1 << 17, slots: 1 << 20, affinities: 1 << 16 }
+    }
+}
+
+impl Sizes {
+    /// Versions of frontends: each may change while it is used.
+    pub fn versions(&self) -> u32 {
+        self.frontends.saturating_mul(2)
+    }
+
+    /// Places for the limits of pools; the first is nobody's.
+    pub fn pools(&self) -> u32 {
+        self.frontends.saturating_add(1)
     }
 }
 
@@ -75,7 +103,10 @@ pub struct Refused {
 /// A frontend as the kernel holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Placed {
-    frontend: Frontend,
+    id: u32,
+    /// Where its version lies.
+    index: u32,
+    version: Version,
     /// `None` where a former agent wrote it and its schedule was not read back.
     entry: Option<Entry>,
     /// Whether a former agent wrote it, and this one has not since.
@@ -83,15 +114,32 @@ struct Placed {
     runs: (u32, u32),
 }
 
+/// A frontend that a former agent left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldFrontend {
+    /// Its id.
+    pub id: u32,
+    /// Where its version lies.
+    pub index: u32,
+    /// That version.
+    pub version: Version,
+    /// The range of `RUNS` that it uses.
+    pub runs: (u32, u32),
+}
+
 /// What a former agent left in the maps.
 #[derive(Clone, Debug, Default)]
 pub struct Held {
-    /// Its frontends, each with the range of runs that it uses.
-    pub frontends: Vec<(FrontendKey, Frontend, (u32, u32))>,
+    /// Its frontends.
+    pub frontends: Vec<HeldFrontend>,
     /// Backends that these frontends use.
     pub backends: Vec<(u32, Backend)>,
     /// The last epoch of every backend id that was ever given out.
     pub epochs: Vec<(u32, u32)>,
+    /// Pools with limits that these frontends use.
+    pub pools: Vec<(u32, Limits)>,
+    /// The last epoch of every pool's place that was ever given out.
+    pub pool_epochs: Vec<(u32, u32)>,
 }
 
 /// What the kernel holds, and where.
@@ -100,35 +148,37 @@ pub struct Layout {
     sizes: Sizes,
     frontends: BTreeMap<FrontendKey, Placed>,
     frontend_ids: Ranges,
+    versions: Ranges,
     slots: Ranges,
     runs: Ranges,
-    backend_ids: Ranges,
-    backends: HashMap<SocketAddr, BackendUse>,
-    /// Endpoints of a former agent that no frontend uses yet.
-    inherited: BTreeSet<SocketAddr>,
-    /// The last epoch of each backend id that was ever in use.
-    epochs: HashMap<u32, u32>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct BackendUse {
-    id: u32,
-    frontends: u32,
+    backends: Shared<SocketAddr>,
+    /// By a hash of their names.
+    pools: Shared<u64>,
+    /// What the kernel has of each.
+    limits: HashMap<u32, Limits>,
+    /// Generation of the last version that was published.
+    generation: u32,
+    /// What is freed now may be given out again once this round has settled.
+    round: Round,
 }
 
 impl Layout {
     /// Empty maps.
     pub fn new(sizes: Sizes) -> Self {
+        let mut pools = Ranges::new(sizes.pools());
+        pools.claim(0, 1);
         Self {
             sizes,
             frontends: BTreeMap::new(),
             frontend_ids: Ranges::new(sizes.frontends),
+            versions: Ranges::new(sizes.versions()),
             slots: Ranges::new(sizes.slots),
             runs: Ranges::new(sizes.slots),
-            backend_ids: Ranges::new(sizes.backends),
-            backends: HashMap::new(),
-            inherited: BTreeSet::new(),
-            epochs: HashMap::new(),
+            backends: Shared::new(Ranges::new(sizes.backends)),
+            pools: Shared::new(pools),
+            limits: HashMap::new(),
+            generation: 0,
+            round: 1,
         }
     }
 
@@ -136,30 +186,63 @@ impl Layout {
     /// their ids, so that open connections go on being counted.
     pub fn from_held(sizes: Sizes, held: Held) -> Self {
         let mut layout = Self::new(sizes);
-        layout.epochs.extend(held.epochs);
+        layout.backends.remember(held.epochs);
+        layout.pools.remember(held.pool_epochs);
         for (id, backend) in held.backends {
-            layout.backend_ids.claim(id, 1);
-            let address = backend.endpoint.socket_addr();
-            layout.backends.insert(address, BackendUse { id, frontends: 0 });
-            layout.inherited.insert(address);
+            layout.backends.inherit(backend.endpoint.socket_addr(), id);
         }
-        for (key, frontend, runs) in held.frontends {
-            layout.frontend_ids.claim(frontend.id, 1);
-            layout.slots.claim(frontend.base, frontend.period);
+        for (id, limits) in held.pools {
+            layout.pools.inherit(limits.name, id);
+            layout.limits.insert(id, limits);
+        }
+        for HeldFrontend { id, index, version, runs } in held.frontends {
+            layout.frontend_ids.claim(id, 1);
+            layout.versions.claim(index, 1);
+            layout.slots.claim(version.base, version.period);
             layout.runs.claim(runs.0, runs.1);
-            layout.frontends.insert(key, Placed { frontend, entry: None, inherited: true, runs });
+            layout.generation = layout.generation.max(version.generation);
+            let placed = Placed { id, index, version, entry: None, inherited: true, runs };
+            layout.frontends.insert(version.key, placed);
         }
         layout
     }
 
-    /// The same maps, read once more, for what was written last is not known. What this agent has published is its own still.
+    /// The same maps, read once more, for what was written last is not known. What this agent has published is its own still. No program
+    /// may be running any more that ran before the maps were read: what rested is free.
     #[must_use]
     pub fn read_again(&self, held: Held) -> Self {
         let mut layout = Self::from_held(self.sizes, held);
+        layout.round = self.round;
         for (key, placed) in &mut layout.frontends {
             placed.inherited = self.frontends.get(key).is_none_or(|before| before.inherited);
         }
         layout
+    }
+
+    /// Ends a publication whose writes are done. What it has freed is kept back until [`Self::settle`] is called with the number that is
+    /// returned; `None` where it has freed nothing.
+    pub fn end_round(&mut self) -> Option<Round> {
+        let round = self.round;
+        let ranges =
+            [&self.frontend_ids, &self.versions, &self.slots, &self.runs, self.backends.ranges(), self.pools.ranges()];
+        if !ranges.into_iter().any(|ranges| ranges.rests(round)) {
+            return None;
+        }
+        self.round += 1;
+        Some(round)
+    }
+
+    /// No program runs any more that ran when this round ended: what was freed up to it may be given out again.
+    pub fn settle(&mut self, round: Round) {
+        let ranges = [
+            &mut self.frontend_ids,
+            &mut self.versions,
+            &mut self.slots,
+            &mut self.runs,
+            self.backends.ranges_mut(),
+            self.pools.ranges_mut(),
+        ];
+        ranges.into_iter().for_each(|ranges| ranges.settle(round));
     }
 
     /// How many frontends are still as a former agent has published them.
@@ -169,26 +252,30 @@ impl Layout {
 
     /// The id of a frontend.
     pub fn frontend_id(&self, key: &FrontendKey) -> Option<u32> {
-        self.frontends.get(key).map(|placed| placed.frontend.id)
+        self.frontends.get(key).map(|placed| placed.id)
     }
 
     /// The backend id of an endpoint.
     pub fn backend_id(&self, address: &SocketAddr) -> Option<u32> {
-        self.backends.get(address).map(|backend| backend.id)
+        self.backends.id(address)
     }
 
     /// The endpoints that have a backend id.
     pub fn backends(&self) -> impl Iterator<Item = (SocketAddr, u32)> {
-        self.backends.iter().map(|(address, backend)| (*address, backend.id))
+        self.backends.iter()
     }
 
-    /// Entries in use, by map.
-    pub fn used(&self) -> Sizes {
-        Sizes {
-            frontends: self.frontend_ids.used(),
-            backends: self.backend_ids.used(),
-            slots: self.slots.used().max(self.runs.used()),
-        }
+    /// Each map that ranges are given out of, with the entries in use and those that there are.
+    pub fn occupancy(&self) -> [(&'static str, u32, u32); 6] {
+        let of = |name, ranges: &Ranges| (name, ranges.used(), ranges.size());
+        [
+            of("frontends", &self.frontend_ids),
+            of("versions", &self.versions),
+            of("backends", self.backends.ranges()),
+            of("slots", &self.slots),
+            of("runs", &self.runs),
+            of("pools", self.pools.ranges()),
+        ]
     }
 
     /// Entries that there are, by map.
@@ -198,26 +285,19 @@ impl Layout {
 
     /// The writes that lead to `table`, which is all there shall be. Frontends that stay as they are cost none. Those that the table does
     /// not have are removed; how far that goes for what a former agent has published, `knowledge` says.
-    pub fn update(&mut self, now: Instant, table: &Table, knowledge: Knowledge) -> (Vec<Op>, Vec<Refused>) {
+    pub fn update(&mut self, table: &Table, knowledge: Knowledge) -> (Vec<Op>, Vec<Refused>) {
         let complete = knowledge == Knowledge::Complete;
         let gone: Vec<_> = self.frontends.keys().filter(|key| !table.frontends.contains_key(key)).copied().collect();
-        let written = self.change(now, table, &gone, knowledge);
+        let written = self.change(table, &gone, knowledge);
         if complete && self.inherited() == 0 {
-            for address in std::mem::take(&mut self.inherited) {
-                self.drop_if_unused(now, &address);
-            }
+            self.backends.disinherit(self.round);
+            self.pools.disinherit(self.round);
         }
         written
     }
 
     /// The writes that bring these frontends to what `table` says, and take the `gone` ones away. All others stay.
-    pub fn change(
-        &mut self,
-        now: Instant,
-        table: &Table,
-        gone: &[FrontendKey],
-        knowledge: Knowledge,
-    ) -> (Vec<Op>, Vec<Refused>) {
+    pub fn change(&mut self, table: &Table, gone: &[FrontendKey], knowledge: Knowledge) -> (Vec<Op>, Vec<Refused>) {
         let (mut ops, mut refused) = (Vec::new(), Vec::new());
         let mut freed = Vec::new();
         let complete = knowledge == Knowledge::Complete;
@@ -227,21 +307,20 @@ impl Layout {
             }
             let kept = |placed: &Placed| match knowledge {
                 Knowledge::Complete => false,
-                Knowledge::Partial => placed.inherited && placed.frontend.period > 0 && entry.schedule.is_empty(),
+                Knowledge::Partial => placed.inherited && placed.version.period > 0 && entry.schedule.is_empty(),
                 Knowledge::WithoutSettings => placed.inherited,
             };
             if self.frontends.get(key).is_some_and(kept) {
                 continue;
             }
-            let mut placed = self.place(now, key, entry, &mut ops);
+            let mut placed = self.place(key, entry, &mut ops);
             if let Err((map, full)) = placed {
                 refused.push(Refused { key: *key, map, full });
                 if self.frontends.contains_key(key) {
                     continue;
                 }
                 // A new one that does not fit refuses: its connections must not go past Portolan to somewhere else.
-                let nobody = Entry { schedule: Arc::default(), endpoints: Arc::default(), connect_timeout: None };
-                placed = self.place(now, key, &nobody, &mut ops);
+                placed = self.place(key, &entry.nobody(), &mut ops);
             }
             if let Ok(placed) = placed {
                 freed.extend(self.frontends.insert(*key, placed).map(|old| (old, false)));
@@ -259,132 +338,241 @@ impl Layout {
         }
         // Only now: until the writes above are done, the kernel reads the old places.
         for (old, whole) in freed {
-            self.free(now, &old, whole);
+            self.free(&old, whole);
         }
         (ops, refused)
     }
 
-    /// Finds room for a frontend and adds its writes, from the bottom up: backends, runs, slots, and last the one value that
-    /// publishes them.
-    fn place(
-        &mut self,
-        now: Instant,
-        key: &FrontendKey,
-        entry: &Entry,
-        ops: &mut Vec<Op>,
-    ) -> Result<Placed, (&'static str, Full)> {
+    /// Finds room for a frontend and adds its writes, from the bottom up: backends, limits, runs, slots, the version, and last the one
+    /// word that publishes them.
+    fn place(&mut self, key: &FrontendKey, entry: &Entry, ops: &mut Vec<Op>) -> Result<Placed, (&'static str, Full)> {
         let schedule = &entry.schedule;
-        let run_entries = schedule.runs.iter().map(|run| run.members.len() as u32).sum();
-        let period = schedule.turns.len() as u32;
-        let before = self.frontends.get(key).map(|placed| placed.frontend);
-        let id = match before {
-            Some(frontend) => frontend.id,
-            None => self.frontend_ids.take(now, 1).map_err(|full| ("FRONTENDS", full))?,
+        let turns_of: u32 = schedule.runs.iter().map(|run| run.members.len() as u32).sum();
+        // Who may be come back to, beside the runs.
+        let comes_back = entry.affinity.is_some() || key.protocol() == Protocol::Udp.number();
+        let live: BTreeSet<SocketAddr> = if comes_back && !schedule.is_empty() {
+            let visited = schedule.runs.iter().filter(|run| run.visits > 0);
+            visited.flat_map(|run| run.members.iter().copied()).collect()
+        } else {
+            BTreeSet::new()
         };
-        // What a failure further on has to give back.
-        let room = (|| {
-            let slots = if period == 0 { 0 } else { self.slots.take(now, period).map_err(|full| ("SLOTS", full))? };
-            let runs = match run_entries {
-                0 => Ok(0),
-                _ => self.runs.take(now, run_entries).map_err(|full| ("RUNS", full)),
-            };
-            runs.map(|runs| (slots, runs)).inspect_err(|_| self.slots.untake(slots, period))
-        })();
-        let placed = room.and_then(|(base, runs)| {
-            self.take_backends(now, entry, ops).map(|()| (base, runs)).inspect_err(|_| {
-                self.slots.untake(base, period);
-                self.runs.untake(runs, run_entries);
-            })
-        });
-        let (base, runs) = placed.inspect_err(|_| {
-            if before.is_none() {
-                self.frontend_ids.untake(id, 1);
+        let period = schedule.turns.len() as u32;
+        let run_entries = turns_of + live.len() as u32;
+        let before = self.frontends.get(key).map(|placed| placed.id);
+        let room = self.take_room(before, period, run_entries)?;
+        let taken = self
+            .take_backends(entry, ops)
+            .and_then(|()| self.take_pools(entry, ops).inspect_err(|_| self.untake_backends(entry)));
+        let pools = match taken {
+            Ok(pools) => pools,
+            Err(full) => {
+                self.untake_room(before, period, run_entries, &room);
+                return Err(full);
             }
-        })?;
+        };
 
-        let mut first = runs;
+        let mut first = room.runs;
         let mut slots_of = Vec::with_capacity(schedule.runs.len());
         let mut ids = Vec::with_capacity(run_entries as usize);
         for run in &schedule.runs {
             let len = run.members.len() as u32;
-            slots_of.push(Slot { first, len, visits: run.visits, visit: 0 });
+            let route = run.route as usize;
+            slots_of.push(Slot {
+                first,
+                len,
+                visits: run.visits,
+                visit: 0,
+                pool: pools.get(route).copied().unwrap_or(0),
+                choice: run.choice as u16,
+                strict: u16::from(entry.pools.get(route).is_some_and(|pool| pool.strict)),
+            });
             ids.extend(run.members.iter().filter_map(|member| self.backend_id(member)));
             first += len;
         }
+        let mut members: Vec<u32> = live.iter().filter_map(|member| self.backend_id(member)).collect();
+        members.sort_unstable();
+        ids.extend(&members);
         let slots: Vec<Slot> =
             schedule.turns.iter().map(|turn| Slot { visit: turn.visit, ..slots_of[turn.run as usize] }).collect();
-        let frontend = Frontend {
-            id,
-            base,
+        self.generation = self.generation.wrapping_add(1);
+        let flag = |is: bool, flag: u32| if is { flag } else { 0 };
+        let version = Version {
+            key: *key,
+            generation: self.generation,
+            base: room.slots,
             period,
-            generation: before.map_or(1, |frontend| frontend.generation.wrapping_add(1)),
-            connect_timeout_ms: entry.connect_timeout.map_or(0, milliseconds),
+            members: first,
+            member_count: members.len() as u32,
+            affinity_seconds: entry.affinity.map_or(0, seconds),
+            flags: flag(entry.is_strict(), VersionFlags::STRICT) | flag(entry.random, VersionFlags::RANDOM),
             reserved: 0,
         };
         if before.is_none() {
-            ops.push(Op::ResetFrontend(id));
+            ops.push(Op::ResetFrontend(room.id));
+        }
+        if run_entries > 0 {
+            ops.push(Op::SetRuns(room.runs, ids));
         }
         if period > 0 {
-            if run_entries > 0 {
-                ops.push(Op::SetRuns(runs, ids));
-            }
-            ops.push(Op::SetSlots(base, slots));
+            ops.push(Op::SetSlots(room.slots, slots));
         }
-        ops.push(Op::SetFrontend(*key, frontend));
-        Ok(Placed { frontend, entry: Some(entry.clone()), inherited: false, runs: (runs, run_entries) })
+        ops.extend([Op::SetVersion(room.index, version), Op::Publish(room.id, room.index)]);
+        if before.is_none() {
+            ops.push(Op::AddFrontend(*key, room.id));
+        }
+        let runs = (room.runs, run_entries);
+        Ok(Placed { id: room.id, index: room.index, version, entry: Some(entry.clone()), inherited: false, runs })
     }
 
-    /// Ids for all endpoints of an entry, each used once more by it.
-    fn take_backends(&mut self, now: Instant, entry: &Entry, ops: &mut Vec<Op>) -> Result<(), (&'static str, Full)> {
-        let members = &entry.endpoints;
-        let missing = members.iter().filter(|member| !self.backends.contains_key(member)).count() as u32;
-        let mut fresh = Vec::new();
-        for _ in 0..missing {
-            match self.backend_ids.take(now, 1) {
-                Ok(id) => fresh.push(id),
+    /// Places for all that belongs to one frontend alone, or none at all.
+    fn take_room(&mut self, id: Option<u32>, period: u32, run_entries: u32) -> Result<Room, (&'static str, Full)> {
+        let take = |ranges: &mut Ranges, len, map| match len {
+            0 => Ok(0),
+            len => ranges.take(len).map_err(|full| (map, full)),
+        };
+        let mut room = Room {
+            id: id.map_or_else(|| take(&mut self.frontend_ids, 1, "FRONTENDS"), Ok)?,
+            index: 0,
+            slots: 0,
+            runs: 0,
+        };
+        let taken = take(&mut self.versions, 1, "VERSIONS").and_then(|index| {
+            room.index = index;
+            let slots = take(&mut self.slots, period, "SLOTS").inspect_err(|_| self.versions.untake(index, 1))?;
+            room.slots = slots;
+            room.runs = take(&mut self.runs, run_entries, "RUNS").inspect_err(|_| {
+                self.versions.untake(index, 1);
+                self.slots.untake(slots, period);
+            })?;
+            Ok(())
+        });
+        if taken.is_err() && id.is_none() {
+            self.frontend_ids.untake(room.id, 1);
+        }
+        taken.map(|()| room)
+    }
+
+    fn untake_room(&mut self, id: Option<u32>, period: u32, run_entries: u32, room: &Room) {
+        if id.is_none() {
+            self.frontend_ids.untake(room.id, 1);
+        }
+        self.versions.untake(room.index, 1);
+        self.slots.untake(room.slots, period);
+        self.runs.untake(room.runs, run_entries);
+    }
+
+    /// Ids for all endpoints of an entry, each used once more by it; or for none.
+    fn take_backends(&mut self, entry: &Entry, ops: &mut Vec<Op>) -> Result<(), (&'static str, Full)> {
+        for (i, member) in entry.endpoints.iter().enumerate() {
+            match self.backends.take(*member) {
+                Ok(Id { id, epoch, is_new: true }) => {
+                    ops.push(Op::SetBackend(id, Backend { endpoint: Endpoint::from(*member), epoch }));
+                }
+                Ok(_) => {}
                 Err(full) => {
-                    fresh.into_iter().for_each(|id| self.backend_ids.untake(id, 1));
+                    entry.endpoints[..i].iter().for_each(|member| self.backends.untake(*member));
                     return Err(("BACKENDS", full));
                 }
             }
         }
-        for member in members.iter() {
-            let epochs = &mut self.epochs;
-            let backend = self.backends.entry(*member).or_insert_with(|| {
-                let id = fresh.pop().unwrap_or_default();
-                let epoch = epochs.entry(id).and_modify(|epoch| *epoch = epoch.wrapping_add(1)).or_insert(1);
-                ops.push(Op::SetBackend(id, Backend { endpoint: Endpoint::from(*member), epoch: *epoch }));
-                BackendUse { id, frontends: 0 }
-            });
-            backend.frontends += 1;
-        }
         Ok(())
     }
 
-    fn free(&mut self, now: Instant, old: &Placed, whole: bool) {
-        self.slots.release(now, old.frontend.base, old.frontend.period);
-        self.runs.release(now, old.runs.0, old.runs.1);
-        if whole {
-            self.frontend_ids.release(now, old.frontend.id, 1);
-        }
-        for address in old.entry.iter().flat_map(|entry| entry.endpoints.iter()) {
-            if let Some(backend) = self.backends.get_mut(address) {
-                backend.frontends -= 1;
+    fn untake_backends(&mut self, entry: &Entry) {
+        entry.endpoints.iter().for_each(|member| self.backends.untake(*member));
+    }
+
+    fn give_backends(&mut self, entry: &Entry) {
+        entry.endpoints.iter().for_each(|member| self.backends.give(self.round, *member));
+    }
+
+    /// The place of each pool of an entry, each used once more by it; 0 for a pool without limits.
+    fn take_pools(&mut self, entry: &Entry, ops: &mut Vec<Op>) -> Result<Vec<u32>, (&'static str, Full)> {
+        let mut ids = Vec::with_capacity(entry.pools.len());
+        for (i, pool) in entry.pools.iter().enumerate() {
+            if !pool.has_limits() {
+                ids.push(0);
+                continue;
             }
-            self.drop_if_unused(now, address);
+            match self.pools.take(name(&pool.key)) {
+                Ok(place) => {
+                    let wanted = limits(pool, place.epoch);
+                    let known = self.limits.insert(place.id, wanted);
+                    if place.is_new {
+                        ops.push(Op::ResetPool(place.id, wanted));
+                    } else if known != Some(wanted) {
+                        // Each limit is a word of its own, and holds as soon as it is written.
+                        ops.push(Op::SetPool(place.id, wanted));
+                    }
+                    ids.push(place.id);
+                }
+                Err(full) => {
+                    let before = entry.pools[..i].iter().filter(|pool| pool.has_limits());
+                    before.for_each(|pool| self.pools.untake(name(&pool.key)));
+                    return Err(("POOLS", full));
+                }
+            }
+        }
+        Ok(ids)
+    }
+
+    fn give_pools(&mut self, pools: &[PoolEntry]) {
+        for pool in pools.iter().filter(|pool| pool.has_limits()) {
+            self.pools.give(self.round, name(&pool.key));
         }
     }
 
-    fn drop_if_unused(&mut self, now: Instant, address: &SocketAddr) {
-        // An inherited frontend may use it, and how is not known.
-        if self.inherited.contains(address) {
-            return;
+    fn free(&mut self, old: &Placed, whole: bool) {
+        let round = self.round;
+        self.slots.release(round, old.version.base, old.version.period);
+        self.runs.release(round, old.runs.0, old.runs.1);
+        self.versions.release(round, old.index, 1);
+        if whole {
+            self.frontend_ids.release(round, old.id, 1);
         }
-        if let Some(backend) = self.backends.get(address).copied().filter(|backend| backend.frontends == 0) {
-            self.backends.remove(address);
-            self.backend_ids.release(now, backend.id, 1);
+        if let Some(entry) = &old.entry {
+            self.give_backends(entry);
+            self.give_pools(&entry.pools);
         }
     }
+}
+
+/// Where one frontend's own parts lie.
+struct Room {
+    id: u32,
+    index: u32,
+    slots: u32,
+    runs: u32,
+}
+
+/// A pool's limits as the kernel has them.
+fn limits(pool: &PoolEntry, epoch: u32) -> Limits {
+    let ConnectionPool { connect_timeout, max_connections, keepalive, .. } = &pool.limits;
+    let of = keepalive.clone().unwrap_or_default();
+    Limits {
+        epoch,
+        max_connections: max_connections.unwrap_or(0),
+        connect_timeout_ms: connect_timeout.map_or(0, milliseconds),
+        keepalive: u32::from(keepalive.is_some()),
+        keepalive_time: of.time.map_or(0, seconds),
+        keepalive_interval: of.interval.map_or(0, seconds),
+        keepalive_probes: of.probes.unwrap_or(0),
+        reserved: 0,
+        name: name(&pool.key),
+    }
+}
+
+/// A pool's name as a number, the same in every version of Portolan.
+fn name(key: &PoolKey) -> u64 {
+    let mut hasher = SipHasher13::new();
+    let kind = if key.service.is_entry { "ServiceEntry" } else { "Service" };
+    hasher.write(format!("{kind} {key}").as_bytes());
+    hasher.finish()
+}
+
+/// Whole seconds, at least one.
+fn seconds(time: Duration) -> u32 {
+    u32::try_from(time.as_millis().div_ceil(1000)).unwrap_or(u32::MAX).max(1)
 }
 
 /// As much of it as a socket option takes.

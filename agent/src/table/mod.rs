@@ -5,6 +5,7 @@
 
 mod alloc;
 mod layout;
+mod shared;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,10 +16,13 @@ use std::{
 
 use portolan_common::{Endpoint, FrontendKey};
 
-pub use alloc::Full;
-pub use layout::{Held, Knowledge, Layout, Op, Refused, Sizes};
+pub use alloc::{Full, Round};
+pub use layout::{Held, HeldFrontend, Knowledge, Layout, Op, Refused, Sizes};
 
-use crate::policy::{Assignment, Schedule};
+use crate::{
+    model::{Algorithm, ConnectionPool, Protocol, Retention},
+    policy::{Assignment, PoolKey, Schedule},
+};
 
 /// What one frontend shall do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,8 +31,31 @@ pub struct Entry {
     pub schedule: Arc<Schedule>,
     /// All endpoints, in order, those without a turn as well: the kernel goes on counting their connections.
     pub endpoints: Arc<[SocketAddr]>,
-    /// Limit for the connect.
-    pub connect_timeout: Option<Duration>,
+    /// The pools of its routes, in their order.
+    pub pools: Arc<[PoolEntry]>,
+    /// How long a client comes back to its endpoint; `None`: it does not.
+    pub affinity: Option<Duration>,
+    /// Whether turns are drawn instead of taken in order.
+    pub random: bool,
+}
+
+/// What counts for all connections to a pool, whichever frontend they come through.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolEntry {
+    /// Which pool; both address families are one.
+    pub key: PoolKey,
+    /// Its limits.
+    pub limits: ConnectionPool,
+    /// Whether its connections must not leave their cluster.
+    pub strict: bool,
+}
+
+impl PoolEntry {
+    /// Whether the kernel has anything to do for it.
+    fn has_limits(&self) -> bool {
+        let ConnectionPool { connect_timeout, max_connections, keepalive, .. } = &self.limits;
+        connect_timeout.is_some() || max_connections.is_some() || keepalive.is_some()
+    }
 }
 
 /// What the kernel shall hold.
@@ -43,23 +70,47 @@ impl Table {
     pub fn new<'a>(assignments: impl IntoIterator<Item = &'a Arc<Assignment>>) -> Self {
         let mut frontends = BTreeMap::new();
         for assignment in assignments.into_iter().filter(|assignment| !assignment.passthrough) {
-            let pools = assignment.routes.iter().map(|route| &route.pool);
-            let endpoints: BTreeSet<SocketAddr> =
-                pools.flat_map(|pool| &pool.endpoints).map(|endpoint| endpoint.address).collect();
-            let entry = Entry {
-                schedule: Arc::clone(&assignment.schedule),
-                endpoints: endpoints.into_iter().collect(),
-                connect_timeout: assignment.connect_timeout,
-            };
+            let entry = Entry::new(assignment);
             for frontend in &assignment.frontends {
-                frontends.insert(key(*frontend, assignment.protocol.number()), entry.clone());
+                frontends.insert(key(*frontend, assignment.protocol), entry.clone());
             }
         }
         Self { frontends }
     }
 }
 
+impl Entry {
+    fn new(assignment: &Assignment) -> Self {
+        let pools = || assignment.routes.iter().map(|route| &route.pool);
+        let endpoints: BTreeSet<SocketAddr> =
+            pools().flat_map(|pool| &pool.endpoints).map(|endpoint| endpoint.address).collect();
+        let entries = pools().map(|pool| PoolEntry {
+            key: PoolKey { v6: false, ..pool.key.clone() },
+            limits: pool.limits.clone(),
+            strict: pool.retention == Retention::Strict,
+        });
+        Self {
+            schedule: Arc::clone(&assignment.schedule),
+            endpoints: endpoints.into_iter().collect(),
+            pools: entries.collect(),
+            affinity: assignment.affinity,
+            // Where a route splits connections, each destination has its turns.
+            random: matches!(assignment.routes.as_slice(), [only] if only.pool.algorithm == Algorithm::Random),
+        }
+    }
+
+    /// The same, without anybody to take.
+    fn nobody(&self) -> Self {
+        Self { schedule: Arc::default(), endpoints: Arc::default(), affinity: None, random: false, ..self.clone() }
+    }
+
+    /// Whether its connections must not leave their cluster.
+    fn is_strict(&self) -> bool {
+        self.pools.iter().any(|pool| pool.strict)
+    }
+}
+
 /// The kernel's key for a frontend.
-pub fn key(address: SocketAddr, protocol: u32) -> FrontendKey {
-    FrontendKey::new(Endpoint::from(address), protocol)
+pub fn key(address: SocketAddr, protocol: Protocol) -> FrontendKey {
+    FrontendKey::new(Endpoint::from(address), protocol.number())
 }

@@ -116,6 +116,7 @@ fn new_endpoints_warm_up() {
     let key = PoolKey {
         service: portolan::model::ServiceId::service("default/web".parse().unwrap()),
         port: 80,
+        protocol: portolan::model::Protocol::Tcp,
         subset: None,
         v6: false,
     };

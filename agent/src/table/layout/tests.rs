@@ -1,70 +1,105 @@
 //! The kernel's maps in memory, and what must hold after every single write.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    policy::{Schedule, Share},
+    policy::{Part, Schedule, Share},
     table::key,
 };
 
 /// What the maps hold.
 #[derive(Clone, Default)]
 struct Maps {
-    frontends: BTreeMap<FrontendKey, Frontend>,
+    frontends: BTreeMap<FrontendKey, u32>,
+    current: BTreeMap<u32, u32>,
+    versions: BTreeMap<u32, Version>,
     slots: BTreeMap<u32, Slot>,
     runs: BTreeMap<u32, u32>,
     backends: BTreeMap<u32, Backend>,
+    pools: BTreeMap<u32, Limits>,
 }
 
 impl Maps {
     fn write(&mut self, op: &Op) {
         match op {
             Op::SetBackend(id, backend) => drop(self.backends.insert(*id, *backend)),
+            Op::ResetPool(id, limits) | Op::SetPool(id, limits) => drop(self.pools.insert(*id, *limits)),
             Op::SetRuns(first, ids) => self.runs.extend((*first..).zip(ids.iter().copied())),
             Op::SetSlots(first, slots) => self.slots.extend((*first..).zip(slots.iter().copied())),
+            Op::SetVersion(index, version) => drop(self.versions.insert(*index, *version)),
             Op::ResetFrontend(_) => {}
-            Op::SetFrontend(key, frontend) => drop(self.frontends.insert(*key, *frontend)),
+            Op::Publish(id, index) => drop(self.current.insert(*id, *index)),
+            Op::AddFrontend(key, id) => drop(self.frontends.insert(*key, *id)),
             Op::RemoveFrontend(key) => drop(self.frontends.remove(key)),
         }
+    }
+
+    /// The version of a frontend that counts; panics where it is another's.
+    fn version(&self, key: &FrontendKey) -> Version {
+        let version = self.versions[&self.current[&self.frontends[key]]];
+        assert_eq!(version.key, *key);
+        version
     }
 
     /// What a connection to the frontend gets for each value of its cursor, as the kernel computes it; panics where an
     /// entry is missing.
     fn picks(&self, key: &FrontendKey, count: u64) -> Vec<Option<SocketAddr>> {
-        let frontend = self.frontends[key];
-        let period = u64::from(frontend.period);
+        self.picks_of(&self.version(key), count)
+    }
+
+    fn picks_of(&self, version: &Version, count: u64) -> Vec<Option<SocketAddr>> {
+        let period = u64::from(version.period);
         (0..if period == 0 { 0 } else { count })
             .map(|turn| {
-                let slot = self.slots[&(frontend.base + (turn % period) as u32)];
+                let slot = self.slots[&(version.base + (turn % period) as u32)];
                 (slot.len > 0).then(|| self.backends[&self.runs[&slot.entry(turn / period)]].endpoint.socket_addr())
             })
             .collect()
     }
-}
 
-impl Maps {
+    /// Whom clients of a frontend may come back to.
+    fn members(&self, key: &FrontendKey) -> BTreeSet<SocketAddr> {
+        let version = self.version(key);
+        let ids: Vec<u32> = (version.members..version.members + version.member_count).map(|i| self.runs[&i]).collect();
+        assert!(ids.is_sorted(), "a binary search goes through them");
+        ids.iter().map(|id| self.backends[id].endpoint.socket_addr()).collect()
+    }
+
     /// What a new agent would find.
     fn held(&self, layout: &Layout) -> Held {
-        let of = |(key, frontend): (&FrontendKey, &Frontend)| {
-            let slots = || (frontend.base..frontend.base + frontend.period).map(|i| self.slots[&i]);
-            let start = slots().map(|slot| slot.first).min().unwrap_or(0);
-            let end = slots().map(|slot| slot.first + slot.len).max().unwrap_or(0);
-            (*key, *frontend, (start, end - start))
+        let of = |key: &FrontendKey| {
+            let version = self.version(key);
+            let slots = || (version.base..version.base + version.period).map(|i| self.slots[&i]);
+            let members = (version.member_count > 0).then_some((version.members, version.member_count));
+            let used = || slots().map(|slot| (slot.first, slot.len)).chain(members);
+            let start = used().map(|(first, _)| first).min().unwrap_or(0);
+            let end = used().map(|(first, len)| first + len).max().unwrap_or(0);
+            let id = self.frontends[key];
+            HeldFrontend { id, index: self.current[&id], version, runs: (start, end - start) }
         };
         let used: BTreeSet<u32> = self.runs.values().copied().collect();
         let is_current = |id: &u32| layout.backend_id(&self.backends[id].endpoint.socket_addr()) == Some(*id);
         Held {
-            frontends: self.frontends.iter().map(of).collect(),
+            frontends: self.frontends.keys().map(of).collect(),
             backends: used.into_iter().filter(is_current).map(|id| (id, self.backends[&id])).collect(),
             epochs: self.backends.iter().map(|(id, backend)| (*id, backend.epoch)).collect(),
+            pools: self.pools.iter().map(|(id, limits)| (*id, *limits)).collect(),
+            pool_epochs: self.pools.iter().map(|(id, limits)| (*id, limits.epoch)).collect(),
         }
     }
 
     fn write_all(&mut self, ops: &[Op]) {
         ops.iter().for_each(|op| self.write(op));
+    }
+}
+
+/// Ends a round, and waits until nobody reads any more.
+fn settle(layout: &mut Layout) {
+    if let Some(round) = layout.end_round() {
+        layout.settle(round);
     }
 }
 
@@ -88,7 +123,7 @@ fn address(i: u8) -> SocketAddr {
 }
 
 fn frontend(i: u8) -> FrontendKey {
-    key(SocketAddr::from(([172, 16, 0, i], 80)), 6)
+    key(SocketAddr::from(([172, 16, 0, i], 80)), Protocol::Tcp)
 }
 
 /// A frontend, and its groups: share and members.
@@ -97,12 +132,18 @@ type Spec = (u8, Vec<(u8, Vec<u8>)>);
 fn table(spec: &[Spec]) -> Table {
     let frontends = spec.iter().map(|(i, groups)| {
         let groups = groups.iter().map(|(share, members)| {
-            (Share::from(u128::from(*share)), members.iter().map(|member| (address(*member), 1)).collect())
+            let members = members.iter().map(|member| (address(*member), 1)).collect();
+            Part::in_turn(Share::from(u128::from(*share)), members)
         });
         let schedule = Schedule::new(groups.collect());
         let endpoints: BTreeSet<_> = schedule.runs.iter().flat_map(|run| run.members.iter().copied()).collect();
-        let entry =
-            Entry { schedule: Arc::new(schedule), endpoints: endpoints.into_iter().collect(), connect_timeout: None };
+        let entry = Entry {
+            schedule: Arc::new(schedule),
+            endpoints: endpoints.into_iter().collect(),
+            pools: Arc::new([]),
+            affinity: Some(Duration::from_secs(10)),
+            random: false,
+        };
         (frontend(*i), entry)
     });
     Table { frontends: frontends.collect() }
@@ -116,16 +157,20 @@ fn tables() -> impl Strategy<Value = Vec<Table>> {
 }
 
 /// Sizes at which ids and ranges are used again and again.
-const SMALL: Sizes = Sizes { frontends: 12, backends: 30, slots: 400 };
+const SMALL: Sizes = Sizes { frontends: 12, backends: 30, slots: 400, affinities: 1 };
 
 proptest! {
     #[test]
-    fn every_prefix_of_every_update_is_a_published_table(tables in tables(), seconds in 0u64..3) {
-        let (mut layout, mut maps, mut now) = (Layout::new(SMALL), Maps::default(), Instant::now());
+    fn every_prefix_of_every_update_is_a_published_table(tables in tables(), settles in prop::collection::vec(any::<bool>(), 12)) {
+        let (mut layout, mut maps) = (Layout::new(SMALL), Maps::default());
         let mut before = Table::default();
-        for table in &tables {
-            now += Duration::from_secs(seconds);
-            let (ops, refused) = layout.update(now, table, Knowledge::Complete);
+        // Versions that a program may still be reading, and what they gave.
+        let mut read: Vec<(Version, Vec<Option<SocketAddr>>)> = Vec::new();
+        for (table, settles) in tables.iter().zip(settles) {
+            for key in maps.frontends.keys() {
+                read.push((maps.version(key), maps.picks(key, PICKS)));
+            }
+            let (ops, refused) = layout.update(table, Knowledge::Complete);
             // With no time to rest, places run out; that is told, and nothing else is harmed.
             prop_assume!(refused.is_empty());
             for op in &ops {
@@ -136,32 +181,42 @@ proptest! {
                     let mut versions = versions.map(|entry| expected(&entry.schedule));
                     prop_assert!(versions.any(|version| version == picks), "half a table is visible");
                 }
+                for (version, picks) in &read {
+                    prop_assert_eq!(&maps.picks_of(version, PICKS), picks, "somebody is reading it");
+                }
             }
             let held: BTreeSet<_> = maps.frontends.keys().collect();
             prop_assert_eq!(held, table.frontends.keys().collect());
             for (key, entry) in &table.frontends {
-                prop_assert_eq!(maps.picks(key, PICKS), expected(&entry.schedule));
+                let picks = expected(&entry.schedule);
+                prop_assert_eq!(&maps.picks(key, PICKS), &picks);
+                let members = entry.schedule.runs.iter().flat_map(|run| run.members.iter().copied()).collect();
+                prop_assert_eq!(maps.members(key), members);
             }
-            let again = layout.update(now, table, Knowledge::Complete);
+            let again = layout.update(table, Knowledge::Complete);
             prop_assert_eq!(again, (Vec::new(), Vec::new()), "what is unchanged is not written");
             before = table.clone();
+            if settles {
+                settle(&mut layout);
+                read.clear();
+            }
         }
     }
 
     /// Part by part comes to the same as all at once.
     #[test]
     fn changes_add_up(tables in tables(), parts in 1usize..4) {
-        let (mut layout, mut maps, mut now) = (Layout::new(Sizes::default()), Maps::default(), Instant::now());
+        let (mut layout, mut maps) = (Layout::new(Sizes::default()), Maps::default());
         let mut before = Table::default();
         for table in &tables {
-            now += Duration::from_secs(2);
+            settle(&mut layout);
             let keys: BTreeSet<_> = before.frontends.keys().chain(table.frontends.keys()).copied().collect();
             for part in 0..parts {
                 let own: Vec<_> = keys.iter().skip(part).step_by(parts).copied().collect();
                 let set = own.iter().filter_map(|key| Some((*key, table.frontends.get(key)?.clone())));
                 let set = Table { frontends: set.collect() };
                 let gone: Vec<_> = own.into_iter().filter(|key| !table.frontends.contains_key(key)).collect();
-                let (ops, refused) = layout.change(now, &set, &gone, Knowledge::Complete);
+                let (ops, refused) = layout.change(&set, &gone, Knowledge::Complete);
                 prop_assert!(refused.is_empty());
                 maps.write_all(&ops);
             }
@@ -170,27 +225,27 @@ proptest! {
                 prop_assert_eq!(maps.picks(key, PICKS), expected(&entry.schedule));
             }
             // And nothing is left to do.
-            prop_assert_eq!(layout.update(now, table, Knowledge::Complete), (Vec::new(), Vec::new()));
+            prop_assert_eq!(layout.update(table, Knowledge::Complete), (Vec::new(), Vec::new()));
             before = table.clone();
         }
     }
 
     #[test]
     fn a_new_agent_takes_over_what_it_finds(first in tables(), second in tables()) {
-        let (mut layout, mut maps, now) = (Layout::new(Sizes::default()), Maps::default(), Instant::now());
+        let (mut layout, mut maps) = (Layout::new(Sizes::default()), Maps::default());
         for table in &first {
-            layout.update(now, table, Knowledge::Complete).0.iter().for_each(|op| maps.write(op));
+            layout.update(table, Knowledge::Complete).0.iter().for_each(|op| maps.write(op));
         }
         let former = maps.clone();
         let held = maps.held(&layout);
         let mut layout = Layout::from_held(Sizes::default(), held);
         // Nothing is known yet: nothing may go.
-        layout.update(now, &Table::default(), Knowledge::Partial).0.iter().for_each(|op| maps.write(op));
+        layout.update(&Table::default(), Knowledge::Partial).0.iter().for_each(|op| maps.write(op));
         for key in former.frontends.keys() {
             prop_assert_eq!(maps.picks(key, PICKS), former.picks(key, PICKS));
         }
         let last = second.last().unwrap();
-        for op in layout.update(now, last, Knowledge::Complete).0 {
+        for op in layout.update(last, Knowledge::Complete).0 {
             maps.write(&op);
             for key in maps.frontends.keys() {
                 let picks = maps.picks(key, PICKS);
@@ -204,52 +259,48 @@ proptest! {
 
 #[test]
 fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
-    let sizes = Sizes { frontends: 4, backends: 3, slots: 100 };
+    let sizes = Sizes { frontends: 4, backends: 3, slots: 100, affinities: 1 };
     let mut layout = Layout::new(sizes);
-    let now = Instant::now();
-    let (_, refused) = layout.update(now, &table(&[(1, vec![(1, vec![1, 2])])]), Knowledge::Complete);
+    let (_, refused) = layout.update(&table(&[(1, vec![(1, vec![1, 2])])]), Knowledge::Complete);
     assert_eq!(refused, []);
     // Two backends more than there is room for, in the first of two frontends.
     let wanted = table(&[(1, vec![(1, vec![1, 2, 3, 4, 5])]), (2, vec![(1, vec![6])])]);
-    let (ops, refused) = layout.update(now, &wanted, Knowledge::Complete);
+    let (ops, refused) = layout.update(&wanted, Knowledge::Complete);
     assert_eq!(
         refused.iter().map(|refused| (refused.key, refused.map)).collect::<Vec<_>>(),
         [(frontend(1), "BACKENDS")]
     );
-    assert!(ops.iter().any(|op| matches!(op, Op::SetFrontend(key, _) if *key == frontend(2))));
-    assert!(!ops.iter().any(|op| matches!(op, Op::SetFrontend(key, _) if *key == frontend(1))));
+    assert!(ops.iter().any(|op| matches!(op, Op::SetVersion(_, it) if it.key == frontend(2))));
+    assert!(!ops.iter().any(|op| matches!(op, Op::SetVersion(_, it) if it.key == frontend(1))));
     // A new one that does not fit refuses, rather than not be there.
     let (ops, refused) =
-        layout.update(now, &table(&[(1, vec![(1, vec![1, 2])]), (3, vec![(1, vec![6, 7, 8])])]), Knowledge::Complete);
+        layout.update(&table(&[(1, vec![(1, vec![1, 2])]), (3, vec![(1, vec![6, 7, 8])])]), Knowledge::Complete);
     assert_eq!(refused.iter().map(|refused| refused.key).collect::<Vec<_>>(), [frontend(3)]);
-    assert!(ops.iter().any(|op| matches!(op, Op::SetFrontend(key, it) if *key == frontend(3) && it.period == 0)));
+    assert!(ops.iter().any(|op| matches!(op, Op::SetVersion(_, it) if it.key == frontend(3) && it.period == 0)));
     // Nothing that was set aside for the refused one is lost.
-    let later = now + Duration::from_secs(2);
-    let (_, refused) = layout.update(later, &table(&[(1, vec![(1, vec![1, 2, 6])])]), Knowledge::Complete);
+    settle(&mut layout);
+    let (_, refused) = layout.update(&table(&[(1, vec![(1, vec![1, 2, 6])])]), Knowledge::Complete);
     assert_eq!(refused, []);
 }
 
 /// The kernel still sends connections to what a refused frontend had before.
 #[test]
 fn backends_of_an_inherited_frontend_that_is_refused_are_not_given_away() {
-    let sizes = Sizes { frontends: 4, backends: 4, slots: 4 };
-    let now = Instant::now();
+    let sizes = Sizes { frontends: 4, backends: 4, slots: 8, affinities: 1 };
     let (mut former, mut maps) = (Layout::new(sizes), Maps::default());
-    let ops = former.update(now, &table(&[(1, vec![(1, vec![1, 2])])]), Knowledge::Complete).0;
+    let ops = former.update(&table(&[(1, vec![(1, vec![1, 2])])]), Knowledge::Complete).0;
     ops.iter().for_each(|op| maps.write(op));
-    let held = Held {
-        frontends: maps.frontends.iter().map(|(key, frontend)| (*key, *frontend, (0, 2))).collect(),
-        backends: maps.backends.iter().map(|(id, backend)| (*id, *backend)).collect(),
-        epochs: maps.backends.iter().map(|(id, backend)| (*id, backend.epoch)).collect(),
-    };
+    let held =
+        Held { backends: maps.backends.iter().map(|(id, backend)| (*id, *backend)).collect(), ..maps.held(&former) };
     let mut layout = Layout::from_held(sizes, held);
     // Three entries do not fit beside the two that are in use.
     let too_much = (1, vec![(1, vec![1, 2, 3])]);
-    let (_, refused) = layout.update(now, &table(std::slice::from_ref(&too_much)), Knowledge::Complete);
+    let (_, refused) = layout.update(&table(std::slice::from_ref(&too_much)), Knowledge::Complete);
     assert_eq!(refused.len(), 1);
-    for (seconds, member) in [(2, 7), (4, 8)] {
+    for member in [7, 8] {
+        settle(&mut layout);
         let wanted = table(&[too_much.clone(), (2, vec![(1, vec![member])])]);
-        let (ops, _) = layout.update(now + Duration::from_secs(seconds), &wanted, Knowledge::Complete);
+        let (ops, _) = layout.update(&wanted, Knowledge::Complete);
         for op in &ops {
             maps.write(op);
         }
@@ -258,53 +309,51 @@ fn backends_of_an_inherited_frontend_that_is_refused_are_not_given_away() {
 }
 
 /// A former agent's frontends 1 and 2, which share endpoint 1, and an agent that has taken them over.
-fn taken_over(now: Instant) -> (Layout, Maps) {
-    let sizes = Sizes { frontends: 8, backends: 8, slots: 40 };
+fn taken_over() -> (Layout, Maps) {
+    let sizes = Sizes { frontends: 8, backends: 8, slots: 40, affinities: 1 };
     let (mut former, mut maps) = (Layout::new(sizes), Maps::default());
-    let ops = former.update(now, &table(&[(1, vec![(1, vec![1])]), (2, vec![(1, vec![1, 2])])]), Knowledge::Complete).0;
+    let ops = former.update(&table(&[(1, vec![(1, vec![1])]), (2, vec![(1, vec![1, 2])])]), Knowledge::Complete).0;
     maps.write_all(&ops);
     (Layout::from_held(sizes, maps.held(&former)), maps)
 }
 
 #[test]
 fn what_a_former_agent_shares_among_frontends_is_not_given_away() {
-    let now = Instant::now();
-    let (mut layout, mut maps) = taken_over(now);
+    let (mut layout, mut maps) = taken_over();
     // The first is this agent's by now, the second is still as it was found; then endpoint 1 leaves the first.
-    for (seconds, members) in [(1, vec![1]), (2, vec![3]), (4, vec![4, 5]), (6, vec![6, 7])] {
+    for members in [vec![1], vec![3], vec![4, 5], vec![6, 7]] {
+        settle(&mut layout);
         let wanted = table(&[(1, vec![(1, members)])]);
-        let (ops, refused) = layout.change(now + Duration::from_secs(seconds), &wanted, &[], Knowledge::Partial);
+        let (ops, refused) = layout.change(&wanted, &[], Knowledge::Partial);
         assert_eq!(refused, []);
         maps.write_all(&ops);
         assert_eq!(maps.picks(&frontend(2), 2), [Some(address(1)), Some(address(2))]);
     }
     // Once everything is known, it may go.
     let last = table(&[(1, vec![(1, vec![6])])]);
-    maps.write_all(&layout.update(now + Duration::from_secs(8), &last, Knowledge::Complete).0);
+    maps.write_all(&layout.update(&last, Knowledge::Complete).0);
     assert_eq!((layout.backend_id(&address(1)), layout.inherited()), (None, 0));
 }
 
 #[test]
 fn what_is_not_known_for_sure_takes_nothing_away_bit_by_bit_either() {
-    let now = Instant::now();
     for knowledge in [Knowledge::Partial, Knowledge::WithoutSettings] {
-        let (mut layout, _) = taken_over(now);
+        let (mut layout, _) = taken_over();
         let nobody = table(&[(1, vec![])]);
-        assert_eq!(layout.change(now, &nobody, &[frontend(2)], knowledge), (Vec::new(), Vec::new()), "{knowledge:?}");
+        assert_eq!(layout.change(&nobody, &[frontend(2)], knowledge), (Vec::new(), Vec::new()), "{knowledge:?}");
     }
 }
 
 #[test]
 fn what_this_agent_has_published_stays_its_own_when_the_maps_are_read_again() {
-    let now = Instant::now();
-    let (mut layout, mut maps) = taken_over(now);
+    let (mut layout, mut maps) = taken_over();
     let own = table(&[(3, vec![(1, vec![3])])]);
-    maps.write_all(&layout.change(now, &own, &[], Knowledge::WithoutSettings).0);
+    maps.write_all(&layout.change(&own, &[], Knowledge::WithoutSettings).0);
     let mut layout = layout.read_again(maps.held(&layout));
     assert_eq!(layout.inherited(), 2);
-    let later = now + Duration::from_secs(2);
+    settle(&mut layout);
     let moved = table(&[(3, vec![(1, vec![4])]), (2, vec![(1, vec![4])])]);
-    maps.write_all(&layout.update(later, &moved, Knowledge::WithoutSettings).0);
+    maps.write_all(&layout.update(&moved, Knowledge::WithoutSettings).0);
     assert_eq!(maps.picks(&frontend(3), 1), [Some(address(4))], "its own follows");
     assert_eq!(maps.picks(&frontend(2), 2), [Some(address(1)), Some(address(2))], "the former agent's stays");
 }
