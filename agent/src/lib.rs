@@ -17,6 +17,7 @@ pub mod place;
 pub mod policy;
 pub mod reconcile;
 pub mod report;
+pub mod self_probe;
 pub mod source;
 pub mod store;
 pub mod table;

@@ -16,6 +16,7 @@ use crate::{
     admin,
     datapath::{Datapath, Options, ProgramLog},
     reconcile::Reconciler,
+    self_probe::SelfProbe,
     source::file,
     table::Sizes,
 };
@@ -67,7 +68,8 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     // Before anything is loaded.
     file::check(&args.config.config)?;
     let ended = runtime.block_on(async {
-        let (datapath, held) = Datapath::open(&options)?;
+        let datapath = Datapath::open(&options)?;
+        let probe = SelfProbe::new(datapath.0.cgroup()).await?;
         let admin_socket = admin::bind_admin(&args.admin.admin)?;
         let metrics_socket = TcpListener::bind(args.metrics)
             .await
@@ -75,7 +77,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         let (questions, requests) = mpsc::channel(16);
         let (changes, updates) = mpsc::channel(256);
         let reconciler =
-            Reconciler::new(args.place.cluster.clone(), args.place.at.place(), datapath, held, options.sizes);
+            Reconciler::new(args.place.cluster.clone(), args.place.at.place(), datapath, probe, options.sizes);
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let ended = tokio::select! {
             ended = tokio::spawn(reconciler.run(updates, requests)) => ended?,

@@ -20,6 +20,7 @@ use crate::{
     model::{Labels, Locality, NamespacedName},
     place::Place,
     report::Report,
+    self_probe,
     source::Reader,
 };
 
@@ -51,6 +52,12 @@ enum Command {
     Events(events::EventsArgs),
     /// Takes everything of Portolan off the kernel; connections are no longer served
     Cleanup(cleanup::CleanupArgs),
+    /// The client of the agent's own probe
+    #[command(name = self_probe::VERB, hide = true)]
+    SelfProbe {
+        /// The cgroup that is served
+        cgroup: PathBuf,
+    },
     /// Shows the version
     Version,
     /// Prints a completion script for a shell
@@ -88,6 +95,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Get(args) => get::run(&args),
         Command::Events(args) => events::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),
+        Command::SelfProbe { cgroup } => self_probe::run_client(&cgroup).map(|()| ExitCode::SUCCESS),
         Command::Version => {
             let schema = portolan_common::SCHEMA_VERSION;
             anstream::println!("portolan {} (map schema v{schema})", env!("CARGO_PKG_VERSION"));

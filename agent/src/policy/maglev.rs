@@ -69,7 +69,7 @@ pub(super) fn table(quotas: &[(SocketAddr, u32)]) -> Vec<SocketAddr> {
             if taken[i] >= *quota || u64::from(taken[i]) * most >= u64::from(*quota) * round {
                 continue;
             }
-            while let Some(place) = own[i].next() {
+            for place in own[i].by_ref() {
                 if table[place].is_none() {
                     table[place] = Some(*address);
                     break;

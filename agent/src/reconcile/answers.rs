@@ -39,7 +39,15 @@ impl Reconciler {
         if self.client.confined {
             return Err("the mesh's settings cannot be read, so connections are kept in their cluster".to_owned());
         }
-        self.datapath.check_hooks().map_err(|error| format!("{error:#}"))
+        if !self.attached {
+            let why = self.trouble.first().map_or_else(
+                || self.doubt.clone().unwrap_or_else(|| "nothing is published yet".to_owned()),
+                |finding| finding.message.clone(),
+            );
+            return Err(format!("a former version's programs go on serving until this one's table is whole: {why}"));
+        }
+        self.datapath.check_hooks().map_err(|error| format!("{error:#}"))?;
+        self.probe.seen.clone().map_err(|why| format!("the self-probe failed: {why}"))
     }
 
     fn sample(&mut self) -> Sample {

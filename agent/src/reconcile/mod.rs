@@ -5,12 +5,13 @@ mod answers;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::Result;
 use portolan_common::FrontendKey;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{Notify, broadcast, mpsc, oneshot};
 
 use crate::{
     accounts::{Accounts, Sample},
@@ -22,6 +23,7 @@ use crate::{
     place::Place,
     policy::{Client, Compiler, PoolKey, Recompiled},
     report::Report,
+    self_probe::{Seen, SelfProbe},
     source::Update,
     store::{Changes, Store},
     table::{self, Held, Knowledge, Layout, Op, Refused, Round, Sizes, Table},
@@ -73,6 +75,7 @@ pub struct Reconciler {
     /// The service and port of each frontend id.
     services: HashMap<u32, (NamespacedName, u16)>,
     attached: bool,
+    probe: Probe,
     retry: Option<Instant>,
     retry_after: Duration,
     /// Frontends that did not fit. The whole table is gone through again after a while.
@@ -84,9 +87,39 @@ pub struct Reconciler {
     logged: BTreeSet<Finding>,
 }
 
+/// What the agent sees as its own client.
+struct Probe {
+    /// What the kernel has to hold for it.
+    table: Table,
+    endpoint: SocketAddr,
+    /// Has it probe now.
+    wanted: Arc<Notify>,
+    results: mpsc::Receiver<Seen>,
+    /// The last result; an error before there is one.
+    seen: Seen,
+    /// Connections of it that the kernel had counted then.
+    counted: u64,
+}
+
+impl Probe {
+    /// Begins to answer, and to probe once it is wanted.
+    fn start(probe: SelfProbe) -> Self {
+        let (sender, results) = mpsc::channel(1);
+        let (table, endpoint, wanted) = (probe.table(), probe.endpoint(), probe.wanted());
+        tokio::spawn(probe.run(sender));
+        Self { table, endpoint, wanted, results, seen: Err("it has not been tried yet".to_owned()), counted: 0 }
+    }
+}
+
 impl Reconciler {
-    /// Over a datapath that holds what a former agent left.
-    pub fn new(cluster: String, place: Place, datapath: Datapath, held: Held, sizes: Sizes) -> Self {
+    /// Over a datapath that holds what a former agent left. To be called inside a runtime.
+    pub fn new(
+        cluster: String,
+        place: Place,
+        (datapath, held): (Datapath, Held),
+        probe: SelfProbe,
+        sizes: Sizes,
+    ) -> Self {
         let inherited = held.frontends.len();
         if inherited > 0 {
             tracing::info!(
@@ -112,6 +145,7 @@ impl Reconciler {
             pools: HashMap::new(),
             services: HashMap::new(),
             attached: false,
+            probe: Probe::start(probe),
             retry: None,
             retry_after: FIRST_RETRY,
             refused: BTreeMap::new(),
@@ -158,6 +192,10 @@ impl Reconciler {
                     false
                 }
                 round = self.datapath.grace.settled() => self.settle(round),
+                Some(seen) = self.probe.results.recv() => {
+                    self.take_probe(seen);
+                    false
+                }
                 failed = logs => return failed,
             };
             if changed && self.store.synced() && !self.changes.is_empty() {
@@ -226,6 +264,36 @@ impl Reconciler {
         retry || !self.changes.is_empty()
     }
 
+    /// The agent has been its own client. Whatever is found not to be in its place is put back.
+    fn take_probe(&mut self, seen: Seen) {
+        let opened =
+            self.layout.backend_id(&self.probe.endpoint).and_then(|id| self.datapath.maps.backend_stats(id).ok());
+        let opened = opened.map_or(0, |stats| stats.opened);
+        let uncounted = || Err("sock_ops does not do its work: the connection was not counted".to_owned());
+        let seen = seen.and_then(|()| if opened > self.probe.counted { Ok(()) } else { uncounted() });
+        self.probe.counted = opened;
+        let mended = match self.datapath.mend_hooks() {
+            Ok(mended) => mended,
+            Err(error) => {
+                tracing::error!("{error:#}");
+                Vec::new()
+            }
+        };
+        for message in &mended {
+            let message = format!("{message}: mended");
+            self.journal.add(Record { kind: Record::MENDED.to_owned(), message, ..Record::default() });
+        }
+        match (&seen, &self.probe.seen) {
+            (Err(why), before) if before.as_ref().err() != Some(why) => tracing::error!("the self-probe failed: {why}"),
+            (Ok(()), Err(_)) => tracing::info!("the self-probe passed"),
+            _ => {}
+        }
+        self.probe.seen = seen;
+        if !mended.is_empty() {
+            self.probe.wanted.notify_one();
+        }
+    }
+
     /// What rested is free again. Somebody may have been waiting for it.
     fn settle(&mut self, round: Round) -> bool {
         self.layout.settle(round);
@@ -257,8 +325,11 @@ impl Reconciler {
         let knowledge = self.what_is_known();
         let whole = self.knowledge != Some(knowledge);
         let (table, gone) = self.wanted(&recompiled, whole);
-        let (ops, refused) =
+        // The agent's own is its own, whatever is known of the others'.
+        let (mut ops, _) = self.layout.change(&self.probe.table, &[], Knowledge::Complete);
+        let (rest, refused) =
             if whole { self.layout.update(&table, knowledge) } else { self.layout.change(&table, &gone, knowledge) };
+        ops.extend(rest);
         self.knowledge = Some(knowledge);
         if whole {
             self.refused.clear();
@@ -291,6 +362,7 @@ impl Reconciler {
         if !self.attached && self.may_attach() {
             self.datapath.attach()?;
             self.attached = true;
+            self.probe.wanted.notify_one();
             let cgroup = self.datapath.cgroup().display();
             tracing::info!(%cgroup, frontends = table.frontends.len(), "attached: connections are served");
         }
@@ -328,7 +400,9 @@ impl Reconciler {
     /// The frontends that shall be: all of them, or those of the services that were computed anew; and those that shall go.
     fn wanted(&self, recompiled: &[Recompiled], whole: bool) -> (Table, Vec<FrontendKey>) {
         if whole {
-            return (Table::new(&self.compiler.verdict().assignments), Vec::new());
+            let mut table = Table::new(&self.compiler.verdict().assignments);
+            table.frontends.extend(self.probe.table.frontends.clone());
+            return (table, Vec::new());
         }
         let table = Table::new(recompiled.iter().flat_map(|service| &service.after));
         let before = Table::new(recompiled.iter().flat_map(|service| &service.before));

@@ -126,7 +126,7 @@ fn in_kernel(bed: &Bed, client: &mut Helper, connections: usize) -> Result<()> {
     let measured = client.time(SERVICE, connections).and_then(|_| {
         println!("\nin the kernel, mean of {connections} hits, the counting itself included:");
         for name in ["connect4", "sock_ops"] {
-            let link = bed.pins().join("v1/links").join(name);
+            let link = bed.pins().join("links").join(name);
             let shown = show(&["link", "show", "pinned"], &link.display().to_string())?;
             let id = field(&shown, "prog_id").context("no program in the link")?;
             let shown = show(&["prog", "show", "id"], &id.to_string())?;
