@@ -16,6 +16,7 @@ use crate::{
     health::{Event, EventKind},
     model::{Finding, Locality, NamespacedName, ServiceId},
     policy::{Assignment, Endpoint, PoolKey},
+    reconcile::Closed,
     table::{Layout, Op},
 };
 
@@ -76,6 +77,8 @@ pub struct Sample {
     pub publish_seconds: Histogram,
     /// Counters of the programs.
     pub counters: Counters,
+    /// Connections that were ended.
+    pub closed: Closed,
     /// Entries in use and entries that there are, by map.
     pub occupancy: [(&'static str, u32, u32); 6],
     /// Whether everything is in place.

@@ -22,7 +22,7 @@ const KEPT_FAILURES: usize = 200;
 pub struct Record {
     /// When (RFC 3339).
     pub time: String,
-    /// `ejected`, `released`, `overflow`, `failed`, `published` or `mended`.
+    /// `ejected`, `released`, `overflow`, `failed`, `published`, `closed` or `mended`.
     pub kind: String,
     /// The service, as `namespace/name`, where it is about one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -103,6 +103,8 @@ impl Record {
     pub const FAILED: &str = "failed";
     /// The kind of an ejection that the limit did not allow.
     pub const OVERFLOW: &str = "overflow";
+    /// The kind of connections that were ended.
+    pub const CLOSED: &str = "closed";
     /// The kind of a repair: a hook was not in its place.
     pub const MENDED: &str = "mended";
 

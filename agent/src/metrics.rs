@@ -51,6 +51,12 @@ struct MapLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ClosedLabels {
+    reason: &'static str,
+    protocol: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct FindingLabels {
     severity: FindingSeverity,
 }
@@ -154,6 +160,12 @@ fn agent(registry: &mut Registry, sample: &Sample) {
     }
     registry.register("portolan_map_entries", "Entries in use", used);
     registry.register("portolan_map_capacity", "Entries that there are", capacity);
+    let closed = Counters::<ClosedLabels>::default();
+    for ((reason, protocol), count) in &sample.closed {
+        let labels = ClosedLabels { reason: reason.as_str(), protocol: protocol.to_string() };
+        closed.get_or_create(&labels).inc_by(*count);
+    }
+    registry.register("portolan_closed_connections", "Connections that Portolan ended, by reason", closed);
     let findings = Family::<FindingLabels, Gauge>::default();
     for (severity, label) in [(Severity::Error, FindingSeverity::error), (Severity::Warning, FindingSeverity::warning)]
     {

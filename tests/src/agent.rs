@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::{ErrorKind, Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::PathBuf,
     process::{Command, Output},
     thread,
@@ -83,11 +83,19 @@ impl Bed {
     /// # Errors
     /// It cannot be started.
     pub fn start(&self, directory: &Directory, cluster: &str, node: &str) -> Result<Agent> {
+        self.start_with(directory, cluster, node, &[])
+    }
+
+    /// Starts this node's agent with further arguments, and does not wait for it.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_with(&self, directory: &Directory, cluster: &str, node: &str, more: &[&str]) -> Result<Agent> {
         let log = self.files.scratch("agent.log");
         let mut command = Command::new(binary("portolan")?);
         command.arg("agent").arg("--config").arg(directory.path()).args(["--cluster", cluster, "--node", node]);
         command.arg("--cgroup").arg(self.cgroup.path()).arg("--bpffs").arg(&self.pins).arg("--admin").arg(self.admin());
-        command.args(["--metrics", METRICS]);
+        command.args(["--metrics", METRICS]).args(more);
         let out = File::options().create(true).append(true).open(&log)?;
         command.stderr(out.try_clone()?).stdout(out);
         // The agent runs on the node, outside the cgroup of the pods.
@@ -105,6 +113,16 @@ impl Bed {
         Ok(agent)
     }
 
+    /// Starts this node's agent with further arguments, and waits until it is ready.
+    ///
+    /// # Errors
+    /// It does not become ready; its log is in the error.
+    pub fn agent_with(&self, directory: &Directory, cluster: &str, node: &str, more: &[&str]) -> Result<Agent> {
+        let mut agent = self.start_with(directory, cluster, node, more)?;
+        agent.wait_ready()?;
+        Ok(agent)
+    }
+
     /// Runs `portolan` with these arguments.
     ///
     /// # Errors
@@ -118,13 +136,47 @@ impl Bed {
     /// # Errors
     /// The address cannot be listened on.
     pub fn serve(&self, address: &str, greeting: &str) -> Result<()> {
+        self.serve_in(&self.namespace, address, greeting)
+    }
+
+    /// The same in another namespace.
+    ///
+    /// # Errors
+    /// The address cannot be listened on.
+    pub fn serve_in(&self, namespace: &Namespace, address: &str, greeting: &str) -> Result<()> {
         let address: SocketAddr = address.parse()?;
-        let listener = self.namespace.enter(|| TcpListener::bind(address).context("cannot listen"))?;
+        let listener = namespace.enter(|| TcpListener::bind(address).context("cannot listen"))?;
         let greeting = greeting.to_owned();
         thread::spawn(move || {
             for mut stream in listener.incoming().flatten() {
                 // A client that has gone away is no concern of the server's.
                 let _ = stream.write_all(greeting.as_bytes()).and_then(|()| stream.read_to_end(&mut Vec::new()));
+            }
+        });
+        Ok(())
+    }
+
+    /// A server that answers each datagram with `greeting`. It runs as long as the test does.
+    ///
+    /// # Errors
+    /// The address cannot be listened on.
+    pub fn serve_datagrams(&self, address: &str, greeting: &str) -> Result<()> {
+        self.serve_datagrams_in(&self.namespace, address, greeting)
+    }
+
+    /// The same in another namespace.
+    ///
+    /// # Errors
+    /// The address cannot be listened on.
+    pub fn serve_datagrams_in(&self, namespace: &Namespace, address: &str, greeting: &str) -> Result<()> {
+        let address: SocketAddr = address.parse()?;
+        let socket = namespace.enter(|| UdpSocket::bind(address).context("cannot listen"))?;
+        let greeting = greeting.to_owned();
+        thread::spawn(move || {
+            let mut buffer = [0; 512];
+            while let Ok((_, from)) = socket.recv_from(&mut buffer) {
+                // A client that has gone away is no concern of the server's.
+                let _ = socket.send_to(greeting.as_bytes(), from);
             }
         });
         Ok(())

@@ -47,6 +47,65 @@ pub enum Task {
     },
     /// Stop the load.
     Stop,
+    /// Connect so many times, and keep the connections.
+    Hold {
+        /// Where to.
+        to: SocketAddr,
+        /// How often.
+        times: u32,
+    },
+    /// Connect a UDP socket, and keep it.
+    HoldDatagram {
+        /// Where to.
+        to: SocketAddr,
+        /// With an IPv6 socket and the v4-mapped form of an IPv4 address.
+        mapped: bool,
+        /// Where it is connected to after that.
+        then: Option<SocketAddr>,
+    },
+    /// What has become of what was kept: no error while it is open, ENOTCONN where the peer has closed it, the error where it was ended.
+    Held,
+    /// Close what was kept.
+    Release,
+    /// Send datagrams, and say who answered each.
+    Datagrams {
+        /// Where to.
+        to: SocketAddr,
+        /// How many.
+        times: u32,
+        /// From which sockets.
+        from: Sender,
+        /// With IPv6 sockets and the v4-mapped form of an IPv4 address.
+        mapped: bool,
+    },
+    /// Send datagrams from one unconnected socket to several addresses in turn, as often as said, and say who answered each.
+    DatagramsAround {
+        /// Where to.
+        to: Vec<SocketAddr>,
+        /// How often.
+        times: u32,
+    },
+    /// Connect a UDP socket, dissolve that with AF_UNSPEC, and send a datagram elsewhere from the same socket.
+    Reuse {
+        /// First.
+        to: SocketAddr,
+        /// Then.
+        then: SocketAddr,
+    },
+    /// Connect in a way of its own; the server's greeting is read where there is a connection.
+    Dialled {
+        /// Where to.
+        to: SocketAddr,
+        /// Which way.
+        way: Way,
+    },
+    /// Report SO_KEEPALIVE, TCP_KEEPIDLE, TCP_KEEPINTVL and TCP_KEEPCNT of a connection, when the application has set the first to `own`.
+    Keepalive {
+        /// Where to.
+        to: SocketAddr,
+        /// What the application sets.
+        own: bool,
+    },
     /// Report TCP_USER_TIMEOUT (milliseconds) as the application sees it, when set to `own` before the connect.
     UserTimeout {
         /// Where to.
@@ -54,6 +113,36 @@ pub enum Task {
         /// What the application sets; 0 for nothing.
         own: u32,
     },
+}
+
+/// Sockets that datagrams are sent from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Sender {
+    /// A connected one for each.
+    Connected,
+    /// An unconnected one for each.
+    Fresh,
+    /// One unconnected one for all.
+    Same,
+    /// One unconnected one, the same for all tasks of the client; its port is the reply's value.
+    Kept,
+    /// One unconnected one, and one system call for all (sendmmsg).
+    Batch,
+}
+
+/// Ways to connect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Way {
+    /// With data in the SYN: sendto() with MSG_FASTOPEN.
+    FastOpen,
+    /// With TCP_FASTOPEN_CONNECT: connect() sends nothing, the first write does.
+    FastOpenConnect,
+    /// From an address that the socket was bound to before.
+    Bound(SocketAddr),
+    /// A Multipath TCP socket.
+    Multipath,
+    /// An SCTP socket.
+    Sctp,
 }
 
 /// One connection as the client saw it.
@@ -78,6 +167,8 @@ pub struct Reply {
     pub bad: u64,
     /// A figure that was asked for.
     pub value: u32,
+    /// Figures that were asked for.
+    pub values: Vec<u32>,
 }
 
 impl Reply {

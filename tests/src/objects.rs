@@ -22,6 +22,20 @@ pub fn service(name: &str, addresses: &[&str], port: u16) -> Value {
     })
 }
 
+/// A Service in `default` with one UDP port, `dns`.
+pub fn udp_service(name: &str, addresses: &[&str], port: u16) -> Value {
+    let mut object = service(name, addresses, port);
+    object["spec"]["ports"] = json!([{"name": "dns", "port": port, "protocol": "UDP"}]);
+    object
+}
+
+/// Endpoints of that Service: address, node and pod.
+pub fn udp_slice(service: &str, port: u16, endpoints: &[(&str, &str, &str)]) -> Value {
+    let mut object = slice(service, port, endpoints);
+    object["ports"] = json!([{"name": "dns", "port": port, "protocol": "UDP"}]);
+    object
+}
+
 /// Endpoints of that Service: address, node and pod.
 pub fn slice(service: &str, port: u16, endpoints: &[(&str, &str, &str)]) -> Value {
     let family = if endpoints.first().is_some_and(|(address, ..)| address.contains(':')) { "IPv6" } else { "IPv4" };

@@ -14,7 +14,7 @@ use tracing_subscriber::EnvFilter;
 use super::{AdminArgs, ConfigArgs, PlaceArgs};
 use crate::{
     admin,
-    datapath::{Datapath, Options, ProgramLog},
+    datapath::{Datapath, GoneTcp, Options, ProgramLog},
     reconcile::Reconciler,
     self_probe::SelfProbe,
     source::file,
@@ -44,12 +44,53 @@ pub(super) struct AgentArgs {
     /// Address for /metrics, /healthz and /readyz
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15920", env = "PORTOLAN_METRICS")]
     metrics: SocketAddr,
+    /// What becomes of TCP connections to endpoints that are gone (connected UDP is closed)
+    #[arg(long, value_enum, default_value_t, env = "PORTOLAN_GONE_CONNECTIONS")]
+    gone_connections: GoneTcp,
+    #[command(flatten)]
+    sizes: SizeArgs,
     /// What to log: error, warn, info, debug, trace, or by module
     #[arg(long, value_name = "FILTER", default_value = "info", env = "PORTOLAN_LOG")]
     log: EnvFilter,
     /// Have the programs in the kernel log each connection, for debugging; it costs time on every connect
     #[arg(long, value_enum, default_value_t, env = "PORTOLAN_PROGRAM_LOG")]
     program_log: ProgramLog,
+}
+
+/// How much fits into the kernel's maps.
+#[derive(Debug, Args)]
+#[command(
+    next_help_heading = "Sizes of the maps (another size makes new ones, which take the place of the old ones in one step)"
+)]
+struct SizeArgs {
+    /// Service addresses with a port
+    #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().frontends, value_parser = size(), env = "PORTOLAN_MAX_FRONTENDS")]
+    max_frontends: u32,
+    /// Endpoints
+    #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().backends, value_parser = size(), env = "PORTOLAN_MAX_BACKENDS")]
+    max_backends: u32,
+    /// Turns of all schedules, and entries of their runs
+    #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().slots, value_parser = size(), env = "PORTOLAN_MAX_SLOTS")]
+    max_slots: u32,
+    /// Clients that come back to their endpoint (sessionAffinity); the one that was away longest makes room
+    #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().affinities, value_parser = size(), env = "PORTOLAN_MAX_AFFINITIES")]
+    max_affinities: u32,
+}
+
+/// Up to what a map of the kernel may have.
+fn size() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=1 << 26)
+}
+
+impl SizeArgs {
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            frontends: self.max_frontends,
+            backends: self.max_backends,
+            slots: self.max_slots,
+            affinities: self.max_affinities,
+        }
+    }
 }
 
 pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
@@ -63,7 +104,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         .init();
     // One thread works, one answers.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let options = Options { cgroup: args.cgroup, bpffs: args.bpffs, sizes: Sizes::default(), log: args.program_log };
+    let options = Options { cgroup: args.cgroup, bpffs: args.bpffs, sizes: args.sizes.sizes(), log: args.program_log };
     let reader = args.config.reader.reader();
     // Before anything is loaded.
     file::check(&args.config.config)?;
@@ -76,8 +117,14 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
             .with_context(|| format!("--metrics: cannot listen on {}", args.metrics))?;
         let (questions, requests) = mpsc::channel(16);
         let (changes, updates) = mpsc::channel(256);
-        let reconciler =
-            Reconciler::new(args.place.cluster.clone(), args.place.at.place(), datapath, probe, options.sizes);
+        let reconciler = Reconciler::new(
+            args.place.cluster.clone(),
+            args.place.at.place(),
+            datapath,
+            probe,
+            options.sizes,
+            args.gone_connections,
+        );
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let ended = tokio::select! {
             ended = tokio::spawn(reconciler.run(updates, requests)) => ended?,

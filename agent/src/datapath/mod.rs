@@ -9,6 +9,7 @@ mod grace;
 mod link;
 mod maps;
 mod pins;
+mod sockets;
 
 use std::{
     fmt,
@@ -27,6 +28,7 @@ pub use self::{
     grace::{Grace, barrier},
     maps::{Counters, Maps},
     pins::{Pins, cleanup},
+    sockets::{Closer, GoneTcp, IDLE, Lifetime, Order, Pass, Reason},
 };
 use crate::table::{Held, Sizes};
 
@@ -85,6 +87,8 @@ pub struct Datapath {
     pub logs: Option<Logs>,
     /// When nobody reads any more what was in force a moment ago.
     pub grace: Grace,
+    /// The end of connections that shall not go on.
+    pub closer: Closer,
     hooks: Hooks,
     bpf: Ebpf,
     pins: Pins,
@@ -138,7 +142,8 @@ impl Datapath {
         let events = EventStream::open(&mut bpf)?;
         let former = current.filter(|current| *current != set);
         let grace = Grace::start()?;
-        Ok((Self { maps, events, logs, grace, hooks, bpf, pins, set, former, _locks: locks }, held))
+        let closer = Closer::start(&pins, set.id)?;
+        Ok((Self { maps, events, logs, grace, closer, hooks, bpf, pins, set, former, _locks: locks }, held))
     }
 
     /// Attaches the programs, or puts them in the place of a former agent's, each in one step. Then what the former ones used goes.

@@ -60,6 +60,7 @@ impl Reconciler {
             health: self.accounts.health().clone(),
             publish_seconds: self.accounts.publish_seconds(),
             counters: self.datapath.maps.counters().unwrap_or_default(),
+            closed: self.closing.closed.clone(),
             occupancy: self.layout.occupancy(),
             ready: self.ready().is_ok(),
             findings: self.findings(),

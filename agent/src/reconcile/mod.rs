@@ -1,6 +1,7 @@
 //! The one task that knows everything and writes to the kernel: inputs come in, tables go out.
 
 mod answers;
+mod closing;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},
@@ -13,9 +14,11 @@ use anyhow::Result;
 use portolan_common::FrontendKey;
 use tokio::sync::{Notify, broadcast, mpsc, oneshot};
 
+pub use self::closing::Closed;
+use self::closing::Closing;
 use crate::{
     accounts::{Accounts, Sample},
-    datapath::{Datapath, Outcome, barrier},
+    datapath::{Datapath, GoneTcp, Outcome, barrier},
     explain::Explanation,
     health::{EventKind, Health, Verdict as Outlook},
     journal::{Journal, Record},
@@ -75,6 +78,7 @@ pub struct Reconciler {
     /// The service and port of each frontend id.
     services: HashMap<u32, (NamespacedName, u16)>,
     attached: bool,
+    closing: Closing,
     probe: Probe,
     retry: Option<Instant>,
     retry_after: Duration,
@@ -119,6 +123,7 @@ impl Reconciler {
         (datapath, held): (Datapath, Held),
         probe: SelfProbe,
         sizes: Sizes,
+        gone_tcp: GoneTcp,
     ) -> Self {
         let inherited = held.frontends.len();
         if inherited > 0 {
@@ -145,6 +150,7 @@ impl Reconciler {
             pools: HashMap::new(),
             services: HashMap::new(),
             attached: false,
+            closing: Closing::new(gone_tcp),
             probe: Probe::start(probe),
             retry: None,
             retry_after: FIRST_RETRY,
@@ -166,7 +172,7 @@ impl Reconciler {
     ) -> Result<()> {
         loop {
             let sweep = self.health.poll_timeout();
-            let wake = [sweep, self.retry].into_iter().flatten().min();
+            let wake = [sweep, self.retry, self.closing.poll_timeout()].into_iter().flatten().min();
             let wake = async {
                 match wake {
                     Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -192,6 +198,10 @@ impl Reconciler {
                     false
                 }
                 round = self.datapath.grace.settled() => self.settle(round),
+                pass = self.datapath.closer.done() => {
+                    self.take_pass(&pass);
+                    false
+                }
                 Some(seen) = self.probe.results.recv() => {
                     self.take_probe(seen);
                     false
@@ -251,6 +261,7 @@ impl Reconciler {
     }
 
     fn take_time(&mut self, now: Instant) -> bool {
+        self.sweep(now);
         let retry = self.retry.take_if(|at| *at <= now).is_some();
         // All of the table is tried again, for what did not fit may fit now.
         self.knowledge = self.knowledge.filter(|_| !retry);
@@ -366,6 +377,7 @@ impl Reconciler {
             let cgroup = self.datapath.cgroup().display();
             tracing::info!(%cgroup, frontends = table.frontends.len(), "attached: connections are served");
         }
+        self.close_gone();
         let frontends = ops.iter().filter(|op| matches!(op, Op::Publish(..) | Op::RemoveFrontend(_))).count();
         let took = started.elapsed();
         self.accounts.published(took);
@@ -471,6 +483,7 @@ impl Reconciler {
     fn index_pools(&mut self, recompiled: &[Recompiled], whole: bool) {
         let all = if whole { self.compiler.verdict().assignments } else { Vec::new() };
         for assignment in all.iter().chain(recompiled.iter().flat_map(|service| &service.after)) {
+            self.closing.learn(std::iter::once(&**assignment));
             // A route may name a pool twice, which counts once.
             let pools: BTreeSet<PoolKey> = assignment.routes.iter().map(|route| route.pool.key.clone()).collect();
             let pools: Vec<PoolKey> = pools.into_iter().collect();

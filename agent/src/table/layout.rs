@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     hash::Hasher as _,
     net::SocketAddr,
+    sync::Arc,
     time::Duration,
 };
 
@@ -160,6 +161,8 @@ pub struct Layout {
     generation: u32,
     /// What is freed now may be given out again once this round has settled.
     round: Round,
+    /// Protocols of frontends that have lost an endpoint since somebody asked.
+    lost: BTreeSet<Protocol>,
 }
 
 impl Layout {
@@ -179,6 +182,7 @@ impl Layout {
             limits: HashMap::new(),
             generation: 0,
             round: 1,
+            lost: BTreeSet::new(),
         }
     }
 
@@ -258,6 +262,23 @@ impl Layout {
     /// The backend id of an endpoint.
     pub fn backend_id(&self, address: &SocketAddr) -> Option<u32> {
         self.backends.id(address)
+    }
+
+    /// The endpoints of every frontend, as far as they are known.
+    pub fn endpoints(&self) -> HashMap<FrontendKey, Arc<[SocketAddr]>> {
+        let known = self.frontends.iter().filter_map(|(key, placed)| Some((*key, &placed.entry.as_ref()?.endpoints)));
+        known.map(|(key, endpoints)| (key, Arc::clone(endpoints))).collect()
+    }
+
+    /// Whose frontends have lost an endpoint since this was asked before, or may have.
+    pub fn take_lost(&mut self) -> BTreeSet<Protocol> {
+        std::mem::take(&mut self.lost)
+    }
+
+    /// The place of a pool's limits, and its epoch.
+    pub fn pool(&self, key: &PoolKey) -> Option<(u32, u32)> {
+        let id = self.pools.id(&name(&PoolKey { v6: false, ..key.clone() }))?;
+        Some((id, self.limits.get(&id)?.epoch))
     }
 
     /// The endpoints that have a backend id.
@@ -524,6 +545,12 @@ impl Layout {
 
     fn free(&mut self, old: &Placed, whole: bool) {
         let round = self.round;
+        let now = self.frontends.get(&old.version.key).and_then(|placed| placed.entry.as_ref());
+        let has = |member: &SocketAddr| now.is_some_and(|entry| entry.endpoints.binary_search(member).is_ok());
+        if old.entry.as_ref().is_none_or(|entry| !entry.endpoints.iter().all(has)) {
+            let udp = old.version.key.protocol() == Protocol::Udp.number();
+            self.lost.insert(if udp { Protocol::Udp } else { Protocol::Tcp });
+        }
         self.slots.release(round, old.version.base, old.version.period);
         self.runs.release(round, old.runs.0, old.runs.1);
         self.versions.release(round, old.index, 1);

@@ -53,8 +53,7 @@ pub struct PoolEntry {
 impl PoolEntry {
     /// Whether the kernel has anything to do for it.
     fn has_limits(&self) -> bool {
-        let ConnectionPool { connect_timeout, max_connections, keepalive, .. } = &self.limits;
-        connect_timeout.is_some() || max_connections.is_some() || keepalive.is_some()
+        self.limits != ConnectionPool::default()
     }
 }
 

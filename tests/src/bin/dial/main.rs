@@ -1,8 +1,11 @@
 //! The client of the tests, see `portolan_tests::dial`.
 
+mod datagrams;
+mod ways;
+
 use std::{
     io::{self, BufRead as _, Read as _, Write as _},
-    net::{IpAddr, SocketAddr, TcpStream},
+    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
     os::fd::AsFd as _,
     sync::mpsc::{self, Receiver, TryRecvError},
     thread,
@@ -27,8 +30,9 @@ fn main() -> Result<()> {
             }
         }
     });
+    let mut held = Held::default();
     while let Ok(task) = tasks.recv() {
-        let reply = run(&task, &tasks)?;
+        let reply = run(&task, &tasks, &mut held)?;
         let mut out = io::stdout().lock();
         writeln!(out, "{}", serde_json::to_string(&reply)?)?;
         out.flush()?;
@@ -36,7 +40,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn run(task: &Task, tasks: &Receiver<Task>) -> Result<Reply> {
+fn run(task: &Task, tasks: &Receiver<Task>, held: &mut Held) -> Result<Reply> {
     let mut reply = Reply::default();
     match task {
         Task::Dial { to, times, mapped, nonblocking, send } => {
@@ -69,6 +73,47 @@ fn run(task: &Task, tasks: &Receiver<Task>) -> Result<Reply> {
             }
         }
         Task::Stop => {}
+        Task::Hold { to, times } => {
+            for _ in 0..*times {
+                let socket = Socket::new(Domain::for_address(*to), Type::STREAM, None)?;
+                let errno = errno(socket.connect(&(*to).into()));
+                reply.seen.push(Seen { errno, ..Seen::default() });
+                if errno == 0 {
+                    held.sockets.push(socket);
+                }
+            }
+        }
+        Task::HoldDatagram { to, mapped, then } => {
+            let to = if *mapped { mapped_form(*to) } else { *to };
+            let socket = Socket::new(Domain::for_address(to), Type::DGRAM, None)?;
+            for to in [Some(to), *then].into_iter().flatten() {
+                let errno = errno(socket.connect(&to.into()));
+                let peer = socket.peer_addr().ok().and_then(|peer| peer.as_socket());
+                reply.seen.push(Seen { peer, errno, ..Seen::default() });
+            }
+            held.sockets.push(socket);
+        }
+        Task::Held => reply.seen = held.sockets.iter().map(what_became).collect::<Result<_>>()?,
+        Task::Release => held.sockets.clear(),
+        Task::Datagrams { to, times, from, mapped } => {
+            let to = if *mapped { mapped_form(*to) } else { *to };
+            (reply.seen, reply.value) = datagrams::send(to, *times, *from, &mut held.kept)?;
+        }
+        Task::DatagramsAround { to, times } => reply.seen = datagrams::around(to, *times)?,
+        Task::Reuse { to, then } => reply.seen = datagrams::reuse(*to, *then)?,
+        Task::Dialled { to, way } => reply.seen.push(ways::dial(*to, *way)?),
+        Task::Keepalive { to, own } => {
+            let socket = Socket::new(Domain::for_address(*to), Type::STREAM, None)?;
+            socket.set_keepalive(*own)?;
+            reply.seen.push(Seen { errno: errno(socket.connect(&(*to).into())), ..Seen::default() });
+            let seconds = |time: Duration| time.as_secs() as u32;
+            reply.values = vec![
+                socket.keepalive()?.into(),
+                seconds(socket.tcp_keepalive_time()?),
+                seconds(socket.tcp_keepalive_interval()?),
+                socket.tcp_keepalive_retries()?,
+            ];
+        }
         Task::UserTimeout { to, own } => {
             let socket = Socket::new(Domain::for_address(*to), Type::STREAM, None)?;
             if *own > 0 {
@@ -79,6 +124,27 @@ fn run(task: &Task, tasks: &Receiver<Task>) -> Result<Reply> {
         }
     }
     Ok(reply)
+}
+
+/// Sockets that outlive the task that made them.
+#[derive(Default)]
+struct Held {
+    sockets: Vec<Socket>,
+    kept: Option<UdpSocket>,
+}
+
+/// No error while it is open, and ENOTCONN where the peer has closed it.
+fn what_became(socket: &Socket) -> Result<Seen> {
+    let mut poll_for = [PollFd::new(socket, PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut errno = 0;
+    if poll(&mut poll_for, Some(&now))? > 0 {
+        errno = match socket.take_error()?.and_then(|error| error.raw_os_error()) {
+            Some(error) => error,
+            None => libc::ENOTCONN,
+        };
+    }
+    Ok(Seen { errno, ..Seen::default() })
 }
 
 fn mapped_form(to: SocketAddr) -> SocketAddr {

@@ -1,0 +1,223 @@
+//! sock_diag over netlink: the sockets of a network namespace with what Portolan remembers on them, and the end of one.
+//!
+//! The messages are laid out by hand, for the crates that know sock_diag do not know the attribute that asks for socket storage.
+//! Layouts: linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h.
+
+use std::{
+    io,
+    os::fd::{AsRawFd as _, BorrowedFd},
+    time::Duration,
+};
+
+use netlink_sys::{Socket as Netlink, protocols::NETLINK_SOCK_DIAG};
+use portolan_common::{Endpoint, SocketState};
+
+use crate::model::Protocol;
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const REQUEST: u16 = 0x1;
+const ACK: u16 = 0x4;
+const DUMP: u16 = 0x300;
+
+const INET_DIAG_INFO: u16 = 2;
+const INET_DIAG_SK_BPF_STORAGES: u16 = 20;
+/// As an attribute of a request.
+const REQ_SK_BPF_STORAGES: u16 = 2;
+const REQ_MAP_FD: u16 = 1;
+const STORAGE: u16 = 1;
+const STORAGE_MAP_VALUE: u16 = 2;
+const NESTED: u16 = 0x8000;
+
+const HEADER: usize = 16;
+/// `struct inet_diag_msg`, of which the socket's identity is a part.
+const MESSAGE: usize = 72;
+const IDENTITY: std::ops::Range<usize> = 4..52;
+
+const TCP_ESTABLISHED: u32 = 1;
+const TCP_SYN_SENT: u32 = 2;
+const TCP_FIN_WAIT1: u32 = 4;
+const TCP_CLOSE_WAIT: u32 = 8;
+
+/// A socket that Portolan has given an endpoint.
+pub(super) struct Found {
+    /// What Portolan remembers on it.
+    pub(super) state: SocketState,
+    /// How long nothing was sent or received; nothing of UDP.
+    pub(super) idle: Option<Duration>,
+    family: u8,
+    identity: [u8; 48],
+}
+
+/// A way to the sockets of the namespace that the thread is in.
+pub(super) struct Diag {
+    netlink: Netlink,
+}
+
+impl Diag {
+    pub(super) fn open() -> io::Result<Self> {
+        let netlink = Netlink::new(NETLINK_SOCK_DIAG)?;
+        netlink.set_rx_buf_sz(1 << 20)?;
+        Ok(Self { netlink })
+    }
+
+    /// The connected sockets with a state of ours whose peer is the endpoint that they were given.
+    pub(super) fn sockets(&self, protocol: Protocol, states: BorrowedFd<'_>) -> io::Result<Vec<Found>> {
+        let mut found = Vec::new();
+        for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
+            self.dump(family, protocol, states, &mut found)?;
+        }
+        Ok(found)
+    }
+
+    fn dump(&self, family: u8, protocol: Protocol, states: BorrowedFd<'_>, found: &mut Vec<Found>) -> io::Result<()> {
+        let connected = match protocol {
+            // A connected UDP socket is "established" as well; one that is not must be left alone.
+            Protocol::Udp => 1 << TCP_ESTABLISHED,
+            _ => {
+                [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_CLOSE_WAIT].iter().fold(0, |all, one| all | 1 << one)
+            }
+        };
+        let mut body = request(family, protocol, connected, &[0; 48]);
+        let mut map = Vec::new();
+        attribute(&mut map, REQ_MAP_FD, &(states.as_raw_fd() as u32).to_ne_bytes());
+        attribute(&mut body, REQ_SK_BPF_STORAGES | NESTED, &map);
+        self.netlink.send(&message(SOCK_DIAG_BY_FAMILY, REQUEST | DUMP, &body), 0)?;
+        loop {
+            let (bytes, _) = self.netlink.recv_from_full()?;
+            let mut rest = bytes.as_slice();
+            while let Some((kind, body, next)) = next_message(rest) {
+                match kind {
+                    NLMSG_DONE => return Ok(()),
+                    NLMSG_ERROR => return error(body),
+                    SOCK_DIAG_BY_FAMILY => found.extend(decode(body)),
+                    _ => {}
+                }
+                rest = next;
+            }
+        }
+    }
+
+    /// Ends a socket: its application sees ECONNABORTED, and the peer of a TCP connection a reset. False where it has gone by itself.
+    pub(super) fn destroy(&self, protocol: Protocol, socket: &Found) -> io::Result<bool> {
+        let body = request(socket.family, protocol, u32::MAX, &socket.identity);
+        self.netlink.send(&message(SOCK_DESTROY, REQUEST | ACK, &body), 0)?;
+        let (bytes, _) = self.netlink.recv_from_full()?;
+        let Some((NLMSG_ERROR, body, _)) = next_message(&bytes) else { return Ok(true) };
+        match error(body) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            result => result.map(|()| true),
+        }
+    }
+}
+
+/// `struct inet_diag_req_v2`
+fn request(family: u8, protocol: Protocol, states: u32, identity: &[u8; 48]) -> Vec<u8> {
+    let mut body = vec![family, protocol.number() as u8, 1 << (INET_DIAG_INFO - 1), 0];
+    body.extend(states.to_ne_bytes());
+    body.extend(identity);
+    body
+}
+
+fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER + body.len());
+    bytes.extend(((HEADER + body.len()) as u32).to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(flags.to_ne_bytes());
+    // Sequence and port: each request is answered before the next one is sent.
+    bytes.extend([0; 8]);
+    bytes.extend(body);
+    bytes
+}
+
+fn attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    bytes.extend(((4 + value.len()) as u16).to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+}
+
+/// The first message: its kind, its body, and what follows.
+fn next_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
+    let len = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
+    let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
+    let body = bytes.get(HEADER..len)?;
+    Some((kind, body, bytes.get(len.next_multiple_of(4)..).unwrap_or_default()))
+}
+
+/// The attributes in these bytes, those of an unknown kind as well.
+fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let len = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
+        let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?) & !NESTED;
+        let value = bytes.get(4..len)?;
+        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
+fn within(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    attributes(bytes).find(|(own, _)| *own == kind).map(|(_, value)| value)
+}
+
+fn error(body: &[u8]) -> io::Result<()> {
+    match body.get(..4).and_then(|code| code.try_into().ok()).map(i32::from_ne_bytes) {
+        Some(0) => Ok(()),
+        Some(code) => Err(io::Error::from_raw_os_error(-code)),
+        None => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// A socket of ours out of its message.
+fn decode(body: &[u8]) -> Option<Found> {
+    let family = *body.first()?;
+    let identity: [u8; 48] = body.get(IDENTITY)?.try_into().ok()?;
+    let attributes = body.get(MESSAGE..)?;
+    let value = within(within(within(attributes, INET_DIAG_SK_BPF_STORAGES)?, STORAGE)?, STORAGE_MAP_VALUE)?;
+    if value.len() != size_of::<SocketState>() {
+        return None;
+    }
+    // SAFETY: `SocketState` is plain data of exactly this length, and a read that need not be aligned.
+    let state = unsafe { value.as_ptr().cast::<SocketState>().read_unaligned() };
+    let idle = within(attributes, INET_DIAG_INFO).and_then(|info| {
+        // `struct tcp_info`
+        let milliseconds = |at: usize| Some(u32::from_ne_bytes(info.get(at..at + 4)?.try_into().ok()?));
+        let (sent, received) = (milliseconds(44)?, milliseconds(52)?);
+        Some(Duration::from_millis(sent.min(received).into()))
+    });
+    // What a former connect of the socket left does not count.
+    (state.backend == peer(family, &identity)?).then_some(Found { state, idle, family, identity })
+}
+
+/// The peer out of `struct inet_diag_sockid`: two ports, two addresses.
+fn peer(family: u8, identity: &[u8; 48]) -> Option<Endpoint> {
+    let word = |at: usize| Some(u32::from_ne_bytes(identity.get(at..at + 4)?.try_into().ok()?));
+    let port = u16::from_ne_bytes([identity[2], identity[3]]);
+    if i32::from(family) == libc::AF_INET {
+        return Some(Endpoint::from_v4_word(word(20)?, port));
+    }
+    Some(Endpoint::from_words([word(20)?, word(24)?, word(28)?, word(32)?], port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_taken_apart_whatever_they_hold() {
+        let mut body = vec![0; MESSAGE];
+        attribute(&mut body, 7, &[1, 2, 3]);
+        attribute(&mut body, INET_DIAG_SK_BPF_STORAGES | NESTED, &[]);
+        let bytes = message(SOCK_DIAG_BY_FAMILY, 0, &body);
+        let (kind, inner, rest) = next_message(&bytes).unwrap();
+        assert_eq!((kind, inner, rest), (SOCK_DIAG_BY_FAMILY, body.as_slice(), [].as_slice()));
+        assert!(decode(inner).is_none(), "nothing of ours is on it");
+        for len in 0..bytes.len() {
+            assert!(next_message(&bytes[..len]).is_none());
+            decode(&body[..len.min(body.len())]);
+        }
+        assert_eq!(within(&body[MESSAGE..], 7), Some([1, 2, 3].as_slice()));
+    }
+}
