@@ -146,7 +146,7 @@ fn main() {
     let verdict = resident();
     let mut layout = Layout::new(Sizes::default());
     let table = Table::new(&compiler.verdict().assignments);
-    let (ops, refused) = layout.update(Instant::now(), &table, Knowledge::Complete);
+    let (ops, refused) = layout.update(&table, Knowledge::Complete);
     assert!(refused.is_empty());
     drop((ops, table));
     let all = resident();
@@ -182,7 +182,11 @@ fn main() {
                 let recompiled = compiler.compile(store.snapshot(), &client, &observed, &changes);
                 assert_eq!(recompiled.len(), 1);
                 let table = Table::new(recompiled.iter().flat_map(|service| &service.after));
-                layout.change(Instant::now(), &table, &[], Knowledge::Complete)
+                let written = layout.change(&table, &[], Knowledge::Complete);
+                if let Some(round) = layout.end_round() {
+                    layout.settle(round);
+                }
+                written
             },
             BatchSize::PerIteration,
         );

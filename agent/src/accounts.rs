@@ -77,6 +77,8 @@ pub struct Sample {
     pub publish_seconds: Histogram,
     /// Counters of the programs.
     pub counters: Counters,
+    /// Connections that were refused because there were as many as there may be, by service and port.
+    pub overflow: BTreeMap<(NamespacedName, u16), u64>,
     /// Connections that were ended.
     pub closed: Closed,
     /// Entries in use and entries that there are, by map.

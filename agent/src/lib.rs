@@ -8,6 +8,7 @@ pub mod accounts;
 pub mod admin;
 pub mod cli;
 pub mod datapath;
+pub mod doctor;
 pub mod explain;
 pub mod health;
 pub mod journal;

@@ -107,6 +107,12 @@ fn services(registry: &mut Registry, sample: &Sample) {
         refused.get_or_create(&labels).inc_by(*refusals);
     }
     registry.register("portolan_picks", "Connections to the service that were given an endpoint", picks);
+    let overflow = Counters::<ServiceLabels>::default();
+    for ((service, port), count) in &sample.overflow {
+        let labels = ServiceLabels { namespace: service.namespace.clone(), service: service.name.clone(), port: *port };
+        overflow.get_or_create(&labels).inc_by(*count);
+    }
+    registry.register("portolan_overflow", "Connections refused because of maxConnections", overflow);
     registry.register("portolan_refused", "Connections refused because the service had no endpoint to give", refused);
     let (ejections, overflows) = (Counters::<ServiceLabels>::default(), Counters::<ServiceLabels>::default());
     for ((service, port, kind), count) in &sample.health {

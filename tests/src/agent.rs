@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::{ErrorKind, Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::PathBuf,
     process::{Command, Output},
     thread,
@@ -150,7 +150,12 @@ impl Bed {
         thread::spawn(move || {
             for mut stream in listener.incoming().flatten() {
                 // A client that has gone away is no concern of the server's.
-                let _ = stream.write_all(greeting.as_bytes()).and_then(|()| stream.read_to_end(&mut Vec::new()));
+                let greeted = stream.write_all(greeting.as_bytes());
+                // Most have nothing to say, and are done with at once. Who stays does not keep the others waiting.
+                let _ = stream.shutdown(Shutdown::Write);
+                if greeted.is_ok() {
+                    thread::spawn(move || stream.read_to_end(&mut Vec::new()));
+                }
             }
         });
         Ok(())

@@ -62,6 +62,7 @@ pub async fn serve_admin(listener: UnixListener, questions: Questions) -> Result
         .route("/v1/report", get(report))
         .route("/v1/explain", get(explain))
         .route("/v1/events", get(events))
+        .route("/readyz", get(readyz))
         .with_state(questions);
     Ok(axum::serve(listener, router).await?)
 }

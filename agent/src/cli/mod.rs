@@ -3,6 +3,7 @@
 mod agent;
 mod cleanup;
 mod diff;
+mod doctor;
 mod events;
 mod explain;
 mod get;
@@ -50,6 +51,8 @@ enum Command {
     Get(get::GetArgs),
     /// Shows what has happened: ejections, releases, failed connections, changes
     Events(events::EventsArgs),
+    /// Looks at this machine: what is right, what is wrong, and what to do about it
+    Doctor(doctor::DoctorArgs),
     /// Takes everything of Portolan off the kernel; connections are no longer served
     Cleanup(cleanup::CleanupArgs),
     /// The client of the agent's own probe
@@ -94,6 +97,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Explain(args) => explain::run(&args),
         Command::Get(args) => get::run(&args),
         Command::Events(args) => events::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),
         Command::SelfProbe { cgroup } => self_probe::run_client(&cgroup).map(|()| ExitCode::SUCCESS),
         Command::Version => {

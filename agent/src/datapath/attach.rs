@@ -15,19 +15,20 @@ use aya::{
     programs::{CgroupAttachMode, Program, links::FdLink},
 };
 
-use super::{Pins, link};
+use super::{Pins, raw};
 
-/// The programs, by the names of their functions. Where connections end is watched before any is sent anywhere.
-pub(super) const PROGRAMS: [&str; 9] = [
-    "sock_ops",
-    "getpeername4",
-    "getpeername6",
-    "recvmsg4",
-    "recvmsg6",
-    "sendmsg4",
-    "sendmsg6",
-    "connect4",
-    "connect6",
+/// The programs, by the names of their functions, with the kernel's numbers of their hooks (`enum bpf_attach_type`). Where connections end is
+/// watched before any is sent anywhere.
+pub(super) const PROGRAMS: [(&str, u32); 9] = [
+    ("sock_ops", 3),
+    ("getpeername4", 29),
+    ("getpeername6", 30),
+    ("recvmsg4", 19),
+    ("recvmsg6", 20),
+    ("sendmsg4", 14),
+    ("sendmsg6", 15),
+    ("connect4", 10),
+    ("connect6", 11),
 ];
 
 pub(super) struct Hooks {
@@ -40,7 +41,7 @@ pub(super) struct Hooks {
 impl Hooks {
     /// Has the kernel check the programs.
     pub(super) fn load(bpf: &mut Ebpf, cgroup: PathBuf, pins: Pins) -> Result<Self> {
-        for name in PROGRAMS {
+        for (name, _) in PROGRAMS {
             let loaded = match bpf.program_mut(name) {
                 Some(Program::CgroupSockAddr(program)) => program.load(),
                 Some(Program::SockOps(program)) => program.load(),
@@ -53,7 +54,7 @@ impl Hooks {
     }
 
     pub(super) fn attach(&mut self, bpf: &mut Ebpf) -> Result<()> {
-        for name in PROGRAMS {
+        for (name, _) in PROGRAMS {
             let link = self
                 .attach_one(bpf, name)
                 .with_context(|| format!("cannot attach {name} to {}", self.cgroup.display()))?;
@@ -66,15 +67,15 @@ impl Hooks {
         let pin = self.pins.link(name);
         let program = bpf.program_mut(name).ok_or_else(|| anyhow!("no such program"))?;
         if pin.exists() {
-            let pinned = link::open(&pin).with_context(|| format!("cannot open {}", pin.display()))?;
-            match link::cgroup_id(&pinned)? {
+            let pinned = raw::open(&pin).with_context(|| format!("cannot open {}", pin.display()))?;
+            match raw::cgroup_id(&pinned)? {
                 id if id == self.cgroup_id => {
                     let fd = match program {
                         Program::CgroupSockAddr(program) => program.fd()?,
                         Program::SockOps(program) => program.fd()?,
                         _ => bail!("not a program of this kind"),
                     };
-                    link::update(&pinned, fd.as_fd()).context("the link does not take the new program")?;
+                    raw::update(&pinned, fd.as_fd()).context("the link does not take the new program")?;
                     return Ok(pinned);
                 }
                 0 => tracing::warn!("{name} had been detached from its cgroup; it is attached anew"),
@@ -100,7 +101,7 @@ impl Hooks {
             _ => bail!("not a program of this kind"),
         };
         link.pin(&pin).with_context(|| format!("cannot pin {}", pin.display()))?;
-        link::open(&pin).with_context(|| format!("cannot open {}", pin.display()))
+        raw::open(&pin).with_context(|| format!("cannot open {}", pin.display()))
     }
 
     /// Whether every program is where it should be; if not, which one is not, and why.
@@ -120,14 +121,14 @@ impl Hooks {
     }
 
     fn check_one(&self, name: &str, link: &OwnedFd) -> Result<()> {
-        match link::cgroup_id(link)? {
+        match raw::cgroup_id(link)? {
             id if id == self.cgroup_id => {}
             0 => bail!("{name} has been detached from {}", self.cgroup.display()),
             id => bail!("{name} is attached to cgroup {id}, not to {}", self.cgroup.display()),
         }
         let pin = self.pins.link(name);
         if !pin.exists() {
-            link::pin(link, &pin).with_context(|| format!("cannot pin {name} again at {}", pin.display()))?;
+            raw::pin(link, &pin).with_context(|| format!("cannot pin {name} again at {}", pin.display()))?;
             tracing::warn!("{name} was not pinned any more, and would have ended with the agent; it is pinned again");
         }
         Ok(())

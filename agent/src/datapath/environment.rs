@@ -29,28 +29,25 @@ impl Environment {
         if !rustix::process::geteuid().is_root() {
             return Err(Unsupported("root is needed to load eBPF programs; start the agent as root".to_owned()));
         }
-        let cgroup = match &options.cgroup {
-            Some(path) => path.clone(),
-            None => cgroup2_root()?,
-        };
-        match filesystem(&cgroup) {
-            Some(CGROUP2_MAGIC) => {}
-            Some(_) => {
-                return Err(Unsupported(format!(
-                    "{} is not on a cgroup v2 file system; give one with --cgroup",
-                    cgroup.display()
-                )));
-            }
-            None => {
-                return Err(Unsupported(format!(
-                    "cgroup {} does not exist; create it, or give another with --cgroup",
-                    cgroup.display()
-                )));
-            }
-        }
+        let cgroup = cgroup(options.cgroup.as_deref())?;
         check_bpffs(&options.bpffs)?;
         let sk_err_offset = btf::sk_err_offset(Path::new("/sys/kernel/btf/vmlinux"))?;
         Ok(Self { cgroup, sk_err_offset })
+    }
+}
+
+/// The cgroup to serve: this one, or the root of cgroup v2.
+pub(super) fn cgroup(given: Option<&Path>) -> Result<PathBuf, Unsupported> {
+    let cgroup = given.map_or_else(cgroup2_root, |path| Ok(path.to_owned()))?;
+    let unsupported = |what: String| Err(Unsupported(what));
+    match filesystem(&cgroup) {
+        Some(CGROUP2_MAGIC) => Ok(cgroup),
+        Some(_) => {
+            unsupported(format!("{} is not on a cgroup v2 file system; give one with --cgroup", cgroup.display()))
+        }
+        None => {
+            unsupported(format!("cgroup {} does not exist; create it, or give another with --cgroup", cgroup.display()))
+        }
     }
 }
 

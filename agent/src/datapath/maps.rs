@@ -22,6 +22,9 @@ pub(super) const OF_FIXED_SIZE: [&str; 2] = ["EVENTS", "COUNTERS"];
 /// Maps that belong to sockets, whatever set is in force.
 pub(super) const OF_SOCKETS: [&str; 2] = ["SOCKETS", "DATAGRAMS"];
 
+/// Maps whose entries in use can be counted from outside.
+pub(super) const COUNTABLE: [&str; 2] = ["FRONTENDS", "AFFINITY"];
+
 /// A map of a set whose size is a setting: bytes of its keys and values, and its entries.
 pub(super) struct Shape {
     pub(super) name: &'static str,

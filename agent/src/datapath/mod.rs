@@ -6,9 +6,10 @@ mod current;
 mod environment;
 mod events;
 mod grace;
-mod link;
+mod inspect;
 mod maps;
 mod pins;
+mod raw;
 mod sockets;
 
 use std::{
@@ -17,7 +18,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use aya::{Ebpf, EbpfLoader};
 use portolan_common::SCHEMA_VERSION;
 
@@ -26,6 +27,7 @@ pub use self::{
     environment::Unsupported,
     events::{EventStream, Logs, Outcome},
     grace::{Grace, barrier},
+    inspect::{Facts, MapFacts, ProgramFacts, inspect},
     maps::{Counters, Maps},
     pins::{Pins, cleanup},
     sockets::{Closer, GoneTcp, IDLE, Lifetime, Order, Pass, Reason},
@@ -109,6 +111,13 @@ impl Datapath {
         let environment = Environment::check(options)?;
         let pins = Pins::new(&options.bpffs);
         let locks = [pins.prepare()?, own_cgroup(&environment.cgroup)?];
+        if inspect::other_portolan(&environment.cgroup, &pins).unwrap_or(false) {
+            bail!(
+                "programs of another Portolan, pinned elsewhere than in {}, serve the cgroup {}; give that --bpffs, or run: portolan cleanup --bpffs FOLDER",
+                options.bpffs.display(),
+                environment.cgroup.display()
+            );
+        }
         let current = pins.current();
         let fitting = current.filter(|set| set.schema == SCHEMA_VERSION && maps::fits(&pins, *set, options.sizes));
         // What a start left that came to nothing.

@@ -1,6 +1,7 @@
 //! What the task answers to those who ask: reports, explanations, metrics, readiness.
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     time::{Instant, SystemTime},
 };
@@ -60,11 +61,28 @@ impl Reconciler {
             health: self.accounts.health().clone(),
             publish_seconds: self.accounts.publish_seconds(),
             counters: self.datapath.maps.counters().unwrap_or_default(),
+            overflow: self.overflow(),
             closed: self.closing.closed.clone(),
             occupancy: self.layout.occupancy(),
             ready: self.ready().is_ok(),
             findings: self.findings(),
         }
+    }
+
+    /// What the kernel has counted over the limits of pools.
+    fn overflow(&self) -> BTreeMap<(NamespacedName, u16), u64> {
+        let mut pools: BTreeMap<u32, (NamespacedName, u16)> = BTreeMap::new();
+        for key in self.pools.values().flatten() {
+            if let Some((id, _)) = self.layout.pool(key) {
+                pools.insert(id, (key.service.name.clone(), key.port));
+            }
+        }
+        let mut sums = BTreeMap::new();
+        for (id, name) in pools {
+            let stats = self.datapath.maps.pool_stats(id).unwrap_or_default();
+            *sums.entry(name).or_default() += stats.overflow;
+        }
+        sums
     }
 
     fn findings(&self) -> Vec<Finding> {

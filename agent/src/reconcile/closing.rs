@@ -11,6 +11,7 @@ use crate::{
     journal::Record,
     model::Protocol,
     policy::{Assignment, PoolKey},
+    table::Lost,
 };
 
 /// Between two looks for connections that have outlived their pool's limits: a quarter of the shortest limit, within these.
@@ -64,10 +65,11 @@ impl Closing {
 impl Reconciler {
     /// After a publication: looks for connections to endpoints that went with it.
     pub(super) fn close_gone(&mut self) {
-        let lost = self.layout.take_lost();
-        let tcp = lost.contains(&Protocol::Tcp) && self.closing.gone_tcp != GoneTcp::Keep;
-        if self.attached && (tcp || lost.contains(&Protocol::Udp)) {
-            self.close(tcp, lost.contains(&Protocol::Udp));
+        let mut lost = self.layout.take_lost();
+        let tcp = lost.contains_key(&Protocol::Tcp) && self.closing.gone_tcp != GoneTcp::Keep;
+        let udp = lost.remove(&Protocol::Udp);
+        if self.attached && (tcp || udp.is_some()) {
+            self.close(tcp, udp);
         }
     }
 
@@ -77,12 +79,13 @@ impl Reconciler {
             return;
         }
         self.closing.plan(now);
-        self.close(self.closing.gone_tcp != GoneTcp::Keep, false);
+        self.close(self.closing.gone_tcp != GoneTcp::Keep, None);
     }
 
-    fn close(&self, gone_tcp: bool, gone_udp: bool) {
+    fn close(&self, gone_tcp: bool, gone_udp: Option<Lost>) {
+        let gone = gone_tcp || gone_udp.is_some();
         let mut order = Order { gone_udp, ..Order::default() };
-        if gone_tcp || gone_udp {
+        if gone {
             order.endpoints = self.layout.endpoints();
             order.complete = self.doubt.is_none() && self.layout.inherited() == 0;
         }
@@ -96,7 +99,7 @@ impl Reconciler {
                 order.lifetimes.insert((id, epoch), *lifetime);
             }
         }
-        if gone_tcp || gone_udp || !order.lifetimes.is_empty() {
+        if gone || !order.lifetimes.is_empty() {
             self.datapath.closer.begin(order);
         }
     }

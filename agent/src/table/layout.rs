@@ -128,6 +128,39 @@ pub struct HeldFrontend {
     pub runs: (u32, u32),
 }
 
+/// Endpoints that a frontend has lost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lost {
+    /// These.
+    These(BTreeSet<SocketAddr>),
+    /// Any: what a former agent had published is not known in full.
+    Any,
+}
+
+impl Default for Lost {
+    fn default() -> Self {
+        Self::These(BTreeSet::new())
+    }
+}
+
+impl Lost {
+    /// These as well.
+    pub fn add(&mut self, more: Self) {
+        match (&mut *self, more) {
+            (Self::These(all), Self::These(more)) => all.extend(more),
+            _ => *self = Self::Any,
+        }
+    }
+
+    /// Whether an endpoint may be one of them.
+    pub fn may_be(&self, endpoint: &SocketAddr) -> bool {
+        match self {
+            Self::These(all) => all.contains(endpoint),
+            Self::Any => true,
+        }
+    }
+}
+
 /// What a former agent left in the maps.
 #[derive(Clone, Debug, Default)]
 pub struct Held {
@@ -161,8 +194,8 @@ pub struct Layout {
     generation: u32,
     /// What is freed now may be given out again once this round has settled.
     round: Round,
-    /// Protocols of frontends that have lost an endpoint since somebody asked.
-    lost: BTreeSet<Protocol>,
+    /// Endpoints that a frontend has lost since somebody asked.
+    lost: BTreeMap<Protocol, Lost>,
 }
 
 impl Layout {
@@ -182,7 +215,7 @@ impl Layout {
             limits: HashMap::new(),
             generation: 0,
             round: 1,
-            lost: BTreeSet::new(),
+            lost: BTreeMap::new(),
         }
     }
 
@@ -270,8 +303,8 @@ impl Layout {
         known.map(|(key, endpoints)| (key, Arc::clone(endpoints))).collect()
     }
 
-    /// Whose frontends have lost an endpoint since this was asked before, or may have.
-    pub fn take_lost(&mut self) -> BTreeSet<Protocol> {
+    /// Endpoints that a frontend has lost since this was asked before, by its protocol.
+    pub fn take_lost(&mut self) -> BTreeMap<Protocol, Lost> {
         std::mem::take(&mut self.lost)
     }
 
@@ -547,9 +580,11 @@ impl Layout {
         let round = self.round;
         let now = self.frontends.get(&old.version.key).and_then(|placed| placed.entry.as_ref());
         let has = |member: &SocketAddr| now.is_some_and(|entry| entry.endpoints.binary_search(member).is_ok());
-        if old.entry.as_ref().is_none_or(|entry| !entry.endpoints.iter().all(has)) {
-            let udp = old.version.key.protocol() == Protocol::Udp.number();
-            self.lost.insert(if udp { Protocol::Udp } else { Protocol::Tcp });
+        let protocol = if old.version.key.protocol() == Protocol::Udp.number() { Protocol::Udp } else { Protocol::Tcp };
+        let lost = old.entry.as_ref().map(|entry| entry.endpoints.iter().filter(|it| !has(it)).copied().collect());
+        match lost.map_or(Lost::Any, Lost::These) {
+            Lost::These(none) if none.is_empty() => {}
+            lost => self.lost.entry(protocol).or_default().add(lost),
         }
         self.slots.release(round, old.version.base, old.version.period);
         self.runs.release(round, old.runs.0, old.runs.1);

@@ -17,7 +17,7 @@ use std::{
 use portolan_common::{Endpoint, FrontendKey};
 
 pub use alloc::{Full, Round};
-pub use layout::{Held, HeldFrontend, Knowledge, Layout, Op, Refused, Sizes};
+pub use layout::{Held, HeldFrontend, Knowledge, Layout, Lost, Op, Refused, Sizes};
 
 use crate::{
     model::{Algorithm, ConnectionPool, Protocol, Retention},

@@ -28,27 +28,35 @@ const INET_DIAG_SK_BPF_STORAGES: u16 = 20;
 const REQ_SK_BPF_STORAGES: u16 = 2;
 const REQ_MAP_FD: u16 = 1;
 const STORAGE: u16 = 1;
-const STORAGE_MAP_VALUE: u16 = 2;
+const STORAGE_MAP_VALUE: u16 = 3;
 const NESTED: u16 = 0x8000;
 
 const HEADER: usize = 16;
 /// `struct inet_diag_msg`, of which the socket's identity is a part.
 const MESSAGE: usize = 72;
 const IDENTITY: std::ops::Range<usize> = 4..52;
+const INODE: std::ops::Range<usize> = 68..72;
 
 const TCP_ESTABLISHED: u32 = 1;
 const TCP_SYN_SENT: u32 = 2;
 const TCP_FIN_WAIT1: u32 = 4;
 const TCP_CLOSE_WAIT: u32 = 8;
 
-/// A socket that Portolan has given an endpoint.
-pub(super) struct Found {
-    /// What Portolan remembers on it.
-    pub(super) state: SocketState,
-    /// How long nothing was sent or received; nothing of UDP.
-    pub(super) idle: Option<Duration>,
+/// A socket with a peer.
+pub(super) struct Connected {
+    pub(super) peer: Endpoint,
+    pub(super) inode: u32,
     family: u8,
     identity: [u8; 48],
+}
+
+/// A TCP connection that Portolan has given its endpoint.
+pub(super) struct Connection {
+    pub(super) socket: Connected,
+    /// What Portolan remembers on it.
+    pub(super) state: SocketState,
+    /// How long nothing was sent or received.
+    pub(super) idle: Duration,
 }
 
 /// A way to the sockets of the namespace that the thread is in.
@@ -63,28 +71,38 @@ impl Diag {
         Ok(Self { netlink })
     }
 
-    /// The connected sockets with a state of ours whose peer is the endpoint that they were given.
-    pub(super) fn sockets(&self, protocol: Protocol, states: BorrowedFd<'_>) -> io::Result<Vec<Found>> {
+    /// The TCP connections with a state of ours whose peer is the endpoint that they were given.
+    pub(super) fn connections(&self, states: BorrowedFd<'_>) -> io::Result<Vec<Connection>> {
+        let mut map = Vec::new();
+        attribute(&mut map, REQ_MAP_FD, &(states.as_raw_fd() as u32).to_ne_bytes());
+        let mut storage = Vec::new();
+        attribute(&mut storage, REQ_SK_BPF_STORAGES | NESTED, &map);
+        let wanted = [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_CLOSE_WAIT];
         let mut found = Vec::new();
-        for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
-            self.dump(family, protocol, states, &mut found)?;
-        }
+        self.dump(Protocol::Tcp, wanted.iter().fold(0, |all, one| all | 1 << one), &storage, &mut |body| {
+            found.extend(connection(body));
+        })?;
         Ok(found)
     }
 
-    fn dump(&self, family: u8, protocol: Protocol, states: BorrowedFd<'_>, found: &mut Vec<Found>) -> io::Result<()> {
-        let connected = match protocol {
-            // A connected UDP socket is "established" as well; one that is not must be left alone.
-            Protocol::Udp => 1 << TCP_ESTABLISHED,
-            _ => {
-                [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_CLOSE_WAIT].iter().fold(0, |all, one| all | 1 << one)
-            }
-        };
-        let mut body = request(family, protocol, connected, &[0; 48]);
-        let mut map = Vec::new();
-        attribute(&mut map, REQ_MAP_FD, &(states.as_raw_fd() as u32).to_ne_bytes());
-        attribute(&mut body, REQ_SK_BPF_STORAGES | NESTED, &map);
-        self.netlink.send(&message(SOCK_DIAG_BY_FAMILY, REQUEST | DUMP, &body), 0)?;
+    /// The UDP sockets that are connected. (Those that are not have no peer, and must be left alone.)
+    pub(super) fn datagrams(&self) -> io::Result<Vec<Connected>> {
+        let mut found = Vec::new();
+        self.dump(Protocol::Udp, 1 << TCP_ESTABLISHED, &[], &mut |body| found.extend(connected(body)))?;
+        Ok(found)
+    }
+
+    fn dump(&self, protocol: Protocol, wanted: u32, more: &[u8], take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+        for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
+            let mut body = request(family, protocol, wanted, &[0; 48]);
+            body.extend(more);
+            self.netlink.send(&message(SOCK_DIAG_BY_FAMILY, REQUEST | DUMP, &body), 0)?;
+            self.answers(take)?;
+        }
+        Ok(())
+    }
+
+    fn answers(&self, take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
         loop {
             let (bytes, _) = self.netlink.recv_from_full()?;
             let mut rest = bytes.as_slice();
@@ -92,7 +110,7 @@ impl Diag {
                 match kind {
                     NLMSG_DONE => return Ok(()),
                     NLMSG_ERROR => return error(body),
-                    SOCK_DIAG_BY_FAMILY => found.extend(decode(body)),
+                    SOCK_DIAG_BY_FAMILY => take(body),
                     _ => {}
                 }
                 rest = next;
@@ -100,8 +118,15 @@ impl Diag {
         }
     }
 
+    /// Whether sockets of a protocol can be ended: by ending one that there is not.
+    pub(super) fn check(&self, protocol: Protocol) -> io::Result<()> {
+        let nowhere = Endpoint::from_words([0; 4], 0);
+        let socket = Connected { peer: nowhere, inode: 0, family: libc::AF_INET as u8, identity: [0; 48] };
+        self.destroy(protocol, &socket).map(drop)
+    }
+
     /// Ends a socket: its application sees ECONNABORTED, and the peer of a TCP connection a reset. False where it has gone by itself.
-    pub(super) fn destroy(&self, protocol: Protocol, socket: &Found) -> io::Result<bool> {
+    pub(super) fn destroy(&self, protocol: Protocol, socket: &Connected) -> io::Result<bool> {
         let body = request(socket.family, protocol, u32::MAX, &socket.identity);
         self.netlink.send(&message(SOCK_DESTROY, REQUEST | ACK, &body), 0)?;
         let (bytes, _) = self.netlink.recv_from_full()?;
@@ -170,10 +195,17 @@ fn error(body: &[u8]) -> io::Result<()> {
     }
 }
 
-/// A socket of ours out of its message.
-fn decode(body: &[u8]) -> Option<Found> {
+/// A connected socket out of its message.
+fn connected(body: &[u8]) -> Option<Connected> {
     let family = *body.first()?;
     let identity: [u8; 48] = body.get(IDENTITY)?.try_into().ok()?;
+    let inode = u32::from_ne_bytes(body.get(INODE)?.try_into().ok()?);
+    Some(Connected { peer: peer(family, &identity)?, inode, family, identity })
+}
+
+/// A connection of ours out of its message.
+fn connection(body: &[u8]) -> Option<Connection> {
+    let socket = connected(body)?;
     let attributes = body.get(MESSAGE..)?;
     let value = within(within(within(attributes, INET_DIAG_SK_BPF_STORAGES)?, STORAGE)?, STORAGE_MAP_VALUE)?;
     if value.len() != size_of::<SocketState>() {
@@ -181,14 +213,12 @@ fn decode(body: &[u8]) -> Option<Found> {
     }
     // SAFETY: `SocketState` is plain data of exactly this length, and a read that need not be aligned.
     let state = unsafe { value.as_ptr().cast::<SocketState>().read_unaligned() };
-    let idle = within(attributes, INET_DIAG_INFO).and_then(|info| {
-        // `struct tcp_info`
-        let milliseconds = |at: usize| Some(u32::from_ne_bytes(info.get(at..at + 4)?.try_into().ok()?));
-        let (sent, received) = (milliseconds(44)?, milliseconds(52)?);
-        Some(Duration::from_millis(sent.min(received).into()))
-    });
+    // `struct tcp_info`: milliseconds since data was sent, and received.
+    let info = within(attributes, INET_DIAG_INFO)?;
+    let milliseconds = |at: usize| Some(u32::from_ne_bytes(info.get(at..at + 4)?.try_into().ok()?));
+    let idle = Duration::from_millis(milliseconds(44)?.min(milliseconds(52)?).into());
     // What a former connect of the socket left does not count.
-    (state.backend == peer(family, &identity)?).then_some(Found { state, idle, family, identity })
+    (state.backend == socket.peer).then_some(Connection { socket, state, idle })
 }
 
 /// The peer out of `struct inet_diag_sockid`: two ports, two addresses.
@@ -213,10 +243,10 @@ mod tests {
         let bytes = message(SOCK_DIAG_BY_FAMILY, 0, &body);
         let (kind, inner, rest) = next_message(&bytes).unwrap();
         assert_eq!((kind, inner, rest), (SOCK_DIAG_BY_FAMILY, body.as_slice(), [].as_slice()));
-        assert!(decode(inner).is_none(), "nothing of ours is on it");
+        assert!(connection(inner).is_none(), "nothing of ours is on it");
         for len in 0..bytes.len() {
             assert!(next_message(&bytes[..len]).is_none());
-            decode(&body[..len.min(body.len())]);
+            connection(&body[..len.min(body.len())]);
         }
         assert_eq!(within(&body[MESSAGE..], 7), Some([1, 2, 3].as_slice()));
     }

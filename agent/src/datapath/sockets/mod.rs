@@ -11,10 +11,11 @@ use std::{
     fs::{self, File},
     net::SocketAddr,
     os::{
-        fd::{AsFd as _, BorrowedFd},
+        fd::{AsFd as _, OwnedFd},
         unix::fs::MetadataExt as _,
     },
     path::{Path, PathBuf},
+    rc::Rc,
     sync::{
         Arc,
         mpsc::{Receiver, Sender, channel},
@@ -26,15 +27,17 @@ use std::{
 use anyhow::{Context as _, Result};
 use aya::maps::MapData;
 use portolan_common::{FrontendKey, SocketState};
+use procfs::process::FDTarget;
 use rustix::{
+    process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
     thread::{LinkNameSpaceType, move_into_link_name_space},
     time::{ClockId, clock_gettime},
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use self::diag::{Diag, Found};
-use super::{Pins, maps};
-use crate::model::Protocol;
+use self::diag::{Connected, Connection, Diag};
+use super::{Pins, maps, raw};
+use crate::{model::Protocol, table::Lost};
 
 /// A connection is idle when nothing was sent or received for so long.
 pub const IDLE: Duration = Duration::from_secs(5);
@@ -67,8 +70,8 @@ pub struct Order {
     pub endpoints: HashMap<FrontendKey, Arc<[SocketAddr]>>,
     /// Whether the endpoints of all frontends are known, so that what is not named is gone.
     pub complete: bool,
-    /// Whether UDP sockets of gone endpoints are looked for.
-    pub gone_udp: bool,
+    /// Endpoints whose connected UDP sockets are looked for.
+    pub gone_udp: Option<Lost>,
     /// What becomes of TCP connections to gone endpoints.
     pub gone_tcp: GoneTcp,
     /// Lifetimes by place and epoch of the pool.
@@ -145,15 +148,31 @@ impl Closer {
     }
 }
 
+/// Whether sockets can be listed and ended on this machine; if not, why.
+pub(super) fn check() -> Result<(), String> {
+    let diag = Diag::open().map_err(|error| format!("no sock_diag: {error}"))?;
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        diag.check(protocol).map_err(|error| format!("{protocol} sockets cannot be ended: {error}"))?;
+    }
+    Ok(())
+}
+
 fn work(states: &MapData, set: u32, orders: &Receiver<Order>, done: &UnboundedSender<Pass>) {
     while let Ok(order) = orders.recv() {
         let order = orders.try_iter().fold(order, Order::followed_by);
         let mut pass = Pass::default();
+        let mut datagrams = Vec::new();
         for namespace in namespaces(&mut pass.trouble) {
             pass.namespaces += 1;
-            if let Err(error) = one_namespace(&namespace, states.fd().as_fd(), set, &order, &mut pass) {
-                pass.trouble.push(format!("{}: {error:#}", namespace.display()));
+            match one_namespace(&namespace, states, set, &order, &mut pass) {
+                Ok(found) => datagrams.extend(found),
+                Err(error) => pass.trouble.push(format!("{}: {error:#}", namespace.display())),
             }
+        }
+        if !datagrams.is_empty()
+            && let Err(error) = close_datagrams(datagrams, states, &order, &mut pass)
+        {
+            pass.trouble.push(format!("UDP sockets of endpoints that are gone: {error:#}"));
         }
         if done.send(pass).is_err() {
             return;
@@ -185,16 +204,24 @@ fn namespaces(trouble: &mut Vec<String>) -> Vec<PathBuf> {
     found.into_values().collect()
 }
 
-fn one_namespace(namespace: &Path, states: BorrowedFd<'_>, set: u32, order: &Order, pass: &mut Pass) -> Result<()> {
-    let Ok(file) = File::open(namespace) else { return Ok(()) };
+/// A UDP socket that is connected to an endpoint that may be gone, and the way to end it.
+type Datagrams = (Rc<Diag>, Connected);
+
+/// Ends the TCP connections of a namespace that the order is about, and finds the UDP sockets that it may be about.
+fn one_namespace(
+    namespace: &Path,
+    states: &MapData,
+    set: u32,
+    order: &Order,
+    pass: &mut Pass,
+) -> Result<Vec<Datagrams>> {
+    // It may have gone meanwhile.
+    let Ok(file) = File::open(namespace) else { return Ok(Vec::new()) };
     move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).context("cannot get in")?;
-    let diag = Diag::open()?;
-    let tcp = order.gone_tcp != GoneTcp::Keep || !order.lifetimes.is_empty();
-    for protocol in
-        [(Protocol::Udp, order.gone_udp), (Protocol::Tcp, tcp)].into_iter().filter_map(|(it, is)| is.then_some(it))
-    {
-        for socket in diag.sockets(protocol, states).with_context(|| format!("cannot list {protocol} sockets"))? {
-            let reason = match order.verdict(protocol, &socket, set) {
+    let diag = Rc::new(Diag::open()?);
+    if order.gone_tcp != GoneTcp::Keep || !order.lifetimes.is_empty() {
+        for connection in diag.connections(states.fd().as_fd()).context("cannot list TCP connections")? {
+            let reason = match order.verdict(&connection, set) {
                 Verdict::Keep => continue,
                 Verdict::Wait => {
                     pass.waiting += 1;
@@ -202,12 +229,52 @@ fn one_namespace(namespace: &Path, states: BorrowedFd<'_>, set: u32, order: &Ord
                 }
                 Verdict::Close(reason) => reason,
             };
-            if diag.destroy(protocol, &socket).with_context(|| format!("cannot close {protocol} sockets"))? {
-                *pass.closed.entry((reason, protocol, socket.state.backend.socket_addr())).or_default() += 1;
+            if diag.destroy(Protocol::Tcp, &connection.socket).context("cannot close TCP connections")? {
+                pass.count(reason, Protocol::Tcp, &connection.state);
+            }
+        }
+    }
+    let Some(gone) = &order.gone_udp else { return Ok(Vec::new()) };
+    let connected = diag.datagrams().context("cannot list UDP sockets")?.into_iter();
+    let may_be = connected.filter(|socket| gone.may_be(&socket.peer.socket_addr()));
+    Ok(may_be.map(|socket| (Rc::clone(&diag), socket)).collect())
+}
+
+/// Ends those UDP sockets that carry a state of ours. sock_diag does not show it for UDP, so each is borrowed from a process that has it.
+fn close_datagrams(sockets: Vec<Datagrams>, states: &MapData, order: &Order, pass: &mut Pass) -> Result<()> {
+    let mut by_inode: HashMap<u64, Datagrams> =
+        sockets.into_iter().map(|(diag, socket)| (socket.inode.into(), (diag, socket))).collect();
+    for process in procfs::process::all_processes().context("/proc cannot be read")?.flatten() {
+        // Processes end while one looks, and so do their descriptors.
+        for descriptor in process.fd().into_iter().flatten().flatten() {
+            let FDTarget::Socket(inode) = descriptor.target else { continue };
+            let Some((diag, socket)) = by_inode.remove(&inode) else { continue };
+            let Ok(borrowed) = borrow(process.pid, descriptor.fd) else { continue };
+            // Where there is none, Portolan did not give it its peer.
+            let Ok(state) = raw::lookup_socket::<SocketState>(states.fd(), &borrowed) else { continue };
+            if state.backend == socket.peer
+                && state.protocol == Protocol::Udp.number()
+                && order.is_gone(Protocol::Udp, &state)
+                && diag.destroy(Protocol::Udp, &socket)?
+            {
+                pass.count(Reason::Gone, Protocol::Udp, &state);
             }
         }
     }
     Ok(())
+}
+
+/// A descriptor of another process.
+fn borrow(process: i32, descriptor: i32) -> Result<OwnedFd> {
+    let process = Pid::from_raw(process).context("no process")?;
+    let process = pidfd_open(process, PidfdFlags::empty())?;
+    Ok(pidfd_getfd(process, descriptor, PidfdGetfdFlags::empty())?)
+}
+
+impl Pass {
+    fn count(&mut self, reason: Reason, protocol: Protocol, state: &SocketState) {
+        *self.closed.entry((reason, protocol, state.backend.socket_addr())).or_default() += 1;
+    }
 }
 
 enum Verdict {
@@ -219,30 +286,31 @@ enum Verdict {
 impl Order {
     /// Both in one.
     fn followed_by(self, next: Self) -> Self {
-        Self { gone_udp: self.gone_udp || next.gone_udp, ..next }
+        let gone_udp = match (self.gone_udp, next.gone_udp) {
+            (Some(mut all), Some(more)) => {
+                all.add(more);
+                Some(all)
+            }
+            (one, other) => one.or(other),
+        };
+        Self { gone_udp, ..next }
     }
 
-    fn verdict(&self, protocol: Protocol, socket: &Found, set: u32) -> Verdict {
-        let state = &socket.state;
-        let looked_for = match protocol {
-            Protocol::Udp => self.gone_udp,
-            _ => self.gone_tcp != GoneTcp::Keep,
-        };
-        if looked_for && self.is_gone(protocol, state) {
-            let waits = protocol == Protocol::Tcp && self.gone_tcp == GoneTcp::Idle;
-            return match socket.idle {
-                Some(idle) if waits && idle < IDLE => Verdict::Wait,
-                _ => Verdict::Close(Reason::Gone),
-            };
+    /// What becomes of a TCP connection.
+    fn verdict(&self, connection: &Connection, set: u32) -> Verdict {
+        let Connection { state, idle, .. } = connection;
+        if self.gone_tcp != GoneTcp::Keep && self.is_gone(Protocol::Tcp, state) {
+            let waits = self.gone_tcp == GoneTcp::Idle && *idle < IDLE;
+            return if waits { Verdict::Wait } else { Verdict::Close(Reason::Gone) };
         }
-        if protocol != Protocol::Tcp || state.set != set || state.pool == 0 {
+        if state.set != set || state.pool == 0 {
             return Verdict::Keep;
         }
         let Some(lifetime) = self.lifetimes.get(&(state.pool, state.pool_epoch)) else { return Verdict::Keep };
         if lifetime.whole.is_some_and(|most| age(state) > most) {
             return Verdict::Close(Reason::Age);
         }
-        if lifetime.idle.zip(socket.idle).is_some_and(|(most, idle)| idle > most) {
+        if lifetime.idle.is_some_and(|most| *idle > most) {
             return Verdict::Close(Reason::Idle);
         }
         Verdict::Keep

@@ -79,7 +79,7 @@ fn run(task: &Task, tasks: &Receiver<Task>, held: &mut Held) -> Result<Reply> {
                 let errno = errno(socket.connect(&(*to).into()));
                 reply.seen.push(Seen { errno, ..Seen::default() });
                 if errno == 0 {
-                    held.sockets.push(socket);
+                    held.sockets.push((socket, 0));
                 }
             }
         }
@@ -91,9 +91,9 @@ fn run(task: &Task, tasks: &Receiver<Task>, held: &mut Held) -> Result<Reply> {
                 let peer = socket.peer_addr().ok().and_then(|peer| peer.as_socket());
                 reply.seen.push(Seen { peer, errno, ..Seen::default() });
             }
-            held.sockets.push(socket);
+            held.sockets.push((socket, 0));
         }
-        Task::Held => reply.seen = held.sockets.iter().map(what_became).collect::<Result<_>>()?,
+        Task::Held => reply.seen = held.sockets.iter_mut().map(what_became).collect::<Result<_>>()?,
         Task::Release => held.sockets.clear(),
         Task::Datagrams { to, times, from, mapped } => {
             let to = if *mapped { mapped_form(*to) } else { *to };
@@ -129,22 +129,20 @@ fn run(task: &Task, tasks: &Receiver<Task>, held: &mut Held) -> Result<Reply> {
 /// Sockets that outlive the task that made them.
 #[derive(Default)]
 struct Held {
-    sockets: Vec<Socket>,
+    /// Each with the error that was seen: the kernel tells it once.
+    sockets: Vec<(Socket, i32)>,
     kept: Option<UdpSocket>,
 }
 
 /// No error while it is open, and ENOTCONN where the peer has closed it.
-fn what_became(socket: &Socket) -> Result<Seen> {
+fn what_became((socket, ended): &mut (Socket, i32)) -> Result<Seen> {
+    if let Some(error) = socket.take_error()?.and_then(|error| error.raw_os_error()) {
+        *ended = error;
+    }
     let mut poll_for = [PollFd::new(socket, PollFlags::IN)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let mut errno = 0;
-    if poll(&mut poll_for, Some(&now))? > 0 {
-        errno = match socket.take_error()?.and_then(|error| error.raw_os_error()) {
-            Some(error) => error,
-            None => libc::ENOTCONN,
-        };
-    }
-    Ok(Seen { errno, ..Seen::default() })
+    let readable = *ended == 0 && poll(&mut poll_for, Some(&now))? > 0;
+    Ok(Seen { errno: if readable { libc::ENOTCONN } else { *ended }, ..Seen::default() })
 }
 
 fn mapped_form(to: SocketAddr) -> SocketAddr {

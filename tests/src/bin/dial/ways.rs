@@ -41,9 +41,10 @@ pub(super) fn dial(to: SocketAddr, way: Way) -> Result<Seen> {
     }
     let mut stream = TcpStream::from(socket);
     let mut greeting = String::new();
+    let peer = stream.peer_addr().ok();
     stream.shutdown(std::net::Shutdown::Write)?;
     let errno = errno(stream.read_to_string(&mut greeting).map(drop));
-    Ok(Seen { peer: stream.peer_addr().ok(), greeting, errno })
+    Ok(Seen { peer, greeting, errno })
 }
 
 fn send_fast(socket: RawFd, to: SocketAddr) -> io::Result<()> {

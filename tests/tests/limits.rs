@@ -1,0 +1,275 @@
+//! `connectionPool.tcp`, in the kernel; and connections that are ended.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use portolan_tests::{
+    Agent, Bed, Directory,
+    dial::{Task, Way},
+    objects::{destination_rule, node, service, slice, udp_service, udp_slice},
+    wait_until,
+};
+use serde_json::{Value, json};
+
+const ECONNREFUSED: i32 = 111;
+const ECONNABORTED: i32 = 103;
+const EHOSTUNREACH: i32 = 113;
+const ENETUNREACH: i32 = 101;
+const ETIMEDOUT: i32 = 110;
+const BOUND: Duration = Duration::from_secs(20);
+const WEB: &str = "172.16.0.10:80";
+
+/// A service with two endpoints, and the limits of its pool.
+fn limited(bed: &Bed, tcp: &Value) -> Result<Directory> {
+    for i in 1..=2 {
+        bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
+        bed.serve(&format!("10.0.0.{i}:9080"), &format!("pod{i}"))?;
+    }
+    let directory = Directory::new()?;
+    write(&directory, &[1, 2], tcp)?;
+    Ok(directory)
+}
+
+fn write(directory: &Directory, pods: &[u8], tcp: &Value) -> Result<()> {
+    let addresses: Vec<String> = pods.iter().map(|i| format!("10.0.0.{i}")).collect();
+    let endpoints: Vec<(&str, &str, &str)> = addresses.iter().map(|address| (address.as_str(), "n1", "")).collect();
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("n1", "r1"),
+            service("web", &["172.16.0.10", "172.16.0.11"], 80),
+            slice("web", 9080, &endpoints),
+            destination_rule("web", &json!({"trafficPolicy": {"connectionPool": {"tcp": tcp}}})),
+        ],
+    )
+}
+
+fn metric(agent: &Agent, line: &str) -> Result<u64> {
+    let text = agent.http("/metrics")?.1;
+    let value = text.lines().find_map(|own| own.strip_prefix(line)).unwrap_or("0");
+    Ok(value.trim().parse()?)
+}
+
+#[test]
+fn connections_over_the_limit_are_refused_and_counted() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = limited(&bed, &json!({"maxConnections": 5}))?;
+    let mut agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    let hold = |to: &str, times| Task::Hold { to: to.parse().unwrap(), times };
+    let reply = client.run(&hold(WEB, 8))?;
+    assert_eq!(reply.errnos(), [0, 0, 0, 0, 0, ECONNREFUSED, ECONNREFUSED, ECONNREFUSED]);
+    // The limit is the destination's, whichever address leads there, and whoever dials.
+    let mut other = bed.dialler()?;
+    assert_eq!(other.run(&hold("172.16.0.11:80", 1))?.errnos(), [ECONNREFUSED]);
+    // It holds over a restart of the agent.
+    agent.process.kill();
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    assert_eq!(other.run(&hold(WEB, 1))?.errnos(), [ECONNREFUSED]);
+    let labels = "portolan_overflow_total{namespace=\"default\",service=\"web\",port=\"80\"}";
+    assert_eq!(metric(&agent, labels)?, 5);
+    // What is raised is raised at once, and what is closed makes room.
+    write(&directory, &[1, 2], &json!({"maxConnections": 6}))?;
+    wait_until("the limit to be raised", BOUND, || {
+        ensure!(other.run(&hold(WEB, 1))?.errnos() == [0]);
+        Ok(())
+    })?;
+    assert_eq!(other.run(&hold(WEB, 1))?.errnos(), [ECONNREFUSED]);
+    client.run(&Task::Release)?;
+    wait_until("there to be room", BOUND, || {
+        ensure!(other.run(&hold(WEB, 5))?.errnos() == [0; 5]);
+        Ok(())
+    })
+}
+
+#[test]
+fn keepalive_is_set_unless_the_application_has_its_own() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = limited(&bed, &json!({"tcpKeepalive": {"time": "77s", "interval": "7s", "probes": 3}}))?;
+    let _agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    let reply = client.run(&Task::Keepalive { to: WEB.parse()?, own: false })?;
+    assert_eq!((reply.errnos(), reply.values), (vec![0], vec![1, 77, 7, 3]));
+    let direct = client.run(&Task::Keepalive { to: "10.0.0.1:9080".parse()?, own: false })?;
+    assert_eq!(direct.values[0], 0, "what is no Service is left alone");
+    let own = client.run(&Task::Keepalive { to: WEB.parse()?, own: true })?;
+    assert_ne!(own.values[1], 77, "the application's own stay");
+    Ok(())
+}
+
+#[test]
+fn connections_that_are_idle_or_old_are_ended() -> Result<()> {
+    for (limit, reason) in [(json!({"idleTimeout": "1s"}), "idle"), (json!({"maxConnectionDuration": "1s"}), "age")] {
+        let bed = Bed::new()?;
+        let directory = limited(&bed, &limit)?;
+        let agent = bed.agent(&directory, "c1", "n1")?;
+        let mut client = bed.dialler()?;
+        client.run(&Task::Hold { to: WEB.parse()?, times: 4 })?;
+        client.run(&Task::Hold { to: "10.0.0.1:9080".parse()?, times: 1 })?;
+        wait_until("the connections to be ended", BOUND, || {
+            let errnos = client.run(&Task::Held)?.errnos();
+            // The greeting that was not read is there before the end is.
+            ensure!(errnos[..4] == [ECONNABORTED; 4], "{reason}: {errnos:?}\n{}", agent.log());
+            Ok(())
+        })?;
+        assert_ne!(client.run(&Task::Held)?.errnos()[4], ECONNABORTED, "one that dialled directly is left alone");
+        let labels = format!("portolan_closed_connections_total{{reason=\"{reason}\",protocol=\"TCP\"}}");
+        wait_until("the metric", BOUND, || {
+            let count = metric(&agent, &labels)?;
+            ensure!(count == 4, "{count}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn tcp_connections_to_what_is_gone_go_on_or_end_as_the_setting_says() -> Result<()> {
+    for (setting, at_once) in [("keep", false), ("reset", true), ("idle", false)] {
+        let bed = Bed::new()?;
+        let directory = limited(&bed, &json!({}))?;
+        let agent = bed.agent_with(&directory, "c1", "n1", &["--gone-connections", setting])?;
+        let mut client = bed.dialler()?;
+        // Two to each endpoint.
+        client.run(&Task::Hold { to: WEB.parse()?, times: 4 })?;
+        write(&directory, &[2], &json!({}))?;
+        wait_until("the endpoint to go", BOUND, || {
+            ensure!(client.dial(WEB, 2)?.greetings() == ["pod2"; 2]);
+            Ok(())
+        })?;
+        let aborted = |errnos: &[i32]| errnos.iter().filter(|errno| **errno == ECONNABORTED).count();
+        if setting == "keep" {
+            assert_eq!(aborted(&client.run(&Task::Held)?.errnos()), 0);
+            continue;
+        }
+        wait_until("the connections to be ended", BOUND, || {
+            let errnos = client.run(&Task::Held)?.errnos();
+            ensure!(aborted(&errnos) == 2, "{setting} {at_once}: {errnos:?}\n{}", agent.log());
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn refusals_have_the_errno_that_applications_expect() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = Directory::new()?;
+    let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["strict.default.svc.cluster.local"]}]});
+    directory.write("mesh.yaml", &[portolan_tests::objects::mesh_config(&keep)])?;
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("n1", "r1"),
+            service("empty", &["172.16.0.10", "fd16::10"], 80),
+            service("strict", &["172.16.0.20", "fd16::20"], 80),
+        ],
+    )?;
+    let _agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    for (to, errno) in [
+        (WEB, ECONNREFUSED),
+        ("[fd16::10]:80", ECONNREFUSED),
+        ("172.16.0.20:80", EHOSTUNREACH),
+        ("[fd16::20]:80", EHOSTUNREACH),
+    ] {
+        for (mapped, nonblocking) in [(false, false), (false, true), (true, false), (true, true)] {
+            let task = Task::Dial { to: to.parse()?, times: 2, mapped, nonblocking, send: 0 };
+            assert_eq!(client.run(&task)?.errnos(), [errno; 2], "{to} mapped {mapped} nonblocking {nonblocking}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_way_to_connect() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = limited(&bed, &json!({}))?;
+    // A service that refuses whatever does not stay in its cluster.
+    let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["strict.default.svc.cluster.local"]}]});
+    directory.write("mesh.yaml", &[portolan_tests::objects::mesh_config(&keep)])?;
+    directory.write(
+        "c1/strict.yaml",
+        &[service("strict", &["172.16.0.20"], 80), slice("strict", 9080, &[("10.0.0.1", "n1", "")])],
+    )?;
+    bed.namespace.run("sysctl", &["-qw", "net.ipv4.tcp_fastopen=3"])?;
+    bed.namespace.add_address("10.0.9.9/32")?;
+    let _agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    let from = "10.0.9.9:0".parse()?;
+    for way in [Way::FastOpen, Way::FastOpenConnect, Way::Bound(from)] {
+        let reply = client.run(&Task::Dialled { to: WEB.parse()?, way })?;
+        let seen = &reply.seen[0];
+        assert!(seen.errno == 0 && seen.greeting.starts_with("pod"), "{way:?}: {seen:?}");
+        assert_eq!(seen.peer, Some(WEB.parse()?), "{way:?}");
+    }
+    // Multipath TCP and SCTP are left alone, so that they find nobody here. But what is strict is strict.
+    let multipath = client.run(&Task::Dialled { to: WEB.parse()?, way: Way::Multipath })?;
+    assert_eq!(multipath.errnos(), [ENETUNREACH]);
+    let direct = client.run(&Task::Dialled { to: "10.0.0.1:9080".parse()?, way: Way::Multipath })?;
+    assert_eq!(direct.greetings(), ["pod1"]);
+    let strict = client.run(&Task::Dialled { to: "172.16.0.20:80".parse()?, way: Way::Multipath })?;
+    assert_eq!(strict.errnos(), [EHOSTUNREACH]);
+    let sctp = client.run(&Task::Dialled { to: WEB.parse()?, way: Way::Sctp })?;
+    assert_ne!(sctp.errnos(), [0]);
+    assert_ne!(sctp.errnos(), [ECONNREFUSED]);
+    Ok(())
+}
+
+#[test]
+fn a_connect_timeout_is_the_pools_and_not_the_frontends() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = limited(&bed, &json!({"connectTimeout": "0.3s"}))?;
+    let _agent = bed.agent(&directory, "c1", "n1")?;
+    for i in 1..=2 {
+        bed.namespace.swallow(&format!("10.0.0.{i}/32"))?;
+    }
+    let mut client = bed.dialler()?;
+    for nonblocking in [false, true] {
+        let task = Task::Dial { to: WEB.parse()?, times: 1, mapped: false, nonblocking, send: 0 };
+        assert_eq!(client.run(&task)?.errnos(), [ETIMEDOUT]);
+    }
+    Ok(())
+}
+
+#[test]
+fn connected_udp_sockets_of_what_is_gone_are_closed_and_no_others() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = Directory::new()?;
+    for i in 1..=2 {
+        bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
+        bed.serve_datagrams(&format!("10.0.0.{i}:5353"), &format!("pod{i}"))?;
+    }
+    let write = |endpoints: &[(&str, &str, &str)]| {
+        directory.write(
+            "c1/all.yaml",
+            &[node("n1", "r1"), udp_service("dns", &["172.16.0.53"], 53), udp_slice("dns", 5353, endpoints)],
+        )
+    };
+    write(&[("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")])?;
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    let dns = "172.16.0.53:53".parse()?;
+    // Four of ours, two to each endpoint; two that dialled the endpoint itself, one of them after the Service.
+    for mapped in [false, true, false, true] {
+        client.run(&Task::HoldDatagram { to: dns, mapped, then: None })?;
+    }
+    let direct = "10.0.0.1:5353".parse()?;
+    client.run(&Task::HoldDatagram { to: direct, mapped: false, then: None })?;
+    client.run(&Task::HoldDatagram { to: dns, mapped: false, then: Some(direct) })?;
+    client.run(&Task::HoldDatagram { to: dns, mapped: false, then: Some(direct) })?;
+    write(&[("10.0.0.2", "n1", "")])?;
+    wait_until("the sockets to be closed", BOUND, || {
+        let errnos = client.run(&Task::Held)?.errnos();
+        let mut own = errnos[..4].to_vec();
+        own.sort_unstable();
+        ensure!(own == [0, 0, ECONNABORTED, ECONNABORTED], "{errnos:?}\n{}", agent.log());
+        ensure!(errnos[4..] == [0; 3], "{errnos:?}");
+        Ok(())
+    })?;
+    let closed = agent.events()?.into_iter().filter(|event| event["kind"] == "closed").collect::<Vec<_>>();
+    assert_eq!(closed.len(), 1, "{closed:?}");
+    assert!(closed[0]["message"].as_str().unwrap().starts_with("2 UDP connections to 10.0.0.1:5353"), "{closed:?}");
+    Ok(())
+}
