@@ -6,6 +6,7 @@ mod demo;
 mod packages;
 mod test;
 mod toolchain;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -26,6 +27,8 @@ enum Task {
     Demo(demo::DemoArgs),
     /// Runs everything that must hold: format, lints, unit tests, tests in the kernel, the demo (needs root)
     Test(test::TestArgs),
+    /// Runs the tests in the kernel in this one and in Debian's 6.1 and 6.12, booted in QEMU (needs root)
+    Vm(vm::VmArgs),
     /// Compares connect() through Portolan with connect() to the endpoint itself (needs root)
     Bench(bench::BenchArgs),
 }
@@ -45,6 +48,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Toolchain { force } => toolchain::ensure(force).map(|()| ExitCode::SUCCESS),
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => test::run(&args),
+        Task::Vm(args) => vm::run(&args),
         Task::Bench(args) => bench::run(&args),
     }
 }

@@ -10,6 +10,17 @@ use crate::command::{find, run};
 pub(crate) const BENCH: [(&str, &str); 4] =
     [("ip", "iproute2"), ("bpftool", "bpftool"), ("nginx", "nginx-light"), ("curl", "curl")];
 
+/// Programs that boot another kernel, and their packages.
+pub(crate) const VM: [(&str, &str); 7] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("cpio", "cpio"),
+    ("strip", "binutils"),
+    ("xz", "xz-utils"),
+    ("zstd", "zstd"),
+    ("dpkg", "dpkg"),
+];
+
 /// Makes sure that these programs are there.
 pub(crate) fn ensure_programs(programs: &[(&str, &str)]) -> Result<()> {
     let missing: Vec<&str> =

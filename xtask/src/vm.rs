@@ -1,0 +1,439 @@
+//! `cargo xtask vm`: the tests in the kernel, in other kernels than this machine's.
+//!
+//! Each kernel boots in QEMU with a file system in memory that holds the test binaries, the agent, the programs that they run, and the libraries of all of
+//! these. No disk, no network: what a test needs it makes for itself, as on this machine.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{BufRead as _, BufReader, Write as _},
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::Args;
+use serde_json::Value;
+
+use crate::{
+    command::{cargo, find, need_root, output, root, run as run_command},
+    demo, packages,
+};
+
+/// Series of Debian's kernels that are tested.
+const SERIES: [&str; 2] = ["6.1", "6.12"];
+/// The files of tests that are about the kernel.
+pub(crate) const TESTS: [&str; 7] = ["lessons", "datapath", "datagrams", "algorithms", "limits", "outcomes", "restart"];
+/// Modules that tests need, where a kernel has them as modules, each after those that it needs itself.
+const MODULES: [&str; 6] = ["veth", "inet_diag", "tcp_diag", "udp_diag", "netlink_diag", "sch_netem"];
+/// Programs that tests run.
+const PROGRAMS: [&str; 2] = ["ip", "bpftool"];
+/// No run takes longer, even where every instruction is emulated.
+const LIMIT: Duration = Duration::from_secs(1_200);
+/// What a line of the console begins with that is meant for this program.
+const MARK: &str = "@vm ";
+
+/// Which kernels, and which tests.
+#[derive(Debug, Args)]
+pub(crate) struct VmArgs {
+    /// A kernel image to boot, in place of Debian's 6.1 and 6.12; may be given several times
+    #[arg(long, value_name = "PATH")]
+    kernel: Vec<PathBuf>,
+    /// Folder with that kernel's modules (lib/modules/<version>), where it has parts as modules
+    #[arg(long, value_name = "PATH")]
+    modules: Option<PathBuf>,
+    /// Only these series of Debian's kernels
+    #[arg(long, value_name = "SERIES", default_values_t = SERIES.map(str::to_owned))]
+    series: Vec<String>,
+    /// Only this file of tests; may be given several times
+    #[arg(long, value_name = "NAME")]
+    test: Vec<String>,
+    /// Only tests whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+    /// QEMU's accelerator: "kvm" is faster where it works
+    #[arg(long, value_name = "NAME", default_value = "tcg,thread=multi")]
+    accel: String,
+    /// Leave this machine's own kernel out
+    #[arg(long)]
+    no_host: bool,
+    /// Show everything that the kernels say
+    #[arg(long)]
+    verbose: bool,
+}
+
+/// A kernel to boot.
+struct Kernel {
+    name: String,
+    image: PathBuf,
+    modules: Option<PathBuf>,
+}
+
+/// What came of the tests in one kernel.
+struct Outcome {
+    kernel: String,
+    /// Files of tests, and whether all of each passed.
+    tests: Vec<(String, bool)>,
+    /// Instructions that the verifier went through, by program.
+    programs: Vec<(String, u32)>,
+    took: Duration,
+}
+
+impl Outcome {
+    fn passed(&self) -> bool {
+        !self.tests.is_empty() && self.tests.iter().all(|(_, passed)| *passed)
+    }
+}
+
+pub(crate) fn run(args: &VmArgs) -> Result<ExitCode> {
+    need_root("the test")?;
+    ensure!(cfg!(target_arch = "x86_64"), "other kernels can be booted on x86-64 only");
+    demo::prepare()?;
+    packages::ensure_programs(&packages::VM)?;
+    let kernels = kernels(args)?;
+    let tests: Vec<&str> = match args.test.as_slice() {
+        [] => TESTS.to_vec(),
+        some => some.iter().map(String::as_str).collect(),
+    };
+    let binaries = test_binaries(&tests)?;
+    let mut outcomes = Vec::new();
+    if !args.no_host {
+        eprintln!("==> this machine");
+        outcomes.push(host(&binaries, args.filter.as_deref())?);
+    }
+    for kernel in kernels {
+        eprintln!("==> {}", kernel.name);
+        outcomes.push(boot(&kernel, &binaries, args)?);
+    }
+    print(&outcomes);
+    Ok(if outcomes.iter().all(Outcome::passed) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Debian's, or those that were asked for.
+fn kernels(args: &VmArgs) -> Result<Vec<Kernel>> {
+    if args.kernel.is_empty() {
+        return args.series.iter().map(|series| debian(series)).collect();
+    }
+    let named = args.kernel.iter().map(|image| {
+        ensure!(image.is_file(), "--kernel {}: there is no such file", image.display());
+        let name = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Kernel { name, image: image.clone(), modules: args.modules.clone() })
+    });
+    named.collect()
+}
+
+/// The latest of Debian's kernels of a series; fetched once.
+fn debian(series: &str) -> Result<Kernel> {
+    let folder = root().join(".toolchain/kernels").join(series);
+    if !folder.join("boot").exists() {
+        ensure!(find("apt-cache").is_some(), "Debian's kernels come from apt; give another with --kernel PATH");
+        let package = latest(series)?;
+        eprintln!("fetching {package}");
+        fs::create_dir_all(&folder)?;
+        run_command(Command::new("apt-get").args(["-qq", "download", &package]).current_dir(&folder))?;
+        let fetched = entries(&folder)?.into_iter().find(|path| path.extension().is_some_and(|it| it == "deb"));
+        let fetched = fetched.with_context(|| format!("apt-get has not left {package}"))?;
+        run_command(Command::new("dpkg").arg("-x").arg(&fetched).arg(&folder))?;
+        fs::remove_file(fetched)?;
+    }
+    let image = entries(&folder.join("boot"))?.into_iter().find(|path| named(path).starts_with("vmlinuz"));
+    let image = image.with_context(|| format!("{} holds no kernel; remove it, and try again", folder.display()))?;
+    let name = named(&image).trim_start_matches("vmlinuz-").to_owned();
+    let modules = ["lib/modules", "usr/lib/modules"].map(|place| folder.join(place).join(&name));
+    Ok(Kernel { modules: modules.into_iter().find(|place| place.exists()), name, image })
+}
+
+/// The package with the latest kernel of a series.
+fn latest(series: &str) -> Result<String> {
+    let pattern = format!("^linux-image-{}\\..*-cloud-amd64$", series.replace('.', "\\."));
+    let search = || output(Command::new("apt-cache").args(["search", "--names-only", &pattern]));
+    let mut found = search()?;
+    if found.trim().is_empty() {
+        run_command(Command::new("apt-get").args(["-qq", "update"]))?;
+        found = search()?;
+    }
+    let numbers = |name: &str| {
+        let numbers = name.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse::<u32>().ok());
+        numbers.collect::<Vec<_>>()
+    };
+    let names = found.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned);
+    let latest = names.max_by_key(|name| numbers(name));
+    latest.with_context(|| format!("this Debian offers no kernel {series}; give one with --kernel PATH"))
+}
+
+/// The executables of these files of tests.
+fn test_binaries(tests: &[&str]) -> Result<Vec<(String, PathBuf)>> {
+    let mut build = cargo(&["test", "--quiet", "--package", "portolan-tests", "--no-run", "--message-format=json"]);
+    for test in tests {
+        build.args(["--test", test]);
+    }
+    let built = output(&mut build)?;
+    let messages = built.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let mut found: Vec<(String, PathBuf)> = messages
+        .filter_map(|message| {
+            let executable = message["executable"].as_str()?;
+            Some((message["target"]["name"].as_str()?.to_owned(), PathBuf::from(executable)))
+        })
+        .collect();
+    found.retain(|(name, _)| tests.contains(&name.as_str()));
+    found.sort_by_key(|(name, _)| tests.iter().position(|test| test == name));
+    ensure!(found.len() == tests.len(), "of {tests:?} only {found:?} were built");
+    Ok(found)
+}
+
+/// The same tests in this machine's kernel.
+fn host(binaries: &[(String, PathBuf)], filter: Option<&str>) -> Result<Outcome> {
+    let began = Instant::now();
+    let (mut tests, mut programs) = (Vec::new(), Vec::new());
+    for (name, binary) in binaries {
+        let mut command = Command::new(binary);
+        command.arg("--nocapture").args(filter).stdout(Stdio::piped()).stderr(Stdio::null()).env("RUST_BACKTRACE", "0");
+        let mut child = command.spawn()?;
+        for line in BufReader::new(child.stdout.take().context("no stdout")?).lines() {
+            programs.extend(counted(&line?));
+        }
+        let passed = child.wait()?.success();
+        eprintln!("  {name}: {}", if passed { "passed" } else { "FAILED" });
+        tests.push((name.clone(), passed));
+    }
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned();
+    Ok(Outcome { kernel, tests, programs, took: began.elapsed() })
+}
+
+/// Boots a kernel, and follows its console until it powers off.
+fn boot(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Result<Outcome> {
+    let began = Instant::now();
+    let folder = tempfile::tempdir()?;
+    let image = file_system(kernel, binaries, args.filter.as_deref(), folder.path())?;
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-accel", &args.accel, "-cpu", "max", "-smp", "2", "-m", "3072"]);
+    qemu.args(["-display", "none", "-monitor", "none", "-serial", "stdio", "-no-reboot", "-nic", "none"]);
+    qemu.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&image);
+    qemu.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off rdinit=/init"]);
+    qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut qemu = qemu.spawn().context("cannot start qemu-system-x86_64")?;
+    let id = rustix::process::Pid::from_child(&qemu);
+    // A machine that hangs is switched off; then its console ends.
+    let (done, watch) = std::sync::mpsc::channel::<()>();
+    let watchdog = std::thread::spawn(move || {
+        if watch.recv_timeout(LIMIT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            let _ = rustix::process::kill_process(id, rustix::process::Signal::KILL);
+        }
+    });
+    let (mut tests, mut programs, mut log) = (Vec::new(), Vec::new(), Vec::new());
+    let mut console = BufReader::new(qemu.stdout.take().context("no console")?);
+    let mut line = Vec::new();
+    while console.read_until(b'\n', &mut line)? > 0 {
+        let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+        line.clear();
+        if args.verbose {
+            eprintln!("  | {text}");
+        }
+        programs.extend(counted(&text));
+        if let Some(result) = text.strip_prefix(MARK)
+            && let Some((name, code)) = result.split_once(' ')
+        {
+            let passed = code == "0";
+            eprintln!(
+                "  {name}: {} after {:.0} s",
+                if passed { "passed" } else { "FAILED" },
+                began.elapsed().as_secs_f64()
+            );
+            if !passed && !args.verbose {
+                log.iter().for_each(|line| eprintln!("  | {line}"));
+            }
+            tests.push((name.to_owned(), passed));
+            log.clear();
+        } else {
+            log.push(text);
+        }
+    }
+    drop(done);
+    qemu.wait()?;
+    let _ = watchdog.join();
+    if tests.len() < binaries.len() {
+        log.iter().rev().take(40).rev().for_each(|line| eprintln!("  | {line}"));
+        bail!(
+            "kernel {} ended after {} of {} files of tests; what it said last is above",
+            kernel.name,
+            tests.len(),
+            binaries.len()
+        );
+    }
+    Ok(Outcome { kernel: kernel.name.clone(), tests, programs, took: began.elapsed() })
+}
+
+/// What the machine boots from: a file system in memory.
+fn file_system(
+    kernel: &Kernel,
+    binaries: &[(String, PathBuf)],
+    filter: Option<&str>,
+    folder: &Path,
+) -> Result<PathBuf> {
+    let tree = folder.join("root");
+    for place in ["bin", "proc", "sys", "dev", "run/netns", "tmp", "etc", "tests/deps", "modules"] {
+        fs::create_dir_all(tree.join(place))?;
+    }
+    let busybox = find("busybox").context("no busybox")?;
+    fs::copy(&busybox, tree.join("bin/busybox"))?;
+    let mut libraries = BTreeSet::new();
+    for program in PROGRAMS {
+        let path = fs::canonicalize(find(program).with_context(|| format!("no {program}"))?)?;
+        fs::copy(&path, tree.join("bin").join(program))?;
+        libraries.extend(libraries_of(&path)?);
+    }
+    let built = binaries[0].1.ancestors().nth(2).context("a test binary without a folder")?;
+    for name in ["portolan", "dial"] {
+        libraries.extend(install(&built.join(name), &tree.join("tests").join(name))?);
+    }
+    for (name, binary) in binaries {
+        libraries.extend(install(binary, &tree.join("tests/deps").join(name))?);
+    }
+    for library in libraries {
+        let place = tree.join(library.strip_prefix("/").unwrap_or(&library));
+        fs::create_dir_all(place.parent().unwrap_or(&tree))?;
+        fs::copy(&library, &place).with_context(|| format!("cannot copy {}", library.display()))?;
+    }
+    let mut modules = Vec::new();
+    for (i, name) in MODULES.iter().enumerate() {
+        // A kernel that has it built in has no file of it.
+        if let Some(file) = kernel.modules.as_deref().and_then(|folder| module(folder, name)) {
+            unpack(&file, &tree.join(format!("modules/{i}-{name}.ko")))?;
+            modules.push(format!("/modules/{i}-{name}.ko"));
+        }
+    }
+    fs::write(tree.join("etc/passwd"), "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n")?;
+    fs::write(tree.join("init"), script(&modules, binaries, filter))?;
+    run_command(Command::new("chmod").arg("755").arg(tree.join("init")))?;
+    let image = folder.join("image");
+    pack(&tree, &image)?;
+    Ok(image)
+}
+
+/// The first process of the machine.
+fn script(modules: &[String], binaries: &[(String, PathBuf)], filter: Option<&str>) -> String {
+    let mut lines: Vec<String> = [
+        "#!/bin/busybox sh",
+        "/bin/busybox --install -s /bin",
+        "export PATH=/bin HOME=/ RUST_BACKTRACE=0",
+        "mount -t proc proc /proc",
+        "mount -t sysfs sys /sys",
+        "mount -t devtmpfs dev /dev",
+        "mount -t tmpfs tmp /tmp",
+        "mount -t tmpfs run /run && mkdir -p /run/netns",
+        "mount -t cgroup2 cgroup /sys/fs/cgroup",
+        "mount -t bpf bpf /sys/fs/bpf",
+        "chmod 1777 /tmp",
+        "ip link set lo up",
+    ]
+    .map(str::to_owned)
+    .into();
+    lines.extend(modules.iter().map(|module| format!("insmod {module}")));
+    for (name, _) in binaries {
+        let filter = filter.unwrap_or_default();
+        lines.push(format!("/tests/deps/{name} --nocapture --test-threads=2 {filter} 2>&1; code=$?"));
+        lines.push(format!("echo; echo \"{MARK}{name} $code\""));
+    }
+    lines.join("\n") + "\npoweroff -f\n"
+}
+
+/// Copies an executable without what only a debugger needs, and gives its libraries.
+fn install(from: &Path, to: &Path) -> Result<Vec<PathBuf>> {
+    run_command(Command::new("strip").arg("--strip-debug").arg("-o").arg(to).arg(from))?;
+    libraries_of(from)
+}
+
+fn libraries_of(program: &Path) -> Result<Vec<PathBuf>> {
+    let listed = output(Command::new("ldd").arg(program))?;
+    let paths = listed.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')));
+    Ok(paths.map(PathBuf::from).collect())
+}
+
+/// The file of a kernel's module.
+fn module(folder: &Path, name: &str) -> Option<PathBuf> {
+    let mut folders = vec![folder.join("kernel")];
+    while let Some(folder) = folders.pop() {
+        for entry in entries(&folder).unwrap_or_default() {
+            let file = named(&entry);
+            if entry.is_dir() {
+                folders.push(entry);
+            } else if file.split(".ko").next().is_some_and(|own| own.replace('-', "_") == name) {
+                return Some(entry);
+            }
+        }
+    }
+    None
+}
+
+fn unpack(module: &Path, to: &Path) -> Result<()> {
+    let file = named(module);
+    let program = match file.rsplit('.').next() {
+        Some("xz") => "xz",
+        Some("zst") => "zstd",
+        Some("gz") => "gzip",
+        _ => {
+            fs::copy(module, to)?;
+            return Ok(());
+        }
+    };
+    run_command(Command::new(program).args(["-q", "-d", "-c"]).arg(module).stdout(fs::File::create(to)?))
+}
+
+fn pack(tree: &Path, image: &Path) -> Result<()> {
+    let names = output(Command::new("find").arg(".").current_dir(tree))?;
+    let mut cpio = Command::new("cpio");
+    cpio.args(["--quiet", "-o", "-H", "newc"]).current_dir(tree).stdin(Stdio::piped()).stdout(fs::File::create(image)?);
+    let mut cpio = cpio.spawn().context("cannot start cpio")?;
+    cpio.stdin.take().context("no stdin")?.write_all(names.as_bytes())?;
+    ensure!(cpio.wait()?.success(), "cpio cannot pack the file system");
+    Ok(())
+}
+
+/// A program and the instructions that the verifier went through, as the tests print them.
+fn counted(line: &str) -> Option<(String, u32)> {
+    let rest = line.split("verified program ").nth(1)?;
+    let (name, count) = rest.split_once(' ')?;
+    Some((name.to_owned(), count.split(' ').next()?.parse().ok()?))
+}
+
+fn print(outcomes: &[Outcome]) {
+    println!();
+    for outcome in outcomes {
+        let failed: Vec<&str> =
+            outcome.tests.iter().filter(|(_, passed)| !passed).map(|(name, _)| name.as_str()).collect();
+        let verdict = if outcome.passed() { "passed".to_owned() } else { format!("FAILED: {}", failed.join(", ")) };
+        println!(
+            "{:<28} {} files of tests, {:.0} s: {verdict}",
+            outcome.kernel,
+            outcome.tests.len(),
+            outcome.took.as_secs_f64()
+        );
+    }
+    let names: BTreeSet<&String> =
+        outcomes.iter().flat_map(|outcome| &outcome.programs).map(|(name, _)| name).collect();
+    if names.is_empty() {
+        return;
+    }
+    println!("\ninstructions that the verifier went through:");
+    print!("{:<14}", "program");
+    outcomes.iter().for_each(|outcome| print!("{:>28}", outcome.kernel));
+    println!();
+    for name in names {
+        print!("{name:<14}");
+        for outcome in outcomes {
+            let count = outcome.programs.iter().find(|(own, _)| own == name);
+            print!("{:>28}", count.map_or_else(|| "-".to_owned(), |(_, count)| count.to_string()));
+        }
+        println!();
+    }
+}
+
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    entries.map(|entry| Ok(entry?.path())).collect()
+}
+
+fn named(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
