@@ -24,7 +24,9 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // OUT_DIR is <target>/<profile>/build/<package>/out. One folder serves all profiles.
     let out = PathBuf::from(env::var("OUT_DIR")?);
-    let target = out.ancestors().nth(4).ok_or("OUT_DIR is not inside a target directory")?.join("ebpf");
+    let next_schema = env::var_os("CARGO_FEATURE_NEXT_SCHEMA").is_some();
+    let folder = if next_schema { "ebpf-next" } else { "ebpf" };
+    let target = out.ancestors().nth(4).ok_or("OUT_DIR is not inside a target directory")?.join(folder);
     let arch = env::var("CARGO_CFG_TARGET_ARCH")?;
     let triple = match env::var("CARGO_CFG_TARGET_ENDIAN")?.as_str() {
         "big" => "bpfeb-unknown-none",
@@ -57,6 +59,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         .env_remove("RUSTUP_TOOLCHAIN")
         .env_remove("CARGO_MAKEFLAGS")
         .env_remove("MAKEFLAGS");
+    if next_schema {
+        cargo.args(["--features", "next-schema"]);
+    }
     let output = cargo.output()?;
     if !output.status.success() {
         for line in String::from_utf8_lossy(&output.stderr).lines() {

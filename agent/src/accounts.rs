@@ -79,6 +79,8 @@ pub struct Sample {
     pub counters: Counters,
     /// Connections that were refused because there were as many as there may be, by service and port.
     pub overflow: BTreeMap<(NamespacedName, u16), u64>,
+    /// Looks at all sockets so far.
+    pub closing_passes: u64,
     /// Connections that were ended.
     pub closed: Closed,
     /// Entries in use and entries that there are, by map.

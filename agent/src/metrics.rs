@@ -166,6 +166,11 @@ fn agent(registry: &mut Registry, sample: &Sample) {
     }
     registry.register("portolan_map_entries", "Entries in use", used);
     registry.register("portolan_map_capacity", "Entries that there are", capacity);
+    let passes = Counter::<u64, AtomicU64>::default();
+    passes.inc_by(sample.closing_passes);
+    registry.register("portolan_closing_passes", "Looks at the sockets of all network namespaces", passes);
+    let schema = gauge(portolan_common::SCHEMA_VERSION.into());
+    registry.register("portolan_schema", "Version of the layout of the kernel's maps", schema);
     let closed = Counters::<ClosedLabels>::default();
     for ((reason, protocol), count) in &sample.closed {
         let labels = ClosedLabels { reason: reason.as_str(), protocol: protocol.to_string() };

@@ -19,7 +19,7 @@ pub use socket::{FLOWS, Flow, Flows, SocketStage, SocketState};
 pub use stats::{BackendStats, Counter, FrontendStats};
 
 /// The layout of the maps. It is part of the pin path, so that two layouts never share a map.
-pub const SCHEMA_VERSION: u32 = 2;
+pub const SCHEMA_VERSION: u32 = if cfg!(feature = "next-schema") { 3 } else { 2 };
 
 /// The layout of what is kept on sockets, which changes as seldom as can be.
 pub const SOCKET_LAYOUT: u32 = 1;

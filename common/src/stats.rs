@@ -41,9 +41,12 @@ pub struct FrontendStats {
     /// Connections that came back to their backend, and took no slot.
     pub came_back: u64,
     /// Zero.
-    pub reserved: [u64; 4],
+    pub reserved: [u64; RESERVED],
 }
-plain!(FrontendStats, 64, 8);
+plain!(FrontendStats, 32 + 8 * RESERVED, 8);
+
+/// What is left of the cache line.
+const RESERVED: usize = if cfg!(feature = "next-schema") { 12 } else { 4 };
 
 /// Indices into `COUNTERS`, one `u64` for each CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

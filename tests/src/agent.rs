@@ -91,11 +91,33 @@ impl Bed {
     /// # Errors
     /// It cannot be started.
     pub fn start_with(&self, directory: &Directory, cluster: &str, node: &str, more: &[&str]) -> Result<Agent> {
+        self.start_of("portolan", directory, cluster, node, more)
+    }
+
+    /// The same with an agent of another version: the name of its program.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_of(
+        &self,
+        program: &str,
+        directory: &Directory,
+        cluster: &str,
+        node: &str,
+        more: &[&str],
+    ) -> Result<Agent> {
         let log = self.files.scratch("agent.log");
-        let mut command = Command::new(binary("portolan")?);
+        let mut command = Command::new(binary(program)?);
         command.arg("agent").arg("--config").arg(directory.path()).args(["--cluster", cluster, "--node", node]);
-        command.arg("--cgroup").arg(self.cgroup.path()).arg("--bpffs").arg(&self.pins).arg("--admin").arg(self.admin());
-        command.args(["--metrics", METRICS]).args(more);
+        // What is given in addition counts.
+        let own = [
+            ("--cgroup", self.cgroup.path().display().to_string()),
+            ("--bpffs", self.pins.display().to_string()),
+            ("--admin", self.admin().display().to_string()),
+            ("--metrics", METRICS.to_owned()),
+        ];
+        let own = own.iter().filter(|(flag, _)| !more.contains(flag));
+        command.args(own.flat_map(|(flag, value)| [*flag, value])).args(more);
         let out = File::options().create(true).append(true).open(&log)?;
         command.stderr(out.try_clone()?).stdout(out);
         // The agent runs on the node, outside the cgroup of the pods.
@@ -119,6 +141,23 @@ impl Bed {
     /// It does not become ready; its log is in the error.
     pub fn agent_with(&self, directory: &Directory, cluster: &str, node: &str, more: &[&str]) -> Result<Agent> {
         let mut agent = self.start_with(directory, cluster, node, more)?;
+        agent.wait_ready()?;
+        Ok(agent)
+    }
+
+    /// The same with an agent of another version.
+    ///
+    /// # Errors
+    /// It does not become ready; its log is in the error.
+    pub fn agent_of(
+        &self,
+        program: &str,
+        directory: &Directory,
+        cluster: &str,
+        node: &str,
+        more: &[&str],
+    ) -> Result<Agent> {
+        let mut agent = self.start_of(program, directory, cluster, node, more)?;
         agent.wait_ready()?;
         Ok(agent)
     }

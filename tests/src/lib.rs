@@ -11,6 +11,7 @@ mod netns;
 pub mod objects;
 mod process;
 pub mod report;
+pub mod storm;
 mod sweep;
 mod wait;
 

@@ -12,8 +12,6 @@ use portolan_tests::{
 };
 use serde_json::json;
 
-const ECONNREFUSED: i32 = 111;
-const EHOSTUNREACH: i32 = 113;
 const ENETUNREACH: i32 = 101;
 
 /// Two regions on one node: `near` at 10.0.0.x, `far` at 10.1.0.x; 90 % near, 10 % far.
@@ -124,90 +122,6 @@ fn every_family_and_socket_gets_there() -> Result<()> {
     assert_eq!(client.dial("172.16.0.99:80", 1)?.errnos(), [ENETUNREACH]);
     assert_eq!(client.dial("172.16.0.10:81", 1)?.errnos(), [ENETUNREACH]);
     Ok(())
-}
-
-#[test]
-fn a_service_without_endpoints_refuses_at_once_and_falls_through_to_nobody() -> Result<()> {
-    let bed = Bed::new()?;
-    let directory = Directory::new()?;
-    // An endpoint in another cluster, and the service kept in its own: strict.
-    bed.namespace.add_address("10.1.0.1/32")?;
-    bed.serve("10.1.0.1:9080", "elsewhere")?;
-    directory.write("c1/all.yaml", &[node("n1", "r1"), service("web", &["172.16.0.10"], 80)])?;
-    directory.write(
-        "c2/all.yaml",
-        &[node("n2", "r1"), service("web", &["172.17.0.10"], 80), slice("web", 9080, &[("10.1.0.1", "n2", "")])],
-    )?;
-    let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
-    assert_eq!(client.dial("172.16.0.10:80", 2)?.greetings(), ["elsewhere"; 2], "services merge across clusters");
-
-    let keep =
-        json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["web.default.svc.cluster.local"]}]});
-    directory.write("mesh.yaml", &[portolan_tests::objects::mesh_config(&keep)])?;
-    wait_until("the service to be kept", Duration::from_secs(10), || {
-        let local = agent.get("services")?["services"][0]["clusterLocal"] == json!(true);
-        ensure!(local, "not yet");
-        Ok(())
-    })?;
-    for nonblocking in [false, true] {
-        let task = Task::Dial { to: "172.16.0.10:80".parse()?, times: 3, mapped: false, nonblocking, send: 0 };
-        assert_eq!(client.run(&task)?.errnos(), [EHOSTUNREACH; 3], "nonblocking {nonblocking}");
-        let task = Task::Dial { to: "172.16.0.10:80".parse()?, times: 1, mapped: true, nonblocking, send: 0 };
-        assert_eq!(client.run(&task)?.errnos(), [EHOSTUNREACH]);
-    }
-    let services = agent.get("services")?;
-    assert_eq!(services["services"][0]["kernel"]["refused"], json!(8));
-    Ok(())
-}
-
-#[test]
-fn a_socket_that_reconnects_elsewhere_keeps_nothing() -> Result<()> {
-    let bed = Bed::new()?;
-    for (address, greeting) in [("10.0.0.1", "web"), ("10.0.0.2", "other")] {
-        bed.namespace.add_address(&format!("{address}/32"))?;
-        bed.serve(&format!("{address}:9080"), greeting)?;
-    }
-    let directory = Directory::new()?;
-    directory.write(
-        "c1/all.yaml",
-        &[
-            node("n1", "r1"),
-            service("web", &["172.16.0.10"], 80),
-            service("other", &["172.16.0.20"], 80),
-            slice("web", 9080, &[("10.0.0.1", "n1", "")]),
-            slice("other", 9080, &[("10.0.0.2", "n1", "")]),
-        ],
-    )?;
-    let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
-    for (then, peer) in [
-        // Directly to the endpoint that the Service had given: it is what was dialled, so it is what is seen.
-        ("10.0.0.1:9080", "10.0.0.1:9080"),
-        ("10.0.0.2:9080", "10.0.0.2:9080"),
-        ("172.16.0.20:80", "172.16.0.20:80"),
-    ] {
-        let reply = client.run(&Task::Redial { to: "172.16.0.10:80".parse()?, then: then.parse()? })?;
-        assert_eq!(reply.errnos(), [0, 0], "{then}");
-        assert_eq!(reply.seen[0].peer, Some("172.16.0.10:80".parse()?));
-        assert_eq!(reply.seen[1].peer, Some(peer.parse()?), "{then}");
-    }
-    // A failure of the second connection is not the first one's.
-    let reply = client.run(&Task::Redial { to: "172.16.0.10:80".parse()?, then: "10.0.0.2:1".parse()? })?;
-    assert_eq!(reply.errnos(), [0, ECONNREFUSED]);
-    wait_until("the sockets to be closed", Duration::from_secs(10), || {
-        let endpoints = agent.get("endpoints")?;
-        let kernel: Vec<_> = [0, 1].map(|i| endpoints["services"][i]["endpoints"][0]["kernel"].clone()).to_vec();
-        ensure!(
-            kernel
-                == [
-                    json!({"connections": 1, "active": 0, "failures": 0}),
-                    json!({"connections": 4, "active": 0, "failures": 0})
-                ],
-            "{kernel:?}"
-        );
-        Ok(())
-    })
 }
 
 #[test]

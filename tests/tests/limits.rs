@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use portolan_tests::{
     Agent, Bed, Directory,
     dial::{Task, Way},
-    objects::{destination_rule, node, service, slice, udp_service, udp_slice},
+    objects::{destination_rule, node, service, slice},
     wait_until,
 };
 use serde_json::{Value, json};
@@ -153,36 +153,6 @@ fn tcp_connections_to_what_is_gone_go_on_or_end_as_the_setting_says() -> Result<
 }
 
 #[test]
-fn refusals_have_the_errno_that_applications_expect() -> Result<()> {
-    let bed = Bed::new()?;
-    let directory = Directory::new()?;
-    let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["strict.default.svc.cluster.local"]}]});
-    directory.write("mesh.yaml", &[portolan_tests::objects::mesh_config(&keep)])?;
-    directory.write(
-        "c1/all.yaml",
-        &[
-            node("n1", "r1"),
-            service("empty", &["172.16.0.10", "fd16::10"], 80),
-            service("strict", &["172.16.0.20", "fd16::20"], 80),
-        ],
-    )?;
-    let _agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
-    for (to, errno) in [
-        (WEB, ECONNREFUSED),
-        ("[fd16::10]:80", ECONNREFUSED),
-        ("172.16.0.20:80", EHOSTUNREACH),
-        ("[fd16::20]:80", EHOSTUNREACH),
-    ] {
-        for (mapped, nonblocking) in [(false, false), (false, true), (true, false), (true, true)] {
-            let task = Task::Dial { to: to.parse()?, times: 2, mapped, nonblocking, send: 0 };
-            assert_eq!(client.run(&task)?.errnos(), [errno; 2], "{to} mapped {mapped} nonblocking {nonblocking}");
-        }
-    }
-    Ok(())
-}
-
-#[test]
 fn every_way_to_connect() -> Result<()> {
     let bed = Bed::new()?;
     let directory = limited(&bed, &json!({}))?;
@@ -230,46 +200,5 @@ fn a_connect_timeout_is_the_pools_and_not_the_frontends() -> Result<()> {
         let task = Task::Dial { to: WEB.parse()?, times: 1, mapped: false, nonblocking, send: 0 };
         assert_eq!(client.run(&task)?.errnos(), [ETIMEDOUT]);
     }
-    Ok(())
-}
-
-#[test]
-fn connected_udp_sockets_of_what_is_gone_are_closed_and_no_others() -> Result<()> {
-    let bed = Bed::new()?;
-    let directory = Directory::new()?;
-    for i in 1..=2 {
-        bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
-        bed.serve_datagrams(&format!("10.0.0.{i}:5353"), &format!("pod{i}"))?;
-    }
-    let write = |endpoints: &[(&str, &str, &str)]| {
-        directory.write(
-            "c1/all.yaml",
-            &[node("n1", "r1"), udp_service("dns", &["172.16.0.53"], 53), udp_slice("dns", 5353, endpoints)],
-        )
-    };
-    write(&[("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")])?;
-    let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
-    let dns = "172.16.0.53:53".parse()?;
-    // Four of ours, two to each endpoint; two that dialled the endpoint itself, one of them after the Service.
-    for mapped in [false, true, false, true] {
-        client.run(&Task::HoldDatagram { to: dns, mapped, then: None })?;
-    }
-    let direct = "10.0.0.1:5353".parse()?;
-    client.run(&Task::HoldDatagram { to: direct, mapped: false, then: None })?;
-    client.run(&Task::HoldDatagram { to: dns, mapped: false, then: Some(direct) })?;
-    client.run(&Task::HoldDatagram { to: dns, mapped: false, then: Some(direct) })?;
-    write(&[("10.0.0.2", "n1", "")])?;
-    wait_until("the sockets to be closed", BOUND, || {
-        let errnos = client.run(&Task::Held)?.errnos();
-        let mut own = errnos[..4].to_vec();
-        own.sort_unstable();
-        ensure!(own == [0, 0, ECONNABORTED, ECONNABORTED], "{errnos:?}\n{}", agent.log());
-        ensure!(errnos[4..] == [0; 3], "{errnos:?}");
-        Ok(())
-    })?;
-    let closed = agent.events()?.into_iter().filter(|event| event["kind"] == "closed").collect::<Vec<_>>();
-    assert_eq!(closed.len(), 1, "{closed:?}");
-    assert!(closed[0]["message"].as_str().unwrap().starts_with("2 UDP connections to 10.0.0.1:5353"), "{closed:?}");
     Ok(())
 }

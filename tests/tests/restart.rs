@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Bed, Directory, Held,
+    Bed, Directory,
     dial::Task,
     objects::{mesh_config, node, service, slice},
     wait_until,
@@ -60,46 +60,6 @@ fn killed_and_started_again_under_load_without_a_failed_connection() -> Result<(
     let connections = report["services"][0]["kernel"]["connections"].as_u64().unwrap();
     assert_eq!(connections, reply.good + 60);
     Ok(())
-}
-
-#[test]
-fn nothing_is_taken_away_before_everything_has_been_read() -> Result<()> {
-    let bed = Bed::new()?;
-    let directory = directory(&bed)?;
-    let mut agent = bed.agent(&directory, "c1", "n1")?;
-    agent.process.kill();
-    // The directory is one file away from being read: the agent starts, and does not get past opening it.
-    let all = directory.path().join("c1/all.yaml");
-    let held = Held::open(&all)?;
-    let mut agent = bed.start(&directory, "c1", "n1")?;
-    held.wait(BOUND)?;
-    let mut client = bed.dialler()?;
-    assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4], "what a former agent published stands");
-    drop(held);
-    agent.wait_ready()?;
-    assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4]);
-    // A file that cannot be read any more is a finding, and keeps what it held.
-    wait_until("the agent to have read what is there", BOUND, || {
-        ensure!(directory.plan("c1", "n1", &[])?.0["config"] == agent.get("services")?["config"]);
-        Ok(())
-    })?;
-    let link = directory.path().join("c1/.link");
-    std::os::unix::fs::symlink("/proc/self/mem", &link)?;
-    fs::rename(&link, &all)?;
-    wait_until("the finding", BOUND, || {
-        let findings = agent.get("services")?["findings"].to_string();
-        ensure!(findings.contains("c1/all.yaml") && findings.contains("cannot be read"), "{findings}");
-        Ok(())
-    })?;
-    assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4]);
-    // Once everything is known, what is gone is taken away.
-    directory.remove("c1/all.yaml")?;
-    directory.write("c1/all.yaml", &[node("n1", "r1")])?;
-    wait_until("the service to go", BOUND, || {
-        let errnos = client.dial("172.16.0.10:80", 1)?.errnos();
-        ensure!(errnos == [ENETUNREACH], "{errnos:?}");
-        Ok(())
-    })
 }
 
 #[test]

@@ -7,7 +7,7 @@ use clap::Args;
 use portolan_tests::demo::{self, Options};
 
 use crate::{
-    command::{cargo, need_root, run as run_command},
+    command::{cargo, cargo_target, need_root, run as run_command},
     packages, toolchain,
 };
 
@@ -43,4 +43,14 @@ pub(crate) fn prepare() -> Result<()> {
     toolchain::ensure(false)?;
     packages::ensure_programs(&packages::BENCH)?;
     run_command(&mut cargo(&["build", "--quiet", "--package", "portolan", "--package", "portolan-tests", "--bins"]))
+}
+
+/// An agent with another schema of the maps, which tests upgrade to: `portolan-next`, beside the real one.
+pub(crate) fn prepare_next() -> Result<()> {
+    run_command(&mut cargo(&["build", "--quiet", "--package", "portolan", "--features", "next-schema"]))?;
+    let built = cargo_target().join("debug");
+    // By another process: were it written here, it could not be run while a child of another thread holds it open.
+    run_command(std::process::Command::new("cp").arg(built.join("portolan")).arg(built.join("portolan-next")))?;
+    // The real one again, which was not built anew but has to be put back.
+    run_command(&mut cargo(&["build", "--quiet", "--package", "portolan"]))
 }

@@ -61,7 +61,9 @@ fn run_part(part: Part) -> Result<()> {
             "--package",
             "xtask",
         ])),
-        Part::Kernel => run_command(&mut cargo(&["test", "--package", "portolan-tests"])),
+        Part::Kernel => {
+            demo::prepare_next().and_then(|()| run_command(&mut cargo(&["test", "--package", "portolan-tests"])))
+        }
         Part::Bench => crate::bench::smoke(),
         Part::Demo => {
             if plays::run(&plays::Options::default())? == ExitCode::SUCCESS {

@@ -90,6 +90,7 @@ pub(crate) fn run(args: &VmArgs) -> Result<ExitCode> {
     need_root("the test")?;
     ensure!(cfg!(target_arch = "x86_64"), "other kernels can be booted on x86-64 only");
     demo::prepare()?;
+    demo::prepare_next()?;
     packages::ensure_programs(&packages::VM)?;
     let kernels = kernels(args)?;
     let tests: Vec<&str> = match args.test.as_slice() {
@@ -284,7 +285,7 @@ fn file_system(
         libraries.extend(libraries_of(&path)?);
     }
     let built = binaries[0].1.ancestors().nth(2).context("a test binary without a folder")?;
-    for name in ["portolan", "dial"] {
+    for name in ["portolan", "portolan-next", "dial", "storm"] {
         libraries.extend(install(&built.join(name), &tree.join("tests").join(name))?);
     }
     for (name, binary) in binaries {

@@ -1,6 +1,6 @@
 //! `portolan agent`
 
-use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
@@ -44,6 +44,9 @@ pub(super) struct AgentArgs {
     /// Address for /metrics, /healthz and /readyz
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15920", env = "PORTOLAN_METRICS")]
     metrics: SocketAddr,
+    /// Time between looks at the whole directory, for what the watch may have missed
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = humantime::parse_duration, env = "PORTOLAN_RESCAN")]
+    rescan: Duration,
     /// What becomes of TCP connections to endpoints that are gone (connected UDP is closed)
     #[arg(long, value_enum, default_value_t, env = "PORTOLAN_GONE_CONNECTIONS")]
     gone_connections: GoneTcp,
@@ -128,7 +131,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let ended = tokio::select! {
             ended = tokio::spawn(reconciler.run(updates, requests)) => ended?,
-            ended = file::run(args.config.config, reader, changes) => ended,
+            ended = file::run(args.config.config, reader, args.rescan, changes) => ended,
             ended = admin::serve_admin(admin_socket, questions.clone()) => ended,
             ended = admin::serve_metrics(metrics_socket, questions) => ended,
             _ = terminate.recv() => Ok(()),

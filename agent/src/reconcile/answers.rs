@@ -33,19 +33,19 @@ impl Reconciler {
         if !self.store.synced() {
             return Err("not everything has been read yet".to_owned());
         }
+        if !self.attached && self.datapath.replaces_another() {
+            let why = self.trouble.first().map_or_else(
+                || self.doubt.clone().unwrap_or_else(|| "nothing is published yet".to_owned()),
+                |finding| finding.message.clone(),
+            );
+            return Err(format!("a former version's programs go on serving until this one's table is whole: {why}"));
+        }
         let inherited = self.layout.inherited();
         if let Some(doubt) = self.doubt.as_ref().filter(|_| inherited > 0) {
             return Err(format!("{inherited} frontends are left as a former agent published them, for {doubt}"));
         }
         if self.client.confined {
             return Err("the mesh's settings cannot be read, so connections are kept in their cluster".to_owned());
-        }
-        if !self.attached {
-            let why = self.trouble.first().map_or_else(
-                || self.doubt.clone().unwrap_or_else(|| "nothing is published yet".to_owned()),
-                |finding| finding.message.clone(),
-            );
-            return Err(format!("a former version's programs go on serving until this one's table is whole: {why}"));
         }
         self.datapath.check_hooks().map_err(|error| format!("{error:#}"))?;
         self.probe.seen.clone().map_err(|why| format!("the self-probe failed: {why}"))
@@ -62,6 +62,7 @@ impl Reconciler {
             publish_seconds: self.accounts.publish_seconds(),
             counters: self.datapath.maps.counters().unwrap_or_default(),
             overflow: self.overflow(),
+            closing_passes: self.closing.passes,
             closed: self.closing.closed.clone(),
             occupancy: self.layout.occupancy(),
             ready: self.ready().is_ok(),

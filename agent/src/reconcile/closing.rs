@@ -25,6 +25,7 @@ pub type Closed = BTreeMap<(Reason, Protocol), u64>;
 pub(super) struct Closing {
     pub(super) gone_tcp: GoneTcp,
     pub(super) closed: Closed,
+    pub(super) passes: u64,
     lifetimes: HashMap<PoolKey, Lifetime>,
     next: Option<Instant>,
 }
@@ -106,6 +107,7 @@ impl Reconciler {
 
     /// What a pass has done.
     pub(super) fn take_pass(&mut self, pass: &Pass) {
+        self.closing.passes += 1;
         for ((reason, protocol, endpoint), count) in &pass.closed {
             *self.closing.closed.entry((*reason, *protocol)).or_default() += count;
             let why = match reason {

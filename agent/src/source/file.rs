@@ -31,9 +31,6 @@ const MAX_BYTES: u64 = 128 << 20;
 const BURST: Duration = Duration::from_millis(20);
 /// A file that is written without end does not hold up the others for longer than this.
 const LONGEST_BURST: Duration = Duration::from_millis(200);
-/// Time between scans that no event asked for.
-const RESCAN: Duration = Duration::from_secs(60);
-
 /// What is known of a configuration directory.
 #[derive(Debug)]
 pub struct Directory {
@@ -281,11 +278,17 @@ pub fn check(root: &Path) -> anyhow::Result<()> {
     std::fs::read_dir(root).map(drop).with_context(|| format!("--config {}: cannot be read", root.display()))
 }
 
-/// Reports the directory's contents, and then each change, until the receiver is gone.
+/// Reports the directory's contents, and then each change, until the receiver is gone. It looks at all of it `every` so often, whatever
+/// the watch says.
 ///
 /// # Errors
 /// The directory cannot be read or watched at the start.
-pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Vec<Update>>) -> anyhow::Result<()> {
+pub async fn run(
+    root: PathBuf,
+    reader: Reader,
+    every: Duration,
+    updates: mpsc::Sender<Vec<Update>>,
+) -> anyhow::Result<()> {
     use anyhow::Context as _;
     let root =
         std::fs::canonicalize(&root).with_context(|| format!("--config {}: no such directory", root.display()))?;
@@ -312,7 +315,7 @@ pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Vec<Update
     if updates.send(first).await.is_err() {
         return Ok(());
     }
-    let mut rescan = Instant::now() + RESCAN;
+    let mut rescan = Instant::now() + every;
     loop {
         if !again {
             tokio::select! {
@@ -335,7 +338,7 @@ pub async fn run(root: PathBuf, reader: Reader, updates: mpsc::Sender<Vec<Update
         // A write that began while the scan was under way has sent its event by now, and is looked at in another scan.
         again = drain(&mut events, &mut being_written).await;
         directory.forget(&mut changes, &being_written);
-        rescan = Instant::now() + RESCAN;
+        rescan = Instant::now() + every;
         // All at once: an object that moves from one file to another is never gone.
         if updates.send(changes).await.is_err() {
             return Ok(());

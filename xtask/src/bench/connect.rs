@@ -13,7 +13,7 @@ use portolan_tests::{
 };
 
 use crate::{
-    command::{cargo, find, need_root, root, run as run_command},
+    command::{cargo, cargo_target, find, need_root, run as run_command},
     demo,
 };
 
@@ -151,8 +151,7 @@ fn field(json: &str, name: &str) -> Option<u64> {
 }
 
 fn program() -> std::path::PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), Into::into);
-    target.join("release/bench-connect")
+    cargo_target().join("release/bench-connect")
 }
 
 /// A process of the benchmark: one line in, one line out.

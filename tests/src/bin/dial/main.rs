@@ -142,7 +142,8 @@ fn what_became((socket, ended): &mut (Socket, i32)) -> Result<Seen> {
     let mut poll_for = [PollFd::new(socket, PollFlags::IN)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let readable = *ended == 0 && poll(&mut poll_for, Some(&now))? > 0;
-    Ok(Seen { errno: if readable { libc::ENOTCONN } else { *ended }, ..Seen::default() })
+    let peer = socket.peer_addr().ok().and_then(|peer| peer.as_socket());
+    Ok(Seen { peer, errno: if readable { libc::ENOTCONN } else { *ended }, ..Seen::default() })
 }
 
 fn mapped_form(to: SocketAddr) -> SocketAddr {

@@ -1,0 +1,247 @@
+//! Lessons 7 to 12: kernels, cgroups, programs, maps.
+
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+use portolan_tests::{
+    Bed, Cgroup, Dialler, Directory, Place,
+    dial::{Sender, Task},
+    objects::{node, service, slice},
+    unique, wait_until,
+};
+use serde_json::{Value, json};
+
+use crate::world::{BOUND, DNS, ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, WEB, metric, send, two_pods, write_pods};
+
+/// What `portolan doctor` says.
+fn doctor(bed: &Bed) -> Result<(Value, i32)> {
+    let (cgroup, pins) = (bed.cgroup.path().display().to_string(), bed.pins().display().to_string());
+    let admin = bed.admin().display().to_string();
+    let output = bed.portolan(&["doctor", "--cgroup", &cgroup, "--bpffs", &pins, "--admin", &admin, "-o", "json"])?;
+    Ok((serde_json::from_slice(&output.stdout)?, output.status.code().unwrap_or(-1)))
+}
+
+fn state(diagnosis: &Value, check: &str) -> Value {
+    let mut checks = diagnosis["checks"].as_array().into_iter().flatten();
+    checks.find(|own| own["check"] == check).map_or(Value::Null, |own| own["state"].clone())
+}
+
+#[test]
+fn lesson_07_a_refusal_is_never_eperm() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = two_pods(&bed)?;
+    write_pods(&directory, &[])?;
+    let _agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial(WEB, 3)?.errnos(), [ECONNREFUSED; 3]);
+    for from in [Sender::Connected, Sender::Fresh] {
+        assert_eq!(send(&mut client, DNS, 3, from)?.errnos(), [ECONNREFUSED; 3]);
+    }
+    Ok(())
+}
+
+#[test]
+fn lesson_08_refusals_have_the_errno_that_applications_expect() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = Directory::new()?;
+    let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["strict.default.svc.cluster.local"]}]});
+    directory.write("mesh.yaml", &[portolan_tests::objects::mesh_config(&keep)])?;
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("n1", "r1"),
+            service("empty", &["172.16.0.10", "fd16::10"], 80),
+            service("strict", &["172.16.0.20", "fd16::20"], 80),
+        ],
+    )?;
+    let _agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    for (to, errno) in [
+        (WEB, ECONNREFUSED),
+        ("[fd16::10]:80", ECONNREFUSED),
+        ("172.16.0.20:80", EHOSTUNREACH),
+        ("[fd16::20]:80", EHOSTUNREACH),
+    ] {
+        for (mapped, nonblocking) in [(false, false), (false, true), (true, false), (true, true)] {
+            let task = Task::Dial { to: to.parse()?, times: 2, mapped, nonblocking, send: 0 };
+            assert_eq!(client.run(&task)?.errnos(), [errno; 2], "{to} mapped {mapped} nonblocking {nonblocking}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn lesson_09_programs_on_the_wrong_cgroup_are_noticed_and_moved() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = two_pods(&bed)?;
+    // An agent served another cgroup before, with the same pins.
+    let other = Cgroup::new(&unique("other"))?;
+    let elsewhere = other.path().display().to_string();
+    let mut former = bed.agent_with(&directory, "c1", "n1", &["--cgroup", &elsewhere])?;
+    former.process.kill();
+    let (diagnosis, code) = doctor(&bed)?;
+    assert_eq!((state(&diagnosis, "programs"), code), (json!("error"), 1), "{diagnosis:#}");
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial(WEB, 1)?.errnos(), [ENETUNREACH]);
+
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    assert!(agent.log().contains("connect4 was attached to cgroup"), "{}", agent.log());
+    assert_eq!(client.dial(WEB, 2)?.errnos(), [0; 2]);
+    let (diagnosis, code) = doctor(&bed)?;
+    assert_eq!(
+        (state(&diagnosis, "programs"), state(&diagnosis, "agent"), code),
+        (json!("ok"), json!("ok"), 0),
+        "{diagnosis:#}"
+    );
+    let mut outside = Dialler::start(Place { namespace: Some(&bed.namespace), cgroup: Some(&other) })?;
+    assert_eq!(outside.dial(WEB, 1)?.errnos(), [ENETUNREACH], "the former cgroup is not served any more");
+    Ok(())
+}
+
+#[test]
+fn lesson_09_a_second_agent_on_the_same_cgroup_does_not_start() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = two_pods(&bed)?;
+    let mut agent = bed.agent(&directory, "c1", "n1")?;
+    let pins = format!("{}-b", bed.pins().display());
+    let admin = directory.scratch("second.sock").display().to_string();
+    let more = ["--bpffs", pins.as_str(), "--admin", &admin, "--metrics", "127.0.0.1:15921"];
+    let mut second = bed.start_with(&directory, "c1", "n1", &more)?;
+    assert_eq!(second.process.wait(BOUND)?.code(), Some(1));
+    assert!(second.log().contains("another agent serves the cgroup"), "{}", second.log());
+    // Nor beside programs that an agent with other pins has left.
+    agent.process.kill();
+    let mut second = bed.start_with(&directory, "c1", "n1", &more)?;
+    assert_eq!(second.process.wait(BOUND)?.code(), Some(1));
+    assert!(second.log().contains("programs of another Portolan"), "{}", second.log());
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial(WEB, 2)?.errnos(), [0; 2]);
+    let cleaned = bed.portolan(&["cleanup", "--bpffs", &pins])?;
+    assert!(cleaned.status.success(), "{cleaned:?}");
+    Ok(())
+}
+
+/// The programs on a cgroup's connect4, by id.
+fn on_connect4(bed: &Bed) -> Result<Vec<u64>> {
+    let output = Command::new("bpftool").args(["-j", "cgroup", "show"]).arg(bed.cgroup.path()).output()?;
+    // Where there is none, bpftool says nothing at all.
+    let programs: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let own = programs.as_array().into_iter().flatten();
+    let own = own.filter(|program| program["attach_type"].as_str().is_some_and(|it| it.ends_with("inet4_connect")));
+    Ok(own.filter_map(|program| program["id"].as_u64()).collect())
+}
+
+#[test]
+fn lesson_10_programs_of_others_stay_attached() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = two_pods(&bed)?;
+    // Somebody else's program on the same hook of the same cgroup: for want of another, a copy of an own one, attached the old way. Its
+    // maps are those of pins that are gone by then.
+    let mut agent = bed.agent(&directory, "c1", "n1")?;
+    let foreign = on_connect4(&bed)?[0].to_string();
+    let pin = format!("{}-foreign", bed.pins().display());
+    ensure!(Command::new("bpftool").args(["prog", "pin", "id", &foreign, &pin]).status()?.success());
+    agent.process.kill();
+    ensure!(bed.portolan(&["cleanup", "--bpffs", &bed.pins().display().to_string()])?.status.success());
+    let attach = |verb: &str, more: &[&str]| -> Result<bool> {
+        let mut command = Command::new("bpftool");
+        command.args(["cgroup", verb]).arg(bed.cgroup.path()).args(["connect4", "pinned", &pin]).args(more);
+        Ok(command.status()?.success())
+    };
+    ensure!(attach("attach", &["multi"])?);
+    let id: u64 = foreign.parse()?;
+    assert_eq!(on_connect4(&bed)?, [id]);
+    // It is recognised for what it is, and not detached: neither by a start, nor by a clean-up.
+    let mut refused = bed.start(&directory, "c1", "n1")?;
+    assert_eq!(refused.process.wait(BOUND)?.code(), Some(1));
+    assert!(refused.log().contains("programs of another Portolan"), "{}", refused.log());
+    ensure!(bed.portolan(&["cleanup", "--bpffs", &bed.pins().display().to_string()])?.status.success());
+    assert_eq!(on_connect4(&bed)?, [id]);
+    let (diagnosis, _) = doctor(&bed)?;
+    assert_eq!(state(&diagnosis, "other programs: connect4"), json!("note"), "{diagnosis:#}");
+    ensure!(attach("detach", &[])?);
+    std::fs::remove_file(&pin)?;
+    let _agent = bed.agent(&directory, "c1", "n1")?;
+    assert_eq!(bed.dialler()?.dial(WEB, 2)?.errnos(), [0; 2]);
+    Ok(())
+}
+
+/// Instructions that the kernel's verifier may go through for a program. What a program is given beyond that is a decision, not an accident.
+const BUDGETS: [(&str, u32); 9] = [
+    ("connect4", 20_000),
+    ("connect6", 20_000),
+    ("getpeername4", 500),
+    ("getpeername6", 500),
+    ("recvmsg4", 2_500),
+    ("recvmsg6", 2_500),
+    ("sendmsg4", 60_000),
+    ("sendmsg6", 60_000),
+    ("sock_ops", 6_000),
+];
+
+#[test]
+fn lesson_11_every_program_loads_within_its_budget_of_instructions() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = two_pods(&bed)?;
+    let _agent = bed.agent(&directory, "c1", "n1")?;
+    let (diagnosis, _) = doctor(&bed)?;
+    let programs = diagnosis["programs"].as_array().cloned().unwrap_or_default();
+    for (name, budget) in BUDGETS {
+        let program = programs.iter().find(|program| program["name"] == name);
+        let count = program.and_then(|program| program["verifiedInstructions"].as_u64());
+        let count = count.unwrap_or_else(|| panic!("no count of {name} in {diagnosis:#}"));
+        println!("verified program {name} {count} of {budget}");
+        assert!(count <= budget.into(), "{name}: {count} instructions, budget {budget}");
+    }
+    assert_eq!(programs.len(), BUDGETS.len());
+    Ok(())
+}
+
+#[test]
+fn lesson_12_what_does_not_fit_is_refused_alone_and_told_and_fits_once_there_is_room() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = two_pods(&bed)?;
+    // Two endpoints for web, the same two with another port for dns, one of the agent's own: one place is left.
+    let sizes = ["--max-backends", "6", "--max-frontends", "16", "--max-slots", "64"];
+    let mut agent = bed.agent_with(&directory, "c1", "n1", &sizes)?;
+    assert_eq!(metric(&agent, "portolan_map_entries{map=\"backends\"}")?, 5);
+    assert_eq!(metric(&agent, "portolan_map_capacity{map=\"backends\"}")?, 6);
+    let mut client = bed.dialler()?;
+    for i in 3..=4 {
+        bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
+        bed.serve(&format!("10.0.0.{i}:9080"), "more")?;
+    }
+    let more = [("10.0.0.3", "n1", ""), ("10.0.0.4", "n1", "")];
+    directory.write("c1/more.yaml", &[service("more", &["172.16.0.30"], 80), slice("more", 9080, &more)])?;
+    directory.write("c1/one.yaml", &[service("one", &["172.16.0.31"], 80), slice("one", 9080, &more[..1])])?;
+    wait_until("the finding", BOUND, || {
+        let findings = agent.get("services")?["findings"].to_string();
+        ensure!(findings.contains("PTL0090") && findings.contains("172.16.0.30:80"), "{findings}");
+        Ok(())
+    })?;
+    // The one refuses, and does not fall through; all others go on, the new one that fits as well.
+    assert_eq!(client.dial("172.16.0.30:80", 2)?.errnos(), [ECONNREFUSED; 2]);
+    assert_eq!(client.dial("172.16.0.31:80", 2)?.greetings(), ["more"; 2]);
+    assert_eq!(client.dial(WEB, 4)?.count("pod1"), 2);
+    assert_eq!(metric(&agent, "portolan_map_entries{map=\"backends\"}")?, 6);
+    // An agent with larger maps takes over without a failed connection.
+    let mut load = bed.dialler()?;
+    load.begin(&Task::Load { to: WEB.parse()? })?;
+    agent.process.kill();
+    let agent = bed.agent_with(&directory, "c1", "n1", &["--max-backends", "100"])?;
+    assert_eq!(client.dial("172.16.0.30:80", 2)?.greetings(), ["more"; 2]);
+    let reply = load.run(&Task::Stop)?;
+    assert_eq!(reply.bad, 0, "of {}", reply.good);
+    assert_eq!(metric(&agent, "portolan_map_capacity{map=\"backends\"}")?, 100);
+    // Smaller maps than what is served needs do not take over: the former ones go on.
+    drop(agent);
+    let agent = bed.start_with(&directory, "c1", "n1", &["--max-backends", "3"])?;
+    wait_until("the agent to say what it lacks", BOUND, || {
+        let (status, why) = agent.http("/readyz")?;
+        ensure!(status == 503 && why.contains("no room"), "{status} {why}");
+        Ok(())
+    })?;
+    assert_eq!(client.dial("172.16.0.30:80", 2)?.greetings(), ["more"; 2]);
+    assert_eq!(client.dial(WEB, 4)?.count("pod1"), 2);
+    Ok(())
+}
