@@ -5,6 +5,7 @@ mod agent;
 mod cgroup;
 pub mod demo;
 pub mod dial;
+pub mod direct;
 mod directory;
 mod held;
 mod netns;

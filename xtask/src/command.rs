@@ -1,7 +1,7 @@
 //! Running other programs.
 
 use std::{
-    env,
+    env, fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -43,10 +43,12 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Where a program is, on PATH or among those for administrators.
+/// Where a program is: on PATH, among those for administrators, or where Debian keeps PostgreSQL's.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    let folders = env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let versions = versions.map(|version| version.path().join("bin"));
+    let folders = env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]).chain(versions);
     folders.map(|folder| folder.join(program)).find(|file| file.is_file())
 }
 

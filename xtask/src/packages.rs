@@ -10,6 +10,18 @@ use crate::command::{find, run};
 pub(crate) const BENCH: [(&str, &str); 4] =
     [("ip", "iproute2"), ("bpftool", "bpftool"), ("nginx", "nginx-light"), ("curl", "curl")];
 
+/// Clients and servers that tests put through Service addresses, and their packages.
+pub(crate) const CLIENTS: [(&str, &str); 8] = [
+    ("javac", "default-jdk-headless"),
+    ("python3", "python3"),
+    ("redis-server", "redis-server"),
+    ("redis-cli", "redis-tools"),
+    ("psql", "postgresql-client"),
+    ("postgres", "postgresql"),
+    ("dig", "bind9-dnsutils"),
+    ("dnsmasq", "dnsmasq-base"),
+];
+
 /// Programs that boot another kernel, and their packages.
 pub(crate) const VM: [(&str, &str); 7] = [
     ("qemu-system-x86_64", "qemu-system-x86"),

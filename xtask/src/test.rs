@@ -8,7 +8,7 @@ use portolan_tests::demo as plays;
 
 use crate::{
     command::{cargo, need_root, run as run_command},
-    demo,
+    demo, packages,
 };
 
 /// Which parts.
@@ -62,6 +62,7 @@ fn run_part(part: Part) -> Result<()> {
             "xtask",
         ])),
         Part::Kernel => {
+            packages::ensure_programs(&packages::CLIENTS)?;
             demo::prepare_next().and_then(|()| run_command(&mut cargo(&["test", "--package", "portolan-tests"])))
         }
         Part::Bench => crate::bench::smoke(),

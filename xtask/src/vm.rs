@@ -211,7 +211,7 @@ fn boot(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Resul
     qemu.args(["-accel", &args.accel, "-cpu", "max", "-smp", "2", "-m", "3072"]);
     qemu.args(["-display", "none", "-monitor", "none", "-serial", "stdio", "-no-reboot", "-nic", "none"]);
     qemu.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&image);
-    qemu.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off rdinit=/init"]);
+    qemu.args(["-append", "console=ttyS0 loglevel=5 softlockup_panic=1 panic=-1 mitigations=off rdinit=/init"]);
     qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut qemu = qemu.spawn().context("cannot start qemu-system-x86_64")?;
     let id = rustix::process::Pid::from_child(&qemu);
@@ -317,7 +317,7 @@ fn script(modules: &[String], binaries: &[(String, PathBuf)], filter: Option<&st
     let mut lines: Vec<String> = [
         "#!/bin/busybox sh",
         "/bin/busybox --install -s /bin",
-        "export PATH=/bin HOME=/ RUST_BACKTRACE=0",
+        "export PATH=/bin HOME=/ RUST_BACKTRACE=0 PORTOLAN_PATIENCE=8",
         "mount -t proc proc /proc",
         "mount -t sysfs sys /sys",
         "mount -t devtmpfs dev /dev",

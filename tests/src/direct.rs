@@ -1,0 +1,108 @@
+//! The data path without an agent: tables as a test makes them, published as fast as it can.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, Result, ensure};
+use portolan::{
+    datapath::{Datapath, Options, ProgramLog},
+    model::Protocol,
+    policy::{Part, Schedule, Share},
+    table::{Entry, Knowledge, Layout, Sizes, Table, key},
+};
+use tokio::runtime::Runtime;
+
+use crate::Bed;
+
+/// Programs on a node's pods, and what they are told.
+pub struct Direct {
+    datapath: Datapath,
+    layout: Layout,
+    runtime: Runtime,
+}
+
+impl Direct {
+    /// Attaches the programs to the pods of a node, with empty tables.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn new(bed: &Bed, sizes: Sizes) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let options = Options {
+            cgroup: Some(bed.cgroup.path().to_owned()),
+            bpffs: bed.pins().clone(),
+            sizes,
+            log: ProgramLog::Off,
+        };
+        let inside = runtime.enter();
+        let (mut datapath, held) = Datapath::open(&options)?;
+        drop(inside);
+        datapath.attach()?;
+        Ok(Self { datapath, layout: Layout::from_held(sizes, held), runtime })
+    }
+
+    /// Publishes a table in the place of the last one, and gives back what nobody reads any more.
+    ///
+    /// # Errors
+    /// It does not fit, or what the kernel says.
+    pub fn publish(&mut self, table: &Table) -> Result<()> {
+        let (ops, refused) = self.layout.update(table, Knowledge::Complete);
+        self.datapath.maps.apply(&ops)?;
+        if let Some(round) = self.layout.end_round() {
+            self.datapath.grace.begin(round);
+        }
+        // Those that have settled by now; where places run out, until one has.
+        loop {
+            let settled =
+                async { tokio::time::timeout(std::time::Duration::ZERO, self.datapath.grace.settled()).await };
+            match self.runtime.block_on(settled) {
+                Ok(round) => self.layout.settle(round),
+                Err(_) => break,
+            }
+        }
+        ensure!(refused.is_empty(), "{refused:?} do not fit");
+        Ok(())
+    }
+
+    /// Waits until everything that was freed may be used again.
+    ///
+    /// # Errors
+    /// There is nothing to wait for.
+    pub fn settle(&mut self) -> Result<()> {
+        let settled =
+            async { tokio::time::timeout(std::time::Duration::from_secs(10), self.datapath.grace.settled()).await };
+        let round = self.runtime.block_on(settled).context("nothing settles")?;
+        self.layout.settle(round);
+        Ok(())
+    }
+
+    /// Entries in use, by map.
+    pub fn occupancy(&self) -> Vec<(&'static str, u32)> {
+        self.layout.occupancy().map(|(name, used, _)| (name, used)).into()
+    }
+
+    /// Connections that found the table in contradiction to itself.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn inconsistent(&self) -> Result<u64> {
+        Ok(self.datapath.maps.counters()?.inconsistent)
+    }
+}
+
+/// A table of TCP frontends, each with endpoints that take turns.
+pub fn table(frontends: impl IntoIterator<Item = (SocketAddr, Vec<SocketAddr>)>) -> Table {
+    let entry = |endpoints: Vec<SocketAddr>| Entry {
+        schedule: std::sync::Arc::new(if endpoints.is_empty() {
+            Schedule::default()
+        } else {
+            let members = endpoints.iter().map(|endpoint| (*endpoint, 1)).collect();
+            Schedule::new(vec![Part::in_turn(Share::from(1), members)])
+        }),
+        endpoints: endpoints.into(),
+        pools: std::sync::Arc::new([]),
+        affinity: None,
+        random: false,
+    };
+    let frontends = frontends.into_iter().map(|(address, endpoints)| (key(address, Protocol::Tcp), entry(endpoints)));
+    Table { frontends: frontends.collect() }
+}

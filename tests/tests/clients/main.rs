@@ -1,0 +1,224 @@
+//! Real clients and servers, as people have them, through Service addresses.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::{
+    fs,
+    io::Read as _,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use portolan_tests::{
+    Agent, Bed, Directory, Place, Process,
+    objects::{node, service, slice, udp_service, udp_slice},
+    wait_until,
+};
+use serde_json::json;
+
+const BOUND: Duration = Duration::from_secs(60);
+const NOBODY: u32 = 65_534;
+
+/// A node with one server of a kind behind a Service.
+struct World {
+    // What runs on it ends before the node does.
+    _server: Process,
+    _agent: Agent,
+    directory: Directory,
+    bed: Bed,
+}
+
+impl World {
+    /// `172.16.0.10:<port>`, over TCP and UDP, leads to `10.0.0.1:<target>`, where `server` listens.
+    fn new(port: u16, target: u16, server: impl FnOnce(&Directory) -> Result<Command>) -> Result<Self> {
+        let (bed, directory) = (Bed::new()?, Directory::new()?);
+        for address in ["10.0.0.1/32", "10.0.0.9/32"] {
+            bed.namespace.add_address(address)?;
+        }
+        let endpoint = [("10.0.0.1", "n1", "")];
+        directory.write(
+            "c1/all.yaml",
+            &[
+                node("n1", "r1"),
+                service("server", &["172.16.0.10"], port),
+                slice("server", target, &endpoint),
+                udp_service("datagrams", &["172.16.0.10"], port),
+                udp_slice("datagrams", target, &endpoint),
+            ],
+        )?;
+        let mut command = server(&directory)?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let outside = Place { namespace: Some(&bed.namespace), cgroup: None };
+        let server = Process::spawn(command, outside)?;
+        let agent = bed.agent(&directory, "c1", "n1")?;
+        Ok(Self { bed, directory, _agent: agent, _server: server })
+    }
+
+    /// What a client says, run as a pod.
+    fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        // A client that hangs is an error, too.
+        let mut command = Command::new("timeout");
+        command
+            .arg("30")
+            .arg(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut process = Process::spawn(command, self.bed.place())?;
+        let (mut said, mut complaint) = (String::new(), String::new());
+        process.child().stdout.take().context("no stdout")?.read_to_string(&mut said)?;
+        process.child().stderr.take().context("no stderr")?.read_to_string(&mut complaint)?;
+        let status = process.wait(BOUND)?;
+        ensure!(status.success(), "{program} ended with {status}: {said}{complaint}");
+        Ok(said.trim().to_owned())
+    }
+
+    /// The same, again and again until the server is up.
+    fn until(&self, program: &str, arguments: &[&str], expected: &str) -> Result<()> {
+        wait_until(&format!("{program} {}", arguments.join(" ")), BOUND, || {
+            let said = self.run(program, arguments)?;
+            ensure!(said == expected, "{said:?} is not {expected:?}");
+            Ok(())
+        })
+    }
+}
+
+/// An nginx that says where it was reached, or passes everything on.
+fn nginx(directory: &Directory, listen: &str, location: &str) -> Result<Command> {
+    let folder = directory.scratch(&format!("nginx-{}", listen.replace(':', "-")));
+    fs::create_dir_all(&folder)?;
+    let place = folder.display();
+    let text = format!(
+        "daemon off; master_process off; pid {place}/pid; error_log {place}/error.log; user root;\nevents {{}}\nhttp {{ access_log off;\n\
+         client_body_temp_path {place}/a; proxy_temp_path {place}/b; fastcgi_temp_path {place}/c; uwsgi_temp_path {place}/d; scgi_temp_path {place}/e;\n\
+         server {{ listen {listen}; location / {{ {location} }} }} }}\n"
+    );
+    fs::write(folder.join("nginx.conf"), text)?;
+    let mut command = Command::new("nginx");
+    command.arg("-p").arg(&folder).arg("-c").arg(folder.join("nginx.conf"));
+    Ok(command)
+}
+
+fn web() -> Result<World> {
+    World::new(80, 8080, |directory| nginx(directory, "10.0.0.1:8080", "return 200 \"hello from $server_addr\\n\";"))
+}
+
+#[test]
+fn curl_sees_the_address_that_it_dialled() -> Result<()> {
+    let world = web()?;
+    let format = "%{remote_ip}:%{remote_port}";
+    for url in ["http://172.16.0.10/", "http://[::ffff:172.16.0.10]/"] {
+        let peer = if url.contains("ffff") { "::ffff:172.16.0.10:80" } else { "172.16.0.10:80" };
+        world.until("curl", &["-s", "-g", "-m", "5", "-w", format, url], &format!("hello from 10.0.0.1\n{peer}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn nginx_passes_on_to_a_service() -> Result<()> {
+    let world = web()?;
+    let proxy = nginx(&world.directory, "10.0.0.9:8000", "proxy_pass http://172.16.0.10:80;")?;
+    // As a pod: the connections that it makes are a pod's.
+    let _proxy = Process::spawn(proxy, world.bed.place())?;
+    world.until("curl", &["-s", "-m", "5", "http://10.0.0.9:8000/"], "hello from 10.0.0.1")
+}
+
+#[test]
+fn python_in_all_its_ways() -> Result<()> {
+    let world = web()?;
+    world.until("curl", &["-s", "-m", "5", "http://172.16.0.10/"], "hello from 10.0.0.1")?;
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients/client.py");
+    let said = world.run("python3", &[script, "172.16.0.10", "80"])?;
+    let expected = json!({
+        "socket": ["172.16.0.10", 80], "nonblocking": ["172.16.0.10", 80], "asyncio": ["172.16.0.10", 80],
+        "http": "hello from 10.0.0.1", "v6": ["::ffff:172.16.0.10", 80],
+    });
+    let said: serde_json::Value = serde_json::from_str(&said)?;
+    assert_eq!(said, expected);
+    Ok(())
+}
+
+#[test]
+fn java_with_its_sockets_that_are_ipv6() -> Result<()> {
+    let world = web()?;
+    world.until("curl", &["-s", "-m", "5", "http://172.16.0.10/"], "hello from 10.0.0.1")?;
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients/Client.java");
+    for prefer_v4 in ["false", "true"] {
+        let option = format!("-Djava.net.preferIPv4Stack={prefer_v4}");
+        let said =
+            world.run("java", &["-Xshare:auto", "-XX:TieredStopAtLevel=1", &option, source, "172.16.0.10", "80"])?;
+        assert_eq!(said, "socket /172.16.0.10:80\nchannel /172.16.0.10:80\nhttp hello from 10.0.0.1", "{prefer_v4}");
+    }
+    Ok(())
+}
+
+#[test]
+fn redis() -> Result<()> {
+    let world = World::new(6379, 6380, |directory| {
+        let mut command = Command::new("redis-server");
+        command.args(["--bind", "10.0.0.1", "--port", "6380", "--save", "", "--protected-mode", "no", "--dir"]);
+        command.arg(directory.scratch(""));
+        Ok(command)
+    })?;
+    world.until("redis-cli", &["-h", "172.16.0.10", "ping"], "PONG")?;
+    world.until("redis-cli", &["-h", "172.16.0.10", "set", "key", "value"], "OK")?;
+    world.until("redis-cli", &["-h", "172.16.0.10", "get", "key"], "value")?;
+    // The server has the client's own address, for nothing stands between.
+    let clients = world.run("redis-cli", &["-h", "172.16.0.10", "client", "list"])?;
+    ensure!(clients.contains("laddr=10.0.0.1:6380"), "{clients}");
+    Ok(())
+}
+
+/// Where Debian keeps the server's programs.
+fn postgres(program: &str) -> Result<PathBuf> {
+    let versions = fs::read_dir("/usr/lib/postgresql").context("no PostgreSQL (Debian: postgresql)")?;
+    let found = versions.flatten().map(|version| version.path().join("bin").join(program)).find(|path| path.exists());
+    found.with_context(|| format!("no {program} (Debian: postgresql)"))
+}
+
+/// The server does not run as root.
+fn as_nobody(program: &Path) -> Command {
+    let (user, group) = (format!("--reuid={NOBODY}"), format!("--regid={NOBODY}"));
+    let mut command = Command::new("setpriv");
+    command.args([user.as_str(), &group, "--clear-groups"]).arg(program).env("LC_ALL", "C.UTF-8");
+    command
+}
+
+#[test]
+fn psql() -> Result<()> {
+    let world = World::new(5432, 5433, |directory| {
+        let data = directory.scratch("postgres");
+        fs::create_dir(&data)?;
+        std::os::unix::fs::chown(&data, Some(NOBODY), Some(NOBODY))?;
+        let mut initdb = as_nobody(&postgres("initdb")?);
+        let output =
+            initdb.args(["--auth", "trust", "--username", "postgres", "--no-sync", "-D"]).arg(&data).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        fs::write(data.join("pg_hba.conf"), "host all all 0.0.0.0/0 trust\n")?;
+        let mut server = as_nobody(&postgres("postgres")?);
+        server.arg("-D").arg(&data).args(["-h", "10.0.0.1", "-p", "5433", "-k", "", "-F"]);
+        Ok(server)
+    })?;
+    let query = "select inet_server_addr() || ' ' || inet_server_port()";
+    world.until("psql", &["-h", "172.16.0.10", "-U", "postgres", "-Atc", query], "10.0.0.1/32 5433")
+}
+
+#[test]
+fn dig_over_udp_and_tcp() -> Result<()> {
+    let world = World::new(53, 5353, |_| {
+        let mut command = Command::new("dnsmasq");
+        command.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--user=root"]);
+        command.args(["--listen-address=10.0.0.1", "--bind-interfaces", "--port=5353", "--pid-file="]);
+        command.arg("--address=/web.test/10.9.9.9");
+        Ok(command)
+    })?;
+    // dig takes no answer from an address that it has not asked.
+    for way in ["+notcp", "+tcp"] {
+        world.until("dig", &["+short", "+tries=1", "+time=2", way, "@172.16.0.10", "web.test"], "10.9.9.9")?;
+    }
+    let said = world.run("dig", &["+tries=1", "+time=2", "@172.16.0.10", "web.test"])?;
+    ensure!(said.contains(";; SERVER: 172.16.0.10#53(172.16.0.10) (UDP)"), "{said}");
+    Ok(())
+}

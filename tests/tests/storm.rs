@@ -1,0 +1,100 @@
+//! Tables that change as fast as they can while connections run: each goes where some table said that was in force meanwhile.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::net::SocketAddr;
+
+use anyhow::{Result, ensure};
+use portolan::table::Sizes;
+use portolan_tests::{
+    Bed, Directory, Place,
+    direct::{Direct, table},
+    storm::{self, Load, Servers},
+};
+use rustix::time::{ClockId, clock_gettime};
+
+const SERVICES: u8 = 4;
+const ENDPOINTS: u8 = 6;
+const CONNECTIONS: u64 = 40_000;
+
+fn frontend(service: u8) -> SocketAddr {
+    SocketAddr::from(([172, 16, 1, service], 80))
+}
+
+fn endpoint(service: u8, endpoint: u8) -> SocketAddr {
+    SocketAddr::from(([10, service, 0, endpoint + 1], 9080))
+}
+
+fn now() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+}
+
+/// A table that was published: from when it may have been in force at the earliest, and which endpoints it had.
+struct Published {
+    from: u64,
+    /// When it was in force for certain.
+    sure: u64,
+    masks: [u8; SERVICES as usize],
+}
+
+#[test]
+fn every_connection_goes_where_a_table_in_force_said() -> Result<()> {
+    let bed = Bed::new()?;
+    let mut addresses = Vec::new();
+    for service in 0..SERVICES {
+        for number in 0..ENDPOINTS {
+            bed.namespace.add_address(&format!("{}/32", endpoint(service, number).ip()))?;
+            addresses.push((endpoint(service, number), service, number));
+        }
+    }
+    let _servers = Servers::start(Place { namespace: Some(&bed.namespace), cgroup: None }, &addresses)?;
+    // So small that every id and every place is used again and again.
+    let sizes = Sizes { frontends: 8, backends: 48, slots: 256, affinities: 1 };
+    let mut direct = Direct::new(&bed, sizes)?;
+    let wanted = |masks: &[u8]| {
+        table((0..SERVICES).map(|service| {
+            let has = |number: &u8| masks[usize::from(service)] & (1 << number) != 0;
+            (frontend(service), (0..ENDPOINTS).filter(has).map(|number| endpoint(service, number)).collect())
+        }))
+    };
+    let mut published: Vec<Published> = Vec::new();
+    let mut publish = |direct: &mut Direct, masks: [u8; SERVICES as usize]| -> Result<()> {
+        let from = now();
+        // Where places have run out, they are waited for.
+        while let Err(error) = direct.publish(&wanted(&masks)) {
+            ensure!(error.to_string().contains("do not fit"), "{error:#}");
+            direct.settle()?;
+        }
+        published.push(Published { from, sure: now(), masks });
+        Ok(())
+    };
+    publish(&mut direct, [0b1; SERVICES as usize])?;
+    let record = Directory::new()?;
+    let path = record.scratch("record");
+    let frontends: Vec<SocketAddr> = (0..SERVICES).map(frontend).collect();
+    let mut load = Load::start(bed.place(), &frontends, CONNECTIONS, Some(&path))?;
+    let mut turn = 0u32;
+    while !load.has_ended()? {
+        // Each service changes with each table, and never has nobody.
+        turn = turn.wrapping_add(1);
+        publish(&mut direct, std::array::from_fn(|service| 1 + ((turn * 5 + service as u32 * 17) % 63) as u8))?;
+    }
+    let summary = load.stop()?;
+    assert_eq!((summary.good, summary.bad, summary.misrouted), (CONNECTIONS, 0, 0), "{summary:?}");
+    assert_eq!(direct.inconsistent()?, 0);
+
+    let connections = storm::read(&path)?;
+    assert_eq!(connections.len() as u64, CONNECTIONS);
+    for connection in &connections {
+        // In force while it was dialled: those that began before it ended, and had not surely been followed by another when it began.
+        let first = published.partition_point(|table| table.sure <= connection.began).saturating_sub(1);
+        let end = published.partition_point(|table| table.from <= connection.ended);
+        let may = published[first..end]
+            .iter()
+            .any(|table| table.masks[usize::from(connection.service)] & (1 << connection.endpoint) != 0);
+        assert!(may, "{connection:?} is of none of the {} tables that were in force", end - first);
+    }
+    println!("{} tables, {} connections, {:.0} per second", published.len(), summary.good, summary.rate());
+    assert!(published.len() > 100, "only {} tables were published", published.len());
+    Ok(())
+}
