@@ -140,6 +140,16 @@ impl Load {
         Ok(self.process.child().try_wait()?.is_some())
     }
 
+    /// Waits until it has made all its connections, and takes what came of it.
+    ///
+    /// # Errors
+    /// It has failed.
+    pub fn finish(mut self) -> Result<Summary> {
+        let mut answer = String::new();
+        self.stdout.read_to_string(&mut answer)?;
+        serde_json::from_str(&answer).context("the load has failed")
+    }
+
     /// Stops it, unless it has ended by itself, and takes what came of it.
     ///
     /// # Errors

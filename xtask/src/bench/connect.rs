@@ -1,7 +1,6 @@
 //! What connect() costs through Portolan, beside connect() to the endpoint itself, in one run.
 
 use std::{
-    fs,
     io::{BufRead as _, BufReader, Write as _},
     process::{ChildStdin, ChildStdout, Command, Stdio},
 };
@@ -13,7 +12,7 @@ use portolan_tests::{
 };
 
 use crate::{
-    command::{cargo, cargo_target, find, need_root, run as run_command},
+    command::{cargo, cargo_target, need_root, run as run_command},
     demo,
 };
 
@@ -111,43 +110,7 @@ fn measure(rounds: usize, connections: usize) -> Result<Vec<Arm>> {
             }
         }
     }
-    if rounds > 10 {
-        in_kernel(&bed, &mut inside, connections)?;
-        server.ask("empty")?;
-    }
     Ok(arms)
-}
-
-/// Nanoseconds that each program takes, by the kernel's own count.
-fn in_kernel(bed: &Bed, client: &mut Helper, connections: usize) -> Result<()> {
-    const SETTING: &str = "/proc/sys/kernel/bpf_stats_enabled";
-    let before = fs::read_to_string(SETTING)?;
-    fs::write(SETTING, "1")?;
-    let measured = client.time(SERVICE, connections).and_then(|_| {
-        println!("\nin the kernel, mean of {connections} hits, the counting itself included:");
-        for name in ["connect4", "sock_ops"] {
-            let link = bed.pins().join("links").join(name);
-            let shown = show(&["link", "show", "pinned"], &link.display().to_string())?;
-            let id = field(&shown, "prog_id").context("no program in the link")?;
-            let shown = show(&["prog", "show", "id"], &id.to_string())?;
-            let (time, count) = (field(&shown, "run_time_ns").unwrap_or(0), field(&shown, "run_cnt").unwrap_or(0));
-            println!("  {name:<9} {:>4.0} ns, {count} runs", time as f64 / count.max(1) as f64);
-        }
-        Ok(())
-    });
-    fs::write(SETTING, before)?;
-    measured
-}
-
-fn show(what: &[&str], which: &str) -> Result<String> {
-    let bpftool = find("bpftool").context("no bpftool")?;
-    crate::command::output(Command::new(bpftool).arg("-j").args(what).arg(which))
-}
-
-/// A number out of bpftool's JSON.
-fn field(json: &str, name: &str) -> Option<u64> {
-    let rest = json.split(&format!("\"{name}\":")).nth(1)?;
-    rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok()
 }
 
 fn program() -> std::path::PathBuf {

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: what Portolan costs, printed.
 
 mod connect;
+mod pick;
 mod policy;
 
 use std::process::ExitCode;
@@ -20,6 +21,9 @@ pub(crate) struct BenchArgs {
     /// connect: connections of an arm in a round
     #[arg(long, default_value_t = 2_000)]
     connections: usize,
+    /// pick: connections for each number of services
+    #[arg(long, default_value_t = 100_000)]
+    picks: u64,
     /// policy: services, each with ten endpoints
     #[arg(long, default_value_t = 10_000)]
     services: usize,
@@ -29,15 +33,21 @@ pub(crate) struct BenchArgs {
 enum Part {
     /// connect() through Portolan, beside connect() to the endpoint itself (needs root)
     Connect,
+    /// Time inside the kernel with 1, 100 and 10,000 services (needs root)
+    Pick,
     /// The policy on many services: everything from nothing, one endpoint that changes, `plan` and `explain` on files
     Policy,
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
-    if args.only != Some(Part::Policy) {
+    let wanted = |part| args.only.is_none_or(|only| only == part);
+    if wanted(Part::Connect) {
         connect::run(args.rounds, args.connections)?;
     }
-    if args.only != Some(Part::Connect) {
+    if wanted(Part::Pick) {
+        pick::run(args.picks)?;
+    }
+    if wanted(Part::Policy) {
         policy::run(args.services)?;
     }
     Ok(ExitCode::SUCCESS)
@@ -46,5 +56,6 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
 /// Every arm runs, and every figure is one.
 pub(crate) fn smoke() -> Result<()> {
     connect::smoke()?;
+    pick::smoke()?;
     policy::smoke()
 }
