@@ -317,7 +317,7 @@ fn script(modules: &[String], binaries: &[(String, PathBuf)], filter: Option<&st
     let mut lines: Vec<String> = [
         "#!/bin/busybox sh",
         "/bin/busybox --install -s /bin",
-        "export PATH=/bin HOME=/ RUST_BACKTRACE=0 PORTOLAN_PATIENCE=8",
+        "export PATH=/bin HOME=/ RUST_BACKTRACE=0 PORTOLAN_PATIENCE=8 PORTOLAN_STORM_CONNECTIONS=4000",
         "mount -t proc proc /proc",
         "mount -t sysfs sys /sys",
         "mount -t devtmpfs dev /dev",
