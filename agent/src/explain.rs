@@ -2,10 +2,11 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr};
 
+use portolan_common::Choice;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    model::{Code, Finding, Locality, MeshConfig, Retention, ServiceId},
+    model::{Algorithm, Code, Finding, Locality, MeshConfig, Retention, ServiceId},
     policy::{
         Assignment, Client, Endpoint, EndpointHealth, Mode, OVERPROVISIONING_FACTOR, Pool, Priority, Route,
         SettingSource, Verdict,
@@ -279,11 +280,28 @@ fn order(assignment: &Assignment, pool: &Pool) -> Step {
     } else if pool.groups == 0 {
         "nobody can take these connections: they are refused".to_owned()
     } else {
-        let turns = schedule.turns.len();
-        format!(
-            "a cycle of {turns} turns over {} groups, earliest deadline first; shares are exact in every cycle",
-            schedule.runs.len()
-        )
+        let (turns, groups) = (schedule.turns.len(), schedule.runs.len());
+        let cycle = format!("a cycle of {turns} turns over {groups} groups, earliest deadline first");
+        let places = || {
+            schedule.runs.iter().filter(|run| run.choice == Choice::Hash).map(|run| run.members.len()).sum::<usize>()
+        };
+        match pool.algorithm {
+            Algorithm::RoundRobin | Algorithm::Passthrough => format!("{cycle}; shares are exact in every cycle"),
+            Algorithm::LeastRequest => format!(
+                "{cycle}; of a group two endpoints are drawn, and the one with fewer active connections is taken"
+            ),
+            Algorithm::Random => format!("{cycle}, of which one is drawn, and an endpoint of its group"),
+            Algorithm::ConsistentHash => format!(
+                "a table of {} places, of which each endpoint has its share; a pod's hash names its place",
+                places()
+            ),
+        }
+    };
+    let says = match assignment.affinity {
+        Some(affinity) if pool.groups > 0 => {
+            format!("{says}; a pod comes back to its endpoint for {} s (sessionAffinity)", affinity.as_secs())
+        }
+        _ => says,
     };
     step("order", None, says)
 }

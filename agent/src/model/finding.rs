@@ -91,6 +91,7 @@ codes! {
     // The agent.
     MapFull = 90, Error, "A map of the kernel is full";
     KernelWrite = 91, Error, "The kernel did not take a change";
+    MapNearlyFull = 92, Warning, "A map of the kernel is nearly full";
 }
 
 impl fmt::Display for Code {

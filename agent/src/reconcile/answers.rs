@@ -87,7 +87,8 @@ impl Reconciler {
     }
 
     fn findings(&self) -> Vec<Finding> {
-        let of_rules = self.compiler.findings().chain(&self.client_findings).chain(&self.trouble).cloned();
+        let of_rules =
+            self.compiler.findings().chain(&self.client_findings).chain(&self.trouble).chain(&self.crowded).cloned();
         let mut findings: Vec<Finding> = self.store.findings().into_iter().chain(of_rules).collect();
         for finding in &mut findings {
             self.store.add_source(&self.cluster, finding);

@@ -36,6 +36,8 @@ use crate::{
 const OUTCOMES_AT_ONCE: usize = 256;
 /// Findings that are logged one by one when they appear together.
 const LOGGED_AT_ONCE: usize = 50;
+/// A map that is as full as this, in percent, is told.
+const NEARLY_FULL: u64 = 90;
 /// When something could not be written, it is tried again after this time, and then after twice the time, and so on.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// But no later than this.
@@ -86,6 +88,8 @@ pub struct Reconciler {
     refused: BTreeMap<FrontendKey, Finding>,
     /// What the last attempt to write ran into.
     trouble: Vec<Finding>,
+    /// Maps that are nearly full.
+    crowded: Vec<Finding>,
     /// Why not everything is known that should be.
     doubt: Option<String>,
     logged: BTreeSet<Finding>,
@@ -156,6 +160,7 @@ impl Reconciler {
             retry_after: FIRST_RETRY,
             refused: BTreeMap::new(),
             trouble: Vec::new(),
+            crowded: Vec::new(),
             doubt: None,
             logged: BTreeSet::new(),
         }
@@ -363,6 +368,9 @@ impl Reconciler {
         if let Some(round) = self.layout.end_round() {
             self.datapath.grace.begin(round);
         }
+        let crowded = crowded(&self.layout);
+        changes.findings |= crowded != self.crowded;
+        self.crowded = crowded;
         self.plan_retry(started);
         self.log_findings(changes.findings || whole || !self.trouble.is_empty());
         if whole {
@@ -456,6 +464,7 @@ impl Reconciler {
                 .into_iter()
                 .chain(self.client_findings.clone())
                 .chain(self.trouble.clone())
+                .chain(self.crowded.clone())
                 .collect();
             fresh.extend(now.difference(&self.logged).cloned());
             self.logged = now;
@@ -504,6 +513,19 @@ impl Reconciler {
             }
         }
     }
+}
+
+/// Maps that should be larger.
+fn crowded(layout: &Layout) -> Vec<Finding> {
+    let full = layout
+        .occupancy()
+        .into_iter()
+        .filter(|(_, used, size)| u64::from(*used) * 100 >= u64::from(*size) * NEARLY_FULL);
+    full.map(|(map, used, size)| {
+        let message = format!("{used} of {size} entries are in use; start the agent with a larger size");
+        Finding::new(Code::MapNearlyFull, format!("Map {map}"), message)
+    })
+    .collect()
 }
 
 /// A frontend that does not fit.
