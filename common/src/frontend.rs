@@ -119,8 +119,8 @@ pub struct Version {
     pub base: u32,
     /// Slots in the schedule; 0: the frontend is empty and refuses.
     pub period: u32,
-    /// First of its backends in `RUNS`: every one that has a turn, once, in ascending order. Kept where somebody may come back to a
-    /// backend (UDP, session affinity).
+    /// First of its backends in `RUNS`: every one that has a turn, once, in ascending order; behind them the pool of each, in the same order.
+    /// Kept where somebody may come back to a backend (UDP, session affinity).
     pub members: u32,
     /// How many they are.
     pub member_count: u32,

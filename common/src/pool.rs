@@ -59,9 +59,5 @@ pub struct Affinity {
     pub backend_id: u32,
     /// Epoch of that id.
     pub epoch: u32,
-    /// The version in which the backend was found last: in the same one it need not be looked for.
-    pub generation: u32,
-    /// Its pool.
-    pub pool: u32,
 }
-plain!(Affinity, 24, 8);
+plain!(Affinity, 16, 8);

@@ -66,8 +66,8 @@ pub struct Flow {
     pub backend_id: u32,
     /// Epoch of that id.
     pub epoch: u32,
-    /// The version in which the backend was found last.
-    pub generation: u32,
+    /// Zero.
+    pub reserved: u32,
     /// Not zero where further datagrams to the frontend go there too; zero where it is remembered for late answers only.
     pub forward: u32,
     /// When the last datagram went there, nanoseconds of CLOCK_MONOTONIC.
@@ -81,8 +81,8 @@ plain!(Flow, 64, 8);
 pub struct Flows {
     /// The set of maps that the ids belong to.
     pub set: u32,
-    /// The place that is overwritten next.
-    pub next: u32,
+    /// Zero.
+    pub reserved: u32,
     /// The destinations.
     pub flows: [Flow; FLOWS],
 }

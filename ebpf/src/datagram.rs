@@ -74,6 +74,9 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Ref
         }
         Lookup::Broken => return Err(refuse(ctx, &key, false)),
     };
+    if let Some(endpoint) = connected_to(ctx, &key.endpoint()) {
+        return Ok(Some(endpoint));
+    }
     // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
     let flows = unsafe { DATAGRAMS.get_or_insert_ptr_mut(ctx, None) };
     if flows.is_null() {
@@ -100,13 +103,28 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Ref
                 backend: taken.backend.endpoint,
                 backend_id: taken.backend_id,
                 epoch: taken.backend.epoch,
-                generation: found.version.generation,
+                reserved: 0,
                 forward: 1,
                 last_ns: now,
             };
             begin(flows, flow);
             Ok(Some(taken.backend.endpoint))
         }
+    }
+}
+
+/// The endpoint that a connected socket was given for the address that it sends to all the same: it hears from nobody else.
+#[inline(always)]
+fn connected_to(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Endpoint> {
+    // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
+    unsafe {
+        let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
+        if sk.is_null() || (*sk).dst_port == 0 {
+            return None;
+        }
+        let state = SOCKETS.get_ptr_mut(ctx);
+        let given = !state.is_null() && (*state).frontend == *dialled && (*state).backend.port_word() != 0;
+        given.then(|| (*state).backend)
     }
 }
 
@@ -124,26 +142,30 @@ fn go_on(flows: &mut Flows, found: &Found, now: u64) -> Option<Endpoint> {
         if now.saturating_sub(flow.last_ns) > SILENCE_NS {
             return None;
         }
-        let backend = live(&found.version, flow.backend_id, flow.epoch, flow.generation)?;
-        flow.generation = found.version.generation;
+        let taken = live(&found.version, flow.backend_id, flow.epoch)?;
         flow.last_ns = now;
-        return Some(backend.endpoint);
+        return Some(taken.backend.endpoint);
     }
     None
 }
 
-/// Remembers a new conversation. The former one with the same frontend is kept for late answers.
+/// Remembers a new conversation in the place of the one that has been silent longest. The former one with the same frontend is kept for
+/// late answers.
 #[inline(always)]
 fn begin(flows: &mut Flows, new: Flow) {
-    let place = flows.next as usize % FLOWS;
+    // Ids of other maps mean nothing here; what came from whom still does.
+    let foreign = flows.set != SET.load();
     flows.set = SET.load();
-    flows.next = flows.next.wrapping_add(1);
-    for flow in &mut flows.flows {
-        if flow.frontend == new.frontend {
+    let (mut place, mut oldest) = (0, u64::MAX);
+    for (i, flow) in flows.flows.iter_mut().enumerate() {
+        if foreign || flow.frontend == new.frontend {
             flow.forward = 0;
         }
+        if flow.last_ns < oldest {
+            (place, oldest) = (i, flow.last_ns);
+        }
     }
-    if let Some(flow) = flows.flows.get_mut(place) {
+    if let Some(flow) = flows.flows.get_mut(place % FLOWS) {
         *flow = new;
     }
 }

@@ -32,6 +32,7 @@ const TCP_CLOSE: u32 = 7;
 const TCP_CLOSE_WAIT: u32 = 8;
 const TCP_LAST_ACK: u32 = 9;
 const TCP_CLOSING: u32 = 11;
+const ECONNABORTED: u32 = 103;
 const ETIMEDOUT: u32 = 110;
 const IPPROTO_TCP: i32 = 6;
 const TCP_USER_TIMEOUT: i32 = 18;
@@ -87,8 +88,8 @@ fn connecting(ctx: &SockOpsContext, state: *mut SocketState) {
     // SAFETY: `state` is a live value of this socket, which is locked.
     unsafe {
         (*state).started_ns = bpf_ktime_get_ns();
+        (*state).stage = SocketStage::Connecting as u32;
         if let Some(stats) = stats(state) {
-            (*state).stage = SocketStage::Connecting as u32;
             add(&raw mut (*stats).active, 1);
         }
         if (*state).pool != 0 {
@@ -109,9 +110,11 @@ fn connecting(ctx: &SockOpsContext, state: *mut SocketState) {
 #[inline(always)]
 unsafe fn keep_alive(ctx: &SockOpsContext, state: *const SocketState) {
     // SAFETY: `state` is a live value of this socket.
-    let Some(limits) = POOLS.get(unsafe { (*state).pool }).copied().filter(|limits| limits.keepalive != 0) else {
+    let (pool, epoch, set) = unsafe { ((*state).pool, (*state).pool_epoch, (*state).set) };
+    let Some(limits) = POOLS.get(pool).copied() else { return };
+    if limits.keepalive == 0 || limits.epoch != epoch || set != SET.load() {
         return;
-    };
+    }
     let mut own = 0u32;
     // SAFETY: the option's buffer is four bytes of the stack.
     unsafe {
@@ -181,8 +184,8 @@ fn established(ctx: &SockOpsContext, state: *mut SocketState) {
     // SAFETY: `state` is a live value of this socket, which is locked.
     unsafe {
         unlimit_connect(ctx, state);
-        let Some(stats) = stats(state) else { return };
         (*state).stage = SocketStage::Established as u32;
+        let Some(stats) = stats(state) else { return };
         add(&raw mut (*stats).opened, 1);
         // In quiet times nobody has to be told: a success only matters after a failure.
         if TROUBLED.get((*state).backend_id).is_some_and(|troubled| *troubled != 0) {
@@ -219,8 +222,8 @@ fn closed(ctx: &SockOpsContext, state: *mut SocketState) {
             return;
         }
         let errno = socket_error(ctx);
-        if errno == 0 {
-            // The application closed it before there was an answer: no verdict.
+        if errno == 0 || errno == ECONNABORTED {
+            // The application, or Portolan itself, closed it before there was an answer: no verdict.
             debug!(ctx, "backend {}: given up by the application", (*state).backend_id);
             return;
         }

@@ -56,10 +56,10 @@ pub(crate) struct Taken {
 
 /// How often a lookup is tried that changes of FRONTENDS overtake. Each takes a system call of the agent's, so one is rare.
 const TRIES: u32 = 4;
-/// `log2` of the most members that a frontend may have, and one.
+/// Enough for 262,143 members, which is as many as there may be backends.
 const SEARCH_STEPS: u32 = 18;
-/// An affinity is not written again for less than this.
-const AFFINITY_STEP_NS: u64 = 1_000_000_000;
+/// An affinity is not written again for less than this part of its timeout.
+const AFFINITY_STEPS: u64 = 16;
 
 /// Looks an address up.
 #[inline(always)]
@@ -111,8 +111,6 @@ pub(crate) fn pick(ctx: &SockAddrContext, found: &Found) -> Pick {
             last_ns: unsafe { bpf_ktime_get_ns() },
             backend_id: taken.backend_id,
             epoch: taken.backend.epoch,
-            generation: version.generation,
-            pool: taken.pool,
         };
         // Where there is no memory for it, the client is served all the same.
         let _ = AFFINITY.insert(&key, &affinity, 0);
@@ -124,48 +122,45 @@ pub(crate) fn pick(ctx: &SockAddrContext, found: &Found) -> Pick {
 #[inline(always)]
 fn come_back(key: &AffinityKey, version: &Version) -> Option<Taken> {
     let affinity = AFFINITY.get_ptr_mut(key)?;
-    // SAFETY: a live map value; another CPU may write it meanwhile, and each field is checked or corrected below. A helper call without
-    // pointers.
+    // SAFETY: a live map value. The entry may become another client's while it is read; whatever is read is looked for among the frontend's
+    // own backends. A helper call without pointers.
     unsafe {
         let now = bpf_ktime_get_ns();
         let idle = now.saturating_sub((*affinity).last_ns);
-        if idle > u64::from(version.affinity_seconds) * 1_000_000_000 {
+        let timeout = u64::from(version.affinity_seconds) * 1_000_000_000;
+        if idle > timeout {
             return None;
         }
-        let (backend_id, pool) = ((*affinity).backend_id, (*affinity).pool);
-        let backend = live(version, backend_id, (*affinity).epoch, (*affinity).generation)?;
-        // In another version the place of the pool may be somebody else's: the next slot that is taken will say. Until then it has none.
-        let pool = if (*affinity).generation == version.generation { pool } else { 0 };
-        if idle > AFFINITY_STEP_NS {
+        let taken = live(version, (*affinity).backend_id, (*affinity).epoch)?;
+        if idle > timeout / AFFINITY_STEPS {
             (*affinity).last_ns = now;
         }
-        Some(Taken { backend_id, backend, pool })
+        Some(taken)
     }
 }
 
-/// The backend, if it is the one of this epoch and has turns in this version. `generation` is the version in which it was found before.
+/// The backend, if it is the one of this epoch and has turns in this version.
 #[inline(always)]
-pub(crate) fn live(version: &Version, backend_id: u32, epoch: u32, generation: u32) -> Option<Backend> {
-    if generation != version.generation && !is_member(version, backend_id) {
-        return None;
-    }
+pub(crate) fn live(version: &Version, backend_id: u32, epoch: u32) -> Option<Taken> {
+    let place = member(version, backend_id)?;
+    let pool = *RUNS.get(version.members.wrapping_add(version.member_count).wrapping_add(place))?;
     let backend = BACKENDS.get(backend_id).copied()?;
-    (backend.epoch == epoch).then_some(backend)
+    (backend.epoch == epoch).then_some(Taken { backend_id, backend, pool })
 }
 
-/// Whether a backend has turns in this version: a binary search.
+/// The place of a backend among those that have turns in this version: a binary search.
 #[inline(always)]
-fn is_member(version: &Version, backend_id: u32) -> bool {
-    let (mut low, mut len) = (version.members, version.member_count);
+fn member(version: &Version, backend_id: u32) -> Option<u32> {
+    let (mut low, mut len) = (0u32, version.member_count);
     for _ in 0..SEARCH_STEPS {
         if len == 0 {
-            return false;
+            return None;
         }
         let half = len / 2;
         let middle = low.wrapping_add(half);
-        let Some(&id) = RUNS.get(middle) else { return false };
+        let id = *RUNS.get(version.members.wrapping_add(middle))?;
         if id == backend_id {
-            return true;
+            return Some(middle);
         }
         if id < backend_id {
             low = middle.wrapping_add(1);
@@ -174,7 +169,7 @@ fn is_member(version: &Version, backend_id: u32) -> bool {
             len = half;
         }
     }
-    false
+    None
 }
 
 /// Takes the next slot of the frontend's schedule, or draws one, and a backend of its run.
@@ -189,10 +184,11 @@ fn next(ctx: &SockAddrContext, found: &Found, stats: *mut FrontendStats) -> Pick
     let period = u64::from(version.period);
     let (Some(place), Some(round)) = (turn.checked_rem(period), turn.checked_div(period)) else { return broken() };
     let Some(slot) = SLOTS.get(version.base.wrapping_add(place as u32)).copied() else { return broken() };
-    if slot.len == 0 || is_full(slot.pool) {
+    let nobody = slot.len == 0;
+    if nobody || is_full(slot.pool) {
         // SAFETY: as above.
         unsafe { add(&raw mut (*stats).refused_slots, 1) };
-        return Pick::Refuse { strict: slot.strict != 0 };
+        return Pick::Refuse { strict: nobody && slot.strict != 0 };
     }
     let entry = if slot.choice == Choice::RoundRobin as u16 { slot.entry(round) } else { chosen(ctx, &slot) };
     let Some(&backend_id) = RUNS.get(entry) else { return broken() };
@@ -220,7 +216,13 @@ fn chosen(ctx: &SockAddrContext, slot: &Slot) -> u32 {
 #[inline(always)]
 fn active(entry: u32) -> u64 {
     let stats = RUNS.get(entry).and_then(|id| BACKEND_STATS.get(*id));
-    stats.map_or(u64::MAX, |stats| stats.active)
+    stats.map_or(u64::MAX, |stats| standing(stats.active))
+}
+
+/// A count of what comes and goes. One that was taken off while its counter began anew for somebody else leaves it below zero for a while.
+#[inline(always)]
+fn standing(count: u64) -> u64 {
+    if (count as i64) < 0 { 0 } else { count }
 }
 
 /// Whether a pool has as many connections as it may have; if so, it is counted.
@@ -236,7 +238,7 @@ fn is_full(pool: u32) -> bool {
     let Some(stats) = POOL_STATS.get_ptr_mut(pool) else { return false };
     // SAFETY: a live map value; the fields are only ever added to.
     unsafe {
-        if (*stats).active < u64::from(max) {
+        if standing((*stats).active) < u64::from(max) {
             return false;
         }
         add(&raw mut (*stats).overflow, 1);

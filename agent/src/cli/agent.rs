@@ -70,7 +70,7 @@ struct SizeArgs {
     #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().frontends, value_parser = size(), env = "PORTOLAN_MAX_FRONTENDS")]
     max_frontends: u32,
     /// Endpoints
-    #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().backends, value_parser = size(), env = "PORTOLAN_MAX_BACKENDS")]
+    #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().backends, value_parser = clap::value_parser!(u32).range(1..=262_143), env = "PORTOLAN_MAX_BACKENDS")]
     max_backends: u32,
     /// Turns of all schedules, and entries of their runs
     #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().slots, value_parser = size(), env = "PORTOLAN_MAX_SLOTS")]

@@ -126,11 +126,7 @@ impl Hooks {
             0 => bail!("{name} has been detached from {}", self.cgroup.display()),
             id => bail!("{name} is attached to cgroup {id}, not to {}", self.cgroup.display()),
         }
-        let pin = self.pins.link(name);
-        if !pin.exists() {
-            raw::pin(link, &pin).with_context(|| format!("cannot pin {name} again at {}", pin.display()))?;
-            tracing::warn!("{name} was not pinned any more, and would have ended with the agent; it is pinned again");
-        }
+        ensure!(self.pins.link(name).exists(), "{name} is not pinned any more, and would end with the agent");
         Ok(())
     }
 
@@ -150,6 +146,15 @@ impl Hooks {
             let (name, link) = &self.links[i];
             let Err(error) = self.check_one(name, link) else { continue };
             let name = *name;
+            self.pins.make_folders()?;
+            // Where only the pin is gone, the link stays: no connection goes without it.
+            let pin = self.pins.link(name);
+            if raw::cgroup_id(link).is_ok_and(|id| id == self.cgroup_id) {
+                raw::pin(link, &pin)
+                    .with_context(|| format!("{error:#}, and cannot be pinned at {}", pin.display()))?;
+                mended.push(format!("{error:#}"));
+                continue;
+            }
             let link = self
                 .attach_one(bpf, name)
                 .with_context(|| format!("{error:#}, and cannot be attached to {}", self.cgroup.display()))?;

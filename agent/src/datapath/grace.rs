@@ -4,7 +4,7 @@
 //! it returns from is a fact, not a guess about how long a program may be held up.
 
 use std::{
-    sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    sync::mpsc::{Receiver, Sender, channel},
     thread,
     time::Duration,
 };
@@ -56,29 +56,22 @@ impl Grace {
 }
 
 fn wait_for(rounds: &Receiver<Round>, done: &UnboundedSender<Round>) {
-    while let Ok(mut round) = rounds.recv() {
+    while let Ok(round) = rounds.recv() {
         // One barrier for all that wait.
-        round = rounds.try_iter().last().unwrap_or(round);
-        if !barrier() {
-            loop {
-                match rounds.recv_timeout(WITHOUT_BARRIER) {
-                    Err(RecvTimeoutError::Timeout) => break,
-                    Err(RecvTimeoutError::Disconnected) => return,
-                    // Its time begins now.
-                    Ok(later) => round = later,
-                }
-            }
-        }
+        let round = rounds.try_iter().last().unwrap_or(round);
+        barrier();
         if done.send(round).is_err() {
             return;
         }
     }
 }
 
-/// Waits until every program that runs now has ended. False where the kernel cannot tell.
-pub fn barrier() -> bool {
+/// Waits until every program that runs now has ended.
+pub fn barrier() {
     // SAFETY: a system call without pointers.
-    unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) == 0 }
+    if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } != 0 {
+        thread::sleep(WITHOUT_BARRIER);
+    }
 }
 
 #[cfg(test)]

@@ -143,7 +143,7 @@ fn counted(pins: &Pins) -> Result<Vec<MapFacts>> {
         let pin = pins.current_map(name).context("nothing is pinned")?;
         let data = MapData::from_pin(&pin)?;
         let size = MapInfo::from_pin(&pin)?.max_entries().into();
-        facts.push(MapFacts { name: name.to_lowercase(), used: raw::count_entries(data.fd())?, size });
+        facts.push(MapFacts { name: name.to_lowercase(), used: raw::count_entries(data.fd(), size)?, size });
     }
     Ok(facts)
 }

@@ -149,11 +149,13 @@ impl Maps {
                 range.add(slot.first, slot.len);
                 pools.insert(slot.pool);
             }
-            range.add(version.members, version.member_count);
-            let runs = range.within(sizes.slots);
-            for i in runs.0..runs.0 + runs.1 {
+            let of_slots = range.within(sizes.slots);
+            for i in of_slots.0..of_slots.0 + of_slots.1 {
                 backends.insert(self.runs.get(&i, 0)?);
             }
+            // Members are among those of the slots; behind them are their pools.
+            range.add(version.members, version.member_count.saturating_mul(2));
+            let runs = range.within(sizes.slots);
             held.frontends.push(HeldFrontend { id, index, version, runs });
         }
         for (id, backend) in (0..sizes.backends).zip(self.backends.iter()) {

@@ -12,13 +12,9 @@ mod pins;
 mod raw;
 mod sockets;
 
-use std::{
-    fmt,
-    os::fd::OwnedFd,
-    path::{Path, PathBuf},
-};
+use std::{fmt, os::fd::OwnedFd, path::PathBuf};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use aya::{Ebpf, EbpfLoader};
 use portolan_common::SCHEMA_VERSION;
 
@@ -110,7 +106,7 @@ impl Datapath {
     pub fn open(options: &Options) -> Result<(Self, Held)> {
         let environment = Environment::check(options)?;
         let pins = Pins::new(&options.bpffs);
-        let locks = [pins.prepare()?, own_cgroup(&environment.cgroup)?];
+        let locks = [pins.prepare()?, pins::own_cgroup(&environment.cgroup)?];
         if inspect::other_portolan(&environment.cgroup, &pins).unwrap_or(false) {
             bail!(
                 "programs of another Portolan, pinned elsewhere than in {}, serve the cgroup {}; give that --bpffs, or run: portolan cleanup --bpffs FOLDER",
@@ -176,7 +172,12 @@ impl Datapath {
     /// # Errors
     /// The first hook that is not in place.
     pub fn check_hooks(&self) -> Result<()> {
-        self.hooks.check()
+        self.hooks.check()?;
+        ensure!(
+            self.pins.current() == Some(self.set),
+            "the maps are not pinned any more, and the next agent will begin anew; start one soon"
+        );
+        Ok(())
     }
 
     /// Puts every hook back that is not in place; what was wrong with each.
@@ -191,11 +192,4 @@ impl Datapath {
     pub fn cgroup(&self) -> &std::path::Path {
         self.hooks.cgroup()
     }
-}
-
-/// Takes a cgroup for this agent alone, whatever its pins.
-fn own_cgroup(cgroup: &Path) -> Result<OwnedFd> {
-    pins::lock(cgroup)?.with_context(|| {
-        format!("another agent serves the cgroup {}; stop it, or give this one another --cgroup", cgroup.display())
-    })
 }

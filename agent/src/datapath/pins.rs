@@ -10,23 +10,31 @@
 //! live links, and only then makes it the current one. Whatever kills it on the way leaves the former one in force.
 
 use std::{
-    fs, io,
+    fs,
+    hash::{BuildHasher as _, Hasher as _, RandomState},
+    io,
     os::{
         fd::OwnedFd,
-        unix::fs::{DirBuilderExt as _, symlink},
+        unix::fs::{DirBuilderExt as _, MetadataExt as _, symlink},
     },
     path::{Path, PathBuf},
-    time::SystemTime,
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use portolan_common::{SCHEMA_VERSION, SOCKET_LAYOUT};
-use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, open};
 
 use super::environment::is_bpffs;
 
 const CURRENT: &str = "current";
 const LINKS: &str = "links";
+/// Where agents of this machine say which cgroups they serve.
+const RUN: &str = "/run/portolan";
+/// A lock is tried so often, with this pause.
+const LOCK_TRIES: u32 = 10;
+const LOCK_PAUSE: Duration = Duration::from_millis(50);
 
 /// The pins of one node.
 #[derive(Clone, Debug)]
@@ -79,12 +87,16 @@ impl Pins {
         Some(self.map(self.current()?, name))
     }
 
-    /// Makes the folders, for root only, and takes them for this agent alone.
+    /// Makes the folders, for root only.
+    pub(super) fn make_folders(&self) -> Result<()> {
+        let folders = [self.root.clone(), self.root.join(LINKS), self.root.join(format!("sockets-v{SOCKET_LAYOUT}"))];
+        folders.iter().try_for_each(|folder| make_folder(folder))
+    }
+
+    /// Makes the folders, and takes them for this agent alone.
     pub(super) fn prepare(&self) -> Result<OwnedFd> {
-        for folder in [&self.root, &self.root.join(LINKS), &self.root.join(format!("sockets-v{SOCKET_LAYOUT}"))] {
-            make_folder(folder)?;
-        }
-        lock(&self.root)?.with_context(|| {
+        self.make_folders()?;
+        lock_patiently(&self.root)?.with_context(|| {
             format!("another agent is at work on {}; stop it, or give this one its own --bpffs", self.root.display())
         })
     }
@@ -97,11 +109,11 @@ impl Pins {
 
     /// Makes a new set beside the others.
     pub(super) fn new_set(&self) -> Result<Set> {
-        // Sockets may remember a set that has gone, so a name is not used twice.
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs() as u32;
+        // Sockets may remember a set that has gone, so a name shall not come twice: each of these hashers has another seed.
         let taken: Vec<u32> = self.sets()?.into_iter().map(|set| set.id).collect();
-        let id = (0..).map(|more: u32| now.wrapping_add(more)).find(|id| *id != 0 && !taken.contains(id));
-        let set = Set { schema: SCHEMA_VERSION, id: id.unwrap_or(1) };
+        let drawn = std::iter::repeat_with(|| RandomState::new().build_hasher().finish() as u32);
+        let id = drawn.take(100).find(|id| *id != 0 && !taken.contains(id)).context("no name for a set of maps")?;
+        let set = Set { schema: SCHEMA_VERSION, id };
         make_folder(&self.root.join(set.folder()))?;
         Ok(set)
     }
@@ -141,6 +153,53 @@ pub(super) fn lock(folder: &Path) -> Result<Option<OwnedFd>> {
         Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
         Err(error) => Err(error).with_context(|| format!("cannot lock {}", folder.display())),
     }
+}
+
+/// The same for an agent that starts: the former one may be ending, or somebody may be looking whether there is one.
+fn lock_patiently(folder: &Path) -> Result<Option<OwnedFd>> {
+    for _ in 0..LOCK_TRIES {
+        if let Some(locked) = lock(folder)? {
+            return Ok(Some(locked));
+        }
+        thread::sleep(LOCK_PAUSE);
+    }
+    lock(folder)
+}
+
+/// Takes a cgroup for this agent alone, whatever its pins. The lock is a file that only root may open: a cgroup's own folder everybody may.
+pub(super) fn own_cgroup(cgroup: &Path) -> Result<OwnedFd> {
+    let id = fs::metadata(cgroup).with_context(|| format!("cannot read {}", cgroup.display()))?.ino();
+    let run = Path::new(RUN);
+    fs::create_dir_all(run).with_context(|| format!("cannot create {}", run.display()))?;
+    for other in entries(run)?.into_iter().filter(|path| path.extension().is_some_and(|it| it == "lock")) {
+        // Left behind by an agent that has ended; whoever holds it still has it.
+        if let Ok(Some(_held)) = lock_file(&other, 1) {
+            let _ = fs::remove_file(&other);
+        }
+    }
+    lock_file(&run.join(format!("cgroup-{id}.lock")), LOCK_TRIES)?.with_context(|| {
+        format!("another agent serves the cgroup {}; stop it, or give this one another --cgroup", cgroup.display())
+    })
+}
+
+/// A file, locked for this process; `None` where another one has it.
+fn lock_file(path: &Path, tries: u32) -> Result<Option<OwnedFd>> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    for _ in 0..tries {
+        let file =
+            open(path, flags, Mode::RUSR | Mode::WUSR).with_context(|| format!("cannot open {}", path.display()))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            // One that was removed in between locks nobody out.
+            Ok(()) if fs::metadata(path).is_ok_and(|now| fstat(&file).is_ok_and(|own| own.st_ino == now.ino())) => {
+                return Ok(Some(file));
+            }
+            Ok(()) => continue,
+            Err(rustix::io::Errno::WOULDBLOCK) if tries > 1 => thread::sleep(LOCK_PAUSE),
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("cannot lock {}", path.display())),
+        }
+    }
+    Ok(None)
 }
 
 /// Takes everything off the kernel that is pinned below the folder, of every version, and tells each thing.

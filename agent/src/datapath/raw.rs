@@ -161,8 +161,8 @@ pub(super) fn lookup_socket<T: aya::Pod>(map: impl AsFd, socket: impl AsFd) -> i
     Ok(unsafe { value.assume_init() })
 }
 
-/// How many entries a hash map has.
-pub(super) fn count_entries(map: impl AsFd) -> io::Result<u64> {
+/// How many entries a hash map has, up to `most`: where entries go while they are counted, the kernel begins anew.
+pub(super) fn count_entries(map: impl AsFd, most: u64) -> io::Result<u64> {
     #[repr(C)]
     struct Attr {
         map_fd: u32,
@@ -173,7 +173,7 @@ pub(super) fn count_entries(map: impl AsFd) -> io::Result<u64> {
     // Longer than any key of ours.
     let (mut key, mut next) = ([0u8; 64], [0u8; 64]);
     let mut count = 0;
-    loop {
+    while count < most {
         let mut attr = Attr {
             map_fd: map.as_fd().as_raw_fd() as u32,
             pad: 0,
@@ -189,6 +189,7 @@ pub(super) fn count_entries(map: impl AsFd) -> io::Result<u64> {
         key = next;
         count += 1;
     }
+    Ok(count)
 }
 
 /// # Safety

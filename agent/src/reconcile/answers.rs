@@ -47,6 +47,11 @@ impl Reconciler {
         if self.client.confined {
             return Err("the mesh's settings cannot be read, so connections are kept in their cluster".to_owned());
         }
+        if self.passes {
+            return Err(
+                "some services have no room in the kernel's maps, and their connections go past Portolan".to_owned()
+            );
+        }
         self.datapath.check_hooks().map_err(|error| format!("{error:#}"))?;
         self.probe.seen.clone().map_err(|why| format!("the self-probe failed: {why}"))
     }
@@ -164,6 +169,10 @@ impl Reconciler {
 
     fn endpoint_kernel(&self, address: &SocketAddr) -> Option<EndpointKernel> {
         let stats = self.datapath.maps.backend_stats(self.layout.backend_id(address)?).ok()?;
-        Some(EndpointKernel { connections: stats.opened + stats.flows, active: stats.active, failures: stats.failed })
+        Some(EndpointKernel {
+            connections: stats.opened + stats.flows,
+            active: u64::try_from(stats.active as i64).unwrap_or(0),
+            failures: stats.failed,
+        })
     }
 }

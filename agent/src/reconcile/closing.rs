@@ -26,6 +26,8 @@ pub(super) struct Closing {
     pub(super) gone_tcp: GoneTcp,
     pub(super) closed: Closed,
     pub(super) passes: u64,
+    /// Endpoints whose connected UDP sockets a pass could not end.
+    unfinished: Option<Lost>,
     lifetimes: HashMap<PoolKey, Lifetime>,
     next: Option<Instant>,
 }
@@ -38,6 +40,13 @@ impl Closing {
     /// When to look next, if nothing changes.
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
         self.next
+    }
+
+    /// Forgets the pools of what a service was assigned before.
+    pub(super) fn forget<'a>(&mut self, assignments: impl Iterator<Item = &'a Assignment>) {
+        for route in assignments.flat_map(|assignment| &assignment.routes) {
+            self.lifetimes.remove(&route.pool.key);
+        }
     }
 
     /// Takes down the lifetimes of the pools of a service.
@@ -64,6 +73,11 @@ impl Closing {
 }
 
 impl Reconciler {
+    /// After another version's or another size's maps were replaced: what went while nobody looked is not known.
+    pub(super) fn close_after_replacing(&self) {
+        self.close(self.closing.gone_tcp != GoneTcp::Keep, Some(Lost::Any));
+    }
+
     /// After a publication: looks for connections to endpoints that went with it.
     pub(super) fn close_gone(&mut self) {
         let mut lost = self.layout.take_lost();
@@ -80,7 +94,8 @@ impl Reconciler {
             return;
         }
         self.closing.plan(now);
-        self.close(self.closing.gone_tcp != GoneTcp::Keep, None);
+        let unfinished = self.closing.unfinished.take();
+        self.close(self.closing.gone_tcp != GoneTcp::Keep, unfinished);
     }
 
     fn close(&self, gone_tcp: bool, gone_udp: Option<Lost>) {
@@ -96,7 +111,7 @@ impl Reconciler {
         for (key, lifetime) in &self.closing.lifetimes {
             let Some((id, epoch)) = self.layout.pool(key) else { continue };
             // Of those that have no connection there is nothing to look for.
-            if self.datapath.maps.pool_stats(id).is_ok_and(|stats| stats.active > 0) {
+            if self.datapath.maps.pool_stats(id).is_ok_and(|stats| stats.active as i64 > 0) {
                 order.lifetimes.insert((id, epoch), *lifetime);
             }
         }
@@ -118,6 +133,11 @@ impl Reconciler {
             let message = format!("{count} {protocol} connections to {endpoint} were closed: {why}");
             let record = Record { kind: Record::CLOSED.to_owned(), message, ..Record::default() };
             self.journal.add(Record { endpoint: Some(endpoint.to_string()), ..record });
+        }
+        if let Some(lost) = pass.unfinished.clone() {
+            self.closing.unfinished.get_or_insert_default().add(lost);
+            let soon = Instant::now() + IDLE;
+            self.closing.next = Some(self.closing.next.map_or(soon, |planned| planned.min(soon)));
         }
         for trouble in &pass.trouble {
             tracing::warn!("connections that should end may go on: {trouble}");

@@ -86,6 +86,8 @@ pub struct Reconciler {
     retry_after: Duration,
     /// Frontends that did not fit. The whole table is gone through again after a while.
     refused: BTreeMap<FrontendKey, Finding>,
+    /// Some of them are not even there to refuse.
+    passes: bool,
     /// What the last attempt to write ran into.
     trouble: Vec<Finding>,
     /// Maps that are nearly full.
@@ -159,6 +161,7 @@ impl Reconciler {
             retry: None,
             retry_after: FIRST_RETRY,
             refused: BTreeMap::new(),
+            passes: false,
             trouble: Vec::new(),
             crowded: Vec::new(),
             doubt: None,
@@ -351,6 +354,8 @@ impl Reconciler {
             self.refused.clear();
         }
         self.refused.retain(|key, _| !table.frontends.contains_key(key) && !gone.contains(key));
+        self.passes =
+            refused.iter().any(|refused| !refused.held) || (self.passes && !whole && !self.refused.is_empty());
         self.refused.extend(refused.iter().map(|refused| (refused.key, no_room(refused))));
         self.trouble = self.refused.values().cloned().collect();
         if ops.iter().any(|op| matches!(op, Op::RemoveFrontend(_) | Op::ResetFrontend(_))) {
@@ -379,8 +384,12 @@ impl Reconciler {
         }
         self.index_pools(&recompiled, whole);
         if !self.attached && self.may_attach() {
+            let replaces = self.datapath.replaces_another();
             self.datapath.attach()?;
             self.attached = true;
+            if replaces {
+                self.close_after_replacing();
+            }
             self.probe.wanted.notify_one();
             let cgroup = self.datapath.cgroup().display();
             tracing::info!(%cgroup, frontends = table.frontends.len(), "attached: connections are served");
@@ -490,6 +499,7 @@ impl Reconciler {
 
     /// Takes down what the ids of frontends stand for: of all services, or of those that were computed anew.
     fn index_pools(&mut self, recompiled: &[Recompiled], whole: bool) {
+        self.closing.forget(recompiled.iter().flat_map(|service| &service.before).map(|assignment| &**assignment));
         let all = if whole { self.compiler.verdict().assignments } else { Vec::new() };
         for assignment in all.iter().chain(recompiled.iter().flat_map(|service| &service.after)) {
             self.closing.learn(std::iter::once(&**assignment));
@@ -531,9 +541,8 @@ fn crowded(layout: &Layout) -> Vec<Finding> {
 /// A frontend that does not fit.
 fn no_room(refused: &Refused) -> Finding {
     let (address, full) = (refused.key.endpoint().socket_addr(), refused.full);
-    let message = format!(
-        "{} ({} entries) has no room for {} more: it stays as it was, or refuses if it is new",
-        refused.map, full.size, full.wanted
-    );
+    let what =
+        if refused.held { "it stays as it was, or refuses if it is new" } else { "its connections go past Portolan" };
+    let message = format!("{} ({} entries) has no room for {} more: {what}", refused.map, full.size, full.wanted);
     Finding::new(Code::MapFull, format!("Frontend {address}"), message)
 }

@@ -49,7 +49,7 @@ pub enum Op {
 /// How many entries the maps have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Frontends; twice as many versions, and as many pools with limits.
+    /// Frontends; twice as many versions, and twice as many pools with limits.
     pub frontends: u32,
     /// Backends.
     pub backends: u32,
@@ -74,9 +74,14 @@ impl Sizes {
 
     /// Places for the limits of pools; the first is nobody's.
     pub fn pools(&self) -> u32 {
-        self.frontends.saturating_add(1)
+        self.frontends.saturating_mul(2).saturating_add(1)
     }
 }
+
+/// TCP_KEEPIDLE and TCP_KEEPINTVL at the most.
+pub const MAX_KEEPALIVE_SECONDS: u32 = 32_767;
+/// TCP_KEEPCNT at the most.
+pub const MAX_KEEPALIVE_PROBES: u32 = 127;
 
 /// How much is known of what should be. It matters for what a former agent has published, while this one has not read everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +104,8 @@ pub struct Refused {
     pub map: &'static str,
     /// By how much.
     pub full: Full,
+    /// Whether its address is a frontend's all the same: with what it had before, or refusing. If not, its connections go past Portolan.
+    pub held: bool,
 }
 
 /// A frontend as the kernel holds it.
@@ -369,12 +376,12 @@ impl Layout {
             }
             let mut placed = self.place(key, entry, &mut ops);
             if let Err((map, full)) = placed {
-                refused.push(Refused { key: *key, map, full });
-                if self.frontends.contains_key(key) {
-                    continue;
+                let known = self.frontends.contains_key(key);
+                if !known {
+                    // A new one that does not fit refuses: its connections must not go past Portolan to somewhere else.
+                    placed = self.place(key, &entry.nobody(), &mut ops);
                 }
-                // A new one that does not fit refuses: its connections must not go past Portolan to somewhere else.
-                placed = self.place(key, &entry.nobody(), &mut ops);
+                refused.push(Refused { key: *key, map, full, held: known || placed.is_ok() });
             }
             if let Ok(placed) = placed {
                 freed.extend(self.frontends.insert(*key, placed).map(|old| (old, false)));
@@ -411,7 +418,7 @@ impl Layout {
             BTreeSet::new()
         };
         let period = schedule.turns.len() as u32;
-        let run_entries = turns_of + live.len() as u32;
+        let run_entries = turns_of + 2 * live.len() as u32;
         let before = self.frontends.get(key).map(|placed| placed.id);
         let room = self.take_room(before, period, run_entries)?;
         let taken = self
@@ -445,7 +452,16 @@ impl Layout {
         }
         let mut members: Vec<u32> = live.iter().filter_map(|member| self.backend_id(member)).collect();
         members.sort_unstable();
+        // The first route that leads to a backend decides whose limits count for those that come back to it.
+        let mut pool_of: HashMap<u32, u32> = HashMap::new();
+        for run in &schedule.runs {
+            let pool = pools.get(run.route as usize).copied().unwrap_or(0);
+            for id in run.members.iter().filter_map(|member| self.backend_id(member)) {
+                pool_of.entry(id).or_insert(pool);
+            }
+        }
         ids.extend(&members);
+        ids.extend(members.iter().map(|id| pool_of.get(id).copied().unwrap_or(0)));
         let slots: Vec<Slot> =
             schedule.turns.iter().map(|turn| Slot { visit: turn.visit, ..slots_of[turn.run as usize] }).collect();
         self.generation = self.generation.wrapping_add(1);
@@ -616,9 +632,10 @@ fn limits(pool: &PoolEntry, epoch: u32) -> Limits {
         max_connections: max_connections.unwrap_or(0),
         connect_timeout_ms: connect_timeout.map_or(0, milliseconds),
         keepalive: u32::from(keepalive.is_some()),
-        keepalive_time: of.time.map_or(0, seconds),
-        keepalive_interval: of.interval.map_or(0, seconds),
-        keepalive_probes: of.probes.unwrap_or(0),
+        // What the socket options take at the most.
+        keepalive_time: of.time.map_or(0, seconds).min(MAX_KEEPALIVE_SECONDS),
+        keepalive_interval: of.interval.map_or(0, seconds).min(MAX_KEEPALIVE_SECONDS),
+        keepalive_probes: of.probes.unwrap_or(0).min(MAX_KEEPALIVE_PROBES),
         reserved: 0,
         name: name(&pool.key),
     }

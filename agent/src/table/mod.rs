@@ -17,7 +17,9 @@ use std::{
 use portolan_common::{Endpoint, FrontendKey};
 
 pub use alloc::{Full, Round};
-pub use layout::{Held, HeldFrontend, Knowledge, Layout, Lost, Op, Refused, Sizes};
+pub use layout::{
+    Held, HeldFrontend, Knowledge, Layout, Lost, MAX_KEEPALIVE_PROBES, MAX_KEEPALIVE_SECONDS, Op, Refused, Sizes,
+};
 
 use crate::{
     model::{Algorithm, ConnectionPool, Protocol, Retention},
@@ -85,7 +87,8 @@ impl Entry {
             pools().flat_map(|pool| &pool.endpoints).map(|endpoint| endpoint.address).collect();
         let entries = pools().map(|pool| PoolEntry {
             key: PoolKey { v6: false, ..pool.key.clone() },
-            limits: pool.limits.clone(),
+            // All of them are of TCP.
+            limits: if assignment.protocol == Protocol::Tcp { pool.limits.clone() } else { ConnectionPool::default() },
             strict: pool.retention == Retention::Strict,
         });
         Self {
@@ -100,7 +103,9 @@ impl Entry {
 
     /// The same, without anybody to take.
     fn nobody(&self) -> Self {
-        Self { schedule: Arc::default(), endpoints: Arc::default(), affinity: None, random: false, ..self.clone() }
+        let without_limits = |pool: &PoolEntry| PoolEntry { limits: ConnectionPool::default(), ..pool.clone() };
+        let pools = self.pools.iter().map(without_limits).collect();
+        Self { schedule: Arc::default(), endpoints: Arc::default(), pools, affinity: None, random: false }
     }
 
     /// Whether its connections must not leave their cluster.

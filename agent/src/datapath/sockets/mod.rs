@@ -26,7 +26,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use aya::maps::MapData;
-use portolan_common::{FrontendKey, SocketState};
+use portolan_common::{FrontendKey, SocketStage, SocketState};
 use procfs::process::FDTarget;
 use rustix::{
     process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
@@ -111,6 +111,8 @@ pub struct Pass {
     pub namespaces: usize,
     /// What did not work.
     pub trouble: Vec<String>,
+    /// Endpoints whose connected UDP sockets may not all have been ended, for that reason.
+    pub unfinished: Option<Lost>,
 }
 
 /// The thread, from outside.
@@ -158,6 +160,7 @@ pub(super) fn check() -> Result<(), String> {
 }
 
 fn work(states: &MapData, set: u32, orders: &Receiver<Order>, done: &UnboundedSender<Pass>) {
+    let own = File::open("/proc/thread-self/ns/net");
     while let Ok(order) = orders.recv() {
         let order = orders.try_iter().fold(order, Order::followed_by);
         let mut pass = Pass::default();
@@ -169,10 +172,20 @@ fn work(states: &MapData, set: u32, orders: &Receiver<Order>, done: &UnboundedSe
                 Err(error) => pass.trouble.push(format!("{}: {error:#}", namespace.display())),
             }
         }
+        // A namespace lives as long as a thread is in it.
+        if let Err(error) = own.as_ref().map_err(|error| error.to_string()).and_then(|own| {
+            let back = move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Network));
+            back.map_err(|error| error.to_string())
+        }) {
+            pass.trouble.push(format!("cannot go back to the own namespace: {error}"));
+        }
         if !datagrams.is_empty()
             && let Err(error) = close_datagrams(datagrams, states, &order, &mut pass)
         {
             pass.trouble.push(format!("UDP sockets of endpoints that are gone: {error:#}"));
+        }
+        if !pass.trouble.is_empty() {
+            pass.unfinished = order.gone_udp;
         }
         if done.send(pass).is_err() {
             return;
@@ -248,16 +261,23 @@ fn close_datagrams(sockets: Vec<Datagrams>, states: &MapData, order: &Order, pas
         // Processes end while one looks, and so do their descriptors.
         for descriptor in process.fd().into_iter().flatten().flatten() {
             let FDTarget::Socket(inode) = descriptor.target else { continue };
-            let Some((diag, socket)) = by_inode.remove(&inode) else { continue };
+            if !by_inode.contains_key(&inode) {
+                continue;
+            }
+            // Another process may have it as well.
             let Ok(borrowed) = borrow(process.pid, descriptor.fd) else { continue };
+            let Some((diag, socket)) = by_inode.remove(&inode) else { continue };
             // Where there is none, Portolan did not give it its peer.
             let Ok(state) = raw::lookup_socket::<SocketState>(states.fd(), &borrowed) else { continue };
             if state.backend == socket.peer
                 && state.protocol == Protocol::Udp.number()
                 && order.is_gone(Protocol::Udp, &state)
-                && diag.destroy(Protocol::Udp, &socket)?
             {
-                pass.count(Reason::Gone, Protocol::Udp, &state);
+                match diag.destroy(Protocol::Udp, &socket) {
+                    Ok(true) => pass.count(Reason::Gone, Protocol::Udp, &state),
+                    Ok(false) => {}
+                    Err(error) => pass.trouble.push(format!("a UDP socket cannot be closed: {error}")),
+                }
             }
         }
     }
@@ -303,7 +323,8 @@ impl Order {
             let waits = self.gone_tcp == GoneTcp::Idle && *idle < IDLE;
             return if waits { Verdict::Wait } else { Verdict::Close(Reason::Gone) };
         }
-        if state.set != set || state.pool == 0 {
+        // Before it stands there is nothing to measure by.
+        if state.set != set || state.pool == 0 || state.stage != SocketStage::Established as u32 {
             return Verdict::Keep;
         }
         let Some(lifetime) = self.lifetimes.get(&(state.pool, state.pool_epoch)) else { return Verdict::Keep };

@@ -73,7 +73,7 @@ impl Maps {
         let of = |key: &FrontendKey| {
             let version = self.version(key);
             let slots = || (version.base..version.base + version.period).map(|i| self.slots[&i]);
-            let members = (version.member_count > 0).then_some((version.members, version.member_count));
+            let members = (version.member_count > 0).then_some((version.members, 2 * version.member_count));
             let used = || slots().map(|slot| (slot.first, slot.len)).chain(members);
             let start = used().map(|(first, _)| first).min().unwrap_or(0);
             let end = used().map(|(first, len)| first + len).max().unwrap_or(0);
@@ -286,7 +286,7 @@ fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
 /// The kernel still sends connections to what a refused frontend had before.
 #[test]
 fn backends_of_an_inherited_frontend_that_is_refused_are_not_given_away() {
-    let sizes = Sizes { frontends: 4, backends: 4, slots: 8, affinities: 1 };
+    let sizes = Sizes { frontends: 4, backends: 4, slots: 10, affinities: 1 };
     let (mut former, mut maps) = (Layout::new(sizes), Maps::default());
     let ops = former.update(&table(&[(1, vec![(1, vec![1, 2])])]), Knowledge::Complete).0;
     ops.iter().for_each(|op| maps.write(op));
