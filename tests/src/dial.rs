@@ -120,6 +120,8 @@ pub enum Task {
 pub enum Sender {
     /// A connected one for each.
     Connected,
+    /// A connected one for each, which names the address once more with each datagram (sendto).
+    ConnectedTo,
     /// An unconnected one for each.
     Fresh,
     /// One unconnected one for all.

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
     Agent, Bed, Dialler, Directory, Namespace, Place,
     dial::Task,
@@ -228,6 +228,36 @@ fn a_hash_sends_each_client_to_its_own_endpoint() -> Result<()> {
         Ok(())
     })?;
     assert_eq!(of("with all of them again")?, before);
+    Ok(())
+}
+
+#[test]
+fn who_comes_back_is_held_to_the_limits_as_well() -> Result<()> {
+    let mut world = World::new(&[3], json!({"connectionPool": {"tcp": {"maxConnections": 3}}}))?;
+    world.affinity = Some(600);
+    world.write(&[])?;
+    let agent = world.agent()?;
+    let mut client = world.bed.dialler()?;
+    let hold = Task::Hold { to: WEB.parse()?, times: 4 };
+    let errnos = client.run(&hold)?.errnos();
+    assert_eq!(errnos.iter().filter(|errno| **errno != 0).count(), 1, "{errnos:?}");
+    // In another version of the frontend, too.
+    let own = active(&agent)?.into_iter().find(|(_, count)| *count == 3).map(|(address, _)| address);
+    let own = own.context("not all went to one endpoint")?;
+    let other = ["10.0.0.1", "10.0.0.2"].into_iter().find(|address| *address != own).unwrap();
+    world.write(&[other])?;
+    wait_until("the change", BOUND, || {
+        ensure!(agent.get("services")?["services"][0]["endpoints"].as_array().map(Vec::len) == Some(2));
+        Ok(())
+    })?;
+    assert!(client.run(&hold)?.errnos().iter().all(|errno| *errno != 0));
+    client.run(&Task::Release)?;
+    wait_until("there to be room", BOUND, || {
+        ensure!(client.run(&Task::Hold { to: WEB.parse()?, times: 1 })?.errnos() == [0]);
+        Ok(())
+    })?;
+    let levels = active(&agent)?;
+    ensure!(levels.get(&own) == Some(&1), "it came back to {own}: {levels:?}");
     Ok(())
 }
 

@@ -42,7 +42,7 @@ fn send(client: &mut Dialler, to: &str, times: u32, from: Sender) -> Result<Repl
     client.run(&Task::Datagrams { to: to.parse()?, times, from, mapped: false })
 }
 
-const ALL: [Sender; 4] = [Sender::Connected, Sender::Fresh, Sender::Same, Sender::Batch];
+const ALL: [Sender; 5] = [Sender::Connected, Sender::ConnectedTo, Sender::Fresh, Sender::Same, Sender::Batch];
 
 #[test]
 fn every_family_and_socket_hears_from_the_service() -> Result<()> {
@@ -81,10 +81,10 @@ fn every_family_and_socket_hears_from_the_service() -> Result<()> {
         assert_eq!((direct.seen[0].peer, direct.greetings()), (Some("10.0.0.1:5353".parse()?), vec!["four"]));
     }
     assert_eq!(send(&mut client, "172.16.0.53:54", 1, Sender::Fresh)?.errnos(), [ENETUNREACH]);
-    // Each socket is one connection: of three in turn, one each from an unconnected one, and one for all from the others.
+    // Each socket is one connection: three with a socket for each datagram, and one where a socket sends all three.
     let report = agent.get("endpoints")?;
     let of = |i: usize| report["services"][i]["endpoints"][0]["kernel"]["connections"].clone();
-    assert_eq!((of(0), of(1)), (json!(16), json!(8)), "{report:#}");
+    assert_eq!((of(0), of(1)), (json!(22), json!(11)), "{report:#}");
     Ok(())
 }
 
@@ -158,6 +158,28 @@ fn one_socket_may_speak_with_many_services() -> Result<()> {
         assert_eq!((seen.greeting.as_str(), seen.peer), (format!("service{i}").as_str(), Some(*to)));
     }
     assert_eq!(reply.seen.len(), 60);
+    Ok(())
+}
+
+#[test]
+fn a_conversation_that_goes_on_is_not_pushed_out_by_many_others() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = name_server(&bed, 3)?;
+    let mut others = Vec::new();
+    let mut around = Vec::new();
+    for i in 1..=12 {
+        let (name, address) = (format!("s{i}"), format!("172.16.1.{i}"));
+        others.push(udp_service(&name, &[&address], 53));
+        others.push(udp_slice(&name, 5353, &[("10.0.0.1", "n1", "")]));
+        around.extend([DNS.parse()?, format!("{address}:53").parse::<SocketAddr>()?]);
+    }
+    directory.write("c1/others.yaml", &others)?;
+    let _agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    let reply = client.run(&Task::DatagramsAround { to: around, times: 3 })?;
+    let own: Vec<&str> = reply.seen.iter().step_by(2).map(|seen| seen.greeting.as_str()).collect();
+    assert_eq!(own, vec![own[0]; 36], "the one that is used all the time stays");
+    assert!(reply.seen.iter().step_by(2).all(|seen| seen.peer == Some(DNS.parse().unwrap())), "{reply:?}");
     Ok(())
 }
 

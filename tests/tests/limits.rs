@@ -188,6 +188,53 @@ fn every_way_to_connect() -> Result<()> {
 }
 
 #[test]
+fn a_connect_that_is_under_way_is_neither_idle_nor_old() -> Result<()> {
+    let bed = Bed::new()?;
+    let limits = json!({"connectTimeout": "3s", "idleTimeout": "0.3s", "maxConnectionDuration": "0.3s"});
+    let directory = limited(&bed, &limits)?;
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    // One that stands, so that there is something to look for.
+    client.run(&Task::Hold { to: WEB.parse()?, times: 1 })?;
+    for i in 1..=2 {
+        bed.namespace.swallow(&format!("10.0.0.{i}/32"))?;
+    }
+    let task = Task::Dial { to: WEB.parse()?, times: 1, mapped: false, nonblocking: true, send: 0 };
+    assert_eq!(client.run(&task)?.errnos(), [ETIMEDOUT], "{}", agent.log());
+    Ok(())
+}
+
+#[test]
+fn connections_to_what_is_draining_go_on_until_it_is_gone() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = limited(&bed, &json!({}))?;
+    let agent = bed.agent_with(&directory, "c1", "n1", &["--gone-connections", "reset"])?;
+    let mut client = bed.dialler()?;
+    client.run(&Task::Hold { to: WEB.parse()?, times: 4 })?;
+    // The pod is told to end: no new connections, and those that it has are its own to finish.
+    let mut draining = slice("web", 9080, &[("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")]);
+    draining["endpoints"][0]["conditions"] = json!({"ready": false, "serving": true, "terminating": true});
+    let rule = destination_rule("web", &json!({"trafficPolicy": {"connectionPool": {"tcp": {}}}}));
+    let objects = [node("n1", "r1"), service("web", &["172.16.0.10", "172.16.0.11"], 80), draining, rule];
+    directory.write("c1/all.yaml", &objects)?;
+    wait_until("no more connections to it", BOUND, || {
+        ensure!(client.dial(WEB, 4)?.greetings() == ["pod2"; 4]);
+        Ok(())
+    })?;
+    let aborted = |client: &mut portolan_tests::Dialler| -> Result<usize> {
+        Ok(client.run(&Task::Held)?.errnos().iter().filter(|errno| **errno == ECONNABORTED).count())
+    };
+    assert_eq!(aborted(&mut client)?, 0);
+    assert_eq!(metric(&agent, "portolan_closing_passes_total")?, 0, "nobody has even looked");
+    write(&directory, &[2], &json!({}))?;
+    wait_until("the connections to what is gone to be ended", BOUND, || {
+        let count = aborted(&mut client)?;
+        ensure!(count == 2, "{count}");
+        Ok(())
+    })
+}
+
+#[test]
 fn a_connect_timeout_is_the_pools_and_not_the_frontends() -> Result<()> {
     let bed = Bed::new()?;
     let directory = limited(&bed, &json!({"connectTimeout": "0.3s"}))?;

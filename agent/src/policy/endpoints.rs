@@ -138,8 +138,19 @@ impl Found<'_> {
     }
 }
 
-/// The endpoints of the pool, in order of their addresses; and where somebody wants to know, those that it does not have.
-pub(super) fn select<'a>(scene: &Scene<'a>, filter: &Filter<'_>) -> (Vec<Candidate<'a>>, Vec<LeftOut>) {
+/// What a pool has and has not.
+#[derive(Default)]
+pub(super) struct Selected<'a> {
+    /// Its endpoints, in order of their addresses.
+    pub(super) candidates: Vec<Candidate<'a>>,
+    /// Those that it would have, were they not going away or not ready: they get no connection, and those that they have go on.
+    pub(super) leaving: Vec<SocketAddr>,
+    /// Where somebody wants to know, those that it does not have, with the reason.
+    pub(super) left_out: Vec<LeftOut>,
+}
+
+/// The endpoints of the pool.
+pub(super) fn select<'a>(scene: &Scene<'a>, filter: &Filter<'_>) -> Selected<'a> {
     let mut found = Found { candidates: Vec::new(), seen: HashMap::new(), left_out: scene.explain.then(Vec::new) };
     let Some(view) = find(scene.snapshot, &scene.client.cluster, &filter.key.service) else {
         return Default::default();
@@ -156,10 +167,12 @@ pub(super) fn select<'a>(scene: &Scene<'a>, filter: &Filter<'_>) -> (Vec<Candida
     let last_resort =
         !filter.ruled && !candidates.iter().any(|candidate| view.publish_not_ready || is_ready(candidate));
     let mut chosen = Vec::with_capacity(candidates.len());
+    let mut leaving = Vec::new();
     for mut candidate in candidates {
         match health(filter, &view, last_resort, &candidate) {
             Ok(health) => candidate.endpoint.health = health,
             Err(why) => {
+                leaving.push(candidate.endpoint.address);
                 if let Some(left_out) = &mut left_out {
                     let Endpoint { address, cluster, .. } = &candidate.endpoint;
                     left_out.push(LeftOut { address: address.ip(), cluster: Arc::clone(cluster), why });
@@ -174,7 +187,7 @@ pub(super) fn select<'a>(scene: &Scene<'a>, filter: &Filter<'_>) -> (Vec<Candida
         chosen.push(candidate);
     }
     chosen.sort_by_key(|candidate| candidate.endpoint.address);
-    (chosen, left_out.unwrap_or_default())
+    Selected { candidates: chosen, leaving, left_out: left_out.unwrap_or_default() }
 }
 
 /// What its conditions say of an endpoint, or why the pool does not have it.

@@ -12,7 +12,7 @@ use portolan_common::Choice;
 use super::{
     Client, Endpoint, LeftOut, Observed, PoolKey, RuleBook, Share,
     cluster_local::retention,
-    endpoints::{self, Candidate, Filter},
+    endpoints::{self, Candidate, Filter, Selected},
     locality::{SettingSource, compacted, distribute_weights, effective_setting, levels},
     maglev, service,
     spread::Spread,
@@ -125,6 +125,8 @@ pub struct Pool {
     pub localities: Vec<LocalityShare>,
     /// In order of their addresses.
     pub endpoints: Vec<Endpoint>,
+    /// Endpoints that are going away or not ready, where such ones are left out: they keep the connections that they have.
+    pub leaving: Vec<SocketAddr>,
     /// How many groups share the connections; 0: refuse.
     pub groups: usize,
     /// Endpoints that it does not have, where somebody wants to know.
@@ -175,7 +177,7 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
         ready_only: threshold > 0 && distribution.is_none(),
         ejects: policy.outlier.is_some(),
     };
-    let (mut candidates, left_out) = if let (Some(name), None) = (&key.subset, subset) {
+    let Selected { mut candidates, leaving, left_out } = if let (Some(name), None) = (&key.subset, subset) {
         let message =
             format!("subset {name:?} of {} is defined by no DestinationRule: its connections are refused", key.service);
         findings.push(Finding::new(Code::UnknownSubset, key.service.object(), message));
@@ -239,6 +241,7 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
         priorities,
         localities,
         endpoints: candidates.into_iter().map(|candidate| candidate.endpoint).collect(),
+        leaving,
         groups: groups.len(),
         left_out,
         key,

@@ -83,8 +83,8 @@ impl Table {
 impl Entry {
     fn new(assignment: &Assignment) -> Self {
         let pools = || assignment.routes.iter().map(|route| &route.pool);
-        let endpoints: BTreeSet<SocketAddr> =
-            pools().flat_map(|pool| &pool.endpoints).map(|endpoint| endpoint.address).collect();
+        let listed = pools().flat_map(|pool| &pool.endpoints).map(|endpoint| endpoint.address);
+        let endpoints: BTreeSet<SocketAddr> = listed.chain(pools().flat_map(|pool| &pool.leaving).copied()).collect();
         let entries = pools().map(|pool| PoolEntry {
             key: PoolKey { v6: false, ..pool.key.clone() },
             // All of them are of TCP.

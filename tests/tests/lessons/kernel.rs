@@ -1,10 +1,8 @@
 //! Lessons 7 to 12: kernels, cgroups, programs, maps.
 
-use std::process::Command;
-
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Bed, Cgroup, Dialler, Directory, Place,
+    Bed, Cgroup, Dialler, Directory, Foreign, Place,
     dial::{Sender, Task},
     objects::{node, service, slice},
     unique, wait_until,
@@ -121,48 +119,26 @@ fn lesson_09_a_second_agent_on_the_same_cgroup_does_not_start() -> Result<()> {
     Ok(())
 }
 
-/// The programs on a cgroup's connect4, by id.
-fn on_connect4(bed: &Bed) -> Result<Vec<u64>> {
-    let output = Command::new("bpftool").args(["-j", "cgroup", "show"]).arg(bed.cgroup.path()).output()?;
-    // Where there is none, bpftool says nothing at all.
-    let programs: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-    let own = programs.as_array().into_iter().flatten();
-    let own = own.filter(|program| program["attach_type"].as_str().is_some_and(|it| it.ends_with("inet4_connect")));
-    Ok(own.filter_map(|program| program["id"].as_u64()).collect())
-}
-
 #[test]
 fn lesson_10_programs_of_others_stay_attached() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
-    // Somebody else's program on the same hook of the same cgroup: for want of another, a copy of an own one, attached the old way. Its
-    // maps are those of pins that are gone by then.
+    let foreign = Foreign::attach(&bed.cgroup)?;
+    // Beside an agent that starts, serves, is killed, starts again, and is cleaned up.
     let mut agent = bed.agent(&directory, "c1", "n1")?;
-    let foreign = on_connect4(&bed)?[0].to_string();
-    let pin = format!("{}-foreign", bed.pins().display());
-    ensure!(Command::new("bpftool").args(["prog", "pin", "id", &foreign, &pin]).status()?.success());
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial(WEB, 2)?.errnos(), [0; 2]);
+    assert!(foreign.is_attached());
+    let (diagnosis, code) = doctor(&bed)?;
+    assert_eq!((state(&diagnosis, "other programs: connect4"), code), (json!("note"), 0), "{diagnosis:#}");
+    agent.process.kill();
+    let mut agent = bed.agent(&directory, "c1", "n1")?;
+    assert_eq!(client.dial(WEB, 2)?.errnos(), [0; 2]);
+    assert!(foreign.is_attached());
     agent.process.kill();
     ensure!(bed.portolan(&["cleanup", "--bpffs", &bed.pins().display().to_string()])?.status.success());
-    let attach = |verb: &str, more: &[&str]| -> Result<bool> {
-        let mut command = Command::new("bpftool");
-        command.args(["cgroup", verb]).arg(bed.cgroup.path()).args(["connect4", "pinned", &pin]).args(more);
-        Ok(command.status()?.success())
-    };
-    ensure!(attach("attach", &["multi"])?);
-    let id: u64 = foreign.parse()?;
-    assert_eq!(on_connect4(&bed)?, [id]);
-    // It is recognised for what it is, and not detached: neither by a start, nor by a clean-up.
-    let mut refused = bed.start(&directory, "c1", "n1")?;
-    assert_eq!(refused.process.wait(BOUND)?.code(), Some(1));
-    assert!(refused.log().contains("programs of another Portolan"), "{}", refused.log());
-    ensure!(bed.portolan(&["cleanup", "--bpffs", &bed.pins().display().to_string()])?.status.success());
-    assert_eq!(on_connect4(&bed)?, [id]);
-    let (diagnosis, _) = doctor(&bed)?;
-    assert_eq!(state(&diagnosis, "other programs: connect4"), json!("note"), "{diagnosis:#}");
-    ensure!(attach("detach", &[])?);
-    std::fs::remove_file(&pin)?;
-    let _agent = bed.agent(&directory, "c1", "n1")?;
-    assert_eq!(bed.dialler()?.dial(WEB, 2)?.errnos(), [0; 2]);
+    assert_eq!(client.dial(WEB, 1)?.errnos(), [ENETUNREACH], "the own ones are gone");
+    assert!(foreign.is_attached());
     Ok(())
 }
 

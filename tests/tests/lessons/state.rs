@@ -8,15 +8,16 @@ use std::{
 use anyhow::{Result, ensure};
 use portolan_tests::{
     Bed, Directory, Held,
-    dial::Task,
-    objects::{node, service, slice},
+    dial::{Sender, Task},
+    objects::{node, service, slice, udp_service, udp_slice},
     storm::Load,
     wait_until,
 };
 use serde_json::{Value, json};
 
 use crate::world::{
-    BOUND, EHOSTUNREACH, ENETUNREACH, WEB, metric, storm_frontends, storm_objects, storm_servers, two_pods, write_pods,
+    BOUND, DNS, EHOSTUNREACH, ENETUNREACH, WEB, metric, send, storm_frontends, storm_objects, storm_servers, two_pods,
+    write_pods,
 };
 
 #[test]
@@ -129,6 +130,34 @@ fn lesson_15_an_upgrade_and_a_downgrade_lose_nothing_and_neither_does_killing_th
     let sets = fs::read_dir(bed.pins())?.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with('v'));
     assert_eq!(sets.count(), 1);
     drop(agent);
+    Ok(())
+}
+
+#[test]
+fn lesson_15_conversations_find_their_way_after_an_upgrade() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = two_pods(&bed)?;
+    bed.namespace.add_address("10.0.0.3/32")?;
+    bed.serve_datagrams("10.0.0.3:5353", "names")?;
+    let names = "172.16.0.54:53";
+    directory.write(
+        "c1/names.yaml",
+        &[udp_service("names", &["172.16.0.54"], 53), udp_slice("names", 5353, &[("10.0.0.3", "n1", "")])],
+    )?;
+    let mut agent = bed.agent(&directory, "c1", "n1")?;
+    let mut client = bed.dialler()?;
+    for program in ["portolan-next", "portolan"] {
+        for round in 0..3 {
+            for (to, greeting) in [(DNS, "pod"), (names, "names")] {
+                let reply = send(&mut client, to, 1, Sender::Kept)?;
+                let seen = &reply.seen[0];
+                assert!(seen.greeting.starts_with(greeting), "{program} {round}: {seen:?}");
+                assert_eq!(seen.peer, Some(to.parse()?), "{program} {round}");
+            }
+        }
+        agent.process.kill();
+        agent = bed.agent_of(program, &directory, "c1", "n1", &[])?;
+    }
     Ok(())
 }
 

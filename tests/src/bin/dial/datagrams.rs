@@ -29,15 +29,20 @@ pub(super) fn send(to: SocketAddr, times: u32, from: Sender, kept: &mut Option<U
             Some(socket) => socket,
             None => unconnected(to)?,
         };
-        let mut one = if from == Sender::Connected {
-            match socket.connect(to).and_then(|()| socket.send(PAYLOAD)) {
+        let connected = matches!(from, Sender::Connected | Sender::ConnectedTo);
+        let mut one = if connected {
+            let sent = socket.connect(to).and_then(|()| match from {
+                Sender::ConnectedTo => socket.send_to(PAYLOAD, to),
+                _ => socket.send(PAYLOAD),
+            });
+            match sent {
                 Ok(_) => answer(&socket),
                 Err(error) => failed(&error),
             }
         } else {
             ask(&socket, to)
         };
-        if from == Sender::Connected && one.errno == 0 {
+        if connected && one.errno == 0 {
             // What the answer says it comes from, and what the socket says it is connected to, must be the same.
             let peer = socket.peer_addr()?;
             ensure!(one.peer == Some(peer), "{:?} answers, {peer} is the peer", one.peer);

@@ -1,0 +1,88 @@
+//! Somebody else's program on a cgroup: it lets everything go on.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::Cgroup;
+
+const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_PROG_ATTACH: libc::c_long = 8;
+const BPF_PROG_DETACH: libc::c_long = 9;
+const CGROUP_SOCK_ADDR: u32 = 18;
+const CONNECT4: u32 = 10;
+const ALLOW_MULTI: u32 = 2;
+
+/// A program on the connect4 hook, attached the old way, without a link; it is detached with the value.
+#[derive(Debug)]
+pub struct Foreign {
+    program: OwnedFd,
+    cgroup: File,
+}
+
+impl Foreign {
+    /// Attaches one to a cgroup.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn attach(cgroup: &Cgroup) -> Result<Self> {
+        // r0 = 1; exit
+        let code: [u64; 2] = [0x0000_0001_0000_00b7, 0x0000_0000_0000_0095];
+        let license = c"GPL";
+        let mut attr = [0u32; 32];
+        attr[0] = CGROUP_SOCK_ADDR;
+        attr[1] = code.len() as u32;
+        set_pointer(&mut attr, 2, code.as_ptr().addr());
+        set_pointer(&mut attr, 4, license.as_ptr().addr());
+        let name = *b"foreign\0";
+        attr[12] = u32::from_ne_bytes([name[0], name[1], name[2], name[3]]);
+        attr[13] = u32::from_ne_bytes([name[4], name[5], name[6], name[7]]);
+        attr[17] = CONNECT4;
+        let program = bpf(BPF_PROG_LOAD, &mut attr).context("cannot load a program")?;
+        // SAFETY: the kernel has just given this descriptor to nobody else.
+        let program = unsafe { OwnedFd::from_raw_fd(program) };
+        let foreign = Self { program, cgroup: File::open(cgroup.path())? };
+        foreign.change(BPF_PROG_ATTACH).context("cannot attach a program")?;
+        Ok(foreign)
+    }
+
+    /// Whether it is attached still: it can be detached only then.
+    pub fn is_attached(&self) -> bool {
+        self.change(BPF_PROG_DETACH).and_then(|()| self.change(BPF_PROG_ATTACH)).is_ok()
+    }
+
+    fn change(&self, command: libc::c_long) -> io::Result<()> {
+        let mut attr = [0u32; 32];
+        attr[0] = self.cgroup.as_raw_fd() as u32;
+        attr[1] = self.program.as_raw_fd() as u32;
+        attr[2] = CONNECT4;
+        attr[3] = if command == BPF_PROG_ATTACH { ALLOW_MULTI } else { 0 };
+        bpf(command, &mut attr).map(drop)
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        if let Err(error) = self.change(BPF_PROG_DETACH) {
+            eprintln!("cannot detach the foreign program: {error}");
+        }
+    }
+}
+
+fn set_pointer(attr: &mut [u32; 32], at: usize, pointer: usize) {
+    let words = (pointer as u64).to_ne_bytes();
+    attr[at] = u32::from_ne_bytes([words[0], words[1], words[2], words[3]]);
+    attr[at + 1] = u32::from_ne_bytes([words[4], words[5], words[6], words[7]]);
+}
+
+fn bpf(command: libc::c_long, attr: &mut [u32; 32]) -> io::Result<i32> {
+    // SAFETY: the attributes are those of the command; what they point to outlives the call.
+    match unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_mut_ptr(), size_of_val(attr)) } {
+        result if result < 0 => Err(io::Error::last_os_error()),
+        result => Ok(result as i32),
+    }
+}
