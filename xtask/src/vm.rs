@@ -4,7 +4,7 @@
 //! these. No disk, no network: what a test needs it makes for itself, as on this machine.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::{BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
@@ -24,7 +24,7 @@ use crate::{
 /// Series of Debian's kernels that are tested.
 const SERIES: [&str; 2] = ["6.1", "6.12"];
 /// The files of tests that are about the kernel.
-pub(crate) const TESTS: [&str; 7] = ["lessons", "datapath", "datagrams", "algorithms", "limits", "outcomes", "restart"];
+const TESTS: [&str; 8] = ["lessons", "datapath", "datagrams", "algorithms", "limits", "outcomes", "restart", "storm"];
 /// Modules that tests need, where a kernel has them as modules, each after those that it needs itself.
 const MODULES: [&str; 6] = ["veth", "inet_diag", "tcp_diag", "udp_diag", "netlink_diag", "sch_netem"];
 /// Programs that tests run.
@@ -70,13 +70,20 @@ struct Kernel {
     modules: Option<PathBuf>,
 }
 
+/// What the verifier went through for a program.
+struct Counted {
+    program: String,
+    instructions: u32,
+    budget: u32,
+}
+
 /// What came of the tests in one kernel.
 struct Outcome {
     kernel: String,
     /// Files of tests, and whether all of each passed.
     tests: Vec<(String, bool)>,
-    /// Instructions that the verifier went through, by program.
-    programs: Vec<(String, u32)>,
+    /// Instructions that the verifier went through, and may, by program.
+    programs: Vec<Counted>,
     took: Duration,
 }
 
@@ -392,10 +399,11 @@ fn pack(tree: &Path, image: &Path) -> Result<()> {
 }
 
 /// A program and the instructions that the verifier went through, as the tests print them.
-fn counted(line: &str) -> Option<(String, u32)> {
-    let rest = line.split("verified program ").nth(1)?;
-    let (name, count) = rest.split_once(' ')?;
-    Some((name.to_owned(), count.split(' ').next()?.parse().ok()?))
+fn counted(line: &str) -> Option<Counted> {
+    let mut words = line.split("verified program ").nth(1)?.split_whitespace();
+    let (program, instructions) = (words.next()?.to_owned(), words.next()?.parse().ok()?);
+    let budget = words.nth(1)?.parse().ok()?;
+    Some(Counted { program, instructions, budget })
 }
 
 fn print(outcomes: &[Outcome]) {
@@ -411,22 +419,22 @@ fn print(outcomes: &[Outcome]) {
             outcome.took.as_secs_f64()
         );
     }
-    let names: BTreeSet<&String> =
-        outcomes.iter().flat_map(|outcome| &outcome.programs).map(|(name, _)| name).collect();
-    if names.is_empty() {
+    let programs = outcomes.iter().flat_map(|outcome| &outcome.programs);
+    let budgets: BTreeMap<&String, u32> = programs.map(|counted| (&counted.program, counted.budget)).collect();
+    if budgets.is_empty() {
         return;
     }
     println!("\ninstructions that the verifier went through:");
     print!("{:<14}", "program");
     outcomes.iter().for_each(|outcome| print!("{:>28}", outcome.kernel));
-    println!();
-    for name in names {
+    println!("{:>10}", "budget");
+    for (name, budget) in budgets {
         print!("{name:<14}");
         for outcome in outcomes {
-            let count = outcome.programs.iter().find(|(own, _)| own == name);
-            print!("{:>28}", count.map_or_else(|| "-".to_owned(), |(_, count)| count.to_string()));
+            let count = outcome.programs.iter().find(|counted| counted.program == *name);
+            print!("{:>28}", count.map_or_else(|| "-".to_owned(), |counted| counted.instructions.to_string()));
         }
-        println!();
+        println!("{budget:>10}");
     }
 }
 
