@@ -28,7 +28,29 @@ pub(crate) fn connect4(ctx: &SockAddrContext) -> i32 {
     if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
         return PROCEED;
     }
-    match connect(ctx, FrontendKey::new(addr::read4(ctx), protocol)) {
+    rewrite4(ctx, protocol, connect)
+}
+
+#[inline(always)]
+pub(crate) fn connect6(ctx: &SockAddrContext) -> i32 {
+    let protocol = protocol(ctx);
+    if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
+        return PROCEED;
+    }
+    rewrite6(ctx, protocol, connect)
+}
+
+/// What is decided about an address: another one in its place, or none.
+type Decision = Result<Option<Endpoint>, Refused>;
+
+/// Has a call to an IPv4 address go where it is decided.
+#[inline(always)]
+pub(crate) fn rewrite4(
+    ctx: &SockAddrContext,
+    protocol: u32,
+    decide: impl FnOnce(&SockAddrContext, FrontendKey) -> Decision,
+) -> i32 {
+    match decide(ctx, FrontendKey::new(addr::read4(ctx), protocol)) {
         Ok(Some(endpoint)) => {
             addr::write4(ctx, &endpoint);
             PROCEED
@@ -38,13 +60,14 @@ pub(crate) fn connect4(ctx: &SockAddrContext) -> i32 {
     }
 }
 
+/// Has a call to an IPv6 address go where it is decided.
 #[inline(always)]
-pub(crate) fn connect6(ctx: &SockAddrContext) -> i32 {
-    let protocol = protocol(ctx);
-    if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
-        return PROCEED;
-    }
-    match connect(ctx, FrontendKey::new(addr::read6(ctx), protocol)) {
+pub(crate) fn rewrite6(
+    ctx: &SockAddrContext,
+    protocol: u32,
+    decide: impl FnOnce(&SockAddrContext, FrontendKey) -> Decision,
+) -> i32 {
+    match decide(ctx, FrontendKey::new(addr::read6(ctx), protocol)) {
         Ok(Some(endpoint)) => {
             addr::write6(ctx, &endpoint);
             PROCEED

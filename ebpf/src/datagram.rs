@@ -8,43 +8,22 @@ use portolan_common::{Counter, Endpoint, FLOWS, Flow, Flows, FrontendKey};
 
 use crate::{
     addr,
-    connect::{IPPROTO_UDP, PROCEED, Refused, count_flow, protocol, refuse},
+    connect::{IPPROTO_UDP, PROCEED, Refused, count_flow, protocol, refuse, rewrite4, rewrite6},
     maps::{DATAGRAMS, SET, SOCKETS, count},
     select::{Found, Lookup, Pick, find, live, pick},
 };
 
-const FAIL: i32 = 0;
 /// A conversation that has been silent for so long may go on elsewhere.
 const SILENCE_NS: u64 = 60_000_000_000;
 
 #[inline(always)]
 pub(crate) fn sendmsg4(ctx: &SockAddrContext) -> i32 {
-    if protocol(ctx) != IPPROTO_UDP {
-        return PROCEED;
-    }
-    match send(ctx, FrontendKey::new(addr::read4(ctx), IPPROTO_UDP)) {
-        Ok(Some(endpoint)) => {
-            addr::write4(ctx, &endpoint);
-            PROCEED
-        }
-        Ok(None) => PROCEED,
-        Err(Refused) => FAIL,
-    }
+    if protocol(ctx) == IPPROTO_UDP { rewrite4(ctx, IPPROTO_UDP, send) } else { PROCEED }
 }
 
 #[inline(always)]
 pub(crate) fn sendmsg6(ctx: &SockAddrContext) -> i32 {
-    if protocol(ctx) != IPPROTO_UDP {
-        return PROCEED;
-    }
-    match send(ctx, FrontendKey::new(addr::read6(ctx), IPPROTO_UDP)) {
-        Ok(Some(endpoint)) => {
-            addr::write6(ctx, &endpoint);
-            PROCEED
-        }
-        Ok(None) => PROCEED,
-        Err(Refused) => FAIL,
-    }
+    if protocol(ctx) == IPPROTO_UDP { rewrite6(ctx, IPPROTO_UDP, send) } else { PROCEED }
 }
 
 #[inline(always)]

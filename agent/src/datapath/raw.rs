@@ -21,32 +21,28 @@ const BPF_LINK_UPDATE: libc::c_long = 29;
 
 /// Pins a link.
 pub(super) fn pin(link: impl AsFd, pin: &Path) -> io::Result<()> {
-    #[repr(C)]
-    struct Attr {
-        path: u64,
-        fd: u32,
-        flags: u32,
-    }
-    let path = CString::new(pin.as_os_str().as_bytes())?;
-    let mut attr = Attr { path: path.as_ptr().addr() as u64, fd: link.as_fd().as_raw_fd() as u32, flags: 0 };
-    // SAFETY: the attributes are those of this command; the path outlives the call.
-    unsafe { bpf(BPF_OBJ_PIN, &mut attr) }.map(drop)
+    object(BPF_OBJ_PIN, pin, link.as_fd().as_raw_fd() as u32).map(drop)
 }
 
 /// Opens a pinned link.
 pub(super) fn open(pin: &Path) -> io::Result<OwnedFd> {
+    let fd = object(BPF_OBJ_GET, pin, 0)?;
+    // SAFETY: the kernel has just given this descriptor to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A command about a thing and its place in a bpffs.
+fn object(command: libc::c_long, path: &Path, fd: u32) -> io::Result<i32> {
     #[repr(C)]
     struct Attr {
         path: u64,
         fd: u32,
         flags: u32,
     }
-    let path = CString::new(pin.as_os_str().as_bytes())?;
-    let mut attr = Attr { path: path.as_ptr().addr() as u64, fd: 0, flags: 0 };
-    // SAFETY: the attributes are those of this command; the path outlives the call.
-    let fd = unsafe { bpf(BPF_OBJ_GET, &mut attr)? };
-    // SAFETY: the kernel has just given this descriptor to nobody else.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = Attr { path: path.as_ptr().addr() as u64, fd, flags: 0 };
+    // SAFETY: the attributes are those of these commands; the path outlives the call.
+    unsafe { bpf(command, &mut attr) }
 }
 
 /// Puts another program into a live link, in one step: no connection sees neither of them.

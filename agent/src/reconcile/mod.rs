@@ -2,42 +2,43 @@
 
 mod answers;
 mod closing;
+mod probing;
+mod telling;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},
     net::SocketAddr,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::Result;
 use portolan_common::FrontendKey;
-use tokio::sync::{Notify, broadcast, mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot};
 
 pub use self::closing::Closed;
-use self::closing::Closing;
+use self::{
+    closing::Closing,
+    probing::Probe,
+    telling::{crowded, no_room},
+};
 use crate::{
     accounts::{Accounts, Sample},
     datapath::{Datapath, GoneTcp, Outcome, barrier},
     explain::Explanation,
     health::{EventKind, Health, Verdict as Outlook},
     journal::{Journal, Record},
-    model::{Code, Finding, NamespacedName, Severity},
+    model::{Code, Finding, NamespacedName},
     place::Place,
     policy::{Client, Compiler, PoolKey, Recompiled},
     report::Report,
-    self_probe::{Seen, SelfProbe},
+    self_probe::SelfProbe,
     source::Update,
     store::{Changes, Store},
-    table::{self, Held, Knowledge, Layout, Op, Refused, Round, Sizes, Table},
+    table::{self, Held, Knowledge, Layout, Op, Round, Sizes, Table},
 };
 
 /// Outcomes that are taken in one go, before a new table is published.
 const OUTCOMES_AT_ONCE: usize = 256;
-/// Findings that are logged one by one when they appear together.
-const LOGGED_AT_ONCE: usize = 50;
-/// A map that is as full as this, in percent, is told.
-const NEARLY_FULL: u64 = 90;
 /// When something could not be written, it is tried again after this time, and then after twice the time, and so on.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// But no later than this.
@@ -95,30 +96,6 @@ pub struct Reconciler {
     /// Why not everything is known that should be.
     doubt: Option<String>,
     logged: BTreeSet<Finding>,
-}
-
-/// What the agent sees as its own client.
-struct Probe {
-    /// What the kernel has to hold for it.
-    table: Table,
-    endpoint: SocketAddr,
-    /// Has it probe now.
-    wanted: Arc<Notify>,
-    results: mpsc::Receiver<Seen>,
-    /// The last result; an error before there is one.
-    seen: Seen,
-    /// Connections of it that the kernel had counted then.
-    counted: u64,
-}
-
-impl Probe {
-    /// Begins to answer, and to probe once it is wanted.
-    fn start(probe: SelfProbe) -> Self {
-        let (sender, results) = mpsc::channel(1);
-        let (table, endpoint, wanted) = (probe.table(), probe.endpoint(), probe.wanted());
-        tokio::spawn(probe.run(sender));
-        Self { table, endpoint, wanted, results, seen: Err("it has not been tried yet".to_owned()), counted: 0 }
-    }
 }
 
 impl Reconciler {
@@ -283,36 +260,6 @@ impl Reconciler {
         retry || !self.changes.is_empty()
     }
 
-    /// The agent has been its own client. Whatever is found not to be in its place is put back.
-    fn take_probe(&mut self, seen: Seen) {
-        let opened =
-            self.layout.backend_id(&self.probe.endpoint).and_then(|id| self.datapath.maps.backend_stats(id).ok());
-        let opened = opened.map_or(0, |stats| stats.opened);
-        let uncounted = || Err("sock_ops does not do its work: the connection was not counted".to_owned());
-        let seen = seen.and_then(|()| if opened > self.probe.counted { Ok(()) } else { uncounted() });
-        self.probe.counted = opened;
-        let mended = match self.datapath.mend_hooks() {
-            Ok(mended) => mended,
-            Err(error) => {
-                tracing::error!("{error:#}");
-                Vec::new()
-            }
-        };
-        for message in &mended {
-            let message = format!("{message}: mended");
-            self.journal.add(Record { kind: Record::MENDED.to_owned(), message, ..Record::default() });
-        }
-        match (&seen, &self.probe.seen) {
-            (Err(why), before) if before.as_ref().err() != Some(why) => tracing::error!("the self-probe failed: {why}"),
-            (Ok(()), Err(_)) => tracing::info!("the self-probe passed"),
-            _ => {}
-        }
-        self.probe.seen = seen;
-        if !mended.is_empty() {
-            self.probe.wanted.notify_one();
-        }
-    }
-
     /// What rested is free again. Somebody may have been waiting for it.
     fn settle(&mut self, round: Round) -> bool {
         self.layout.settle(round);
@@ -463,40 +410,6 @@ impl Reconciler {
         }
     }
 
-    /// Logs the findings that were not there before. Those of objects are looked through only where there is anything new.
-    fn log_findings(&mut self, of_objects: bool) {
-        let mut fresh = self.compiler.fresh_findings();
-        if of_objects {
-            let now: BTreeSet<Finding> = self
-                .store
-                .findings()
-                .into_iter()
-                .chain(self.client_findings.clone())
-                .chain(self.trouble.clone())
-                .chain(self.crowded.clone())
-                .collect();
-            fresh.extend(now.difference(&self.logged).cloned());
-            self.logged = now;
-        }
-        for finding in &mut fresh {
-            self.store.add_source(&self.cluster, finding);
-        }
-        for finding in fresh.iter().take(LOGGED_AT_ONCE) {
-            let Finding { code, object, field, message, position, .. } = finding;
-            let at = position.as_ref().map(|position| format!(":{}:{}", position.line, position.column));
-            let source =
-                Some(format!("{}{}", finding.source, at.unwrap_or_default())).filter(|source| !source.is_empty());
-            let field = if field.is_empty() { String::new() } else { format!(" {field}") };
-            match finding.severity {
-                Severity::Error => tracing::error!(source, "{code} {object}{field}: {message}"),
-                Severity::Warning => tracing::warn!(source, "{code} {object}{field}: {message}"),
-            }
-        }
-        if let Some(more) = fresh.len().checked_sub(LOGGED_AT_ONCE).filter(|more| *more > 0) {
-            tracing::warn!("{more} more findings: portolan get services");
-        }
-    }
-
     /// Takes down what the ids of frontends stand for: of all services, or of those that were computed anew.
     fn index_pools(&mut self, recompiled: &[Recompiled], whole: bool) {
         self.closing.forget(recompiled.iter().flat_map(|service| &service.before).map(|assignment| &**assignment));
@@ -523,26 +436,4 @@ impl Reconciler {
             }
         }
     }
-}
-
-/// Maps that should be larger.
-fn crowded(layout: &Layout) -> Vec<Finding> {
-    let full = layout
-        .occupancy()
-        .into_iter()
-        .filter(|(_, used, size)| u64::from(*used) * 100 >= u64::from(*size) * NEARLY_FULL);
-    full.map(|(map, used, size)| {
-        let message = format!("{used} of {size} entries are in use; start the agent with a larger size");
-        Finding::new(Code::MapNearlyFull, format!("Map {map}"), message)
-    })
-    .collect()
-}
-
-/// A frontend that does not fit.
-fn no_room(refused: &Refused) -> Finding {
-    let (address, full) = (refused.key.endpoint().socket_addr(), refused.full);
-    let what =
-        if refused.held { "it stays as it was, or refuses if it is new" } else { "its connections go past Portolan" };
-    let message = format!("{} ({} entries) has no room for {} more: {what}", refused.map, full.size, full.wanted);
-    Finding::new(Code::MapFull, format!("Frontend {address}"), message)
 }

@@ -12,7 +12,8 @@ use portolan_common::{Backend, Endpoint, FrontendKey, Limits, Slot, Version, Ver
 use siphasher::sip::SipHasher13;
 
 use super::{
-    Entry, PoolEntry, Table,
+    Entry, Held, HeldFrontend, Knowledge, Lost, MAX_KEEPALIVE_PROBES, MAX_KEEPALIVE_SECONDS, Op, PoolEntry, Refused,
+    Sizes, Table,
     alloc::{Full, Ranges, Round},
     shared::{Id, Shared},
 };
@@ -20,93 +21,6 @@ use crate::{
     model::{ConnectionPool, Protocol},
     policy::PoolKey,
 };
-
-/// One write to the kernel's maps.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Op {
-    /// A backend id gets an endpoint, and counters at zero.
-    SetBackend(u32, Backend),
-    /// A place for a pool's limits gets a pool, and counters at zero.
-    ResetPool(u32, Limits),
-    /// A pool has other limits.
-    SetPool(u32, Limits),
-    /// Backend ids of runs, from this entry on.
-    SetRuns(u32, Vec<u32>),
-    /// Slots of a schedule, from this entry on.
-    SetSlots(u32, Vec<Slot>),
-    /// A version of a frontend, which nobody reads yet.
-    SetVersion(u32, Version),
-    /// A frontend id's cursor and counters start at zero.
-    ResetFrontend(u32),
-    /// Publishes: from here on connections to this frontend id use this version.
-    Publish(u32, u32),
-    /// An address is a frontend's from here on.
-    AddFrontend(FrontendKey, u32),
-    /// Takes a frontend away: its address is nobody's any more.
-    RemoveFrontend(FrontendKey),
-}
-
-/// How many entries the maps have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sizes {
-    /// Frontends; twice as many versions, and twice as many pools with limits.
-    pub frontends: u32,
-    /// Backends.
-    pub backends: u32,
-    /// Slots; runs have as many entries.
-    pub slots: u32,
-    /// Clients that come back to their endpoint.
-    pub affinities: u32,
-}
-
-impl Default for Sizes {
-    /// For 10,000 services and 100,000 endpoints, with room for a change: what is new is written before what is old goes.
-    fn default() -> Self {
-        Self { frontends: 1 << 14, backends: 1 << 17, slots: 1 << 20, affinities: 1 << 16 }
-    }
-}
-
-impl Sizes {
-    /// Versions of frontends: each may change while it is used.
-    pub fn versions(&self) -> u32 {
-        self.frontends.saturating_mul(2)
-    }
-
-    /// Places for the limits of pools; the first is nobody's.
-    pub fn pools(&self) -> u32 {
-        self.frontends.saturating_mul(2).saturating_add(1)
-    }
-}
-
-/// TCP_KEEPIDLE and TCP_KEEPINTVL at the most.
-pub const MAX_KEEPALIVE_SECONDS: u32 = 32_767;
-/// TCP_KEEPCNT at the most.
-pub const MAX_KEEPALIVE_PROBES: u32 = 127;
-
-/// How much is known of what should be. It matters for what a former agent has published, while this one has not read everything.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Knowledge {
-    /// Everything: the table is the truth.
-    Complete,
-    /// Some services or endpoints are not known: what the former agent has published is not removed, and where it has published somebody,
-    /// nobody does not take the place.
-    Partial,
-    /// The settings that say what must stay in its cluster are not known either: what the former agent has published stays as it is.
-    WithoutSettings,
-}
-
-/// A frontend that does not fit: it stays as it was.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refused {
-    /// Which one.
-    pub key: FrontendKey,
-    /// The map that is full.
-    pub map: &'static str,
-    /// By how much.
-    pub full: Full,
-    /// Whether its address is a frontend's all the same: with what it had before, or refusing. If not, its connections go past Portolan.
-    pub held: bool,
-}
 
 /// A frontend as the kernel holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,67 +34,6 @@ struct Placed {
     /// Whether a former agent wrote it, and this one has not since.
     inherited: bool,
     runs: (u32, u32),
-}
-
-/// A frontend that a former agent left.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HeldFrontend {
-    /// Its id.
-    pub id: u32,
-    /// Where its version lies.
-    pub index: u32,
-    /// That version.
-    pub version: Version,
-    /// The range of `RUNS` that it uses.
-    pub runs: (u32, u32),
-}
-
-/// Endpoints that a frontend has lost.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Lost {
-    /// These.
-    These(BTreeSet<SocketAddr>),
-    /// Any: what a former agent had published is not known in full.
-    Any,
-}
-
-impl Default for Lost {
-    fn default() -> Self {
-        Self::These(BTreeSet::new())
-    }
-}
-
-impl Lost {
-    /// These as well.
-    pub fn add(&mut self, more: Self) {
-        match (&mut *self, more) {
-            (Self::These(all), Self::These(more)) => all.extend(more),
-            _ => *self = Self::Any,
-        }
-    }
-
-    /// Whether an endpoint may be one of them.
-    pub fn may_be(&self, endpoint: &SocketAddr) -> bool {
-        match self {
-            Self::These(all) => all.contains(endpoint),
-            Self::Any => true,
-        }
-    }
-}
-
-/// What a former agent left in the maps.
-#[derive(Clone, Debug, Default)]
-pub struct Held {
-    /// Its frontends.
-    pub frontends: Vec<HeldFrontend>,
-    /// Backends that these frontends use.
-    pub backends: Vec<(u32, Backend)>,
-    /// The last epoch of every backend id that was ever given out.
-    pub epochs: Vec<(u32, u32)>,
-    /// Pools with limits that these frontends use.
-    pub pools: Vec<(u32, Limits)>,
-    /// The last epoch of every pool's place that was ever given out.
-    pub pool_epochs: Vec<(u32, u32)>,
 }
 
 /// What the kernel holds, and where.

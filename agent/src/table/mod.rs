@@ -5,6 +5,7 @@
 
 mod alloc;
 mod layout;
+mod op;
 mod shared;
 
 use std::{
@@ -17,9 +18,8 @@ use std::{
 use portolan_common::{Endpoint, FrontendKey};
 
 pub use alloc::{Full, Round};
-pub use layout::{
-    Held, HeldFrontend, Knowledge, Layout, Lost, MAX_KEEPALIVE_PROBES, MAX_KEEPALIVE_SECONDS, Op, Refused, Sizes,
-};
+pub use layout::Layout;
+pub use op::{Held, HeldFrontend, Knowledge, Lost, MAX_KEEPALIVE_PROBES, MAX_KEEPALIVE_SECONDS, Op, Refused, Sizes};
 
 use crate::{
     model::{Algorithm, ConnectionPool, Protocol, Retention},
