@@ -22,6 +22,7 @@ const GOALS: (f64, f64) = (300.0, 100.0);
 const SETTING: &str = "/proc/sys/kernel/bpf_stats_enabled";
 
 pub(super) fn run(connections: u64) -> Result<()> {
+    prepare()?;
     println!(
         "\nin the kernel, mean of {connections} connections over all services in turn, the counting itself included:"
     );
@@ -48,11 +49,17 @@ pub(super) fn run(connections: u64) -> Result<()> {
 
 /// Every number of services works, and every figure is one.
 pub(super) fn smoke() -> Result<()> {
+    prepare()?;
     for services in SERVICES {
         let figures = measure(services, 500)?;
         ensure!(figures.iter().all(|figure| figure.is_finite() && *figure > 0.0), "{services} services: {figures:?}");
     }
     Ok(())
+}
+
+fn prepare() -> Result<()> {
+    need_root("the benchmark")?;
+    demo::prepare()
 }
 
 /// So many services, each with ten endpoints of its own.
@@ -67,8 +74,6 @@ fn services(count: u32) -> (Vec<SocketAddr>, Table) {
 
 /// Mean nanoseconds of connect4 on a hit and on a miss, and of sock_ops on a hit.
 fn measure(count: u32, connections: u64) -> Result<[f64; 3]> {
-    need_root("the benchmark")?;
-    demo::prepare()?;
     let bed = Bed::named("pick")?;
     // All of 10.0.0.0/8 is this node's own, and one server listens on all of it.
     bed.namespace.ip(&["route", "add", "local", "10.0.0.0/8", "dev", "lo"])?;
