@@ -11,7 +11,7 @@ use tokio::{
 };
 use tracing_subscriber::EnvFilter;
 
-use super::{AdminArgs, ConfigArgs, PlaceArgs};
+use super::{AdminArgs, ConfigArgs, PinsArgs, PlaceArgs};
 use crate::{
     admin,
     datapath::{Datapath, GoneTcp, Options, ProgramLog},
@@ -36,9 +36,8 @@ pub(super) struct AgentArgs {
     /// Serve the processes below this cgroup [default: the cgroup v2 root]
     #[arg(long, value_name = "PATH", env = "PORTOLAN_CGROUP")]
     cgroup: Option<PathBuf>,
-    /// Folder for the pins, on a bpffs
-    #[arg(long, value_name = "PATH", default_value = "/sys/fs/bpf/portolan", env = "PORTOLAN_BPFFS")]
-    bpffs: PathBuf,
+    #[command(flatten)]
+    pins: PinsArgs,
     #[command(flatten)]
     admin: AdminArgs,
     /// Address for /metrics, /healthz and /readyz
@@ -107,7 +106,8 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         .init();
     // One thread works, one answers.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let options = Options { cgroup: args.cgroup, bpffs: args.bpffs, sizes: args.sizes.sizes(), log: args.program_log };
+    let options =
+        Options { cgroup: args.cgroup, bpffs: args.pins.bpffs, sizes: args.sizes.sizes(), log: args.program_log };
     let reader = args.config.reader.reader();
     // Before anything is loaded.
     file::check(&args.config.config)?;

@@ -11,7 +11,7 @@ use anyhow::Result;
 use clap::Args;
 
 use super::{
-    AdminArgs,
+    AdminArgs, PinsArgs,
     output::{self, Format, OutputArgs},
 };
 use crate::{
@@ -28,9 +28,8 @@ pub(super) struct DoctorArgs {
     /// The cgroup that is to be served [default: the cgroup v2 root]
     #[arg(long, value_name = "PATH", env = "PORTOLAN_CGROUP")]
     cgroup: Option<PathBuf>,
-    /// Folder of the pins
-    #[arg(long, value_name = "PATH", default_value = "/sys/fs/bpf/portolan", env = "PORTOLAN_BPFFS")]
-    bpffs: PathBuf,
+    #[command(flatten)]
+    pins: PinsArgs,
     #[command(flatten)]
     admin: AdminArgs,
     #[command(flatten)]
@@ -38,7 +37,7 @@ pub(super) struct DoctorArgs {
 }
 
 pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode> {
-    let facts = datapath::inspect(args.cgroup.as_deref(), &args.bpffs);
+    let facts = datapath::inspect(args.cgroup.as_deref(), &args.pins.bpffs);
     let diagnosis = diagnose(&facts, ready(&args.admin.admin));
     match args.output.output {
         Format::Table => print(&diagnosis),

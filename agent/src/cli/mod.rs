@@ -179,6 +179,14 @@ impl At {
     }
 }
 
+/// Where things are pinned.
+#[derive(Debug, Args)]
+struct PinsArgs {
+    /// Folder for the pins, on a bpffs
+    #[arg(long, value_name = "PATH", default_value = "/sys/fs/bpf/portolan", env = "PORTOLAN_BPFFS")]
+    bpffs: PathBuf,
+}
+
 /// The socket of the running agent.
 #[derive(Debug, Args)]
 struct AdminArgs {
