@@ -5,6 +5,7 @@ mod agent;
 mod cgroup;
 pub mod demo;
 pub mod dial;
+#[cfg(feature = "direct")]
 pub mod direct;
 mod directory;
 mod foreign;

@@ -123,3 +123,18 @@ fn replace_link(to: &Path, at: &Path) -> Result<()> {
     }
     symlink(to, at).with_context(|| format!("cannot link {} to {}", at.display(), to.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The agent's build script needs the toolchain: were the agent a part of this program, nobody could ever set it up.
+    #[test]
+    fn what_sets_the_toolchain_up_does_not_need_it() {
+        let needs =
+            ["tree", "--quiet", "--offline", "--package", "xtask", "--edges", "normal,build", "--prefix", "none"];
+        let tree = output(&mut cargo(&needs)).unwrap();
+        assert!(tree.contains("portolan-tests v"), "{tree}");
+        assert!(!tree.contains("portolan v"), "{tree}");
+    }
+}

@@ -7,13 +7,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Bed, Directory, Place, Process,
+    Bed, Directory, Place, Process, binary,
     objects::{node, service, slice},
-};
-
-use crate::{
-    command::{cargo, cargo_target, need_root, run as run_command},
-    demo,
 };
 
 const SERVICE: &str = "172.16.0.10:80";
@@ -70,17 +65,6 @@ pub(super) fn smoke() -> Result<()> {
 }
 
 fn measure(rounds: usize, connections: usize) -> Result<Vec<Arm>> {
-    need_root("the benchmark")?;
-    demo::prepare()?;
-    run_command(&mut cargo(&[
-        "build",
-        "--quiet",
-        "--release",
-        "--package",
-        "portolan-tests",
-        "--bin",
-        "bench-connect",
-    ]))?;
     let bed = Bed::named("bench")?;
     bed.namespace.add_address("10.0.0.1/32")?;
     let directory = Directory::new()?;
@@ -113,10 +97,6 @@ fn measure(rounds: usize, connections: usize) -> Result<Vec<Arm>> {
     Ok(arms)
 }
 
-fn program() -> std::path::PathBuf {
-    cargo_target().join("release/bench-connect")
-}
-
 /// A process of the benchmark: one line in, one line out.
 struct Helper {
     tasks: ChildStdin,
@@ -126,7 +106,7 @@ struct Helper {
 
 impl Helper {
     fn start(arguments: &[&str], place: Place<'_>) -> Result<Self> {
-        let mut command = Command::new(program());
+        let mut command = Command::new(binary("bench-connect")?);
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = Process::spawn(command, place)?;
         let tasks = process.child().stdin.take().context("no stdin")?;
@@ -137,7 +117,7 @@ impl Helper {
     fn ask(&mut self, task: &str) -> Result<String> {
         writeln!(self.tasks, "{task}")?;
         let mut line = String::new();
-        ensure!(self.replies.read_line(&mut line)? > 0, "{} has ended", program().display());
+        ensure!(self.replies.read_line(&mut line)? > 0, "bench-connect has ended");
         Ok(line)
     }
 

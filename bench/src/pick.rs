@@ -10,11 +10,6 @@ use portolan_tests::{
     storm::{Load, Servers},
 };
 
-use crate::{
-    command::{find, need_root},
-    demo,
-};
-
 const SERVICES: [u32; 3] = [1, 100, 10_000];
 const ENDPOINTS: u32 = 10;
 /// Goals for connect4: nanoseconds of a hit, socket state included, and of a miss.
@@ -22,7 +17,6 @@ const GOALS: (f64, f64) = (300.0, 100.0);
 const SETTING: &str = "/proc/sys/kernel/bpf_stats_enabled";
 
 pub(super) fn run(connections: u64) -> Result<()> {
-    prepare()?;
     println!(
         "\nin the kernel, mean of {connections} connections over all services in turn, the counting itself included:"
     );
@@ -49,17 +43,11 @@ pub(super) fn run(connections: u64) -> Result<()> {
 
 /// Every number of services works, and every figure is one.
 pub(super) fn smoke() -> Result<()> {
-    prepare()?;
     for services in SERVICES {
         let figures = measure(services, 500)?;
         ensure!(figures.iter().all(|figure| figure.is_finite() && *figure > 0.0), "{services} services: {figures:?}");
     }
     Ok(())
-}
-
-fn prepare() -> Result<()> {
-    need_root("the benchmark")?;
-    demo::prepare()
 }
 
 /// So many services, each with ten endpoints of its own.
@@ -116,7 +104,9 @@ fn counted(bed: &Bed) -> Result<[(u64, u64); 2]> {
 }
 
 fn show(what: &[&str], which: &str) -> Result<serde_json::Value> {
-    let bpftool = find("bpftool").context("no bpftool")?;
-    let text = crate::command::output(Command::new(bpftool).arg("-j").args(what).arg(which))?;
-    Ok(serde_json::from_str(&text)?)
+    // Debian has it among the programs of administrators.
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let shown = Command::new("bpftool").env("PATH", path).arg("-j").args(what).arg(which).output()?;
+    ensure!(shown.status.success(), "bpftool: {}", String::from_utf8_lossy(&shown.stderr));
+    Ok(serde_json::from_slice(&shown.stdout)?)
 }

@@ -8,12 +8,10 @@ use std::{
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Directory,
+    Directory, binary,
     objects::{destination_rule, node, service, slice},
 };
 use serde_json::{Value, json};
-
-use crate::command::{cargo, run as run_command};
 
 const ENDPOINTS: usize = 10;
 const NODES: usize = 100;
@@ -21,7 +19,6 @@ const NODES: usize = 100;
 const IN_FILE: usize = 100;
 
 pub(super) fn run(services: usize) -> Result<()> {
-    run_command(&mut cargo(&["bench", "--quiet", "--package", "portolan", "--bench", "policy"]))?;
     let directory = directory(services)?;
     println!("\non {services} services with {ENDPOINTS} endpoints each, in {} files:", services.div_ceil(IN_FILE) + 2);
     for (verb, seconds, mib) in on_files(&directory)? {
@@ -38,13 +35,12 @@ pub(super) fn smoke() -> Result<()> {
 
 /// Verb, seconds, and memory in MiB.
 fn on_files(directory: &Directory) -> Result<Vec<(String, f64, f64)>> {
-    run_command(&mut cargo(&["build", "--quiet", "--release", "--package", "portolan"]))?;
     let config = directory.path().display().to_string();
     let place = ["--config", &config, "--cluster", "c1", "--node", "node-0"];
     let verbs = [vec!["plan", "-o", "json"], vec!["plan", "--service", "default/s-7"], vec!["explain", "default/s-7"]];
     let mut figures = Vec::new();
     for verb in verbs {
-        let mut command = Command::new(crate::command::root().join("target/release/portolan"));
+        let mut command = Command::new(binary("portolan")?);
         command.args(&verb).args(place).stdout(Stdio::null());
         let began = Instant::now();
         let mut child = command.spawn()?;
