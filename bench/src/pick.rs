@@ -5,7 +5,7 @@ use std::{fs, net::SocketAddr, process::Command};
 use anyhow::{Context as _, Result, ensure};
 use portolan::table::{Sizes, Table};
 use portolan_tests::{
-    Bed, Place,
+    Bed, Foreign, Place,
     direct::{Direct, table},
     storm::{Load, Servers},
 };
@@ -21,13 +21,16 @@ pub(super) fn run(connections: u64) -> Result<()> {
         "\nin the kernel, mean of {connections} connections over all services in turn, the counting itself included:"
     );
     println!(
-        "  {:>8} {:>9} {:>14} {:>14} {:>14}",
-        "services", "endpoints", "connect4 hit", "connect4 miss", "sock_ops hit"
+        "  {:>8} {:>9} {:>14} {:>14} {:>14} {:>14}",
+        "services", "endpoints", "connect4 hit", "connect4 miss", "sock_ops hit", "nothing"
     );
     let mut worst = (0.0f64, 0.0f64);
     for services in SERVICES {
-        let [hit, miss, outcome] = measure(services, connections)?;
-        println!("  {services:>8} {:>9} {hit:>11.0} ns {miss:>11.0} ns {outcome:>11.0} ns", services * ENDPOINTS);
+        let [hit, miss, outcome, nothing] = measure(services, connections)?;
+        println!(
+            "  {services:>8} {:>9} {hit:>11.0} ns {miss:>11.0} ns {outcome:>11.0} ns {nothing:>11.0} ns",
+            services * ENDPOINTS
+        );
         worst = (worst.0.max(hit), worst.1.max(miss));
     }
     let met = |is: bool| if is { "met" } else { "not met" };
@@ -60,14 +63,16 @@ fn services(count: u32) -> (Vec<SocketAddr>, Table) {
     (frontends, table)
 }
 
-/// Mean nanoseconds of connect4 on a hit and on a miss, and of sock_ops on a hit.
-fn measure(count: u32, connections: u64) -> Result<[f64; 3]> {
+/// Mean nanoseconds of connect4 on a hit and on a miss, of sock_ops on a hit, and of a program that does nothing: what the counting itself takes.
+fn measure(count: u32, connections: u64) -> Result<[f64; 4]> {
     let bed = Bed::named("pick")?;
     // All of 10.0.0.0/8 is this node's own, and one server listens on all of it.
     bed.namespace.ip(&["route", "add", "local", "10.0.0.0/8", "dev", "lo"])?;
     let everywhere = SocketAddr::from(([0, 0, 0, 0], 9080));
     let _server = Servers::start(Place { namespace: Some(&bed.namespace), cgroup: None }, &[(everywhere, 0, 0)])?;
     let (frontends, table) = services(count);
+    // Before Portolan: what runs first pays for what is in no cache.
+    let nothing = Foreign::attach(&bed.cgroup)?;
     let mut direct = Direct::new(&bed, Sizes::default())?;
     direct.publish(&table)?;
     let before = fs::read_to_string(SETTING)?;
@@ -84,8 +89,14 @@ fn measure(count: u32, connections: u64) -> Result<[f64; 3]> {
         let hits = counted(&bed)?;
         dial(&[SocketAddr::from(([10, 0, 0, 1], 9080))])?;
         let misses = counted(&bed)?;
+        let (spent, runs) = nothing.counted()?;
         let mean = |from: (u64, u64), to: (u64, u64)| (to.0 - from.0) as f64 / (to.1 - from.1).max(1) as f64;
-        Ok([mean(start[0], hits[0]), mean(hits[0], misses[0]), mean(start[1], hits[1])])
+        Ok([
+            mean(start[0], hits[0]),
+            mean(hits[0], misses[0]),
+            mean(start[1], hits[1]),
+            spent as f64 / runs.max(1) as f64,
+        ])
     })();
     fs::write(SETTING, before)?;
     measured

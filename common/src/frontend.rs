@@ -128,10 +128,10 @@ pub struct Version {
     pub affinity_seconds: u32,
     /// See [`VersionFlags`].
     pub flags: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Zero: a version is one cache line.
+    pub reserved: [u32; 3],
 }
-plain!(Version, 56, 4);
+plain!(Version, 64, 4);
 
 /// Bits of [`Version::flags`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,14 +15,14 @@ pub use backend::Backend;
 pub use event::{Outcome, OutcomeKind};
 pub use frontend::{Choice, Endpoint, FrontendKey, Slot, Version, VersionFlags};
 pub use pool::{Affinity, AffinityKey, Limits, PoolStats};
-pub use socket::{FLOWS, Flow, Flows, SocketStage, SocketState};
+pub use socket::{Connection, FLOWS, Flow, Flows, SocketStage, SocketState};
 pub use stats::{BackendStats, Counter, FrontendStats};
 
 /// The layout of the maps. It is part of the pin path, so that two layouts never share a map.
-pub const SCHEMA_VERSION: u32 = if cfg!(feature = "next-schema") { 3 } else { 2 };
+pub const SCHEMA_VERSION: u32 = if cfg!(feature = "next-schema") { 4 } else { 3 };
 
 /// The layout of what is kept on sockets, which changes as seldom as can be.
-pub const SOCKET_LAYOUT: u32 = 1;
+pub const SOCKET_LAYOUT: u32 = 2;
 
 /// Makes a type readable and writable as map bytes, and proves that it has no hidden padding.
 macro_rules! plain {

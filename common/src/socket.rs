@@ -5,7 +5,7 @@
 
 use crate::{Endpoint, plain};
 
-/// Value of `SOCKETS` (socket storage): the frontend that the application dialled and the backend that it
+/// Value of `SOCKETS` (socket storage), and a part of `CONNECTIONS`: the frontend that the application dialled and the backend that it
 /// was given. It is believed only while the socket's peer is that backend.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +38,26 @@ pub struct SocketState {
     pub started_ns: u64,
 }
 plain!(SocketState, 88, 8);
+
+/// Value of `CONNECTIONS`: the state of a TCP socket, in the place that the lower bits of its cookie name.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Connection {
+    /// Cookie of the socket whose place it is; 0: it is free.
+    pub owner: u64,
+    /// When it was taken, ticks of the kernel's clock.
+    pub since: u64,
+    /// The state.
+    pub state: SocketState,
+    /// Zero: a place is two cache lines.
+    pub reserved: [u64; 3],
+}
+plain!(Connection, 128, 8);
+
+impl Connection {
+    /// How many there are: a power of two. More connections at once have their state in their storage.
+    pub const PLACES: u32 = 0x1_0000;
+}
 
 /// How far a TCP connection has come, as far as it has been counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,8 +9,9 @@ use portolan_common::{Counter, Endpoint, FrontendKey, SocketStage};
 
 use crate::{
     addr,
-    maps::{BACKEND_STATS, POOLS, SET, SOCKETS, count},
+    maps::{BACKEND_STATS, POOLS, SET, count},
     select::{Found, Lookup, Pick, Taken, add, find, pick},
+    state,
 };
 
 /// What a sock_addr program returns to let the call go on.
@@ -86,22 +87,22 @@ fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, 
     let found = match find(&key) {
         Lookup::Found(found) => found,
         Lookup::Miss => {
-            forget(ctx);
+            forget(ctx, key.protocol());
             return Ok(None);
         }
         Lookup::Broken => {
-            forget(ctx);
+            forget(ctx, key.protocol());
             return Err(refuse(ctx, &key, false));
         }
     };
     // MPTCP is left alone: its further subflows would be connections of their own. But strict is strict.
     if key.protocol() == IPPROTO_TCP && is_mptcp(ctx) {
-        forget(ctx);
+        forget(ctx, key.protocol());
         return if found.is_strict() { Err(refuse(ctx, &key, true)) } else { Ok(None) };
     }
     match pick(ctx, &found) {
         Pick::Refuse { strict } => {
-            forget(ctx);
+            forget(ctx, key.protocol());
             Err(refuse(ctx, &key, strict))
         }
         Pick::Take(taken) => {
@@ -139,13 +140,10 @@ pub(crate) fn refuse(ctx: &SockAddrContext, key: &FrontendKey, strict: bool) -> 
 
 /// Takes back what an earlier connect of this socket left on it.
 #[inline(always)]
-fn forget(ctx: &SockAddrContext) {
-    // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
-    unsafe {
-        let state = SOCKETS.get_ptr_mut(ctx);
-        if !state.is_null() {
-            (*state).backend = Endpoint::from_words([0; 4], 0);
-        }
+fn forget(ctx: &SockAddrContext, protocol: u32) {
+    if let Some(state) = state::find(ctx, protocol) {
+        // SAFETY: the value is this socket's, which is locked.
+        unsafe { (*state).backend = Endpoint::from_words([0; 4], 0) };
     }
 }
 
@@ -155,11 +153,10 @@ fn forget(ctx: &SockAddrContext) {
 fn remember(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &Taken) {
     // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
     unsafe {
-        let state = SOCKETS.get_or_insert_ptr_mut(ctx, None);
-        if state.is_null() {
+        let Some(state) = state::make(ctx, key.protocol()) else {
             count(Counter::NoMemory);
             return;
-        }
+        };
         (*state).frontend = key.endpoint();
         (*state).backend = taken.backend.endpoint;
         (*state).set = SET.load();

@@ -20,6 +20,7 @@ mod maps;
 mod outcome;
 mod peername;
 mod select;
+mod state;
 
 use aya_ebpf::{
     macros::{cgroup_sock_addr, sock_ops},

@@ -2,6 +2,9 @@
 //!
 //! What a connection reads, in this order: FRONTENDS → CURRENT → VERSIONS → SLOTS → RUNS → BACKENDS. All but CURRENT are written only
 //! where no program can be reading; the word in CURRENT is what publishes.
+//!
+//! An array that can be mapped into memory begins at a page, so that values of 64 bytes are one cache line each: the dearest part of a connect to
+//! one of many services is to fetch them.
 
 use aya_ebpf::{
     Global,
@@ -10,8 +13,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use portolan_common::{
-    Affinity, AffinityKey, Backend, BackendStats, Counter, Flows, FrontendKey, FrontendStats, Limits, Outcome,
-    PoolStats, Slot, SocketState, Version,
+    Affinity, AffinityKey, Backend, BackendStats, Connection, Counter, Flows, FrontendKey, FrontendStats, Limits,
+    Outcome, PoolStats, Slot, SocketState, Version,
 };
 
 /// Service address, port, protocol → frontend id. An entry never changes: replacing one would let a reader of its bucket miss it.
@@ -24,7 +27,7 @@ pub(crate) static CURRENT: Array<u64, 1, { BPF_F_MMAPABLE as usize }> = Array::n
 
 /// Versions of frontends.
 #[btf_map]
-pub(crate) static VERSIONS: Array<Version, 1> = Array::new();
+pub(crate) static VERSIONS: Array<Version, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Places in schedules: each names a run of backends.
 #[btf_map]
@@ -44,11 +47,11 @@ pub(crate) static POOLS: Array<Limits, 1> = Array::new();
 
 /// Frontend id → shared cursor and counters.
 #[btf_map]
-pub(crate) static FRONTEND_STATS: Array<FrontendStats, 1> = Array::new();
+pub(crate) static FRONTEND_STATS: Array<FrontendStats, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Backend id → counters.
 #[btf_map]
-pub(crate) static BACKEND_STATS: Array<BackendStats, 1> = Array::new();
+pub(crate) static BACKEND_STATS: Array<BackendStats, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Counters of pools that have limits.
 #[btf_map]
@@ -63,7 +66,12 @@ pub(crate) static TROUBLED: Array<u32, 1> = Array::new();
 #[btf_map]
 pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, 1> = LruHashMap::new();
 
-/// Socket → what it dialled and what it was given.
+/// Connected TCP sockets → what they dialled and what they were given, in the place that the socket's cookie names.
+#[btf_map]
+pub(crate) static CONNECTIONS: Array<Connection, { Connection::PLACES as usize }, { BPF_F_MMAPABLE as usize }> =
+    Array::new();
+
+/// Socket → the same, for all that have no place in `CONNECTIONS`.
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 
@@ -82,6 +90,10 @@ pub(crate) static COUNTERS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerC
 /// Offset of `sk_err` in the kernel's `struct sock`: the agent reads it from the kernel's BTF.
 #[unsafe(no_mangle)]
 pub(crate) static SK_ERR_OFFSET: Global<u32> = Global::new(0);
+
+/// Offset of a socket's cookie in the same.
+#[unsafe(no_mangle)]
+pub(crate) static SK_COOKIE_OFFSET: Global<u32> = Global::new(0);
 
 /// The name of this set of maps, for what sockets remember of it.
 #[unsafe(no_mangle)]

@@ -3,7 +3,7 @@
 //! Armed when the SYN is about to leave, not when the connection stands: a refused connect goes from SYN_SENT
 //! to CLOSE and would never be seen otherwise.
 
-use core::ptr::{addr_of, null_mut};
+use core::ptr::addr_of;
 
 use aya_ebpf::{
     EbpfContext,
@@ -11,9 +11,7 @@ use aya_ebpf::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
         BPF_SOCK_OPS_TCP_CONNECT_CB,
     },
-    helpers::generated::{
-        bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_setsockopt, bpf_sk_storage_get, bpf_skc_to_tcp_sock,
-    },
+    helpers::generated::{bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_setsockopt, bpf_skc_to_tcp_sock},
     programs::SockOpsContext,
 };
 use aya_log_ebpf::debug;
@@ -21,8 +19,9 @@ use portolan_common::{BackendStats, Counter, Outcome, OutcomeKind, PoolStats, So
 
 use crate::{
     addr,
-    maps::{BACKEND_STATS, EVENTS, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, SOCKETS, TROUBLED, count},
+    maps::{BACKEND_STATS, EVENTS, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, TROUBLED, count},
     select::{add, take_one},
+    state,
 };
 
 const TCP_SYN_SENT: u32 = 2;
@@ -59,6 +58,7 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
             if let Some(state) = state(ctx) {
                 closed(ctx, state);
             }
+            state::release(ctx);
         }
         _ => {}
     }
@@ -67,19 +67,9 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
 /// What Portolan left on this socket, if its peer still is the backend that it was given.
 #[inline(always)]
 fn state(ctx: &SockOpsContext) -> Option<*mut SocketState> {
-    // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
-    unsafe {
-        let sk = (*ctx.ops).__bindgen_anon_2.sk;
-        if sk.is_null() {
-            return None;
-        }
-        let map = (&raw const SOCKETS).cast_mut().cast();
-        let state: *mut SocketState = bpf_sk_storage_get(map, sk.cast(), null_mut(), 0).cast();
-        if state.is_null() || (*state).backend != addr::remote(ctx) {
-            return None;
-        }
-        Some(state)
-    }
+    let state = state::of_event(ctx)?;
+    // SAFETY: the value is this socket's, which is locked.
+    unsafe { ((*state).backend == addr::remote(ctx)).then_some(state) }
 }
 
 /// The SYN is about to leave.

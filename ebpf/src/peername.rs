@@ -3,7 +3,11 @@
 use aya_ebpf::programs::SockAddrContext;
 use portolan_common::Endpoint;
 
-use crate::{addr, connect::PROCEED, maps::SOCKETS};
+use crate::{
+    addr,
+    connect::{PROCEED, protocol},
+    state,
+};
 
 #[inline(always)]
 pub(crate) fn getpeername4(ctx: &SockAddrContext) -> i32 {
@@ -24,12 +28,7 @@ pub(crate) fn getpeername6(ctx: &SockAddrContext) -> i32 {
 /// The Service address behind this socket, if its peer still is the backend that it was given.
 #[inline(always)]
 fn dialled(ctx: &SockAddrContext, peer: Endpoint) -> Option<Endpoint> {
-    // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
-    unsafe {
-        let state = SOCKETS.get_ptr_mut(ctx);
-        if state.is_null() || (*state).backend != peer {
-            return None;
-        }
-        Some((*state).frontend)
-    }
+    let state = state::find(ctx, protocol(ctx))?;
+    // SAFETY: the value is this socket's, which is locked.
+    unsafe { ((*state).backend == peer).then(|| (*state).frontend) }
 }

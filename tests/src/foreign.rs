@@ -1,7 +1,7 @@
 //! Somebody else's program on a cgroup: it lets everything go on.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
 };
@@ -53,6 +53,19 @@ impl Foreign {
     /// Whether it is attached still: it can be detached only then.
     pub fn is_attached(&self) -> bool {
         self.change(BPF_PROG_DETACH).and_then(|()| self.change(BPF_PROG_ATTACH)).is_ok()
+    }
+
+    /// Nanoseconds that it has run, and how often, while the kernel counts that.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn counted(&self) -> Result<(u64, u64)> {
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", self.program.as_raw_fd()))?;
+        let field = |name: &str| -> Result<u64> {
+            let line = info.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("no {name}"))?;
+            Ok(line.trim().parse()?)
+        };
+        Ok((field("run_time_ns:")?, field("run_cnt:")?))
     }
 
     fn change(&self, command: libc::c_long) -> io::Result<()> {

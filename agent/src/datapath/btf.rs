@@ -1,7 +1,7 @@
-//! One number out of the kernel's own type information: where `sk_err` lies in `struct sock`.
+//! Two numbers out of the kernel's own type information: where `sk_err` and the cookie lie in `struct sock`.
 //!
 //! Crates that read BTF build all of its hundred thousand types, which takes 85 MB and a third of a second. This walks over the
-//! records once and stops at the one that is asked for. Format: `Documentation/bpf/btf.rst` of the kernel.
+//! records and stops at the one that is asked for. Format: `Documentation/bpf/btf.rst` of the kernel.
 
 use std::path::Path;
 
@@ -10,14 +10,28 @@ use super::Unsupported;
 const MAGIC: u16 = 0xeb9f;
 const KIND_STRUCT: u32 = 4;
 
-pub(super) fn sk_err_offset(path: &Path) -> Result<u32, Unsupported> {
+/// Offsets in bytes in `struct sock`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Offsets {
+    /// `sk_err`
+    pub(super) error: u32,
+    /// `__sk_common.skc_cookie`
+    pub(super) cookie: u32,
+}
+
+pub(super) fn offsets(path: &Path) -> Result<Offsets, Unsupported> {
     let btf = std::fs::read(path).map_err(|error| {
         Unsupported(format!(
             "{} cannot be read ({error}): the kernel has no BTF; use one built with CONFIG_DEBUG_INFO_BTF",
             path.display()
         ))
     })?;
-    member_offset(&btf, "sock", "sk_err")
+    let error = member_offset(&btf, "sock", "sk_err");
+    // The common part is the first of a socket.
+    let cookie = member_offset(&btf, "sock_common", "skc_cookie");
+    error
+        .zip(cookie)
+        .map(|(error, cookie)| Offsets { error, cookie })
         .ok_or_else(|| Unsupported(format!("{} does not describe struct sock", path.display())))
 }
 
@@ -79,6 +93,7 @@ mod tests {
         // The first member of struct sock is its common part, and sk_err comes after it.
         assert_eq!(member_offset(&btf, "sock", "__sk_common"), Some(0));
         assert!(member_offset(&btf, "sock", "sk_err").is_some_and(|offset| (128..1024).contains(&offset)));
+        assert!(member_offset(&btf, "sock_common", "skc_cookie").is_some_and(|offset| (24..128).contains(&offset)));
         assert_eq!(member_offset(&btf, "sock", "no_such_member"), None);
     }
 

@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::statfs;
 
-use super::{Options, btf};
+use super::{
+    Options,
+    btf::{self, Offsets},
+};
 
 /// The machine lacks something that Portolan needs.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -16,8 +19,8 @@ pub struct Unsupported(pub String);
 pub(super) struct Environment {
     /// The cgroup to serve.
     pub(super) cgroup: PathBuf,
-    /// Offset of `sk_err` in `struct sock`.
-    pub(super) sk_err_offset: u32,
+    /// What the programs read of sockets.
+    pub(super) offsets: Offsets,
 }
 
 const CGROUP2_MAGIC: u64 = 0x6367_7270;
@@ -31,8 +34,8 @@ impl Environment {
         }
         let cgroup = cgroup(options.cgroup.as_deref())?;
         check_bpffs(&options.bpffs)?;
-        let sk_err_offset = btf::sk_err_offset(Path::new("/sys/kernel/btf/vmlinux"))?;
-        Ok(Self { cgroup, sk_err_offset })
+        let offsets = btf::offsets(Path::new("/sys/kernel/btf/vmlinux"))?;
+        Ok(Self { cgroup, offsets })
     }
 }
 

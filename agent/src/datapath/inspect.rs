@@ -116,7 +116,7 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
     Facts {
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         is_root: rustix::process::geteuid().is_root(),
-        btf: btf::sk_err_offset(Path::new("/sys/kernel/btf/vmlinux")).map(drop),
+        btf: btf::offsets(Path::new("/sys/kernel/btf/vmlinux")).map(drop),
         cgroup,
         bpffs: bpffs.ancestors().find(|path| path.exists()).is_some_and(environment::is_bpffs),
         agent: bpffs.exists() && matches!(pins::lock(bpffs), Ok(None)),

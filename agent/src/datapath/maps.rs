@@ -20,7 +20,7 @@ use crate::table::{Held, HeldFrontend, Op, Sizes};
 /// Maps of a set that have no size of their own to choose.
 pub(super) const OF_FIXED_SIZE: [&str; 2] = ["EVENTS", "COUNTERS"];
 /// Maps that belong to sockets, whatever set is in force.
-pub(super) const OF_SOCKETS: [&str; 2] = ["SOCKETS", "DATAGRAMS"];
+pub(super) const OF_SOCKETS: [&str; 3] = ["SOCKETS", "CONNECTIONS", "DATAGRAMS"];
 
 /// Maps whose entries in use can be counted from outside.
 pub(super) const COUNTABLE: [&str; 2] = ["FRONTENDS", "AFFINITY"];

@@ -122,7 +122,8 @@ impl Datapath {
 
         let mut loader = EbpfLoader::new();
         let level = options.log.level();
-        loader.override_global("SK_ERR_OFFSET", &environment.sk_err_offset, true);
+        loader.override_global("SK_ERR_OFFSET", &environment.offsets.error, true);
+        loader.override_global("SK_COOKIE_OFFSET", &environment.offsets.cookie, true);
         loader.override_global("SET", &set.id, true);
         loader.override_global(aya_log::LEVEL, &level, true);
         for shape in maps::shapes(options.sizes) {

@@ -26,7 +26,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use portolan_common::{SCHEMA_VERSION, SOCKET_LAYOUT};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, open};
 
-use super::environment::is_bpffs;
+use super::{environment::is_bpffs, raw};
 
 const CURRENT: &str = "current";
 const LINKS: &str = "links";
@@ -217,6 +217,10 @@ pub fn cleanup(bpffs: &Path, mut tell: impl FnMut(&Path)) -> Result<()> {
     // Links first, so that nothing is rewritten any more when the rest goes.
     let mut all = entries(bpffs)?;
     all.sort_by_key(|path| path.file_name().is_none_or(|name| name != LINKS));
+    for link in entries(&bpffs.join(LINKS))? {
+        // At once; one for which that fails goes with its pin, a moment later.
+        let _ = raw::open(&link).and_then(raw::detach);
+    }
     for path in all {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         if name == CURRENT || name == "next" {

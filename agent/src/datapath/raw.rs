@@ -18,6 +18,7 @@ const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// Pins a link.
 pub(super) fn pin(link: impl AsFd, pin: &Path) -> io::Result<()> {
@@ -43,6 +44,13 @@ fn object(command: libc::c_long, path: &Path, fd: u32) -> io::Result<i32> {
     let mut attr = Attr { path: path.as_ptr().addr() as u64, fd, flags: 0 };
     // SAFETY: the attributes are those of these commands; the path outlives the call.
     unsafe { bpf(command, &mut attr) }
+}
+
+/// Takes a link off its cgroup. Where only its pin is removed, the kernel does so some time later.
+pub(super) fn detach(link: impl AsFd) -> io::Result<()> {
+    let mut fd = link.as_fd().as_raw_fd() as u32;
+    // SAFETY: the command has this one attribute.
+    unsafe { bpf(BPF_LINK_DETACH, &mut fd) }.map(drop)
 }
 
 /// Puts another program into a live link, in one step: no connection sees neither of them.

@@ -328,7 +328,7 @@ impl Layout {
             member_count: members.len() as u32,
             affinity_seconds: entry.affinity.map_or(0, seconds),
             flags: flag(entry.is_strict(), VersionFlags::STRICT) | flag(entry.random, VersionFlags::RANDOM),
-            reserved: 0,
+            reserved: Default::default(),
         };
         if before.is_none() {
             ops.push(Op::ResetFrontend(room.id));
@@ -489,7 +489,7 @@ fn limits(pool: &PoolEntry, epoch: u32) -> Limits {
         keepalive_time: of.time.map_or(0, seconds).min(MAX_KEEPALIVE_SECONDS),
         keepalive_interval: of.interval.map_or(0, seconds).min(MAX_KEEPALIVE_SECONDS),
         keepalive_probes: of.probes.unwrap_or(0).min(MAX_KEEPALIVE_PROBES),
-        reserved: 0,
+        reserved: Default::default(),
         name: name(&pool.key),
     }
 }

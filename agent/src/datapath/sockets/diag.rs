@@ -5,13 +5,14 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd as _, BorrowedFd},
+    os::fd::{AsFd as _, AsRawFd as _},
     time::Duration,
 };
 
 use netlink_sys::{Socket as Netlink, protocols::NETLINK_SOCK_DIAG};
 use portolan_common::{Endpoint, SocketState};
 
+use super::States;
 use crate::model::Protocol;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
@@ -50,6 +51,14 @@ pub(super) struct Connected {
     identity: [u8; 48],
 }
 
+impl Connected {
+    /// The socket's cookie: two words, the lower one first.
+    fn cookie(&self) -> u64 {
+        let word = |at: usize| u32::from_ne_bytes([0, 1, 2, 3].map(|byte| self.identity[at + byte]));
+        u64::from(word(40)) | u64::from(word(44)) << 32
+    }
+}
+
 /// A TCP connection that Portolan has given its endpoint.
 pub(super) struct Connection {
     pub(super) socket: Connected,
@@ -72,15 +81,15 @@ impl Diag {
     }
 
     /// The TCP connections with a state of ours whose peer is the endpoint that they were given.
-    pub(super) fn connections(&self, states: BorrowedFd<'_>) -> io::Result<Vec<Connection>> {
+    pub(super) fn connections(&self, states: &States) -> io::Result<Vec<Connection>> {
         let mut map = Vec::new();
-        attribute(&mut map, REQ_MAP_FD, &(states.as_raw_fd() as u32).to_ne_bytes());
+        attribute(&mut map, REQ_MAP_FD, &(states.storage.fd().as_fd().as_raw_fd() as u32).to_ne_bytes());
         let mut storage = Vec::new();
         attribute(&mut storage, REQ_SK_BPF_STORAGES | NESTED, &map);
         let wanted = [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_CLOSE_WAIT];
         let mut found = Vec::new();
         self.dump(Protocol::Tcp, wanted.iter().fold(0, |all, one| all | 1 << one), &storage, &mut |body| {
-            found.extend(connection(body));
+            found.extend(connection(body, &|cookie| states.connection(cookie)));
         })?;
         Ok(found)
     }
@@ -203,22 +212,27 @@ fn connected(body: &[u8]) -> Option<Connected> {
     Some(Connected { peer: peer(family, &identity)?, inode, family, identity })
 }
 
-/// A connection of ours out of its message.
-fn connection(body: &[u8]) -> Option<Connection> {
+/// A connection of ours out of its message. What is remembered of it is found by its cookie, or is in the message.
+fn connection(body: &[u8], by_cookie: &dyn Fn(u64) -> Option<SocketState>) -> Option<Connection> {
     let socket = connected(body)?;
     let attributes = body.get(MESSAGE..)?;
-    let value = within(within(within(attributes, INET_DIAG_SK_BPF_STORAGES)?, STORAGE)?, STORAGE_MAP_VALUE)?;
-    if value.len() != size_of::<SocketState>() {
-        return None;
-    }
-    // SAFETY: `SocketState` is plain data of exactly this length, and a read that need not be aligned.
-    let state = unsafe { value.as_ptr().cast::<SocketState>().read_unaligned() };
+    let state = by_cookie(socket.cookie()).or_else(|| stored(attributes))?;
     // `struct tcp_info`: milliseconds since data was sent, and received.
     let info = within(attributes, INET_DIAG_INFO)?;
     let milliseconds = |at: usize| Some(u32::from_ne_bytes(info.get(at..at + 4)?.try_into().ok()?));
     let idle = Duration::from_millis(milliseconds(44)?.min(milliseconds(52)?).into());
     // What a former connect of the socket left does not count.
     (state.backend == socket.peer).then_some(Connection { socket, state, idle })
+}
+
+/// The state out of the socket's storage.
+fn stored(attributes: &[u8]) -> Option<SocketState> {
+    let value = within(within(within(attributes, INET_DIAG_SK_BPF_STORAGES)?, STORAGE)?, STORAGE_MAP_VALUE)?;
+    if value.len() != size_of::<SocketState>() {
+        return None;
+    }
+    // SAFETY: `SocketState` is plain data of exactly this length, and a read that need not be aligned.
+    Some(unsafe { value.as_ptr().cast::<SocketState>().read_unaligned() })
 }
 
 /// The peer out of `struct inet_diag_sockid`: two ports, two addresses.
@@ -243,10 +257,10 @@ mod tests {
         let bytes = message(SOCK_DIAG_BY_FAMILY, 0, &body);
         let (kind, inner, rest) = next_message(&bytes).unwrap();
         assert_eq!((kind, inner, rest), (SOCK_DIAG_BY_FAMILY, body.as_slice(), [].as_slice()));
-        assert!(connection(inner).is_none(), "nothing of ours is on it");
+        assert!(connection(inner, &|_| None).is_none(), "nothing of ours is on it");
         for len in 0..bytes.len() {
             assert!(next_message(&bytes[..len]).is_none());
-            connection(&body[..len.min(body.len())]);
+            connection(&body[..len.min(body.len())], &|_| None);
         }
         assert_eq!(within(&body[MESSAGE..], 7), Some([1, 2, 3].as_slice()));
     }

@@ -25,7 +25,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use aya::maps::MapData;
+use aya::maps::{Array, Map, MapData};
 use portolan_common::{FrontendKey, SocketStage, SocketState};
 use procfs::process::FDTarget;
 use rustix::{
@@ -124,8 +124,7 @@ pub struct Closer {
 impl Closer {
     /// Starts it, for the sockets whose states are pinned here, with ids of this set.
     pub(super) fn start(pins: &Pins, set: u32) -> Result<Self> {
-        let states =
-            MapData::from_pin(pins.socket_map(maps::OF_SOCKETS[0])).context("cannot open the sockets' states")?;
+        let states = States::open(pins).context("cannot open the sockets' states")?;
         let (orders, wanted) = channel();
         let (done, passes) = unbounded_channel();
         thread::Builder::new()
@@ -150,6 +149,27 @@ impl Closer {
     }
 }
 
+/// What is remembered on sockets.
+struct States {
+    storage: MapData,
+    connections: Array<MapData, portolan_common::Connection>,
+}
+
+impl States {
+    fn open(pins: &Pins) -> Result<Self> {
+        let [storage, connections] =
+            [maps::OF_SOCKETS[0], maps::OF_SOCKETS[1]].map(|name| MapData::from_pin(pins.socket_map(name)));
+        Ok(Self { storage: storage?, connections: Array::try_from(Map::Array(connections?))? })
+    }
+
+    /// What is remembered of the TCP connection with this cookie, if it has a place of its own.
+    fn connection(&self, cookie: u64) -> Option<SocketState> {
+        let place = cookie as u32 & (portolan_common::Connection::PLACES - 1);
+        let connection = self.connections.get(&place, 0).ok()?;
+        (connection.owner == cookie).then_some(connection.state)
+    }
+}
+
 /// Whether sockets can be listed and ended on this machine; if not, why.
 pub(super) fn check() -> Result<(), String> {
     let diag = Diag::open().map_err(|error| format!("no sock_diag: {error}"))?;
@@ -159,7 +179,7 @@ pub(super) fn check() -> Result<(), String> {
     Ok(())
 }
 
-fn work(states: &MapData, set: u32, orders: &Receiver<Order>, done: &UnboundedSender<Pass>) {
+fn work(states: &States, set: u32, orders: &Receiver<Order>, done: &UnboundedSender<Pass>) {
     let own = File::open("/proc/thread-self/ns/net");
     while let Ok(order) = orders.recv() {
         let order = orders.try_iter().fold(order, Order::followed_by);
@@ -223,7 +243,7 @@ type Datagrams = (Rc<Diag>, Connected);
 /// Ends the TCP connections of a namespace that the order is about, and finds the UDP sockets that it may be about.
 fn one_namespace(
     namespace: &Path,
-    states: &MapData,
+    states: &States,
     set: u32,
     order: &Order,
     pass: &mut Pass,
@@ -233,7 +253,7 @@ fn one_namespace(
     move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).context("cannot get in")?;
     let diag = Rc::new(Diag::open()?);
     if order.gone_tcp != GoneTcp::Keep || !order.lifetimes.is_empty() {
-        for connection in diag.connections(states.fd().as_fd()).context("cannot list TCP connections")? {
+        for connection in diag.connections(states).context("cannot list TCP connections")? {
             let reason = match order.verdict(&connection, set) {
                 Verdict::Keep => continue,
                 Verdict::Wait => {
@@ -254,7 +274,7 @@ fn one_namespace(
 }
 
 /// Ends those UDP sockets that carry a state of ours. sock_diag does not show it for UDP, so each is borrowed from a process that has it.
-fn close_datagrams(sockets: Vec<Datagrams>, states: &MapData, order: &Order, pass: &mut Pass) -> Result<()> {
+fn close_datagrams(sockets: Vec<Datagrams>, states: &States, order: &Order, pass: &mut Pass) -> Result<()> {
     let mut by_inode: HashMap<u64, Datagrams> =
         sockets.into_iter().map(|(diag, socket)| (socket.inode.into(), (diag, socket))).collect();
     for process in procfs::process::all_processes().context("/proc cannot be read")?.flatten() {
@@ -268,7 +288,7 @@ fn close_datagrams(sockets: Vec<Datagrams>, states: &MapData, order: &Order, pas
             let Ok(borrowed) = borrow(process.pid, descriptor.fd) else { continue };
             let Some((diag, socket)) = by_inode.remove(&inode) else { continue };
             // Where there is none, Portolan did not give it its peer.
-            let Ok(state) = raw::lookup_socket::<SocketState>(states.fd(), &borrowed) else { continue };
+            let Ok(state) = raw::lookup_socket::<SocketState>(states.storage.fd(), &borrowed) else { continue };
             if state.backend == socket.peer
                 && state.protocol == Protocol::Udp.number()
                 && order.is_gone(Protocol::Udp, &state)

@@ -1,0 +1,153 @@
+//! What Portolan remembers on a socket, and where.
+//!
+//! Making a socket's storage takes longer than all the rest of a connect (docs/adr/0002-socket-state.md). So the state of a TCP connection
+//! lies in a place of `CONNECTIONS` that its cookie names, from its connect until it closes. Where that place is somebody else's, and for UDP, of
+//! whose end no hook hears, it is the socket's storage.
+
+use core::{
+    intrinsics::{AtomicOrdering, atomic_cxchg},
+    ptr::null_mut,
+};
+
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::generated::{bpf_get_socket_cookie, bpf_jiffies64, bpf_sk_storage_get, bpf_skc_to_tcp_sock},
+    programs::{SockAddrContext, SockOpsContext},
+};
+use portolan_common::{Connection, SocketStage, SocketState};
+
+use crate::{
+    connect::IPPROTO_TCP,
+    maps::{CONNECTIONS, SK_COOKIE_OFFSET, SOCKETS},
+};
+
+/// A place that was taken for a connect that never began is free after so many ticks: one minute at the least, ten at the most.
+const ABANDONED: u64 = 60_000;
+
+/// What Portolan left on the socket that makes a call.
+#[inline(always)]
+pub(crate) fn find(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketState> {
+    if protocol == IPPROTO_TCP {
+        // One that nobody has asked for its cookie has no place; and storage is only for want of a place.
+        let cookie = known_cookie(ctx)?;
+        if let Some(state) = own(cookie) {
+            return Some(state);
+        }
+    }
+    // SAFETY: the kernel gives a valid context.
+    let state = unsafe { SOCKETS.get_ptr_mut(ctx) };
+    (!state.is_null()).then_some(state)
+}
+
+/// The same, and where there is nothing yet, a new one; `None` where there is no memory for it.
+#[inline(always)]
+pub(crate) fn make(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketState> {
+    if protocol == IPPROTO_TCP
+        && let Some(state) = take(cookie(ctx))
+    {
+        return Some(state);
+    }
+    // SAFETY: the kernel gives a valid context.
+    let state = unsafe { SOCKETS.get_or_insert_ptr_mut(ctx, None) };
+    (!state.is_null()).then_some(state)
+}
+
+/// What Portolan left on the TCP socket that something happens to.
+#[inline(always)]
+pub(crate) fn of_event(ctx: &SockOpsContext) -> Option<*mut SocketState> {
+    // SAFETY: a helper call with the kernel's own context.
+    if let Some(state) = own(unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }) {
+        return Some(state);
+    }
+    // SAFETY: the kernel gives a valid context.
+    unsafe {
+        let sk = (*ctx.ops).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return None;
+        }
+        let map = (&raw const SOCKETS).cast_mut().cast();
+        let state: *mut SocketState = bpf_sk_storage_get(map, sk.cast(), null_mut(), 0).cast();
+        (!state.is_null()).then_some(state)
+    }
+}
+
+/// The socket is closed: its place is free. (Storage goes with the socket.)
+#[inline(always)]
+pub(crate) fn release(ctx: &SockOpsContext) {
+    // SAFETY: a helper call with the kernel's own context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let Some(place) = place(cookie) else { return };
+    // SAFETY: a live map value; while the place is this socket's, nobody else writes to it.
+    unsafe {
+        if (&raw const (*place).owner).read_volatile() == cookie {
+            (&raw mut (*place).owner).write_volatile(0);
+        }
+    }
+}
+
+#[inline(always)]
+fn cookie(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: a helper call with the kernel's own context.
+    unsafe { bpf_get_socket_cookie(ctx.sock_addr.cast()) }
+}
+
+/// The cookie of a TCP socket, if it has one already: to give it one takes longer than all else about a connect that is none of Portolan's.
+#[inline(always)]
+fn known_cookie(ctx: &SockAddrContext) -> Option<u64> {
+    // SAFETY: the kernel gives a valid context; a read through a BTF pointer cannot fault, and the offset comes from the kernel's own BTF.
+    unsafe {
+        let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
+        if sk.is_null() {
+            return None;
+        }
+        let tcp = bpf_skc_to_tcp_sock(sk.cast());
+        if tcp.is_null() {
+            return None;
+        }
+        let cookie = tcp.cast::<u8>().add(SK_COOKIE_OFFSET.load() as usize).cast::<u64>().read_volatile();
+        (cookie != 0).then_some(cookie)
+    }
+}
+
+/// The place that a cookie names. Cookies are given one after the other, so that neighbours in time are neighbours here.
+#[inline(always)]
+fn place(cookie: u64) -> Option<*mut Connection> {
+    CONNECTIONS.get_ptr_mut(cookie as u32 & (Connection::PLACES - 1))
+}
+
+/// The state in the place that the cookie names, if it is this socket's.
+#[inline(always)]
+fn own(cookie: u64) -> Option<*mut SocketState> {
+    let place = place(cookie)?;
+    // SAFETY: a live map value.
+    unsafe { ((&raw const (*place).owner).read_volatile() == cookie).then_some(&raw mut (*place).state) }
+}
+
+/// The same, and where the place is free it becomes this socket's.
+#[inline(always)]
+fn take(cookie: u64) -> Option<*mut SocketState> {
+    let place = place(cookie)?;
+    // SAFETY: a live map value; who changes the owner from what it was has the place for itself.
+    unsafe {
+        let owner = (&raw const (*place).owner).read_volatile();
+        if owner == cookie {
+            return Some(&raw mut (*place).state);
+        }
+        let now = bpf_jiffies64();
+        if owner != 0 {
+            let stage = (&raw const (*place).state.stage).read_volatile();
+            let since = (&raw const (*place).since).read_volatile();
+            if stage != SocketStage::None as u32 || now.saturating_sub(since) < ABANDONED {
+                return None;
+            }
+        }
+        let owner_at = &raw mut (*place).owner;
+        let (_, taken) =
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(owner_at, owner, cookie);
+        if !taken {
+            return None;
+        }
+        (&raw mut (*place).since).write_volatile(now);
+        Some(&raw mut (*place).state)
+    }
+}
