@@ -36,11 +36,19 @@ impl Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         // A process that has just ended may still be counted for a moment.
-        let removed = wait_until("the cgroup to be empty", Duration::from_secs(5), || Ok(fs::remove_dir(&self.path)?));
+        let removed = wait_until("the cgroup to be empty", Duration::from_secs(5), || remove(&self.path));
         if let Err(error) = removed {
             eprintln!("cannot remove {}: {error:#}", self.path.display());
         }
     }
+}
+
+/// Removes one with those that were made in it.
+pub(crate) fn remove(cgroup: &Path) -> Result<()> {
+    for inner in fs::read_dir(cgroup)?.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+        remove(&inner.path())?;
+    }
+    Ok(fs::remove_dir(cgroup)?)
 }
 
 /// Where cgroup v2 is mounted.

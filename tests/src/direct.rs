@@ -7,7 +7,7 @@ use portolan::{
     datapath::{Datapath, Options, ProgramLog},
     model::Protocol,
     policy::{Part, Schedule, Share},
-    table::{Entry, Knowledge, Layout, Sizes, Table, key},
+    table::{Entry, Knowledge, Layout, Round, Sizes, Table, key},
 };
 use tokio::runtime::Runtime;
 
@@ -17,6 +17,8 @@ use crate::Bed;
 pub struct Direct {
     datapath: Datapath,
     layout: Layout,
+    /// The last round that has not settled.
+    open: Option<Round>,
     runtime: Runtime,
 }
 
@@ -37,7 +39,7 @@ impl Direct {
         let (mut datapath, held) = Datapath::open(&options)?;
         drop(inside);
         datapath.attach()?;
-        Ok(Self { datapath, layout: Layout::from_held(sizes, held), runtime })
+        Ok(Self { datapath, layout: Layout::from_held(sizes, held), open: None, runtime })
     }
 
     /// Publishes a table in the place of the last one, and gives back what nobody reads any more.
@@ -49,13 +51,14 @@ impl Direct {
         self.datapath.maps.apply(&ops)?;
         if let Some(round) = self.layout.end_round() {
             self.datapath.grace.begin(round);
+            self.open = Some(round);
         }
         // Those that have settled by now; where places run out, until one has.
         loop {
             let settled =
                 async { tokio::time::timeout(std::time::Duration::ZERO, self.datapath.grace.settled()).await };
             match self.runtime.block_on(settled) {
-                Ok(round) => self.layout.settle(round),
+                Ok(round) => self.settled(round),
                 Err(_) => break,
             }
         }
@@ -63,16 +66,24 @@ impl Direct {
         Ok(())
     }
 
-    /// Waits until everything that was freed may be used again.
+    /// Waits until some of what was freed may be used again, if there is anything to wait for.
     ///
     /// # Errors
-    /// There is nothing to wait for.
+    /// It takes too long.
     pub fn settle(&mut self) -> Result<()> {
+        if self.open.is_none() {
+            return Ok(());
+        }
         let settled =
             async { tokio::time::timeout(std::time::Duration::from_secs(10), self.datapath.grace.settled()).await };
         let round = self.runtime.block_on(settled).context("nothing settles")?;
-        self.layout.settle(round);
+        self.settled(round);
         Ok(())
+    }
+
+    fn settled(&mut self, round: Round) {
+        self.layout.settle(round);
+        self.open.take_if(|open| *open <= round);
     }
 
     /// Entries in use, by map.

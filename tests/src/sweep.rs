@@ -66,9 +66,9 @@ fn sweep(of: impl Fn(u32) -> bool) {
         tell(fs::remove_dir_all(&folder), &folder);
     }
     for cgroup in cgroup::root().map(|root| ours(&root)).unwrap_or_default() {
-        let removed = fs::write(cgroup.join("cgroup.kill"), "1").map_err(Into::into).and_then(|()| {
-            wait_until("the cgroup to be empty", Duration::from_secs(5), || Ok(fs::remove_dir(&cgroup)?))
-        });
+        let removed = fs::write(cgroup.join("cgroup.kill"), "1")
+            .map_err(Into::into)
+            .and_then(|()| wait_until("the cgroup to be empty", Duration::from_secs(5), || cgroup::remove(&cgroup)));
         tell(removed, &cgroup);
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Bed, Directory,
+    Agent, Bed, Directory, Places,
     dial::Task,
     objects::{destination_rule, node, service, slice},
     wait_until,
@@ -13,6 +13,7 @@ use portolan_tests::{
 use serde_json::json;
 
 const ENETUNREACH: i32 = 101;
+const BOUND: Duration = Duration::from_secs(20);
 
 /// Two regions on one node: `near` at 10.0.0.x, `far` at 10.1.0.x; 90 % near, 10 % far.
 fn ninety_ten(bed: &Bed, near: usize, far: usize) -> Result<Directory> {
@@ -157,6 +158,38 @@ fn counters_tell_the_truth() -> Result<()> {
         }
         // No addresses among the labels.
         ensure!(!text.contains("10.0.0.1"), "{text}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_connection_that_finds_no_place_is_remembered_on_its_socket() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = ninety_ten(&bed, 1, 1)?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let places = Places::open(bed.pins())?;
+    let mut client = bed.dialler()?;
+    let dialled = Some("172.16.0.10:80".parse()?);
+    let count = |agent: &Agent, field: &str| -> Result<u64> {
+        let report = agent.get("endpoints")?;
+        let endpoints = report["services"][0]["endpoints"].as_array().into_iter().flatten();
+        Ok(endpoints.filter_map(|endpoint| endpoint["kernel"][field].as_u64()).sum())
+    };
+    assert!(client.dial("172.16.0.10:80", 20)?.seen.iter().all(|seen| seen.peer == dialled));
+    wait_until("the places to be free again", BOUND, || {
+        ensure!(places.taken() == 0, "{} are taken", places.taken());
+        Ok(())
+    })?;
+    client.run(&Task::Hold { to: "172.16.0.10:80".parse()?, times: 7 })?;
+    assert_eq!(places.taken(), 7);
+    places.take_all();
+    let reply = client.dial("172.16.0.10:80", 20)?;
+    assert!(reply.seen.iter().all(|seen| seen.errno == 0 && seen.peer == dialled), "{reply:?}");
+    assert_eq!(reply.count("far"), 2);
+    // Counted like all others.
+    wait_until("the counters", BOUND, || {
+        let seen = (count(&agent, "connections")?, count(&agent, "active")?);
+        ensure!(seen == (47, 7), "{seen:?}");
         Ok(())
     })
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Agent, Bed, Directory,
+    Agent, Bed, Directory, Places,
     dial::{Task, Way},
     objects::{destination_rule, node, service, slice},
     wait_until,
@@ -126,10 +126,14 @@ fn connections_that_are_idle_or_old_are_ended() -> Result<()> {
 
 #[test]
 fn tcp_connections_to_what_is_gone_go_on_or_end_as_the_setting_says() -> Result<()> {
-    for setting in ["keep", "reset", "idle"] {
+    // Where what is remembered lies makes no difference.
+    for (setting, places) in [("keep", true), ("reset", true), ("reset", false), ("idle", true), ("idle", false)] {
         let bed = Bed::new()?;
         let directory = limited(&bed, &json!({}))?;
         let agent = bed.agent_with(&directory, "c1", "n1", &["--gone-connections", setting])?;
+        if !places {
+            Places::open(bed.pins())?.take_all();
+        }
         let mut client = bed.dialler()?;
         // Two to each endpoint.
         client.run(&Task::Hold { to: WEB.parse()?, times: 4 })?;

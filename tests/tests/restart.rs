@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Bed, Directory,
+    Bed, Cgroup, Dialler, Directory, Place,
     dial::Task,
     objects::{mesh_config, node, service, slice},
     wait_until,
@@ -249,6 +249,39 @@ fn readiness_tells_the_truth() -> Result<()> {
     let agent = bed.agent(&directory, "c1", "n1")?;
     assert!(agent.log().contains("connect4 had been detached"), "{}", agent.log());
     assert_eq!(client.dial("172.16.0.10:80", 2)?.errnos(), [0; 2]);
+    Ok(())
+}
+
+#[test]
+fn a_cgroup_that_is_removed_and_made_anew_is_served_again() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = directory(&bed)?;
+    let name = format!("{}/pods", bed.cgroup.path().file_name().unwrap().display());
+    let pods = Cgroup::new(&name)?;
+    let path = pods.path().display().to_string();
+    let agent = bed.agent_with(&directory, "c1", "n1", &["--cgroup", &path])?;
+    let dial = |pods: &Cgroup| {
+        let place = Place { namespace: Some(&bed.namespace), cgroup: Some(pods) };
+        Dialler::start(place)?.dial("172.16.0.10:80", 2)
+    };
+    assert_eq!(dial(&pods)?.errnos(), [0; 2]);
+    // With all that is in it: the agent's own probe is one of its pods.
+    wait_until("the cgroup to be gone", BOUND, || {
+        fs::write(pods.path().join("cgroup.kill"), "1")?;
+        Ok(fs::remove_dir(pods.path())?)
+    })?;
+    std::mem::forget(pods);
+    wait_until("the agent to miss it", BOUND, || {
+        let (status, why) = agent.http("/readyz")?;
+        ensure!(status == 503, "{status} {why}");
+        Ok(())
+    })?;
+    let pods = Cgroup::new(&name)?;
+    wait_until("the new one to be served", BOUND, || {
+        ensure!(agent.http("/readyz")?.0 == 200, "{}", agent.log());
+        Ok(())
+    })?;
+    assert_eq!(dial(&pods)?.errnos(), [0; 2]);
     Ok(())
 }
 

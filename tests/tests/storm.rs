@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use portolan::table::Sizes;
 use portolan_tests::{
     Bed, Directory, Place,
@@ -52,10 +52,13 @@ fn every_connection_goes_where_a_table_in_force_said() -> Result<()> {
     let sizes = Sizes { frontends: 8, backends: 48, slots: 256, affinities: 1 };
     let mut direct = Direct::new(&bed, sizes)?;
     let wanted = |masks: &[u8]| {
-        table((0..SERVICES).map(|service| {
+        let dialled = (0..SERVICES).map(|service| {
             let has = |number: &u8| masks[usize::from(service)] & (1 << number) != 0;
             (frontend(service), (0..ENDPOINTS).filter(has).map(|number| endpoint(service, number)).collect())
-        }))
+        });
+        // Others that nobody dials come and go, so that entries move about in their buckets and ids change hands.
+        let others = (SERVICES..2 * SERVICES).filter(|other| masks[usize::from(other % SERVICES)] & 1 != 0);
+        table(dialled.chain(others.map(|other| (frontend(other), vec![endpoint(other % SERVICES, 0)]))))
     };
     let mut published: Vec<Published> = Vec::new();
     let mut publish = |direct: &mut Direct, masks: [u8; SERVICES as usize]| -> Result<()> {
@@ -63,7 +66,7 @@ fn every_connection_goes_where_a_table_in_force_said() -> Result<()> {
         // Where places have run out, they are waited for.
         while let Err(error) = direct.publish(&wanted(&masks)) {
             ensure!(error.to_string().contains("do not fit"), "{error:#}");
-            direct.settle()?;
+            direct.settle().with_context(|| format!("{error:#}"))?;
         }
         published.push(Published { from, sure: now(), masks });
         Ok(())

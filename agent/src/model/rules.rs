@@ -162,6 +162,13 @@ pub struct Keepalive {
     pub interval: Option<Duration>,
 }
 
+impl Keepalive {
+    /// Longer times no socket takes.
+    pub const MOST_SECONDS: u32 = 32_767;
+    /// Nor more probes.
+    pub const MOST_PROBES: u32 = 127;
+}
+
 /// `trafficPolicy`. Absent blocks are the defaults.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TrafficPolicy {

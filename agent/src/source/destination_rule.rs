@@ -358,6 +358,25 @@ fn outlier_detection(
     })
 }
 
+/// No longer and no more than a socket's options take.
+fn keepalive(context: &mut Context<'_>, at: &str, spec: KeepaliveSpec) -> Result<Keepalive, Invalid> {
+    let most = Duration::from_secs(Keepalive::MOST_SECONDS.into());
+    let mut time = |field: &str, value| -> Result<Option<Duration>, Invalid> {
+        let asked = maybe_duration(format!("{at}.{field}"), value)?;
+        if asked.is_some_and(|asked| asked > most) {
+            let message = format!("is more than a socket takes: {} s in its place", most.as_secs());
+            context.finding(Code::NotHonoured, format!("{at}.{field}"), message);
+        }
+        Ok(asked.map(|asked| asked.min(most)))
+    };
+    let (time, interval) = (time("time", spec.time)?, time("interval", spec.interval)?);
+    if spec.probes.is_some_and(|probes| probes > Keepalive::MOST_PROBES) {
+        let message = format!("is more than a socket takes: {} in its place", Keepalive::MOST_PROBES);
+        context.finding(Code::NotHonoured, format!("{at}.probes"), message);
+    }
+    Ok(Keepalive { probes: spec.probes.map(|probes| probes.min(Keepalive::MOST_PROBES)), time, interval })
+}
+
 fn connection_pool(context: &mut Context<'_>, at: &str, spec: PoolSpec) -> Result<ConnectionPool, Invalid> {
     // With 1 each request has a connection of its own, which is what Portolan chooses for anyway.
     if spec.http.and_then(|http| http.max_requests_per_connection).is_some_and(|max| max > 1) {
@@ -366,13 +385,7 @@ fn connection_pool(context: &mut Context<'_>, at: &str, spec: PoolSpec) -> Resul
     }
     let Some(tcp) = spec.tcp else { return Ok(ConnectionPool::default()) };
     let at = format!("{at}.tcp");
-    let keepalive = tcp.tcp_keepalive.map(|keepalive| {
-        Ok(Keepalive {
-            probes: keepalive.probes,
-            time: maybe_duration(format!("{at}.tcpKeepalive.time"), keepalive.time)?,
-            interval: maybe_duration(format!("{at}.tcpKeepalive.interval"), keepalive.interval)?,
-        })
-    });
+    let keepalive = tcp.tcp_keepalive.map(|spec| keepalive(context, &format!("{at}.tcpKeepalive"), spec));
     Ok(ConnectionPool {
         connect_timeout: maybe_duration(format!("{at}.connectTimeout"), tcp.connect_timeout)?,
         max_connections: tcp.max_connections.filter(|max| *max > 0),

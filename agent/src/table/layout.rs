@@ -12,8 +12,7 @@ use portolan_common::{Backend, Endpoint, FrontendKey, Limits, Slot, Version, Ver
 use siphasher::sip::SipHasher13;
 
 use super::{
-    Entry, Held, HeldFrontend, Knowledge, Lost, MAX_KEEPALIVE_PROBES, MAX_KEEPALIVE_SECONDS, Op, PoolEntry, Refused,
-    Sizes, Table,
+    Entry, Held, HeldFrontend, Knowledge, Lost, Op, PoolEntry, Refused, Sizes, Table,
     alloc::{Full, Ranges, Round},
     shared::{Id, Shared},
 };
@@ -485,10 +484,9 @@ fn limits(pool: &PoolEntry, epoch: u32) -> Limits {
         max_connections: max_connections.unwrap_or(0),
         connect_timeout_ms: connect_timeout.map_or(0, milliseconds),
         keepalive: u32::from(keepalive.is_some()),
-        // What the socket options take at the most.
-        keepalive_time: of.time.map_or(0, seconds).min(MAX_KEEPALIVE_SECONDS),
-        keepalive_interval: of.interval.map_or(0, seconds).min(MAX_KEEPALIVE_SECONDS),
-        keepalive_probes: of.probes.unwrap_or(0).min(MAX_KEEPALIVE_PROBES),
+        keepalive_time: of.time.map_or(0, seconds),
+        keepalive_interval: of.interval.map_or(0, seconds),
+        keepalive_probes: of.probes.unwrap_or(0),
         reserved: Default::default(),
         name: name(&pool.key),
     }

@@ -19,7 +19,7 @@ use portolan_common::{Endpoint, FrontendKey};
 
 pub use alloc::{Full, Round};
 pub use layout::Layout;
-pub use op::{Held, HeldFrontend, Knowledge, Lost, MAX_KEEPALIVE_PROBES, MAX_KEEPALIVE_SECONDS, Op, Refused, Sizes};
+pub use op::{Held, HeldFrontend, Knowledge, Lost, Op, Refused, Sizes};
 
 use crate::{
     model::{Algorithm, ConnectionPool, Protocol, Retention},

@@ -63,11 +63,6 @@ impl Sizes {
     }
 }
 
-/// TCP_KEEPIDLE and TCP_KEEPINTVL at the most.
-pub const MAX_KEEPALIVE_SECONDS: u32 = 32_767;
-/// TCP_KEEPCNT at the most.
-pub const MAX_KEEPALIVE_PROBES: u32 = 127;
-
 /// How much is known of what should be. It matters for what a former agent has published, while this one has not read everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Knowledge {

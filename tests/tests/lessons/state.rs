@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Bed, Directory, Held,
+    Bed, Directory, Held, Places,
     dial::{Sender, Task},
     objects::{node, service, slice, udp_service, udp_slice},
     storm::Load,
@@ -201,7 +201,8 @@ fn lesson_16_in_a_storm_of_changes_nobody_is_misled() -> Result<()> {
             .into_iter()
             .collect()
     };
-    let before = (entries()?, descriptors()?);
+    let places = Places::open(bed.pins())?;
+    let before = (entries()?, descriptors()?, 0);
     let count = connections();
     let mut load = Load::start(bed.place(), &storm_frontends(), count, None)?;
     let (mut changes, began) = (0u64, Instant::now());
@@ -227,7 +228,7 @@ fn lesson_16_in_a_storm_of_changes_nobody_is_misled() -> Result<()> {
     // As it was at the start.
     directory.write("c1/all.yaml", &storm_objects(&[0b1111]))?;
     wait_until("the maps to hold what they held", BOUND, || {
-        let after = (entries()?, descriptors()?);
+        let after = (entries()?, descriptors()?, places.taken());
         ensure!(after == before, "{after:?}, before {before:?}");
         Ok(())
     })
