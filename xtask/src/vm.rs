@@ -180,7 +180,9 @@ fn test_binaries(tests: &[&str]) -> Result<Vec<(String, PathBuf)>> {
     let messages = built.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let mut found: Vec<(String, PathBuf)> = messages
         .filter_map(|message| {
-            let executable = message["executable"].as_str()?;
+            // Programs may have the names of tests.
+            let is_test = message["target"]["kind"].as_array()?.iter().any(|kind| kind == "test");
+            let executable = message["executable"].as_str().filter(|_| is_test)?;
             Some((message["target"]["name"].as_str()?.to_owned(), PathBuf::from(executable)))
         })
         .collect();
