@@ -85,6 +85,8 @@ pub struct Sample {
     pub closed: Closed,
     /// Entries in use and entries that there are, by map.
     pub occupancy: [(&'static str, u32, u32); 6],
+    /// Connections that have a place for what is remembered of them, and how many may.
+    pub places: (u32, u32),
     /// Whether everything is in place.
     pub ready: bool,
     /// What people should know.

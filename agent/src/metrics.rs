@@ -160,7 +160,8 @@ fn agent(registry: &mut Registry, sample: &Sample) {
         registry.register(name, help, counter);
     }
     let (used, capacity) = (Family::<MapLabels, Gauge>::default(), Family::<MapLabels, Gauge>::default());
-    for (map, entries, size) in sample.occupancy {
+    let places = ("connections", sample.places.0, sample.places.1);
+    for (map, entries, size) in sample.occupancy.into_iter().chain([places]) {
         used.get_or_create(&MapLabels { map }).set(entries.into());
         capacity.get_or_create(&MapLabels { map }).set(size.into());
     }
@@ -168,7 +169,7 @@ fn agent(registry: &mut Registry, sample: &Sample) {
     registry.register("portolan_map_capacity", "Entries that there are", capacity);
     let passes = Counter::<u64, AtomicU64>::default();
     passes.inc_by(sample.closing_passes);
-    registry.register("portolan_closing_passes", "Looks at the sockets of all network namespaces", passes);
+    registry.register("portolan_closing_passes", "Looks for connections to end, in all network namespaces", passes);
     let schema = gauge(portolan_common::SCHEMA_VERSION.into());
     registry.register("portolan_schema", "Version of the layout of the kernel's maps", schema);
     let closed = Counters::<ClosedLabels>::default();

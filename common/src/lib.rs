@@ -22,7 +22,7 @@ pub use stats::{BackendStats, Counter, FrontendStats};
 pub const SCHEMA_VERSION: u32 = if cfg!(feature = "next-schema") { 4 } else { 3 };
 
 /// The layout of what is kept on sockets, which changes as seldom as can be.
-pub const SOCKET_LAYOUT: u32 = 2;
+pub const SOCKET_LAYOUT: u32 = 1;
 
 /// Makes a type readable and writable as map bytes, and proves that it has no hidden padding.
 macro_rules! plain {

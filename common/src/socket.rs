@@ -45,17 +45,16 @@ plain!(SocketState, 88, 8);
 pub struct Connection {
     /// Cookie of the socket whose place it is; 0: it is free.
     pub owner: u64,
-    /// When it was taken, ticks of the kernel's clock.
-    pub since: u64,
     /// The state.
     pub state: SocketState,
     /// Zero: a place is two cache lines.
-    pub reserved: [u64; 3],
+    pub reserved: [u64; 4],
 }
 plain!(Connection, 128, 8);
 
 impl Connection {
-    /// How many there are: a power of two. More connections at once have their state in their storage.
+    /// How many there are: a power of two. Cookies come in batches of 4,096 for each CPU, so on a large machine two connections may be meant
+    /// for the same place long before all are taken; the later one has its state in its storage.
     pub const PLACES: u32 = 0x1_0000;
 }
 

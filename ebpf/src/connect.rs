@@ -91,7 +91,7 @@ fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, 
             return Ok(None);
         }
         Lookup::Broken => {
-            forget(ctx, key.protocol());
+            forget_stream(ctx, &key);
             return Err(refuse(ctx, &key, false));
         }
     };
@@ -102,7 +102,7 @@ fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, 
     }
     match pick(ctx, &found) {
         Pick::Refuse { strict } => {
-            forget(ctx, key.protocol());
+            forget_stream(ctx, &key);
             Err(refuse(ctx, &key, strict))
         }
         Pick::Take(taken) => {
@@ -144,6 +144,14 @@ fn forget(ctx: &SockAddrContext, protocol: u32) {
     if let Some(state) = state::find(ctx, protocol) {
         // SAFETY: the value is this socket's, which is locked.
         unsafe { (*state).backend = Endpoint::from_words([0; 4], 0) };
+    }
+}
+
+/// The same of TCP only: a UDP socket whose connect is refused stays connected to where it was.
+#[inline(always)]
+fn forget_stream(ctx: &SockAddrContext, key: &FrontendKey) {
+    if key.protocol() == IPPROTO_TCP {
+        forget(ctx, IPPROTO_TCP);
     }
 }
 

@@ -55,7 +55,7 @@ pub(crate) static BACKEND_STATS: Array<BackendStats, 1, { BPF_F_MMAPABLE as usiz
 
 /// Counters of pools that have limits.
 #[btf_map]
-pub(crate) static POOL_STATS: Array<PoolStats, 1> = Array::new();
+pub(crate) static POOL_STATS: Array<PoolStats, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Backend id → not zero while its successes must be told: set here by a failure, taken back by the agent once no pool counts
 /// failures of it any more.

@@ -5,31 +5,28 @@
 //! whose end no hook hears, it is the socket's storage.
 
 use core::{
-    intrinsics::{AtomicOrdering, atomic_cxchg},
+    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xchg},
     ptr::null_mut,
 };
 
 use aya_ebpf::{
-    EbpfContext as _,
-    helpers::generated::{bpf_get_socket_cookie, bpf_jiffies64, bpf_sk_storage_get, bpf_skc_to_tcp_sock},
+    helpers::generated::{bpf_get_socket_cookie, bpf_sk_storage_get, bpf_skc_to_tcp_sock},
     programs::{SockAddrContext, SockOpsContext},
 };
-use portolan_common::{Connection, SocketStage, SocketState};
+use portolan_common::{Connection, SocketState};
 
 use crate::{
     connect::IPPROTO_TCP,
     maps::{CONNECTIONS, SK_COOKIE_OFFSET, SOCKETS},
 };
 
-/// A place that was taken for a connect that never began is free after so many ticks: one minute at the least, ten at the most.
-const ABANDONED: u64 = 60_000;
-
 /// What Portolan left on the socket that makes a call.
 #[inline(always)]
 pub(crate) fn find(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketState> {
     if protocol == IPPROTO_TCP {
         // One that nobody has asked for its cookie has no place; and storage is only for want of a place.
-        let cookie = known_cookie(ctx)?;
+        // SAFETY: the kernel gives a valid context.
+        let cookie = known_cookie(unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk })?;
         if let Some(state) = own(cookie) {
             return Some(state);
         }
@@ -55,13 +52,12 @@ pub(crate) fn make(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketSt
 /// What Portolan left on the TCP socket that something happens to.
 #[inline(always)]
 pub(crate) fn of_event(ctx: &SockOpsContext) -> Option<*mut SocketState> {
-    // SAFETY: a helper call with the kernel's own context.
-    if let Some(state) = own(unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }) {
-        return Some(state);
-    }
     // SAFETY: the kernel gives a valid context.
     unsafe {
         let sk = (*ctx.ops).__bindgen_anon_2.sk;
+        if let Some(state) = own(known_cookie(sk)?) {
+            return Some(state);
+        }
         if sk.is_null() {
             return None;
         }
@@ -74,13 +70,14 @@ pub(crate) fn of_event(ctx: &SockOpsContext) -> Option<*mut SocketState> {
 /// The socket is closed: its place is free. (Storage goes with the socket.)
 #[inline(always)]
 pub(crate) fn release(ctx: &SockOpsContext) {
-    // SAFETY: a helper call with the kernel's own context.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: the kernel gives a valid context.
+    let Some(cookie) = known_cookie(unsafe { (*ctx.ops).__bindgen_anon_2.sk }) else { return };
     let Some(place) = place(cookie) else { return };
-    // SAFETY: a live map value; while the place is this socket's, nobody else writes to it.
+    // SAFETY: a live map value; while the place is this socket's, nobody else writes to it. The exchange comes after all that was written
+    // before, on every machine.
     unsafe {
         if (&raw const (*place).owner).read_volatile() == cookie {
-            (&raw mut (*place).owner).write_volatile(0);
+            atomic_xchg::<u64, { AtomicOrdering::SeqCst }>(&raw mut (*place).owner, 0);
         }
     }
 }
@@ -93,10 +90,9 @@ fn cookie(ctx: &SockAddrContext) -> u64 {
 
 /// The cookie of a TCP socket, if it has one already: to give it one takes longer than all else about a connect that is none of Portolan's.
 #[inline(always)]
-fn known_cookie(ctx: &SockAddrContext) -> Option<u64> {
-    // SAFETY: the kernel gives a valid context; a read through a BTF pointer cannot fault, and the offset comes from the kernel's own BTF.
+fn known_cookie<S>(sk: *mut S) -> Option<u64> {
+    // SAFETY: the kernel's own pointer; a read through a BTF pointer cannot fault, and the offset comes from the kernel's own BTF.
     unsafe {
-        let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
         if sk.is_null() {
             return None;
         }
@@ -109,7 +105,7 @@ fn known_cookie(ctx: &SockAddrContext) -> Option<u64> {
     }
 }
 
-/// The place that a cookie names. Cookies are given one after the other, so that neighbours in time are neighbours here.
+/// The place that a cookie names. A CPU gives the cookies of a batch of 4,096 one after the other, so that neighbours in time are neighbours here.
 #[inline(always)]
 fn place(cookie: u64) -> Option<*mut Connection> {
     CONNECTIONS.get_ptr_mut(cookie as u32 & (Connection::PLACES - 1))
@@ -127,27 +123,11 @@ fn own(cookie: u64) -> Option<*mut SocketState> {
 #[inline(always)]
 fn take(cookie: u64) -> Option<*mut SocketState> {
     let place = place(cookie)?;
-    // SAFETY: a live map value; who changes the owner from what it was has the place for itself.
+    // SAFETY: a live map value; who changes the owner from nobody has the place for itself.
     unsafe {
-        let owner = (&raw const (*place).owner).read_volatile();
-        if owner == cookie {
-            return Some(&raw mut (*place).state);
-        }
-        let now = bpf_jiffies64();
-        if owner != 0 {
-            let stage = (&raw const (*place).state.stage).read_volatile();
-            let since = (&raw const (*place).since).read_volatile();
-            if stage != SocketStage::None as u32 || now.saturating_sub(since) < ABANDONED {
-                return None;
-            }
-        }
-        let owner_at = &raw mut (*place).owner;
-        let (_, taken) =
-            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(owner_at, owner, cookie);
-        if !taken {
-            return None;
-        }
-        (&raw mut (*place).since).write_volatile(now);
-        Some(&raw mut (*place).state)
+        let owner = &raw mut (*place).owner;
+        let (before, taken) =
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(owner, 0, cookie);
+        (taken || before == cookie).then_some(&raw mut (*place).state)
     }
 }

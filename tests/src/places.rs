@@ -18,8 +18,8 @@ const BPF_OBJ_GET: libc::c_long = 7;
 /// A place: its owner is the first word, the stage of the connection one of the later ones.
 const WORDS: usize = 16;
 const PLACES: usize = 0x1_0000;
-/// The word that the stage is a half of: in the state, which follows two words.
-const STAGE: usize = 2 + 8;
+/// The word that the stage is a half of: in the state, which follows the owner.
+const STAGE: usize = 1 + 8;
 
 /// The map of a node, in this process's memory.
 pub struct Places {
@@ -46,6 +46,12 @@ impl Places {
     /// How many belong to a connection.
     pub fn taken(&self) -> usize {
         (0..PLACES).filter(|place| self.word(place * WORDS) != 0).count()
+    }
+
+    /// How many belong to a connection whose SYN a hook has seen.
+    pub fn connected(&self) -> usize {
+        let is = |place: &usize| self.word(place * WORDS) != 0 && self.word(place * WORDS + STAGE) as u32 != 0;
+        (0..PLACES).filter(is).count()
     }
 
     /// Leaves none: each free one belongs to a connection that stands, and that nobody has.

@@ -8,9 +8,9 @@ use std::{
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Bed, Cgroup, Dialler, Directory, Place,
+    Bed, Cgroup, Dialler, Directory, Place, Places,
     dial::Task,
-    objects::{mesh_config, node, service, slice},
+    objects::{destination_rule, mesh_config, node, service, slice},
     wait_until,
 };
 use rustix::process::Signal;
@@ -18,6 +18,7 @@ use serde_json::json;
 
 const BOUND: Duration = Duration::from_secs(20);
 const ENETUNREACH: i32 = 101;
+const ECONNREFUSED: i32 = 111;
 
 fn directory(bed: &Bed) -> Result<Directory> {
     for i in 1..=2 {
@@ -282,6 +283,51 @@ fn a_cgroup_that_is_removed_and_made_anew_is_served_again() -> Result<()> {
         Ok(())
     })?;
     assert_eq!(dial(&pods)?.errnos(), [0; 2]);
+    Ok(())
+}
+
+#[test]
+fn connections_that_ended_while_nobody_looked_are_not_counted_for_ever() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = directory(&bed)?;
+    let limit = json!({"trafficPolicy": {"connectionPool": {"tcp": {"maxConnections": 5}}}});
+    directory.write("c1/limit.yaml", &[destination_rule("web", &limit)])?;
+    let to = "172.16.0.10:80".parse()?;
+    let mut agent = bed.agent(&directory, "c1", "n1")?;
+    let places = Places::open(bed.pins())?;
+    // Three go on, two end while no hook sees it: with an agent away, and with one at work.
+    let mut stay = bed.dialler()?;
+    stay.run(&Task::Hold { to, times: 3 })?;
+    for away in [true, false] {
+        let mut leave = bed.dialler()?;
+        leave.run(&Task::Hold { to, times: 2 })?;
+        assert_eq!(bed.dialler()?.dial("172.16.0.10:80", 1)?.errnos(), [ECONNREFUSED], "the pool is full");
+        if away {
+            agent.process.kill();
+        }
+        detach(&bed.pins().join("links/sock_ops"))?;
+        drop(leave);
+        if away {
+            agent = bed.agent(&directory, "c1", "n1")?;
+        }
+        wait_until("the counts to be right again", BOUND, || {
+            // Connects that no hook has seen begin, as the agent's own to see what is wrong, keep their places for a while.
+            let taken = places.connected();
+            ensure!(taken == 3, "{taken} places are taken\n{}", agent.log());
+            let events = agent.events()?;
+            let mended = events.iter().any(|event| event["message"].as_str().is_some_and(|it| it.contains("unseen")));
+            ensure!(mended && agent.http("/readyz")?.0 == 200, "{}", agent.log());
+            Ok(())
+        })?;
+        let mut two = bed.dialler()?;
+        assert_eq!(two.run(&Task::Hold { to, times: 2 })?.errnos(), [0; 2]);
+        assert_eq!(bed.dialler()?.dial("172.16.0.10:80", 1)?.errnos(), [ECONNREFUSED], "no more than before");
+        drop(two);
+        wait_until("them to be gone", BOUND, || {
+            ensure!(places.connected() == 3, "{} places are taken", places.connected());
+            Ok(())
+        })?;
+    }
     Ok(())
 }
 

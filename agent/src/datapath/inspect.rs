@@ -163,7 +163,7 @@ pub(super) fn other_portolan(cgroup: &Path, pins: &Pins) -> Result<bool> {
             let has = |wanted: &str| {
                 maps.iter().filter_map(|id| MapInfo::from_id(*id).ok()).any(|map| map.name_as_str() == Some(wanted))
             };
-            info.name_as_str() == Some(name) && has(maps::OF_SOCKETS[0])
+            info.name_as_str() == Some(name) && has(maps::SOCKETS)
         };
         if loaded_programs().flatten().any(|info| others.contains(&info.id()) && is_ours(&info)) {
             return Ok(true);

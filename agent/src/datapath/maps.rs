@@ -1,6 +1,6 @@
 //! The maps: written in the order that the table gives, read for what people and metrics ask.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::atomic::Ordering};
 
 use anyhow::{Context as _, Result};
 use aya::{
@@ -12,7 +12,7 @@ use portolan_common::{
 };
 
 use super::{
-    current::Current,
+    mapped::Mapped,
     pins::{Pins, Set},
 };
 use crate::table::{Held, HeldFrontend, Op, Sizes};
@@ -20,7 +20,9 @@ use crate::table::{Held, HeldFrontend, Op, Sizes};
 /// Maps of a set that have no size of their own to choose.
 pub(super) const OF_FIXED_SIZE: [&str; 2] = ["EVENTS", "COUNTERS"];
 /// Maps that belong to sockets, whatever set is in force.
-pub(super) const OF_SOCKETS: [&str; 3] = ["SOCKETS", "CONNECTIONS", "DATAGRAMS"];
+pub(super) const OF_SOCKETS: [&str; 3] = [SOCKETS, CONNECTIONS, "DATAGRAMS"];
+pub(super) const SOCKETS: &str = "SOCKETS";
+pub(super) const CONNECTIONS: &str = "CONNECTIONS";
 
 /// Maps whose entries in use can be counted from outside.
 pub(super) const COUNTABLE: [&str; 2] = ["FRONTENDS", "AFFINITY"];
@@ -99,7 +101,8 @@ impl Range {
 /// The maps that the agent reads and writes.
 pub struct Maps {
     frontends: HashMap<MapData, FrontendKey, u32>,
-    current: Current,
+    /// Frontend id → which version counts. One store publishes.
+    current: Mapped,
     versions: Array<MapData, Version>,
     slots: Array<MapData, Slot>,
     runs: Array<MapData, u32>,
@@ -116,7 +119,7 @@ impl Maps {
     pub(super) fn open(bpf: &mut Ebpf, sizes: Sizes) -> Result<(Self, Held)> {
         let maps = Self {
             frontends: HashMap::try_from(take(bpf, "FRONTENDS")?)?,
-            current: Current::open(&take(bpf, "CURRENT")?, sizes.frontends)?,
+            current: mapped::<u64>(bpf, "CURRENT", sizes.frontends)?,
             versions: array(bpf, "VERSIONS")?,
             slots: array(bpf, "SLOTS")?,
             runs: array(bpf, "RUNS")?,
@@ -141,7 +144,7 @@ impl Maps {
         let (mut backends, mut pools) = (BTreeSet::new(), BTreeSet::new());
         for entry in self.frontends.iter() {
             let (_, id) = entry?;
-            let index = self.current.get(id)?;
+            let index = self.current_version(id)?;
             let version = self.versions.get(&index, 0)?;
             let mut range = Range::default();
             for i in version.base..version.base.saturating_add(version.period).min(sizes.slots) {
@@ -217,7 +220,8 @@ impl Maps {
             }
             Op::SetVersion(index, version) => self.versions.set(*index, *version, 0)?,
             Op::ResetFrontend(id) => self.frontend_stats.set(*id, FrontendStats::default(), 0)?,
-            Op::Publish(id, index) => self.current.publish(*id, *index)?,
+            // The version, its slots and its runs were written by system calls before.
+            Op::Publish(id, index) => self.current.word(*id, 0)?.store(u64::from(*index), Ordering::SeqCst),
             Op::AddFrontend(key, id) => self.frontends.insert(*key, *id, 0)?,
             Op::RemoveFrontend(key) => self.frontends.remove(key)?,
         }
@@ -259,7 +263,11 @@ impl Maps {
     /// The frontend as the kernel holds it now: its id, and the version that counts.
     pub fn frontend(&self, key: &FrontendKey) -> Option<(u32, Version)> {
         let id = self.frontends.get(key, 0).ok()?;
-        Some((id, self.versions.get(&self.current.get(id).ok()?, 0).ok()?))
+        Some((id, self.versions.get(&self.current_version(id).ok()?, 0).ok()?))
+    }
+
+    fn current_version(&self, id: u32) -> Result<u32> {
+        Ok(self.current.word(id, 0)?.load(Ordering::SeqCst) as u32)
     }
 
     /// Totals over all CPUs.
@@ -278,6 +286,11 @@ impl Maps {
 
 fn take(bpf: &mut Ebpf, name: &str) -> Result<Map> {
     bpf.take_map(name).with_context(|| format!("the embedded object has no map {name}"))
+}
+
+fn mapped<T>(bpf: &mut Ebpf, name: &str, entries: u32) -> Result<Mapped> {
+    let Map::Array(data) = take(bpf, name)? else { anyhow::bail!("{name} is not an array") };
+    Mapped::open::<T>(data.fd(), entries)
 }
 
 fn array<V: Pod>(bpf: &mut Ebpf, name: &str) -> Result<Array<MapData, V>> {

@@ -2,11 +2,11 @@
 
 mod attach;
 mod btf;
-mod current;
 mod environment;
 mod events;
 mod grace;
 mod inspect;
+mod mapped;
 mod maps;
 mod pins;
 mod raw;
@@ -26,7 +26,7 @@ pub use self::{
     inspect::{Facts, MapFacts, ProgramFacts, inspect},
     maps::{Counters, Maps},
     pins::{Pins, cleanup},
-    sockets::{Closer, GoneTcp, IDLE, Lifetime, Order, Pass, Reason},
+    sockets::{Closer, GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted},
 };
 use crate::table::{Held, Sizes};
 
@@ -148,7 +148,7 @@ impl Datapath {
         let events = EventStream::open(&mut bpf)?;
         let former = current.filter(|current| *current != set);
         let grace = Grace::start()?;
-        let closer = Closer::start(&pins, set.id)?;
+        let closer = Closer::start(&pins, set)?;
         Ok((Self { maps, events, logs, grace, closer, hooks, bpf, pins, set, former, _locks: locks }, held))
     }
 

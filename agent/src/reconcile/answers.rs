@@ -70,6 +70,7 @@ impl Reconciler {
             closing_passes: self.closing.passes,
             closed: self.closing.closed.clone(),
             occupancy: self.layout.occupancy(),
+            places: self.datapath.closer.places(),
             ready: self.ready().is_ok(),
             findings: self.findings(),
         }

@@ -7,7 +7,7 @@ use std::{
 
 use super::Reconciler;
 use crate::{
-    datapath::{GoneTcp, IDLE, Lifetime, Order, Pass, Reason},
+    datapath::{GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted},
     journal::Record,
     model::Protocol,
     policy::{Assignment, PoolKey},
@@ -16,6 +16,10 @@ use crate::{
 
 /// Between two looks for connections that have outlived their pool's limits: a quarter of the shortest limit, within these.
 const SWEEP: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(60));
+
+/// Counts that change while they are looked at are looked at again: so often, after this time.
+const RECOUNTS: u32 = 10;
+const RECOUNT: Duration = Duration::from_secs(1);
 
 /// Sockets that were ended, by reason and protocol.
 pub type Closed = BTreeMap<(Reason, Protocol), u64>;
@@ -28,6 +32,9 @@ pub(super) struct Closing {
     pub(super) passes: u64,
     /// Endpoints whose connected UDP sockets a pass could not end.
     unfinished: Option<Lost>,
+    /// How often connections are to be counted anew, at the most, until no count changes meanwhile.
+    recounts: u32,
+    recount_at: Option<Instant>,
     lifetimes: HashMap<PoolKey, Lifetime>,
     next: Option<Instant>,
 }
@@ -39,7 +46,7 @@ impl Closing {
 
     /// When to look next, if nothing changes.
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
-        self.next
+        [self.next, self.recount_at].into_iter().flatten().min()
     }
 
     /// Forgets the pools of what a service was assigned before.
@@ -62,6 +69,11 @@ impl Closing {
         self.plan(Instant::now());
     }
 
+    fn look_again(&mut self, after: Duration) {
+        let soon = Instant::now() + after;
+        self.next = Some(self.next.map_or(soon, |planned| planned.min(soon)));
+    }
+
     fn plan(&mut self, now: Instant) {
         let limits = self.lifetimes.values().flat_map(|lifetime| [lifetime.idle, lifetime.whole]).flatten();
         let sweep = limits.min().map(|shortest| now + (shortest / 4).clamp(SWEEP.0, SWEEP.1));
@@ -78,6 +90,12 @@ impl Reconciler {
         self.close(self.closing.gone_tcp != GoneTcp::Keep, Some(Lost::Any));
     }
 
+    /// After a time in which connections may have ended unseen: leads their counts and places to what there is.
+    pub(super) fn recount(&mut self) {
+        self.closing.recounts = RECOUNTS;
+        self.closing.recount_at = Some(Instant::now());
+    }
+
     /// After a publication: looks for connections to endpoints that went with it.
     pub(super) fn close_gone(&mut self) {
         let mut lost = self.layout.take_lost();
@@ -88,9 +106,13 @@ impl Reconciler {
         }
     }
 
-    /// Looks for connections that have outlived their pool's limits, and again for those that were not idle before.
+    /// Looks for connections that have outlived their pool's limits, and again for those that were not idle before; counts them where that is due.
     pub(super) fn sweep(&mut self, now: Instant) {
+        let recount = self.closing.recount_at.take_if(|at| *at <= now).is_some();
         if self.closing.next.take_if(|at| *at <= now).is_none() {
+            if recount {
+                self.close(false, None);
+            }
             return;
         }
         self.closing.plan(now);
@@ -100,7 +122,7 @@ impl Reconciler {
 
     fn close(&self, gone_tcp: bool, gone_udp: Option<Lost>) {
         let gone = gone_tcp || gone_udp.is_some();
-        let mut order = Order { gone_udp, ..Order::default() };
+        let mut order = Order { gone_udp, recount: self.closing.recounts > 0, ..Order::default() };
         if gone {
             order.endpoints = self.layout.endpoints();
             order.complete = self.doubt.is_none() && self.layout.inherited() == 0;
@@ -115,14 +137,14 @@ impl Reconciler {
                 order.lifetimes.insert((id, epoch), *lifetime);
             }
         }
-        if gone || !order.lifetimes.is_empty() {
+        if gone || order.recount || !order.lifetimes.is_empty() {
             self.datapath.closer.begin(order);
         }
     }
 
     /// What a pass has done.
     pub(super) fn take_pass(&mut self, pass: &Pass) {
-        self.closing.passes += 1;
+        self.closing.passes += u64::from(pass.closing);
         for ((reason, protocol, endpoint), count) in &pass.closed {
             *self.closing.closed.entry((*reason, *protocol)).or_default() += count;
             let why = match reason {
@@ -136,15 +158,26 @@ impl Reconciler {
         }
         if let Some(lost) = pass.unfinished.clone() {
             self.closing.unfinished.get_or_insert_default().add(lost);
-            let soon = Instant::now() + IDLE;
-            self.closing.next = Some(self.closing.next.map_or(soon, |planned| planned.min(soon)));
+            self.closing.look_again(IDLE);
         }
         for trouble in &pass.trouble {
             tracing::warn!("connections that should end may go on: {trouble}");
         }
-        if pass.waiting > 0 {
-            let soon = Instant::now() + IDLE / 4;
-            self.closing.next = Some(self.closing.next.map_or(soon, |planned| planned.min(soon)));
+        if let Some(wait) = pass.wait {
+            self.closing.look_again(wait.max(SWEEP.0));
+        }
+        if let Some(recounted) = pass.recounted {
+            self.closing.recounts = if recounted.unsettled > 0 { self.closing.recounts.saturating_sub(1) } else { 0 };
+            if recounted.freed + recounted.corrected > 0 {
+                let Recounted { freed, corrected, .. } = recounted;
+                let message = format!(
+                    "connections had ended unseen: {corrected} counts were wrong, {freed} places were not free"
+                );
+                self.journal.add(Record { kind: Record::MENDED.to_owned(), message, ..Record::default() });
+            }
+        }
+        if self.closing.recounts > 0 {
+            self.closing.recount_at = Some(Instant::now() + RECOUNT);
         }
     }
 }

@@ -337,6 +337,8 @@ impl Reconciler {
             if replaces {
                 self.close_after_replacing();
             }
+            // A former agent's programs may have been taken off for a while.
+            self.recount();
             self.probe.wanted.notify_one();
             let cgroup = self.datapath.cgroup().display();
             tracing::info!(%cgroup, frontends = table.frontends.len(), "attached: connections are served");

@@ -62,6 +62,7 @@ impl Reconciler {
         }
         self.probe.seen = seen;
         if !mended.is_empty() {
+            self.recount();
             self.probe.wanted.notify_one();
         }
     }

@@ -410,30 +410,33 @@ impl Layout {
 
     /// The place of each pool of an entry, each used once more by it; 0 for a pool without limits.
     fn take_pools(&mut self, entry: &Entry, ops: &mut Vec<Op>) -> Result<Vec<u32>, (&'static str, Full)> {
-        let mut ids = Vec::with_capacity(entry.pools.len());
+        // All or none: what does not fit changes nothing.
+        let mut places = Vec::with_capacity(entry.pools.len());
         for (i, pool) in entry.pools.iter().enumerate() {
-            if !pool.has_limits() {
-                ids.push(0);
-                continue;
-            }
-            match self.pools.take(name(&pool.key)) {
-                Ok(place) => {
-                    let wanted = limits(pool, place.epoch);
-                    let known = self.limits.insert(place.id, wanted);
-                    if place.is_new {
-                        ops.push(Op::ResetPool(place.id, wanted));
-                    } else if known != Some(wanted) {
-                        // Each limit is a word of its own, and holds as soon as it is written.
-                        ops.push(Op::SetPool(place.id, wanted));
-                    }
-                    ids.push(place.id);
-                }
+            match pool.has_limits().then(|| self.pools.take(name(&pool.key))).transpose() {
+                Ok(place) => places.push(place),
                 Err(full) => {
                     let before = entry.pools[..i].iter().filter(|pool| pool.has_limits());
                     before.for_each(|pool| self.pools.untake(name(&pool.key)));
                     return Err(("POOLS", full));
                 }
             }
+        }
+        let mut ids = Vec::with_capacity(places.len());
+        for (pool, place) in entry.pools.iter().zip(places) {
+            let Some(place) = place else {
+                ids.push(0);
+                continue;
+            };
+            let wanted = limits(pool, place.epoch);
+            let known = self.limits.insert(place.id, wanted);
+            if place.is_new {
+                ops.push(Op::ResetPool(place.id, wanted));
+            } else if known != Some(wanted) {
+                // Each limit is a word of its own, and holds as soon as it is written.
+                ops.push(Op::SetPool(place.id, wanted));
+            }
+            ids.push(place.id);
         }
         Ok(ids)
     }

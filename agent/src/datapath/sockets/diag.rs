@@ -4,6 +4,7 @@
 //! Layouts: linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h.
 
 use std::{
+    collections::HashSet,
     io,
     os::fd::{AsFd as _, AsRawFd as _},
     time::Duration,
@@ -12,7 +13,7 @@ use std::{
 use netlink_sys::{Socket as Netlink, protocols::NETLINK_SOCK_DIAG};
 use portolan_common::{Endpoint, SocketState};
 
-use super::States;
+use super::states::States;
 use crate::model::Protocol;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
@@ -41,7 +42,10 @@ const INODE: std::ops::Range<usize> = 68..72;
 const TCP_ESTABLISHED: u32 = 1;
 const TCP_SYN_SENT: u32 = 2;
 const TCP_FIN_WAIT1: u32 = 4;
+const TCP_FIN_WAIT2: u32 = 5;
 const TCP_CLOSE_WAIT: u32 = 8;
+const TCP_LAST_ACK: u32 = 9;
+const TCP_CLOSING: u32 = 11;
 
 /// A socket with a peer.
 pub(super) struct Connected {
@@ -57,6 +61,13 @@ impl Connected {
         let word = |at: usize| u32::from_ne_bytes([0, 1, 2, 3].map(|byte| self.identity[at + byte]));
         u64::from(word(40)) | u64::from(word(44)) << 32
     }
+}
+
+/// All TCP sockets that there are.
+pub(super) struct Seen {
+    pub(super) cookies: HashSet<u64>,
+    /// What Portolan remembers of those that it has given their endpoints.
+    pub(super) states: Vec<SocketState>,
 }
 
 /// A TCP connection that Portolan has given its endpoint.
@@ -82,16 +93,34 @@ impl Diag {
 
     /// The TCP connections with a state of ours whose peer is the endpoint that they were given.
     pub(super) fn connections(&self, states: &States) -> io::Result<Vec<Connection>> {
+        let mut found = Vec::new();
+        // Half closed ones are read from still.
+        let wanted = [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT];
+        self.streams(&wanted, states, &mut |body| {
+            found.extend(connection(body, &|cookie| states.connection(cookie)));
+        })?;
+        Ok(found)
+    }
+
+    /// TCP sockets in these states, each with what is in its storage.
+    fn streams(&self, wanted: &[u32], states: &States, take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
         let mut map = Vec::new();
         attribute(&mut map, REQ_MAP_FD, &(states.storage.fd().as_fd().as_raw_fd() as u32).to_ne_bytes());
         let mut storage = Vec::new();
         attribute(&mut storage, REQ_SK_BPF_STORAGES | NESTED, &map);
-        let wanted = [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_CLOSE_WAIT];
-        let mut found = Vec::new();
-        self.dump(Protocol::Tcp, wanted.iter().fold(0, |all, one| all | 1 << one), &storage, &mut |body| {
-            found.extend(connection(body, &|cookie| states.connection(cookie)));
-        })?;
-        Ok(found)
+        self.dump(Protocol::Tcp, wanted.iter().fold(0, |all, one| all | 1 << one), &storage, take)
+    }
+
+    /// Adds all TCP sockets of the namespace that have a peer, and what is remembered of them.
+    pub(super) fn count(&self, states: &States, seen: &mut Seen) -> io::Result<()> {
+        let wanted =
+            [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING];
+        self.streams(&wanted, states, &mut |body| {
+            let Some(socket) = connected(body) else { return };
+            seen.cookies.insert(socket.cookie());
+            seen.states
+                .extend(connection(body, &|cookie| states.connection(cookie)).map(|connection| connection.state));
+        })
     }
 
     /// The UDP sockets that are connected. (Those that are not have no peer, and must be left alone.)

@@ -4,6 +4,7 @@
 //! a state of Portolan's which their peer agrees with.
 
 mod diag;
+mod states;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -18,14 +19,13 @@ use std::{
     rc::Rc,
     sync::{
         Arc,
-        mpsc::{Receiver, Sender, channel},
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, Map, MapData};
 use portolan_common::{FrontendKey, SocketStage, SocketState};
 use procfs::process::FDTarget;
 use rustix::{
@@ -35,12 +35,19 @@ use rustix::{
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use self::diag::{Connected, Connection, Diag};
-use super::{Pins, maps, raw};
+pub use self::states::Recounted;
+use self::{
+    diag::{Connected, Connection, Diag, Seen},
+    states::{States, Waiting},
+};
+use super::{Pins, pins::Set, raw};
 use crate::{model::Protocol, table::Lost};
 
 /// A connection is idle when nothing was sent or received for so long.
 pub const IDLE: Duration = Duration::from_secs(5);
+
+/// How often places are looked through whose connect never began.
+const TIDY: Duration = Duration::from_secs(60);
 
 /// What becomes of TCP connections to endpoints that are gone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -76,6 +83,8 @@ pub struct Order {
     pub gone_tcp: GoneTcp,
     /// Lifetimes by place and epoch of the pool.
     pub lifetimes: HashMap<(u32, u32), Lifetime>,
+    /// Whether places and counts of connections are to be led to what there is.
+    pub recount: bool,
 }
 
 /// Why sockets were ended.
@@ -103,10 +112,14 @@ impl Reason {
 /// What a pass has done.
 #[derive(Clone, Debug, Default)]
 pub struct Pass {
+    /// Whether it looked for connections to end, and not only counted them.
+    pub closing: bool,
     /// Sockets that were ended, by reason, protocol and endpoint.
     pub closed: BTreeMap<(Reason, Protocol, SocketAddr), u64>,
-    /// Connections to gone endpoints that are not idle yet.
-    pub waiting: u64,
+    /// When the next of the connections to gone endpoints may be idle, if there are any.
+    pub wait: Option<Duration>,
+    /// What was put right.
+    pub recounted: Option<Recounted>,
     /// Network namespaces that were looked into.
     pub namespaces: usize,
     /// What did not work.
@@ -117,21 +130,23 @@ pub struct Pass {
 
 /// The thread, from outside.
 pub struct Closer {
+    states: Arc<States>,
     orders: Sender<Order>,
     passes: UnboundedReceiver<Pass>,
 }
 
 impl Closer {
     /// Starts it, for the sockets whose states are pinned here, with ids of this set.
-    pub(super) fn start(pins: &Pins, set: u32) -> Result<Self> {
-        let states = States::open(pins).context("cannot open the sockets' states")?;
+    pub(super) fn start(pins: &Pins, set: Set) -> Result<Self> {
+        let states = Arc::new(States::open(pins, set).context("cannot open the sockets' states")?);
+        let own = Arc::clone(&states);
         let (orders, wanted) = channel();
         let (done, passes) = unbounded_channel();
         thread::Builder::new()
             .name("closer".to_owned())
-            .spawn(move || work(&states, set, &wanted, &done))
+            .spawn(move || work(&own, set.id, &wanted, &done))
             .context("cannot start a thread")?;
-        Ok(Self { orders, passes })
+        Ok(Self { states, orders, passes })
     }
 
     /// Asks for a pass. Where one is under way, the next one follows, and of several that wait the last one counts.
@@ -140,33 +155,17 @@ impl Closer {
         let _ = self.orders.send(order);
     }
 
+    /// Connections that have a place of their own for what is remembered, and how many may.
+    pub fn places(&self) -> (u32, u32) {
+        (self.states.taken(), portolan_common::Connection::PLACES)
+    }
+
     /// What the next pass has done.
     pub async fn done(&mut self) -> Pass {
         match self.passes.recv().await {
             Some(pass) => pass,
             None => std::future::pending().await,
         }
-    }
-}
-
-/// What is remembered on sockets.
-struct States {
-    storage: MapData,
-    connections: Array<MapData, portolan_common::Connection>,
-}
-
-impl States {
-    fn open(pins: &Pins) -> Result<Self> {
-        let [storage, connections] =
-            [maps::OF_SOCKETS[0], maps::OF_SOCKETS[1]].map(|name| MapData::from_pin(pins.socket_map(name)));
-        Ok(Self { storage: storage?, connections: Array::try_from(Map::Array(connections?))? })
-    }
-
-    /// What is remembered of the TCP connection with this cookie, if it has a place of its own.
-    fn connection(&self, cookie: u64) -> Option<SocketState> {
-        let place = cookie as u32 & (portolan_common::Connection::PLACES - 1);
-        let connection = self.connections.get(&place, 0).ok()?;
-        (connection.owner == cookie).then_some(connection.state)
     }
 }
 
@@ -181,13 +180,34 @@ pub(super) fn check() -> Result<(), String> {
 
 fn work(states: &States, set: u32, orders: &Receiver<Order>, done: &UnboundedSender<Pass>) {
     let own = File::open("/proc/thread-self/ns/net");
-    while let Ok(order) = orders.recv() {
+    let (mut waiting, mut tidied) = (Waiting::default(), Instant::now());
+    loop {
+        if tidied.elapsed() >= TIDY {
+            tidied = Instant::now();
+            if let Err(error) = states.tidy(&mut waiting, tidied) {
+                tracing::warn!("places of connections cannot be freed: {error:#}");
+            }
+        }
+        let order = match orders.recv_timeout(TIDY) {
+            Ok(order) => order,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
         let order = orders.try_iter().fold(order, Order::followed_by);
-        let mut pass = Pass::default();
+        let closing = order.is_about_gone() || !order.lifetimes.is_empty();
+        let mut pass = Pass { closing, ..Pass::default() };
         let mut datagrams = Vec::new();
+        let mut before = None;
+        if order.recount {
+            match states.before() {
+                Ok(now) => before = Some((now, Seen::nothing())),
+                Err(error) => pass.trouble.push(format!("connections cannot be counted: {error:#}")),
+            }
+        }
+        let mut seen = before.as_mut().map(|(_, seen)| seen);
         for namespace in namespaces(&mut pass.trouble) {
             pass.namespaces += 1;
-            match one_namespace(&namespace, states, set, &order, &mut pass) {
+            match one_namespace(&namespace, states, set, &order, seen.as_deref_mut(), &mut pass) {
                 Ok(found) => datagrams.extend(found),
                 Err(error) => pass.trouble.push(format!("{}: {error:#}", namespace.display())),
             }
@@ -203,6 +223,13 @@ fn work(states: &States, set: u32, orders: &Receiver<Order>, done: &UnboundedSen
             && let Err(error) = close_datagrams(datagrams, states, &order, &mut pass)
         {
             pass.trouble.push(format!("UDP sockets of endpoints that are gone: {error:#}"));
+        }
+        // Of a part of all sockets nothing follows.
+        if let Some((before, seen)) = before.filter(|_| pass.trouble.is_empty()) {
+            match states.recount(&before, &seen) {
+                Ok(recounted) => pass.recounted = Some(recounted),
+                Err(error) => pass.trouble.push(format!("connections cannot be counted: {error:#}")),
+            }
         }
         if !pass.trouble.is_empty() {
             pass.unfinished = order.gone_udp;
@@ -246,18 +273,22 @@ fn one_namespace(
     states: &States,
     set: u32,
     order: &Order,
+    seen: Option<&mut Seen>,
     pass: &mut Pass,
 ) -> Result<Vec<Datagrams>> {
     // It may have gone meanwhile.
     let Ok(file) = File::open(namespace) else { return Ok(Vec::new()) };
     move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).context("cannot get in")?;
     let diag = Rc::new(Diag::open()?);
+    if let Some(seen) = seen {
+        diag.count(states, seen).context("cannot list TCP connections")?;
+    }
     if order.gone_tcp != GoneTcp::Keep || !order.lifetimes.is_empty() {
         for connection in diag.connections(states).context("cannot list TCP connections")? {
             let reason = match order.verdict(&connection, set) {
                 Verdict::Keep => continue,
-                Verdict::Wait => {
-                    pass.waiting += 1;
+                Verdict::Wait(left) => {
+                    pass.wait = Some(pass.wait.map_or(left, |wait| wait.min(left)));
                     continue;
                 }
                 Verdict::Close(reason) => reason,
@@ -319,13 +350,15 @@ impl Pass {
 
 enum Verdict {
     Keep,
-    Wait,
+    Wait(Duration),
     Close(Reason),
 }
 
 impl Order {
     /// Both in one.
     fn followed_by(self, next: Self) -> Self {
+        let about_gone = next.is_about_gone();
+        let gone_tcp = if next.gone_tcp == GoneTcp::Keep { self.gone_tcp } else { next.gone_tcp };
         let gone_udp = match (self.gone_udp, next.gone_udp) {
             (Some(mut all), Some(more)) => {
                 all.add(more);
@@ -333,7 +366,16 @@ impl Order {
             }
             (one, other) => one.or(other),
         };
-        Self { gone_udp, ..next }
+        // Who looks for what is gone knows what there is; of two the later one knows it better.
+        let (endpoints, complete) =
+            if about_gone { (next.endpoints, next.complete) } else { (self.endpoints, self.complete) };
+        let recount = self.recount || next.recount;
+        Self { endpoints, complete, gone_udp, gone_tcp, lifetimes: next.lifetimes, recount }
+    }
+
+    /// Whether connections to gone endpoints are looked for.
+    fn is_about_gone(&self) -> bool {
+        self.gone_udp.is_some() || self.gone_tcp != GoneTcp::Keep
     }
 
     /// What becomes of a TCP connection.
@@ -341,7 +383,7 @@ impl Order {
         let Connection { state, idle, .. } = connection;
         if self.gone_tcp != GoneTcp::Keep && self.is_gone(Protocol::Tcp, state) {
             let waits = self.gone_tcp == GoneTcp::Idle && *idle < IDLE;
-            return if waits { Verdict::Wait } else { Verdict::Close(Reason::Gone) };
+            return if waits { Verdict::Wait(IDLE - *idle) } else { Verdict::Close(Reason::Gone) };
         }
         // Before it stands there is nothing to measure by.
         if state.set != set || state.pool == 0 || state.stage != SocketStage::Established as u32 {
@@ -379,5 +421,29 @@ impl fmt::Display for GoneTcp {
             Self::Idle => "idle",
             Self::Reset => "reset",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_that_wait_become_one_in_which_nothing_is_lost() {
+        let key = FrontendKey::new("172.16.0.1:53".parse::<SocketAddr>().unwrap().into(), Protocol::Udp.number());
+        let udp = Order {
+            endpoints: HashMap::from([(key, [].into())]),
+            complete: true,
+            gone_udp: Some(Lost::Any),
+            ..Order::default()
+        };
+        let sweep = Order { lifetimes: HashMap::from([((1, 1), Lifetime::default())]), ..Order::default() };
+        let reset = Order { gone_tcp: GoneTcp::Reset, recount: true, ..Order::default() };
+        let both = udp.clone().followed_by(sweep.clone());
+        assert!(both.complete && both.gone_udp.is_some() && both.endpoints.len() == 1 && both.lifetimes.len() == 1);
+        let both = reset.clone().followed_by(udp.clone()).followed_by(sweep);
+        assert!(both.gone_tcp == GoneTcp::Reset && both.gone_udp.is_some() && both.recount && both.complete);
+        // The later one knows better what there is.
+        assert!(!udp.followed_by(reset).complete);
     }
 }

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
+    model::{NamespacedName, ServiceId},
     policy::{Part, Schedule, Share},
     table::key,
 };
@@ -281,6 +282,39 @@ fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
     settle(&mut layout);
     let (_, refused) = layout.update(&table(&[(1, vec![(1, vec![1, 2, 6])])]), Knowledge::Complete);
     assert_eq!(refused, []);
+}
+
+#[test]
+fn limits_of_a_frontend_that_does_not_fit_are_as_they_were() {
+    // Three places for pools, of which the first is nobody's.
+    let sizes = Sizes { frontends: 1, backends: 4, slots: 10, affinities: 1 };
+    let mut layout = Layout::new(sizes);
+    let pool = |port, max| PoolEntry {
+        key: PoolKey {
+            service: ServiceId::service(NamespacedName::new("default", "web")),
+            port,
+            protocol: Protocol::Tcp,
+            subset: None,
+            v6: false,
+        },
+        limits: ConnectionPool { max_connections: Some(max), ..ConnectionPool::default() },
+        strict: false,
+    };
+    let with = |pools: Vec<PoolEntry>| {
+        let mut table = table(&[(1, vec![(1, vec![1])])]);
+        table.frontends.values_mut().for_each(|entry| entry.pools = pools.clone().into());
+        table
+    };
+    let (ops, refused) = layout.update(&with(vec![pool(80, 5), pool(81, 5)]), Knowledge::Complete);
+    assert_eq!((ops.iter().filter(|op| matches!(op, Op::ResetPool(..))).count(), refused.len()), (2, 0));
+    let before = layout.limits.clone();
+    let (ops, refused) = layout.update(&with(vec![pool(80, 6), pool(82, 6), pool(83, 6)]), Knowledge::Complete);
+    assert_eq!(refused.iter().map(|refused| refused.map).collect::<Vec<_>>(), ["POOLS"]);
+    assert!(ops.is_empty() && layout.limits == before, "{ops:?}");
+    // And nothing that was set aside for it is lost.
+    settle(&mut layout);
+    let (ops, refused) = layout.update(&with(vec![pool(80, 7), pool(81, 5)]), Knowledge::Complete);
+    assert_eq!((ops.iter().filter(|op| matches!(op, Op::SetPool(..))).count(), refused.len()), (1, 0));
 }
 
 /// The kernel still sends connections to what a refused frontend had before.
