@@ -1,67 +1,112 @@
-//! `cargo xtask bench`: what Portolan costs, printed.
+//! `cargo xtask bench`: what Portolan costs and how fast it is, beside what a user would run in its place, on this machine, in one run.
 
-mod connect;
-mod pick;
-mod policy;
+mod agents;
+mod connections;
+mod dnat;
+mod figures;
+mod files;
+mod kernel;
+mod machine;
+mod proxies;
+mod reaction;
+mod report;
+mod served;
+mod tables;
+mod world;
 
-use anyhow::Result;
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 
-/// What to measure, and for how long.
+use crate::{connections::Effort, machine::Machine, report::Report};
+
+/// Measures what Portolan costs and how fast it is, side by side with what would stand in its place, and writes a report (needs root).
+///
+/// Arms take turns, round after round, so that whatever else this machine does hits all of them; ratios are between arms of the same round. Nothing is sent
+/// anywhere but into network namespaces that the benchmark makes.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask bench", bin_name = "cargo xtask bench")]
 struct Options {
-    /// Every arm runs, few times: shows that the benchmark works, not how fast anything is
+    /// Only these parts
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Part>,
+    /// Few rounds and small tables, under a minute: shows that every arm runs, not how fast anything is
     #[arg(long)]
-    smoke: bool,
-    /// Only this part
-    #[arg(long, value_enum)]
-    only: Option<Part>,
-    /// connect: rounds; in each, every arm has its turn
-    #[arg(long, default_value_t = 60)]
+    quick: bool,
+    /// Rounds; in each, every arm has its turn
+    #[arg(long, default_value_t = 21)]
     rounds: usize,
-    /// connect: connections of an arm in a round
-    #[arg(long, default_value_t = 2_000)]
-    connections: usize,
-    /// pick: connections for each number of services
-    #[arg(long, default_value_t = 100_000)]
-    picks: u64,
-    /// policy: services, each with ten endpoints
-    #[arg(long, default_value_t = 10_000)]
-    services: usize,
+    /// Sizes of the tables
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 100, 1_000, 10_000])]
+    services: Vec<u32>,
+    /// Where the report goes
+    #[arg(long, default_value = "bench-report")]
+    report: PathBuf,
+    /// Envoy's executable; without it, Envoy is listed as missing
+    #[arg(long, value_name = "PATH")]
+    envoy: Option<PathBuf>,
+    /// Why there is none
+    #[arg(long, hide = true, default_value = "no --envoy was given")]
+    no_envoy: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// connect() through Portolan, beside connect() to the endpoint itself (needs root)
-    Connect,
-    /// Time inside the kernel with 1, 100 and 10,000 services (needs root)
-    Pick,
-    /// The policy on many services: everything from nothing, one endpoint that changes, `plan` and `explain` on files
-    Policy,
+    /// Connections, requests and datagrams, by arm and by size of the table; agents at rest
+    Connections,
+    /// Time inside the kernel's hooks
+    Kernel,
+    /// From objects to the kernel's maps
+    Tables,
+    /// An endpoint dies; an agent comes and goes
+    Reaction,
+    /// `plan` and `explain` on many files
+    Files,
 }
 
 fn main() -> Result<()> {
-    let args = Options::parse();
-    if args.smoke {
-        return smoke();
+    let options = Options::parse();
+    let wanted = |part| options.only.is_empty() || options.only.contains(&part);
+    let quick = options.quick;
+    let services = if quick { vec![1, 100] } else { options.services.clone() };
+    let effort = Effort {
+        rounds: if quick { 2 } else { options.rounds.max(10) },
+        connects: if quick { 100 } else { 2_000 },
+        requests: if quick { 50 } else { 500 },
+        bulk: if quick { 4 << 20 } else { 128 << 20 },
+        services: services.clone(),
+    };
+    let envoy = options.envoy.as_deref();
+    let mut report = Report::new(Machine::look(envoy), quick);
+    if wanted(Part::Connections) {
+        let measured = connections::run(&effort, envoy.ok_or(options.no_envoy.as_str()))?;
+        report.agents = agents::run(&measured.served, if quick { 1.0 } else { 10.0 })?;
+        report.arms = measured.arms;
     }
-    let wanted = |part| args.only.is_none_or(|only| only == part);
-    if wanted(Part::Connect) {
-        connect::run(args.rounds, args.connections)?;
+    if wanted(Part::Kernel) {
+        report.kernel = kernel::run(&services, if quick { 500 } else { 100_000 })?;
     }
-    if wanted(Part::Pick) {
-        pick::run(args.picks)?;
+    if wanted(Part::Tables) {
+        report.tables = tables::run(&services, if quick { 20 } else { 2_000 })?;
     }
-    if wanted(Part::Policy) {
-        policy::run(args.services)?;
+    if wanted(Part::Reaction) {
+        report.reaction = reaction::run(if quick { 1 } else { 10 }, envoy)?;
+        report.away = reaction::away(if quick { 3.0 } else { 12.0 })?;
     }
+    if wanted(Part::Files) {
+        report.files = files::run(services.iter().copied().max().unwrap_or(1).max(10))?;
+    }
+    report.judge();
+    let wrong = report.not_finite();
+    ensure!(wrong.is_empty(), "these figures are none: {}", wrong.join(", "));
+    report.write(&options.report)?;
+    print!("{}", report.text());
+    println!("\nthe report is in {}: report.md, report.json, index.html, and charts", options.report.display());
     Ok(())
 }
 
-/// Every arm runs, and every figure is one.
-fn smoke() -> Result<()> {
-    connect::smoke()?;
-    pick::smoke()?;
-    policy::smoke()
+/// Says what is done now.
+fn progress(what: &str) {
+    eprintln!("bench: {what}");
 }

@@ -7,7 +7,7 @@ use portolan::{
     datapath::{Datapath, Options, ProgramLog},
     model::Protocol,
     policy::{Part, Schedule, Share},
-    table::{Entry, Knowledge, Layout, Round, Sizes, Table, key},
+    table::{Entry, Knowledge, Layout, Op, Refused, Round, Sizes, Table, key},
 };
 use tokio::runtime::Runtime;
 
@@ -47,7 +47,20 @@ impl Direct {
     /// # Errors
     /// It does not fit, or what the kernel says.
     pub fn publish(&mut self, table: &Table) -> Result<()> {
-        let (ops, refused) = self.layout.update(table, Knowledge::Complete);
+        let written = self.layout.update(table, Knowledge::Complete);
+        self.write(written)
+    }
+
+    /// Publishes these frontends; all others stay as they are.
+    ///
+    /// # Errors
+    /// They do not fit, or what the kernel says.
+    pub fn change(&mut self, table: &Table) -> Result<()> {
+        let written = self.layout.change(table, &[], Knowledge::Complete);
+        self.write(written)
+    }
+
+    fn write(&mut self, (ops, refused): (Vec<Op>, Vec<Refused>)) -> Result<()> {
         self.datapath.maps.apply(&ops)?;
         if let Some(round) = self.layout.end_round() {
             self.datapath.grace.begin(round);

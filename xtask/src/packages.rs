@@ -22,6 +22,10 @@ pub(crate) const CLIENTS: [(&str, &str); 8] = [
     ("dnsmasq", "dnsmasq-base"),
 ];
 
+/// What would stand in Portolan's place, and what fetches more of it.
+pub(crate) const PEERS: [(&str, &str); 4] =
+    [("nft", "nftables"), ("iptables-legacy-restore", "iptables"), ("haproxy", "haproxy"), ("python3", "python3")];
+
 /// Programs that boot another kernel, and their packages.
 pub(crate) const VM: [(&str, &str); 7] = [
     ("qemu-system-x86_64", "qemu-system-x86"),

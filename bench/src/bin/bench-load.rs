@@ -1,0 +1,309 @@
+//! The benchmark's client, and its server. Both read tasks from stdin, a line of JSON each, and answer each with a line.
+//!
+//! `bench-load client CPU` dials. `bench-load server CPU ADDRESS` listens on three ports of the address: on the first, a byte comes back as it was
+//! sent, or `--answer BYTE` in its place, by TCP and by UDP; the second swallows what it gets, and answers each MiB; connections to the third wait
+//! until they are all taken at once.
+
+use std::{
+    collections::HashMap,
+    io::{self, BufRead as _, ErrorKind, Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use portolan_bench::task::{Answer, Task, Watched};
+use rustix::{
+    event::epoll,
+    thread::{CpuSet, sched_setaffinity},
+    time::{ClockId, clock_gettime},
+};
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// What fits into a server's queue (`net.core.somaxconn`).
+const QUEUE: i32 = 4_096;
+const MIB: usize = 1 << 20;
+/// Threads of a watch: as many requests may hang at once.
+const WATCHERS: usize = 128;
+/// A request that hangs for so long has failed.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["client", cpu] => {
+            pin(cpu)?;
+            tasks(client)
+        }
+        ["server", cpu, address] => server(cpu, address.parse()?, None),
+        ["server", cpu, address, "--answer", byte] => server(cpu, address.parse()?, Some(byte.parse()?)),
+        _ => bail!("usage: bench-load client CPU | server CPU ADDRESS:PORT [--answer BYTE]"),
+    }
+}
+
+fn pin(cpu: &str) -> Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu.parse()?);
+    Ok(sched_setaffinity(None, &set)?)
+}
+
+fn tasks(mut work: impl FnMut(Task) -> Result<Answer>) -> Result<()> {
+    for line in io::stdin().lock().lines() {
+        let answer = work(serde_json::from_str(&line?)?)?;
+        let mut out = io::stdout().lock();
+        serde_json::to_writer(&mut out, &answer)?;
+        writeln!(out)?;
+        out.flush()?;
+    }
+    Ok(())
+}
+
+fn client(task: Task) -> Result<Answer> {
+    let (began, spent_before) = (Instant::now(), spent());
+    let mut answer = match task {
+        Task::Connect { to, count, rate } => connects(to, count, rate)?,
+        Task::Request { to, count } => each(count, |_| request(to).map(drop))?,
+        Task::RoundTrips { to, count } => {
+            let mut stream = TcpStream::connect(to)?;
+            stream.set_nodelay(true)?;
+            each(count, |_| round_trip(&mut stream).map(drop))?
+        }
+        Task::Bulk { to, bytes } => bulk(to, bytes)?,
+        Task::Datagrams { to, count, connected: true } => each(count, |_| {
+            let socket = datagram_socket()?;
+            socket.connect(to)?;
+            socket.send(&[7])?;
+            Ok(socket.recv(&mut [0; 8]).map(drop)?)
+        })?,
+        Task::Datagrams { to, count, connected: false } => {
+            let socket = datagram_socket()?;
+            each(count, |_| {
+                socket.send_to(&[7], to)?;
+                Ok(socket.recv_from(&mut [0; 8]).map(drop)?)
+            })?
+        }
+        Task::Watch { to, rate, seconds } => watch(to, rate, seconds)?,
+        Task::Empty => bail!("only a server has a queue"),
+        Task::Spent => return Ok(Answer { spent: spent(), ..Answer::default() }),
+    };
+    answer.seconds = began.elapsed().as_secs_f64();
+    answer.spent = spent() - spent_before;
+    Ok(answer)
+}
+
+/// Processor time of this process so far, nanoseconds.
+fn spent() -> f64 {
+    let now = clock_gettime(ClockId::ProcessCPUTime);
+    now.tv_sec as f64 * 1e9 + now.tv_nsec as f64
+}
+
+/// Times each of so many.
+fn each(count: usize, mut one: impl FnMut(usize) -> Result<()>) -> Result<Answer> {
+    let mut times = Vec::with_capacity(count);
+    for i in 0..count {
+        let began = Instant::now();
+        one(i)?;
+        times.push(began.elapsed());
+    }
+    Ok(of(times))
+}
+
+fn of(mut times: Vec<Duration>) -> Answer {
+    times.sort_unstable();
+    let last = times.len().saturating_sub(1) as f64;
+    let at = |part: f64| times.get((last * part).round() as usize).map_or(f64::NAN, |time| time.as_nanos() as f64);
+    Answer { percentiles: [0.5, 0.9, 0.99, 0.999].map(at), count: times.len(), ..Answer::default() }
+}
+
+/// A socket that is closed with a reset: no port waits for anything.
+fn stream_socket() -> Result<Socket> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.set_linger(Some(Duration::ZERO))?;
+    Ok(socket)
+}
+
+fn datagram_socket() -> Result<UdpSocket> {
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket)
+}
+
+fn connects(to: SocketAddr, count: usize, rate: Option<f64>) -> Result<Answer> {
+    ensure!(count <= QUEUE as usize, "{count} connections do not fit into the server's queue of {QUEUE}");
+    let to = to.into();
+    let mut times = Vec::with_capacity(count);
+    let start = Instant::now();
+    for i in 0..count {
+        let socket = stream_socket()?;
+        let began = match rate {
+            None => Instant::now(),
+            Some(rate) => {
+                let planned = start + Duration::from_secs_f64(i as f64 / rate);
+                while Instant::now() < planned {
+                    std::hint::spin_loop();
+                }
+                planned
+            }
+        };
+        socket.connect(&to)?;
+        times.push(began.elapsed());
+    }
+    Ok(of(times))
+}
+
+fn request(to: SocketAddr) -> Result<u8> {
+    let socket = stream_socket()?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.connect_timeout(&to.into(), PATIENCE)?;
+    round_trip(&mut socket.into())
+}
+
+fn round_trip(stream: &mut TcpStream) -> Result<u8> {
+    stream.write_all(&[7])?;
+    let mut byte = [0];
+    stream.read_exact(&mut byte)?;
+    Ok(byte[0])
+}
+
+fn bulk(to: SocketAddr, bytes: usize) -> Result<Answer> {
+    let mut stream = TcpStream::connect(to)?;
+    let chunk = vec![7; MIB];
+    each(bytes / MIB, |_| {
+        stream.write_all(&chunk)?;
+        Ok(stream.read_exact(&mut [0])?)
+    })
+}
+
+/// Open loop: requests begin when they should, whatever becomes of the others.
+fn watch(to: SocketAddr, rate: f64, seconds: f64) -> Result<Answer> {
+    let total = (rate * seconds) as usize;
+    let (next, watched) = (AtomicUsize::new(0), Mutex::new(Vec::with_capacity(total)));
+    let start = Instant::now();
+    thread::scope(|scope| {
+        for _ in 0..WATCHERS {
+            scope.spawn(|| {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    if i >= total {
+                        return;
+                    }
+                    let planned = start + Duration::from_secs_f64(i as f64 / rate);
+                    while let Some(early) = planned.checked_duration_since(Instant::now()).filter(|it| !it.is_zero()) {
+                        thread::park_timeout(early);
+                    }
+                    let (at, began) = (monotonic(), Instant::now());
+                    let answer = request(to).ok();
+                    let one = Watched { began: at, took: began.elapsed().as_nanos() as u64, answer };
+                    if let Ok(mut all) = watched.lock() {
+                        all.push(one);
+                    }
+                }
+            });
+        }
+    });
+    let mut watched = watched.into_inner().unwrap_or_default();
+    watched.sort_by_key(|one| one.began);
+    Ok(Answer { count: watched.len(), watched, ..Answer::default() })
+}
+
+fn monotonic() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+}
+
+fn server(cpu: &str, first: SocketAddr, answer: Option<u8>) -> Result<()> {
+    pin(cpu)?;
+    let at = |more: u16| SocketAddr::new(first.ip(), first.port() + more);
+    let (echo, sink, quiet) = (listen(at(0))?, listen(at(1))?, listen(at(2))?);
+    let datagrams = UdpSocket::bind(at(0)).with_context(|| format!("cannot listen on {first}"))?;
+    thread::Builder::new().name("datagrams".to_owned()).spawn(move || {
+        let mut buffer = [0; 512];
+        while let Ok((len, from)) = datagrams.recv_from(&mut buffer) {
+            // A client that has gone away is no concern of the server's.
+            let _ = datagrams.send_to(&buffer[..len], from);
+        }
+    })?;
+    thread::Builder::new().name("sink".to_owned()).spawn(move || {
+        for stream in sink.incoming().flatten() {
+            let _ = swallow(stream);
+        }
+    })?;
+    thread::Builder::new().name("echo".to_owned()).spawn(move || {
+        if let Err(error) = echo_all(&echo, answer) {
+            eprintln!("bench-load: {error:#}");
+            std::process::exit(1);
+        }
+    })?;
+    quiet.set_nonblocking(true)?;
+    tasks(|task| {
+        match task {
+            Task::Empty => while quiet.accept().is_ok() {},
+            Task::Spent => {}
+            _ => bail!("a server does not dial"),
+        }
+        Ok(Answer { spent: spent(), ..Answer::default() })
+    })
+}
+
+fn listen(address: SocketAddr) -> Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into()).with_context(|| format!("cannot listen on {address}"))?;
+    socket.listen(QUEUE)?;
+    Ok(socket.into())
+}
+
+fn swallow(mut stream: TcpStream) -> io::Result<()> {
+    let mut buffer = vec![0; MIB];
+    loop {
+        stream.read_exact(&mut buffer)?;
+        stream.write_all(&[1])?;
+    }
+}
+
+/// One thread for all connections.
+fn echo_all(listener: &TcpListener, answer: Option<u8>) -> Result<()> {
+    listener.set_nonblocking(true)?;
+    let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    let id = |of: &dyn Fn() -> i32| epoll::EventData::new_u64(of() as u64);
+    epoll::add(&poll, listener, id(&|| listener.as_raw_fd()), epoll::EventFlags::IN)?;
+    let mut streams: HashMap<u64, TcpStream> = HashMap::new();
+    let mut events = Vec::with_capacity(256);
+    loop {
+        events.clear();
+        match epoll::wait(&poll, rustix::buffer::spare_capacity(&mut events), None) {
+            Err(error) if error != rustix::io::Errno::INTR => return Err(error.into()),
+            _ => {}
+        }
+        for event in &events {
+            let which = event.data.u64();
+            if which == listener.as_raw_fd() as u64 {
+                while let Ok((stream, _)) = listener.accept() {
+                    stream.set_nonblocking(true)?;
+                    stream.set_nodelay(true)?;
+                    let own = stream.as_raw_fd();
+                    epoll::add(&poll, &stream, id(&|| own), epoll::EventFlags::IN)?;
+                    streams.insert(own as u64, stream);
+                }
+                continue;
+            }
+            let Some(stream) = streams.get_mut(&which) else { continue };
+            let mut byte = [0; 64];
+            let goes_on = match stream.read(&mut byte) {
+                Ok(0) => false,
+                Ok(len) => stream.write_all(&answer.map_or(byte, |own| [own; 64])[..len]).is_ok(),
+                Err(error) => error.kind() == ErrorKind::WouldBlock,
+            };
+            if !goes_on {
+                streams.remove(&which);
+            }
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! What the verbs that read a directory cost on a large one.
+
+use std::{
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use portolan_tests::{Directory, binary};
+use serde::Serialize;
+
+use crate::{progress, served::write_mesh};
+
+/// A verb, and what it took.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Verb {
+    pub(crate) verb: String,
+    pub(crate) services: u32,
+    pub(crate) seconds: f64,
+    /// Memory at most.
+    pub(crate) mib: f64,
+}
+
+/// `plan` and `explain` on a mesh of so many services, each with ten endpoints.
+pub(crate) fn run(services: u32) -> Result<Vec<Verb>> {
+    let directory = Directory::new()?;
+    write_mesh(&directory, services)?;
+    let config = directory.path().display().to_string();
+    let place = ["--config", &config, "--cluster", "c1", "--node", "node-0"];
+    let one = |verb: &[&str]| {
+        progress(&format!("portolan {}, {services} services", verb.join(" ")));
+        let mut command = Command::new(binary("portolan")?);
+        let began = Instant::now();
+        let mut child = command.args(verb).args(place).stdout(Stdio::null()).spawn()?;
+        let mib = peak(&mut child)?;
+        Ok(Verb { verb: verb.join(" "), services, seconds: began.elapsed().as_secs_f64(), mib })
+    };
+    let verbs: [&[&str]; 3] =
+        [&["plan", "-o", "json"], &["plan", "--service", "default/s-7"], &["explain", "default/s-7"]];
+    verbs.into_iter().map(one).collect()
+}
+
+/// Waits for a process; its memory at most, in MiB. Its own peak is in /proc until it is waited for; what is read last is the nearest to it.
+fn peak(child: &mut Child) -> Result<f64> {
+    let mut peak = 0.0_f64;
+    loop {
+        peak = peak.max(memory(child.id(), "VmHWM:").unwrap_or_default());
+        if let Some(status) = child.try_wait()? {
+            ensure!(status.success(), "it failed: {status}");
+            return Ok(peak);
+        }
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+}
+
+/// A line of a process's memory, in MiB; none once it has ended.
+pub(crate) fn memory(process: u32, line: &str) -> Option<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let value = status.lines().find_map(|own| own.strip_prefix(line))?;
+    Some(value.split_whitespace().next()?.parse::<f64>().ok()? / 1024.0)
+}

@@ -1,0 +1,3 @@
+//! What the benchmark and its client share.
+
+pub mod task;

@@ -1,0 +1,466 @@
+//! What was measured, for people and for machines.
+
+mod charts;
+mod page;
+
+use std::{fs, path::Path};
+
+use anyhow::{Context as _, Result};
+use serde::Serialize;
+
+use crate::{
+    agents::AgentCost,
+    connections::PACE,
+    figures::{Arm, Median, ratio},
+    files::Verb,
+    kernel::InKernel,
+    machine::Machine,
+    reaction::{Away, Death, RATE, Reaction},
+    tables::Built,
+};
+
+/// Everything.
+#[derive(Serialize)]
+pub(crate) struct Report {
+    machine: Machine,
+    /// Whether it was a smoke run, whose figures say nothing.
+    quick: bool,
+    budgets: Vec<Budget>,
+    pub(crate) arms: Vec<Arm>,
+    pub(crate) agents: Vec<AgentCost>,
+    /// Nanoseconds.
+    pub(crate) kernel: Vec<InKernel>,
+    pub(crate) tables: Vec<Built>,
+    pub(crate) reaction: Vec<Reaction>,
+    pub(crate) away: Vec<Away>,
+    pub(crate) files: Vec<Verb>,
+}
+
+/// What was promised, and what was measured.
+#[derive(Serialize)]
+struct Budget {
+    what: String,
+    goal: String,
+    measured: String,
+    met: bool,
+}
+
+/// A table of the report, with what is to be said of it.
+struct Section {
+    title: &'static str,
+    about: String,
+    header: Vec<String>,
+    rows: Vec<Vec<String>>,
+    /// Its name, and what is drawn.
+    charts: Vec<(&'static str, String)>,
+}
+
+impl Report {
+    pub(crate) fn new(machine: Machine, quick: bool) -> Self {
+        let (budgets, arms, agents, kernel) = Default::default();
+        let (tables, reaction, away, files) = Default::default();
+        Self { machine, quick, budgets, arms, agents, kernel, tables, reaction, away, files }
+    }
+
+    /// Holds the figures against the budgets.
+    pub(crate) fn judge(&mut self) {
+        let mut budgets = Vec::new();
+        let mut add = |what: String, goal: String, measured: String, met: bool| {
+            budgets.push(Budget { what, goal, measured, met });
+        };
+        let arm = |name: &str| self.arms.iter().find(|arm| arm.name == name && !arm.rounds.is_empty());
+        let services: Vec<u32> = self.agents.iter().map(|agent| agent.services).collect();
+        let ends = services.first().into_iter().chain(services.last().filter(|_| services.len() > 1));
+        for services in ends {
+            let Some(hit) = arm(&format!("hit, {services}")) else { continue };
+            for (measure, of) in [("connect p50", "p50"), ("connect p99", "p99")] {
+                if let Some(ratio) = hit.ratios.get(measure) {
+                    let what = format!("connect() through Portolan / direct, {of}, {services} services");
+                    add(what, "≤ 1.05".to_owned(), with_interval(*ratio), ratio.median <= 1.05);
+                }
+            }
+            if let Some(ratio) = arm(&format!("nftables, {services}")).and_then(|dnat| ratio(dnat, hit, "connect p50"))
+            {
+                let what = format!("connect() by DNAT (nftables) / through Portolan, p50, {services} services");
+                add(what, "≥ 3".to_owned(), with_interval(ratio), ratio.median >= 3.0);
+            }
+        }
+        if let Some(hit) = services.first().and_then(|first| arm(&format!("hit, {first}"))) {
+            for proxy in ["Envoy", "HAProxy"] {
+                if let Some(ratio) = arm(proxy).and_then(|proxy| ratio(hit, proxy, "requests per second")) {
+                    let what = format!("connections per second, one request each, through Portolan / {proxy}");
+                    add(what, "≥ 3".to_owned(), with_interval(ratio), ratio.median >= 3.0);
+                }
+            }
+            for measure in ["round trip p50", "MiB per second"] {
+                if let Some(ratio) = hit.ratios.get(measure) {
+                    let what = format!("{measure} on an open connection / direct");
+                    let met = ratio.low <= 1.0 && ratio.high >= 1.0 || (ratio.median - 1.0).abs() <= 0.02;
+                    add(what, "no difference".to_owned(), with_interval(*ratio), met);
+                }
+            }
+        }
+        for row in &self.kernel {
+            let net = |figure: f64| format!("{figure:.0} ns, of which {:.0} ns are the counting", row.nothing);
+            let what = format!("connect4 in the kernel, a hit, {} services", row.services);
+            add(what, "≤ 300 ns".to_owned(), net(row.hit), row.hit <= 300.0);
+            let what = format!("connect4 in the kernel, a miss, {} services", row.services);
+            add(what, "≤ 100 ns".to_owned(), net(row.miss), row.miss <= 100.0);
+        }
+        if let Some(last) = self.tables.last() {
+            let what = format!("one endpoint changed to published, p99, {} services", last.services);
+            add(what, "≤ 1 ms".to_owned(), format!("{:.3} ms", last.change[1]), last.change[1] <= 1.0);
+            let what = format!("full table from empty, {} services, {} endpoints", last.services, last.endpoints);
+            let whole = last.policy + last.written;
+            add(what, "≤ 1 s".to_owned(), format!("{whole:.2} s"), whole <= 1.0);
+        }
+        if let Some(own) = self.reaction.iter().find(|one| one.who == "Portolan" && one.death == Death::Refused) {
+            let what = "an endpoint refuses: until the last request to it begins".to_owned();
+            add(
+                what,
+                "≤ 5 ms".to_owned(),
+                format!("{:.1} ms (median of deaths)", own.last.median),
+                own.last.median <= 5.0,
+            );
+        }
+        if let Some(last) = self.agents.last() {
+            let what = format!("agent's memory, {} endpoints", last.endpoints);
+            add(what, "≤ 150 MiB".to_owned(), format!("{:.0} MiB", last.mib), last.mib <= 150.0);
+            let what = "agent's processor time while nothing changes".to_owned();
+            add(what, "≈ 0".to_owned(), format!("{:.2} % of one", last.idle * 100.0), last.idle <= 0.01);
+        }
+        for away in &self.away {
+            let what = format!("failed requests while the agent is {}", away.what);
+            add(what, "0".to_owned(), format!("{} of {}", away.failed, away.requests), away.failed == 0);
+        }
+        self.budgets = budgets;
+    }
+
+    /// Names of figures that are no numbers.
+    pub(crate) fn not_finite(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let mut check = |name: String, is: bool| wrong.extend((!is).then_some(name));
+        for arm in &self.arms {
+            check(arm.name.clone(), arm.missing.is_some() || !arm.figures.is_empty());
+            for (measure, figure) in arm.figures.iter().chain(&arm.ratios) {
+                check(format!("{}: {measure}", arm.name), figure.is_finite());
+            }
+        }
+        for row in &self.kernel {
+            let sound = [row.hit, row.miss, row.outcome, row.nothing].iter().all(|it| it.is_finite() && *it > 0.0);
+            check(format!("in the kernel, {}", row.services), sound);
+        }
+        for row in &self.tables {
+            let sound =
+                [row.policy, row.written, row.change[0], row.change[1]].iter().all(|it| it.is_finite() && *it > 0.0);
+            check(format!("tables, {}", row.services), sound);
+        }
+        for one in &self.reaction {
+            check(format!("{}: {:?}", one.who, one.death), one.failed.is_finite() && one.last.is_finite());
+        }
+        wrong
+    }
+
+    /// Writes all forms of it into a folder.
+    pub(crate) fn write(&self, folder: &Path) -> Result<()> {
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let sections = self.sections()?;
+        let write = |name: &str, text: &str| {
+            let path = folder.join(name);
+            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+        };
+        write("report.json", &serde_json::to_string_pretty(self)?)?;
+        write("report.md", &page::markdown(&self.heading(), &sections))?;
+        write("index.html", &page::html(&self.heading(), &sections))?;
+        sections
+            .iter()
+            .flat_map(|section| &section.charts)
+            .try_for_each(|(name, svg)| write(&format!("{name}.svg"), svg))
+    }
+
+    /// For the terminal: the budgets.
+    pub(crate) fn text(&self) -> String {
+        let line = |budget: &Budget| {
+            let met = if budget.met { "met    " } else { "NOT MET" };
+            format!("  {met}  {}: {} (goal {})\n", budget.what, budget.measured, budget.goal)
+        };
+        format!("\nbudgets:\n{}", self.budgets.iter().map(line).collect::<String>())
+    }
+
+    fn heading(&self) -> Vec<String> {
+        let machine = &self.machine;
+        let pairs = |pairs: &[(String, String)]| {
+            pairs.iter().map(|(name, value)| format!("{name}: {value}")).collect::<Vec<_>>().join("; ")
+        };
+        let mut lines = vec![
+            format!("Kernel {}, {}, {} processors, {:.0} GiB; load when it began: {}.", machine.kernel, machine.processor, machine.processors, machine.memory_gib, machine.load),
+            format!("Versions: {}.", pairs(&machine.versions)),
+            format!("Mitigations: {}.", pairs(&machine.mitigations)),
+            "Medians over rounds, with their 95 % intervals; ratios are between arms of the same round. Client and server are pinned to a processor each.".to_owned(),
+        ];
+        if self.quick {
+            lines.insert(0, "A smoke run: these figures say nothing.".to_owned());
+        }
+        lines
+    }
+
+    fn sections(&self) -> Result<Vec<Section>> {
+        let mut all = vec![self.section_of_budgets()];
+        if !self.arms.is_empty() {
+            all.extend([self.section_of_connects()?, self.section_of_requests(), self.section_of_services()?]);
+            all.push(self.section_of_agents());
+        }
+        all.extend((!self.kernel.is_empty()).then(|| self.section_of_kernel()));
+        all.extend((!self.tables.is_empty()).then(|| self.section_of_tables()));
+        if !self.reaction.is_empty() {
+            all.push(self.section_of_reaction()?);
+            all.push(self.section_of_away());
+        }
+        all.extend((!self.files.is_empty()).then(|| self.section_of_files()));
+        Ok(all)
+    }
+
+    fn section_of_budgets(&self) -> Section {
+        let row = |budget: &Budget| {
+            vec![
+                budget.what.clone(),
+                budget.goal.clone(),
+                budget.measured.clone(),
+                (if budget.met { "met" } else { "not met" }).to_owned(),
+            ]
+        };
+        Section {
+            title: "Budgets",
+            about: String::new(),
+            header: words(&["what", "goal", "measured", ""]),
+            rows: self.budgets.iter().map(row).collect(),
+            charts: Vec::new(),
+        }
+    }
+
+    fn section_of_connects(&self) -> Result<Section> {
+        let micros = |arm: &Arm, measure: &str| {
+            arm.figure(measure).map_or_else(|| "–".to_owned(), |ns| format!("{:.2}", ns / 1e3))
+        };
+        let row = |arm: &Arm| {
+            if let Some(why) = &arm.missing {
+                return [vec![arm.name.clone(), format!("did not run: {why}")], vec![String::new(); 9]].concat();
+            }
+            let mut row = vec![arm.name.clone(), arm.about.clone()];
+            row.extend(
+                ["connect p50", "connect p90", "connect p99", "connect p99.9"].map(|measure| micros(arm, measure)),
+            );
+            row.push(arm.ratios.get("connect p50").map_or_else(|| "–".to_owned(), |ratio| with_interval(*ratio)));
+            row.push(arm.figure("connects per second").map_or_else(|| "–".to_owned(), |rate| format!("{rate:.0}")));
+            row.extend(
+                ["paced connect p50", "paced connect p99", "paced connect p99.9"].map(|measure| micros(arm, measure)),
+            );
+            row
+        };
+        let bars = self.arms.iter().filter_map(|arm| Some((arm.name.clone(), arm.figure("connect p50")? / 1e3)));
+        let chart = charts::bars("connect(), p50, µs", &bars.collect::<Vec<_>>())?;
+        let about = format!(
+            "connect() to a queue that nobody takes from, so that nobody is woken; µs. Paced: begun {PACE:.0} times a second whatever the ones before take, each timed from when it should have begun. Proxies accept everything: see the requests."
+        );
+        Ok(Section {
+            title: "connect()",
+            about,
+            header: words(&[
+                "arm",
+                "",
+                "p50",
+                "p90",
+                "p99",
+                "p99.9",
+                "p50 / direct",
+                "per second",
+                "paced p50",
+                "paced p99",
+                "paced p99.9",
+            ]),
+            rows: self.arms.iter().map(row).collect(),
+            charts: vec![("connect", chart)],
+        })
+    }
+
+    fn section_of_requests(&self) -> Section {
+        let measures: [(&str, f64, usize); 8] = [
+            ("requests per second", 1.0, 0),
+            ("request p50", 1e3, 2),
+            ("request p99", 1e3, 2),
+            ("processor time per request", 1e3, 2),
+            ("round trip p50", 1e3, 2),
+            ("MiB per second", 1.0, 0),
+            ("datagrams per second", 1.0, 0),
+            ("connected datagram p50", 1e3, 2),
+        ];
+        let row = |arm: &Arm| {
+            let figures = measures.map(|(measure, unit, digits)| {
+                arm.figure(measure).map_or_else(|| "–".to_owned(), |figure| format!("{:.digits$}", figure / unit))
+            });
+            let bulk = ["round trip p50", "MiB per second"]
+                .map(|measure| arm.ratios.get(measure).map_or_else(|| "–".to_owned(), |ratio| with_interval(*ratio)));
+            [vec![arm.name.clone()], figures.to_vec(), bulk.to_vec()].concat()
+        };
+        let mut header = vec!["arm".to_owned()];
+        header.extend(
+            measures.map(|(measure, unit, _)| if unit > 1.0 { format!("{measure}, µs") } else { measure.to_owned() }),
+        );
+        header.extend(words(&["round trip / direct", "MiB per second / direct"]));
+        Section {
+            title: "Requests, and what comes after connect()",
+            about: "A request is a connection with one byte there and one back. Processor time: user and system, of client, server and proxy. Round trips and bulk on one open connection. Datagrams: from one socket; connected: from a socket each.".to_owned(),
+            header,
+            rows: self.arms.iter().filter(|arm| arm.missing.is_none()).map(row).collect(),
+            charts: Vec::new(),
+        }
+    }
+
+    fn section_of_services(&self) -> Result<Section> {
+        let kinds = ["hit", "miss", "nftables", "iptables"];
+        let of = |kind: &str, measure: &str| -> Vec<(f64, f64)> {
+            let own = self.arms.iter().filter(|arm| arm.name.split(',').next() == Some(kind));
+            own.filter_map(|arm| Some((f64::from(arm.services?), arm.figure(measure)? / 1e3))).collect()
+        };
+        let mut rows = Vec::new();
+        for kind in kinds {
+            let p99 = of(kind, "connect p99");
+            for ((services, p50), (_, p99)) in of(kind, "connect p50").into_iter().zip(p99) {
+                rows.push(vec![kind.to_owned(), format!("{services:.0}"), format!("{p50:.2}"), format!("{p99:.2}")]);
+            }
+        }
+        let lines: Vec<(&str, Vec<(f64, f64)>)> = kinds
+            .into_iter()
+            .map(|kind| (kind, of(kind, "connect p50")))
+            .filter(|(_, line)| !line.is_empty())
+            .collect();
+        Ok(Section {
+            title: "connect() by number of services",
+            about: "µs. Portolan's services have ten endpoints each; those of the DNAT rules two.".to_owned(),
+            header: words(&["", "services", "p50", "p99"]),
+            rows,
+            charts: vec![("services", charts::lines("connect(), p50, µs, by number of services", &lines)?)],
+        })
+    }
+
+    fn section_of_agents(&self) -> Section {
+        let row = |agent: &AgentCost| {
+            vec![
+                agent.services.to_string(),
+                agent.endpoints.to_string(),
+                format!("{:.2}", agent.ready),
+                format!("{:.1}", agent.mib),
+                format!("{:.1}", agent.maps_mib),
+                format!("{:.2}", agent.idle * 100.0),
+            ]
+        };
+        Section {
+            title: "The agent",
+            about: "As a process, with the objects in files: seconds until it is ready (most of it reads YAML); memory of its own; memory of the maps in the kernel, which is theirs from the start; part of a processor while nothing changes.".to_owned(),
+            header: words(&["services", "endpoints", "ready, s", "memory, MiB", "maps, MiB", "at rest, %"]),
+            rows: self.agents.iter().map(row).collect(),
+            charts: Vec::new(),
+        }
+    }
+
+    fn section_of_kernel(&self) -> Section {
+        let row = |row: &InKernel| {
+            let figures = [row.hit, row.miss, row.outcome, row.nothing].map(|ns| format!("{ns:.0}"));
+            [vec![row.services.to_string(), row.endpoints.to_string()], figures.to_vec()].concat()
+        };
+        Section {
+            title: "In the kernel",
+            about: "Mean nanoseconds of a run, by the kernel's own count (bpf_stats), over all services in turn, four threads at once. A program that does nothing shows what the counting takes, which is in all the others.".to_owned(),
+            header: words(&["services", "endpoints", "connect4, hit", "connect4, miss", "sock_ops, an event", "nothing"]),
+            rows: self.kernel.iter().map(row).collect(),
+            charts: Vec::new(),
+        }
+    }
+
+    fn section_of_tables(&self) -> Section {
+        let row = |row: &Built| {
+            vec![
+                row.services.to_string(),
+                row.endpoints.to_string(),
+                format!("{:.3}", row.policy),
+                format!("{:.3}", row.written),
+                format!("{:.3}", row.change[0]),
+                format!("{:.3}", row.change[1]),
+            ]
+        };
+        Section {
+            title: "From objects to the kernel's maps",
+            about: "All services from nothing: seconds for the policy, and for its verdict to be laid out and written into empty maps. One endpoint that changes, from the store to the kernel: milliseconds.".to_owned(),
+            header: words(&["services", "endpoints", "policy, s", "written, s", "change p50, ms", "change p99, ms"]),
+            rows: self.tables.iter().map(row).collect(),
+            charts: Vec::new(),
+        }
+    }
+
+    fn section_of_reaction(&self) -> Result<Section> {
+        let row = |one: &Reaction| {
+            vec![
+                format!("{:?}", one.death).to_lowercase(),
+                one.who.to_owned(),
+                of_median(one.failed, 0),
+                of_median(one.last, 1),
+            ]
+        };
+        let bars = self
+            .reaction
+            .iter()
+            .map(|one| (format!("{}, {}", one.who, format!("{:?}", one.death).to_lowercase()), one.last.median));
+        let chart = charts::bars("ms from the death to the last request that failed", &bars.collect::<Vec<_>>())?;
+        Ok(Section {
+            title: "An endpoint dies",
+            about: format!(
+                "One of two, at {RATE:.0} requests a second, with the same rules for both: three failures in a row eject it, a connect has failed after 250 ms. Milliseconds to the beginning of the last request that failed."
+            ),
+            header: words(&["how", "who", "failed requests", "until the last, ms"]),
+            rows: self.reaction.iter().map(row).collect(),
+            charts: vec![("reaction", chart)],
+        })
+    }
+
+    fn section_of_away(&self) -> Section {
+        let row = |away: &Away| vec![away.what.to_owned(), away.requests.to_string(), away.failed.to_string()];
+        Section {
+            title: "The agent comes and goes",
+            about: format!("Again and again, at {RATE:.0} requests a second."),
+            header: words(&["it is", "requests", "failed"]),
+            rows: self.away.iter().map(row).collect(),
+            charts: Vec::new(),
+        }
+    }
+
+    fn section_of_files(&self) -> Section {
+        let row = |verb: &Verb| {
+            vec![
+                format!("portolan {}", verb.verb),
+                verb.services.to_string(),
+                format!("{:.2}", verb.seconds),
+                format!("{:.0}", verb.mib),
+            ]
+        };
+        Section {
+            title: "Verbs that read files",
+            about: "Services with ten endpoints each, a hundred to a file. Nearly all of the time reads YAML."
+                .to_owned(),
+            header: words(&["", "services", "seconds", "MiB at most"]),
+            rows: self.files.iter().map(row).collect(),
+            charts: Vec::new(),
+        }
+    }
+}
+
+fn with_interval(ratio: Median) -> String {
+    of_median(ratio, 3)
+}
+
+fn of_median(of: Median, digits: usize) -> String {
+    format!("{:.digits$} ({:.digits$} to {:.digits$})", of.median, of.low, of.high)
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
+}

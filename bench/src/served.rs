@@ -1,0 +1,145 @@
+//! A node that Portolan serves: its agent, as a user would run it, and the objects that it reads.
+
+use std::{ffi::OsStr, fmt::Write as _, time::Instant};
+
+use anyhow::{Context as _, Result};
+use portolan_tests::{
+    Agent, Bed, Directory,
+    objects::{destination_rule, node},
+};
+use serde_json::{Value, json};
+
+use crate::world::{ENDPOINT, ENDPOINT_PORT, SERVICE, SERVICE_PORT, World};
+
+/// Endpoints of each service that is not dialled.
+pub(crate) const ENDPOINTS: u32 = 10;
+const NODES: u32 = 100;
+/// Services in one file.
+const IN_FILE: u32 = 100;
+
+/// The node, with its agent at work.
+pub(crate) struct Served {
+    pub(crate) agent: Agent,
+    _directory: Directory,
+    pub(crate) bed: Bed,
+    /// Seconds from its start until it was ready.
+    pub(crate) ready: f64,
+}
+
+/// The services that are dialled, by algorithm: the last byte of their addresses.
+pub(crate) const ALGORITHMS: [(&str, u8); 3] = [("ROUND_ROBIN", 10), ("LEAST_REQUEST", 11), ("hash", 12)];
+
+impl Served {
+    /// A node of a mesh with so many services.
+    pub(crate) fn start(world: &World, services: u32) -> Result<Self> {
+        let bed = Bed::named(&format!("node{services}"))?;
+        world.connect(&bed.namespace)?;
+        let directory = Directory::new()?;
+        write_mesh(&directory, services)?;
+        for (algorithm, last) in ALGORITHMS {
+            let balancer = match algorithm {
+                "hash" => json!({"consistentHash": {"useSourceIp": true}}),
+                simple => json!({"simple": simple}),
+            };
+            let name = name(last);
+            let rule = destination_rule(&name, &json!({"trafficPolicy": {"loadBalancer": balancer}}));
+            let [service, slice] = dialled(last, &[ENDPOINT; 2]);
+            directory.write(&format!("c1/{name}.yaml"), &[service, slice, rule])?;
+        }
+        let began = Instant::now();
+        let agent = bed.agent(&directory, "c1", "node-0")?;
+        let ready = began.elapsed().as_secs_f64();
+        Ok(Self { agent, _directory: directory, bed, ready })
+    }
+
+    /// Bytes that the maps take in the kernel.
+    pub(crate) fn map_bytes(&self) -> Result<f64> {
+        let mut all = 0.0;
+        for folder in std::fs::read_dir(self.bed.pins())?.flatten().map(|entry| entry.path()) {
+            let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if name == "links" || folder.is_symlink() || !folder.is_dir() {
+                continue;
+            }
+            for pin in std::fs::read_dir(folder)?.flatten() {
+                all += bpftool(&["map", "show", "pinned"], pin.path().as_os_str())?["bytes_memlock"]
+                    .as_f64()
+                    .unwrap_or_default();
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// Asks bpftool of a thing.
+pub(crate) fn bpftool(what: &[&str], pin: &OsStr) -> Result<Value> {
+    // Debian has it among the programs of administrators.
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let shown = std::process::Command::new("bpftool").env("PATH", path).arg("-j").args(what).arg(pin).output()?;
+    anyhow::ensure!(shown.status.success(), "bpftool: {}", String::from_utf8_lossy(&shown.stderr));
+    serde_json::from_slice(&shown.stdout).context("bpftool")
+}
+
+fn name(last: u8) -> String {
+    format!("web-{last}")
+}
+
+/// A service with all ports of the server, and these endpoints.
+pub(crate) fn dialled(last: u8, endpoints: &[[u8; 4]]) -> [Value; 2] {
+    let name = name(last);
+    let address = std::net::Ipv4Addr::from([SERVICE[0], SERVICE[1], SERVICE[2], last]).to_string();
+    let ports = ["echo", "sink", "quiet"];
+    let mut own: Vec<Value> =
+        (0..).zip(ports).map(|(i, port)| json!({"name": port, "port": SERVICE_PORT + i})).collect();
+    own.push(json!({"name": "datagrams", "port": 53, "protocol": "UDP"}));
+    let mut behind: Vec<Value> =
+        (0..).zip(ports).map(|(i, port)| json!({"name": port, "port": ENDPOINT_PORT + i, "protocol": "TCP"})).collect();
+    behind.push(json!({"name": "datagrams", "port": ENDPOINT_PORT, "protocol": "UDP"}));
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"},
+        "spec": {"clusterIP": address, "clusterIPs": [address], "ports": own},
+    });
+    let mut unique: Vec<[u8; 4]> = endpoints.to_vec();
+    unique.sort_unstable();
+    unique.dedup();
+    let endpoint = |address: &[u8; 4]| json!({"addresses": [std::net::Ipv4Addr::from(*address).to_string()], "nodeName": "node-0", "conditions": {"ready": true}});
+    let slice = json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {"name": format!("{name}-1"), "namespace": "default", "labels": {"kubernetes.io/service-name": name}},
+        "ports": behind, "endpoints": unique.iter().map(endpoint).collect::<Vec<_>>(),
+    });
+    [service, slice]
+}
+
+/// The rest of the mesh: nodes in three regions, a rule for all, and services that nobody dials.
+pub(crate) fn write_mesh(directory: &Directory, services: u32) -> Result<()> {
+    let rule = json!({"trafficPolicy": {
+        "outlierDetection": {"consecutive5xxErrors": 3, "maxEjectionPercent": 50},
+        "loadBalancer": {"localityLbSetting": {"failover": [{"from": "r0", "to": "r1"}]}}}});
+    directory.write("rules.yaml", &[destination_rule("*.default.svc.cluster.local", &rule)])?;
+    let nodes: Vec<Value> = (0..NODES).map(|i| node(&format!("node-{i}"), &format!("r{}/z{}", i % 3, i % 9))).collect();
+    directory.write("c1/nodes.yaml", &nodes)?;
+    for first in (1..services).step_by(IN_FILE as usize) {
+        let mut text = String::new();
+        for i in first..services.min(first + IN_FILE) {
+            for object in other(i) {
+                writeln!(text, "---\n{object}")?;
+            }
+        }
+        directory.write_text(&format!("c1/services-{first}.yaml"), &text)?;
+    }
+    Ok(())
+}
+
+/// A service that nobody dials, and its endpoints.
+pub(crate) fn other(i: u32) -> [Value; 2] {
+    let dotted = |address: u32| std::net::Ipv4Addr::from(address).to_string();
+    let name = format!("s-{i}");
+    let mut slice = portolan_tests::objects::slice(&name, 8080, &[]);
+    let endpoint = |e: u32| {
+        let at = i * ENDPOINTS + e;
+        json!({"addresses": [dotted(0x0a10_0000 + at)], "nodeName": format!("node-{}", at % NODES),
+            "conditions": {"ready": true, "serving": true, "terminating": false}})
+    };
+    slice["endpoints"] = (0..ENDPOINTS).map(endpoint).collect();
+    [portolan_tests::objects::service(&name, &[&dotted(0xac11_0000 + i)], 80), slice]
+}

@@ -1,0 +1,173 @@
+//! From objects to the kernel's maps: all of a mesh from nothing, and one endpoint that changes.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use portolan::{
+    model::{
+        EndpointSlice, Kind, Locality, NamespacedName, Node, Object, ObjectKey, Protocol, Scope, Service, ServicePort,
+        SliceEndpoint, SlicePort, Target,
+    },
+    policy::{Client, Compiler, Observed},
+    source::{Contents, Read, Reader, Update, read_text},
+    store::{Changes, Store},
+    table::{Sizes, Table},
+};
+use portolan_tests::{Bed, direct::Direct};
+use serde::Serialize;
+
+use crate::{figures::percentile, progress};
+
+const ENDPOINTS: u32 = 10;
+const NODES: u32 = 100;
+
+/// A third of the endpoints is in each of three regions; failover and distribution are in force for a part of the services.
+const RULES: &str = "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: all, namespace: istio-system}
+spec:
+  host: '*.svc.cluster.local'
+  trafficPolicy:
+    outlierDetection: {consecutive5xxErrors: 3, maxEjectionPercent: 50}
+    loadBalancer: {localityLbSetting: {failover: [{from: r0, to: r1}]}}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: split, namespace: n1}
+spec:
+  host: '*.n1.svc.cluster.local'
+  trafficPolicy:
+    loadBalancer: {localityLbSetting: {distribute: [{from: r0, to: {r0: 80, r1: 15, r2: 5}}]}}
+";
+
+/// How long it took.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Built {
+    pub(crate) services: u32,
+    pub(crate) endpoints: u32,
+    /// Seconds: the policy on all of them.
+    pub(crate) policy: f64,
+    /// Seconds: its verdict, laid out and written into empty maps.
+    pub(crate) written: f64,
+    /// Milliseconds from a change of one endpoint to the kernel's having it: p50, p99.
+    pub(crate) change: [f64; 2],
+}
+
+/// With each number of services, and so many changes.
+pub(crate) fn run(services: &[u32], changes: u32) -> Result<Vec<Built>> {
+    services.iter().map(|services| build(*services, changes)).collect()
+}
+
+fn build(services: u32, changes: u32) -> Result<Built> {
+    progress(&format!("tables of {services} services"));
+    let mut store = store(services)?;
+    let (client, observed) = (client(), Observed::default());
+    let bed = Bed::named("tables")?;
+    let sizes = Sizes { frontends: services.next_power_of_two().max(16), ..sizes_for(services) };
+    let mut direct = Direct::new(&bed, sizes)?;
+    let began = Instant::now();
+    let mut compiler = Compiler::default();
+    compiler.compile(store.snapshot(), &client, &observed, &Changes::everything());
+    let policy = began.elapsed();
+    direct.publish(&Table::new(&compiler.verdict().assignments))?;
+    let whole = began.elapsed();
+    let mut times: Vec<f64> = Vec::with_capacity(changes as usize);
+    for turn in 0..changes {
+        // Every service has its turn, and every other time its endpoint comes back.
+        let update = slice((turn / 2 * 7) % services, turn % 2 == 1);
+        let began = Instant::now();
+        let mut changed = Changes::default();
+        store.apply(update, &mut changed);
+        let recompiled = compiler.compile(store.snapshot(), &client, &observed, &changed);
+        ensure!(recompiled.len() == 1, "{} services were computed anew", recompiled.len());
+        direct.change(&Table::new(recompiled.iter().flat_map(|service| &service.after)))?;
+        times.push(began.elapsed().as_secs_f64() * 1e3);
+    }
+    times.sort_by(f64::total_cmp);
+    let at = |part| percentile(&times, part).unwrap_or(f64::NAN);
+    let seconds = |time: Duration| time.as_secs_f64();
+    Ok(Built {
+        services,
+        endpoints: services * ENDPOINTS,
+        policy: seconds(policy),
+        written: seconds(whole.saturating_sub(policy)),
+        change: [at(0.5), at(0.99)],
+    })
+}
+
+/// The default, or what so many services need.
+fn sizes_for(services: u32) -> Sizes {
+    let own = Sizes::default();
+    Sizes { backends: own.backends.max(services * ENDPOINTS + 1), slots: own.slots.max(services * 64), ..own }
+}
+
+fn name(i: u32) -> NamespacedName {
+    NamespacedName::new(format!("n{}", i % 10), format!("service-{i}"))
+}
+
+fn object(kind: Kind, name: NamespacedName, object: Object) -> Update {
+    let key = ObjectKey { scope: Scope::Cluster("c1".to_owned()), kind, name: name.clone() };
+    let contents = Contents { objects: vec![Read { key, object: Some(object) }], whole: true, ..Contents::default() };
+    Update::Replace { origin: format!("c1/{kind}/{name}"), contents }
+}
+
+/// The endpoints of a service; `ready` says of the first whether it is.
+fn slice(i: u32, ready: bool) -> Update {
+    let endpoint = |e: u32| SliceEndpoint {
+        address: (0x0a00_0000 + i * ENDPOINTS + e + 1).to_be_bytes().into(),
+        ready: ready || e > 0,
+        serving: true,
+        terminating: Some(false),
+        node: Some(format!("node-{}", (i + e) % NODES).into_boxed_str()),
+        pod: Some(format!("service-{i}-7d4b9c-{e:05}").into_boxed_str()),
+        hints: None,
+    };
+    let slice = EndpointSlice {
+        name: NamespacedName::new(name(i).namespace, format!("service-{i}-abcde")),
+        service: name(i),
+        ports: vec![SlicePort { name: "http".to_owned(), port: 8080, protocol: Protocol::Tcp }],
+        endpoints: (0..ENDPOINTS).map(endpoint).collect(),
+    };
+    object(Kind::EndpointSlice, slice.name.clone(), Object::EndpointSlice(slice.into()))
+}
+
+fn store(services: u32) -> Result<Store> {
+    let mut store = Store::default();
+    let mut apply = |update| store.apply(update, &mut Changes::default());
+    let contents = read_text(Reader::default(), &Scope::Mesh, "rules.yaml", RULES);
+    ensure!(contents.findings.is_empty(), "{:?}", contents.findings);
+    apply(Update::Replace { origin: "rules.yaml".to_owned(), contents });
+    for i in 0..NODES {
+        let locality = Locality { region: format!("r{}", i % 3), zone: format!("z{}", i % 9), subzone: String::new() };
+        let node = Node { name: format!("node-{i}"), locality: locality.into(), labels: Default::default() };
+        apply(object(Kind::Node, NamespacedName::new("", &node.name), Object::Node(node.into())));
+    }
+    for i in 0..services {
+        let port = ServicePort {
+            name: "http".to_owned(),
+            port: 80,
+            protocol: Protocol::Tcp,
+            target: Target::Number(80),
+            http: true,
+        };
+        let service = Service {
+            name: name(i),
+            addresses: vec![(0xac10_0000 + i).to_be_bytes().into()],
+            ports: vec![port],
+            node_local: false,
+            publish_not_ready: false,
+            distribution: None,
+            affinity: None,
+            selector: Default::default(),
+        };
+        apply(object(Kind::Service, service.name.clone(), Object::Service(service.into())));
+        apply(slice(i, true));
+    }
+    Ok(store)
+}
+
+fn client() -> Client {
+    let locality = Locality { region: "r0".to_owned(), zone: "z0".to_owned(), subzone: String::new() };
+    Client { cluster: "c1".into(), node: Some("node-0".to_owned()), locality, ..Client::default() }
+}
