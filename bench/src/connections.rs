@@ -52,8 +52,8 @@ pub(crate) struct Measured {
     pub(crate) arms: Vec<Arm>,
     /// The nodes that Portolan serves, by services.
     pub(crate) served: Vec<(u32, Served)>,
-    // As long as this lives, the server does.
-    pub(crate) _world: World,
+    /// What serves, as long as this lives.
+    _world: (World, Worker),
 }
 
 /// Sets everything up, and measures.
@@ -163,7 +163,7 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
     let mut arms: Vec<Arm> = running.into_iter().map(|running| running.arm).collect();
     arms.iter_mut().for_each(|arm| arm.sum_up(&direct));
     arms.extend(missing);
-    Ok(Measured { arms, served, _world: world })
+    Ok(Measured { arms, served, _world: (world, server) })
 }
 
 fn one_line(error: &anyhow::Error) -> String {

@@ -1,26 +1,32 @@
 //! What the programs take inside the kernel, by its own count, whatever the number of services.
 
-use std::{fs, net::SocketAddr};
+use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result, ensure};
 use portolan::table::{Sizes, Table};
+use portolan_bench::task::Task;
 use portolan_tests::{
-    Bed, Foreign, Place,
+    Bed, Counting, Foreign, Place,
     direct::{Direct, table},
     storm::{Load, Servers},
 };
 use serde::Serialize;
 
-use crate::{progress, served::bpftool};
+use crate::{
+    progress,
+    served::{Served, bpftool},
+    world::{SERVICE, SERVICE_PORT, client},
+};
 
 const ENDPOINTS: u32 = 10;
-const SETTING: &str = "/proc/sys/kernel/bpf_stats_enabled";
 
 /// Mean nanoseconds, by the kernel's own count.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct InKernel {
     pub(crate) services: u32,
     pub(crate) endpoints: u32,
+    /// Threads that dial at once.
+    pub(crate) threads: usize,
     /// connect4 where a Service is dialled.
     pub(crate) hit: f64,
     /// connect4 where something else is dialled.
@@ -31,13 +37,50 @@ pub(crate) struct InKernel {
     pub(crate) nothing: f64,
 }
 
-/// With each number of services so many connections, over all of them in turn.
+/// One program, by the kernel's own count.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Program {
+    pub(crate) program: &'static str,
+    /// How often it ran.
+    pub(crate) runs: u64,
+    /// Mean nanoseconds.
+    pub(crate) mean: f64,
+}
+
+/// Programs that run on requests and datagrams; getpeername takes a call of its own.
+const PROGRAMS: [&str; 4] = ["connect4", "sock_ops", "sendmsg4", "recvmsg4"];
+
+/// So many connections each: one service with 1, 2 and more threads, which share its cursor; and more services, over all of them in turn.
 pub(crate) fn run(services: &[u32], connections: u64) -> Result<Vec<InKernel>> {
-    let measured = |services: &u32| {
-        progress(&format!("in the kernel, {services} services"));
-        measure(*services, connections)
+    let of_one = [1, 2, 4].map(|threads| (1, threads));
+    let of_more = services.iter().filter(|services| **services > 1).map(|services| (*services, 4));
+    let measured = |(services, threads)| {
+        progress(&format!("in the kernel, {services} services, {threads} threads"));
+        measure(services, threads, connections)
     };
-    services.iter().map(measured).collect()
+    of_one.into_iter().chain(of_more).map(measured).collect()
+}
+
+/// What each program takes on so many requests and datagrams to a service of this node.
+pub(crate) fn programs(node: &Served, count: usize) -> Result<Vec<Program>> {
+    progress("in the kernel, program by program");
+    let bed = &node.bed;
+    let mut client = client(&bed.namespace, Some(&bed.cgroup))?;
+    let _counting = Counting::begin()?;
+    let before = PROGRAMS.map(|name| counted(bed, name));
+    client.ask(&Task::Request { to: SocketAddr::from((SERVICE, SERVICE_PORT)), count })?;
+    let to = SocketAddr::from((SERVICE, 53));
+    client.ask(&Task::Datagrams { to, count, connected: false })?;
+    client.ask(&Task::Datagrams { to, count, connected: true })?;
+    let of = |(program, before): (&'static str, Result<(u64, u64)>)| {
+        let (before, after) = (before?, counted(bed, program)?);
+        Ok(Program { program, runs: after.1 - before.1, mean: mean(before, after) })
+    };
+    PROGRAMS.into_iter().zip(before).map(of).collect()
+}
+
+fn mean(from: (u64, u64), to: (u64, u64)) -> f64 {
+    (to.0 - from.0) as f64 / (to.1 - from.1).max(1) as f64
 }
 
 /// So many services, each with ten endpoints of its own.
@@ -50,8 +93,8 @@ fn services(count: u32) -> (Vec<SocketAddr>, Table) {
     (frontends, table)
 }
 
-fn measure(count: u32, connections: u64) -> Result<InKernel> {
-    let bed = Bed::named("pick")?;
+fn measure(count: u32, threads: usize, connections: u64) -> Result<InKernel> {
+    let bed = Bed::named("kernel")?;
     // All of 10.0.0.0/8 is this node's own, and one server listens on all of it.
     bed.namespace.ip(&["route", "add", "local", "10.0.0.0/8", "dev", "lo"])?;
     let everywhere = SocketAddr::from(([0, 0, 0, 0], 9080));
@@ -61,43 +104,33 @@ fn measure(count: u32, connections: u64) -> Result<InKernel> {
     let nothing = Foreign::attach(&bed.cgroup)?;
     let mut direct = Direct::new(&bed, Sizes::default())?;
     direct.publish(&table)?;
-    let before = fs::read_to_string(SETTING)?;
-    fs::write(SETTING, "1")?;
-    let measured = (|| {
-        let dial = |to: &[SocketAddr]| -> Result<()> {
-            let load = Load::start(bed.place(), to, connections, None)?;
-            let summary = load.finish()?;
-            ensure!(summary.bad == 0 && summary.good == connections, "{summary:?}");
-            Ok(())
-        };
-        let start = counted(&bed)?;
-        dial(&frontends)?;
-        let hits = counted(&bed)?;
-        dial(&[SocketAddr::from(([10, 0, 0, 1], 9080))])?;
-        let misses = counted(&bed)?;
-        let (spent, runs) = nothing.counted()?;
-        let mean = |from: (u64, u64), to: (u64, u64)| (to.0 - from.0) as f64 / (to.1 - from.1).max(1) as f64;
-        Ok(InKernel {
-            services: count,
-            endpoints: count * ENDPOINTS,
-            hit: mean(start[0], hits[0]),
-            miss: mean(hits[0], misses[0]),
-            outcome: mean(start[1], hits[1]),
-            nothing: spent as f64 / runs.max(1) as f64,
-        })
-    })();
-    fs::write(SETTING, before)?;
-    measured
+    let _counting = Counting::begin()?;
+    let dial = |to: &[SocketAddr]| -> Result<()> {
+        let summary = Load::start_with(bed.place(), to, connections, None, threads)?.finish()?;
+        ensure!(summary.bad == 0 && summary.good == connections, "{summary:?}");
+        Ok(())
+    };
+    let (start, outcomes) = (counted(&bed, "connect4")?, counted(&bed, "sock_ops")?);
+    dial(&frontends)?;
+    let (hits, outcomes_of_hits) = (counted(&bed, "connect4")?, counted(&bed, "sock_ops")?);
+    dial(&[SocketAddr::from(([10, 0, 0, 1], 9080))])?;
+    let misses = counted(&bed, "connect4")?;
+    Ok(InKernel {
+        services: count,
+        endpoints: count * ENDPOINTS,
+        threads,
+        hit: mean(start, hits),
+        miss: mean(hits, misses),
+        outcome: mean(outcomes, outcomes_of_hits),
+        nothing: mean((0, 0), nothing.counted()?),
+    })
 }
 
-/// Nanoseconds and runs so far, of connect4 and of sock_ops.
-fn counted(bed: &Bed) -> Result<[(u64, u64); 2]> {
-    let of = |name: &str| -> Result<(u64, u64)> {
-        let link = bpftool(&["link", "show", "pinned"], bed.pins().join("links").join(name).as_os_str())?;
-        let id = link["prog_id"].as_u64().context("no program in the link")?;
-        let program = bpftool(&["prog", "show", "id"], id.to_string().as_ref())?;
-        let field = |name: &str| program[name].as_u64().unwrap_or(0);
-        Ok((field("run_time_ns"), field("run_cnt")))
-    };
-    Ok([of("connect4")?, of("sock_ops")?])
+/// Nanoseconds and runs of a program so far.
+fn counted(bed: &Bed, name: &str) -> Result<(u64, u64)> {
+    let link = bpftool(&["link", "show", "pinned"], bed.pins().join("links").join(name).as_os_str())?;
+    let id = link["prog_id"].as_u64().context("no program in the link")?;
+    let program = bpftool(&["prog", "show", "id"], id.to_string().as_ref())?;
+    let field = |name: &str| program[name].as_u64().unwrap_or(0);
+    Ok((field("run_time_ns"), field("run_cnt")))
 }

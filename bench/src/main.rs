@@ -82,6 +82,7 @@ fn main() -> Result<()> {
     if wanted(Part::Connections) {
         let measured = connections::run(&effort, envoy.ok_or(options.no_envoy.as_str()))?;
         report.agents = agents::run(&measured.served, if quick { 1.0 } else { 10.0 })?;
+        report.programs = kernel::programs(&measured.served[0].1, if quick { 50 } else { 20_000 })?;
         report.arms = measured.arms;
     }
     if wanted(Part::Kernel) {

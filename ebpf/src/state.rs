@@ -5,7 +5,7 @@
 //! whose end no hook hears, it is the socket's storage.
 
 use core::{
-    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xchg},
+    intrinsics::{AtomicOrdering, atomic_cxchg},
     ptr::null_mut,
 };
 
@@ -73,12 +73,10 @@ pub(crate) fn release(ctx: &SockOpsContext) {
     // SAFETY: the kernel gives a valid context.
     let Some(cookie) = known_cookie(unsafe { (*ctx.ops).__bindgen_anon_2.sk }) else { return };
     let Some(place) = place(cookie) else { return };
-    // SAFETY: a live map value; while the place is this socket's, nobody else writes to it. The exchange comes after all that was written
-    // before, on every machine.
+    // SAFETY: a live map value. The exchange comes after all that was written before, on every machine.
     unsafe {
-        if (&raw const (*place).owner).read_volatile() == cookie {
-            atomic_xchg::<u64, { AtomicOrdering::SeqCst }>(&raw mut (*place).owner, 0);
-        }
+        let owner = &raw mut (*place).owner;
+        atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(owner, cookie, 0);
     }
 }
 

@@ -92,7 +92,7 @@ fn set_pointer(attr: &mut [u32; 32], at: usize, pointer: usize) {
     attr[at + 1] = u32::from_ne_bytes([words[4], words[5], words[6], words[7]]);
 }
 
-fn bpf(command: libc::c_long, attr: &mut [u32; 32]) -> io::Result<i32> {
+pub(crate) fn bpf(command: libc::c_long, attr: &mut [u32; 32]) -> io::Result<i32> {
     // SAFETY: the attributes are those of the command; what they point to outlives the call.
     match unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_mut_ptr(), size_of_val(attr)) } {
         result if result < 0 => Err(io::Error::last_os_error()),

@@ -3,6 +3,7 @@
 
 mod agent;
 mod cgroup;
+mod counting;
 pub mod demo;
 pub mod dial;
 #[cfg(feature = "direct")]
@@ -21,6 +22,7 @@ mod wait;
 
 pub use agent::{Agent, Bed};
 pub use cgroup::Cgroup;
+pub use counting::Counting;
 pub use dial::Dialler;
 pub use directory::Directory;
 pub use foreign::Foreign;

@@ -120,8 +120,22 @@ impl Load {
     /// # Errors
     /// It cannot be started.
     pub fn start(place: Place<'_>, frontends: &[SocketAddr], count: u64, record: Option<&Path>) -> Result<Self> {
+        Self::start_with(place, frontends, count, record, 4)
+    }
+
+    /// The same with so many threads.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_with(
+        place: Place<'_>,
+        frontends: &[SocketAddr],
+        count: u64,
+        record: Option<&Path>,
+        threads: usize,
+    ) -> Result<Self> {
         let mut command = Command::new(binary("storm")?);
-        command.args(["load", "--threads", "4", "--count", &count.to_string()]);
+        command.args(["load", "--threads", &threads.to_string(), "--count", &count.to_string()]);
         if let Some(record) = record {
             command.arg("--record").arg(record);
         }

@@ -30,7 +30,7 @@ const MODULES: [&str; 6] = ["veth", "inet_diag", "tcp_diag", "udp_diag", "netlin
 /// Programs that tests run.
 const PROGRAMS: [&str; 2] = ["ip", "bpftool"];
 /// No run takes longer, even where every instruction is emulated.
-const LIMIT: Duration = Duration::from_secs(1_200);
+const LIMIT: Duration = Duration::from_secs(3_600);
 /// What a line of the console begins with that is meant for this program.
 const MARK: &str = "@vm ";
 

@@ -60,9 +60,9 @@ impl Mapped {
     /// There is no such value.
     pub(super) fn read<T: Pod>(&self, index: u32) -> Result<T> {
         ensure!(size_of::<T>() == self.words * 8, "values are {} words long", self.words);
-        let first = std::ptr::from_ref(self.word(index, 0)?);
+        ensure!(index < self.entries, "there is no entry {index}");
         // SAFETY: a whole value within the mapping, of plain data.
-        Ok(unsafe { first.cast::<T>().read_volatile() })
+        Ok(unsafe { self.start.add(index as usize * self.words).cast::<T>().read_volatile() })
     }
 
     fn bytes(entries: u32, words: usize) -> usize {

@@ -146,8 +146,8 @@ impl Diag {
             let mut rest = bytes.as_slice();
             while let Some((kind, body, next)) = next_message(rest) {
                 match kind {
-                    NLMSG_DONE => return Ok(()),
-                    NLMSG_ERROR => return error(body),
+                    // Either says how it ended: a list that broke off is none.
+                    NLMSG_DONE | NLMSG_ERROR => return error(body),
                     SOCK_DIAG_BY_FAMILY => take(body),
                     _ => {}
                 }
@@ -227,7 +227,7 @@ fn within(bytes: &[u8], kind: u16) -> Option<&[u8]> {
 
 fn error(body: &[u8]) -> io::Result<()> {
     match body.get(..4).and_then(|code| code.try_into().ok()).map(i32::from_ne_bytes) {
-        Some(0) => Ok(()),
+        Some(0..) => Ok(()),
         Some(code) => Err(io::Error::from_raw_os_error(-code)),
         None => Err(io::ErrorKind::InvalidData.into()),
     }

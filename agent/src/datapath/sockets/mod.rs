@@ -7,7 +7,7 @@ mod diag;
 mod states;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     fmt,
     fs::{self, File},
     net::SocketAddr,
@@ -15,7 +15,7 @@ use std::{
         fd::{AsFd as _, OwnedFd},
         unix::fs::MetadataExt as _,
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
     rc::Rc,
     sync::{
         Arc,
@@ -38,7 +38,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 pub use self::states::Recounted;
 use self::{
     diag::{Connected, Connection, Diag, Seen},
-    states::{States, Waiting},
+    states::{Doubts, States, Waiting},
 };
 use super::{Pins, pins::Set, raw};
 use crate::{model::Protocol, table::Lost};
@@ -114,6 +114,8 @@ impl Reason {
 pub struct Pass {
     /// Whether it looked for connections to end, and not only counted them.
     pub closing: bool,
+    /// Whether it was to count.
+    pub counting: bool,
     /// Sockets that were ended, by reason, protocol and endpoint.
     pub closed: BTreeMap<(Reason, Protocol, SocketAddr), u64>,
     /// When the next of the connections to gone endpoints may be idle, if there are any.
@@ -181,10 +183,11 @@ pub(super) fn check() -> Result<(), String> {
 fn work(states: &States, set: u32, orders: &Receiver<Order>, done: &UnboundedSender<Pass>) {
     let own = File::open("/proc/thread-self/ns/net");
     let (mut waiting, mut tidied) = (Waiting::default(), Instant::now());
+    let mut doubts = Doubts::default();
     loop {
         if tidied.elapsed() >= TIDY {
             tidied = Instant::now();
-            if let Err(error) = states.tidy(&mut waiting, tidied) {
+            if let Err(error) = tidy(states, &mut waiting, tidied) {
                 tracing::warn!("places of connections cannot be freed: {error:#}");
             }
         }
@@ -195,21 +198,21 @@ fn work(states: &States, set: u32, orders: &Receiver<Order>, done: &UnboundedSen
         };
         let order = orders.try_iter().fold(order, Order::followed_by);
         let closing = order.is_about_gone() || !order.lifetimes.is_empty();
-        let mut pass = Pass { closing, ..Pass::default() };
+        let mut pass = Pass { closing, counting: order.recount, ..Pass::default() };
         let mut datagrams = Vec::new();
         let mut before = None;
         if order.recount {
-            match states.before() {
+            match sees_all_processes().and_then(|()| states.now()) {
                 Ok(now) => before = Some((now, Seen::nothing())),
                 Err(error) => pass.trouble.push(format!("connections cannot be counted: {error:#}")),
             }
         }
         let mut seen = before.as_mut().map(|(_, seen)| seen);
-        for namespace in namespaces(&mut pass.trouble) {
+        for (path, namespace) in namespaces(&mut pass.trouble) {
             pass.namespaces += 1;
             match one_namespace(&namespace, states, set, &order, seen.as_deref_mut(), &mut pass) {
                 Ok(found) => datagrams.extend(found),
-                Err(error) => pass.trouble.push(format!("{}: {error:#}", namespace.display())),
+                Err(error) => pass.trouble.push(format!("{}: {error:#}", path.display())),
             }
         }
         // A namespace lives as long as a thread is in it.
@@ -226,7 +229,7 @@ fn work(states: &States, set: u32, orders: &Receiver<Order>, done: &UnboundedSen
         }
         // Of a part of all sockets nothing follows.
         if let Some((before, seen)) = before.filter(|_| pass.trouble.is_empty()) {
-            match states.recount(&before, &seen) {
+            match states.recount(&before, &seen, &mut doubts) {
                 Ok(recounted) => pass.recounted = Some(recounted),
                 Err(error) => pass.trouble.push(format!("connections cannot be counted: {error:#}")),
             }
@@ -240,13 +243,44 @@ fn work(states: &States, set: u32, orders: &Receiver<Order>, done: &UnboundedSen
     }
 }
 
-/// A way to each network namespace that a process is in or that has a name.
-fn namespaces(trouble: &mut Vec<String>) -> Vec<PathBuf> {
-    let mut found: HashMap<(u64, u64), PathBuf> = HashMap::new();
+/// Frees the places of connects that failed before they began: no hook hears of those.
+fn tidy(states: &States, waiting: &mut Waiting, now: Instant) -> Result<()> {
+    let abandoned = states.abandoned(waiting, now)?;
+    if abandoned.is_empty() {
+        return Ok(());
+    }
+    sees_all_processes()?;
+    let own = File::open("/proc/thread-self/ns/net")?;
+    let (mut seen, mut trouble) = (Seen::nothing(), Vec::new());
+    let looked = namespaces(&mut trouble).into_iter().try_for_each(|(_, namespace)| {
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+        Ok(Diag::open()?.count(states, &mut seen)?)
+    });
+    move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Network))?;
+    looked.and_then(|()| trouble.pop().map_or(Ok(()), |why| Err(anyhow::anyhow!(why))))?;
+    let gone = abandoned.into_iter().filter(|(_, owner)| !seen.cookies.contains(owner));
+    gone.into_iter().try_for_each(|place| states.free(place).map(drop))
+}
+
+/// Of the sockets of some processes nothing follows for those of all.
+fn sees_all_processes() -> Result<()> {
+    /// Of the first process namespace, that of the machine (`PROC_PID_INIT_INO`).
+    const FIRST: u64 = 0xefff_fffc;
+    let own = fs::metadata("/proc/self/ns/pid")?.ino();
+    anyhow::ensure!(own == FIRST, "this agent does not see all processes of the machine; run it with hostPID: true");
+    Ok(())
+}
+
+/// Each network namespace that a process is in or that has a name, and where it was found.
+fn namespaces(trouble: &mut Vec<String>) -> Vec<(PathBuf, File)> {
+    let mut found: HashMap<(u64, u64), (PathBuf, File)> = HashMap::new();
     let mut add = |path: PathBuf| {
-        // Processes end while one looks.
-        if let Ok(metadata) = fs::metadata(&path) {
-            found.entry((metadata.dev(), metadata.ino())).or_insert(path);
+        // Processes end while one looks; a namespace that was opened stays.
+        let Ok(metadata) = fs::metadata(&path) else { return };
+        if let Entry::Vacant(entry) = found.entry((metadata.dev(), metadata.ino()))
+            && let Ok(file) = File::open(&path)
+        {
+            entry.insert((path, file));
         }
     };
     match fs::read_dir("/proc") {
@@ -269,16 +303,14 @@ type Datagrams = (Rc<Diag>, Connected);
 
 /// Ends the TCP connections of a namespace that the order is about, and finds the UDP sockets that it may be about.
 fn one_namespace(
-    namespace: &Path,
+    namespace: &File,
     states: &States,
     set: u32,
     order: &Order,
     seen: Option<&mut Seen>,
     pass: &mut Pass,
 ) -> Result<Vec<Datagrams>> {
-    // It may have gone meanwhile.
-    let Ok(file) = File::open(namespace) else { return Ok(Vec::new()) };
-    move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).context("cannot get in")?;
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).context("cannot get in")?;
     let diag = Rc::new(Diag::open()?);
     if let Some(seen) = seen {
         diag.count(states, seen).context("cannot list TCP connections")?;

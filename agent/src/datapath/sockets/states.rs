@@ -24,8 +24,8 @@ const POOL_ACTIVE: usize = offset_of!(PoolStats, active) / 8;
 /// The word in which a place says whose it is.
 const OWNER: usize = offset_of!(Connection, owner) / 8;
 
-/// A place whose connect has not begun for so long belongs to one that failed before it could. (Or to one of TCP_FASTOPEN_CONNECT that has sent
-/// nothing for so long: what it does then is not counted.)
+/// A place whose connect has not begun for so long belongs to one that failed before it could, if no list of sockets has it. (Or to one of
+/// TCP_FASTOPEN_CONNECT that has sent nothing for so long: what it does then is not counted.)
 const ABANDONED: Duration = Duration::from_secs(600);
 
 /// The maps that say so.
@@ -45,12 +45,12 @@ pub struct Recounted {
     pub freed: usize,
     /// Counts of connections, of endpoints and of pools, that were wrong.
     pub corrected: usize,
-    /// Counts that changed meanwhile, so that nothing can be said of them.
+    /// What looks wrong, but has to be looked at again.
     pub unsettled: usize,
 }
 
-/// How things were before the sockets were looked at.
-pub(super) struct Before {
+/// How things are at one moment.
+pub(super) struct Counts {
     owners: Vec<(u32, u64)>,
     backends: Vec<u64>,
     pools: Vec<u64>,
@@ -88,8 +88,8 @@ impl States {
         (0..self.connections.len()).filter(taken).count() as u32
     }
 
-    /// Frees the places of connects that failed before they began: no hook hears of those.
-    pub(super) fn tidy(&self, waiting: &mut Waiting, now: Instant) -> Result<usize> {
+    /// Places whose connect has not begun for too long.
+    pub(super) fn abandoned(&self, waiting: &mut Waiting, now: Instant) -> Result<Vec<(u32, u64)>> {
         let mut still = Vec::new();
         for place in 0..self.connections.len() {
             if self.connections.word(place, OWNER)?.load(Ordering::Relaxed) == 0 {
@@ -100,16 +100,17 @@ impl States {
                 still.push((place, connection.owner));
             }
         }
-        let mut freed = 0;
-        for (place, owner) in waiting.take_abandoned(&still, now) {
-            let word = self.connections.word(place, OWNER)?;
-            freed += usize::from(word.compare_exchange(owner, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok());
-        }
-        Ok(freed)
+        Ok(waiting.abandoned(&still, now))
+    }
+
+    /// Frees a place, if it still is this socket's.
+    pub(super) fn free(&self, (place, owner): (u32, u64)) -> Result<bool> {
+        let word = self.connections.word(place, OWNER)?;
+        Ok(word.compare_exchange(owner, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok())
     }
 
     /// Takes down how things are.
-    pub(super) fn before(&self) -> Result<Before> {
+    pub(super) fn now(&self) -> Result<Counts> {
         let mut owners = Vec::new();
         for place in 0..self.connections.len() {
             if self.connections.word(place, OWNER)?.load(Ordering::SeqCst) == 0 {
@@ -124,12 +125,12 @@ impl States {
         let all = |of: &Mapped, word| -> Result<Vec<u64>> {
             (0..of.len()).map(|id| Ok(of.word(id, word)?.load(Ordering::SeqCst))).collect()
         };
-        Ok(Before { owners, backends: all(&self.backends, BACKEND_ACTIVE)?, pools: all(&self.pools, POOL_ACTIVE)? })
+        Ok(Counts { owners, backends: all(&self.backends, BACKEND_ACTIVE)?, pools: all(&self.pools, POOL_ACTIVE)? })
     }
 
-    /// Leads places and counts to what was seen of all sockets since.
-    pub(super) fn recount(&self, before: &Before, seen: &Seen) -> Result<Recounted> {
-        let mut recounted = Recounted::default();
+    /// Leads places and counts to what was seen of all sockets since `before`. What is found for the first time is only remembered: a socket that came
+    /// or went while others were looked at may explain it.
+    pub(super) fn recount(&self, before: &Counts, seen: &Seen, doubts: &mut Doubts) -> Result<Recounted> {
         let (mut backends, mut pools): (HashMap<u32, u64>, HashMap<u32, u64>) = Default::default();
         for state in seen.states.iter().filter(|state| state.set == self.set && state.stage != SocketStage::None as u32)
         {
@@ -141,37 +142,57 @@ impl States {
                 *pools.entry(state.pool).or_default() += 1;
             }
         }
-        correct(&self.backends, BACKEND_ACTIVE, &before.backends, &backends, &mut recounted)?;
-        correct(&self.pools, POOL_ACTIVE, &before.pools, &pools, &mut recounted)?;
-        for (place, owner) in before.owners.iter().filter(|(_, owner)| !seen.cookies.contains(owner)) {
-            let word = self.connections.word(*place, OWNER)?;
-            let freed = word.compare_exchange(*owner, 0, Ordering::SeqCst, Ordering::SeqCst);
-            recounted.freed += usize::from(freed.is_ok());
+        let mut recounted = Recounted::default();
+        let former = std::mem::take(doubts);
+        let of_backends = (&self.backends, BACKEND_ACTIVE, before.backends.as_slice(), &backends);
+        doubts.backends = correct(of_backends, &former.backends, &mut recounted)?;
+        let of_pools = (&self.pools, POOL_ACTIVE, before.pools.as_slice(), &pools);
+        doubts.pools = correct(of_pools, &former.pools, &mut recounted)?;
+        for owner in before.owners.iter().filter(|(_, owner)| !seen.cookies.contains(owner)) {
+            if former.owners.contains(owner) {
+                recounted.freed += usize::from(self.free(*owner)?);
+            } else {
+                doubts.owners.insert(*owner);
+                recounted.unsettled += 1;
+            }
         }
         Ok(recounted)
     }
 }
 
-/// Corrects those counts that nobody has changed meanwhile.
+/// By how much a count is too high, by id.
+type Drifts = HashMap<u32, i64>;
+
+/// What looked wrong the last time.
+#[derive(Debug, Default)]
+pub(super) struct Doubts {
+    owners: HashSet<(u32, u64)>,
+    backends: Drifts,
+    pools: Drifts,
+}
+
+/// Takes off what counts are too high by twice in a row, where nobody changed them while it was looked. Gives back what looked wrong for the first time.
 fn correct(
-    of: &Mapped,
-    word: usize,
-    before: &[u64],
-    seen: &HashMap<u32, u64>,
+    (of, word, before, seen): (&Mapped, usize, &[u64], &HashMap<u32, u64>),
+    former: &Drifts,
     recounted: &mut Recounted,
-) -> Result<()> {
+) -> Result<Drifts> {
+    let mut drifts = Drifts::new();
     for (id, before) in (0..).zip(before) {
-        let there_are = seen.get(&id).copied().unwrap_or(0);
-        if *before == there_are {
+        let drift = before.wrapping_sub(seen.get(&id).copied().unwrap_or(0)) as i64;
+        if drift == 0 {
             continue;
         }
         let active = of.word(id, word)?;
-        match active.compare_exchange(*before, there_are, Ordering::SeqCst, Ordering::SeqCst) {
-            Ok(_) => recounted.corrected += 1,
-            Err(_) => recounted.unsettled += 1,
+        if active.load(Ordering::SeqCst) == *before && former.get(&id) == Some(&drift) {
+            active.fetch_sub(drift as u64, Ordering::SeqCst);
+            recounted.corrected += 1;
+        } else {
+            drifts.insert(id, drift);
+            recounted.unsettled += 1;
         }
     }
-    Ok(())
+    Ok(drifts)
 }
 
 /// Places whose connect had not begun when they were looked at: whose they were, and since when.
@@ -180,16 +201,15 @@ pub(super) struct Waiting(HashMap<u32, (u64, Instant)>);
 
 impl Waiting {
     /// Of those that wait now, the ones that have waited for too long.
-    fn take_abandoned(&mut self, still: &[(u32, u64)], now: Instant) -> Vec<(u32, u64)> {
+    fn abandoned(&mut self, still: &[(u32, u64)], now: Instant) -> Vec<(u32, u64)> {
         let mut abandoned = Vec::new();
         let mut waiting = HashMap::with_capacity(still.len());
         for (place, owner) in still {
             let since = self.0.get(place).filter(|(former, _)| former == owner).map_or(now, |(_, since)| *since);
             if now.saturating_duration_since(since) >= ABANDONED {
                 abandoned.push((*place, *owner));
-            } else {
-                waiting.insert(*place, (*owner, since));
             }
+            waiting.insert(*place, (*owner, since));
         }
         self.0 = waiting;
         abandoned
@@ -211,13 +231,13 @@ mod tests {
     fn a_connect_that_never_began_gives_its_place_back() {
         let (mut waiting, start) = (Waiting::default(), Instant::now());
         let after = |seconds| start + Duration::from_secs(seconds);
-        assert_eq!(waiting.take_abandoned(&[(1, 10), (2, 20)], start), []);
+        assert_eq!(waiting.abandoned(&[(1, 10), (2, 20)], start), []);
         // The place of the second is another one's meanwhile.
-        assert_eq!(waiting.take_abandoned(&[(1, 10), (2, 21)], after(300)), []);
-        assert_eq!(waiting.take_abandoned(&[(1, 10), (2, 21)], after(599)), []);
-        assert_eq!(waiting.take_abandoned(&[(1, 10), (2, 21)], after(600)), [(1, 10)]);
+        assert_eq!(waiting.abandoned(&[(1, 10), (2, 21)], after(300)), []);
+        assert_eq!(waiting.abandoned(&[(1, 10), (2, 21)], after(599)), []);
+        assert_eq!(waiting.abandoned(&[(1, 10), (2, 21)], after(600)), [(1, 10)]);
         // Gone for a moment is begun anew.
-        assert_eq!(waiting.take_abandoned(&[], after(700)), []);
-        assert_eq!(waiting.take_abandoned(&[(2, 21)], after(1000)), []);
+        assert_eq!(waiting.abandoned(&[], after(700)), []);
+        assert_eq!(waiting.abandoned(&[(2, 21)], after(1000)), []);
     }
 }
