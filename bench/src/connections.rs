@@ -15,7 +15,7 @@ use crate::{
     progress,
     proxies::{self, ENVOY, HAPROXY, Proxy},
     served::{ALGORITHMS, Served},
-    world::{ENDPOINT, ENDPOINT_PORT, Port, SERVICE, SERVICE_PORT, Worker, World, client, spent},
+    world::{ENDPOINT_PORT, ENDPOINTS, Port, SERVICE, SERVICE_PORT, Worker, World, client, spent},
 };
 
 /// How long to measure.
@@ -59,7 +59,7 @@ pub(crate) struct Measured {
 /// Sets everything up, and measures.
 pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measured> {
     let world = World::new()?;
-    let mut server = world.serve(ENDPOINT, None)?;
+    let mut server = world.serve(&ENDPOINTS, None)?;
     let mut served = Vec::new();
     for services in &effort.services {
         progress(&format!("starting an agent with {services} services"));
@@ -74,13 +74,13 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
     let first = &served[0].1.bed;
     clients.push(client(&first.namespace, None)?);
     let direct = Arm::new("direct", "the endpoint's address, no program on the way", None);
-    running.push(Running { arm: direct, client: 0, way: Way::Address(ENDPOINT, straight) });
+    running.push(Running { arm: direct, client: 0, way: Way::Address(ENDPOINTS[0], straight) });
     for (services, node) in &served {
         clients.push(client(&node.bed.namespace, Some(&node.bed.cgroup))?);
         let inside = clients.len() - 1;
         let about = "the endpoint's address, past Portolan's programs";
         let arm = Arm::new(format!("miss, {services}"), about, Some(*services));
-        running.push(Running { arm, client: inside, way: Way::Address(ENDPOINT, straight) });
+        running.push(Running { arm, client: inside, way: Way::Address(ENDPOINTS[0], straight) });
         for (algorithm, last) in ALGORITHMS {
             if last != SERVICE[3] && *services != effort.services[0] {
                 continue;
@@ -117,7 +117,7 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
         }
     }
     let mut ipvs = Arm::new("IPVS", "as kube-proxy's IPVS mode has it", None);
-    ipvs.missing = Some("this kernel has no IPVS (CONFIG_IP_VS)".to_owned());
+    ipvs.missing = Some(no_ipvs().to_owned());
     missing.push(ipvs);
     let mut proxies: Vec<Proxy> = Vec::new();
     let sidecars: [(&str, &str, u16, Result<Proxy>); 2] = [
@@ -128,7 +128,7 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
             ENVOY,
             envoy
                 .map_err(|why| anyhow::anyhow!("{why}"))
-                .and_then(|program| proxies::envoy(&first.namespace, program, &[ENDPOINT])),
+                .and_then(|program| proxies::envoy(&first.namespace, program, &ENDPOINTS)),
         ),
     ];
     for (name, about, port, started) in sidecars {
@@ -164,6 +164,17 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
     arms.iter_mut().for_each(|arm| arm.sum_up(&direct));
     arms.extend(missing);
     Ok(Measured { arms, served, _world: (world, server) })
+}
+
+/// Why there is no arm with IPVS.
+fn no_ipvs() -> &'static str {
+    let loads =
+        || std::process::Command::new("modprobe").arg("ip_vs").output().is_ok_and(|output| output.status.success());
+    if Path::new("/proc/net/ip_vs").exists() || loads() {
+        "this kernel has IPVS, but this benchmark does not know how to set it up yet"
+    } else {
+        "this kernel has no IPVS (CONFIG_IP_VS)"
+    }
 }
 
 fn one_line(error: &anyhow::Error) -> String {

@@ -9,9 +9,9 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::Namespace;
 
-use crate::world::{ENDPOINT, ENDPOINT_PORT, SERVICE, SERVICE_PORT};
+use crate::world::{self, ENDPOINT_PORT, SERVICE, SERVICE_PORT};
 
-/// Endpoints of each service: with ten, iptables would have half a million rules at 10,000 services.
+/// Endpoints of each service that is not dialled: with ten, iptables would have half a million rules at 10,000 services.
 pub(crate) const ENDPOINTS: u32 = 2;
 
 /// One port of one service.
@@ -35,7 +35,7 @@ fn services(count: u32) -> Vec<Service> {
         address: dotted(SERVICE),
         protocol,
         port: if protocol == "udp" { 53 } else { SERVICE_PORT + more },
-        endpoints: vec![(dotted(ENDPOINT), ENDPOINT_PORT + more); ENDPOINTS as usize],
+        endpoints: world::ENDPOINTS.iter().map(|address| (dotted(*address), ENDPOINT_PORT + more)).collect(),
     };
     let mut all: Vec<Service> = (1..count).map(other).collect();
     let middle = all.len() / 2;

@@ -7,28 +7,43 @@ use serde::Serialize;
 /// What an arm has measured in one round, by measure.
 pub(crate) type Round = BTreeMap<&'static str, f64>;
 
-/// A median with its 95 % interval.
+/// A median with its 95 % interval, where there are values enough for one.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Median {
     pub(crate) median: f64,
-    pub(crate) low: f64,
-    pub(crate) high: f64,
+    pub(crate) interval: Option<(f64, f64)>,
 }
 
 impl Median {
-    /// Of these values; `None` of nothing. The interval follows from their order (binomial).
+    /// Of these values; `None` of nothing. The interval follows from their order: how many of n lie below the median is binomial.
     pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
-        let n = values.len() as f64;
-        let at = |position: f64| values.get((position.max(0.0) as usize).min(values.len().saturating_sub(1))).copied();
-        let reach = 0.98 * n.sqrt();
-        Some(Self { median: percentile(&values, 0.5)?, low: at(n / 2.0 - reach)?, high: at(n / 2.0 + reach)? })
+        let middle = values.len() / 2;
+        let upper = *values.get(middle)?;
+        let median = if values.len() % 2 == 1 { upper } else { (values[middle - 1] + upper) / 2.0 };
+        let interval = outside(values.len()).map(|outside| (values[outside], values[values.len() - 1 - outside]));
+        Some(Self { median, interval })
     }
 
     pub(crate) fn is_finite(&self) -> bool {
-        self.median.is_finite() && self.low.is_finite() && self.high.is_finite()
+        self.median.is_finite() && self.interval.is_none_or(|(low, high)| low.is_finite() && high.is_finite())
     }
+}
+
+/// How many values at either end lie outside of the narrowest interval that holds the median with 95 %; `None` where all of them are too few.
+fn outside(n: usize) -> Option<usize> {
+    let (mut below, mut chance) = (0.0, 0.5_f64.powi(i32::try_from(n).ok()?));
+    let mut outside = None;
+    for k in 0..n / 2 {
+        below += chance;
+        if below > 0.025 {
+            break;
+        }
+        outside = Some(k);
+        chance *= (n - k) as f64 / (k + 1) as f64;
+    }
+    outside
 }
 
 /// A percentile of sorted values, `part` between 0 and 1.
@@ -91,12 +106,13 @@ mod tests {
 
     #[test]
     fn medians_and_their_intervals() {
-        let of = Median::of((1..=101).map(f64::from)).unwrap();
-        assert_eq!(of.median, 51.0);
-        assert!(of.low < 45.0 && of.low > 38.0 && of.high > 57.0 && of.high < 64.0, "{of:?}");
+        let of = |n: u32| Median::of((1..=n).map(f64::from)).unwrap();
+        // Tables of the sign test: ranks 6 and 16 of 21, 2 and 9 of 10, 1 and 6 of 6.
+        assert_eq!((of(21).median, of(21).interval), (11.0, Some((6.0, 16.0))));
+        assert_eq!((of(10).median, of(10).interval), (5.5, Some((2.0, 9.0))));
+        assert_eq!((of(6).median, of(6).interval), (3.5, Some((1.0, 6.0))));
+        assert_eq!((of(5).median, of(5).interval), (3.0, None));
         assert!(Median::of([]).is_none());
-        let one = Median::of([3.0]).unwrap();
-        assert_eq!((one.median, one.low, one.high), (3.0, 3.0, 3.0));
     }
 
     #[test]

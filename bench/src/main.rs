@@ -67,6 +67,7 @@ enum Part {
 
 fn main() -> Result<()> {
     let options = Options::parse();
+    portolan_tests::sweep_on_interrupt()?;
     let wanted = |part| options.only.is_empty() || options.only.contains(&part);
     let quick = options.quick;
     let services = if quick { vec![1, 100] } else { options.services.clone() };
@@ -99,10 +100,10 @@ fn main() -> Result<()> {
         report.files = files::run(services.iter().copied().max().unwrap_or(1).max(10))?;
     }
     report.judge();
-    let wrong = report.not_finite();
-    ensure!(wrong.is_empty(), "these figures are none: {}", wrong.join(", "));
     report.write(&options.report)?;
     print!("{}", report.text());
+    let wrong = report.not_finite();
+    ensure!(wrong.is_empty(), "these did not run, or their figures are none: {}", wrong.join(", "));
     println!("\nthe report is in {}: report.md, report.json, index.html, and charts", options.report.display());
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Sidecars: proxies in the client's namespace, which the client dials on loopback.
 
 use std::{
+    fmt::Write as _,
     fs,
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
@@ -12,7 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{Directory, Namespace, Place, Process, wait_until};
 use serde_json::{Value, json};
 
-use crate::world::{ENDPOINT, ENDPOINT_PORT};
+use crate::world::{ENDPOINT_PORT, ENDPOINTS};
 
 /// Failures in a row after which an endpoint is ejected, as the rule for Portolan says as well.
 pub(crate) const FAILURES: u32 = 3;
@@ -34,13 +35,12 @@ pub(crate) fn haproxy(namespace: &Namespace) -> Result<Proxy> {
     let mut config = String::from(
         "global\n  nbthread 1\n  maxconn 4000\ndefaults\n  mode tcp\n  timeout connect 1s\n  timeout client 60s\n  timeout server 60s\n",
     );
-    let endpoint = std::net::Ipv4Addr::from(ENDPOINT);
     for port in 0..2 {
-        config += &format!(
-            "listen p{port}\n  bind 127.0.0.1:{}\n  server s1 {endpoint}:{}\n",
-            HAPROXY + port,
-            ENDPOINT_PORT + port
-        );
+        writeln!(config, "listen p{port}\n  bind 127.0.0.1:{}\n  balance roundrobin", HAPROXY + port)?;
+        for (i, endpoint) in ENDPOINTS.iter().enumerate() {
+            let address = std::net::Ipv4Addr::from(*endpoint);
+            writeln!(config, "  server s{i} {address}:{}", ENDPOINT_PORT + port)?;
+        }
     }
     let path = format!("{}:/usr/sbin", std::env::var("PATH").unwrap_or_default());
     let found = std::env::split_paths(&path).map(|folder| folder.join("haproxy")).find(|file| file.is_file());

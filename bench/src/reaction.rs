@@ -26,10 +26,12 @@ use crate::{
 };
 
 const ENDPOINTS: [[u8; 4]; 2] = [[10, 0, 0, 3], [10, 0, 0, 4]];
-/// Requests a second.
+/// Requests a second where connects hang: more could not hang at once.
 pub(crate) const RATE: f64 = 1_000.0;
+/// Requests a second where connects are refused: three failures are but a millisecond.
+pub(crate) const REFUSED_RATE: f64 = 4_000.0;
 /// Seconds before the endpoint dies, and in all.
-const BEFORE: f64 = 0.5;
+const BEFORE: f64 = 0.8;
 const SECONDS: f64 = 2.5;
 
 /// How an endpoint dies.
@@ -50,6 +52,15 @@ pub(crate) struct Reaction {
     pub(crate) failed: Median,
     /// Milliseconds from the death to the beginning of the last request that failed.
     pub(crate) last: Median,
+    /// Milliseconds by which a request was begun too late, at the most.
+    pub(crate) late: Median,
+}
+
+/// What came of one death.
+struct Seen {
+    failed: usize,
+    last: f64,
+    late: f64,
 }
 
 /// What came of an agent's coming and going.
@@ -73,9 +84,9 @@ pub(crate) fn run(times: usize, envoy: Option<&Path>) -> Result<Vec<Reaction>> {
             }
         }
         for (who, seen) in [("Portolan", portolan), ("Envoy", of_envoy)] {
-            let failed = Median::of(seen.iter().map(|(failed, _)| *failed as f64));
-            let last = Median::of(seen.iter().map(|(_, last)| *last));
-            all.extend(failed.zip(last).map(|(failed, last)| Reaction { who, death, failed, last }));
+            let of = |figure: fn(&Seen) -> f64| Median::of(seen.iter().map(figure));
+            let figures = of(|seen| seen.failed as f64).zip(of(|seen| seen.last)).zip(of(|seen| seen.late));
+            all.extend(figures.map(|((failed, last), late)| Reaction { who, death, failed, last, late }));
         }
     }
     Ok(all)
@@ -92,7 +103,8 @@ struct Stage {
 impl Stage {
     fn new() -> Result<Self> {
         let world = World::new()?;
-        let servers = ENDPOINTS.iter().map(|address| world.serve(*address, Some(address[3]))).collect::<Result<_>>()?;
+        let servers =
+            ENDPOINTS.iter().map(|address| world.serve(&[*address], Some(address[3]))).collect::<Result<_>>()?;
         let bed = Bed::named("reaction")?;
         world.connect(&bed.namespace)?;
         let directory = Directory::new()?;
@@ -106,8 +118,9 @@ impl Stage {
     }
 }
 
-/// Requests that failed, and milliseconds until the last of them began.
-fn once(death: Death, envoy: Option<&Path>) -> Result<(usize, f64)> {
+/// One of two endpoints dies.
+fn once(death: Death, envoy: Option<&Path>) -> Result<Seen> {
+    let rate = if death == Death::Refused { REFUSED_RATE } else { RATE };
     let mut stage = Stage::new()?;
     let (mut agent, mut proxy) = (None, None);
     let (mut client, to) = match envoy {
@@ -122,13 +135,15 @@ fn once(death: Death, envoy: Option<&Path>) -> Result<(usize, f64)> {
     };
     // Everything has been dialled once, and Envoy knows its endpoints.
     client.ask(&Task::Request { to, count: 20 })?;
-    client.begin(&Task::Watch { to, rate: RATE, seconds: SECONDS })?;
+    client.begin(&Task::Watch { to, rate, seconds: SECONDS })?;
     pause(BEFORE);
     let at = now();
     match death {
         Death::Refused => stage.servers[1].kill(),
         Death::Blackholed => {
             let address = format!("{}/32", std::net::Ipv4Addr::from(ENDPOINTS[1]));
+            // Nor is anybody told that it is gone, where this machine forwards packets.
+            stage.world.namespace.ip(&["route", "add", "blackhole", &address])?;
             stage.world.namespace.ip(&["address", "delete", &address, "dev", "lo"])?;
         }
     }
@@ -136,10 +151,10 @@ fn once(death: Death, envoy: Option<&Path>) -> Result<(usize, f64)> {
     drop((agent, proxy));
     let failed = || answer.watched.iter().filter(|one| one.answer.is_none());
     let last = failed().map(|one| one.began.saturating_sub(at)).max().unwrap_or(0);
-    ensure!(answer.count as f64 >= RATE * SECONDS * 0.9, "only {} requests were made", answer.count);
+    let late = answer.watched.iter().map(|one| one.late).max().unwrap_or(0);
     let before = failed().filter(|one| one.began + one.took < at).count();
     ensure!(before == 0, "{before} requests failed before anything died");
-    Ok((failed().count(), last as f64 / 1e6))
+    Ok(Seen { failed: failed().count(), last: last as f64 / 1e6, late: late as f64 / 1e6 })
 }
 
 /// An agent that is killed and started again while requests run; and one that is started with other sizes, which goes as an upgrade does.

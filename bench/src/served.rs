@@ -9,7 +9,7 @@ use portolan_tests::{
 };
 use serde_json::{Value, json};
 
-use crate::world::{ENDPOINT, ENDPOINT_PORT, SERVICE, SERVICE_PORT, World};
+use crate::world::{self, ENDPOINT_PORT, SERVICE, SERVICE_PORT, World};
 
 /// Endpoints of each service that is not dialled.
 pub(crate) const ENDPOINTS: u32 = 10;
@@ -43,11 +43,11 @@ impl Served {
             };
             let name = name(last);
             let rule = destination_rule(&name, &json!({"trafficPolicy": {"loadBalancer": balancer}}));
-            let [service, slice] = dialled(last, &[ENDPOINT; 2]);
+            let [service, slice] = dialled(last, &world::ENDPOINTS);
             directory.write(&format!("c1/{name}.yaml"), &[service, slice, rule])?;
         }
         let began = Instant::now();
-        let agent = bed.agent(&directory, "c1", "node-0")?;
+        let agent = bed.agent_with(&directory, "c1", "node-0", &as_words(&sizes(services)))?;
         let ready = began.elapsed().as_secs_f64();
         Ok(Self { agent, _directory: directory, bed, ready })
     }
@@ -68,6 +68,19 @@ impl Served {
         }
         Ok(all)
     }
+}
+
+/// What the agent is told where its own sizes do not do.
+fn sizes(services: u32) -> Vec<String> {
+    if services <= 10_000 {
+        return Vec::new();
+    }
+    let of = |flag: &str, size: u32| [format!("--max-{flag}"), size.to_string()];
+    [of("frontends", services * 2), of("backends", services * (ENDPOINTS + 2)), of("slots", services * 64)].concat()
+}
+
+fn as_words(words: &[String]) -> Vec<&str> {
+    words.iter().map(String::as_str).collect()
 }
 
 /// Asks bpftool of a thing.
@@ -98,14 +111,11 @@ pub(crate) fn dialled(last: u8, endpoints: &[[u8; 4]]) -> [Value; 2] {
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"},
         "spec": {"clusterIP": address, "clusterIPs": [address], "ports": own},
     });
-    let mut unique: Vec<[u8; 4]> = endpoints.to_vec();
-    unique.sort_unstable();
-    unique.dedup();
     let endpoint = |address: &[u8; 4]| json!({"addresses": [std::net::Ipv4Addr::from(*address).to_string()], "nodeName": "node-0", "conditions": {"ready": true}});
     let slice = json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
         "metadata": {"name": format!("{name}-1"), "namespace": "default", "labels": {"kubernetes.io/service-name": name}},
-        "ports": behind, "endpoints": unique.iter().map(endpoint).collect::<Vec<_>>(),
+        "ports": behind, "endpoints": endpoints.iter().map(endpoint).collect::<Vec<_>>(),
     });
     [service, slice]
 }

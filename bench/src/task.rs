@@ -83,6 +83,8 @@ pub struct Watched {
     pub began: u64,
     /// How long it took, nanoseconds.
     pub took: u64,
+    /// By how much it was begun too late, nanoseconds.
+    pub late: u64,
     /// What the server answered; none: it failed.
     pub answer: Option<u8>,
 }

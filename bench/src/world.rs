@@ -10,8 +10,16 @@ use anyhow::{Context as _, Result};
 use portolan_bench::task::{Answer, Task};
 use portolan_tests::{Cgroup, Namespace, Place, Process, binary, link, unique};
 
-/// The endpoint that serves. Port by port: echo, sink, queue.
-pub(crate) const ENDPOINT: [u8; 4] = [10, 0, 0, 1];
+/// The endpoints that serve. Port by port: echo, sink, queue.
+pub(crate) const ENDPOINTS: [[u8; 4]; 10] = {
+    let mut all = [[10, 0, 0, 1]; 10];
+    let mut i = 0;
+    while i < all.len() {
+        all[i][3] = i as u8 + 1;
+        i += 1;
+    }
+    all
+};
 pub(crate) const ENDPOINT_PORT: u16 = 9080;
 /// The service that is dialled. Port by port the same, and by UDP the echo.
 pub(crate) const SERVICE: [u8; 4] = [172, 16, 0, 10];
@@ -52,12 +60,14 @@ impl World {
         client.ip(&["route", "add", "172.16.0.0/12", "via", &via])
     }
 
-    /// A server at an address of this namespace.
-    pub(crate) fn serve(&self, address: [u8; 4], answer: Option<u8>) -> Result<Worker> {
-        self.namespace.add_address(&format!("{}/32", std::net::Ipv4Addr::from(address)))?;
-        let address = SocketAddr::from((address, ENDPOINT_PORT)).to_string();
-        let mut arguments = vec!["server".to_owned(), last_cpu(), address];
+    /// A server at these addresses of this namespace.
+    pub(crate) fn serve(&self, addresses: &[[u8; 4]], answer: Option<u8>) -> Result<Worker> {
+        let mut arguments = vec!["server".to_owned(), last_cpu()];
         arguments.extend(answer.into_iter().flat_map(|byte| ["--answer".to_owned(), byte.to_string()]));
+        for address in addresses {
+            self.namespace.add_address(&format!("{}/32", std::net::Ipv4Addr::from(*address)))?;
+            arguments.push(SocketAddr::from((*address, ENDPOINT_PORT)).to_string());
+        }
         let mut server = Worker::start(&arguments, Place { namespace: Some(&self.namespace), cgroup: None })?;
         // It listens once it answers.
         server.ask(&Task::Empty)?;

@@ -1,6 +1,11 @@
 //! The data path without an agent: tables as a test makes them, published as fast as it can.
 
-use std::net::SocketAddr;
+use std::{
+    future::{Future as _, poll_fn},
+    net::SocketAddr,
+    pin::pin,
+    task::Poll,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use portolan::{
@@ -66,14 +71,9 @@ impl Direct {
             self.datapath.grace.begin(round);
             self.open = Some(round);
         }
-        // Those that have settled by now; where places run out, until one has.
-        loop {
-            let settled =
-                async { tokio::time::timeout(std::time::Duration::ZERO, self.datapath.grace.settled()).await };
-            match self.runtime.block_on(settled) {
-                Ok(round) => self.settled(round),
-                Err(_) => break,
-            }
+        // Those that have settled by now.
+        while let Poll::Ready(round) = self.poll_settled() {
+            self.settled(round);
         }
         ensure!(refused.is_empty(), "{refused:?} do not fit");
         Ok(())
@@ -92,6 +92,11 @@ impl Direct {
         let round = self.runtime.block_on(settled).context("nothing settles")?;
         self.settled(round);
         Ok(())
+    }
+
+    fn poll_settled(&mut self) -> Poll<Round> {
+        let mut settled = pin!(self.datapath.grace.settled());
+        self.runtime.block_on(poll_fn(|context| Poll::Ready(settled.as_mut().poll(context))))
     }
 
     fn settled(&mut self, round: Round) {

@@ -1,6 +1,6 @@
 //! The benchmark's client, and its server. Both read tasks from stdin, a line of JSON each, and answer each with a line.
 //!
-//! `bench-load client CPU` dials. `bench-load server CPU ADDRESS` listens on three ports of the address: on the first, a byte comes back as it was
+//! `bench-load client CPU` dials. `bench-load server CPU ADDRESS…` listens on three ports of each address: on the first, a byte comes back as it was
 //! sent, or `--answer BYTE` in its place, by TCP and by UDP; the second swallows what it gets, and answers each MiB; connections to the third wait
 //! until they are all taken at once.
 
@@ -30,7 +30,11 @@ use socket2::{Domain, Protocol, Socket, Type};
 const QUEUE: i32 = 4_096;
 const MIB: usize = 1 << 20;
 /// Threads of a watch: as many requests may hang at once.
-const WATCHERS: usize = 128;
+const WATCHERS: usize = 1_200;
+/// Each needs little.
+const STACK: usize = 128 << 10;
+/// Until all of them are there.
+const START: Duration = Duration::from_millis(300);
 /// A request that hangs for so long has failed.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -41,9 +45,9 @@ fn main() -> Result<()> {
             pin(cpu)?;
             tasks(client)
         }
-        ["server", cpu, address] => server(cpu, address.parse()?, None),
-        ["server", cpu, address, "--answer", byte] => server(cpu, address.parse()?, Some(byte.parse()?)),
-        _ => bail!("usage: bench-load client CPU | server CPU ADDRESS:PORT [--answer BYTE]"),
+        ["server", cpu, "--answer", byte, ref addresses @ ..] => server(cpu, addresses, Some(byte.parse()?)),
+        ["server", cpu, ref addresses @ ..] => server(cpu, addresses, None),
+        _ => bail!("usage: bench-load client CPU | server CPU [--answer BYTE] ADDRESS:PORT…"),
     }
 }
 
@@ -185,29 +189,31 @@ fn bulk(to: SocketAddr, bytes: usize) -> Result<Answer> {
 fn watch(to: SocketAddr, rate: f64, seconds: f64) -> Result<Answer> {
     let total = (rate * seconds) as usize;
     let (next, watched) = (AtomicUsize::new(0), Mutex::new(Vec::with_capacity(total)));
-    let start = Instant::now();
-    thread::scope(|scope| {
-        for _ in 0..WATCHERS {
-            scope.spawn(|| {
-                loop {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
-                    if i >= total {
-                        return;
-                    }
-                    let planned = start + Duration::from_secs_f64(i as f64 / rate);
-                    while let Some(early) = planned.checked_duration_since(Instant::now()).filter(|it| !it.is_zero()) {
-                        thread::park_timeout(early);
-                    }
-                    let (at, began) = (monotonic(), Instant::now());
-                    let answer = request(to).ok();
-                    let one = Watched { began: at, took: began.elapsed().as_nanos() as u64, answer };
-                    if let Ok(mut all) = watched.lock() {
-                        all.push(one);
-                    }
-                }
-            });
+    let start = Instant::now() + START;
+    let one_after_the_other = || {
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= total {
+                return;
+            }
+            let planned = start + Duration::from_secs_f64(i as f64 / rate);
+            while let Some(early) = planned.checked_duration_since(Instant::now()).filter(|it| !it.is_zero()) {
+                thread::park_timeout(early);
+            }
+            let (at, began) = (monotonic(), Instant::now());
+            let answer = request(to).ok();
+            let (took, late) = (began.elapsed().as_nanos() as u64, (began - planned).as_nanos() as u64);
+            if let Ok(mut all) = watched.lock() {
+                all.push(Watched { began: at, took, late, answer });
+            }
         }
-    });
+    };
+    thread::scope(|scope| -> Result<()> {
+        for _ in 0..WATCHERS {
+            thread::Builder::new().stack_size(STACK).spawn_scoped(scope, one_after_the_other)?;
+        }
+        Ok(())
+    })?;
     let mut watched = watched.into_inner().unwrap_or_default();
     watched.sort_by_key(|one| one.began);
     Ok(Answer { count: watched.len(), watched, ..Answer::default() })
@@ -218,33 +224,43 @@ fn monotonic() -> u64 {
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
 
-fn server(cpu: &str, first: SocketAddr, answer: Option<u8>) -> Result<()> {
+fn server(cpu: &str, addresses: &[&str], answer: Option<u8>) -> Result<()> {
     pin(cpu)?;
-    let at = |more: u16| SocketAddr::new(first.ip(), first.port() + more);
-    let (echo, sink, quiet) = (listen(at(0))?, listen(at(1))?, listen(at(2))?);
-    let datagrams = UdpSocket::bind(at(0)).with_context(|| format!("cannot listen on {first}"))?;
-    thread::Builder::new().name("datagrams".to_owned()).spawn(move || {
-        let mut buffer = [0; 512];
-        while let Ok((len, from)) = datagrams.recv_from(&mut buffer) {
-            // A client that has gone away is no concern of the server's.
-            let _ = datagrams.send_to(&buffer[..len], from);
-        }
-    })?;
-    thread::Builder::new().name("sink".to_owned()).spawn(move || {
-        for stream in sink.incoming().flatten() {
-            let _ = swallow(stream);
-        }
-    })?;
+    let (mut echo, mut quiet) = (Vec::new(), Vec::new());
+    for address in addresses {
+        let first: SocketAddr = address.parse()?;
+        let at = |more: u16| SocketAddr::new(first.ip(), first.port() + more);
+        echo.push(listen(at(0))?);
+        let sink = listen(at(1))?;
+        quiet.push(listen(at(2))?);
+        let datagrams = UdpSocket::bind(at(0)).with_context(|| format!("cannot listen on {first}"))?;
+        thread::Builder::new().name("datagrams".to_owned()).spawn(move || {
+            let mut buffer = [0; 512];
+            while let Ok((len, from)) = datagrams.recv_from(&mut buffer) {
+                // A client that has gone away is no concern of the server's.
+                let _ = datagrams.send_to(&buffer[..len], from);
+            }
+        })?;
+        thread::Builder::new().name("sink".to_owned()).spawn(move || {
+            for stream in sink.incoming().flatten() {
+                let _ = swallow(stream);
+            }
+        })?;
+    }
     thread::Builder::new().name("echo".to_owned()).spawn(move || {
         if let Err(error) = echo_all(&echo, answer) {
             eprintln!("bench-load: {error:#}");
             std::process::exit(1);
         }
     })?;
-    quiet.set_nonblocking(true)?;
+    quiet.iter().try_for_each(|listener| listener.set_nonblocking(true))?;
     tasks(|task| {
         match task {
-            Task::Empty => while quiet.accept().is_ok() {},
+            Task::Empty => {
+                for listener in &quiet {
+                    while listener.accept().is_ok() {}
+                }
+            }
             Task::Spent => {}
             _ => bail!("a server does not dial"),
         }
@@ -269,11 +285,13 @@ fn swallow(mut stream: TcpStream) -> io::Result<()> {
 }
 
 /// One thread for all connections.
-fn echo_all(listener: &TcpListener, answer: Option<u8>) -> Result<()> {
-    listener.set_nonblocking(true)?;
+fn echo_all(listeners: &[TcpListener], answer: Option<u8>) -> Result<()> {
     let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-    let id = |of: &dyn Fn() -> i32| epoll::EventData::new_u64(of() as u64);
-    epoll::add(&poll, listener, id(&|| listener.as_raw_fd()), epoll::EventFlags::IN)?;
+    let id = |descriptor: i32| epoll::EventData::new_u64(descriptor as u64);
+    for listener in listeners {
+        listener.set_nonblocking(true)?;
+        epoll::add(&poll, listener, id(listener.as_raw_fd()), epoll::EventFlags::IN)?;
+    }
     let mut streams: HashMap<u64, TcpStream> = HashMap::new();
     let mut events = Vec::with_capacity(256);
     loop {
@@ -284,21 +302,20 @@ fn echo_all(listener: &TcpListener, answer: Option<u8>) -> Result<()> {
         }
         for event in &events {
             let which = event.data.u64();
-            if which == listener.as_raw_fd() as u64 {
+            if let Some(listener) = listeners.iter().find(|listener| listener.as_raw_fd() as u64 == which) {
                 while let Ok((stream, _)) = listener.accept() {
                     stream.set_nonblocking(true)?;
                     stream.set_nodelay(true)?;
-                    let own = stream.as_raw_fd();
-                    epoll::add(&poll, &stream, id(&|| own), epoll::EventFlags::IN)?;
-                    streams.insert(own as u64, stream);
+                    epoll::add(&poll, &stream, id(stream.as_raw_fd()), epoll::EventFlags::IN)?;
+                    streams.insert(stream.as_raw_fd() as u64, stream);
                 }
                 continue;
             }
             let Some(stream) = streams.get_mut(&which) else { continue };
-            let mut byte = [0; 64];
-            let goes_on = match stream.read(&mut byte) {
+            let mut bytes = [0; 64];
+            let goes_on = match stream.read(&mut bytes) {
                 Ok(0) => false,
-                Ok(len) => stream.write_all(&answer.map_or(byte, |own| [own; 64])[..len]).is_ok(),
+                Ok(len) => stream.write_all(&answer.map_or(bytes, |own| [own; 64])[..len]).is_ok(),
                 Err(error) => error.kind() == ErrorKind::WouldBlock,
             };
             if !goes_on {
