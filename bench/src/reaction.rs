@@ -29,7 +29,7 @@ const ENDPOINTS: [[u8; 4]; 2] = [[10, 0, 0, 3], [10, 0, 0, 4]];
 /// Requests a second where connects hang: more could not hang at once.
 pub(crate) const RATE: f64 = 1_000.0;
 /// Requests a second where connects are refused: three failures are but a millisecond.
-pub(crate) const REFUSED_RATE: f64 = 4_000.0;
+pub(crate) const REFUSED_RATE: f64 = 2_000.0;
 /// Seconds before the endpoint dies, and in all.
 const BEFORE: f64 = 0.8;
 const SECONDS: f64 = 2.5;
@@ -52,12 +52,16 @@ pub(crate) struct Reaction {
     pub(crate) failed: Median,
     /// Milliseconds from the death to the beginning of the last request that failed.
     pub(crate) last: Median,
+    /// Requests that failed before anything died, in all: there should be none.
+    pub(crate) before: usize,
     /// Milliseconds by which a request was begun too late, at the most.
     pub(crate) late: Median,
 }
 
 /// What came of one death.
 struct Seen {
+    /// Requests that failed before it.
+    before: usize,
     failed: usize,
     last: f64,
     late: f64,
@@ -84,9 +88,10 @@ pub(crate) fn run(times: usize, envoy: Option<&Path>) -> Result<Vec<Reaction>> {
             }
         }
         for (who, seen) in [("Portolan", portolan), ("Envoy", of_envoy)] {
+            let before = seen.iter().map(|seen| seen.before).sum();
             let of = |figure: fn(&Seen) -> f64| Median::of(seen.iter().map(figure));
             let figures = of(|seen| seen.failed as f64).zip(of(|seen| seen.last)).zip(of(|seen| seen.late));
-            all.extend(figures.map(|((failed, last), late)| Reaction { who, death, failed, last, late }));
+            all.extend(figures.map(|((failed, last), late)| Reaction { who, death, failed, last, late, before }));
         }
     }
     Ok(all)
@@ -120,7 +125,8 @@ impl Stage {
 
 /// One of two endpoints dies.
 fn once(death: Death, envoy: Option<&Path>) -> Result<Seen> {
-    let rate = if death == Death::Refused { REFUSED_RATE } else { RATE };
+    // Of those that hang there are as many as begin in a second.
+    let (rate, threads) = if death == Death::Refused { (REFUSED_RATE, 100) } else { (RATE, 1_200) };
     let mut stage = Stage::new()?;
     let (mut agent, mut proxy) = (None, None);
     let (mut client, to) = match envoy {
@@ -135,7 +141,7 @@ fn once(death: Death, envoy: Option<&Path>) -> Result<Seen> {
     };
     // Everything has been dialled once, and Envoy knows its endpoints.
     client.ask(&Task::Request { to, count: 20 })?;
-    client.begin(&Task::Watch { to, rate, seconds: SECONDS })?;
+    client.begin(&Task::Watch { to, rate, seconds: SECONDS, threads })?;
     pause(BEFORE);
     let at = now();
     match death {
@@ -153,8 +159,7 @@ fn once(death: Death, envoy: Option<&Path>) -> Result<Seen> {
     let last = failed().map(|one| one.began.saturating_sub(at)).max().unwrap_or(0);
     let late = answer.watched.iter().map(|one| one.late).max().unwrap_or(0);
     let before = failed().filter(|one| one.began + one.took < at).count();
-    ensure!(before == 0, "{before} requests failed before anything died");
-    Ok(Seen { failed: failed().count(), last: last as f64 / 1e6, late: late as f64 / 1e6 })
+    Ok(Seen { before, failed: failed().count() - before, last: last as f64 / 1e6, late: late as f64 / 1e6 })
 }
 
 /// An agent that is killed and started again while requests run; and one that is started with other sizes, which goes as an upgrade does.
@@ -169,7 +174,7 @@ pub(crate) fn away(seconds: f64) -> Result<Vec<Away>> {
         ("replaced by one with other maps, as an upgrade does", &["--max-backends", "2000"][..]),
     ] {
         progress(&format!("an agent is {what}"));
-        client.begin(&Task::Watch { to, rate: RATE, seconds })?;
+        client.begin(&Task::Watch { to, rate: RATE, seconds, threads: 100 })?;
         let end = Instant::now() + Duration::from_secs_f64(seconds);
         let (mut turn, mut times) = (false, 0);
         while Instant::now() + Duration::from_secs(1) < end {

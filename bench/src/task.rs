@@ -54,6 +54,8 @@ pub enum Task {
         rate: f64,
         /// For how long.
         seconds: f64,
+        /// As many may hang at once.
+        threads: usize,
     },
     /// Server: take all connections that wait.
     Empty,

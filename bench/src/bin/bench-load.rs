@@ -29,9 +29,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 /// What fits into a server's queue (`net.core.somaxconn`).
 const QUEUE: i32 = 4_096;
 const MIB: usize = 1 << 20;
-/// Threads of a watch: as many requests may hang at once.
-const WATCHERS: usize = 1_200;
-/// Each needs little.
+/// A thread of a watch needs little.
 const STACK: usize = 128 << 10;
 /// Until all of them are there.
 const START: Duration = Duration::from_millis(300);
@@ -92,7 +90,7 @@ fn client(task: Task) -> Result<Answer> {
                 Ok(socket.recv_from(&mut [0; 8]).map(drop)?)
             })?
         }
-        Task::Watch { to, rate, seconds } => watch(to, rate, seconds)?,
+        Task::Watch { to, rate, seconds, threads } => watch(to, rate, seconds, threads)?,
         Task::Empty => bail!("only a server has a queue"),
         Task::Spent => return Ok(Answer { spent: spent(), ..Answer::default() }),
     };
@@ -186,7 +184,7 @@ fn bulk(to: SocketAddr, bytes: usize) -> Result<Answer> {
 }
 
 /// Open loop: requests begin when they should, whatever becomes of the others.
-fn watch(to: SocketAddr, rate: f64, seconds: f64) -> Result<Answer> {
+fn watch(to: SocketAddr, rate: f64, seconds: f64, threads: usize) -> Result<Answer> {
     let total = (rate * seconds) as usize;
     let (next, watched) = (AtomicUsize::new(0), Mutex::new(Vec::with_capacity(total)));
     let start = Instant::now() + START;
@@ -209,7 +207,7 @@ fn watch(to: SocketAddr, rate: f64, seconds: f64) -> Result<Answer> {
         }
     };
     thread::scope(|scope| -> Result<()> {
-        for _ in 0..WATCHERS {
+        for _ in 0..threads {
             thread::Builder::new().stack_size(STACK).spawn_scoped(scope, one_after_the_other)?;
         }
         Ok(())
