@@ -31,6 +31,7 @@ impl Held {
     pub fn wait(&self, bound: Duration) -> Result<()> {
         use std::os::fd::AsFd as _;
         let mut ready = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        let bound = bound * crate::wait::patience();
         let waiting = poll(&mut ready, PollTimeout::try_from(bound)?)?;
         ensure!(waiting == 1, "nobody opened the file within {bound:?}");
         Ok(())

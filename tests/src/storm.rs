@@ -8,7 +8,7 @@ use std::{
     process::{ChildStdin, ChildStdout, Command, Stdio},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::{Place, Process, binary};
@@ -101,7 +101,9 @@ impl Servers {
         let stdin = process.child().stdin.take().context("no stdin")?;
         let mut line = String::new();
         BufReader::new(process.child().stdout.take().context("no stdout")?).read_line(&mut line)?;
-        ensure!(line.trim() == "listening", "the servers have not started");
+        if line.trim() != "listening" {
+            bail!("the servers have not started: they said {line:?}, and ended with {:?}", process.child().wait());
+        }
         Ok(Self { _stdin: stdin, _process: process })
     }
 }

@@ -230,7 +230,13 @@ fn lesson_05_tcp_is_closed_in_one_pass_for_a_batch_and_only_when_asked_for() -> 
             ensure!(endpoints == Some(1) && aborted == closed, "{endpoints:?} {aborted}");
             Ok(())
         })?;
-        assert_eq!(passes()? - before, u64::from(setting != "keep"), "{setting}: twenty services, one change");
+        // The last socket is closed before the look has ended, and is counted.
+        let looks = u64::from(setting != "keep");
+        wait_until("the look to end", BOUND, || {
+            ensure!(passes()? - before >= looks);
+            Ok(())
+        })?;
+        assert_eq!(passes()? - before, looks, "{setting}: twenty services, one change");
     }
     Ok(())
 }

@@ -229,7 +229,9 @@ fn lesson_16_in_a_storm_of_changes_nobody_is_misled() -> Result<()> {
     directory.write("c1/all.yaml", &storm_objects(&[0b1111]))?;
     wait_until("the maps to hold what they held", BOUND, || {
         let after = (entries()?, descriptors()?, places.taken());
-        ensure!(after == before, "{after:?}, before {before:?}");
+        // While an agent looks at sockets it holds their namespaces, as it does when it begins.
+        let no_more = after.1 <= before.1;
+        ensure!((&after.0, after.2) == (&before.0, before.2) && no_more, "{after:?}, before {before:?}");
         Ok(())
     })
 }
