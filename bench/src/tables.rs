@@ -64,7 +64,7 @@ fn build(services: u32, changes: u32) -> Result<Built> {
     let mut store = store(services)?;
     let (client, observed) = (client(), Observed::default());
     let bed = Bed::named("tables")?;
-    let sizes = Sizes { frontends: services.next_power_of_two().max(16), ..sizes_for(services) };
+    let sizes = Sizes { frontends: services.next_power_of_two().max(1 << 14), ..sizes_for(services) };
     let mut direct = Direct::new(&bed, sizes)?;
     let began = Instant::now();
     let mut compiler = Compiler::default();
