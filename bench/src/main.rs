@@ -80,27 +80,37 @@ fn main() -> Result<()> {
     };
     let envoy = options.envoy.as_deref();
     let mut report = Report::new(Machine::look(envoy), quick);
+    // Written after each part: what was measured is not lost with a part that breaks off.
+    let keep = |report: &mut Report| {
+        report.judge();
+        report.write(&options.report)
+    };
     if wanted(Part::Connections) {
         let measured = connections::run(&effort, envoy.ok_or(options.no_envoy.as_str()))?;
-        report.agents = agents::run(&measured.served, if quick { 1.0 } else { 10.0 })?;
-        report.programs = kernel::programs(&measured.served[0].1, if quick { 50 } else { 20_000 })?;
         report.arms = measured.arms;
+        report.agents = agents::run(&measured.served, if quick { 1.0 } else { 10.0 })?;
+        keep(&mut report)?;
+        report.programs = kernel::programs(&measured.served[0].1, if quick { 50 } else { 20_000 })?;
+        keep(&mut report)?;
     }
     if wanted(Part::Kernel) {
         report.kernel = kernel::run(&services, if quick { 500 } else { 100_000 })?;
+        keep(&mut report)?;
     }
     if wanted(Part::Tables) {
         report.tables = tables::run(&services, if quick { 20 } else { 2_000 })?;
+        keep(&mut report)?;
     }
     if wanted(Part::Reaction) {
         report.reaction = reaction::run(if quick { 1 } else { 10 }, envoy)?;
+        keep(&mut report)?;
         report.away = reaction::away(if quick { 3.0 } else { 12.0 })?;
+        keep(&mut report)?;
     }
     if wanted(Part::Files) {
         report.files = files::run(services.iter().copied().max().unwrap_or(1).max(10))?;
+        keep(&mut report)?;
     }
-    report.judge();
-    report.write(&options.report)?;
     print!("{}", report.text());
     let wrong = report.not_finite();
     ensure!(wrong.is_empty(), "these did not run, or their figures are none: {}", wrong.join(", "));

@@ -120,8 +120,9 @@ fn procs_of(cgroup: &Cgroup) -> Result<File> {
 /// It was not built.
 pub fn binary(name: impl AsRef<OsStr>) -> Result<PathBuf> {
     let own = env::current_exe()?;
-    let mut folders = own.ancestors().skip(1).take(2);
-    let found = folders.find_map(|folder| Some(folder.join(name.as_ref())).filter(|path| path.is_file()));
+    // Tests lie in a folder of their own, where one may have a program's name.
+    let mut folders = own.ancestors().skip(1).filter(|folder| !folder.ends_with("deps"));
+    let found = folders.next().map(|folder| folder.join(name.as_ref())).filter(|path| path.is_file());
     let missing = || format!("{} is not built; run: cargo xtask test", Path::new(name.as_ref()).display());
     found.with_context(missing)
 }
