@@ -2,7 +2,7 @@
 //! up, by destination.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     net::SocketAddr,
     sync::Arc,
     time::Duration,
@@ -24,22 +24,11 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Destination {
     /// The service.
-    pub service: NamespacedName,
+    pub service: Arc<NamespacedName>,
     /// The cluster of the endpoint.
     pub cluster: Arc<str>,
     /// Its locality.
     pub locality: Arc<Locality>,
-}
-
-impl Destination {
-    /// The destination of an endpoint of a pool.
-    pub fn new(pool: &PoolKey, endpoint: &Endpoint) -> Self {
-        Self {
-            service: pool.service.name.clone(),
-            cluster: Arc::clone(&endpoint.cluster),
-            locality: Arc::clone(&endpoint.locality),
-        }
-    }
 }
 
 /// What became of the connections to a destination.
@@ -97,7 +86,10 @@ pub struct Sample {
 #[derive(Debug)]
 pub struct Accounts {
     names: HashMap<SocketAddr, Vec<Name>>,
-    seen: HashMap<u32, (SocketAddr, BackendStats)>,
+    /// Whose each backend id is.
+    addresses: Vec<Option<SocketAddr>>,
+    /// The counters of ids as they were last taken in, where they were not zero: most endpoints of a large mesh are never dialled.
+    seen: HashMap<u32, BackendStats>,
     totals: BTreeMap<Destination, Total>,
     health: HealthCounts,
     seen_frontends: HashMap<u32, FrontendStats>,
@@ -109,7 +101,7 @@ pub struct Accounts {
 #[derive(Debug)]
 struct Name {
     /// The service whose assignments name it.
-    owner: ServiceId,
+    owner: Arc<ServiceId>,
     destination: Arc<Destination>,
     /// Whether they still do. What has gone keeps its name for its last connections, until somebody else has the address.
     live: bool,
@@ -119,6 +111,7 @@ impl Default for Accounts {
     fn default() -> Self {
         Self {
             names: HashMap::new(),
+            addresses: Vec::new(),
             seen: HashMap::new(),
             totals: BTreeMap::new(),
             health: BTreeMap::new(),
@@ -134,16 +127,17 @@ impl Accounts {
     pub fn name(&mut self, service: &ServiceId, before: &[Arc<Assignment>], after: &[Arc<Assignment>]) {
         for (_, endpoint) in endpoints(before) {
             for name in self.names.get_mut(&endpoint.address).into_iter().flatten() {
-                name.live &= name.owner != *service;
+                name.live &= *name.owner != *service;
             }
         }
-        let mut made: BTreeMap<Destination, Arc<Destination>> = BTreeMap::new();
+        let owner = Arc::new(service.clone());
+        let mut made: Vec<Arc<Destination>> = Vec::new();
         for (pool, endpoint) in endpoints(after) {
-            let destination = Destination::new(pool, endpoint);
-            let destination = Arc::clone(made.entry(destination.clone()).or_insert_with(|| Arc::new(destination)));
+            let destination = shared(&mut made, &pool.service.name, endpoint);
             let names = self.names.entry(endpoint.address).or_default();
-            names.retain(|name| name.live && name.owner != *service);
-            names.push(Name { owner: service.clone(), destination, live: true });
+            names.retain(|name| name.live && *name.owner != *service);
+            names.reserve_exact(1);
+            names.push(Name { owner: Arc::clone(&owner), destination, live: true });
             names.sort_by(|a, b| a.owner.cmp(&b.owner));
         }
     }
@@ -155,14 +149,19 @@ impl Accounts {
                 self.seen_frontends.remove(id);
             }
             if let Op::SetBackend(id, backend) = op {
-                if let Some((address, _)) = self.seen.get(id).copied() {
+                let place = *id as usize;
+                if let Some(address) = self.addresses.get(place).copied().flatten() {
                     self.take(*id, address, maps);
                     // Its last connections are counted.
                     if self.names.get(&address).is_some_and(|names| names.iter().all(|name| !name.live)) {
                         self.names.remove(&address);
                     }
                 }
-                self.seen.insert(*id, (backend.endpoint.socket_addr(), BackendStats::default()));
+                if self.addresses.len() <= place {
+                    self.addresses.resize(place + 1, None);
+                }
+                self.addresses[place] = Some(backend.endpoint.socket_addr());
+                self.seen.remove(id);
             }
         }
     }
@@ -172,13 +171,23 @@ impl Accounts {
         for (address, id) in layout.backends() {
             self.take(id, address, maps);
         }
-        let seen: std::collections::HashSet<_> = self.seen.values().map(|(address, _)| *address).collect();
-        self.names.retain(|address, _| seen.contains(address));
+        let held: HashSet<SocketAddr> = self.addresses.iter().flatten().copied().collect();
+        self.names.retain(|address, _| held.contains(address));
     }
 
     fn take(&mut self, id: u32, address: SocketAddr, maps: &Maps) {
         let Ok(now) = maps.backend_stats(id) else { return };
-        let before = self.seen.insert(id, (address, now)).map_or_else(BackendStats::default, |(_, stats)| stats);
+        let place = id as usize;
+        if self.addresses.len() <= place {
+            self.addresses.resize(place + 1, None);
+        }
+        self.addresses[place] = Some(address);
+        let zero = BackendStats { epoch: now.epoch, ..BackendStats::default() };
+        let before = self.seen.get(&id).copied().unwrap_or_default();
+        if now == zero && before == BackendStats::default() {
+            return;
+        }
+        self.seen.insert(id, now);
         let names = self.names.get(&address).map(Vec::as_slice).unwrap_or_default();
         let Some(name) = names.iter().find(|name| name.live).or(names.first()) else { return };
         let total = self.totals.entry((*name.destination).clone()).or_default();
@@ -233,6 +242,24 @@ impl Accounts {
     pub fn health(&self) -> &HealthCounts {
         &self.health
     }
+}
+
+/// The destination of an endpoint: one value for all that are alike.
+fn shared(made: &mut Vec<Arc<Destination>>, service: &NamespacedName, endpoint: &Endpoint) -> Arc<Destination> {
+    let place = (&endpoint.cluster, &endpoint.locality);
+    let is_same = |own: &&Arc<Destination>| *own.service == *service && (&own.cluster, &own.locality) == place;
+    if let Some(known) = made.iter().find(is_same) {
+        return Arc::clone(known);
+    }
+    let of_service = made.iter().find(|own| *own.service == *service);
+    let service = of_service.map_or_else(|| Arc::new(service.clone()), |own| Arc::clone(&own.service));
+    let new = Arc::new(Destination {
+        service,
+        cluster: Arc::clone(&endpoint.cluster),
+        locality: Arc::clone(&endpoint.locality),
+    });
+    made.push(Arc::clone(&new));
+    new
 }
 
 /// The endpoints of assignments, with their pools.

@@ -249,7 +249,9 @@ impl Compiler {
                 };
                 let at = (port.port, port.protocol, first.is_ipv6());
                 let destinations = self.rules.destinations(id, at, taken, &ports, &mut compiled.findings);
-                let (mut routes, mut groups) = (Vec::new(), Vec::new());
+                // A route is large, and kept: no room for more than there are.
+                let mut routes = Vec::with_capacity(destinations.len());
+                let mut groups = Vec::with_capacity(destinations.len());
                 for destination in destinations {
                     let (pool, own) = pool::build(&scene, destination.key, destination.by_rule, &mut compiled.findings);
                     groups.push(own);
