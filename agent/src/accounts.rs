@@ -66,6 +66,8 @@ pub struct Sample {
     pub publish_seconds: Histogram,
     /// Counters of the programs.
     pub counters: Counters,
+    /// How long connects and round trips took, as `Maps::times` has it.
+    pub times: [Vec<u64>; 2],
     /// Connections that were refused because there were as many as there may be, by service and port.
     pub overflow: BTreeMap<(NamespacedName, u16), u64>,
     /// Looks at all sockets so far.
@@ -221,6 +223,11 @@ impl Accounts {
             EventKind::Released => return,
         };
         *self.health.entry((pool.service.name.clone(), pool.port, kind)).or_default() += 1;
+    }
+
+    /// An ejection was not confirmed.
+    pub fn count_unconfirmed(&mut self, pool: &PoolKey) {
+        *self.health.entry((pool.service.name.clone(), pool.port, "unconfirmed")).or_default() += 1;
     }
 
     /// A table was published.

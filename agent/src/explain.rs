@@ -6,7 +6,7 @@ use portolan_common::Choice;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    model::{Algorithm, Code, Finding, Locality, MeshConfig, Retention, ServiceId},
+    model::{Algorithm, Code, Finding, JudgedBy, Locality, MeshConfig, Retention, ServiceId},
     policy::{
         Assignment, Client, Endpoint, EndpointHealth, Mode, OVERPROVISIONING_FACTOR, Pool, Priority, Route,
         SettingSource, Verdict,
@@ -186,6 +186,12 @@ fn steps(client: &Client, assignment: &Assignment, route: &Route) -> Vec<Step> {
         );
         let says =
             if outlier.always_eject_one { says + "; one always may (portolan.io/always-eject-one)" } else { says };
+        let says = says
+            + match pool.judged_by {
+                JudgedBy::Status => "; HTTP responses with a status of 500 and more are failures as well",
+                JudgedBy::Answer => "; so are connections that break before an answer (portolan.io/count-early-resets)",
+                JudgedBy::Connect => "",
+            };
         steps.push(step("ejection", rule, says));
     }
     steps.push(order(assignment, pool));

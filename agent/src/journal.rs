@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
 use crate::{
-    health::{Event, EventKind},
+    health::{Cause, Event, EventKind},
     policy::PoolKey,
 };
 
@@ -22,7 +22,7 @@ const KEPT_FAILURES: usize = 200;
 pub struct Record {
     /// When (RFC 3339).
     pub time: String,
-    /// `ejected`, `released`, `overflow`, `failed`, `published`, `closed` or `mended`.
+    /// `ejected`, `released`, `overflow`, `failed`, `published`, `closed`, `mended`, `unconfirmed` or `by hand`.
     pub kind: String,
     /// The service, as `namespace/name`, where it is about one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -42,6 +42,12 @@ pub struct Record {
     /// Cookie of the network namespace of the client whose connection failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_netns: Option<u64>,
+    /// What caused an ejection: the threshold that was reached, and failures in a row.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<Cause>,
+    /// Endpoints of the pool that are out, and those that it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub out: Option<[usize; 2]>,
     /// For people.
     pub message: String,
 }
@@ -69,7 +75,7 @@ impl Journal {
     pub fn add(&mut self, record: Record) {
         let record = Record { time: rfc3339(SystemTime::now()), ..record };
         let (service, endpoint) = (record.service.as_deref(), record.endpoint.as_deref());
-        let (kept, most) = if [Record::FAILED, Record::OVERFLOW].contains(&record.kind.as_str()) {
+        let (kept, most) = if [Record::FAILED, Record::OVERFLOW, Record::UNCONFIRMED].contains(&record.kind.as_str()) {
             tracing::debug!(kind = record.kind, service, endpoint, "{}", record.message);
             (&mut self.failures, KEPT_FAILURES)
         } else {
@@ -103,6 +109,10 @@ impl Record {
     pub const FAILED: &str = "failed";
     /// The kind of an ejection that the limit did not allow.
     pub const OVERFLOW: &str = "overflow";
+    /// The kind of an ejection that nobody has confirmed.
+    pub const UNCONFIRMED: &str = "unconfirmed";
+    /// The kind of an order by hand.
+    pub const BY_HAND: &str = "by hand";
     /// The kind of connections that were ended.
     pub const CLOSED: &str = "closed";
     /// The kind of a repair: a hook was not in its place.
@@ -125,19 +135,22 @@ impl Record {
     pub fn of_health(pool: &PoolKey, event: &Event) -> Self {
         let Event { address, kind, ejected, hosts } = event;
         let (kind, message) = match kind {
-            EventKind::Ejected { failures, duration } => (
+            EventKind::Ejected { cause, duration } => (
                 "ejected",
                 format!(
-                    "{address} ejected from {pool} for {} after {failures} failed connections in a row; {ejected} of {hosts} are out",
-                    humantime::format_duration(*duration)
+                    "{address} ejected from {pool} for {} after {} failures in a row ({}); {ejected} of {hosts} are out",
+                    humantime::format_duration(*duration),
+                    cause.failures,
+                    cause.threshold.field()
                 ),
             ),
             EventKind::Released => ("released", format!("{address} is back in {pool}; {ejected} of {hosts} are out")),
-            EventKind::Overflow { failures } => (
+            EventKind::Overflow { cause } => (
                 Self::OVERFLOW,
                 format!(
-                    "{address} of {pool} failed {failures} times in a row, but stays: {ejected} of {hosts} are out, \
-                     and maxEjectionPercent allows no more"
+                    "{address} of {pool} failed {} times in a row, but stays: {ejected} of {hosts} are out, \
+                     and maxEjectionPercent allows no more",
+                    cause.failures
                 ),
             ),
         };
@@ -145,6 +158,11 @@ impl Record {
             EventKind::Ejected { duration, .. } => Some(duration.as_secs_f64()),
             _ => None,
         };
-        Self { duration_seconds, ..Self::of_pool(pool, *address, kind, message) }
+        let cause = match event.kind {
+            EventKind::Ejected { cause, .. } | EventKind::Overflow { cause } => Some(cause),
+            EventKind::Released => None,
+        };
+        let out = Some([*ejected, *hosts]);
+        Self { duration_seconds, cause, out, ..Self::of_pool(pool, *address, kind, message) }
     }
 }

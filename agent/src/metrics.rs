@@ -3,8 +3,9 @@
 use std::sync::atomic::AtomicU64;
 
 use prometheus_client::{
-    encoding::{EncodeLabelSet, EncodeLabelValue, text::encode},
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, NoLabelSet, text::encode},
+    metrics::{MetricType, counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
 
@@ -115,13 +116,20 @@ fn services(registry: &mut Registry, sample: &Sample) {
     registry.register("portolan_overflow", "Connections refused because of maxConnections", overflow);
     registry.register("portolan_refused", "Connections refused because the service had no endpoint to give", refused);
     let (ejections, overflows) = (Counters::<ServiceLabels>::default(), Counters::<ServiceLabels>::default());
+    let unconfirmed = Counters::<ServiceLabels>::default();
     for ((service, port, kind), count) in &sample.health {
         let labels = ServiceLabels { namespace: service.namespace.clone(), service: service.name.clone(), port: *port };
-        let family = if *kind == "ejected" { &ejections } else { &overflows };
+        let family = match *kind {
+            "ejected" => &ejections,
+            "overflow" => &overflows,
+            _ => &unconfirmed,
+        };
         family.get_or_create(&labels).inc_by(*count);
     }
     registry.register("portolan_ejections", "Endpoints ejected by outlier detection", ejections);
     registry.register("portolan_ejection_overflows", "Ejections that maxEjectionPercent did not allow", overflows);
+    let about = "Ejections that one pod alone asked for, and nobody confirmed";
+    registry.register("portolan_ejections_unconfirmed", about, unconfirmed);
 }
 
 fn agent(registry: &mut Registry, sample: &Sample) {
@@ -141,6 +149,14 @@ fn agent(registry: &mut Registry, sample: &Sample) {
         "Time from a change to the table in the kernel",
         sample.publish_seconds.clone(),
     );
+    let names = ["portolan_connect_seconds", "portolan_round_trip_seconds"];
+    let about = [
+        "Time from SYN to established, where endpoints may be ejected",
+        "Smoothed round trip time of connections when they were closed, where endpoints may be ejected",
+    ];
+    for ((name, about), times) in names.into_iter().zip(about).zip(&sample.times) {
+        registry.register_collector(Box::new(Times { name, about, times: times.clone() }));
+    }
     let counters = [
         ("portolan_events_lost", "Outcomes that found the ring buffer full", sample.counters.events_lost),
         (
@@ -185,4 +201,28 @@ fn agent(registry: &mut Registry, sample: &Sample) {
         findings.get_or_create(&FindingLabels { severity: label }).set(count as i64);
     }
     registry.register("portolan_findings", "Findings about objects, see `portolan get services`", findings);
+}
+
+/// A histogram that the kernel has counted.
+#[derive(Debug)]
+struct Times {
+    name: &'static str,
+    about: &'static str,
+    /// Counts of times below each power of two microseconds, and last their sum.
+    times: Vec<u64>,
+}
+
+impl Collector for Times {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let Some((sum, counts)) = self.times.split_last() else { return Ok(()) };
+        let bounds = (0..).map(|power: i32| f64::from(power).exp2() / 1e6);
+        let last = counts.len().saturating_sub(1);
+        let buckets = bounds.zip(counts).enumerate();
+        // What is longer than all bounds has none.
+        let buckets: Vec<(f64, u64)> =
+            buckets.map(|(i, (bound, count))| (if i == last { f64::MAX } else { bound }, *count)).collect();
+        let total = counts.iter().sum();
+        let mut encoder = encoder.encode_descriptor(self.name, self.about, None, MetricType::Histogram)?;
+        encoder.encode_histogram::<NoLabelSet>(*sum as f64 / 1e6, total, &buckets, None)
+    }
 }

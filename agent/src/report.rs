@@ -142,6 +142,9 @@ pub struct EndpointReport {
     /// When its ejection ends at the earliest (RFC 3339); from a running agent only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ejected_until: Option<String>,
+    /// Why it is ejected: the threshold that was reached, or `hand` and the reason; from a running agent only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ejected_by: Option<String>,
     /// What the kernel has counted; from a running agent only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<EndpointKernel>,
@@ -159,6 +162,7 @@ impl EndpointReport {
             health: endpoint.health.as_str().to_owned(),
             share: rounded(share),
             ejected_until: None,
+            ejected_by: None,
             kernel: None,
         }
     }
@@ -188,6 +192,18 @@ pub struct EndpointKernel {
     pub active: u64,
     /// Connects that failed.
     pub failures: u64,
+    /// HTTP/1 responses, where their status is looked at.
+    #[serde(default)]
+    pub responses: u64,
+    /// Those with a status of 500 and more.
+    #[serde(default)]
+    pub server_errors: u64,
+    /// Those with a status of 502, 503 or 504.
+    #[serde(default)]
+    pub gateway_errors: u64,
+    /// From SYN to established, microseconds, smoothed over connections; 0 where endpoints are not ejected.
+    #[serde(default)]
+    pub connect_micros: f64,
 }
 
 impl Report {

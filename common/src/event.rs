@@ -12,6 +12,14 @@ pub enum OutcomeKind {
     Failed = 1,
     /// The connect was not answered in time.
     TimedOut = 2,
+    /// An HTTP/1 response: its status is in `errno`. A status below 500 is told only while failures of the backend are counted.
+    Responded = 3,
+    /// The connection was reset, or timed out, after it was established and before a byte came back.
+    Broken = 4,
+    /// The connection is closed, and something had come back. Told only while failures of the backend are counted.
+    Answered = 5,
+    /// HTTP/1 was expected of the pool, and a connection speaks something else; `errno` says what (`Spoken`). Told once for each pool.
+    NotHttp = 6,
 }
 
 impl OutcomeKind {
@@ -21,6 +29,10 @@ impl OutcomeKind {
             0 => Some(Self::Established),
             1 => Some(Self::Failed),
             2 => Some(Self::TimedOut),
+            3 => Some(Self::Responded),
+            4 => Some(Self::Broken),
+            5 => Some(Self::Answered),
+            6 => Some(Self::NotHttp),
             _ => None,
         }
     }
@@ -44,7 +56,7 @@ pub struct Outcome {
     pub frontend_id: u32,
     /// See [`OutcomeKind`].
     pub kind: u32,
-    /// The socket's error; 0 where established.
+    /// The socket's error; 0 where established. Of a response, its status.
     pub errno: u32,
     /// Zero.
     pub reserved: u32,

@@ -14,12 +14,12 @@ mod stats;
 pub use backend::Backend;
 pub use event::{Outcome, OutcomeKind};
 pub use frontend::{Choice, Endpoint, FrontendKey, Slot, Version, VersionFlags};
-pub use pool::{Affinity, AffinityKey, Limits, PoolStats};
-pub use socket::{Connection, FLOWS, Flow, Flows, SocketStage, SocketState};
-pub use stats::{BackendStats, Counter, FrontendStats};
+pub use pool::{Affinity, AffinityKey, Limits, PoolStats, Spoken, Watch};
+pub use socket::{Connection, FLOWS, Flow, Flows, Response, SocketStage, SocketState};
+pub use stats::{BackendStats, BackendUse, Counter, FrontendStats, TIME_BUCKETS};
 
 /// The layout of the maps. It is part of the pin path, so that two layouts never share a map.
-pub const SCHEMA_VERSION: u32 = if cfg!(feature = "next-schema") { 4 } else { 3 };
+pub const SCHEMA_VERSION: u32 = if cfg!(feature = "next-schema") { 5 } else { 4 };
 
 /// The layout of what is kept on sockets, which changes as seldom as can be.
 pub const SOCKET_LAYOUT: u32 = 1;

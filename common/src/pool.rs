@@ -20,12 +20,25 @@ pub struct Limits {
     pub keepalive_interval: u32,
     /// Probes without an answer; 0: the system's own.
     pub keepalive_probes: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// What the kernel has to look at, see [`Watch`].
+    pub watch: u32,
     /// A hash of the pool's name, by which the next agent knows it again.
     pub name: u64,
 }
 plain!(Limits, 40, 8);
+
+/// Bits of [`Limits::watch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watch;
+
+impl Watch {
+    /// Endpoints are ejected: who uses each of them is taken down.
+    pub const USE: u32 = 1;
+    /// The status of HTTP/1 responses says how an endpoint is.
+    pub const STATUS: u32 = 2;
+    /// A connection that stands has proved nothing until a byte comes back.
+    pub const ANSWER: u32 = 4;
+}
 
 /// Value of `POOL_STATS`, indexed as `POOLS`.
 #[repr(C)]
@@ -35,8 +48,23 @@ pub struct PoolStats {
     pub active: u64,
     /// Connections refused because there were as many as there may be.
     pub overflow: u64,
+    /// What was spoken in place of HTTP/1 where that was expected, see [`Spoken`].
+    pub spoken: u64,
 }
-plain!(PoolStats, 16, 8);
+plain!(PoolStats, 24, 8);
+
+/// Bits of [`PoolStats::spoken`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spoken;
+
+impl Spoken {
+    /// TLS.
+    pub const TLS: u64 = 1;
+    /// HTTP/2.
+    pub const HTTP2: u64 = 2;
+    /// Something else.
+    pub const OTHER: u64 = 4;
+}
 
 /// Key of `AFFINITY`: a client, and what it dials.
 #[repr(C)]

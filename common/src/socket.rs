@@ -47,10 +47,65 @@ pub struct Connection {
     pub owner: u64,
     /// The state.
     pub state: SocketState,
-    /// Zero: a place is two cache lines.
-    pub reserved: [u64; 4],
+    /// Where its responses are looked at: what is known of them. A place is two cache lines.
+    pub response: Response,
 }
 plain!(Connection, 128, 8);
+
+/// How far the responses on a connection have been followed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Response {
+    /// Cookie of the client's network namespace.
+    pub netns: u64,
+    /// Sequence number of the next byte to come.
+    pub next: u32,
+    /// First byte of what is missing before it, while `Response::HOLE` is set.
+    pub hole: u32,
+    /// What the client had written when something came last (`write_seq`): once it has written more, a response may begin.
+    pub written: u32,
+    /// Bits: [`Self::ON`] and the others.
+    pub flags: u32,
+    /// Bytes of the status line that have been seen, in a row: 0 ..= 12.
+    pub place: u32,
+    /// The status, as far as it has been seen.
+    pub status: u32,
+}
+plain!(Response, 32, 8);
+
+impl Response {
+    /// Responses are looked at.
+    pub const ON: u32 = 1;
+    /// One of them has begun at least.
+    pub const BEGUN: u32 = 2;
+    /// Something is missing.
+    pub const HOLE: u32 = 4;
+    /// A response comes next, whatever the client has written: the first one, and what follows an interim one (1xx).
+    pub const AWAITED: u32 = 8;
+    /// Bytes of a status line up to the status: `HTTP/1.1 200`.
+    pub const LENGTH: u32 = 12;
+
+    /// Takes one byte more of a status line; whether it may be one.
+    #[inline(always)]
+    pub const fn feed(&mut self, byte: u8) -> bool {
+        let fits = match self.place {
+            0 => byte == b'H',
+            1 | 2 => byte == b'T',
+            3 => byte == b'P',
+            4 => byte == b'/',
+            5 => byte == b'1',
+            6 => byte == b'.',
+            7 => byte == b'0' || byte == b'1',
+            8 => byte == b' ',
+            _ => {
+                self.status = self.status.wrapping_mul(10).wrapping_add(byte.wrapping_sub(b'0') as u32);
+                byte >= b'0' && byte <= b'9'
+            }
+        };
+        self.place += 1;
+        fits
+    }
+}
 
 impl Connection {
     /// How many there are: a power of two. Cookies come in batches of 4,096 for each CPU, so on a large machine two connections may be meant
@@ -106,3 +161,23 @@ pub struct Flows {
     pub flows: [Flow; FLOWS],
 }
 plain!(Flows, 8 + 64 * FLOWS, 8);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(line: &str) -> Option<u32> {
+        let mut response = Response::default();
+        let fits = line.bytes().take(Response::LENGTH as usize).all(|byte| response.feed(byte));
+        (fits && response.place == Response::LENGTH).then_some(response.status)
+    }
+
+    #[test]
+    fn status_lines() {
+        assert_eq!(status("HTTP/1.1 200 OK"), Some(200));
+        assert_eq!(status("HTTP/1.0 503 Service Unavailable"), Some(503));
+        for other in ["HTTP/2 200", "HTTP/1.1 2x0", "http/1.1 200", "HTTP/1.1  20", "HTTP/1.1 50", "\x16\x03\x01", ""] {
+            assert_eq!(status(other), None, "{other:?}");
+        }
+    }
+}

@@ -27,6 +27,38 @@ pub struct BackendStats {
 }
 plain!(BackendStats, 64, 8);
 
+/// Value of `BACKEND_USE`, indexed by backend id: what is taken down of endpoints that may be ejected.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BackendUse {
+    /// Cookie of the network namespace whose connection was established last.
+    pub last_netns: u64,
+    /// When, nanoseconds of CLOCK_MONOTONIC.
+    pub last_ns: u64,
+    /// The last other namespace before that one.
+    pub other_netns: u64,
+    /// When its last connection was established.
+    pub other_ns: u64,
+    /// HTTP/1 responses.
+    pub responses: u64,
+    /// Those with a status of 500 and more.
+    pub server_errors: u64,
+    /// Those of 502, 503 and 504.
+    pub gateway_errors: u64,
+    /// Nanoseconds from SYN to established: an eighth of the last one, seven of what was before.
+    pub connect_ns: u64,
+}
+plain!(BackendUse, 64, 8);
+
+impl BackendUse {
+    /// Whether connections of another network namespace than this one were established at or after `since` (nanoseconds of
+    /// CLOCK_MONOTONIC).
+    pub fn used_by_others(&self, netns: u64, since: u64) -> bool {
+        let one = |user: u64, at: u64| user != 0 && user != netns && at >= since;
+        one(self.last_netns, self.last_ns) || one(self.other_netns, self.other_ns)
+    }
+}
+
 /// Value of `FRONTEND_STATS`, indexed by frontend id. As long as a cache line,
 /// for its cursor is what all CPUs share.
 #[repr(C)]
@@ -47,6 +79,9 @@ plain!(FrontendStats, 32 + 8 * RESERVED, 8);
 
 /// What is left of the cache line.
 const RESERVED: usize = if cfg!(feature = "next-schema") { 12 } else { 4 };
+
+/// Entries of each half of `TIMES`: counts by powers of two, in the last but one of all that is longer, and the sum.
+pub const TIME_BUCKETS: u32 = 28;
 
 /// Indices into `COUNTERS`, one `u64` for each CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,6 +7,7 @@
 //! | `recvmsg4`, `recvmsg6` | after a datagram was received | it comes from the Service address that it answers |
 //! | `getpeername4`, `getpeername6` | `getpeername()` | the application sees the Service address that it dialled |
 //! | `sock_ops` | TCP events | how the connect ended, and the counters |
+//! | `received` | packets that come, while a rule asks for it | the status of HTTP/1 responses |
 #![no_std]
 #![no_main]
 #![feature(core_intrinsics)]
@@ -16,6 +17,7 @@
 mod addr;
 mod connect;
 mod datagram;
+mod http;
 mod maps;
 mod outcome;
 mod peername;
@@ -23,8 +25,8 @@ mod select;
 mod state;
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, sock_ops},
-    programs::{SockAddrContext, SockOpsContext},
+    macros::{cgroup_skb, cgroup_sock_addr, sock_ops},
+    programs::{SkBuffContext, SockAddrContext, SockOpsContext},
 };
 
 /// TCP and connected UDP to an IPv4 address.
@@ -79,6 +81,13 @@ pub fn getpeername6(ctx: SockAddrContext) -> i32 {
 #[sock_ops]
 pub fn sock_ops(ctx: SockOpsContext) -> u32 {
     outcome::sock_ops(&ctx);
+    1
+}
+
+/// A packet for a socket. It always goes on.
+#[cgroup_skb(ingress)]
+pub fn received(ctx: SkBuffContext) -> i32 {
+    http::received(&ctx);
     1
 }
 

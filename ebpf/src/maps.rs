@@ -13,8 +13,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use portolan_common::{
-    Affinity, AffinityKey, Backend, BackendStats, Connection, Counter, Flows, FrontendKey, FrontendStats, Limits,
-    Outcome, PoolStats, Slot, SocketState, Version,
+    Affinity, AffinityKey, Backend, BackendStats, BackendUse, Connection, Counter, Flows, FrontendKey, FrontendStats, Limits,
+    Outcome, PoolStats, Slot, SocketState, TIME_BUCKETS, Version,
 };
 
 /// Service address, port, protocol → frontend id. An entry never changes: replacing one would let a reader of its bucket miss it.
@@ -57,6 +57,14 @@ pub(crate) static BACKEND_STATS: Array<BackendStats, 1, { BPF_F_MMAPABLE as usiz
 #[btf_map]
 pub(crate) static POOL_STATS: Array<PoolStats, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
+/// Backend id → who used it last, and what its responses said. Written where a pool ejects.
+#[btf_map]
+pub(crate) static BACKEND_USE: Array<BackendUse, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// Microseconds to connect (the first half) and of round trips (the second): how many were below each power of two, and last their sum.
+#[btf_map]
+pub(crate) static TIMES: PerCpuArray<u64, { 2 * TIME_BUCKETS as usize }> = PerCpuArray::new();
+
 /// Backend id → not zero while its successes must be told: set here by a failure, taken back by the agent once no pool counts
 /// failures of it any more.
 #[btf_map]
@@ -95,9 +103,27 @@ pub(crate) static SK_ERR_OFFSET: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub(crate) static SK_COOKIE_OFFSET: Global<u32> = Global::new(0);
 
+/// Offset of `write_seq` in the kernel's `struct tcp_sock`.
+#[unsafe(no_mangle)]
+pub(crate) static TCP_WRITE_SEQ_OFFSET: Global<u32> = Global::new(0);
+
 /// The name of this set of maps, for what sockets remember of it.
 #[unsafe(no_mangle)]
 pub(crate) static SET: Global<u32> = Global::new(0);
+
+/// Takes down a time, in one of the two halves of `TIMES`.
+#[inline(always)]
+pub(crate) fn time(half: u32, micros: u32) {
+    let power = 32 - micros.leading_zeros();
+    let last = TIME_BUCKETS - 2;
+    let bucket = if power < last { power } else { last };
+    for (index, more) in [(bucket, 1), (TIME_BUCKETS - 1, u64::from(micros))] {
+        if let Some(value) = TIMES.get_ptr_mut(half * TIME_BUCKETS + index) {
+            // SAFETY: a live map value of this CPU; at worst a count is lost to a soft interrupt.
+            unsafe { *value += more };
+        }
+    }
+}
 
 /// Adds one to a counter of this CPU.
 #[inline(always)]

@@ -15,11 +15,13 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use aya_log_ebpf::debug;
-use portolan_common::{BackendStats, Counter, Outcome, OutcomeKind, PoolStats, SocketStage, SocketState};
+use portolan_common::{
+    BackendStats, Counter, Outcome, OutcomeKind, PoolStats, Response, SocketStage, SocketState, Watch,
+};
 
 use crate::{
     addr,
-    maps::{BACKEND_STATS, EVENTS, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, TROUBLED, count},
+    maps::{BACKEND_STATS, BACKEND_USE, EVENTS, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, TROUBLED, count, time},
     select::{add, take_one},
     state,
 };
@@ -32,6 +34,7 @@ const TCP_CLOSE_WAIT: u32 = 8;
 const TCP_LAST_ACK: u32 = 9;
 const TCP_CLOSING: u32 = 11;
 const ECONNABORTED: u32 = 103;
+const ECONNRESET: u32 = 104;
 const ETIMEDOUT: u32 = 110;
 const IPPROTO_TCP: i32 = 6;
 const TCP_USER_TIMEOUT: i32 = 18;
@@ -177,9 +180,14 @@ fn established(ctx: &SockOpsContext, state: *mut SocketState) {
         (*state).stage = SocketStage::Established as u32;
         let Some(stats) = stats(state) else { return };
         add(&raw mut (*stats).opened, 1);
+        let watch = watch(state);
+        if watch != 0 {
+            watch_use(ctx, state);
+        }
+        watch_responses(ctx, watch & Watch::STATUS != 0);
         // In quiet times nobody has to be told: a success only matters after a failure.
         if TROUBLED.get((*state).backend_id).is_some_and(|troubled| *troubled != 0) {
-            tell(ctx, state, OutcomeKind::Established, 0);
+            tell(bpf_get_netns_cookie(ctx.as_ptr()), state, OutcomeKind::Established, 0);
         }
     }
 }
@@ -204,7 +212,15 @@ fn closed(ctx: &SockOpsContext, state: *mut SocketState) {
         }
         if stage == SocketStage::Established as u32 {
             add(&raw mut (*stats).closed, 1);
-            count_bytes(ctx, stats);
+            let received = count_bytes(ctx, stats);
+            let watch = watch(state);
+            if watch & Watch::USE != 0 {
+                // The kernel keeps it in eighths.
+                time(1, addr_of!((*ctx.ops).srtt_us).read_volatile() >> 3);
+            }
+            if watch & Watch::ANSWER != 0 {
+                proved(ctx, state, received);
+            }
             return;
         }
         let before = ctx.arg(0);
@@ -222,14 +238,85 @@ fn closed(ctx: &SockOpsContext, state: *mut SocketState) {
             *troubled = 1;
         }
         let kind = if errno == ETIMEDOUT { OutcomeKind::TimedOut } else { OutcomeKind::Failed };
-        tell(ctx, state, kind, errno);
+        tell(bpf_get_netns_cookie(ctx.as_ptr()), state, kind, errno);
     }
 }
 
-/// Adds what the connection carried. The kernel counts a SYN and a FIN as a byte each; which FINs there were, the last state
+/// What the socket's pool has looked at, see [`Watch`].
+#[inline(always)]
+unsafe fn watch(state: *const SocketState) -> u32 {
+    // SAFETY: `state` is a live value.
+    let (pool, epoch, set) = unsafe { ((*state).pool, (*state).pool_epoch, (*state).set) };
+    match POOLS.get(pool) {
+        Some(limits) if pool != 0 && limits.epoch == epoch && set == SET.load() => limits.watch,
+        _ => 0,
+    }
+}
+
+/// Takes down who uses the endpoint, and how long it took to connect.
+#[inline(always)]
+unsafe fn watch_use(ctx: &SockOpsContext, state: *const SocketState) {
+    // SAFETY: `state` is a live value, and so is that of the map. Of two connections at once one may be lost: either is a use.
+    unsafe {
+        let Some(uses) = BACKEND_USE.get_ptr_mut((*state).backend_id) else { return };
+        let (now, netns) = (bpf_ktime_get_ns(), bpf_get_netns_cookie(ctx.as_ptr()));
+        if (*uses).last_netns != netns {
+            (*uses).other_netns = (*uses).last_netns;
+            (*uses).other_ns = (*uses).last_ns;
+            (*uses).last_netns = netns;
+        }
+        (*uses).last_ns = now;
+        let took = now.saturating_sub((*state).started_ns);
+        let before = (*uses).connect_ns;
+        (*uses).connect_ns = if before == 0 { took } else { before - before / 8 + took / 8 };
+        time(0, (took / 1_000) as u32);
+    }
+}
+
+/// Has the responses on a new connection looked at, or not.
+#[inline(always)]
+unsafe fn watch_responses(ctx: &SockOpsContext, on: bool) {
+    if !on {
+        return;
+    }
+    let Some(connection) = state::place_of_event(ctx) else { return };
+    // SAFETY: a live map value; the context is the kernel's.
+    unsafe {
+        (*connection).response = Response {
+            netns: bpf_get_netns_cookie(ctx.as_ptr()),
+            next: addr_of!((*ctx.ops).rcv_nxt).read_volatile(),
+            flags: Response::ON | Response::AWAITED,
+            ..Response::default()
+        };
+    }
+}
+
+/// The end of a connection that had to prove itself: something has come back, or it broke before.
+#[inline(always)]
+unsafe fn proved(ctx: &SockOpsContext, state: *const SocketState, received: u64) {
+    // SAFETY: `state` is a live value; the context is the kernel's.
+    unsafe {
+        let Some(troubled) = TROUBLED.get_ptr_mut((*state).backend_id) else { return };
+        let netns = bpf_get_netns_cookie(ctx.as_ptr());
+        if received > 0 {
+            if *troubled != 0 {
+                tell(netns, state, OutcomeKind::Answered, 0);
+            }
+            return;
+        }
+        let errno = socket_error(ctx);
+        // Closed by the application, or by Portolan: no verdict.
+        if errno == ECONNRESET || errno == ETIMEDOUT {
+            *troubled = 1;
+            tell(netns, state, OutcomeKind::Broken, errno);
+        }
+    }
+}
+
+/// Adds what the connection carried; bytes received. The kernel counts a SYN and a FIN as a byte each; which FINs there were, the last state
 /// tells.
 #[inline(always)]
-unsafe fn count_bytes(ctx: &SockOpsContext, stats: *mut BackendStats) {
+unsafe fn count_bytes(ctx: &SockOpsContext, stats: *mut BackendStats) -> u64 {
     let before = ctx.arg(0);
     let own_fin = matches!(before, TCP_FIN_WAIT2 | TCP_LAST_ACK | TCP_CLOSING);
     let peers_fin = matches!(before, TCP_FIN_WAIT2 | TCP_LAST_ACK | TCP_CLOSING | TCP_CLOSE_WAIT);
@@ -238,13 +325,15 @@ unsafe fn count_bytes(ctx: &SockOpsContext, stats: *mut BackendStats) {
         let sent = addr_of!((*ctx.ops).bytes_acked).read_volatile();
         let received = addr_of!((*ctx.ops).bytes_received).read_volatile();
         add(&raw mut (*stats).sent_bytes, sent.saturating_sub(1 + u64::from(own_fin)));
-        add(&raw mut (*stats).received_bytes, received.saturating_sub(u64::from(peers_fin)));
+        let received = received.saturating_sub(u64::from(peers_fin));
+        add(&raw mut (*stats).received_bytes, received);
+        received
     }
 }
 
 /// The counters of the socket's backend, unless its id has gone to another endpoint since, or belongs to other maps.
 #[inline(always)]
-unsafe fn stats(state: *mut SocketState) -> Option<*mut BackendStats> {
+pub(crate) unsafe fn stats(state: *const SocketState) -> Option<*mut BackendStats> {
     // SAFETY: `state` is a live value.
     unsafe {
         if (*state).set != SET.load() {
@@ -257,7 +346,7 @@ unsafe fn stats(state: *mut SocketState) -> Option<*mut BackendStats> {
 
 /// The counters of the socket's pool, unless its place has gone to another pool since.
 #[inline(always)]
-unsafe fn pool_stats(state: *const SocketState) -> Option<*mut PoolStats> {
+pub(crate) unsafe fn pool_stats(state: *const SocketState) -> Option<*mut PoolStats> {
     // SAFETY: `state` is a live value.
     unsafe {
         if (*state).set != SET.load() || POOLS.get((*state).pool)?.epoch != (*state).pool_epoch {
@@ -287,11 +376,10 @@ fn socket_error(ctx: &SockOpsContext) -> u32 {
 
 /// Sends an outcome to the agent.
 #[inline(always)]
-unsafe fn tell(ctx: &SockOpsContext, state: *const SocketState, kind: OutcomeKind, errno: u32) {
-    // SAFETY: `state` is a live value; the context is the kernel's.
+pub(crate) unsafe fn tell(netns: u64, state: *const SocketState, kind: OutcomeKind, errno: u32) {
+    // SAFETY: `state` is a live value.
     unsafe {
         let now = bpf_ktime_get_ns();
-        debug!(ctx, "backend {}: outcome {} errno {}", (*state).backend_id, kind as u32, errno);
         let Some(mut record) = EVENTS.reserve(0) else {
             count(Counter::EventsLost);
             return;
@@ -299,7 +387,7 @@ unsafe fn tell(ctx: &SockOpsContext, state: *const SocketState, kind: OutcomeKin
         record.write(Outcome {
             time_ns: now,
             latency_ns: now.saturating_sub((*state).started_ns),
-            netns_cookie: bpf_get_netns_cookie(ctx.as_ptr()),
+            netns_cookie: netns,
             backend: (*state).backend,
             backend_id: (*state).backend_id,
             frontend_id: (*state).frontend_id,

@@ -80,6 +80,22 @@ pub(crate) fn release(ctx: &SockOpsContext) {
     }
 }
 
+/// The place of the socket that something happens to, if it has one.
+#[inline(always)]
+pub(crate) fn place_of_event(ctx: &SockOpsContext) -> Option<*mut Connection> {
+    // SAFETY: the kernel gives a valid context.
+    connection(tcp_sock(unsafe { (*ctx.ops).__bindgen_anon_2.sk })?)
+}
+
+/// The place of a TCP socket, if it has one.
+#[inline(always)]
+pub(crate) fn connection(tcp: *const u8) -> Option<*mut Connection> {
+    let cookie = read_cookie(tcp)?;
+    let place = place(cookie)?;
+    // SAFETY: a live map value.
+    unsafe { ((&raw const (*place).owner).read_volatile() == cookie).then_some(place) }
+}
+
 #[inline(always)]
 fn cookie(ctx: &SockAddrContext) -> u64 {
     // SAFETY: a helper call with the kernel's own context.
@@ -89,18 +105,25 @@ fn cookie(ctx: &SockAddrContext) -> u64 {
 /// The cookie of a TCP socket, if it has one already: to give it one takes longer than all else about a connect that is none of Portolan's.
 #[inline(always)]
 fn known_cookie<S>(sk: *mut S) -> Option<u64> {
-    // SAFETY: the kernel's own pointer; a read through a BTF pointer cannot fault, and the offset comes from the kernel's own BTF.
-    unsafe {
-        if sk.is_null() {
-            return None;
-        }
-        let tcp = bpf_skc_to_tcp_sock(sk.cast());
-        if tcp.is_null() {
-            return None;
-        }
-        let cookie = tcp.cast::<u8>().add(SK_COOKIE_OFFSET.load() as usize).cast::<u64>().read_volatile();
-        (cookie != 0).then_some(cookie)
+    read_cookie(tcp_sock(sk)?)
+}
+
+/// The kernel's own record of a TCP socket, whose fields lie at the offsets that its BTF says; none of any other socket.
+#[inline(always)]
+pub(crate) fn tcp_sock<S>(sk: *mut S) -> Option<*const u8> {
+    if sk.is_null() {
+        return None;
     }
+    // SAFETY: the kernel's own pointer.
+    let tcp = unsafe { bpf_skc_to_tcp_sock(sk.cast()) };
+    (!tcp.is_null()).then_some(tcp.cast_const().cast())
+}
+
+#[inline(always)]
+fn read_cookie(tcp: *const u8) -> Option<u64> {
+    // SAFETY: a read through a BTF pointer cannot fault, and the offset comes from the kernel's own BTF.
+    let cookie = unsafe { tcp.add(SK_COOKIE_OFFSET.load() as usize).cast::<u64>().read_volatile() };
+    (cookie != 0).then_some(cookie)
 }
 
 /// The place that a cookie names. A CPU gives the cookies of a batch of 4,096 one after the other, so that neighbours in time are neighbours here.
@@ -126,6 +149,11 @@ fn take(cookie: u64) -> Option<*mut SocketState> {
         let owner = &raw mut (*place).owner;
         let (before, taken) =
             atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(owner, 0, cookie);
-        (taken || before == cookie).then_some(&raw mut (*place).state)
+        if !taken && before != cookie {
+            return None;
+        }
+        // Whose it was may have been looked at; of whose it is now, that is decided once it stands.
+        (*place).response.flags = 0;
+        Some(&raw mut (*place).state)
     }
 }

@@ -114,6 +114,7 @@ impl Bed {
             ("--cgroup", self.cgroup.path().display().to_string()),
             ("--bpffs", self.pins.display().to_string()),
             ("--admin", self.admin().display().to_string()),
+            ("--state", self.files.scratch("state.json").display().to_string()),
             ("--metrics", METRICS.to_owned()),
         ];
         let own = own.iter().filter(|(flag, _)| !more.contains(flag));

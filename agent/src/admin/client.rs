@@ -4,10 +4,15 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 use axum::body::Bytes;
-use http_body_util::{BodyExt as _, Empty};
-use hyper::{Request, body::Incoming, client::conn::http1, header::HOST};
+use http_body_util::{BodyExt as _, Full};
+use hyper::{
+    Request, StatusCode,
+    body::Incoming,
+    client::conn::http1,
+    header::{CONTENT_TYPE, HOST},
+};
 use hyper_util::rt::TokioIo;
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
 /// An answer that comes in pieces.
@@ -22,18 +27,25 @@ impl Stream {
     /// # Errors
     /// No agent answers, or not well.
     pub async fn open(socket: &Path, path: &str) -> Result<Self> {
+        Self::ask(socket, Request::get(path).header(HOST, "portolan").body(Full::default())?).await
+    }
+
+    async fn ask(socket: &Path, request: Request<Full<Bytes>>) -> Result<Self> {
         let stream = UnixStream::connect(socket).await.with_context(|| {
             format!("no agent answers on {}; start one, or give its socket with --admin", socket.display())
         })?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         tokio::spawn(connection);
-        let request = Request::get(path).header(HOST, "portolan").body(Empty::<Bytes>::new())?;
         let response = sender.send_request(request).await?;
         let status = response.status();
         let body = response.into_body();
         if !status.is_success() {
             let text = body.collect().await?.to_bytes();
-            bail!("the agent says {status}: {}", String::from_utf8_lossy(&text).trim());
+            let text = String::from_utf8_lossy(&text).trim().to_owned();
+            if status == StatusCode::CONFLICT {
+                bail!("{text}");
+            }
+            bail!("the agent says {status}: {text}");
         }
         Ok(Self { body, rest: Vec::new() })
     }
@@ -62,6 +74,17 @@ impl Stream {
 /// No agent answers, or not well.
 pub async fn get<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T> {
     let stream = Stream::open(socket, path).await?;
+    let text = stream.body.collect().await?.to_bytes();
+    serde_json::from_slice(&text).context("the agent's answer is not what this version expects; is it another version?")
+}
+
+/// Gives the agent something to do, and takes its answer.
+///
+/// # Errors
+/// No agent answers, or it has not done it.
+pub async fn post<T: DeserializeOwned>(socket: &Path, path: &str, what: &impl Serialize) -> Result<T> {
+    let request = Request::post(path).header(HOST, "portolan").header(CONTENT_TYPE, "application/json");
+    let stream = Stream::ask(socket, request.body(Full::from(serde_json::to_vec(what)?))?).await?;
     let text = stream.body.collect().await?.to_bytes();
     serde_json::from_slice(&text).context("the agent's answer is not what this version expects; is it another version?")
 }

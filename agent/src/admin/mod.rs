@@ -1,8 +1,8 @@
-//! Doors to the running agent: the admin socket (root only, for `get` and `events`) and the HTTP address for metrics and probes.
-//! Both only read.
+//! Doors to the running agent: the admin socket (root only, for `get`, `events` and orders by hand) and the HTTP address for
+//! metrics and probes, which only reads.
 
 mod client;
 mod server;
 
-pub use client::{Stream, get};
+pub use client::{Stream, get, post};
 pub use server::{bind_admin, serve_admin, serve_metrics};

@@ -13,7 +13,7 @@ use axum::{
     extract::{Query, State},
     http::StatusCode,
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
 use rustix::fs::Mode;
 use serde::Deserialize;
@@ -23,7 +23,7 @@ use tokio::{
 };
 use tokio_stream::{Stream, StreamExt as _, wrappers::BroadcastStream};
 
-use crate::{journal::Record, metrics, model::NamespacedName, reconcile::Request};
+use crate::{health::Order, journal::Record, metrics, model::NamespacedName, reconcile::Request};
 
 type Questions = mpsc::Sender<Request>;
 
@@ -62,6 +62,7 @@ pub async fn serve_admin(listener: UnixListener, questions: Questions) -> Result
         .route("/v1/report", get(report))
         .route("/v1/explain", get(explain))
         .route("/v1/events", get(events))
+        .route("/v1/orders", post(order))
         .route("/readyz", get(readyz))
         .with_state(questions);
     Ok(axum::serve(listener, router).await?)
@@ -104,6 +105,14 @@ async fn explain(State(questions): State<Questions>, Query(which): Query<Which>)
     let unknown = format!("clients of this node have no service {name}\n");
     let explanation = ask(&questions, |reply| Request::Explain(name, which.port, reply)).await?;
     Ok(explanation.map_or_else(|| (StatusCode::NOT_FOUND, unknown).into_response(), |it| Json(it).into_response()))
+}
+
+/// What was done, or why it was not.
+async fn order(State(questions): State<Questions>, Json(order): Json<Order>) -> Result<Response, Response> {
+    Ok(match ask(&questions, |reply| Request::Order(order, reply)).await? {
+        Ok(said) => Json(said).into_response(),
+        Err(why) => (StatusCode::CONFLICT, format!("{why}\n")).into_response(),
+    })
 }
 
 #[derive(Deserialize)]

@@ -15,6 +15,7 @@ use super::{AdminArgs, ConfigArgs, PinsArgs, PlaceArgs};
 use crate::{
     admin,
     datapath::{Datapath, GoneTcp, Options, ProgramLog},
+    kept::{Keeper, Kept},
     reconcile::Reconciler,
     self_probe::SelfProbe,
     source::file,
@@ -40,6 +41,9 @@ pub(super) struct AgentArgs {
     pins: PinsArgs,
     #[command(flatten)]
     admin: AdminArgs,
+    /// File for what outlives the agent: ejections, and orders by hand
+    #[arg(long, value_name = "FILE", default_value = "/var/lib/portolan/state.json", env = "PORTOLAN_STATE")]
+    state: PathBuf,
     /// Address for /metrics, /healthz and /readyz
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15920", env = "PORTOLAN_METRICS")]
     metrics: SocketAddr,
@@ -127,6 +131,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
             probe,
             options.sizes,
             args.gone_connections,
+            (Kept::read(&args.state), Keeper::start(args.state)?),
         );
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let ended = tokio::select! {

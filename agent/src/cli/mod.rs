@@ -8,6 +8,7 @@ mod events;
 mod explain;
 mod get;
 mod offline;
+mod orders;
 mod output;
 mod plan;
 
@@ -49,6 +50,12 @@ enum Command {
     Explain(Box<explain::ExplainArgs>),
     /// Shows what the running agent intends and what the kernel holds
     Get(get::GetArgs),
+    /// Takes an endpoint out by hand
+    Eject(orders::EjectArgs),
+    /// Has a service leave a region by hand, before maintenance
+    Drain(orders::DrainArgs),
+    /// Takes back what was ordered by hand
+    Restore(orders::RestoreArgs),
     /// Shows what has happened: ejections, releases, failed connections, changes
     Events(events::EventsArgs),
     /// Looks at this machine: what is right, what is wrong, and what to do about it
@@ -96,6 +103,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Plan(args) => plan::run(&args),
         Command::Explain(args) => explain::run(&args),
         Command::Get(args) => get::run(&args),
+        Command::Eject(args) => orders::eject(&args),
+        Command::Drain(args) => orders::drain(&args),
+        Command::Restore(args) => orders::restore(&args),
         Command::Events(args) => events::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),

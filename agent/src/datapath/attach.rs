@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    io,
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::fs::MetadataExt as _,
@@ -12,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{
     Ebpf,
-    programs::{CgroupAttachMode, Program, links::FdLink},
+    programs::{CgroupAttachMode, CgroupSkbAttachType, Program, links::FdLink},
 };
 
 use super::{Pins, raw};
@@ -31,6 +32,9 @@ pub(super) const PROGRAMS: [(&str, u32); 9] = [
     ("connect6", 11),
 ];
 
+/// The one program that sees packets, and its hook: attached only while somebody wants it.
+pub(super) const PACKETS: (&str, u32) = ("received", 0);
+
 pub(super) struct Hooks {
     cgroup: PathBuf,
     cgroup_id: u64,
@@ -41,8 +45,9 @@ pub(super) struct Hooks {
 impl Hooks {
     /// Has the kernel check the programs.
     pub(super) fn load(bpf: &mut Ebpf, cgroup: PathBuf, pins: Pins) -> Result<Self> {
-        for (name, _) in PROGRAMS {
+        for (name, _) in PROGRAMS.into_iter().chain([PACKETS]) {
             let loaded = match bpf.program_mut(name) {
+                Some(Program::CgroupSkb(program)) => program.load(),
                 Some(Program::CgroupSockAddr(program)) => program.load(),
                 Some(Program::SockOps(program)) => program.load(),
                 _ => bail!("the embedded object has no program {name}"),
@@ -71,6 +76,7 @@ impl Hooks {
             match raw::cgroup_id(&pinned)? {
                 id if id == self.cgroup_id => {
                     let fd = match program {
+                        Program::CgroupSkb(program) => program.fd()?,
                         Program::CgroupSockAddr(program) => program.fd()?,
                         Program::SockOps(program) => program.fd()?,
                         _ => bail!("not a program of this kind"),
@@ -90,6 +96,10 @@ impl Hooks {
         let cgroup = File::open(&self.cgroup)?;
         let link: FdLink = match program {
             // aya's "single" makes a link, beside which the kernel lets others attach.
+            Program::CgroupSkb(program) => {
+                let id = program.attach(cgroup, CgroupSkbAttachType::Ingress, CgroupAttachMode::Single)?;
+                program.take_link(id)?.try_into()?
+            }
             Program::CgroupSockAddr(program) => {
                 let id = program.attach(cgroup, CgroupAttachMode::Single)?;
                 program.take_link(id)?.try_into()?
@@ -102,6 +112,32 @@ impl Hooks {
         };
         link.pin(&pin).with_context(|| format!("cannot pin {}", pin.display()))?;
         raw::open(&pin).with_context(|| format!("cannot open {}", pin.display()))
+    }
+
+    /// Attaches the program that sees packets, or takes it off; whether it was not so before.
+    pub(super) fn set_packets(&mut self, bpf: &mut Ebpf, wanted: bool) -> Result<bool> {
+        let name = PACKETS.0;
+        let attached = self.links.iter().position(|(own, _)| *own == name);
+        let pin = self.pins.link(name);
+        if wanted {
+            if attached.is_some() {
+                return Ok(false);
+            }
+            let link = self
+                .attach_one(bpf, name)
+                .with_context(|| format!("cannot attach {name} to {}", self.cgroup.display()))?;
+            self.links.push((name, link));
+            return Ok(true);
+        }
+        if let Some(place) = attached {
+            self.links.remove(place);
+        }
+        match fs::remove_file(&pin) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(attached.is_some()),
+            // A former agent's, which wanted it.
+            Ok(()) => Ok(true),
+            Err(error) => Err(error).with_context(|| format!("cannot remove {}", pin.display())),
+        }
     }
 
     /// Whether every program is where it should be; if not, which one is not, and why.

@@ -1,4 +1,4 @@
-//! Two numbers out of the kernel's own type information: where `sk_err` and the cookie lie in `struct sock`.
+//! Three numbers out of the kernel's own type information: where `sk_err` and the cookie lie in `struct sock`, and `write_seq` in `struct tcp_sock`.
 //!
 //! Crates that read BTF build all of its hundred thousand types, which takes 85 MB and a third of a second. This walks over the
 //! records and stops at the one that is asked for. Format: `Documentation/bpf/btf.rst` of the kernel.
@@ -10,13 +10,15 @@ use super::Unsupported;
 const MAGIC: u16 = 0xeb9f;
 const KIND_STRUCT: u32 = 4;
 
-/// Offsets in bytes in `struct sock`.
+/// Offsets in bytes in `struct sock`, with which `struct tcp_sock` begins.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Offsets {
     /// `sk_err`
     pub(super) error: u32,
     /// `__sk_common.skc_cookie`
     pub(super) cookie: u32,
+    /// `write_seq` in `struct tcp_sock`
+    pub(super) written: u32,
 }
 
 pub(super) fn offsets(path: &Path) -> Result<Offsets, Unsupported> {
@@ -29,10 +31,11 @@ pub(super) fn offsets(path: &Path) -> Result<Offsets, Unsupported> {
     let error = member_offset(&btf, "sock", "sk_err");
     // The common part is the first of a socket.
     let cookie = member_offset(&btf, "sock_common", "skc_cookie");
-    error
-        .zip(cookie)
-        .map(|(error, cookie)| Offsets { error, cookie })
-        .ok_or_else(|| Unsupported(format!("{} does not describe struct sock", path.display())))
+    let written = member_offset(&btf, "tcp_sock", "write_seq");
+    let (Some(error), Some(cookie), Some(written)) = (error, cookie, written) else {
+        return Err(Unsupported(format!("{} does not describe struct sock and struct tcp_sock", path.display())));
+    };
+    Ok(Offsets { error, cookie, written })
 }
 
 /// Offset in bytes of a member of a struct.
@@ -94,6 +97,7 @@ mod tests {
         assert_eq!(member_offset(&btf, "sock", "__sk_common"), Some(0));
         assert!(member_offset(&btf, "sock", "sk_err").is_some_and(|offset| (128..1024).contains(&offset)));
         assert!(member_offset(&btf, "sock_common", "skc_cookie").is_some_and(|offset| (24..128).contains(&offset)));
+        assert!(member_offset(&btf, "tcp_sock", "write_seq").is_some_and(|offset| (512..4096).contains(&offset)));
         assert_eq!(member_offset(&btf, "sock", "no_such_member"), None);
     }
 

@@ -19,7 +19,7 @@ pub struct Outcome {
     pub frontend_id: u32,
     /// How it ended.
     pub kind: OutcomeKind,
-    /// The error that the application got; 0 for none.
+    /// The error that the application got, 0 for none; of a response, its status.
     pub errno: u32,
     /// Time from the SYN to the outcome.
     pub latency: Duration,

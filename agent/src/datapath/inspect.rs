@@ -82,8 +82,11 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
     });
     let all: BTreeMap<u32, ProgramInfo> = loaded_programs().flatten().map(|info| (info.id(), info)).collect();
     let mut own = Vec::new();
+    // The one that sees packets is there only while somebody wants it.
+    let packets = pins.link(attach::PACKETS.0).exists().then_some(&attach::PACKETS);
     let programs = attach::PROGRAMS
         .iter()
+        .chain(packets)
         .map(|(name, _)| {
             let link = raw::open(&pins.link(name)).and_then(raw::info).ok();
             let program = link.and_then(|link| all.get(&link.program));

@@ -8,7 +8,8 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapInfo, PerCpuArray},
 };
 use portolan_common::{
-    Affinity, AffinityKey, Backend, BackendStats, Counter, FrontendKey, FrontendStats, Limits, PoolStats, Slot, Version,
+    Affinity, AffinityKey, Backend, BackendStats, BackendUse, Counter, FrontendKey, FrontendStats, Limits, PoolStats,
+    Slot, TIME_BUCKETS, Version,
 };
 
 use super::{
@@ -18,7 +19,7 @@ use super::{
 use crate::table::{Held, HeldFrontend, Op, Sizes};
 
 /// Maps of a set that have no size of their own to choose.
-pub(super) const OF_FIXED_SIZE: [&str; 2] = ["EVENTS", "COUNTERS"];
+pub(super) const OF_FIXED_SIZE: [&str; 3] = ["EVENTS", "COUNTERS", "TIMES"];
 /// Maps that belong to sockets, whatever set is in force.
 pub(super) const OF_SOCKETS: [&str; 3] = [SOCKETS, CONNECTIONS, "DATAGRAMS"];
 pub(super) const SOCKETS: &str = "SOCKETS";
@@ -36,7 +37,7 @@ pub(super) struct Shape {
 }
 
 /// All of them.
-pub(super) fn shapes(sizes: Sizes) -> [Shape; 12] {
+pub(super) fn shapes(sizes: Sizes) -> [Shape; 13] {
     let array = |name, value, entries| Shape { name, key: size_of::<u32>(), value, entries };
     let hash = |name, key, value, entries| Shape { name, key, value, entries };
     [
@@ -49,6 +50,7 @@ pub(super) fn shapes(sizes: Sizes) -> [Shape; 12] {
         array("POOLS", size_of::<Limits>(), sizes.pools()),
         array("FRONTEND_STATS", size_of::<FrontendStats>(), sizes.frontends),
         array("BACKEND_STATS", size_of::<BackendStats>(), sizes.backends),
+        array("BACKEND_USE", size_of::<BackendUse>(), sizes.backends),
         array("POOL_STATS", size_of::<PoolStats>(), sizes.pools()),
         array("TROUBLED", size_of::<u32>(), sizes.backends),
         hash("AFFINITY", size_of::<AffinityKey>(), size_of::<Affinity>(), sizes.affinities),
@@ -110,9 +112,11 @@ pub struct Maps {
     pools: Array<MapData, Limits>,
     frontend_stats: Array<MapData, FrontendStats>,
     backend_stats: Array<MapData, BackendStats>,
+    backend_use: Array<MapData, BackendUse>,
     pool_stats: Array<MapData, PoolStats>,
     troubled: Array<MapData, u32>,
     counters: PerCpuArray<MapData, u64>,
+    times: PerCpuArray<MapData, u64>,
 }
 
 impl Maps {
@@ -127,9 +131,11 @@ impl Maps {
             pools: array(bpf, "POOLS")?,
             frontend_stats: array(bpf, "FRONTEND_STATS")?,
             backend_stats: array(bpf, "BACKEND_STATS")?,
+            backend_use: array(bpf, "BACKEND_USE")?,
             pool_stats: array(bpf, "POOL_STATS")?,
             troubled: array(bpf, "TROUBLED")?,
             counters: PerCpuArray::try_from(take(bpf, "COUNTERS")?)?,
+            times: PerCpuArray::try_from(take(bpf, "TIMES")?)?,
         };
         let held = maps.held(sizes).context("cannot read what a former agent left")?;
         Ok((maps, held))
@@ -199,6 +205,7 @@ impl Maps {
                 // Counters of sockets of the former endpoint stop with the epoch, before the new one is seen.
                 let stats = BackendStats { epoch: backend.epoch, ..BackendStats::default() };
                 self.backend_stats.set(*id, stats, 0)?;
+                self.backend_use.set(*id, BackendUse::default(), 0)?;
                 self.troubled.set(*id, 0, 0)?;
                 self.backends.set(*id, *backend, 0)?;
             }
@@ -250,6 +257,26 @@ impl Maps {
     /// There is no such id.
     pub fn backend_stats(&self, id: u32) -> Result<BackendStats> {
         Ok(self.backend_stats.get(&id, 0)?)
+    }
+
+    /// Who used a backend last, and what its responses said.
+    ///
+    /// # Errors
+    /// There is no such id.
+    pub fn backend_use(&self, id: u32) -> Result<BackendUse> {
+        Ok(self.backend_use.get(&id, 0)?)
+    }
+
+    /// How long connects and round trips took, in microseconds: how many were below each power of two, and last the sum.
+    ///
+    /// # Errors
+    /// The kernel does not let the map be read.
+    pub fn times(&self) -> Result<[Vec<u64>; 2]> {
+        let half = |half: u32| -> Result<Vec<u64>> {
+            let buckets = half * TIME_BUCKETS..(half + 1) * TIME_BUCKETS;
+            buckets.map(|bucket| Ok(self.times.get(&bucket, 0)?.iter().sum())).collect()
+        };
+        Ok([half(0)?, half(1)?])
     }
 
     /// The counters of a pool's place.

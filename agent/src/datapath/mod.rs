@@ -8,6 +8,7 @@ mod grace;
 mod inspect;
 mod mapped;
 mod maps;
+mod namespaces;
 mod pins;
 mod raw;
 mod sockets;
@@ -25,6 +26,7 @@ pub use self::{
     grace::{Grace, barrier},
     inspect::{Facts, MapFacts, ProgramFacts, inspect},
     maps::{Counters, Maps},
+    namespaces::name_namespace,
     pins::{Pins, cleanup},
     sockets::{Closer, GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted},
 };
@@ -124,6 +126,7 @@ impl Datapath {
         let level = options.log.level();
         loader.override_global("SK_ERR_OFFSET", &environment.offsets.error, true);
         loader.override_global("SK_COOKIE_OFFSET", &environment.offsets.cookie, true);
+        loader.override_global("TCP_WRITE_SEQ_OFFSET", &environment.offsets.written, true);
         loader.override_global("SET", &set.id, true);
         loader.override_global(aya_log::LEVEL, &level, true);
         for shape in maps::shapes(options.sizes) {
@@ -166,6 +169,14 @@ impl Datapath {
     /// Whether a former version's programs and maps are in force until these are attached.
     pub fn replaces_another(&self) -> bool {
         self.former.is_some()
+    }
+
+    /// Has the packets of responses looked at, or no longer; what was changed.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn watch_responses(&mut self, wanted: bool) -> Result<bool> {
+        self.hooks.set_packets(&mut self.bpf, wanted)
     }
 
     /// Whether every hook is attached to the cgroup that it should be on; if not, which one is not, and why.

@@ -1,26 +1,26 @@
-//! Health from what really happens to connections: one outlier detector for each pool that asks for one, and the age of endpoints where
-//! new ones get less.
+//! Health from what really happens to connections: one outlier detector for each pool that asks for one, the age of endpoints where new ones
+//! get less, and what somebody has ordered by hand.
 
+mod by_hand;
 mod outlier;
+mod warming;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::SocketAddr,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
-pub use outlier::{Detector, Ejection, Event, EventKind, Verdict};
-
+pub use self::{
+    by_hand::{ByHand, Drain, Order, Ordered},
+    outlier::{Cause, Detector, Ejection, Event, EventKind, Saved, Sign, Threshold},
+};
+use self::warming::Warming;
 use crate::{
     model::ServiceId,
     policy::{Assignment, Observed, Pool, PoolKey},
 };
-
-/// Steps in which the share of a new endpoint grows.
-const WARMUP_STEPS: u32 = 20;
-/// But no more often than this.
-const SHORTEST_STEP: Duration = Duration::from_secs(1);
 
 /// All pools.
 #[derive(Clone, Debug, Default)]
@@ -33,26 +33,43 @@ pub struct Health {
     /// Pools that count failures of an endpoint.
     counting: HashMap<SocketAddr, BTreeSet<PoolKey>>,
     observed: Observed,
-    /// Services of pools in which endpoints have begun to warm up since somebody asked.
-    warming: BTreeSet<ServiceId>,
+    /// Services of which the policy has to be asked once more: endpoints have begun to warm up, or a former agent had ejected some.
+    again: BTreeSet<ServiceId>,
+    /// What a former agent has left, for pools that have not been seen yet, and how long ago.
+    left: BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>,
+    left_at: Option<(Instant, Duration)>,
+    by_hand: ByHand,
 }
 
 /// A pool that somebody looks after.
 #[derive(Clone, Debug, Default)]
 struct Watched {
-    /// The endpoints, by the service whose assignments use the pool: it may be reached by several frontends, in both families.
-    hosts: BTreeMap<ServiceId, BTreeSet<SocketAddr>>,
+    /// The endpoints in order, by the service whose assignments use the pool: it may be reached by several frontends, in both families.
+    hosts: BTreeMap<ServiceId, Box<[SocketAddr]>>,
     detector: Option<Detector>,
     warming: Option<Warming>,
+    /// Whose connections have failed since the last success.
+    clients: HashMap<SocketAddr, Clients>,
 }
 
-/// Endpoints that are new.
-#[derive(Clone, Debug)]
-struct Warming {
-    window: Duration,
-    /// Since when each is there; `None`: from the beginning.
-    since: HashMap<SocketAddr, Option<Instant>>,
-    next: Option<Instant>,
+/// Network namespaces whose connections to an endpoint have failed in a row.
+#[derive(Clone, Copy, Debug)]
+struct Clients {
+    /// Cookie of the first of them; 0 where it is not known.
+    first: u64,
+    /// Whether there was another.
+    several: bool,
+}
+
+/// A threshold that an endpoint has reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reached {
+    /// Which endpoint.
+    pub address: SocketAddr,
+    /// Which threshold.
+    pub cause: Cause,
+    /// The one network namespace whose connections failed (0: it is not known); `None` where there were several.
+    pub client: Option<u64>,
 }
 
 impl Health {
@@ -75,19 +92,21 @@ impl Health {
             self.settle(now, key);
         }
         for (key, pools) in wanted {
-            let hosts = pools.iter().flat_map(|pool| &pool.endpoints).map(|endpoint| endpoint.address).collect();
+            let mut hosts: Vec<SocketAddr> =
+                pools.iter().flat_map(|pool| &pool.endpoints).map(|endpoint| endpoint.address).collect();
+            hosts.sort_unstable();
+            hosts.dedup();
             let watched = self.pools.entry(key.clone()).or_default();
-            watched.hosts.insert(service.clone(), hosts);
+            watched.hosts.insert(service.clone(), hosts.into());
+            let judged_by = pools[0].judged_by;
             match (pools[0].outlier.as_ref(), &mut watched.detector) {
-                (Some(settings), Some(detector)) => detector.configure(settings, now),
-                (Some(settings), none) => *none = Some(Detector::new(settings.clone(), now)),
+                (Some(settings), Some(detector)) => detector.configure(settings, judged_by, now),
+                (Some(settings), none) => *none = Some(Detector::new(settings.clone(), judged_by, now)),
                 (None, some) => *some = None,
             }
             match (pools[0].warmup.as_ref(), &mut watched.warming) {
                 (Some(warmup), Some(warming)) => warming.window = warmup.window,
-                (Some(warmup), none) => {
-                    *none = Some(Warming { window: warmup.window, since: HashMap::new(), next: None });
-                }
+                (Some(warmup), none) => *none = Some(Warming::new(warmup.window)),
                 (None, some) => *some = None,
             }
             self.settle(now, key);
@@ -97,27 +116,50 @@ impl Health {
     /// Brings everything that is kept about a pool into line with its endpoints.
     fn settle(&mut self, now: Instant, key: &PoolKey) {
         let Some(watched) = self.pools.get_mut(key) else { return };
-        let hosts: BTreeSet<SocketAddr> = watched.hosts.values().flatten().copied().collect();
         if watched.hosts.is_empty() {
-            self.pools.remove(key);
-        } else {
-            if let Some(detector) = &mut watched.detector {
-                detector.set_hosts(&hosts);
-            }
-            if let Some(warming) = &mut watched.warming
-                && warming.set_hosts(now, &hosts)
+            let gone = self.pools.remove(key);
+            let counted: Vec<SocketAddr> = gone.map(|gone| gone.clients.into_keys().collect()).unwrap_or_default();
+            self.note_counting(key, &counted);
+            self.observe_pool(now, key);
+            return;
+        }
+        let hosts: BTreeSet<SocketAddr> = watched.hosts.values().flatten().copied().collect();
+        if let Some(detector) = &mut watched.detector {
+            detector.set_hosts(&hosts);
+            if let Some(left) = self.left.remove(key)
+                && let Some((at, away)) = self.left_at
             {
-                self.warming.insert(key.service.clone());
+                detector.restore(now, away + now.saturating_duration_since(at), left);
+                if detector.ejections().next().is_some() {
+                    self.again.insert(key.service.clone());
+                    self.again.extend(watched.hosts.keys().cloned());
+                }
             }
         }
-        let detector = self.pools.get(key).and_then(|watched| watched.detector.as_ref());
-        self.counting.retain(|host, pools| {
-            if !detector.is_some_and(|detector| detector.counts(host)) {
-                pools.remove(key);
-            }
-            !pools.is_empty()
-        });
+        if let Some(warming) = &mut watched.warming
+            && warming.set_hosts(now, &hosts)
+        {
+            self.again.insert(key.service.clone());
+        }
+        let counted: Vec<SocketAddr> = watched.clients.keys().copied().collect();
+        watched.clients.retain(|host, _| hosts.contains(host));
+        self.note_counting(key, &counted);
         self.observe_pool(now, key);
+    }
+
+    /// Takes down of these endpoints whether the pool counts failures of them.
+    fn note_counting(&mut self, key: &PoolKey, hosts: &[SocketAddr]) {
+        let detector = self.pools.get(key).and_then(|watched| watched.detector.as_ref());
+        for host in hosts {
+            if detector.is_some_and(|detector| detector.counts(host)) {
+                self.counting.entry(*host).or_default().insert(key.clone());
+            } else if let Some(pools) = self.counting.get_mut(host) {
+                pools.remove(key);
+                if pools.is_empty() {
+                    self.counting.remove(host);
+                }
+            }
+        }
     }
 
     /// Takes down what a pool has to say.
@@ -137,34 +179,40 @@ impl Health {
         set(&mut self.observed.ages, key, ages, HashMap::is_empty);
     }
 
-    /// A connect to an endpoint of one of these pools has ended.
-    pub fn observe(
-        &mut self,
-        now: Instant,
-        pools: &[PoolKey],
-        address: SocketAddr,
-        verdict: Verdict,
-    ) -> Vec<(PoolKey, Event)> {
-        let mut events = Vec::new();
+    /// Takes a sign of an endpoint of one of these pools, which a client in this network namespace has seen (0: it is not known); the thresholds
+    /// that it has reached.
+    pub fn observe(&mut self, pools: &[PoolKey], address: SocketAddr, sign: Sign, client: u64) -> Vec<(PoolKey, Reached)> {
+        let mut all = Vec::new();
         for key in pools {
-            let Some(detector) = self.pools.get_mut(key).and_then(|watched| watched.detector.as_mut()) else {
-                continue;
-            };
-            let event = detector.observe(now, address, verdict);
-            if detector.counts(&address) {
-                self.counting.entry(address).or_default().insert(key.clone());
-            } else if let Some(counting) = self.counting.get_mut(&address) {
-                counting.remove(key);
+            let Some(watched) = self.pools.get_mut(key) else { continue };
+            let Some(detector) = watched.detector.as_mut() else { continue };
+            let counted = detector.counts(&address);
+            let causes = detector.observe(address, sign);
+            let counts = detector.counts(&address);
+            if counts || !causes.is_empty() {
+                let known = watched.clients.entry(address).or_insert(Clients { first: client, several: false });
+                known.several |= sign.is_failure() && known.first != client && known.first != 0 && client != 0;
             }
-            if let Some(event) = event {
-                self.observe_pool(now, key);
-                events.push((key.clone(), event));
+            if !causes.is_empty() {
+                let clients = watched.clients.get(&address).copied();
+                let client = clients.filter(|clients| !clients.several).map(|clients| clients.first);
+                all.extend(causes.into_iter().map(|cause| (key.clone(), Reached { address, cause, client })));
+            }
+            if !counts {
+                watched.clients.remove(&address);
+            }
+            if counted != counts {
+                self.note_counting(key, &[address]);
             }
         }
-        if self.counting.get(&address).is_some_and(BTreeSet::is_empty) {
-            self.counting.remove(&address);
-        }
-        events
+        all
+    }
+
+    /// Ejects an endpoint that has reached a threshold, where the limit allows it; nothing where it is out already, or not there any more.
+    pub fn eject(&mut self, now: Instant, key: &PoolKey, address: SocketAddr, cause: Cause) -> Option<Event> {
+        let event = self.pools.get_mut(key)?.detector.as_mut()?.eject(now, address, cause)?;
+        self.observe_pool(now, key);
+        Some(event)
     }
 
     /// Whether some pool counts failures of the endpoint, so that a success would change something.
@@ -172,9 +220,19 @@ impl Health {
         self.counting.contains_key(address)
     }
 
+    /// The pools that may eject an endpoint. Looks at all of them.
+    pub fn pools_of(&self, address: &SocketAddr) -> Vec<PoolKey> {
+        let has = |watched: &Watched| {
+            watched.detector.is_some() && watched.hosts.values().any(|hosts| hosts.binary_search(address).is_ok())
+        };
+        self.pools.iter().filter(|(_, watched)| has(watched)).map(|(key, _)| key.clone()).collect()
+    }
+
     /// When [`Self::handle_timeout`] wants to be called.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.busy.iter().filter_map(|key| self.pools.get(key)?.poll_timeout()).min()
+        let pools = self.busy.iter().filter_map(|key| self.pools.get(key)?.poll_timeout()).min();
+        let by_hand = self.by_hand.left(SystemTime::now()).map(|left| Instant::now() + left);
+        [pools, by_hand].into_iter().flatten().min()
     }
 
     /// The sweeps that are due, and the pools whose endpoints are to get more by now.
@@ -195,9 +253,10 @@ impl Health {
         (events, warmer)
     }
 
-    /// The services in whose pools endpoints have begun to warm up since this was asked before.
-    pub fn newly_warming(&mut self) -> BTreeSet<ServiceId> {
-        std::mem::take(&mut self.warming)
+    /// The services of which the policy has to be asked once more: in whose pools endpoints have begun to warm up, or were ejected by a former
+    /// agent.
+    pub fn again(&mut self) -> BTreeSet<ServiceId> {
+        std::mem::take(&mut self.again)
     }
 
     /// The ejections in force and the ages of new endpoints, for the policy.
@@ -205,15 +264,74 @@ impl Health {
         &self.observed
     }
 
-    /// The ejection of an endpoint, if it is ejected.
+    /// The ejection of an endpoint, if its pool has ejected it.
     pub fn ejection(&self, pool: &PoolKey, address: &SocketAddr) -> Option<Ejection> {
-        let detector = self.pools.get(pool)?.detector.as_ref()?;
-        detector.ejections().find(|(ejected, _)| ejected == address).map(|(_, ejection)| ejection)
+        self.pools.get(pool)?.detector.as_ref()?.ejection(address)
+    }
+
+    /// Connections to the pool's port, which is HTTP, carry something else: they are judged by themselves from now on. Whether that is new.
+    pub fn not_http(&mut self, key: &PoolKey) -> bool {
+        self.observed.not_http.insert(key.both_families())
+    }
+
+    /// What was ordered by hand.
+    pub fn by_hand(&self) -> &ByHand {
+        &self.by_hand
+    }
+
+    /// Takes an order by hand.
+    ///
+    /// # Errors
+    /// It says why there is nothing to be done.
+    pub fn order(&mut self, order: &Order, now: SystemTime) -> Result<String, String> {
+        let said = self.by_hand.take(order, now)?;
+        self.observe_by_hand();
+        Ok(said)
+    }
+
+    /// The orders whose time is up; they are in force no longer.
+    pub fn expire_orders(&mut self, now: SystemTime) -> Vec<String> {
+        let ended = self.by_hand.expire(now);
+        if !ended.is_empty() {
+            self.observe_by_hand();
+        }
+        ended
+    }
+
+    fn observe_by_hand(&mut self) {
+        self.observed.ejected_everywhere = self.by_hand.ejected().map(|(address, _)| *address).collect();
+        self.observed.drained =
+            self.by_hand.drained().map(|drain| (drain.service.clone(), drain.region.clone())).collect();
+    }
+
+    /// What the next agent shall know of each pool.
+    pub fn saved(&self, now: Instant) -> BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>> {
+        let mut all = self.left.clone();
+        for key in &self.busy {
+            let detector = self.pools.get(key).and_then(|watched| watched.detector.as_ref());
+            let saved = detector.map(|detector| detector.saved(now)).unwrap_or_default();
+            if !saved.is_empty() {
+                all.insert(key.clone(), saved);
+            }
+        }
+        all
+    }
+
+    /// Takes what a former agent has left, so long ago. It comes into force with each pool that is seen.
+    pub fn restore(
+        &mut self,
+        now: Instant,
+        away: Duration,
+        pools: BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>,
+        by_hand: ByHand,
+    ) {
+        (self.left, self.left_at, self.by_hand) = (pools, Some((now, away)), by_hand);
+        self.observe_by_hand();
     }
 
     /// How many endpoints are ejected.
     pub fn ejected(&self) -> usize {
-        self.observed.ejected.values().map(BTreeSet::len).sum()
+        self.observed.ejected.values().map(BTreeSet::len).sum::<usize>() + self.observed.ejected_everywhere.len()
     }
 }
 
@@ -230,61 +348,5 @@ impl Watched {
         let detector = self.detector.as_ref().and_then(Detector::poll_timeout);
         let warming = self.warming.as_ref().and_then(|warming| warming.next);
         [detector, warming].into_iter().flatten().min()
-    }
-}
-
-impl Warming {
-    /// Those that are there when the pool is first seen count as old: how long they have been there is not known. Returns whether anybody
-    /// is new.
-    fn set_hosts(&mut self, now: Instant, hosts: &BTreeSet<SocketAddr>) -> bool {
-        let since = if self.since.is_empty() { None } else { Some(now) };
-        self.since.retain(|host, _| hosts.contains(host));
-        let before = self.since.len();
-        for host in hosts {
-            self.since.entry(*host).or_insert(since);
-        }
-        self.next = self.next_step(now);
-        since.is_some() && self.since.len() > before
-    }
-
-    fn ages(&self, now: Instant) -> HashMap<SocketAddr, Duration> {
-        let age = |since: Instant| Some(now.saturating_duration_since(since)).filter(|age| *age < self.window);
-        self.since.iter().filter_map(|(host, since)| Some((*host, age((*since)?)?))).collect()
-    }
-
-    /// While anybody is new.
-    fn next_step(&self, now: Instant) -> Option<Instant> {
-        let youngest = self.since.values().flatten().max()?;
-        (now.saturating_duration_since(*youngest) < self.window).then(|| {
-            let step = (self.window / WARMUP_STEPS).max(SHORTEST_STEP);
-            (now + step).min(*youngest + self.window)
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_what_comes_later_is_new() {
-        let [a, b, c] = [1, 2, 3].map(|i| SocketAddr::from(([10, 0, 0, i], 80)));
-        let start = Instant::now();
-        let window = Duration::from_secs(10);
-        let mut warming = Warming { window, since: HashMap::new(), next: None };
-        warming.set_hosts(start, &BTreeSet::from([a, b]));
-        assert_eq!((warming.ages(start), warming.next), (HashMap::new(), None));
-        let later = start + Duration::from_secs(60);
-        warming.set_hosts(later, &BTreeSet::from([a, b, c]));
-        assert_eq!(warming.ages(later), HashMap::from([(c, Duration::ZERO)]));
-        let half = later + window / 2;
-        assert_eq!(warming.ages(half), HashMap::from([(c, window / 2)]));
-        assert_eq!(warming.next, Some(later + SHORTEST_STEP));
-        assert_eq!(warming.next_step(half), Some(half + SHORTEST_STEP));
-        assert_eq!((warming.ages(later + window), warming.next_step(later + window)), (HashMap::new(), None));
-        // One that goes and comes back is new again.
-        warming.set_hosts(half, &BTreeSet::from([b]));
-        warming.set_hosts(half, &BTreeSet::from([a, b]));
-        assert_eq!(warming.ages(half), HashMap::from([(a, Duration::ZERO)]));
     }
 }

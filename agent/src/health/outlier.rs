@@ -1,33 +1,80 @@
-//! Outlier detection (Envoy's rules): an endpoint whose connects fail too often in a row is ejected for a while, longer each time.
+//! Outlier detection (Envoy's rules): an endpoint whose connections or responses fail too often in a row is ejected for a while, longer each
+//! time.
 //!
-//! No I/O, no clock: events and the time come in as parameters, and `poll_timeout` says when to come back.
+//! No I/O, no clock: signs and the time come in as parameters, and `poll_timeout` says when to come back. That a threshold is reached and that an
+//! endpoint is ejected are two steps, so that somebody may ask for evidence in between.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use portolan_common::OutcomeKind;
+use serde::{Deserialize, Serialize};
 
-use crate::model::OutlierDetection;
+use crate::model::{JudgedBy, OutlierDetection};
 
-/// How a connect ended, as far as it says something of the endpoint.
+/// What a connection says of its endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// Established.
-    Success,
-    /// Refused, reset, unreachable or timed out.
-    Failure,
+pub enum Sign {
+    /// It was established.
+    Connected,
+    /// It was not: refused, reset or unreachable. Envoy counts it as status 503.
+    Refused,
+    /// It was not in time. Envoy counts it as status 504.
+    TimedOut,
+    /// A byte came back on it.
+    Answered,
+    /// It was established, and broke before a byte came back.
+    Broken,
+    /// The status of an HTTP response.
+    Status(u16),
 }
 
-impl From<OutcomeKind> for Verdict {
-    fn from(outcome: OutcomeKind) -> Self {
-        match outcome {
-            OutcomeKind::Established => Self::Success,
-            OutcomeKind::Failed | OutcomeKind::TimedOut => Self::Failure,
+impl Sign {
+    /// Whether it says something against the endpoint.
+    pub fn is_failure(self) -> bool {
+        match self {
+            Self::Refused | Self::TimedOut | Self::Broken => true,
+            Self::Status(status) => status >= 500,
+            Self::Connected | Self::Answered => false,
         }
     }
+}
+
+/// One of the thresholds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Threshold {
+    /// `consecutiveGatewayErrors`
+    GatewayErrors,
+    /// `consecutive5xxErrors`
+    Errors,
+    /// `consecutiveLocalOriginFailures`
+    LocalOriginFailures,
+}
+
+impl Threshold {
+    const ALL: [Self; 3] = [Self::GatewayErrors, Self::Errors, Self::LocalOriginFailures];
+
+    /// The field that sets it.
+    pub fn field(self) -> &'static str {
+        match self {
+            Self::GatewayErrors => "consecutiveGatewayErrors",
+            Self::Errors => "consecutive5xxErrors",
+            Self::LocalOriginFailures => "consecutiveLocalOriginFailures",
+        }
+    }
+}
+
+/// Why an endpoint is, or would be, ejected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cause {
+    /// The threshold that was reached.
+    pub threshold: Threshold,
+    /// Failures in a row.
+    pub failures: u32,
 }
 
 /// A change of an endpoint's state.
@@ -48,8 +95,8 @@ pub struct Event {
 pub enum EventKind {
     /// It is out.
     Ejected {
-        /// Failures in a row.
-        failures: u32,
+        /// Why.
+        cause: Cause,
         /// For how long at least: the sweep after it releases.
         duration: Duration,
     },
@@ -57,8 +104,8 @@ pub enum EventKind {
     Released,
     /// It would be out, but the limit allows no more.
     Overflow {
-        /// Failures in a row.
-        failures: u32,
+        /// Why it would be.
+        cause: Cause,
     },
 }
 
@@ -69,95 +116,181 @@ pub struct Ejection {
     pub since: Instant,
     /// When it ends at the earliest.
     pub until: Instant,
+    /// Why.
+    pub cause: Cause,
 }
 
-#[derive(Clone, Debug, Default)]
+/// What outlives a restart of the agent: of one endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Saved {
+    /// How long ago it was ejected, if it is, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ejected: Option<(Duration, Cause)>,
+    /// How often in a row.
+    pub multiplier: u32,
+}
+
+/// An endpoint of which there is something to be said.
+#[derive(Clone, Debug, Default, PartialEq)]
 struct Host {
     /// Failures in a row, for each threshold.
-    failures: [u32; 2],
-    ejected_at: Option<Instant>,
-    /// How many times the base time the next ejection lasts, less one.
+    failures: [u32; 3],
+    ejected: Option<(Instant, Cause)>,
+    /// How many times the base time the last ejection lasted; one less with each interval that it has been well.
     multiplier: u32,
     last_release: Option<Instant>,
+}
+
+impl Host {
+    /// Whether it is as if nothing had ever happened to it. (A release only delays that the multiplier goes down.)
+    fn is_blank(&self) -> bool {
+        self.failures == [0; 3] && self.ejected.is_none() && self.multiplier == 0
+    }
 }
 
 /// The detector of one pool.
 #[derive(Clone, Debug)]
 pub struct Detector {
     settings: OutlierDetection,
-    hosts: BTreeMap<SocketAddr, Host>,
+    judged_by: JudgedBy,
+    /// In order.
+    hosts: Arc<[SocketAddr]>,
+    /// Those that are not blank: of a large mesh, a few.
+    marked: BTreeMap<SocketAddr, Host>,
     next_sweep: Instant,
 }
 
 impl Detector {
     /// A detector for a pool without endpoints yet.
-    pub fn new(settings: OutlierDetection, now: Instant) -> Self {
+    pub fn new(settings: OutlierDetection, judged_by: JudgedBy, now: Instant) -> Self {
         let next_sweep = now + settings.interval;
-        Self { settings, hosts: BTreeMap::new(), next_sweep }
+        Self { settings, judged_by, hosts: Arc::default(), marked: BTreeMap::new(), next_sweep }
     }
 
     /// Takes new settings; what is ejected stays so.
-    pub fn configure(&mut self, settings: &OutlierDetection, now: Instant) {
+    pub fn configure(&mut self, settings: &OutlierDetection, judged_by: JudgedBy, now: Instant) {
         if self.settings.interval != settings.interval {
             self.next_sweep = now + settings.interval;
         }
-        if self.settings.thresholds() != settings.thresholds() {
+        if self.settings.counters() != settings.counters() || self.judged_by != judged_by {
             // Counted under another rule.
-            self.hosts.values_mut().for_each(|host| host.failures = [0; 2]);
+            self.marked.values_mut().for_each(|host| host.failures = [0; 3]);
         }
+        self.judged_by = judged_by;
         if self.settings != *settings {
             self.settings = settings.clone();
         }
+        self.tidy();
     }
 
     /// The endpoints of the pool now. One that is gone takes its ejection with it.
     pub fn set_hosts(&mut self, hosts: &BTreeSet<SocketAddr>) {
-        self.hosts.retain(|address, _| hosts.contains(address));
-        for address in hosts {
-            self.hosts.entry(*address).or_default();
+        if !self.hosts.iter().eq(hosts) {
+            self.hosts = hosts.iter().copied().collect();
+            self.marked.retain(|address, _| hosts.contains(address));
         }
     }
 
-    /// A connect to an endpoint has ended.
-    pub fn observe(&mut self, now: Instant, address: SocketAddr, verdict: Verdict) -> Option<Event> {
-        let ejected = self.ejected_count();
-        let hosts = self.hosts.len();
-        let host = self.hosts.get_mut(&address)?;
-        if verdict == Verdict::Success {
-            host.failures = [0; 2];
-            return None;
+    fn has(&self, address: &SocketAddr) -> bool {
+        self.hosts.binary_search(address).is_ok()
+    }
+
+    fn tidy(&mut self) {
+        self.marked.retain(|_, host| !host.is_blank());
+    }
+
+    /// Takes a sign of an endpoint; the thresholds that it reaches, in the order in which Envoy looks at them. Each begins anew, whatever comes
+    /// of it.
+    pub fn observe(&mut self, address: SocketAddr, sign: Sign) -> Vec<Cause> {
+        let counters = self.settings.counters();
+        let split = self.settings.local_origin_errors.is_some();
+        // What the sign does to each counter: one more, back to zero, or nothing.
+        const UP: Option<bool> = Some(true);
+        const ZERO: Option<bool> = Some(false);
+        let is_proof = match self.judged_by {
+            JudgedBy::Connect => sign == Sign::Connected,
+            JudgedBy::Answer => sign == Sign::Answered,
+            JudgedBy::Status => false,
+        };
+        let effect = match sign {
+            Sign::Connected if split => [None, None, ZERO],
+            Sign::Refused | Sign::TimedOut if split => [None, None, UP],
+            Sign::Refused | Sign::TimedOut => [UP, UP, None],
+            Sign::Broken => [ZERO, UP, None],
+            Sign::Status(502..=504) => [UP, UP, None],
+            Sign::Status(500..) => [ZERO, UP, None],
+            Sign::Status(_) => [ZERO, ZERO, None],
+            Sign::Connected | Sign::Answered if is_proof => [ZERO, ZERO, None],
+            Sign::Connected | Sign::Answered => [None; 3],
+        };
+        if !effect.contains(&UP) {
+            if let Some(host) = self.marked.get_mut(&address) {
+                for (count, effect) in host.failures.iter_mut().zip(effect) {
+                    if effect == ZERO {
+                        *count = 0;
+                    }
+                }
+                if host.is_blank() {
+                    self.marked.remove(&address);
+                }
+            }
+            return Vec::new();
         }
-        // Each threshold counts for itself, and starts again when it is reached, whether the limit allows the ejection or not.
-        let mut reached = None;
-        for (count, threshold) in host.failures.iter_mut().zip(self.settings.thresholds()).filter(|(_, it)| *it > 0) {
-            *count = count.saturating_add(1);
-            if *count == threshold && host.ejected_at.is_none() {
-                reached = Some(std::mem::take(count));
+        if !self.has(&address) {
+            return Vec::new();
+        }
+        let host = self.marked.entry(address).or_default();
+        let mut reached = Vec::new();
+        for (i, effect) in effect.into_iter().enumerate() {
+            match effect {
+                // A threshold of zero is none.
+                Some(true) if counters[i] > 0 => {
+                    host.failures[i] = host.failures[i].saturating_add(1);
+                    if host.failures[i] == counters[i] && host.ejected.is_none() {
+                        let failures = std::mem::take(&mut host.failures[i]);
+                        reached.push(Cause { threshold: Threshold::ALL[i], failures });
+                    }
+                }
+                Some(false) => host.failures[i] = 0,
+                _ => {}
             }
         }
-        let failures = reached?;
+        if host.is_blank() {
+            self.marked.remove(&address);
+        }
+        reached
+    }
+
+    /// Ejects an endpoint, where the limit allows it; nothing, where it is ejected or not one of the pool's.
+    pub fn eject(&mut self, now: Instant, address: SocketAddr, cause: Cause) -> Option<Event> {
+        let (ejected, hosts) = (self.ejected_count(), self.hosts.len());
+        if !self.has(&address) || self.marked.get(&address).is_some_and(|host| host.ejected.is_some()) {
+            return None;
+        }
         let within = 100.0 * (ejected + 1) as f64 / hosts as f64 <= f64::from(self.settings.max_ejection_percent);
         let first = self.settings.always_eject_one && ejected == 0;
         if !(within || first) {
-            return Some(Event { address, kind: EventKind::Overflow { failures }, ejected, hosts });
+            return Some(Event { address, kind: EventKind::Overflow { cause }, ejected, hosts });
         }
-        host.ejected_at = Some(now);
         // Sweeps that had nothing to do were skipped; the beat goes on as if they had been.
         if let Some(late) = now.checked_duration_since(self.next_sweep) {
             let interval = self.settings.interval;
             self.next_sweep += interval.mul_f64((late.as_secs_f64() / interval.as_secs_f64()).floor() + 1.0);
         }
         let (base, max) = (self.settings.base_ejection_time, self.settings.max_ejection_time);
+        let host = self.marked.entry(address).or_default();
+        host.ejected = Some((now, cause));
         if base * host.multiplier < max + base {
             host.multiplier += 1;
         }
-        let duration = (base * host.multiplier).min(max);
-        Some(Event { address, kind: EventKind::Ejected { failures, duration }, ejected: ejected + 1, hosts })
+        let duration = time(&self.settings, host);
+        Some(Event { address, kind: EventKind::Ejected { cause, duration }, ejected: ejected + 1, hosts })
     }
 
     /// When [`Self::handle_timeout`] wants to be called; `None` while there is nothing to release or to forgive.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.hosts.values().any(|host| host.ejected_at.is_some() || host.multiplier > 0).then_some(self.next_sweep)
+        self.marked.values().any(|host| host.ejected.is_some() || host.multiplier > 0).then_some(self.next_sweep)
     }
 
     /// The sweep: releases those whose time is up, and forgives those that have been well for an interval.
@@ -168,54 +301,110 @@ impl Detector {
         // Late or not, the next one is an interval away.
         self.next_sweep = now + self.settings.interval;
         let mut released = Vec::new();
-        for (address, host) in &mut self.hosts {
-            match host.ejected_at {
-                Some(since) => {
-                    let time =
-                        (self.settings.base_ejection_time * host.multiplier).min(self.settings.max_ejection_time);
-                    if now.saturating_duration_since(since) >= time {
-                        host.ejected_at = None;
-                        host.last_release = Some(now);
-                        host.failures = [0; 2];
-                        released.push(*address);
-                    }
+        for (address, host) in &mut self.marked {
+            if let Some((since, _)) = host.ejected {
+                if now.saturating_duration_since(since) >= time(&self.settings, host) {
+                    host.ejected = None;
+                    host.last_release = Some(now);
+                    host.failures = [0; 3];
+                    released.push(*address);
                 }
-                None => {
-                    let well = host
-                        .last_release
-                        .is_none_or(|release| now.saturating_duration_since(release) >= self.settings.interval);
-                    if well && host.multiplier > 0 {
-                        host.multiplier -= 1;
-                    }
-                }
+                continue;
+            }
+            let last = host.last_release;
+            let well = last.is_none_or(|release| now.saturating_duration_since(release) >= self.settings.interval);
+            if well && host.multiplier > 0 {
+                host.multiplier -= 1;
             }
         }
+        self.tidy();
         let (ejected, hosts) = (self.ejected_count(), self.hosts.len());
         released.into_iter().map(|address| Event { address, kind: EventKind::Released, ejected, hosts }).collect()
     }
 
     /// Whether failures of the endpoint are being counted, so that a success would change something.
     pub fn counts(&self, address: &SocketAddr) -> bool {
-        self.hosts.get(address).is_some_and(|host| host.failures != [0; 2])
+        self.marked.get(address).is_some_and(|host| host.failures != [0; 3])
     }
 
     /// The ejections in force.
     pub fn ejections(&self) -> impl Iterator<Item = (SocketAddr, Ejection)> {
-        self.hosts.iter().filter_map(|(address, host)| {
-            let since = host.ejected_at?;
-            let time = (self.settings.base_ejection_time * host.multiplier).min(self.settings.max_ejection_time);
-            Some((*address, Ejection { since, until: since + time }))
+        self.marked.iter().filter_map(|(address, host)| {
+            let (since, cause) = host.ejected?;
+            Some((*address, Ejection { since, until: since + time(&self.settings, host), cause }))
         })
     }
 
-    fn ejected_count(&self) -> usize {
-        self.hosts.values().filter(|host| host.ejected_at.is_some()).count()
+    /// The ejection of an endpoint, if it is ejected.
+    pub fn ejection(&self, address: &SocketAddr) -> Option<Ejection> {
+        let host = self.marked.get(address)?;
+        let (since, cause) = host.ejected?;
+        Some(Ejection { since, until: since + time(&self.settings, host), cause })
     }
+
+    /// What the next agent shall know.
+    pub fn saved(&self, now: Instant) -> Vec<(SocketAddr, Saved)> {
+        let kept = self.marked.iter().filter(|(_, host)| host.multiplier > 0);
+        kept.map(|(address, host)| {
+            let ejected = host.ejected.map(|(since, cause)| (now.saturating_duration_since(since), cause));
+            (*address, Saved { ejected, multiplier: host.multiplier })
+        })
+        .collect()
+    }
+
+    /// Takes what a former agent has left, `away` ago: ejections go on as if nobody had been away, and what would be over is over.
+    pub fn restore(&mut self, now: Instant, away: Duration, saved: impl IntoIterator<Item = (SocketAddr, Saved)>) {
+        for (address, saved) in saved {
+            if !self.has(&address) || self.marked.get(&address).is_some_and(|host| host.ejected.is_some()) {
+                continue;
+            }
+            let mut host = Host { multiplier: saved.multiplier, ..Host::default() };
+            let mut well = away;
+            if let Some((ago, cause)) = saved.ejected {
+                let gone = ago.saturating_add(away);
+                let left = time(&self.settings, &host).saturating_sub(gone);
+                well = gone.saturating_sub(time(&self.settings, &host));
+                // The clock may not reach back that far where the machine has been started in between.
+                if !left.is_zero()
+                    && let Some(since) = now.checked_sub(gone)
+                {
+                    host.ejected = Some((since, cause));
+                    well = Duration::ZERO;
+                }
+            }
+            let intervals = well.as_nanos() / self.settings.interval.as_nanos().max(1);
+            host.multiplier = host.multiplier.saturating_sub(u32::try_from(intervals).unwrap_or(u32::MAX));
+            if !host.is_blank() {
+                self.marked.insert(address, host);
+            }
+        }
+    }
+
+    fn ejected_count(&self) -> usize {
+        self.marked.values().filter(|host| host.ejected.is_some()).count()
+    }
+}
+
+/// How long the current ejection of an endpoint lasts at least.
+fn time(settings: &OutlierDetection, host: &Host) -> Duration {
+    (settings.base_ejection_time * host.multiplier).min(settings.max_ejection_time)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const DOWN: Sign = Sign::Refused;
+
+    fn new(settings: OutlierDetection, now: Instant) -> Detector {
+        Detector::new(settings, JudgedBy::Connect, now)
+    }
+
+    /// A sign, and whatever it leads to.
+    fn take(detector: &mut Detector, now: Instant, host: SocketAddr, sign: Sign) -> Option<Event> {
+        let causes = detector.observe(host, sign);
+        causes.into_iter().filter_map(|cause| detector.eject(now, host, cause)).next()
+    }
 
     fn settings(consecutive_errors: u32) -> OutlierDetection {
         OutlierDetection {
@@ -228,6 +417,7 @@ mod tests {
             max_ejection_percent: 100,
             always_eject_one: false,
             min_health_percent: 0,
+            count_early_resets: false,
         }
     }
 
@@ -235,9 +425,9 @@ mod tests {
     fn thresholds_count_for_themselves() {
         let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
         let eject_after = |settings: OutlierDetection| {
-            let mut detector = Detector::new(settings, now);
+            let mut detector = new(settings, now);
             detector.set_hosts(&BTreeSet::from([host]));
-            (1..10).find(|_| detector.observe(now, host, Verdict::Failure).is_some())
+            (1..10).find(|_| take(&mut detector, now, host, DOWN).is_some())
         };
         assert_eq!(eject_after(settings(5)), Some(5));
         assert_eq!(eject_after(OutlierDetection { gateway_errors: 3, ..settings(5) }), Some(3));
@@ -252,10 +442,10 @@ mod tests {
     fn one_may_always_go_where_that_is_asked_for() {
         let (now, hosts) = (Instant::now(), [1, 2, 3].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
         let most = |settings: OutlierDetection| {
-            let mut detector = Detector::new(settings, now);
+            let mut detector = new(settings, now);
             detector.set_hosts(&BTreeSet::from(hosts));
             for host in hosts {
-                detector.observe(now, host, Verdict::Failure);
+                take(&mut detector, now, host, DOWN);
             }
             detector.ejections().count()
         };
@@ -268,35 +458,98 @@ mod tests {
     #[test]
     fn another_threshold_counts_anew() {
         let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
-        let mut detector = Detector::new(settings(5), now);
+        let mut detector = new(settings(5), now);
         detector.set_hosts(&BTreeSet::from([host]));
         for _ in 0..4 {
-            assert_eq!(detector.observe(now, host, Verdict::Failure), None);
+            assert_eq!(take(&mut detector, now, host, DOWN), None);
         }
-        detector.configure(&settings(2), now);
-        assert_eq!(detector.observe(now, host, Verdict::Failure), None);
-        assert!(detector.observe(now, host, Verdict::Failure).is_some());
+        detector.configure(&settings(2), JudgedBy::Connect, now);
+        assert_eq!(take(&mut detector, now, host, DOWN), None);
+        assert!(take(&mut detector, now, host, DOWN).is_some());
     }
 
     #[test]
     fn a_host_that_goes_takes_its_ejection_with_it() {
         let (now, [a, b]) = (Instant::now(), [1, 2].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
-        let mut detector = Detector::new(OutlierDetection { max_ejection_percent: 50, ..settings(1) }, now);
+        let mut detector = new(OutlierDetection { max_ejection_percent: 50, ..settings(1) }, now);
         detector.set_hosts(&BTreeSet::from([a, b]));
         assert!(matches!(
-            detector.observe(now, a, Verdict::Failure),
+            take(&mut detector, now, a, DOWN),
             Some(Event { kind: EventKind::Ejected { .. }, .. })
         ));
         assert!(matches!(
-            detector.observe(now, b, Verdict::Failure),
+            take(&mut detector, now, b, DOWN),
             Some(Event { kind: EventKind::Overflow { .. }, .. })
         ));
         let c = SocketAddr::from(([10, 0, 0, 3], 80));
         detector.set_hosts(&BTreeSet::from([b, c]));
         assert_eq!(detector.ejections().count(), 0);
         assert!(matches!(
-            detector.observe(now, b, Verdict::Failure),
+            take(&mut detector, now, b, DOWN),
             Some(Event { kind: EventKind::Ejected { .. }, .. })
         ));
+    }
+
+    #[test]
+    fn a_status_counts_where_the_port_is_http() {
+        let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
+        let ejects = |signs: &[Sign], settings: OutlierDetection| {
+            let mut detector = Detector::new(settings, JudgedBy::Status, now);
+            detector.set_hosts(&BTreeSet::from([host]));
+            signs.iter().any(|sign| take(&mut detector, now, host, *sign).is_some())
+        };
+        let [up, bad, gone] = [Sign::Connected, Sign::Status(500), Sign::Status(503)];
+        assert!(ejects(&[bad, up, bad, up, gone], settings(3)), "that a connection stands proves nothing");
+        assert!(ejects(&[bad, DOWN, gone], settings(3)), "a refused one counts as 503");
+        assert!(!ejects(&[bad, bad, Sign::Status(404), bad, bad], settings(3)));
+        let gateway = || OutlierDetection { gateway_errors: 2, ..settings(0) };
+        assert!(ejects(&[gone, Sign::TimedOut], gateway()));
+        assert!(!ejects(&[gone, bad, gone, Sign::Status(200), gone], gateway()), "500 is no gateway's error");
+        let split = || OutlierDetection { local_origin_errors: Some(2), ..settings(2) };
+        assert!(!ejects(&[DOWN, bad, up, DOWN, Sign::Status(200)], split()), "each counts for itself");
+        assert!(ejects(&[bad, DOWN, up, bad], split()));
+        assert!(ejects(&[DOWN, bad, Sign::Status(200), DOWN], split()));
+    }
+
+    #[test]
+    fn what_breaks_before_an_answer_counts_where_that_is_asked_for() {
+        let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
+        let mut detector = Detector::new(settings(2), JudgedBy::Answer, now);
+        detector.set_hosts(&BTreeSet::from([host]));
+        for sign in [Sign::Connected, Sign::Broken, Sign::Connected, Sign::Answered, Sign::Broken, Sign::Connected] {
+            assert_eq!(take(&mut detector, now, host, sign), None, "{sign:?}");
+        }
+        assert!(take(&mut detector, now, host, Sign::Broken).is_some());
+    }
+
+    #[test]
+    fn a_restart_changes_nothing_and_what_is_over_is_over() {
+        let (start, hosts) = (Instant::now() + Duration::from_secs(10_000), [1, 2].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
+        let seconds = Duration::from_secs;
+        let fresh = || {
+            let mut detector = new(settings(1), start);
+            detector.set_hosts(&BTreeSet::from(hosts));
+            detector
+        };
+        let mut before = fresh();
+        take(&mut before, start, hosts[0], DOWN);
+        let saved = before.saved(start + seconds(10));
+        let after = |away: u64| {
+            let mut detector = fresh();
+            let now = start + seconds(10 + away);
+            detector.restore(now, seconds(away), saved.clone());
+            detector.ejection(&hosts[0]).map(|ejection| ejection.until - now)
+        };
+        assert_eq!((after(0), after(15), after(20), after(1_000)), (Some(seconds(20)), Some(seconds(5)), None, None));
+        // It is as likely to be ejected for longer as before, for as long as it would have been.
+        let mut soon = fresh();
+        soon.restore(start + seconds(40), seconds(30), saved.iter().copied());
+        let event = take(&mut soon, start + seconds(40), hosts[0], DOWN);
+        assert!(matches!(event, Some(Event { kind: EventKind::Ejected { duration, .. }, .. }) if duration == seconds(30)));
+        // One that is not there any more is forgotten.
+        let mut other = new(settings(1), start);
+        other.set_hosts(&BTreeSet::from([hosts[1]]));
+        other.restore(start, Duration::ZERO, saved);
+        assert_eq!(other.ejections().count(), 0);
     }
 }

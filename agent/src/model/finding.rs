@@ -92,6 +92,12 @@ codes! {
     MapFull = 90, Error, "A map of the kernel is full";
     KernelWrite = 91, Error, "The kernel did not take a change";
     MapNearlyFull = 92, Warning, "A map of the kernel is nearly full";
+    // Health.
+    NotConfirmed = 100, Warning, "An endpoint is not ejected, for only one pod says that it fails";
+    EjectionRefused = 101, Warning, "An endpoint fails, and the limit keeps it";
+    NotHttp = 102, Warning, "A port that is HTTP carries something else";
+    ByHand = 103, Warning, "Endpoints get no connections because somebody ordered it";
+    KeptUnreadable = 104, Warning, "What a former agent has left cannot be read";
 }
 
 impl fmt::Display for Code {

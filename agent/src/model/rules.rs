@@ -107,6 +107,20 @@ pub struct OutlierDetection {
     pub always_eject_one: bool,
     /// Panic threshold in percent; 0: no panic.
     pub min_health_percent: u32,
+    /// Whether a connection that breaks before a byte came back counts as a failure (Portolan's own).
+    pub count_early_resets: bool,
+}
+
+/// What proves that an endpoint is well, and ends a row of failures.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum JudgedBy {
+    /// A connection that is established.
+    #[default]
+    Connect,
+    /// A byte that comes back (`portolan.io/count-early-resets`).
+    Answer,
+    /// An HTTP response with a status below 500.
+    Status,
 }
 
 impl OutlierDetection {
@@ -116,6 +130,11 @@ impl OutlierDetection {
             Some(errors) => [errors, 0],
             None => [self.gateway_errors, self.consecutive_errors],
         }
+    }
+
+    /// The thresholds by what they count: gateway errors, errors, failures of local origin. 0 is none.
+    pub fn counters(&self) -> [u32; 3] {
+        [self.gateway_errors, self.consecutive_errors, self.local_origin_errors.unwrap_or(0)]
     }
 
     /// Endpoints out of `hosts` that may be ejected at once.

@@ -180,8 +180,10 @@ pub(super) fn select<'a>(scene: &Scene<'a>, filter: &Filter<'_>) -> Selected<'a>
                 continue;
             }
         }
-        let address = &candidate.endpoint.address;
-        if candidate.endpoint.health.is_usable() && scene.observed.is_ejected(filter.key, address, filter.ejects) {
+        let Endpoint { address, locality, .. } = &candidate.endpoint;
+        let out = scene.observed.is_ejected(filter.key, address, filter.ejects)
+            || scene.observed.is_drained(&filter.key.service.name, &locality.region);
+        if candidate.endpoint.health.is_usable() && out {
             candidate.endpoint.health = EndpointHealth::Ejected;
         }
         chosen.push(candidate);

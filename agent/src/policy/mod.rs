@@ -92,6 +92,13 @@ pub struct PoolKey {
     pub v6: bool,
 }
 
+impl PoolKey {
+    /// The same for both address families: limits are common to them, and so is what is spoken.
+    pub fn both_families(&self) -> Self {
+        Self { v6: false, ..self.clone() }
+    }
+}
+
 impl fmt::Display for PoolKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.service, self.port)?;
@@ -108,8 +115,12 @@ impl fmt::Display for PoolKey {
 pub struct Observed {
     /// Those that are ejected, by the pool that ejected them.
     pub ejected: BTreeMap<PoolKey, BTreeSet<SocketAddr>>,
-    /// Those that count as ejected in every pool (`plan --eject`).
+    /// Those that count as ejected in every pool (`plan --eject`, `portolan eject`).
     pub ejected_everywhere: BTreeSet<SocketAddr>,
+    /// Pools on HTTP ports whose connections carry something else than HTTP/1.
+    pub not_http: BTreeSet<PoolKey>,
+    /// Regions that services leave (`portolan drain`).
+    pub drained: BTreeSet<(NamespacedName, String)>,
     /// How long those have been there that have not been there long, by pool.
     pub ages: BTreeMap<PoolKey, HashMap<SocketAddr, Duration>>,
 }
@@ -119,6 +130,11 @@ impl Observed {
     pub fn is_ejected(&self, pool: &PoolKey, address: &SocketAddr, counts: bool) -> bool {
         let by_pool = || self.ejected.get(pool).is_some_and(|ejected| ejected.contains(address));
         self.ejected_everywhere.contains(address) || (counts && by_pool())
+    }
+
+    /// Whether the service leaves the region.
+    pub fn is_drained(&self, service: &NamespacedName, region: &str) -> bool {
+        self.drained.iter().any(|(of, left)| of == service && left == region)
     }
 
     /// How long an endpoint of the pool has been there, if that is not long.

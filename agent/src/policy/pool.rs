@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use portolan_common::Choice;
+use portolan_common::{Choice, Watch};
 
 use super::{
     Client, Endpoint, LeftOut, Observed, PoolKey, RuleBook, Share,
@@ -19,8 +19,8 @@ use super::{
 };
 use crate::{
     model::{
-        Algorithm, Code, ConnectionPool, DestinationRule, Finding, Locality, LocalitySetting, OutlierDetection,
-        Retention, Warmup,
+        Algorithm, Code, ConnectionPool, DestinationRule, Finding, JudgedBy, Locality, LocalitySetting,
+        OutlierDetection, Retention, Warmup,
     },
     store::Snapshot,
 };
@@ -115,6 +115,8 @@ pub struct Pool {
     pub algorithm: Algorithm,
     /// When endpoints are ejected.
     pub outlier: Option<OutlierDetection>,
+    /// What proves that an endpoint is well.
+    pub judged_by: JudgedBy,
     /// What new endpoints get.
     pub warmup: Option<Warmup>,
     /// Limits on connections.
@@ -144,12 +146,25 @@ impl Pool {
         }
     }
 
+    /// What the kernel looks at for it (bits of `Watch`).
+    pub fn watch(&self) -> u32 {
+        let Some(outlier) = &self.outlier else { return 0 };
+        let bits = [
+            (Watch::USE, true),
+            (Watch::STATUS, self.judged_by == JudgedBy::Status),
+            (Watch::ANSWER, outlier.count_early_resets),
+        ];
+        bits.into_iter().filter(|(_, on)| *on).map(|(bit, _)| bit).sum()
+    }
+
     /// What Portolan's own annotations have made of it.
     pub fn extensions(&self) -> Vec<&'static str> {
         let one = self.outlier.as_ref().is_some_and(|outlier| outlier.always_eject_one);
+        let early = self.outlier.as_ref().is_some_and(|outlier| outlier.count_early_resets);
         let all = [
             ("distribute-with-failover", self.distributes_with_failover),
             ("always-eject-one", one),
+            ("count-early-resets", early),
             ("prefer-cluster-local", self.retention == Retention::Prefer),
         ];
         all.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect()
@@ -226,8 +241,11 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
         limits.connect_timeout.or(scene.rules.mesh.connect_timeout).or(ejects.then_some(DEFAULT_CONNECT_TIMEOUT));
     let algorithm = algorithm(balancer.algorithm, &key, retention, findings);
     let groups = if algorithm == Algorithm::ConsistentHash { maglev::quotas(groups) } else { groups };
+    let http = view.as_ref().and_then(|view| view.port(&key)).is_some_and(|port| port.http);
+    let judged_by = judged_by(policy.outlier.as_ref(), http && !scene.observed.not_http.contains(&key.both_families()));
     let pool = Pool {
         mode,
+        judged_by,
         setting: source,
         distributes_with_failover: mode == Mode::Distribute
             && setting.as_ref().is_some_and(|setting| setting.distribute_with_failover),
@@ -252,6 +270,15 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
 /// Envoy's connect timeout where none is set; it decides when a connect counts as failed. Without one, a connect that nobody answers
 /// would count as failed after two minutes only.
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// On a port that is HTTP the responses say how an endpoint is, where a threshold counts them.
+fn judged_by(outlier: Option<&OutlierDetection>, http: bool) -> JudgedBy {
+    match outlier {
+        Some(outlier) if http && (outlier.consecutive_errors > 0 || outlier.gateway_errors > 0) => JudgedBy::Status,
+        Some(outlier) if outlier.count_early_resets => JudgedBy::Answer,
+        _ => JudgedBy::Connect,
+    }
+}
 
 /// Who decides among the endpoints.
 fn algorithm(asked: Option<Algorithm>, key: &PoolKey, retention: Retention, findings: &mut Vec<Finding>) -> Algorithm {

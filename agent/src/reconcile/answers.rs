@@ -12,13 +12,14 @@ use crate::{
     explain::{Explanation, concerns},
     journal::rfc3339,
     model::{Finding, NamespacedName},
-    policy::{self, Assignment},
-    report::{EndpointKernel, FrontendKernel, Report},
+    policy::{self, Assignment, PoolKey},
+    report::{EndpointKernel, EndpointReport, FrontendKernel, Report},
     table,
 };
 
 impl Reconciler {
-    pub(super) fn answer(&mut self, request: Request) {
+    /// Whether it changes something.
+    pub(super) fn answer(&mut self, request: Request) -> bool {
         // Where the one who asked has gone away, the answer is for nobody.
         match request {
             Request::Report(reply) => drop(reply.send(self.report())),
@@ -26,7 +27,13 @@ impl Reconciler {
             Request::Sample(reply) => drop(reply.send(self.sample())),
             Request::Ready(reply) => drop(reply.send(self.ready())),
             Request::Events(reply) => drop(reply.send(self.journal.follow())),
+            Request::Order(order, reply) => {
+                let (said, changed) = self.take_order(&order);
+                let _ = reply.send(said);
+                return changed;
+            }
         }
+        false
     }
 
     fn ready(&self) -> Result<(), String> {
@@ -66,6 +73,7 @@ impl Reconciler {
             health: self.accounts.health().clone(),
             publish_seconds: self.accounts.publish_seconds(),
             counters: self.datapath.maps.counters().unwrap_or_default(),
+            times: self.datapath.maps.times().unwrap_or_default(),
             overflow: self.overflow(),
             closing_passes: self.closing.passes,
             closed: self.closing.closed.clone(),
@@ -95,6 +103,7 @@ impl Reconciler {
     fn findings(&self) -> Vec<Finding> {
         let of_rules =
             self.compiler.findings().chain(&self.client_findings).chain(&self.trouble).chain(&self.crowded).cloned();
+        let of_rules = of_rules.chain(self.findings_of_health()).chain(self.start_findings.clone());
         let mut findings: Vec<Finding> = self.store.findings().into_iter().chain(of_rules).collect();
         for finding in &mut findings {
             self.store.add_source(&self.cluster, finding);
@@ -119,10 +128,7 @@ impl Reconciler {
             }
             for (endpoint, intended) in service.endpoints.iter_mut().zip(&route.pool.endpoints) {
                 endpoint.kernel = self.endpoint_kernel(&intended.address);
-                endpoint.ejected_until = self.health.ejection(&route.pool.key, &intended.address).map(|ejection| {
-                    let left = ejection.until.saturating_duration_since(Instant::now());
-                    rfc3339(SystemTime::now() + left)
-                });
+                self.explain_ejection(&route.pool.key, intended, endpoint);
             }
         }
         report
@@ -146,13 +152,25 @@ impl Reconciler {
         let pools = routes.flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
         for (route, pool) in explanation.routes_mut().zip(pools) {
             for (endpoint, intended) in route.endpoints.iter_mut().zip(&pool.endpoints) {
-                let ejection = self.health.ejection(&pool.key, &intended.address);
-                endpoint.endpoint.ejected_until = ejection.map(|ejection| {
-                    rfc3339(SystemTime::now() + ejection.until.saturating_duration_since(Instant::now()))
-                });
+                self.explain_ejection(&pool.key, intended, &mut endpoint.endpoint);
             }
         }
         Some(explanation)
+    }
+
+    /// Why an endpoint is out, and until when.
+    fn explain_ejection(&self, pool: &PoolKey, intended: &policy::Endpoint, shown: &mut EndpointReport) {
+        let hand = self.health.by_hand();
+        let drain = hand.drain(&pool.service.name, &intended.locality.region).map(|drain| &drain.ordered);
+        if let Some(ordered) = hand.ejection(&intended.address).or(drain) {
+            shown.ejected_until = ordered.until.map(rfc3339);
+            let reason = if ordered.reason.is_empty() { String::new() } else { format!(": {}", ordered.reason) };
+            shown.ejected_by = Some(format!("hand{reason}"));
+        } else if let Some(ejection) = self.health.ejection(pool, &intended.address) {
+            let left = ejection.until.saturating_duration_since(Instant::now());
+            shown.ejected_until = Some(rfc3339(SystemTime::now() + left));
+            shown.ejected_by = Some(format!("{} ({} failures in a row)", ejection.cause.threshold.field(), ejection.cause.failures));
+        }
     }
 
     fn frontend_kernel(&self, assignment: &Assignment) -> FrontendKernel {
@@ -169,11 +187,17 @@ impl Reconciler {
     }
 
     fn endpoint_kernel(&self, address: &SocketAddr) -> Option<EndpointKernel> {
-        let stats = self.datapath.maps.backend_stats(self.layout.backend_id(address)?).ok()?;
+        let id = self.layout.backend_id(address)?;
+        let stats = self.datapath.maps.backend_stats(id).ok()?;
+        let uses = self.datapath.maps.backend_use(id).ok()?;
         Some(EndpointKernel {
             connections: stats.opened + stats.flows,
             active: u64::try_from(stats.active as i64).unwrap_or(0),
             failures: stats.failed,
+            responses: uses.responses,
+            server_errors: uses.server_errors,
+            gateway_errors: uses.gateway_errors,
+            connect_micros: uses.connect_ns as f64 / 1e3,
         })
     }
 }

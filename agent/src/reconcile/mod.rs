@@ -2,12 +2,12 @@
 
 mod answers;
 mod closing;
+mod judging;
 mod probing;
 mod telling;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},
-    net::SocketAddr,
     time::{Duration, Instant},
 };
 
@@ -18,14 +18,16 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 pub use self::closing::Closed;
 use self::{
     closing::Closing,
+    judging::Judging,
     probing::Probe,
     telling::{crowded, no_room},
 };
 use crate::{
     accounts::{Accounts, Sample},
-    datapath::{Datapath, GoneTcp, Outcome, barrier},
+    datapath::{Datapath, GoneTcp, barrier},
     explain::Explanation,
-    health::{EventKind, Health, Verdict as Outlook},
+    health::{Health, Order},
+    kept::{Keeper, Kept},
     journal::{Journal, Record},
     model::{Code, Finding, NamespacedName},
     place::Place,
@@ -54,6 +56,8 @@ pub enum Request {
     Sample(oneshot::Sender<Sample>),
     /// Whether connections are served as they should be; if not, why.
     Ready(oneshot::Sender<Result<(), String>>),
+    /// Has something done that was ordered by hand; what was done, or why it was not.
+    Order(Order, oneshot::Sender<Result<String, String>>),
     /// What has happened, and what will.
     Events(oneshot::Sender<(Vec<Record>, broadcast::Receiver<Record>)>),
 }
@@ -71,6 +75,8 @@ pub struct Reconciler {
     client: Client,
     /// What is wrong with it.
     client_findings: Vec<Finding>,
+    /// What was wrong when this agent began.
+    start_findings: Vec<Finding>,
     compiler: Compiler,
     /// What has changed since the last publication.
     changes: Changes,
@@ -82,6 +88,7 @@ pub struct Reconciler {
     services: HashMap<u32, (NamespacedName, u16)>,
     attached: bool,
     closing: Closing,
+    judging: Judging,
     probe: Probe,
     retry: Option<Instant>,
     retry_after: Duration,
@@ -107,6 +114,7 @@ impl Reconciler {
         probe: SelfProbe,
         sizes: Sizes,
         gone_tcp: GoneTcp,
+        (kept, keeper): (Result<Option<Kept>>, Keeper),
     ) -> Self {
         let inherited = held.frontends.len();
         if inherited > 0 {
@@ -116,7 +124,7 @@ impl Reconciler {
                 "took over the maps of a former agent"
             );
         }
-        Self {
+        let mut reconciler = Self {
             cluster,
             place,
             store: Store::default(),
@@ -127,6 +135,7 @@ impl Reconciler {
             accounts: Accounts::default(),
             client: Client::default(),
             client_findings: Vec::new(),
+            start_findings: Vec::new(),
             compiler: Compiler::default(),
             changes: Changes::everything(),
             knowledge: None,
@@ -134,6 +143,7 @@ impl Reconciler {
             services: HashMap::new(),
             attached: false,
             closing: Closing::new(gone_tcp),
+            judging: Judging::new(keeper),
             probe: Probe::start(probe),
             retry: None,
             retry_after: FIRST_RETRY,
@@ -143,7 +153,9 @@ impl Reconciler {
             crowded: Vec::new(),
             doubt: None,
             logged: BTreeSet::new(),
-        }
+        };
+        reconciler.take_kept(kept);
+        reconciler
     }
 
     /// Works until the sources or the questions end.
@@ -176,11 +188,15 @@ impl Reconciler {
                     self.take_updates(update, &mut updates)
                 }
                 outcomes = self.datapath.events.next(OUTCOMES_AT_ONCE) => self.take_outcomes(&outcomes?),
+                Some(evidence) = self.judging.evidence.recv() => self.take_evidence(evidence),
+                Some(named) = self.judging.named.recv() => {
+                    self.take_name(named);
+                    false
+                }
                 () = wake => self.take_time(Instant::now()),
                 request = requests.recv() => {
                     let Some(request) = request else { return Ok(()) };
-                    self.answer(request);
-                    false
+                    self.answer(request)
                 }
                 round = self.datapath.grace.settled() => self.settle(round),
                 pass = self.datapath.closer.done() => {
@@ -196,6 +212,7 @@ impl Reconciler {
             if changed && self.store.synced() && !self.changes.is_empty() {
                 self.publish()?;
             }
+            self.keep();
         }
     }
 
@@ -210,49 +227,16 @@ impl Reconciler {
         !self.changes.is_empty()
     }
 
-    fn take_outcomes(&mut self, outcomes: &[Outcome]) -> bool {
-        let now = Instant::now();
-        let mut changed = false;
-        for outcome in outcomes {
-            let Some(pools) = self.pools.get(&outcome.frontend_id) else { continue };
-            let outlook = Outlook::from(outcome.kind);
-            if outlook == Outlook::Failure
-                && let Some(pool) = pools.first()
-            {
-                let what = std::io::Error::from_raw_os_error(outcome.errno as i32);
-                let message = format!("connection to {} failed after {:.1?}: {what}", outcome.backend, outcome.latency);
-                let record = Record::of_pool(pool, outcome.backend, Record::FAILED, message);
-                self.journal.add(Record { client_netns: Some(outcome.netns_cookie), ..record });
-            }
-            for (pool, event) in self.health.observe(now, pools, outcome.backend, outlook) {
-                self.accounts.count_health(&pool, &event);
-                self.journal.add(Record::of_health(&pool, &event));
-                if !matches!(event.kind, EventKind::Overflow { .. }) {
-                    self.changes.services.insert(pool.service.clone());
-                    changed = true;
-                }
-            }
-        }
-        // Each endpoint once, after all its outcomes: while no pool counts failures of it, its successes are of no interest.
-        let endpoints: BTreeSet<SocketAddr> = outcomes.iter().map(|outcome| outcome.backend).collect();
-        for endpoint in endpoints {
-            if let Some(id) = self.layout.backend_id(&endpoint)
-                && let Err(error) = self.datapath.maps.set_troubled(id, self.health.counts(&endpoint))
-            {
-                tracing::warn!("cannot mark backend {endpoint}: {error:#}");
-            }
-        }
-        changed
-    }
-
     fn take_time(&mut self, now: Instant) -> bool {
         self.sweep(now);
         let retry = self.retry.take_if(|at| *at <= now).is_some();
         // All of the table is tried again, for what did not fit may fit now.
         self.knowledge = self.knowledge.filter(|_| !retry);
         self.changes.findings |= retry;
+        self.expire_orders();
         let (released, warmer) = self.health.handle_timeout(now);
         for (pool, event) in &released {
+            self.judging.dirty = true;
             self.journal.add(Record::of_health(pool, event));
         }
         let pools = released.iter().map(|(pool, _)| pool).chain(&warmer);
@@ -330,6 +314,7 @@ impl Reconciler {
             self.services.clear();
         }
         self.index_pools(&recompiled, whole);
+        self.watch_packets(&recompiled, whole);
         if !self.attached && self.may_attach() {
             let replaces = self.datapath.replaces_another();
             self.datapath.attach()?;
@@ -340,6 +325,7 @@ impl Reconciler {
             // A former agent's programs may have been taken off for a while.
             self.recount();
             self.probe.wanted.notify_one();
+            self.watch_packets(&[], true);
             let cgroup = self.datapath.cgroup().display();
             tracing::info!(%cgroup, frontends = table.frontends.len(), "attached: connections are served");
         }
@@ -359,7 +345,7 @@ impl Reconciler {
         let mut recompiled: BTreeMap<_, Recompiled> = BTreeMap::new();
         let mut changes =
             Changes { services: changes.services.clone(), everything: changes.everything, ..Changes::default() };
-        // Twice where endpoints begin to warm up: only the detectors know that they are new.
+        // Twice where endpoints begin to warm up, or were ejected by a former agent: only the detectors know.
         while changes.everything || !changes.services.is_empty() {
             let observed = self.health.observed();
             for next in self.compiler.compile(self.store.snapshot(), &self.client, observed, &changes) {
@@ -370,7 +356,7 @@ impl Reconciler {
                     Entry::Vacant(place) => drop(place.insert(next)),
                 }
             }
-            changes = Changes { services: self.health.newly_warming(), ..Changes::default() };
+            changes = Changes { services: self.health.again(), ..Changes::default() };
         }
         recompiled.into_values().collect()
     }

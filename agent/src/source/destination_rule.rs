@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
-    read::{ALWAYS_EJECT_ONE, Context, DISTRIBUTE_WITH_FAILOVER, Invalid, invalid},
+    read::{ALWAYS_EJECT_ONE, COUNT_EARLY_RESETS, Context, DISTRIBUTE_WITH_FAILOVER, Invalid, invalid},
     spec::{LocalitySpec, duration, locality_setting, maybe_duration, nullable},
 };
 use crate::model::{
@@ -164,6 +164,7 @@ struct HttpPoolSpec {
 struct Own {
     distribute_with_failover: bool,
     always_eject_one: bool,
+    count_early_resets: bool,
 }
 
 pub(super) fn destination_rule(
@@ -173,6 +174,7 @@ pub(super) fn destination_rule(
     let own = Own {
         distribute_with_failover: context.switch(&value, DISTRIBUTE_WITH_FAILOVER),
         always_eject_one: context.switch(&value, ALWAYS_EJECT_ONE),
+        count_early_resets: context.switch(&value, COUNT_EARLY_RESETS),
     };
     let spec: DestinationRuleSpec = context.honoured("spec", value["spec"].take(), |_| false)?;
     if spec.workload_selector.is_some() {
@@ -326,8 +328,11 @@ fn outlier_detection(
         ("consecutiveLocalOriginFailures", !split && spec.consecutive_local_origin_failures.is_some()),
     ];
     for (field, _) in unused.iter().filter(|(_, set)| *set) {
-        let state = if split { "on" } else { "off" };
-        let message = format!("has no effect on connections while splitExternalLocalOriginErrors is {state}");
+        let message = if split {
+            "has no effect on connections while splitExternalLocalOriginErrors is on: it counts responses, of ports that are HTTP"
+        } else {
+            "has no effect on connections while splitExternalLocalOriginErrors is off"
+        };
         context.finding(Code::NotHonoured, format!("{at}.{field}"), message);
     }
     let time = |field: &str, text: Option<String>, default: Duration| {
@@ -354,6 +359,7 @@ fn outlier_detection(
             set => set,
         },
         always_eject_one: own.always_eject_one,
+        count_early_resets: own.count_early_resets,
         min_health_percent: percent("minHealthPercent", spec.min_health_percent)?,
     })
 }

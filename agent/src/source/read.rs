@@ -163,10 +163,12 @@ fn object(context: &mut Context<'_>, kind: Kind, value: Value) -> Result<Option<
 /// Annotations of Portolan's own, by the kind that they mean something on.
 pub(super) const DISTRIBUTE_WITH_FAILOVER: &str = "portolan.io/distribute-with-failover";
 pub(super) const ALWAYS_EJECT_ONE: &str = "portolan.io/always-eject-one";
+pub(super) const COUNT_EARLY_RESETS: &str = "portolan.io/count-early-resets";
 pub(super) const PREFER_CLUSTER_LOCAL: &str = "portolan.io/prefer-cluster-local";
-const ANNOTATIONS: [(&str, &[Kind]); 3] = [
+const ANNOTATIONS: [(&str, &[Kind]); 4] = [
     (DISTRIBUTE_WITH_FAILOVER, &[Kind::DestinationRule, Kind::MeshConfig]),
     (ALWAYS_EJECT_ONE, &[Kind::DestinationRule]),
+    (COUNT_EARLY_RESETS, &[Kind::DestinationRule]),
     (PREFER_CLUSTER_LOCAL, &[Kind::MeshConfig]),
 ];
 

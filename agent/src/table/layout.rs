@@ -169,7 +169,7 @@ impl Layout {
 
     /// The place of a pool's limits, and its epoch.
     pub fn pool(&self, key: &PoolKey) -> Option<(u32, u32)> {
-        let id = self.pools.id(&name(&PoolKey { v6: false, ..key.clone() }))?;
+        let id = self.pools.id(&name(&key.both_families()))?;
         Some((id, self.limits.get(&id)?.epoch))
     }
 
@@ -490,7 +490,7 @@ fn limits(pool: &PoolEntry, epoch: u32) -> Limits {
         keepalive_time: of.time.map_or(0, seconds),
         keepalive_interval: of.interval.map_or(0, seconds),
         keepalive_probes: of.probes.unwrap_or(0),
-        reserved: Default::default(),
+        watch: pool.watch,
         name: name(&pool.key),
     }
 }

@@ -50,12 +50,14 @@ pub struct PoolEntry {
     pub limits: ConnectionPool,
     /// Whether its connections must not leave their cluster.
     pub strict: bool,
+    /// What the kernel has to look at (bits of `Watch`).
+    pub watch: u32,
 }
 
 impl PoolEntry {
     /// Whether the kernel has anything to do for it.
     fn has_limits(&self) -> bool {
-        self.limits != ConnectionPool::default()
+        self.limits != ConnectionPool::default() || self.watch != 0
     }
 }
 
@@ -86,10 +88,11 @@ impl Entry {
         let listed = pools().flat_map(|pool| &pool.endpoints).map(|endpoint| endpoint.address);
         let endpoints: BTreeSet<SocketAddr> = listed.chain(pools().flat_map(|pool| &pool.leaving).copied()).collect();
         let entries = pools().map(|pool| PoolEntry {
-            key: PoolKey { v6: false, ..pool.key.clone() },
+            key: pool.key.both_families(),
             // All of them are of TCP.
             limits: if assignment.protocol == Protocol::Tcp { pool.limits.clone() } else { ConnectionPool::default() },
             strict: pool.retention == Retention::Strict,
+            watch: if assignment.protocol == Protocol::Tcp { pool.watch() } else { 0 },
         });
         Self {
             schedule: Arc::clone(&assignment.schedule),
@@ -103,7 +106,7 @@ impl Entry {
 
     /// The same, without anybody to take.
     fn nobody(&self) -> Self {
-        let without_limits = |pool: &PoolEntry| PoolEntry { limits: ConnectionPool::default(), ..pool.clone() };
+        let without_limits = |pool: &PoolEntry| PoolEntry { limits: ConnectionPool::default(), watch: 0, ..pool.clone() };
         let pools = self.pools.iter().map(without_limits).collect();
         Self { schedule: Arc::default(), endpoints: Arc::default(), pools, affinity: None, random: false }
     }

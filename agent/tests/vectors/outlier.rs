@@ -2,14 +2,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
 use portolan::{
-    health::{Detector, EventKind, Verdict},
-    model::OutlierDetection,
+    health::{Detector, Event, EventKind, Sign},
+    model::{JudgedBy, OutlierDetection},
 };
-use portolan_common::OutcomeKind;
 use serde_json::{Value, json};
 
 use crate::{
@@ -18,9 +18,15 @@ use crate::{
 };
 
 pub fn detector(hosts: u64, settings: OutlierDetection, now: Instant) -> Detector {
-    let mut detector = Detector::new(settings, now);
+    let mut detector = Detector::new(settings, JudgedBy::Connect, now);
     detector.set_hosts(&(0..hosts).map(host).collect::<BTreeSet<_>>());
     detector
+}
+
+/// A sign, and whatever it leads to: the agent asks for evidence in between.
+pub fn take(detector: &mut Detector, now: Instant, host: SocketAddr, sign: Sign) -> Option<Event> {
+    let causes = detector.observe(host, sign);
+    causes.into_iter().filter_map(|cause| detector.eject(now, host, cause)).next()
 }
 
 pub fn settings(consecutive_errors: u32, max_ejection_percent: u32) -> OutlierDetection {
@@ -35,6 +41,7 @@ pub fn settings(consecutive_errors: u32, max_ejection_percent: u32) -> OutlierDe
         max_ejection_percent,
         always_eject_one: false,
         min_health_percent: 0,
+        count_early_resets: false,
     }
 }
 
@@ -46,7 +53,7 @@ pub fn ejection_limit(input: &Value, expect: &Value) {
         let now = Instant::now();
         let mut detector = detector(hosts, settings, now);
         for i in 0..hosts {
-            detector.observe(now, host(i), Verdict::Failure);
+            take(&mut detector, now, host(i), Sign::Refused);
         }
         detector.ejections().count()
     };
@@ -87,7 +94,7 @@ pub fn ejection_timeline(input: &Value, expect: &Value) {
     for event in list(&input["events"]) {
         let now = start + Duration::from_secs_f64(event["t"].as_f64().unwrap());
         match text(&event["op"]).as_str() {
-            "eject" => drop(detector.observe(now, host(0), Verdict::Failure)),
+            "eject" => drop(take(&mut detector, now, host(0), Sign::Refused)),
             "tick" => drop(detector.handle_timeout(now)),
             other => panic!("{other} is no event"),
         }
@@ -107,7 +114,7 @@ pub fn durations(input: &Value) -> Vec<u64> {
     let mut detector = detector(1, OutlierDetection { interval, ..timing(input) }, now);
     let mut durations = Vec::new();
     for _ in 0..number(&input["consecutive_ejections"]) {
-        let event = detector.observe(now, host(0), Verdict::Failure).unwrap();
+        let event = take(&mut detector, now, host(0), Sign::Refused).unwrap();
         let EventKind::Ejected { duration, .. } = event.kind else { panic!("{event:?}") };
         durations.push(duration.as_secs());
         now += duration;
@@ -136,8 +143,8 @@ pub fn consecutive(input: &Value, expect: &Value) {
     let mut detector = detector(1, settings(number(&input["threshold"]) as u32, percent), now);
     for event in list(&input["events"]) {
         // A refused and a timed-out connect count alike.
-        let verdict = if event == "S" { Verdict::Success } else { Verdict::Failure };
-        detector.observe(now, host(0), verdict);
+        let sign = if event == "S" { Sign::Connected } else { Sign::Refused };
+        take(&mut detector, now, host(0), sign);
     }
     assert_eq!(json!(detector.ejections().count() == 1), expect["ejected"]);
 }
@@ -192,31 +199,24 @@ pub fn tcp_mapping(input: &Value, expect: &Value) {
     let reports = list(&expect["result"]);
     for (event, result) in list(&input["events"]).iter().zip(reports) {
         // What the kernel tells of each; of the others it tells nothing.
-        let verdict = match text(event).as_str() {
-            "connect_timeout" => Some(OutcomeKind::TimedOut),
-            "connect_refused_or_reset" => Some(OutcomeKind::Failed),
-            "connected" => Some(OutcomeKind::Established),
+        let sign = match text(event).as_str() {
+            "connect_timeout" => Some(Sign::TimedOut),
+            "connect_refused_or_reset" => Some(Sign::Refused),
+            "connected" => Some(Sign::Connected),
             _ => None,
         };
-        let verdict = verdict.map(Verdict::from);
         let result = text(result);
-        let expected = if result.contains("->50") {
-            Some(Verdict::Failure)
-        } else if result.contains("->200") {
-            Some(Verdict::Success)
-        } else {
-            None
-        };
-        assert_eq!(verdict, expected, "{event}");
+        let fails = result.contains("->50");
+        assert_eq!(sign.map(Sign::is_failure), (fails || result.contains("->200")).then_some(fails), "{event}");
         // One failure short of the threshold: a failure ejects, a success starts the count again, all else changes nothing.
         let now = Instant::now();
         let mut detector = detector(1, settings(2, 100), now);
-        detector.observe(now, host(0), Verdict::Failure);
-        if let Some(verdict) = verdict {
-            detector.observe(now, host(0), verdict);
+        take(&mut detector, now, host(0), Sign::Refused);
+        if let Some(sign) = sign {
+            take(&mut detector, now, host(0), sign);
         }
-        assert_eq!(detector.ejections().count() == 1, verdict == Some(Verdict::Failure), "{event}");
-        assert_eq!(detector.counts(&host(0)), verdict.is_none(), "{event}");
+        assert_eq!(detector.ejections().count() == 1, fails, "{event}");
+        assert_eq!(detector.counts(&host(0)), sign.is_none(), "{event}");
     }
 }
 
@@ -233,7 +233,7 @@ pub fn success_rate(input: &Value, expect: &Value) {
         for request in 0..100 {
             // Half of them, one after another: never five in a row.
             let fails = *rate < 100.0 && request % 2 == 0;
-            detector.observe(now, host(i), if fails { Verdict::Failure } else { Verdict::Success });
+            take(&mut detector, now, host(i), if fails { Sign::Refused } else { Sign::Connected });
         }
     }
     assert_eq!(detector.ejections().count(), 0);
@@ -252,9 +252,9 @@ pub fn failure_percentage(input: &Value, expect: &Value) {
         let (good, bad) = (number(&of["success"]), number(&of["fail"]));
         for _ in 0..good {
             for _ in 0..bad / good {
-                detector.observe(now, host(i), Verdict::Failure);
+                take(&mut detector, now, host(i), Sign::Refused);
             }
-            detector.observe(now, host(i), Verdict::Success);
+            take(&mut detector, now, host(i), Sign::Connected);
         }
     }
     assert_eq!(detector.ejections().count(), 0);

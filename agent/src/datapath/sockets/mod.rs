@@ -7,7 +7,7 @@ mod diag;
 mod states;
 
 use std::{
-    collections::{BTreeMap, HashMap, hash_map::Entry},
+    collections::{BTreeMap, HashMap},
     fmt,
     fs::{self, File},
     net::SocketAddr,
@@ -15,7 +15,6 @@ use std::{
         fd::{AsFd as _, OwnedFd},
         unix::fs::MetadataExt as _,
     },
-    path::PathBuf,
     rc::Rc,
     sync::{
         Arc,
@@ -40,7 +39,7 @@ use self::{
     diag::{Connected, Connection, Diag, Seen},
     states::{Doubts, States, Waiting},
 };
-use super::{Pins, pins::Set, raw};
+use super::{Pins, namespaces::namespaces, pins::Set, raw};
 use crate::{model::Protocol, table::Lost};
 
 /// A connection is idle when nothing was sent or received for so long.
@@ -269,33 +268,6 @@ fn sees_all_processes() -> Result<()> {
     let own = fs::metadata("/proc/self/ns/pid")?.ino();
     anyhow::ensure!(own == FIRST, "this agent does not see all processes of the machine; run it with hostPID: true");
     Ok(())
-}
-
-/// Each network namespace that a process is in or that has a name, and where it was found.
-fn namespaces(trouble: &mut Vec<String>) -> Vec<(PathBuf, File)> {
-    let mut found: HashMap<(u64, u64), (PathBuf, File)> = HashMap::new();
-    let mut add = |path: PathBuf| {
-        // Processes end while one looks; a namespace that was opened stays.
-        let Ok(metadata) = fs::metadata(&path) else { return };
-        if let Entry::Vacant(entry) = found.entry((metadata.dev(), metadata.ino()))
-            && let Ok(file) = File::open(&path)
-        {
-            entry.insert((path, file));
-        }
-    };
-    match fs::read_dir("/proc") {
-        Ok(entries) => {
-            let is_process = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
-            for entry in entries.flatten().filter(|entry| entry.file_name().to_str().is_some_and(is_process)) {
-                add(entry.path().join("ns/net"));
-            }
-        }
-        Err(error) => trouble.push(format!("/proc cannot be read: {error}")),
-    }
-    for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
-        add(entry.path());
-    }
-    found.into_values().collect()
 }
 
 /// A UDP socket that is connected to an endpoint that may be gone, and the way to end it.

@@ -299,6 +299,7 @@ fn limits_of_a_frontend_that_does_not_fit_are_as_they_were() {
         },
         limits: ConnectionPool { max_connections: Some(max), ..ConnectionPool::default() },
         strict: false,
+        watch: 0,
     };
     let with = |pools: Vec<PoolEntry>| {
         let mut table = table(&[(1, vec![(1, vec![1])])]);

@@ -1,0 +1,443 @@
+//! From what the kernel tells of connections to ejections: signs, evidence where one pod alone has seen failures, orders by hand; and what of it
+//! outlives the agent.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::SocketAddr,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::Result;
+use portolan_common::{OutcomeKind, Spoken};
+use rustix::time::{ClockId, clock_gettime};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use super::Reconciler;
+use crate::{
+    datapath::{Outcome, name_namespace},
+    evidence::{Evidence, LATELY, Witness},
+    health::{EventKind, Order, Reached, Sign},
+    journal::Record,
+    kept::{Keeper, Kept},
+    model::{Code, Finding, JudgedBy, Protocol},
+    policy::{PoolKey, Recompiled},
+    table,
+};
+
+/// How long a finding of this file stays after the last time.
+const REMEMBERED: Duration = Duration::from_secs(600);
+/// Findings of this file that there are at most: of more, the latest.
+const MOST: usize = 200;
+/// Failures that are made up for where outcomes were lost: more change nothing.
+const MADE_UP: u64 = 100;
+
+/// What stands between an outcome and an ejection.
+pub(super) struct Judging {
+    witness: Witness,
+    pub(super) evidence: UnboundedReceiver<Evidence>,
+    /// Thresholds that were reached by one network namespace alone, until there is evidence.
+    suspects: HashMap<SocketAddr, Vec<(PoolKey, Reached)>>,
+    /// What people should know, since when, by pool and endpoint.
+    findings: BTreeMap<(PoolKey, SocketAddr, Code), (Instant, Finding)>,
+    /// What is told of whom, once it is known who a network namespace is.
+    namer: UnboundedSender<Named>,
+    pub(super) named: UnboundedReceiver<Named>,
+    /// What is spoken in place of HTTP/1, by pool.
+    spoken: BTreeMap<PoolKey, u64>,
+    /// Pools whose responses are looked at, and whether the program that does it is attached.
+    watched: HashSet<PoolKey>,
+    watching: Option<bool>,
+    /// Failures of each backend id that were told, and outcomes that were lost, when it was last looked at.
+    heard: HashMap<u32, u64>,
+    lost: u64,
+    keeper: Keeper,
+    /// Whether there is something new to keep.
+    pub(super) dirty: bool,
+}
+
+/// A network namespace, named for people.
+pub(super) struct Named {
+    pool: PoolKey,
+    endpoint: SocketAddr,
+    message: String,
+}
+
+impl Judging {
+    /// To be called inside a runtime.
+    pub(super) fn new(keeper: Keeper) -> Self {
+        let (witness, evidence) = Witness::new();
+        let (namer, named) = unbounded_channel();
+        let (suspects, heard, spoken) = (HashMap::new(), HashMap::new(), BTreeMap::new());
+        Self {
+            witness,
+            evidence,
+            suspects,
+            findings: BTreeMap::new(),
+            namer,
+            named,
+            spoken,
+            watched: HashSet::new(),
+            watching: None,
+            heard,
+            lost: 0,
+            keeper,
+            dirty: false,
+        }
+    }
+
+    fn find(&mut self, now: Instant, pool: &PoolKey, endpoint: SocketAddr, code: Code, message: String) {
+        let finding = Finding::new(code, pool.service.object(), message);
+        self.findings.retain(|_, (at, _)| now.saturating_duration_since(*at) < REMEMBERED);
+        if self.findings.len() >= MOST {
+            let oldest = self.findings.iter().min_by_key(|(_, (at, _))| *at).map(|(key, _)| key.clone());
+            oldest.map(|key| self.findings.remove(&key));
+        }
+        self.findings.insert((pool.clone(), endpoint, code), (now, finding));
+    }
+}
+
+impl Reconciler {
+    /// Takes what the kernel tells; whether that changes a service.
+    pub(super) fn take_outcomes(&mut self, outcomes: &[Outcome]) -> bool {
+        let now = Instant::now();
+        let mut changed = false;
+        for outcome in outcomes {
+            let Some(pools) = self.pools.get(&outcome.frontend_id).cloned() else { continue };
+            if outcome.kind == OutcomeKind::NotHttp {
+                changed |= self.take_spoken(&pools, outcome);
+                continue;
+            }
+            let sign = sign(outcome);
+            if sign.is_failure() {
+                self.tell_failure(&pools, outcome, sign);
+            }
+            for (pool, reached) in self.health.observe(&pools, outcome.backend, sign, outcome.netns_cookie) {
+                changed |= self.judge(now, pool, reached, sign);
+            }
+        }
+        changed |= self.make_up(now);
+        // Each endpoint once, after all its outcomes: while no pool counts failures of it, its successes are of no interest.
+        let endpoints: HashSet<SocketAddr> = outcomes.iter().map(|outcome| outcome.backend).collect();
+        for endpoint in endpoints {
+            if let Some(id) = self.layout.backend_id(&endpoint)
+                && let Err(error) = self.datapath.maps.set_troubled(id, self.health.counts(&endpoint))
+            {
+                tracing::warn!("cannot mark backend {endpoint}: {error:#}");
+            }
+        }
+        changed
+    }
+
+    fn tell_failure(&mut self, pools: &[PoolKey], outcome: &Outcome, sign: Sign) {
+        if matches!(sign, Sign::Refused | Sign::TimedOut)
+            && let Some(id) = self.layout.backend_id(&outcome.backend)
+        {
+            *self.judging.heard.entry(id).or_default() += 1;
+        }
+        let Some(pool) = pools.first() else { return };
+        let message = match sign {
+            Sign::Status(status) => format!("{} answered with status {status}", outcome.backend),
+            sign => {
+                let what = std::io::Error::from_raw_os_error(outcome.errno as i32);
+                let when = if sign == Sign::Broken { "broke before an answer, " } else { "failed " };
+                format!("connection to {} {when}after {:.1?}: {what}", outcome.backend, outcome.latency)
+            }
+        };
+        let record = Record::of_pool(pool, outcome.backend, Record::FAILED, message);
+        self.journal.add(Record { client_netns: Some(outcome.netns_cookie), ..record });
+    }
+
+    /// An endpoint has failed as often as its pool allows. Whether it is ejected at once.
+    fn judge(&mut self, now: Instant, pool: PoolKey, reached: Reached, sign: Sign) -> bool {
+        let Some(client) = reached.client else { return self.eject(now, &pool, reached) };
+        if !self.used_by_others(&reached.address, client) {
+            return self.eject(now, &pool, reached);
+        }
+        let waiting = self.judging.suspects.get(&reached.address).is_some();
+        if matches!(sign, Sign::Status(_) | Sign::Broken) {
+            self.tell_unconfirmed(now, pool, reached, "that connections are established says nothing of it");
+        } else if self.is_frontend(&reached.address) {
+            self.tell_unconfirmed(now, pool, reached, "the agent cannot dial it, for its address is a Service's as well");
+        } else {
+            self.judging.suspects.entry(reached.address).or_default().push((pool, reached));
+            if !waiting {
+                self.judging.witness.ask(reached.address);
+            }
+        }
+        false
+    }
+
+    /// The agent has dialled an endpoint itself.
+    pub(super) fn take_evidence(&mut self, evidence: Evidence) -> bool {
+        let now = Instant::now();
+        let mut changed = false;
+        for (pool, reached) in self.judging.suspects.remove(&evidence.endpoint).unwrap_or_default() {
+            if evidence.failed {
+                changed |= self.eject(now, &pool, reached);
+            } else {
+                self.tell_unconfirmed(now, pool, reached, "the agent's own connection to it was established");
+            }
+        }
+        changed
+    }
+
+    fn eject(&mut self, now: Instant, pool: &PoolKey, reached: Reached) -> bool {
+        let Some(event) = self.health.eject(now, pool, reached.address, reached.cause) else { return false };
+        self.accounts.count_health(pool, &event);
+        let record = Record::of_health(pool, &event);
+        if let EventKind::Overflow { .. } = event.kind {
+            self.judging.find(now, pool, reached.address, Code::EjectionRefused, record.message.clone());
+            self.journal.add(record);
+            return false;
+        }
+        self.journal.add(record);
+        self.judging.dirty = true;
+        self.changes.services.insert(pool.service.clone());
+        true
+    }
+
+    fn tell_unconfirmed(&mut self, now: Instant, pool: PoolKey, reached: Reached, why: &str) {
+        let (endpoint, client) = (reached.address, reached.client.unwrap_or_default());
+        let said = format!(
+            "{endpoint} of {pool} failed {} times in a row, but only for one pod, and others use it; it stays, for {why}",
+            reached.cause.failures
+        );
+        self.accounts.count_unconfirmed(&pool);
+        let record = Record::of_pool(&pool, endpoint, Record::UNCONFIRMED, said.clone());
+        self.journal.add(Record { client_netns: Some(client), ..record });
+        let is_known = self.judging.findings.contains_key(&(pool.clone(), endpoint, Code::NotConfirmed));
+        let message = format!("{said}; the pod has network namespace {client}");
+        if is_known {
+            if let Some((at, _)) = self.judging.findings.get_mut(&(pool, endpoint, Code::NotConfirmed)) {
+                *at = now;
+            }
+            return;
+        }
+        self.judging.find(now, &pool, endpoint, Code::NotConfirmed, message);
+        self.changes.findings = true;
+        let namer = self.judging.namer.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Some(name) = name_namespace(client) {
+                // An error means that the agent is ending.
+                let _ = namer.send(Named { pool, endpoint, message: format!("{said}; the pod is that of {name}") });
+            }
+        });
+    }
+
+    /// It is known whose network namespace it is.
+    pub(super) fn take_name(&mut self, named: Named) {
+        tracing::warn!("{}", named.message);
+        self.judging.find(Instant::now(), &named.pool, named.endpoint, Code::NotConfirmed, named.message);
+    }
+
+    /// Whether pods of other network namespaces than this one use an endpoint.
+    fn used_by_others(&self, endpoint: &SocketAddr, client: u64) -> bool {
+        let now = clock_gettime(ClockId::Monotonic);
+        let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32);
+        let since = u64::try_from(now.saturating_sub(LATELY).as_nanos()).unwrap_or(u64::MAX);
+        let uses = self.layout.backend_id(endpoint).and_then(|id| self.datapath.maps.backend_use(id).ok());
+        uses.is_some_and(|uses| uses.used_by_others(client, since))
+    }
+
+    fn is_frontend(&self, address: &SocketAddr) -> bool {
+        self.layout.frontend_id(&table::key(*address, Protocol::Tcp)).is_some()
+    }
+
+    /// Outcomes that found the ring buffer full are gone, but their failures were counted.
+    fn make_up(&mut self, now: Instant) -> bool {
+        let lost = self.datapath.maps.counters().map_or(self.judging.lost, |counters| counters.events_lost);
+        if lost == self.judging.lost {
+            return false;
+        }
+        self.judging.lost = lost;
+        let mut changed = false;
+        let backends: Vec<(SocketAddr, u32)> = self.layout.backends().collect();
+        for (address, id) in backends {
+            let Ok(stats) = self.datapath.maps.backend_stats(id) else { continue };
+            let heard = self.judging.heard.insert(id, stats.failed).unwrap_or_default();
+            let missing = stats.failed.saturating_sub(heard);
+            if missing == 0 {
+                continue;
+            }
+            let pools = self.health.pools_of(&address);
+            for _ in 0..missing.min(MADE_UP) {
+                // Whose they were is not known, so that they are believed where the agent sees the same.
+                for (pool, reached) in self.health.observe(&pools, address, Sign::Refused, 0) {
+                    changed |= self.judge(now, pool, reached, Sign::Refused);
+                }
+            }
+        }
+        changed
+    }
+
+    /// Something else than HTTP/1 comes back where that was expected.
+    fn take_spoken(&mut self, pools: &[PoolKey], outcome: &Outcome) -> bool {
+        let mut changed = false;
+        for pool in pools {
+            let spoken = self.judging.spoken.entry(pool.both_families()).or_default();
+            *spoken |= u64::from(outcome.errno);
+            if self.health.not_http(pool) {
+                self.changes.services.insert(pool.service.clone());
+                changed = true;
+            }
+        }
+        changed
+    }
+
+    /// What is known of pools whose connections carry something else than HTTP/1; and all else that this file has found.
+    pub(super) fn findings_of_health(&self) -> Vec<Finding> {
+        let now = Instant::now();
+        let of_pools = self.judging.spoken.iter().map(|(pool, spoken)| {
+            let what = if spoken & Spoken::TLS != 0 {
+                "TLS"
+            } else if spoken & Spoken::HTTP2 != 0 {
+                "HTTP/2"
+            } else {
+                "no HTTP/1"
+            };
+            let message = format!(
+                "port {} is HTTP by its name or appProtocol, but {what} comes back; no status can be seen, so connections alone say how \
+                 its endpoints are",
+                pool.port
+            );
+            Finding::new(Code::NotHttp, pool.service.object(), message)
+        });
+        let lately = self.judging.findings.values().filter(|(at, _)| now.saturating_duration_since(*at) < REMEMBERED);
+        let hand = self.health.by_hand();
+        let ejected = hand.ejected().map(|(endpoint, ordered)| {
+            let until = ordered.until.map_or_else(|| "until it is restored".to_owned(), |until| format!("until {}", crate::journal::rfc3339(until)));
+            let message = format!("ejected by hand {until}; take it back with: portolan restore {endpoint}{}", because(&ordered.reason));
+            Finding::new(Code::ByHand, format!("Endpoint {endpoint}"), message)
+        });
+        let drained = hand.drained().map(|drain| {
+            let message = format!(
+                "no new connections to region {}, by hand; take it back with: portolan restore {} --region {}{}",
+                drain.region, drain.service, drain.region, because(&drain.ordered.reason)
+            );
+            Finding::new(Code::ByHand, format!("Service {}", drain.service), message)
+        });
+        of_pools.chain(lately.map(|(_, finding)| finding.clone())).chain(ejected).chain(drained).collect()
+    }
+
+    /// Takes an order by hand; what was done, or why it was not, and whether that changes anything.
+    pub(super) fn take_order(&mut self, order: &Order) -> (Result<String, String>, bool) {
+        if let Some(wrong) = self.makes_no_sense(order) {
+            return (Err(wrong), false);
+        }
+        let said = self.health.order(order, SystemTime::now());
+        if let Ok(message) = &said {
+            let endpoint = match order {
+                Order::Eject { endpoint, .. } | Order::Restore { endpoint } => Some(endpoint.to_string()),
+                _ => None,
+            };
+            self.tell_order(message.clone(), endpoint);
+        }
+        let changed = said.is_ok();
+        (said, changed)
+    }
+
+    /// Why an order would concern nobody.
+    fn makes_no_sense(&self, order: &Order) -> Option<String> {
+        match order {
+            Order::Eject { endpoint, .. } => {
+                let known = self.layout.backend_id(endpoint).is_some();
+                (!known).then(|| format!("no service has an endpoint {endpoint}; portolan get endpoints lists them"))
+            }
+            Order::Drain { service, region, .. } => {
+                let verdict = self.compiler.verdict();
+                let of = verdict.assignments.iter().filter(|assignment| assignment.service.name == *service);
+                let pools: Vec<_> = of.flat_map(|assignment| &assignment.routes).map(|route| &route.pool).collect();
+                if pools.is_empty() {
+                    return Some(format!("clients of this node have no service {service}"));
+                }
+                let mut endpoints = pools.iter().flat_map(|pool| &pool.endpoints);
+                let there = endpoints.any(|endpoint| endpoint.locality.region == *region);
+                (!there).then(|| format!("{service} has no endpoint in region {region}"))
+            }
+            Order::Restore { .. } | Order::Undrain { .. } => None,
+        }
+    }
+
+    fn tell_order(&mut self, message: String, endpoint: Option<String>) {
+        self.journal.add(Record { kind: Record::BY_HAND.to_owned(), message, endpoint, ..Record::default() });
+        self.judging.dirty = true;
+        self.changes.everything = true;
+        self.changes.findings = true;
+    }
+
+    /// Ends the orders whose time is up.
+    pub(super) fn expire_orders(&mut self) {
+        for message in self.health.expire_orders(SystemTime::now()) {
+            self.tell_order(message, None);
+        }
+    }
+
+    /// Attaches the program that sees packets while a pool wants it, and takes it off after.
+    pub(super) fn watch_packets(&mut self, recompiled: &[Recompiled], whole: bool) {
+        let pools = |assignments: &[std::sync::Arc<crate::policy::Assignment>]| -> Vec<PoolKey> {
+            let pools = assignments.iter().flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
+            pools.filter(|pool| pool.judged_by == JudgedBy::Status).map(|pool| pool.key.clone()).collect()
+        };
+        if whole {
+            self.judging.watched = pools(&self.compiler.verdict().assignments).into_iter().collect();
+        }
+        for service in recompiled {
+            let before = pools(&service.before);
+            self.judging.watched.retain(|pool| !before.contains(pool));
+            self.judging.watched.extend(pools(&service.after));
+        }
+        let wanted = !self.judging.watched.is_empty();
+        if self.attached && self.judging.watching != Some(wanted) {
+            match self.datapath.watch_responses(wanted) {
+                Ok(_) => self.judging.watching = Some(wanted),
+                Err(error) => tracing::error!("the status of responses is not seen: {error:#}"),
+            }
+        }
+    }
+
+    /// Takes what a former agent has left.
+    pub(super) fn take_kept(&mut self, kept: Result<Option<Kept>>) {
+        match kept {
+            Ok(Some(kept)) => {
+                let (now, away) = (Instant::now(), kept.age(SystemTime::now()));
+                self.health.restore(now, away, kept.pools(), kept.by_hand);
+            }
+            Ok(None) => {}
+            Err(error) => {
+                let message = format!("{error:#}; ejections begin anew, and orders by hand have to be given again");
+                self.start_findings.push(Finding::new(Code::KeptUnreadable, "State", message));
+            }
+        }
+        // What was counted before this agent began is nobody's news.
+        for (_, id) in self.layout.backends().collect::<Vec<_>>() {
+            if let Some(stats) = self.datapath.maps.backend_stats(id).ok().filter(|stats| stats.failed > 0) {
+                self.judging.heard.insert(id, stats.failed);
+            }
+        }
+        self.judging.lost = self.datapath.maps.counters().map_or(0, |counters| counters.events_lost);
+    }
+
+    /// Has kept what the next agent shall know, if that is new.
+    pub(super) fn keep(&mut self) {
+        if std::mem::take(&mut self.judging.dirty) {
+            let pools = self.health.saved(Instant::now());
+            self.judging.keeper.keep(Kept::new(SystemTime::now(), pools, self.health.by_hand().clone()));
+        }
+    }
+}
+
+fn because(reason: &str) -> String {
+    if reason.is_empty() { String::new() } else { format!(" ({reason})") }
+}
+
+fn sign(outcome: &Outcome) -> Sign {
+    match outcome.kind {
+        OutcomeKind::Established => Sign::Connected,
+        OutcomeKind::Failed => Sign::Refused,
+        OutcomeKind::TimedOut => Sign::TimedOut,
+        OutcomeKind::Responded => Sign::Status(outcome.errno as u16),
+        OutcomeKind::Broken => Sign::Broken,
+        // Of the last one nobody asks.
+        OutcomeKind::Answered | OutcomeKind::NotHttp => Sign::Answered,
+    }
+}

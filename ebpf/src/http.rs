@@ -1,0 +1,186 @@
+//! The status of HTTP/1 responses, where a rule asks for it: from the first bytes of each, on connections that are kept open too.
+//!
+//! Attached only while some pool wants it, for this is the one program that runs for packets. A packet of any other socket leaves it at the
+//! first or second look. Nothing is parsed but twelve bytes: a response begins with the first byte that comes after the client has written
+//! something more (docs/adr/0013-http-status.md). Whatever does not look like a response is none; no packet is ever held up.
+
+use aya_ebpf::programs::SkBuffContext;
+use portolan_common::{Connection, OutcomeKind, Response, SocketState, Spoken};
+
+use crate::{
+    maps::{BACKEND_USE, POOL_STATS, TCP_WRITE_SEQ_OFFSET, TROUBLED},
+    outcome,
+    select::add,
+    state,
+};
+
+const IPPROTO_TCP: u8 = 6;
+const IPV6_HEADER: usize = 40;
+/// The first byte of a TLS record that holds a handshake or an alert.
+const TLS: [u8; 2] = [22, 21];
+/// HTTP/2 begins with a SETTINGS frame: its type.
+const SETTINGS: u8 = 4;
+
+/// A packet has come for a socket below the cgroup.
+#[inline(always)]
+pub(crate) fn received(ctx: &SkBuffContext) {
+    // SAFETY: the kernel gives a valid context.
+    let Some(tcp) = state::tcp_sock(unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk }) else { return };
+    let Some(connection) = state::connection(tcp) else { return };
+    // SAFETY: a live map value.
+    if unsafe { (*connection).response.flags } & Response::ON == 0 {
+        return;
+    }
+    let _ = payload(ctx).map(|(sequence, start, len)| follow(ctx, tcp, connection, sequence, start, len));
+}
+
+/// What the packet carries: the sequence number of its first byte, where that is, and how many there are.
+#[inline(always)]
+fn payload(ctx: &SkBuffContext) -> Option<(u32, usize, u32)> {
+    let first: u8 = ctx.load(0).ok()?;
+    let header = if first >> 4 == 4 {
+        usize::from(first & 0xf) * 4
+    } else {
+        let next: u8 = ctx.load(6).ok()?;
+        // Extension headers are rare enough on the way back from a server.
+        (next == IPPROTO_TCP).then_some(IPV6_HEADER)?
+    };
+    let sequence = u32::from_be(ctx.load(header + 4).ok()?);
+    let offset: u8 = ctx.load(header + 12).ok()?;
+    let start = header + usize::from(offset >> 4) * 4;
+    let len = ctx.len().checked_sub(start as u32)?;
+    (len > 0).then_some((sequence, start, len))
+}
+
+/// Follows the responses on a connection by one packet.
+#[inline(always)]
+fn follow(
+    ctx: &SkBuffContext,
+    tcp: *const u8,
+    connection: *mut Connection,
+    sequence: u32,
+    start: usize,
+    len: u32,
+) {
+    // SAFETY: a live map value; a read through a BTF pointer cannot fault, and the offset comes from the kernel's own BTF.
+    let (response, written) = unsafe {
+        (&mut (*connection).response, tcp.add(TCP_WRITE_SEQ_OFFSET.load() as usize).cast::<u32>().read_volatile())
+    };
+    let ahead = sequence.wrapping_sub(response.next) as i32;
+    if ahead == 0 {
+        response.next = sequence.wrapping_add(len);
+    } else if ahead > 0 {
+        // Something is missing, in which a response may begin; what comes now is not looked at.
+        if response.flags & Response::HOLE == 0 {
+            response.hole = response.next;
+            response.flags |= Response::HOLE;
+        }
+        response.next = sequence.wrapping_add(len);
+        return;
+    } else if response.flags & Response::HOLE != 0 && sequence == response.hole {
+        response.flags &= !Response::HOLE;
+    } else {
+        // It has come before.
+        return;
+    }
+    let begins = written != response.written || response.flags & Response::AWAITED != 0;
+    response.written = written;
+    if response.place == 0 && !begins {
+        return;
+    }
+    let mut at = start;
+    let end = start + len as usize;
+    // At most as many bytes as are missing of a status line.
+    for _ in 0..Response::LENGTH {
+        if response.place >= Response::LENGTH || at >= end {
+            break;
+        }
+        let Ok(byte) = ctx.load::<u8>(at) else { return };
+        let place = response.place;
+        if place == 0 {
+            response.status = 0;
+        }
+        if !response.feed(byte) {
+            if response.flags & Response::BEGUN == 0 {
+                // SAFETY: a live map value.
+                unsafe { something_else(ctx, &raw const (*connection).state, response.netns, start, (byte, place)) };
+                response.flags = 0;
+            }
+            response.place = 0;
+            return;
+        }
+        at += 1;
+    }
+    if response.place < Response::LENGTH {
+        // The rest is in the next packet.
+        return;
+    }
+    response.place = 0;
+    response.flags |= Response::BEGUN;
+    let status = response.status;
+    if status == 101 {
+        // What follows is another protocol.
+        response.flags = 0;
+    } else if status < 200 {
+        response.flags |= Response::AWAITED;
+    } else {
+        response.flags &= !Response::AWAITED;
+        let netns = response.netns;
+        // SAFETY: a live map value.
+        unsafe { responded(&raw const (*connection).state, netns, status) };
+    }
+}
+
+/// Counts a response, and tells of it where it matters.
+#[inline(always)]
+unsafe fn responded(state: *const SocketState, netns: u64, status: u32) {
+    // SAFETY: `state` is a live value; so are those of the maps.
+    unsafe {
+        if outcome::stats(state).is_none() {
+            return;
+        }
+        let id = (*state).backend_id;
+        let Some(uses) = BACKEND_USE.get_ptr_mut(id) else { return };
+        let Some(troubled) = TROUBLED.get_ptr_mut(id) else { return };
+        add(&raw mut (*uses).responses, 1);
+        if status >= 500 {
+            add(&raw mut (*uses).server_errors, 1);
+            if status >= 502 && status <= 504 {
+                add(&raw mut (*uses).gateway_errors, 1);
+            }
+            *troubled = 1;
+        } else if *troubled == 0 {
+            return;
+        }
+        outcome::tell(netns, state, OutcomeKind::Responded, status);
+    }
+}
+
+/// The connection carries something else than HTTP/1: takes down what.
+#[inline(always)]
+unsafe fn something_else(
+    ctx: &SkBuffContext,
+    state: *const SocketState,
+    netns: u64,
+    start: usize,
+    (byte, place): (u8, u32),
+) {
+    let spoken = if place == 0 && (byte == TLS[0] || byte == TLS[1]) {
+        Spoken::TLS
+    } else if place == 0 && byte == 0 && ctx.load::<u8>(start + 3).is_ok_and(|kind| kind == SETTINGS) {
+        Spoken::HTTP2
+    } else {
+        Spoken::OTHER
+    };
+    // SAFETY: `state` is a live value; so is that of the map. Bits are only ever added.
+    unsafe {
+        if outcome::pool_stats(state).is_some()
+            && let Some(pool) = POOL_STATS.get_ptr_mut((*state).pool)
+        {
+            if (*pool).spoken & spoken == 0 {
+                (*pool).spoken |= spoken;
+                outcome::tell(netns, state, OutcomeKind::NotHttp, spoken as u32);
+            }
+        }
+    }
+}
