@@ -6,6 +6,7 @@ use std::{
     net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::PathBuf,
     process::{Command, Output},
+    sync::Arc,
     thread,
     time::Duration,
 };
@@ -78,6 +79,11 @@ impl Bed {
         self.files.scratch("admin.sock")
     }
 
+    /// Where this node's agent keeps what outlives it.
+    pub fn state(&self) -> PathBuf {
+        self.files.scratch("state.json")
+    }
+
     /// Starts this node's agent, and does not wait for it.
     ///
     /// # Errors
@@ -114,7 +120,7 @@ impl Bed {
             ("--cgroup", self.cgroup.path().display().to_string()),
             ("--bpffs", self.pins.display().to_string()),
             ("--admin", self.admin().display().to_string()),
-            ("--state", self.files.scratch("state.json").display().to_string()),
+            ("--state", self.state().display().to_string()),
             ("--metrics", METRICS.to_owned()),
         ];
         let own = own.iter().filter(|(flag, _)| !more.contains(flag));
@@ -184,21 +190,15 @@ impl Bed {
     /// # Errors
     /// The address cannot be listened on.
     pub fn serve_in(&self, namespace: &Namespace, address: &str, greeting: &str) -> Result<()> {
-        let address: SocketAddr = address.parse()?;
-        let listener = namespace.enter(|| TcpListener::bind(address).context("cannot listen"))?;
-        let greeting = greeting.to_owned();
-        thread::spawn(move || {
-            for mut stream in listener.incoming().flatten() {
-                // A client that has gone away is no concern of the server's.
-                let greeted = stream.write_all(greeting.as_bytes());
-                // Most have nothing to say, and are done with at once. Who stays does not keep the others waiting.
-                let _ = stream.shutdown(Shutdown::Write);
-                if greeted.is_ok() {
-                    thread::spawn(move || stream.read_to_end(&mut Vec::new()));
-                }
-            }
-        });
-        Ok(())
+        Serving::start(namespace, address, greeting).map(drop)
+    }
+
+    /// The same, until it is told to stop.
+    ///
+    /// # Errors
+    /// The address cannot be listened on.
+    pub fn serve_until(&self, address: &str, greeting: &str) -> Result<Serving> {
+        Serving::start(&self.namespace, address, greeting)
     }
 
     /// A server that answers each datagram with `greeting`. It runs as long as the test does.
@@ -244,6 +244,40 @@ impl Bed {
             Ok(())
         })?;
         Ok(served)
+    }
+}
+
+/// A server that greets; it goes on if the value is dropped.
+#[derive(Debug)]
+pub struct Serving {
+    listener: Arc<TcpListener>,
+}
+
+impl Serving {
+    fn start(namespace: &Namespace, address: &str, greeting: &str) -> Result<Self> {
+        let address: SocketAddr = address.parse()?;
+        let listener = Arc::new(namespace.enter(|| TcpListener::bind(address).context("cannot listen"))?);
+        let (own, greeting) = (Arc::clone(&listener), greeting.to_owned());
+        thread::spawn(move || {
+            while let Ok((mut stream, _)) = own.accept() {
+                // A client that has gone away is no concern of the server's.
+                let greeted = stream.write_all(greeting.as_bytes());
+                // Most have nothing to say, and are done with at once. Who stays does not keep the others waiting.
+                let _ = stream.shutdown(Shutdown::Write);
+                if greeted.is_ok() {
+                    thread::spawn(move || stream.read_to_end(&mut Vec::new()));
+                }
+            }
+        });
+        Ok(Self { listener })
+    }
+
+    /// Nobody listens any more once this is done, whoever holds the socket as well.
+    ///
+    /// # Errors
+    /// The kernel does not do it.
+    pub fn stop(self) -> Result<()> {
+        Ok(rustix::net::shutdown(&*self.listener, rustix::net::Shutdown::Both)?)
     }
 }
 

@@ -20,7 +20,7 @@ pub mod storm;
 mod sweep;
 mod wait;
 
-pub use agent::{Agent, Bed};
+pub use agent::{Agent, Bed, Serving};
 pub use cgroup::Cgroup;
 pub use counting::Counting;
 pub use dial::Dialler;

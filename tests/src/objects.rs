@@ -91,3 +91,12 @@ pub fn tcp_route(host: &str, to: &str, subset: &str) -> Value {
         "spec": {"hosts": [host], "tcp": [{"route": [{"destination": {"host": to, "subset": subset}}]}]},
     })
 }
+
+/// The same Service or EndpointSlice with a port that is not HTTP.
+pub fn plain(mut object: Value) -> Value {
+    let ports = if object["kind"] == "Service" { &mut object["spec"]["ports"] } else { &mut object["ports"] };
+    for port in ports.as_array_mut().into_iter().flatten() {
+        port["name"] = json!("tcp");
+    }
+    object
+}

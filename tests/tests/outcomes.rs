@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use portolan_tests::{
     Agent, Bed, Directory,
     dial::Task,
-    objects::{destination_rule, node, service, slice},
+    objects::{destination_rule, node, plain, service, slice},
     wait_until,
 };
 use serde_json::{Value, json};
@@ -32,8 +32,12 @@ fn failover(bed: &Bed, outlier: &Value, connect_timeout: Option<&str>) -> Result
         &[
             node("near", "r1/z1"),
             node("far", "r2/z1"),
-            service("web", &["172.16.0.10"], 80),
-            slice("web", 9080, &[("10.0.0.1", "near", ""), ("10.0.0.2", "near", ""), ("10.1.0.1", "far", "")]),
+            plain(service("web", &["172.16.0.10"], 80)),
+            plain(slice(
+                "web",
+                9080,
+                &[("10.0.0.1", "near", ""), ("10.0.0.2", "near", ""), ("10.1.0.1", "far", "")],
+            )),
             destination_rule("web", &json!({"trafficPolicy": policy})),
         ],
     )?;
@@ -158,8 +162,8 @@ fn a_success_between_failures_resets_the_count() -> Result<()> {
     directory.write(
         "c1/more.yaml",
         &[
-            service("one", &["172.16.0.20"], 80),
-            slice("one", 9080, &[("10.0.0.1", "near", "")]),
+            plain(service("one", &["172.16.0.20"], 80)),
+            plain(slice("one", 9080, &[("10.0.0.1", "near", "")])),
             destination_rule("one", &json!({"trafficPolicy": {"outlierDetection": outlier}})),
         ],
     )?;
@@ -195,8 +199,8 @@ fn pools_that_share_an_endpoint_count_for_themselves() -> Result<()> {
         json!({"consecutive5xxErrors": 2, "interval": "1s", "baseEjectionTime": "1m", "maxEjectionPercent": 100});
     let mut objects = vec![node("near", "r1/z1")];
     for (name, address) in [("one", "172.16.0.20"), ("two", "172.16.0.30")] {
-        objects.push(service(name, &[address], 80));
-        objects.push(slice(name, 9080, &[("10.0.0.1", "near", "")]));
+        objects.push(plain(service(name, &[address], 80)));
+        objects.push(plain(slice(name, 9080, &[("10.0.0.1", "near", "")])));
         objects.push(destination_rule(name, &json!({"trafficPolicy": {"outlierDetection": outlier}})));
     }
     directory.write("c1/all.yaml", &objects)?;

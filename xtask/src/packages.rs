@@ -11,7 +11,7 @@ pub(crate) const BENCH: [(&str, &str); 4] =
     [("ip", "iproute2"), ("bpftool", "bpftool"), ("nginx", "nginx-light"), ("curl", "curl")];
 
 /// Clients and servers that tests put through Service addresses, and their packages.
-pub(crate) const CLIENTS: [(&str, &str); 8] = [
+pub(crate) const CLIENTS: [(&str, &str); 9] = [
     ("javac", "default-jdk-headless"),
     ("python3", "python3"),
     ("redis-server", "redis-server"),
@@ -20,6 +20,7 @@ pub(crate) const CLIENTS: [(&str, &str); 8] = [
     ("postgres", "postgresql"),
     ("dig", "bind9-dnsutils"),
     ("dnsmasq", "dnsmasq-base"),
+    ("wrk", "wrk"),
 ];
 
 /// What would stand in Portolan's place, and what fetches more of it.

@@ -1,6 +1,8 @@
 //! Real clients and servers, as people have them, through Service addresses.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod http;
+
 use std::{
     fs,
     io::Read as _,
@@ -24,7 +26,7 @@ const NOBODY: u32 = 65_534;
 struct World {
     // What runs on it ends before the node does.
     _server: Process,
-    _agent: Agent,
+    agent: Agent,
     directory: Directory,
     bed: Bed,
 }
@@ -52,7 +54,7 @@ impl World {
         let outside = Place { namespace: Some(&bed.namespace), cgroup: None };
         let server = Process::spawn(command, outside)?;
         let agent = bed.agent(&directory, "c1", "n1")?;
-        Ok(Self { bed, directory, _agent: agent, _server: server })
+        Ok(Self { bed, directory, agent, _server: server })
     }
 
     /// What a client says, run as a pod.
@@ -87,13 +89,18 @@ impl World {
 
 /// An nginx that says where it was reached, or passes everything on.
 fn nginx(directory: &Directory, listen: &str, location: &str) -> Result<Command> {
+    nginx_with(directory, listen, "", location)
+}
+
+/// The same, with something more about HTTP.
+fn nginx_with(directory: &Directory, listen: &str, more: &str, location: &str) -> Result<Command> {
     let folder = directory.scratch(&format!("nginx-{}", listen.replace(':', "-")));
     fs::create_dir_all(&folder)?;
     let place = folder.display();
     let text = format!(
         "daemon off; master_process off; pid {place}/pid; error_log {place}/error.log; user root;\nevents {{}}\nhttp {{ access_log off;\n\
          client_body_temp_path {place}/a; proxy_temp_path {place}/b; fastcgi_temp_path {place}/c; uwsgi_temp_path {place}/d; scgi_temp_path {place}/e;\n\
-         server {{ listen {listen}; location / {{ {location} }} }} }}\n"
+         {more} server {{ listen {listen}; location / {{ {location} }} }} }}\n"
     );
     fs::write(folder.join("nginx.conf"), text)?;
     let mut command = Command::new("nginx");

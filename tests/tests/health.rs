@@ -1,0 +1,328 @@
+//! Health as a node has it: who may take an endpoint away from whom, what outlives a restart, and what is ordered by hand.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::{
+    io::Read as _,
+    net::{SocketAddr, TcpListener},
+    process::{Command, Output},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use portolan_tests::{
+    Agent, Bed, Dialler, Directory, Namespace, Place, Serving, binary,
+    dial::Task,
+    link,
+    objects::{destination_rule, node, plain, service, slice},
+    unique, wait_until,
+};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+const WEB: &str = "172.16.0.10:80";
+const ECONNREFUSED: i32 = 111;
+const BOUND: Duration = Duration::from_secs(30);
+
+/// A node with one endpoint near and one far of `web`, both of which serve, and this `outlierDetection`.
+fn near_and_far(bed: &Bed, outlier: &Value, annotations: &Value) -> Result<(Directory, Serving)> {
+    let directory = Directory::new()?;
+    for address in ["10.0.0.1/32", "10.1.0.1/32"] {
+        bed.namespace.add_address(address)?;
+    }
+    bed.serve("10.1.0.1:9080", "far")?;
+    let near = bed.serve_until("10.0.0.1:9080", "near")?;
+    let mut rule = destination_rule("web", &json!({"trafficPolicy": {"outlierDetection": outlier}}));
+    rule["metadata"]["annotations"] = annotations.clone();
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("near", "r1/z1"),
+            node("far", "r2/z1"),
+            plain(service("web", &["172.16.0.10"], 80)),
+            plain(slice("web", 9080, &[("10.0.0.1", "near", ""), ("10.1.0.1", "far", "")])),
+            rule,
+        ],
+    )?;
+    Ok((directory, near))
+}
+
+fn eager() -> Value {
+    json!({"consecutive5xxErrors": 2, "interval": "1s", "baseEjectionTime": "2m", "maxEjectionPercent": 100})
+}
+
+fn none() -> Value {
+    json!({})
+}
+
+/// A pod with a network of its own.
+struct Pod {
+    client: Dialler,
+    namespace: Namespace,
+}
+
+impl Pod {
+    fn new(bed: &Bed, number: u8) -> Result<Self> {
+        let namespace = Namespace::new(unique("pod"))?;
+        let (inside, outside) = (format!("192.168.{number}.1/30"), format!("192.168.{number}.2/30"));
+        link((&namespace, "eth0", &inside), (&bed.namespace, &format!("pod{number}"), &outside))?;
+        namespace.ip(&["route", "add", "10.0.0.0/8", "via", &format!("192.168.{number}.2")])?;
+        let client = Dialler::start(Place { namespace: Some(&namespace), cgroup: Some(&bed.cgroup) })?;
+        Ok(Self { client, namespace })
+    }
+
+    /// Its own firewall resets all connections to an endpoint.
+    fn rejects(&self, address: &str) -> Result<()> {
+        let rule = format!("ip daddr {address} tcp dport 9080 reject with tcp reset");
+        self.namespace.run("nft", &["add table ip own; add chain ip own out { type filter hook output priority 0; }"])?;
+        self.namespace.run("nft", &[&format!("add rule ip own out {rule}")])
+    }
+}
+
+fn ejected(agent: &Agent) -> Result<Vec<String>> {
+    let report = agent.get("ejections")?;
+    let services = report["services"].as_array().cloned().unwrap_or_default();
+    let endpoints = services.iter().flat_map(|service| service["endpoints"].as_array().cloned().unwrap_or_default());
+    Ok(endpoints.map(|endpoint| endpoint["address"].as_str().unwrap_or_default().to_owned()).collect())
+}
+
+fn wait_ejected(agent: &Agent, expected: &[&str]) -> Result<()> {
+    wait_until(&format!("{expected:?} to be ejected"), BOUND, || {
+        let ejected = ejected(agent)?;
+        ensure!(ejected == expected, "{ejected:?}");
+        Ok(())
+    })
+}
+
+fn findings(agent: &Agent, code: &str) -> Result<Vec<String>> {
+    let findings = agent.get("services")?["findings"].as_array().cloned().unwrap_or_default();
+    let of = findings.iter().filter(|finding| finding["code"] == code);
+    Ok(of.map(|finding| format!("{}: {}", finding["object"].as_str().unwrap(), finding["message"].as_str().unwrap())).collect())
+}
+
+/// `threats.md` 1: a pod makes its own connections fail until a healthy endpoint would be ejected for the whole node.
+#[test]
+fn one_pod_cannot_take_an_endpoint_from_the_others() -> Result<()> {
+    let bed = Bed::new()?;
+    let (directory, _near) = near_and_far(&bed, &eager(), &none())?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let (mut bad, mut good) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
+    assert_eq!(good.client.dial(WEB, 3)?.greetings(), ["near"; 3]);
+    bad.rejects("10.0.0.1")?;
+    assert_eq!(bad.client.dial(WEB, 9)?.errnos(), [ECONNREFUSED; 9]);
+    // Of what it did it is told, and it is named.
+    wait_until("the finding", BOUND, || {
+        let found = findings(&agent, "PTL0100")?;
+        ensure!(found.iter().any(|found| found.contains("10.0.0.1:9080") && found.contains("(dial) in cgroup")), "{found:?}");
+        Ok(())
+    })?;
+    assert_eq!(ejected(&agent)?, Vec::<String>::new());
+    assert_eq!(good.client.dial(WEB, 10)?.greetings(), ["near"; 10], "the others' shares are as they were");
+    assert!(agent.http("/metrics")?.1.contains("portolan_ejections_unconfirmed_total{"));
+
+    // Once another one sees the same, it is not that pod alone.
+    good.rejects("10.0.0.1")?;
+    assert_eq!(bad.client.dial(WEB, 1)?.errnos(), [ECONNREFUSED]);
+    assert_eq!(good.client.dial(WEB, 1)?.errnos(), [ECONNREFUSED]);
+    wait_ejected(&agent, &["10.0.0.1:9080"])?;
+    Ok(())
+}
+
+#[test]
+fn the_agents_own_connection_confirms_what_one_pod_has_seen() -> Result<()> {
+    let bed = Bed::new()?;
+    let (directory, near) = near_and_far(&bed, &eager(), &none())?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let (mut one, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
+    assert_eq!(other.client.dial(WEB, 3)?.greetings(), ["near"; 3]);
+    near.stop()?;
+    assert_eq!(one.client.dial(WEB, 2)?.errnos(), [ECONNREFUSED; 2]);
+    wait_ejected(&agent, &["10.0.0.1:9080"])?;
+    assert_eq!(other.client.dial(WEB, 5)?.greetings(), ["far"; 5]);
+    let report = agent.get("ejections")?;
+    let why = report["services"][0]["endpoints"][0]["ejectedBy"].as_str().unwrap_or_default().to_owned();
+    assert_eq!(why, "consecutive5xxErrors (2 failures in a row)");
+    let events = agent.events()?;
+    let event = events.iter().find(|event| event["kind"] == "ejected").unwrap();
+    assert_eq!((&event["cause"]["failures"], &event["out"]), (&json!(2), &json!([1, 2])));
+    Ok(())
+}
+
+#[test]
+fn an_endpoint_that_nobody_else_uses_needs_no_evidence() -> Result<()> {
+    let bed = Bed::new()?;
+    let (directory, _near) = near_and_far(&bed, &eager(), &none())?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let mut only = Pod::new(&bed, 1)?;
+    only.rejects("10.0.0.1")?;
+    assert_eq!(only.client.dial(WEB, 2)?.errnos(), [ECONNREFUSED; 2]);
+    wait_ejected(&agent, &["10.0.0.1:9080"])?;
+    assert_eq!(only.client.dial(WEB, 2)?.greetings(), ["far"; 2]);
+    Ok(())
+}
+
+#[test]
+fn ejections_outlive_the_agent() -> Result<()> {
+    let bed = Bed::new()?;
+    let (directory, near) = near_and_far(&bed, &eager(), &none())?;
+    let mut agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    near.stop()?;
+    assert_eq!(client.dial(WEB, 2)?.errnos(), [ECONNREFUSED; 2]);
+    wait_ejected(&agent, &["10.0.0.1:9080"])?;
+    let until = agent.get("ejections")?["services"][0]["endpoints"][0]["ejectedUntil"].clone();
+    for program in ["portolan", "portolan-next"] {
+        wait_until("it to be kept", BOUND, || {
+            let kept = std::fs::read_to_string(bed.state())?;
+            ensure!(kept.contains("10.0.0.1:9080"), "{kept}");
+            Ok(())
+        })?;
+        agent.process.kill();
+        assert_eq!(client.dial(WEB, 4)?.greetings(), ["far"; 4], "while the agent is away");
+        agent = bed.agent_of(program, &directory, "c1", "near", &[])?;
+        assert_eq!(ejected(&agent)?, ["10.0.0.1:9080"]);
+        assert_eq!(client.dial(WEB, 4)?.greetings(), ["far"; 4]);
+    }
+    let now = agent.get("ejections")?["services"][0]["endpoints"][0]["ejectedUntil"].clone();
+    let minute = |time: &Value| time.as_str().map(|time| time[..15].to_owned());
+    assert_eq!(minute(&now), minute(&until), "it ends when it would have ended");
+    // A file that is damaged is told, and nothing else changes.
+    agent.process.kill();
+    std::fs::write(bed.state(), "{\"version\":")?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    assert_eq!(findings(&agent, "PTL0104")?.len(), 1);
+    assert_eq!(ejected(&agent)?, Vec::<String>::new());
+    Ok(())
+}
+
+/// A verb that gives an order.
+fn order(bed: &Bed, arguments: &[&str]) -> Result<Output> {
+    Ok(Command::new(binary("portolan")?).args(arguments).arg("--admin").arg(bed.admin()).output()?)
+}
+
+fn ordered(bed: &Bed, arguments: &[&str]) -> Result<String> {
+    let output = order(bed, arguments)?;
+    ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+#[test]
+fn what_is_ordered_by_hand_holds_and_shows_until_it_is_taken_back() -> Result<()> {
+    let bed = Bed::new()?;
+    let (directory, _near) = near_and_far(&bed, &eager(), &none())?;
+    let mut agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    let goes_to = |client: &mut Dialler, expected: &str| {
+        wait_until(&format!("connections to go {expected}"), BOUND, || {
+            let seen = client.dial(WEB, 4)?;
+            ensure!(seen.greetings() == [expected; 4], "{:?}", seen.greetings());
+            Ok(())
+        })
+    };
+    goes_to(&mut client, "near")?;
+    let said = ordered(&bed, &["eject", "10.0.0.1:9080", "--for", "10m", "--reason", "disk is full"])?;
+    assert_eq!(said.trim(), "10.0.0.1:9080 ejected by hand for 10m: disk is full");
+    goes_to(&mut client, "far")?;
+    // Over a restart too.
+    agent.process.kill();
+    agent = bed.agent(&directory, "c1", "near")?;
+    goes_to(&mut client, "far")?;
+    let report = agent.get("ejections")?;
+    let endpoint = &report["services"][0]["endpoints"][0];
+    assert_eq!((&endpoint["health"], &endpoint["ejectedBy"]), (&json!("ejected"), &json!("hand: disk is full")));
+    assert!(endpoint["ejectedUntil"].is_string());
+    assert_eq!(findings(&agent, "PTL0103")?.len(), 1);
+    assert!(agent.explain("default/web")?.to_string().contains("hand: disk is full"));
+    assert!(agent.events()?.iter().all(|event| event["kind"] != "ejected"), "it is the former agent's event");
+    ordered(&bed, &["restore", "10.0.0.1:9080"])?;
+    goes_to(&mut client, "near")?;
+    assert!(agent.events()?.iter().any(|event| event["kind"] == "by hand"));
+
+    ordered(&bed, &["drain", "default/web", "--region", "r1"])?;
+    goes_to(&mut client, "far")?;
+    assert!(findings(&agent, "PTL0103")?[0].contains("portolan restore default/web --region r1"));
+    ordered(&bed, &["restore", "default/web", "--region", "r1"])?;
+    goes_to(&mut client, "near")?;
+    assert_eq!(findings(&agent, "PTL0103")?, Vec::<String>::new());
+    // One that is over by itself.
+    ordered(&bed, &["eject", "10.0.0.1:9080", "--for", "1s"])?;
+    goes_to(&mut client, "near")?;
+
+    for (wrong, complaint) in [
+        (&["eject", "10.9.9.9:1"][..], "no service has an endpoint 10.9.9.9:1"),
+        (&["restore", "10.0.0.1:9080"], "was not ejected by hand"),
+        (&["drain", "default/other", "--region", "r1"], "have no service default/other"),
+        (&["drain", "default/web", "--region", "r7"], "default/web has no endpoint in region r7"),
+        (&["restore", "default/web"], "name its --region"),
+    ] {
+        let output = order(&bed, wrong)?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && said.contains(complaint), "{wrong:?}: {said}");
+    }
+    Ok(())
+}
+
+/// Accepts at an address, reads a little, and breaks the connection.
+fn reset_all(bed: &Bed, address: SocketAddr) -> Result<()> {
+    let listener = bed.namespace.enter(|| Ok(TcpListener::bind(address)?))?;
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.read(&mut [0; 1]);
+            // Closed at once with a reset.
+            let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+        }
+    });
+    Ok(())
+}
+
+#[test]
+fn connections_that_break_before_an_answer_count_where_that_is_asked_for() -> Result<()> {
+    for asked in [true, false] {
+        let bed = Bed::new()?;
+        let (directory, near) = near_and_far(&bed, &eager(), &json!({"portolan.io/count-early-resets": asked.to_string()}))?;
+        near.stop()?;
+        reset_all(&bed, "10.0.0.1:9080".parse()?)?;
+        let agent = bed.agent(&directory, "c1", "near")?;
+        let mut client = bed.dialler()?;
+        for _ in 0..2 {
+            client.run(&Task::Dial { to: WEB.parse()?, times: 1, mapped: false, nonblocking: false, send: 1 })?;
+        }
+        if asked {
+            wait_ejected(&agent, &["10.0.0.1:9080"])?;
+            assert_eq!(client.dial(WEB, 2)?.greetings(), ["far"; 2]);
+        } else {
+            assert_eq!(ejected(&agent)?, Vec::<String>::new());
+            let failed = agent.events()?.iter().filter(|event| event["kind"] == "failed").count();
+            assert_eq!(failed, 0);
+        }
+    }
+    Ok(())
+}
+
+/// The ring buffer is full of other failures; the counters in the maps still tell.
+#[test]
+fn an_outcome_that_found_no_room_is_not_lost() -> Result<()> {
+    let bed = Bed::new()?;
+    let (directory, near) = near_and_far(&bed, &eager(), &none())?;
+    bed.namespace.add_address("10.2.0.1/32")?;
+    directory.write(
+        "c1/noise.yaml",
+        &[plain(service("noise", &["172.16.0.20"], 80)), plain(slice("noise", 9080, &[("10.2.0.1", "near", "")]))],
+    )?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial(WEB, 1)?.greetings(), ["near"]);
+    agent.process.signal(Signal::STOP)?;
+    // The ring buffer holds 14,500.
+    for _ in 0..8 {
+        client.dial("172.16.0.20:80", 2_000)?;
+    }
+    near.stop()?;
+    assert_eq!(client.dial(WEB, 3)?.errnos(), [ECONNREFUSED; 3]);
+    agent.process.signal(Signal::CONT)?;
+    wait_ejected(&agent, &["10.0.0.1:9080"])?;
+    let metrics = agent.http("/metrics")?.1;
+    let lost = metrics.lines().find_map(|line| line.strip_prefix("portolan_events_lost_total ")).context("no metric")?;
+    assert!(lost.parse::<u64>()? >= 3, "{lost}");
+    Ok(())
+}
