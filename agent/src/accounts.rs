@@ -64,6 +64,8 @@ pub struct Sample {
     pub health: HealthCounts,
     /// Seconds from a change to the table that the kernel has.
     pub publish_seconds: Histogram,
+    /// Seconds from a failure to the table without the endpoint.
+    pub ejection_seconds: Histogram,
     /// Counters of the programs.
     pub counters: Counters,
     /// How long connects and round trips took, as `Maps::times` has it.
@@ -97,6 +99,7 @@ pub struct Accounts {
     seen_frontends: HashMap<u32, FrontendStats>,
     services: ServiceTotals,
     publish_seconds: Histogram,
+    ejection_seconds: Histogram,
 }
 
 /// What an endpoint belongs to.
@@ -120,6 +123,7 @@ impl Default for Accounts {
             seen_frontends: HashMap::new(),
             services: BTreeMap::new(),
             publish_seconds: Histogram::new([0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]),
+            ejection_seconds: Histogram::new([0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0]),
         }
     }
 }
@@ -233,6 +237,16 @@ impl Accounts {
     /// A table was published.
     pub fn published(&mut self, took: Duration) {
         self.publish_seconds.observe(took.as_secs_f64());
+    }
+
+    /// An endpoint was ejected: so long after its failure nobody is sent there any more.
+    pub fn ejected(&mut self, took: Duration) {
+        self.ejection_seconds.observe(took.as_secs_f64());
+    }
+
+    /// How long that took; shared, not copied.
+    pub fn ejection_seconds(&self) -> Histogram {
+        self.ejection_seconds.clone()
     }
 
     /// How long publishing took; shared, not copied.

@@ -149,6 +149,11 @@ fn agent(registry: &mut Registry, sample: &Sample) {
         "Time from a change to the table in the kernel",
         sample.publish_seconds.clone(),
     );
+    registry.register(
+        "portolan_ejection_seconds",
+        "Time from the failure that ejects an endpoint to the table without it in the kernel",
+        sample.ejection_seconds.clone(),
+    );
     let names = ["portolan_connect_seconds", "portolan_round_trip_seconds"];
     let about = [
         "Time from SYN to established, where endpoints may be ejected",

@@ -193,17 +193,21 @@ pub struct EndpointKernel {
     /// Connects that failed.
     pub failures: u64,
     /// HTTP/1 responses, where their status is looked at.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub responses: u64,
     /// Those with a status of 500 and more.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub server_errors: u64,
     /// Those with a status of 502, 503 or 504.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub gateway_errors: u64,
-    /// From SYN to established, microseconds, smoothed over connections; 0 where endpoints are not ejected.
-    #[serde(default)]
-    pub connect_micros: f64,
+    /// From SYN to established, microseconds, smoothed over connections; absent where endpoints are not ejected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connect_micros: Option<f64>,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 impl Report {

@@ -43,7 +43,8 @@ pub(crate) fn run(served: &[(u32, Served)], seconds: f64) -> Result<Vec<AgentCos
             ready: node.ready,
             mib: memory(node.agent.process.id(), "RssAnon:").context("the agent has ended")?,
             maps_mib: node.map_bytes()? / f64::from(1 << 20),
-            idle: (after - before) / took.as_nanos() as f64,
+            // Threads end, and their time with them.
+            idle: ((after - before) / took.as_nanos() as f64).max(0.0),
         })
     };
     served.iter().zip(before.iter().zip(&after)).map(cost).collect()

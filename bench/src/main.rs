@@ -3,6 +3,7 @@
 mod agents;
 mod connections;
 mod dnat;
+mod failing;
 mod figures;
 mod files;
 mod kernel;
@@ -59,7 +60,7 @@ enum Part {
     Kernel,
     /// From objects to the kernel's maps
     Tables,
-    /// An endpoint dies; an agent comes and goes
+    /// An endpoint dies, or many at once; an agent comes and goes
     Reaction,
     /// `plan` and `explain` on many files
     Files,
@@ -103,6 +104,8 @@ fn main() -> Result<()> {
     }
     if wanted(Part::Reaction) {
         report.reaction = reaction::run(if quick { 1 } else { 10 }, envoy)?;
+        keep(&mut report)?;
+        report.failing = Some(failing::run(if quick { 20 } else { 1_000 })?);
         keep(&mut report)?;
         report.away = reaction::away(if quick { 3.0 } else { 12.0 })?;
         keep(&mut report)?;

@@ -13,6 +13,8 @@ use tokio::io::unix::AsyncFd;
 /// How a connection attempt to an endpoint ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
+    /// When, on CLOCK_MONOTONIC.
+    pub at: Duration,
     /// The endpoint.
     pub backend: SocketAddr,
     /// The frontend that the application had dialled.
@@ -70,6 +72,7 @@ fn decode(bytes: &[u8]) -> Option<Outcome> {
     // SAFETY: `Record` is plain data of exactly this length, and a read that need not be aligned.
     let record = unsafe { bytes.as_ptr().cast::<Record>().read_unaligned() };
     Some(Outcome {
+        at: Duration::from_nanos(record.time_ns),
         backend: record.backend.socket_addr(),
         frontend_id: record.frontend_id,
         kind: OutcomeKind::from_u32(record.kind)?,

@@ -72,6 +72,7 @@ impl Reconciler {
             ejected: self.health.ejected(),
             health: self.accounts.health().clone(),
             publish_seconds: self.accounts.publish_seconds(),
+            ejection_seconds: self.accounts.ejection_seconds(),
             counters: self.datapath.maps.counters().unwrap_or_default(),
             times: self.datapath.maps.times().unwrap_or_default(),
             overflow: self.overflow(),
@@ -197,7 +198,7 @@ impl Reconciler {
             responses: uses.responses,
             server_errors: uses.server_errors,
             gateway_errors: uses.gateway_errors,
-            connect_micros: uses.connect_ns as f64 / 1e3,
+            connect_micros: (uses.connect_ns > 0).then_some(uses.connect_ns as f64 / 1e3),
         })
     }
 }

@@ -51,6 +51,8 @@ pub(super) struct Judging {
     heard: HashMap<u32, u64>,
     lost: u64,
     keeper: Keeper,
+    /// When the first failure happened that has led to an ejection which is not published yet, on CLOCK_MONOTONIC.
+    pub(super) failed_at: Option<Duration>,
     /// Whether there is something new to keep.
     pub(super) dirty: bool,
 }
@@ -81,6 +83,7 @@ impl Judging {
             heard,
             lost: 0,
             keeper,
+            failed_at: None,
             dirty: false,
         }
     }
@@ -112,7 +115,10 @@ impl Reconciler {
                 self.tell_failure(&pools, outcome, sign);
             }
             for (pool, reached) in self.health.observe(&pools, outcome.backend, sign, outcome.netns_cookie) {
-                changed |= self.judge(now, pool, reached, sign);
+                if self.judge(now, pool, reached, sign) {
+                    self.judging.failed_at.get_or_insert(outcome.at);
+                    changed = true;
+                }
             }
         }
         changed |= self.make_up(now);
@@ -232,9 +238,7 @@ impl Reconciler {
 
     /// Whether pods of other network namespaces than this one use an endpoint.
     fn used_by_others(&self, endpoint: &SocketAddr, client: u64) -> bool {
-        let now = clock_gettime(ClockId::Monotonic);
-        let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32);
-        let since = u64::try_from(now.saturating_sub(LATELY).as_nanos()).unwrap_or(u64::MAX);
+        let since = u64::try_from(monotonic().saturating_sub(LATELY).as_nanos()).unwrap_or(u64::MAX);
         let uses = self.layout.backend_id(endpoint).and_then(|id| self.datapath.maps.backend_use(id).ok());
         uses.is_some_and(|uses| uses.used_by_others(client, since))
     }
@@ -424,6 +428,12 @@ impl Reconciler {
             self.judging.keeper.keep(Kept::new(SystemTime::now(), pools, self.health.by_hand().clone()));
         }
     }
+}
+
+/// The kernel's clock.
+pub(super) fn monotonic() -> Duration {
+    let now = clock_gettime(ClockId::Monotonic);
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
 }
 
 fn because(reason: &str) -> String {

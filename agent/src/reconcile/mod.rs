@@ -333,6 +333,9 @@ impl Reconciler {
         let frontends = ops.iter().filter(|op| matches!(op, Op::Publish(..) | Op::RemoveFrontend(_))).count();
         let took = started.elapsed();
         self.accounts.published(took);
+        if let Some(failed) = self.judging.failed_at.take() {
+            self.accounts.ejected(judging::monotonic().saturating_sub(failed));
+        }
         if frontends > 0 {
             let message = format!("{frontends} frontends changed, {} writes, {took:.1?}", ops.len());
             self.journal.add(Record { kind: "published".to_owned(), message, ..Record::default() });

@@ -124,6 +124,11 @@ impl Report {
             let what = "an endpoint refuses: until the last request to it begins".to_owned();
             add(what, "≤ 5 ms".to_owned(), format!("{} ms", of_median(own.last, 1)), Verdict::at_most(own.last, 5.0));
         }
+        if let Some(failing) = &self.failing {
+            let what = format!("from a failure to the table without the endpoint, p99, {} endpoints at once", failing.failing);
+            let within = failing.nearly_all;
+            add(what, "≤ 5 ms".to_owned(), format!("within {within:.1} ms"), Verdict::of(within <= 5.0));
+        }
         if let Some(last) = self.agents.last() {
             let what = format!("agent's memory, {} endpoints", last.endpoints);
             add(what, "≤ 150 MiB".to_owned(), format!("{:.0} MiB", last.mib), Verdict::of(last.mib <= 150.0));

@@ -13,6 +13,7 @@ use self::budgets::Budget;
 use crate::{
     agents::AgentCost,
     connections::PACE,
+    failing::Failing,
     figures::{Arm, Median},
     files::Verb,
     kernel::{InKernel, Program},
@@ -36,6 +37,7 @@ pub(crate) struct Report {
     pub(crate) programs: Vec<Program>,
     pub(crate) tables: Vec<Built>,
     pub(crate) reaction: Vec<Reaction>,
+    pub(crate) failing: Option<Failing>,
     pub(crate) away: Vec<Away>,
     pub(crate) files: Vec<Verb>,
 }
@@ -53,8 +55,8 @@ struct Section {
 impl Report {
     pub(crate) fn new(machine: Machine, quick: bool) -> Self {
         let (budgets, arms, agents, kernel, programs) = Default::default();
-        let (tables, reaction, away, files) = Default::default();
-        Self { machine, quick, budgets, arms, agents, kernel, programs, tables, reaction, away, files }
+        let (tables, reaction, failing, away, files) = Default::default();
+        Self { machine, quick, budgets, arms, agents, kernel, programs, tables, reaction, failing, away, files }
     }
 
     /// Names of figures that are no numbers.
@@ -85,6 +87,10 @@ impl Report {
         }
         for program in &self.programs {
             check(program.program.to_owned(), program.runs > 0 && program.mean > 0.0);
+        }
+        if let Some(failing) = &self.failing {
+            let sound = failing.until > 0.0 && failing.nearly_all > 0.0 && failing.failed >= u64::from(failing.failing);
+            check(format!("{} endpoints fail", failing.failing), sound && failing.connections > failing.failed);
         }
         for away in &self.away {
             check(away.what.to_owned(), away.requests > 0);
@@ -147,8 +153,9 @@ impl Report {
         all.extend((!self.tables.is_empty()).then(|| self.section_of_tables()));
         if !self.reaction.is_empty() {
             all.push(self.section_of_reaction()?);
-            all.push(self.section_of_away());
         }
+        all.extend(self.failing.as_ref().map(section_of_failing));
+        all.extend((!self.away.is_empty()).then(|| self.section_of_away()));
         all.extend((!self.files.is_empty()).then(|| self.section_of_files()));
         Ok(all)
     }
@@ -392,6 +399,28 @@ impl Report {
             rows: self.files.iter().map(row).collect(),
             charts: Vec::new(),
         }
+    }
+}
+
+fn section_of_failing(failing: &Failing) -> Section {
+    let Failing { until, half, nearly_all, spent, mib, .. } = failing;
+    Section {
+        title: "Many endpoints fail at once",
+        about: format!(
+            "{} endpoints of {} in {} services refuse from one moment on, while two threads dial all services in turn as fast as they can; the first failure ejects. Milliseconds until the last is ejected: each must be dialled before. From a failure in the kernel to the table without the endpoint: the bounds, in the agent's histogram, within which half of them and 99 of 100 are.",
+            failing.failing, failing.endpoints, failing.services
+        ),
+        header: words(&["all ejected, ms", "connections", "failed", "ejected within, half, ms", "99 %, ms", "agent's processor time, s", "its memory, MiB"]),
+        rows: vec![vec![
+            format!("{until:.0}"),
+            failing.connections.to_string(),
+            failing.failed.to_string(),
+            format!("{half:.1}"),
+            format!("{nearly_all:.1}"),
+            format!("{spent:.2}"),
+            format!("{:.1}, then {:.1}", mib[0], mib[1]),
+        ]],
+        charts: Vec::new(),
     }
 }
 

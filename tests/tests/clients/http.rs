@@ -39,8 +39,8 @@ impl World {
         let services = endpoints["services"].as_array().context("no services")?;
         let server = services.iter().find(|service| service["name"] == "server").context("no such service")?;
         let kernel = &server["endpoints"][0]["kernel"];
-        let number = |field: &str| kernel[field].as_u64().with_context(|| format!("no {field} in {kernel}"));
-        Ok(Counts { responses: number("responses")?, errors: number("serverErrors")? })
+        let number = |field: &str| kernel[field].as_u64().unwrap_or(0);
+        Ok(Counts { responses: number("responses"), errors: number("serverErrors") })
     }
 
     /// The server is up, and its first responses have been counted.
