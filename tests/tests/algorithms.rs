@@ -145,7 +145,7 @@ fn least_request_goes_where_fewer_connections_are() -> Result<()> {
     world.write(&["10.0.0.1"])?;
     let mut client = world.bed.dialler()?;
     wait_until("the endpoint to go", BOUND, || {
-        ensure!(counts(&mut client, 40)?.len() == 3);
+        ensure!(!counts(&mut client, 40)?.contains_key("10.0.0.1"));
         Ok(())
     })?;
     world.write(&[])?;
