@@ -141,6 +141,9 @@ mod tests {
     #[test]
     fn quantiles_of_a_histogram() {
         let text = "x_bucket{le=\"0.001\"} 5\nx_bucket{le=\"0.005\"} 10\nx_bucket{le=\"+Inf\"} 10\n";
-        assert_eq!((quantile(text, "x", 0.5), quantile(text, "x", 0.99), quantile(text, "y", 0.5)), (Some(0.001), Some(0.005), None));
+        assert_eq!(
+            (quantile(text, "x", 0.5), quantile(text, "x", 0.99), quantile(text, "y", 0.5)),
+            (Some(0.001), Some(0.005), None)
+        );
     }
 }

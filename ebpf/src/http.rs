@@ -54,14 +54,7 @@ fn payload(ctx: &SkBuffContext) -> Option<(u32, usize, u32)> {
 
 /// Follows the responses on a connection by one packet.
 #[inline(always)]
-fn follow(
-    ctx: &SkBuffContext,
-    tcp: *const u8,
-    connection: *mut Connection,
-    sequence: u32,
-    start: usize,
-    len: u32,
-) {
+fn follow(ctx: &SkBuffContext, tcp: *const u8, connection: *mut Connection, sequence: u32, start: usize, len: u32) {
     // SAFETY: a live map value; a read through a BTF pointer cannot fault, and the offset comes from the kernel's own BTF.
     let (response, written) = unsafe {
         (&mut (*connection).response, tcp.add(TCP_WRITE_SEQ_OFFSET.load() as usize).cast::<u32>().read_volatile())

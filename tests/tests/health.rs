@@ -74,7 +74,8 @@ impl Pod {
     /// Its own firewall resets all connections to an endpoint.
     fn rejects(&self, address: &str) -> Result<()> {
         let rule = format!("ip daddr {address} tcp dport 9080 reject with tcp reset");
-        self.namespace.run("nft", &["add table ip own; add chain ip own out { type filter hook output priority 0; }"])?;
+        self.namespace
+            .run("nft", &["add table ip own; add chain ip own out { type filter hook output priority 0; }"])?;
         self.namespace.run("nft", &[&format!("add rule ip own out {rule}")])
     }
 }
@@ -97,7 +98,9 @@ fn wait_ejected(agent: &Agent, expected: &[&str]) -> Result<()> {
 fn findings(agent: &Agent, code: &str) -> Result<Vec<String>> {
     let findings = agent.get("services")?["findings"].as_array().cloned().unwrap_or_default();
     let of = findings.iter().filter(|finding| finding["code"] == code);
-    Ok(of.map(|finding| format!("{}: {}", finding["object"].as_str().unwrap(), finding["message"].as_str().unwrap())).collect())
+    Ok(of
+        .map(|finding| format!("{}: {}", finding["object"].as_str().unwrap(), finding["message"].as_str().unwrap()))
+        .collect())
 }
 
 /// `threats.md` 1: a pod makes its own connections fail until a healthy endpoint would be ejected for the whole node.
@@ -113,7 +116,10 @@ fn one_pod_cannot_take_an_endpoint_from_the_others() -> Result<()> {
     // Of what it did it is told, and it is named.
     wait_until("the finding", BOUND, || {
         let found = findings(&agent, "PTL0100")?;
-        ensure!(found.iter().any(|found| found.contains("10.0.0.1:9080") && found.contains("(dial) in cgroup")), "{found:?}");
+        ensure!(
+            found.iter().any(|found| found.contains("10.0.0.1:9080") && found.contains("(dial) in cgroup")),
+            "{found:?}"
+        );
         Ok(())
     })?;
     assert_eq!(ejected(&agent)?, Vec::<String>::new());
@@ -279,7 +285,8 @@ fn reset_all(bed: &Bed, address: SocketAddr) -> Result<()> {
 fn connections_that_break_before_an_answer_count_where_that_is_asked_for() -> Result<()> {
     for asked in [true, false] {
         let bed = Bed::new()?;
-        let (directory, near) = near_and_far(&bed, &eager(), &json!({"portolan.io/count-early-resets": asked.to_string()}))?;
+        let (directory, near) =
+            near_and_far(&bed, &eager(), &json!({"portolan.io/count-early-resets": asked.to_string()}))?;
         near.stop()?;
         reset_all(&bed, "10.0.0.1:9080".parse()?)?;
         let agent = bed.agent(&directory, "c1", "near")?;
@@ -322,7 +329,8 @@ fn an_outcome_that_found_no_room_is_not_lost() -> Result<()> {
     agent.process.signal(Signal::CONT)?;
     wait_ejected(&agent, &["10.0.0.1:9080"])?;
     let metrics = agent.http("/metrics")?.1;
-    let lost = metrics.lines().find_map(|line| line.strip_prefix("portolan_events_lost_total ")).context("no metric")?;
+    let lost =
+        metrics.lines().find_map(|line| line.strip_prefix("portolan_events_lost_total ")).context("no metric")?;
     assert!(lost.parse::<u64>()? >= 3, "{lost}");
     Ok(())
 }

@@ -33,11 +33,7 @@ fn failover(bed: &Bed, outlier: &Value, connect_timeout: Option<&str>) -> Result
             node("near", "r1/z1"),
             node("far", "r2/z1"),
             plain(service("web", &["172.16.0.10"], 80)),
-            plain(slice(
-                "web",
-                9080,
-                &[("10.0.0.1", "near", ""), ("10.0.0.2", "near", ""), ("10.1.0.1", "far", "")],
-            )),
+            plain(slice("web", 9080, &[("10.0.0.1", "near", ""), ("10.0.0.2", "near", ""), ("10.1.0.1", "far", "")])),
             destination_rule("web", &json!({"trafficPolicy": policy})),
         ],
     )?;

@@ -32,7 +32,9 @@ pub(super) struct EjectArgs {
 ///
 /// For maintenance of a region. It holds as `portolan eject` does; `portolan restore NAMESPACE/NAME --region REGION` takes it back.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  portolan drain default/reviews --region cn-hangzhou --reason 'maintenance tonight'")]
+#[command(
+    after_help = "Example:\n  portolan drain default/reviews --region cn-hangzhou --reason 'maintenance tonight'"
+)]
 pub(super) struct DrainArgs {
     /// The service
     #[arg(value_name = "NAMESPACE/NAME")]
@@ -49,7 +51,9 @@ pub(super) struct DrainArgs {
 
 /// Takes back what `portolan eject` or `portolan drain` has ordered.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  portolan restore 10.1.0.7:9080\n  portolan restore default/reviews --region cn-hangzhou")]
+#[command(
+    after_help = "Examples:\n  portolan restore 10.1.0.7:9080\n  portolan restore default/reviews --region cn-hangzhou"
+)]
 pub(super) struct RestoreArgs {
     /// The endpoint, or with --region the service
     #[arg(value_name = "ADDRESS:PORT|NAMESPACE/NAME")]
@@ -79,7 +83,10 @@ pub(super) fn restore(args: &RestoreArgs) -> Result<ExitCode> {
         }
         None => {
             let endpoint = args.what.parse().map_err(|_| {
-                anyhow::anyhow!("{:?} is not ADDRESS:PORT; for a service that was drained, name its --region", args.what)
+                anyhow::anyhow!(
+                    "{:?} is not ADDRESS:PORT; for a service that was drained, name its --region",
+                    args.what
+                )
             })?;
             Order::Restore { endpoint }
         }

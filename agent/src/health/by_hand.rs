@@ -147,7 +147,9 @@ impl ByHand {
     /// Ends the orders whose time is up; what ended, for people.
     pub(super) fn expire(&mut self, now: SystemTime) -> Vec<String> {
         let ended = self.ejected.extract_if(.., |_, ordered| ordered.until.is_some_and(|until| until <= now));
-        ended.map(|(endpoint, _)| format!("{endpoint} may be used again: the time that was set by hand is up")).collect()
+        ended
+            .map(|(endpoint, _)| format!("{endpoint} may be used again: the time that was set by hand is up"))
+            .collect()
     }
 
     /// When to look for orders whose time is up.
@@ -172,7 +174,10 @@ mod tests {
         let mut hand = ByHand::default();
         let eject = |endpoint, for_ms| Order::Eject { endpoint, for_ms, reason: "maintenance".to_owned() };
         hand.take(&eject(a, Some(60_000)), now).unwrap();
-        assert_eq!(hand.take(&eject(b, None), now).unwrap(), format!("{b} ejected by hand until it is restored: maintenance"));
+        assert_eq!(
+            hand.take(&eject(b, None), now).unwrap(),
+            format!("{b} ejected by hand until it is restored: maintenance")
+        );
         assert_eq!(hand.left(now), Some(LONGEST_WAIT));
         assert_eq!(hand.expire(now + Duration::from_secs(59)), Vec::<String>::new());
         assert_eq!(hand.expire(now + Duration::from_secs(60)).len(), 1);
@@ -186,7 +191,8 @@ mod tests {
     #[test]
     fn a_region_is_drained_of_one_service() {
         let (now, service) = (SystemTime::UNIX_EPOCH, NamespacedName::new("default", "web"));
-        let drain = |region: &str| Order::Drain { service: service.clone(), region: region.to_owned(), reason: String::new() };
+        let drain =
+            |region: &str| Order::Drain { service: service.clone(), region: region.to_owned(), reason: String::new() };
         let mut hand = ByHand::default();
         hand.take(&drain("r1"), now).unwrap();
         hand.take(&drain("r1"), now).unwrap();

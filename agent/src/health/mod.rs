@@ -12,11 +12,11 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use self::warming::Warming;
 pub use self::{
     by_hand::{ByHand, Drain, Order, Ordered},
     outlier::{Cause, Detector, Ejection, Event, EventKind, Saved, Sign, Threshold},
 };
-use self::warming::Warming;
 use crate::{
     model::ServiceId,
     policy::{Assignment, Observed, Pool, PoolKey},
@@ -181,7 +181,13 @@ impl Health {
 
     /// Takes a sign of an endpoint of one of these pools, which a client in this network namespace has seen (0: it is not known); the thresholds
     /// that it has reached.
-    pub fn observe(&mut self, pools: &[PoolKey], address: SocketAddr, sign: Sign, client: u64) -> Vec<(PoolKey, Reached)> {
+    pub fn observe(
+        &mut self,
+        pools: &[PoolKey],
+        address: SocketAddr,
+        sign: Sign,
+        client: u64,
+    ) -> Vec<(PoolKey, Reached)> {
         let mut all = Vec::new();
         for key in pools {
             let Some(watched) = self.pools.get_mut(key) else { continue };

@@ -473,21 +473,12 @@ mod tests {
         let (now, [a, b]) = (Instant::now(), [1, 2].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
         let mut detector = new(OutlierDetection { max_ejection_percent: 50, ..settings(1) }, now);
         detector.set_hosts(&BTreeSet::from([a, b]));
-        assert!(matches!(
-            take(&mut detector, now, a, DOWN),
-            Some(Event { kind: EventKind::Ejected { .. }, .. })
-        ));
-        assert!(matches!(
-            take(&mut detector, now, b, DOWN),
-            Some(Event { kind: EventKind::Overflow { .. }, .. })
-        ));
+        assert!(matches!(take(&mut detector, now, a, DOWN), Some(Event { kind: EventKind::Ejected { .. }, .. })));
+        assert!(matches!(take(&mut detector, now, b, DOWN), Some(Event { kind: EventKind::Overflow { .. }, .. })));
         let c = SocketAddr::from(([10, 0, 0, 3], 80));
         detector.set_hosts(&BTreeSet::from([b, c]));
         assert_eq!(detector.ejections().count(), 0);
-        assert!(matches!(
-            take(&mut detector, now, b, DOWN),
-            Some(Event { kind: EventKind::Ejected { .. }, .. })
-        ));
+        assert!(matches!(take(&mut detector, now, b, DOWN), Some(Event { kind: EventKind::Ejected { .. }, .. })));
     }
 
     #[test]
@@ -524,7 +515,8 @@ mod tests {
 
     #[test]
     fn a_restart_changes_nothing_and_what_is_over_is_over() {
-        let (start, hosts) = (Instant::now() + Duration::from_secs(10_000), [1, 2].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
+        let (start, hosts) =
+            (Instant::now() + Duration::from_secs(10_000), [1, 2].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
         let seconds = Duration::from_secs;
         let fresh = || {
             let mut detector = new(settings(1), start);
@@ -545,7 +537,9 @@ mod tests {
         let mut soon = fresh();
         soon.restore(start + seconds(40), seconds(30), saved.iter().copied());
         let event = take(&mut soon, start + seconds(40), hosts[0], DOWN);
-        assert!(matches!(event, Some(Event { kind: EventKind::Ejected { duration, .. }, .. }) if duration == seconds(30)));
+        assert!(
+            matches!(event, Some(Event { kind: EventKind::Ejected { duration, .. }, .. }) if duration == seconds(30))
+        );
         // One that is not there any more is forgotten.
         let mut other = new(settings(1), start);
         other.set_hosts(&BTreeSet::from([hosts[1]]));

@@ -18,8 +18,8 @@ pub use mesh::{MeshConfig, Retention, RetentionRule};
 pub use name::NamespacedName;
 pub use object::{Kind, Object, ObjectKey, Scope};
 pub use rules::{
-    Algorithm, ConnectionPool, DestinationRule, Distribute, Failover, JudgedBy, Keepalive, LabelPreference, LoadBalancer,
-    LocalitySetting, Match, OutlierDetection, Route, Subnet, Subset, TrafficPolicy, VirtualService, Warmup,
-    WeightedDestination,
+    Algorithm, ConnectionPool, DestinationRule, Distribute, Failover, JudgedBy, Keepalive, LabelPreference,
+    LoadBalancer, LocalitySetting, Match, OutlierDetection, Route, Subnet, Subset, TrafficPolicy, VirtualService,
+    Warmup, WeightedDestination,
 };
 pub use service::{Protocol, Service, ServiceEntry, ServiceId, ServicePort, Target, TrafficDistribution};

@@ -170,7 +170,8 @@ impl Reconciler {
         } else if let Some(ejection) = self.health.ejection(pool, &intended.address) {
             let left = ejection.until.saturating_duration_since(Instant::now());
             shown.ejected_until = Some(rfc3339(SystemTime::now() + left));
-            shown.ejected_by = Some(format!("{} ({} failures in a row)", ejection.cause.threshold.field(), ejection.cause.failures));
+            shown.ejected_by =
+                Some(format!("{} ({} failures in a row)", ejection.cause.threshold.field(), ejection.cause.failures));
         }
     }
 

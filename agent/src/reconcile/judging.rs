@@ -163,7 +163,12 @@ impl Reconciler {
         if matches!(sign, Sign::Status(_) | Sign::Broken) {
             self.tell_unconfirmed(now, pool, reached, "that connections are established says nothing of it");
         } else if self.is_frontend(&reached.address) {
-            self.tell_unconfirmed(now, pool, reached, "the agent cannot dial it, for its address is a Service's as well");
+            self.tell_unconfirmed(
+                now,
+                pool,
+                reached,
+                "the agent cannot dial it, for its address is a Service's as well",
+            );
         } else {
             self.judging.suspects.entry(reached.address).or_default().push((pool, reached));
             if !waiting {
@@ -309,14 +314,23 @@ impl Reconciler {
         let lately = self.judging.findings.values().filter(|(at, _)| now.saturating_duration_since(*at) < REMEMBERED);
         let hand = self.health.by_hand();
         let ejected = hand.ejected().map(|(endpoint, ordered)| {
-            let until = ordered.until.map_or_else(|| "until it is restored".to_owned(), |until| format!("until {}", crate::journal::rfc3339(until)));
-            let message = format!("ejected by hand {until}; take it back with: portolan restore {endpoint}{}", because(&ordered.reason));
+            let until = ordered.until.map_or_else(
+                || "until it is restored".to_owned(),
+                |until| format!("until {}", crate::journal::rfc3339(until)),
+            );
+            let message = format!(
+                "ejected by hand {until}; take it back with: portolan restore {endpoint}{}",
+                because(&ordered.reason)
+            );
             Finding::new(Code::ByHand, format!("Endpoint {endpoint}"), message)
         });
         let drained = hand.drained().map(|drain| {
             let message = format!(
                 "no new connections to region {}, by hand; take it back with: portolan restore {} --region {}{}",
-                drain.region, drain.service, drain.region, because(&drain.ordered.reason)
+                drain.region,
+                drain.service,
+                drain.region,
+                because(&drain.ordered.reason)
             );
             Finding::new(Code::ByHand, format!("Service {}", drain.service), message)
         });

@@ -106,7 +106,8 @@ impl Entry {
 
     /// The same, without anybody to take.
     fn nobody(&self) -> Self {
-        let without_limits = |pool: &PoolEntry| PoolEntry { limits: ConnectionPool::default(), watch: 0, ..pool.clone() };
+        let without_limits =
+            |pool: &PoolEntry| PoolEntry { limits: ConnectionPool::default(), watch: 0, ..pool.clone() };
         let pools = self.pools.iter().map(without_limits).collect();
         Self { schedule: Arc::default(), endpoints: Arc::default(), pools, affinity: None, random: false }
     }

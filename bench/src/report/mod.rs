@@ -410,7 +410,15 @@ fn section_of_failing(failing: &Failing) -> Section {
             "{} endpoints of {} in {} services refuse from one moment on, while two threads dial all services in turn as fast as they can; the first failure ejects. Milliseconds until the last is ejected: each must be dialled before. From a failure in the kernel to the table without the endpoint: the bounds, in the agent's histogram, within which half of them and 99 of 100 are.",
             failing.failing, failing.endpoints, failing.services
         ),
-        header: words(&["all ejected, ms", "connections", "failed", "ejected within, half, ms", "99 %, ms", "agent's processor time, s", "its memory, MiB"]),
+        header: words(&[
+            "all ejected, ms",
+            "connections",
+            "failed",
+            "ejected within, half, ms",
+            "99 %, ms",
+            "agent's processor time, s",
+            "its memory, MiB",
+        ]),
         rows: vec![vec![
             format!("{until:.0}"),
             failing.connections.to_string(),

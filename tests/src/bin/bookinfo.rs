@@ -16,7 +16,10 @@ use http_body_util::{BodyExt as _, Empty};
 use hyper::{Request, body::Bytes, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    io::AsyncReadExt as _,
+    net::{TcpListener, TcpStream},
+};
 
 /// A caller waits this long for a whole answer.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -27,6 +30,16 @@ enum Role {
     Details,
     Reviews,
     Ratings,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Sickness {
+    /// Every answer has status 500
+    Errors,
+    /// Every connection is reset once something was asked
+    Resets,
+    /// Nothing is ever answered
+    Hangs,
 }
 
 #[derive(Debug, Parser)]
@@ -42,6 +55,9 @@ struct Arguments {
     /// v1 shows no stars, v2 black ones, v3 red ones
     #[arg(long, default_value = "v1")]
     version: String,
+    /// It listens, and is not well
+    #[arg(long)]
+    sick: Option<Sickness>,
     /// Service address of details
     #[arg(long)]
     details: Option<SocketAddr>,
@@ -58,6 +74,14 @@ async fn main() -> Result<()> {
     let arguments = Arc::new(Arguments::parse());
     let listener =
         TcpListener::bind(arguments.listen).await.with_context(|| format!("cannot listen on {}", arguments.listen))?;
+    match arguments.sick {
+        Some(Sickness::Errors) => {
+            let errors = Router::new().fallback(async || StatusCode::INTERNAL_SERVER_ERROR);
+            return Ok(axum::serve(listener, errors).await?);
+        }
+        Some(sickness) => return be_sick(listener, sickness).await,
+        None => {}
+    }
     let router = match arguments.role {
         Role::Productpage => Router::new().route("/productpage", get(productpage)),
         Role::Details => Router::new().route("/details", get(details)),
@@ -65,6 +89,21 @@ async fn main() -> Result<()> {
         Role::Ratings => Router::new().route("/ratings", get(ratings)),
     };
     Ok(axum::serve(listener, router.with_state(arguments)).await?)
+}
+
+/// Accepts, and does not answer.
+async fn be_sick(listener: TcpListener, sickness: Sickness) -> Result<()> {
+    let mut held = Vec::new();
+    loop {
+        let (mut stream, _) = listener.accept().await?;
+        if let Sickness::Resets = sickness {
+            // Who is gone already need not be reset.
+            let _ = stream.read(&mut [0; 1]).await;
+            socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+        } else {
+            held.push(stream);
+        }
+    }
 }
 
 async fn productpage(State(own): State<Arc<Arguments>>) -> Html<String> {

@@ -40,6 +40,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
             play: outage,
         },
         Play { name: "blackhole", about: "reviews of Hangzhou answer nothing at all", play: blackhole },
+        Play { name: "sick", about: "reviews of Hangzhou accepts, and answers 500, resets, or hangs", play: sick },
         Play { name: "distribution", about: "90 % to Hangzhou, 10 % to Shanghai", play: distribution },
         Play {
             name: "exclusive",
@@ -277,6 +278,49 @@ fn blackhole(world: &mut World, report: &mut Report) -> Result<()> {
     let pages = world.pages(HANGZHOU, "/productpage", 10)?;
     report.check("then all from Shanghai", &expect(10, 20, 0), &pages.to_string());
     world.swallow(HANGZHOU, "reviews", false)
+}
+
+/// What listens is not always well. For each way: failed pages, and the time until the last of them.
+fn sick(world: &mut World, report: &mut Report) -> Result<()> {
+    let policy = reviews_policy(&json!({"maxEjectionPercent": 100, "consecutive5xxErrors": 2}));
+    for (how, about, early) in [
+        ("errors", "every answer is a 500", false),
+        ("resets", "every connection is reset, which is asked to count", true),
+        ("hangs", "nothing is ever answered", true),
+    ] {
+        // Fresh pods, whom nobody has ejected yet.
+        set(world, 0, 1, 0, &failover_setting(), Some(&policy))?;
+        set(world, 1, 1, 0, &failover_setting(), Some(&policy))?;
+        let mut rule = destination_rule("reviews", &json!({"trafficPolicy": policy}));
+        if early {
+            rule["metadata"]["annotations"] = json!({"portolan.io/count-early-resets": "true"});
+        }
+        world.apply("rules.yaml", &[rule])?;
+        world.settle()?;
+        report.check(
+            &format!("{about}: before"),
+            &expect(2, 0, 0),
+            &world.pages(HANGZHOU, "/productpage", 2)?.to_string(),
+        );
+        world.make_sick(HANGZHOU, "reviews", how)?;
+        let began = Instant::now();
+        let failed = world.pages(HANGZHOU, "/productpage", 2)?.errors();
+        let took = began.elapsed();
+        report.check(&format!("{about}: two pages fail"), "2", &failed.to_string());
+        report.note(&format!("       (the last failed page was done after {:.0} ms)", took.as_secs_f64() * 1e3));
+        if how == "hangs" {
+            // The connection stands and the application gives up: no outcome that the kernel could tell from patience.
+            report.check("nothing in the kernel says so, and nobody is ejected", "0", &ejected(world)?.to_string());
+            continue;
+        }
+        wait_until("the ejection", BOUND, || {
+            ensure!(ejected(world)? == 1, "nobody is ejected");
+            Ok(())
+        })?;
+        let pages = world.pages(HANGZHOU, "/productpage", 10)?;
+        report.check(&format!("{about}: then all from Shanghai"), &expect(10, 20, 0), &pages.to_string());
+    }
+    Ok(())
 }
 
 fn distribution(world: &mut World, report: &mut Report) -> Result<()> {

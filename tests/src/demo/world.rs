@@ -44,6 +44,8 @@ struct Pod {
     version: &'static str,
     name: String,
     address: String,
+    /// In which way it is not well.
+    sick: Option<&'static str>,
     process: Option<Process>,
 }
 
@@ -94,7 +96,7 @@ impl World {
             let address = format!("10.{cluster}.0.{}", self.made);
             self.clusters[cluster].bed.namespace.add_address(&format!("{address}/32"))?;
             let name = format!("{service}-{version}-{}-{}", self.clusters[cluster].plan.id, self.made);
-            self.clusters[cluster].pods.push(Pod { service, version, name, address, process: None });
+            self.clusters[cluster].pods.push(Pod { service, version, name, address, sick: None, process: None });
             let pod = self.clusters[cluster].pods.len() - 1;
             self.start(cluster, pod)?;
         }
@@ -116,6 +118,15 @@ impl World {
         pods.into_iter().take(count).try_for_each(|pod| self.start(cluster, pod))
     }
 
+    /// The processes of a deployment start anew, and are not well in this way.
+    pub(super) fn make_sick(&mut self, cluster: usize, service: &str, how: &'static str) -> Result<()> {
+        self.kill(cluster, service);
+        for pod in self.clusters[cluster].pods.iter_mut().filter(|pod| pod.service == service) {
+            pod.sick = Some(how);
+        }
+        self.revive(cluster, service, usize::MAX)
+    }
+
     /// Everything to the pods of a deployment vanishes; its endpoints stay listed.
     pub(super) fn swallow(&self, cluster: usize, service: &str, swallow: bool) -> Result<()> {
         let Cluster { pods, bed, .. } = &self.clusters[cluster];
@@ -132,6 +143,7 @@ impl World {
         let mut command = Command::new(binary("bookinfo")?);
         command.arg(pod.service).args(["--version", pod.version, "--pod", &pod.name]);
         command.args(["--listen", &format!("{}:{PORT}", pod.address)]);
+        command.args(pod.sick.into_iter().flat_map(|how| ["--sick", how]));
         for (service, byte) in &SERVICES[1..] {
             command.arg(format!("--{service}")).arg(service_address(cluster, *byte));
         }

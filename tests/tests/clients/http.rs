@@ -69,8 +69,11 @@ fn every_response_is_counted_as_the_server_sent_it() -> Result<()> {
         ("with bodies that are waited for", vec!["-H", "Expect: 100-continue", "-d", "hello"], "/"),
     ] {
         let urls = many(path);
-        let urls: Vec<String> =
-            if first == ["-g"] { urls.iter().map(|url| url.replace("172.16.0.10", "[::ffff:172.16.0.10]")).collect() } else { urls };
+        let urls: Vec<String> = if first == ["-g"] {
+            urls.iter().map(|url| url.replace("172.16.0.10", "[::ffff:172.16.0.10]")).collect()
+        } else {
+            urls
+        };
         let arguments: Vec<&str> =
             ["-s", "-m", "20"].into_iter().chain(first).chain(urls.iter().map(String::as_str)).collect();
         let before = world.logged()?;
@@ -124,7 +127,8 @@ fn what_is_not_http_is_recognised_and_judged_by_its_connections() -> Result<()> 
             let rule = json!({"trafficPolicy": {"outlierDetection": outlier}});
             directory.write("c1/rule.yaml", &[destination_rule("server", &rule)])?;
             // What a server of either kind says first.
-            let says = if what == "tls" { "b'\\x16\\x03\\x03\\x00\\x7a\\x02'" } else { "b'\\0\\0\\0\\x04\\0\\0\\0\\0\\0'" };
+            let says =
+                if what == "tls" { "b'\\x16\\x03\\x03\\x00\\x7a\\x02'" } else { "b'\\0\\0\\0\\x04\\0\\0\\0\\0\\0'" };
             let script = format!(
                 "import socket\ns=socket.create_server(('10.0.0.1',8080))\nwhile True:\n  c,_=s.accept()\n  c.recv(9)\n  c.sendall({says})\n  c.close()"
             );
@@ -137,7 +141,8 @@ fn what_is_not_http_is_recognised_and_judged_by_its_connections() -> Result<()> 
         wait_until("the finding", BOUND, || {
             let findings: Value = world.agent.get("services")?["findings"].clone();
             let found = findings.as_array().context("no findings")?.iter().any(|finding| {
-                finding["code"] == "PTL0102" && finding["message"].as_str().is_some_and(|message| message.contains(expected))
+                finding["code"] == "PTL0102"
+                    && finding["message"].as_str().is_some_and(|message| message.contains(expected))
             });
             ensure!(found, "{what}: {findings}");
             Ok(())
