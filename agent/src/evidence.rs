@@ -4,7 +4,7 @@
 //! That connection is not rewritten, for it goes to an endpoint and not to a Service; endpoints that are frontends themselves cannot be dialled
 //! so, and what nobody can confirm is not done.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     net::TcpStream,
@@ -12,8 +12,8 @@ use tokio::{
     time::timeout,
 };
 
-/// The longest that a connection is waited for: what hangs for one client is to hang for the agent as well, but not for long.
-const LIMIT: Duration = Duration::from_secs(1);
+/// The longest that a connection is waited for: long enough for a SYN that was lost to be repeated once.
+const LIMIT: Duration = Duration::from_millis(2_500);
 /// Connections at once; further ones wait for their turn.
 const AT_ONCE: usize = 64;
 /// Others have used an endpoint lately if they did within this time.
@@ -48,7 +48,15 @@ impl Witness {
         tokio::spawn(async move {
             // The semaphore is never closed.
             let _turn = turns.acquire().await;
-            let failed = !matches!(timeout(LIMIT, TcpStream::connect(endpoint)).await, Ok(Ok(_)));
+            let failed = match timeout(LIMIT, TcpStream::connect(endpoint)).await {
+                Ok(Ok(_)) => false,
+                // What this agent lacks (a route, a descriptor, a permission) says nothing of the endpoint.
+                Ok(Err(error)) => matches!(
+                    error.kind(),
+                    ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset | ErrorKind::TimedOut
+                ),
+                Err(_) => true,
+            };
             // An error means that nobody wants to know any more.
             let _ = seen.send(Evidence { endpoint, failed });
         });

@@ -1,6 +1,9 @@
 //! What has happened: ejections, releases, failures, and each published change. Kept for a while, and told to whoever follows.
 
-use std::{collections::VecDeque, time::SystemTime};
+use std::{
+    collections::VecDeque,
+    time::{Duration, SystemTime},
+};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
@@ -101,6 +104,9 @@ impl Journal {
 
 /// A point in time for people and scripts.
 pub fn rfc3339(time: SystemTime) -> String {
+    // What is read from a file may be beyond what can be written.
+    let last = SystemTime::UNIX_EPOCH + Duration::from_secs(253_402_300_799);
+    let time = time.clamp(SystemTime::UNIX_EPOCH, last);
     humantime::format_rfc3339_millis(time).to_string()
 }
 

@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
 
 use crate::{
     health::{ByHand, Saved},
@@ -89,9 +90,16 @@ impl Kept {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             text => text.with_context(|| format!("cannot read {}", path.display()))?,
         };
-        let kept: Self = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
-        anyhow::ensure!(kept.version == VERSION, "{} is of another version of Portolan", path.display());
-        Ok(Some(kept))
+        let kept = serde_json::from_slice(&text).context("it is damaged").and_then(|kept: Self| {
+            anyhow::ensure!(kept.version == VERSION, "it is of another version of Portolan");
+            Ok(kept)
+        });
+        kept.map(Some).map_err(|error| {
+            // It will be written anew; what was in it stays beside.
+            let aside = path.with_extension("unreadable");
+            let place = if fs::rename(path, &aside).is_ok() { aside } else { path.to_owned() };
+            error.context(format!("what a former agent has left cannot be read, and is in {}", place.display()))
+        })
     }
 
     /// Writes it: whoever reads sees the whole of the former one or of this one.
@@ -110,7 +118,7 @@ impl Kept {
 /// Writes the file on a thread of its own: a disk that hangs holds up nobody.
 #[derive(Debug)]
 pub struct Keeper {
-    wanted: Sender<Kept>,
+    wanted: Sender<(Kept, oneshot::Sender<Result<(), String>>)>,
 }
 
 impl Keeper {
@@ -124,25 +132,34 @@ impl Keeper {
         Ok(Self { wanted })
     }
 
-    /// Has this kept, in the place of what was before.
-    pub fn keep(&self, kept: Kept) {
+    /// Has this kept, in the place of what was before; what is given says when, or why not.
+    pub fn keep(&self, kept: Kept) -> oneshot::Receiver<Result<(), String>> {
+        let (written, told) = oneshot::channel();
         // The thread ends with the agent only.
-        let _ = self.wanted.send(kept);
+        let _ = self.wanted.send((kept, written));
+        told
     }
 }
 
-fn keep(path: &Path, given: &Receiver<Kept>) {
+fn keep(path: &Path, given: &Receiver<(Kept, oneshot::Sender<Result<(), String>>)>) {
     let mut failing = false;
     while let Ok(first) = given.recv() {
         // Of those that came meanwhile the last one is enough.
-        let last = given.try_iter().last().unwrap_or(first);
-        match last.write(path) {
-            Ok(()) => failing = false,
-            Err(error) if !failing => {
-                failing = true;
-                tracing::warn!("{}: ejections will be forgotten at a restart: {error:#}", path.display());
-            }
-            Err(_) => {}
+        let (mut last, mut waiting) = (first.0, vec![first.1]);
+        for (kept, written) in given.try_iter() {
+            last = kept;
+            waiting.push(written);
+        }
+        let result = last.write(path).map_err(|error| format!("{}: {error:#}", path.display()));
+        if let Err(error) = &result
+            && !failing
+        {
+            tracing::warn!("ejections and orders will be forgotten at a restart: {error}");
+        }
+        failing = result.is_err();
+        for written in waiting {
+            // Nobody may be waiting.
+            let _ = written.send(result.clone());
         }
     }
 }

@@ -150,6 +150,7 @@ fn store(services: u32) -> Result<Store> {
             protocol: Protocol::Tcp,
             target: Target::Number(80),
             http: true,
+            http1: true,
         };
         let service = Service {
             name: name(i),

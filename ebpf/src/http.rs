@@ -16,6 +16,8 @@ use crate::{
 
 const IPPROTO_TCP: u8 = 6;
 const IPV6_HEADER: usize = 40;
+/// No window is larger.
+const FARTHEST: i32 = 16 << 20;
 /// The first byte of a TLS record that holds a handshake or an alert.
 const TLS: [u8; 2] = [22, 21];
 /// HTTP/2 begins with a SETTINGS frame: its type.
@@ -62,6 +64,9 @@ fn follow(ctx: &SkBuffContext, tcp: *const u8, connection: *mut Connection, sequ
     let ahead = sequence.wrapping_sub(response.next) as i32;
     if ahead == 0 {
         response.next = sequence.wrapping_add(len);
+    } else if ahead > FARTHEST {
+        // Not of this connection: the kernel will not take it either.
+        return;
     } else if ahead > 0 {
         // Something is missing, in which a response may begin; what comes now is not looked at.
         if response.flags & Response::HOLE == 0 {
@@ -170,9 +175,8 @@ unsafe fn something_else(
         if outcome::pool_stats(state).is_some()
             && let Some(pool) = POOL_STATS.get_ptr_mut((*state).pool)
         {
-            if (*pool).spoken & spoken == 0 {
+            if (*pool).spoken & spoken == 0 && outcome::tell(netns, state, OutcomeKind::NotHttp, spoken as u32) {
                 (*pool).spoken |= spoken;
-                outcome::tell(netns, state, OutcomeKind::NotHttp, spoken as u32);
             }
         }
     }

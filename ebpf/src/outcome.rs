@@ -184,10 +184,15 @@ fn established(ctx: &SockOpsContext, state: *mut SocketState) {
         if watch != 0 {
             watch_use(ctx, state);
         }
-        watch_responses(ctx, watch & Watch::STATUS != 0);
+        let unseen = watch & Watch::STATUS != 0 && !watch_responses(ctx);
         // In quiet times nobody has to be told: a success only matters after a failure.
         if TROUBLED.get((*state).backend_id).is_some_and(|troubled| *troubled != 0) {
-            tell(bpf_get_netns_cookie(ctx.as_ptr()), state, OutcomeKind::Established, 0);
+            let netns = bpf_get_netns_cookie(ctx.as_ptr());
+            tell(netns, state, OutcomeKind::Established, 0);
+            if unseen {
+                // Nobody will see its responses, so that it stands is all the proof there will be.
+                tell(netns, state, OutcomeKind::Responded, 200);
+            }
         }
     }
 }
@@ -273,13 +278,10 @@ unsafe fn watch_use(ctx: &SockOpsContext, state: *const SocketState) {
     }
 }
 
-/// Has the responses on a new connection looked at, or not.
+/// Has the responses on a new connection looked at; not on one that has no place of its own.
 #[inline(always)]
-unsafe fn watch_responses(ctx: &SockOpsContext, on: bool) {
-    if !on {
-        return;
-    }
-    let Some(connection) = state::place_of_event(ctx) else { return };
+unsafe fn watch_responses(ctx: &SockOpsContext) -> bool {
+    let Some(connection) = state::place_of_event(ctx) else { return false };
     // SAFETY: a live map value; the context is the kernel's.
     unsafe {
         (*connection).response = Response {
@@ -289,6 +291,7 @@ unsafe fn watch_responses(ctx: &SockOpsContext, on: bool) {
             ..Response::default()
         };
     }
+    true
 }
 
 /// The end of a connection that had to prove itself: something has come back, or it broke before.
@@ -374,15 +377,15 @@ fn socket_error(ctx: &SockOpsContext) -> u32 {
     }
 }
 
-/// Sends an outcome to the agent.
+/// Sends an outcome to the agent; whether there was room for it.
 #[inline(always)]
-pub(crate) unsafe fn tell(netns: u64, state: *const SocketState, kind: OutcomeKind, errno: u32) {
+pub(crate) unsafe fn tell(netns: u64, state: *const SocketState, kind: OutcomeKind, errno: u32) -> bool {
     // SAFETY: `state` is a live value.
     unsafe {
         let now = bpf_ktime_get_ns();
         let Some(mut record) = EVENTS.reserve(0) else {
             count(Counter::EventsLost);
-            return;
+            return false;
         };
         record.write(Outcome {
             time_ns: now,
@@ -396,5 +399,6 @@ pub(crate) unsafe fn tell(netns: u64, state: *const SocketState, kind: OutcomeKi
             reserved: 0,
         });
         record.submit(0);
+        true
     }
 }

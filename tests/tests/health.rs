@@ -190,8 +190,10 @@ fn ejections_outlive_the_agent() -> Result<()> {
         assert_eq!(client.dial(WEB, 4)?.greetings(), ["far"; 4]);
     }
     let now = agent.get("ejections")?["services"][0]["endpoints"][0]["ejectedUntil"].clone();
-    let minute = |time: &Value| time.as_str().map(|time| time[..15].to_owned());
-    assert_eq!(minute(&now), minute(&until), "it ends when it would have ended");
+    let at = |time: &Value| humantime::parse_rfc3339(time.as_str().unwrap_or_default());
+    let (now, until) = (at(&now)?, at(&until)?);
+    let apart = now.duration_since(until).or_else(|_| until.duration_since(now))?;
+    assert!(apart < Duration::from_secs(2), "it ends when it would have ended, not {apart:?} apart");
     // A file that is damaged is told, and nothing else changes.
     agent.process.kill();
     std::fs::write(bed.state(), "{\"version\":")?;
@@ -251,7 +253,8 @@ fn what_is_ordered_by_hand_holds_and_shows_until_it_is_taken_back() -> Result<()
     goes_to(&mut client, "near")?;
     assert_eq!(findings(&agent, "PTL0103")?, Vec::<String>::new());
     // One that is over by itself.
-    ordered(&bed, &["eject", "10.0.0.1:9080", "--for", "1s"])?;
+    ordered(&bed, &["eject", "10.0.0.1:9080", "--for", "2s"])?;
+    assert_eq!(client.dial(WEB, 4)?.greetings(), ["far"; 4], "an order is in force once it is answered");
     goes_to(&mut client, "near")?;
 
     for (wrong, complaint) in [
@@ -260,6 +263,7 @@ fn what_is_ordered_by_hand_holds_and_shows_until_it_is_taken_back() -> Result<()
         (&["drain", "default/other", "--region", "r1"], "have no service default/other"),
         (&["drain", "default/web", "--region", "r7"], "default/web has no endpoint in region r7"),
         (&["restore", "default/web"], "name its --region"),
+        (&["eject", "10.0.0.1:9080", "--for", "9999y"], "longer than"),
     ] {
         let output = order(&bed, wrong)?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -298,6 +302,13 @@ fn connections_that_break_before_an_answer_count_where_that_is_asked_for() -> Re
             wait_ejected(&agent, &["10.0.0.1:9080"])?;
             assert_eq!(client.dial(WEB, 2)?.greetings(), ["far"; 2]);
         } else {
+            wait_until("the ends of both to be seen", BOUND, || {
+                let metrics = agent.http("/metrics")?.1;
+                let closed = metrics.lines().filter(|line| line.starts_with("istio_tcp_connections_closed_total{"));
+                let closed: u64 = closed.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum();
+                ensure!(closed >= 2, "{closed}");
+                Ok(())
+            })?;
             assert_eq!(ejected(&agent)?, Vec::<String>::new());
             let failed = agent.events()?.iter().filter(|event| event["kind"] == "failed").count();
             assert_eq!(failed, 0);

@@ -14,6 +14,9 @@ use crate::model::NamespacedName;
 /// The wall clock may be set: no wait is longer.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
+/// A time that is set is no longer than this.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3_600);
+
 /// An order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -113,6 +116,10 @@ impl ByHand {
     /// Takes an order; what was done, for people.
     pub(super) fn take(&mut self, order: &Order, now: SystemTime) -> Result<String, String> {
         match order {
+            Order::Eject { for_ms: Some(time), .. } if *time > LONGEST.as_millis() as u64 => Err(format!(
+                "that is longer than {}; without --for it holds until it is restored",
+                humantime::format_duration(LONGEST)
+            )),
             Order::Eject { endpoint, for_ms, reason } => {
                 let until = for_ms.and_then(|time| now.checked_add(Duration::from_millis(time)));
                 self.ejected.insert(*endpoint, Ordered { since: now, until, reason: reason.clone() });

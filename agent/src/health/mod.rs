@@ -22,6 +22,9 @@ use crate::{
     policy::{Assignment, Observed, Pool, PoolKey},
 };
 
+/// What a former agent has left of a pool that is not seen is kept for so long after the ejection.
+const FORGOTTEN: Duration = Duration::from_secs(24 * 3_600);
+
 /// All pools.
 #[derive(Clone, Debug, Default)]
 pub struct Health {
@@ -141,10 +144,17 @@ impl Health {
         {
             self.again.insert(key.service.clone());
         }
-        let counted: Vec<SocketAddr> = watched.clients.keys().copied().collect();
-        watched.clients.retain(|host, _| hosts.contains(host));
-        self.note_counting(key, &counted);
+        self.forget_clients(key);
         self.observe_pool(now, key);
+    }
+
+    /// Forgets whose connections have failed to endpoints of which nothing is counted any more.
+    fn forget_clients(&mut self, key: &PoolKey) {
+        let Some(watched) = self.pools.get_mut(key) else { return };
+        let detector = watched.detector.as_ref();
+        let counts = |host: &SocketAddr| detector.is_some_and(|detector| detector.counts(host));
+        let over: Vec<SocketAddr> = watched.clients.extract_if(|host, _| !counts(host)).map(|(host, _)| host).collect();
+        self.note_counting(key, &over);
     }
 
     /// Takes down of these endpoints whether the pool counts failures of them.
@@ -197,7 +207,10 @@ impl Health {
             let counts = detector.counts(&address);
             if counts || !causes.is_empty() {
                 let known = watched.clients.entry(address).or_insert(Clients { first: client, several: false });
-                known.several |= sign.is_failure() && known.first != client && known.first != 0 && client != 0;
+                if known.first == 0 {
+                    known.first = client;
+                }
+                known.several |= sign.is_failure() && client != 0 && known.first != client;
             }
             if !causes.is_empty() {
                 let clients = watched.clients.get(&address).copied();
@@ -254,6 +267,8 @@ impl Health {
                 warming.next = warming.next_step(now);
                 warmer.insert(key.clone());
             }
+            // Whoever is released begins anew.
+            self.forget_clients(&key);
             self.observe_pool(now, &key);
         }
         (events, warmer)
@@ -273,6 +288,16 @@ impl Health {
     /// The ejection of an endpoint, if its pool has ejected it.
     pub fn ejection(&self, pool: &PoolKey, address: &SocketAddr) -> Option<Ejection> {
         self.pools.get(pool)?.detector.as_ref()?.ejection(address)
+    }
+
+    /// The endpoints of a pool.
+    pub fn hosts_of(&self, key: &PoolKey) -> Vec<SocketAddr> {
+        self.pools.get(key).into_iter().flat_map(|watched| watched.hosts.values().flatten().copied()).collect()
+    }
+
+    /// Whether somebody looks after the pool, in either family.
+    pub fn knows(&self, key: &PoolKey) -> bool {
+        [false, true].into_iter().any(|v6| self.pools.contains_key(&PoolKey { v6, ..key.clone() }))
     }
 
     /// Connections to the pool's port, which is HTTP, carry something else: they are judged by themselves from now on. Whether that is new.
@@ -313,6 +338,12 @@ impl Health {
     /// What the next agent shall know of each pool.
     pub fn saved(&self, now: Instant) -> BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>> {
         let mut all = self.left.clone();
+        let since = self.left_at.map_or(Duration::ZERO, |(at, away)| away + now.saturating_duration_since(at));
+        for (_, saved) in all.values_mut().flatten() {
+            saved.ejected = saved.ejected.map(|(ago, cause)| (ago.saturating_add(since), cause));
+        }
+        // Of pools that have not come back for so long nothing is known any more.
+        all.retain(|_, hosts| hosts.iter().any(|(_, saved)| saved.ejected.is_some_and(|(ago, _)| ago < FORGOTTEN)));
         for key in &self.busy {
             let detector = self.pools.get(key).and_then(|watched| watched.detector.as_ref());
             let saved = detector.map(|detector| detector.saved(now)).unwrap_or_default();

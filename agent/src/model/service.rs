@@ -67,6 +67,8 @@ pub struct ServicePort {
     pub target: Target,
     /// Whether its name or `appProtocol` says that HTTP is spoken there.
     pub http: bool,
+    /// Whether that is HTTP/1, so that the status of a response can be seen.
+    pub http1: bool,
 }
 
 /// `targetPort`: the port itself, if nothing else is said.

@@ -241,7 +241,7 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
         limits.connect_timeout.or(scene.rules.mesh.connect_timeout).or(ejects.then_some(DEFAULT_CONNECT_TIMEOUT));
     let algorithm = algorithm(balancer.algorithm, &key, retention, findings);
     let groups = if algorithm == Algorithm::ConsistentHash { maglev::quotas(groups) } else { groups };
-    let http = view.as_ref().and_then(|view| view.port(&key)).is_some_and(|port| port.http);
+    let http = view.as_ref().and_then(|view| view.port(&key)).is_some_and(|port| port.http1);
     let judged_by = judged_by(policy.outlier.as_ref(), http && !scene.observed.not_http.contains(&key.both_families()));
     let pool = Pool {
         mode,
@@ -271,7 +271,7 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
 /// would count as failed after two minutes only.
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// On a port that is HTTP the responses say how an endpoint is, where a threshold counts them.
+/// On a port that is HTTP/1 the responses say how an endpoint is, where a threshold counts them.
 fn judged_by(outlier: Option<&OutlierDetection>, http: bool) -> JudgedBy {
     match outlier {
         Some(outlier) if http && (outlier.consecutive_errors > 0 || outlier.gateway_errors > 0) => JudgedBy::Status,

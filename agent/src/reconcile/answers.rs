@@ -27,11 +27,7 @@ impl Reconciler {
             Request::Sample(reply) => drop(reply.send(self.sample())),
             Request::Ready(reply) => drop(reply.send(self.ready())),
             Request::Events(reply) => drop(reply.send(self.journal.follow())),
-            Request::Order(order, reply) => {
-                let (said, changed) = self.take_order(&order);
-                let _ = reply.send(said);
-                return changed;
-            }
+            Request::Order(order, reply) => return self.take_order(&order, reply),
         }
         false
     }

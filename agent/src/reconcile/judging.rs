@@ -4,13 +4,17 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Result;
 use portolan_common::{OutcomeKind, Spoken};
 use rustix::time::{ClockId, clock_gettime};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::{
+    mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    oneshot,
+};
 
 use super::Reconciler;
 use crate::{
@@ -19,8 +23,8 @@ use crate::{
     health::{EventKind, Order, Reached, Sign},
     journal::Record,
     kept::{Keeper, Kept},
-    model::{Code, Finding, JudgedBy, Protocol},
-    policy::{PoolKey, Recompiled},
+    model::{Code, Finding, JudgedBy, Protocol, ServiceId},
+    policy::{Assignment, PoolKey, Recompiled},
     table,
 };
 
@@ -28,6 +32,8 @@ use crate::{
 const REMEMBERED: Duration = Duration::from_secs(600);
 /// Findings of this file that there are at most: of more, the latest.
 const MOST: usize = 200;
+/// Who gave an order waits for it to be kept, but no longer.
+const WRITTEN: Duration = Duration::from_secs(5);
 /// Failures that are made up for where outcomes were lost: more change nothing.
 const MADE_UP: u64 = 100;
 
@@ -44,9 +50,16 @@ pub(super) struct Judging {
     pub(super) named: UnboundedReceiver<Named>,
     /// What is spoken in place of HTTP/1, by pool.
     spoken: BTreeMap<PoolKey, u64>,
-    /// Pools whose responses are looked at, and whether the program that does it is attached.
-    watched: HashSet<PoolKey>,
+    /// Services whose responses are looked at, and whether the program that does it is attached.
+    watched: HashSet<ServiceId>,
     watching: Option<bool>,
+    /// Why it is not.
+    unwatched: Option<Finding>,
+    /// Whose network namespaces were looked for, and what was found; whether somebody is looking.
+    names: HashMap<u64, Option<String>>,
+    naming: bool,
+    /// When this agent began, on CLOCK_MONOTONIC.
+    began: Duration,
     /// Failures of each backend id that were told, and outcomes that were lost, when it was last looked at.
     heard: HashMap<u32, u64>,
     lost: u64,
@@ -55,13 +68,17 @@ pub(super) struct Judging {
     pub(super) failed_at: Option<Duration>,
     /// Whether there is something new to keep.
     pub(super) dirty: bool,
+    /// Orders that were taken, and who is to be told.
+    orders: Vec<(String, oneshot::Sender<Result<String, String>>)>,
 }
 
 /// A network namespace, named for people.
 pub(super) struct Named {
     pool: PoolKey,
     endpoint: SocketAddr,
-    message: String,
+    said: String,
+    client: u64,
+    name: Option<String>,
 }
 
 impl Judging {
@@ -80,11 +97,16 @@ impl Judging {
             spoken,
             watched: HashSet::new(),
             watching: None,
+            unwatched: None,
+            names: HashMap::new(),
+            naming: false,
+            began: monotonic(),
             heard,
             lost: 0,
             keeper,
             failed_at: None,
             dirty: false,
+            orders: Vec::new(),
         }
     }
 
@@ -104,7 +126,9 @@ impl Reconciler {
     pub(super) fn take_outcomes(&mut self, outcomes: &[Outcome]) -> bool {
         let now = Instant::now();
         let mut changed = false;
-        for outcome in outcomes {
+        // What happened while no agent was there is nobody's news.
+        let began = self.judging.began;
+        for outcome in outcomes.iter().filter(|outcome| outcome.at >= began) {
             let Some(pools) = self.pools.get(&outcome.frontend_id).cloned() else { continue };
             if outcome.kind == OutcomeKind::NotHttp {
                 changed |= self.take_spoken(&pools, outcome);
@@ -121,7 +145,10 @@ impl Reconciler {
                 }
             }
         }
-        changed |= self.make_up(now);
+        // What is still in the ring buffer has been counted, and will be heard.
+        if outcomes.len() < super::OUTCOMES_AT_ONCE {
+            changed |= self.make_up(now);
+        }
         // Each endpoint once, after all its outcomes: while no pool counts failures of it, its successes are of no interest.
         let endpoints: HashSet<SocketAddr> = outcomes.iter().map(|outcome| outcome.backend).collect();
         for endpoint in endpoints {
@@ -159,7 +186,6 @@ impl Reconciler {
         if !self.used_by_others(&reached.address, client) {
             return self.eject(now, &pool, reached);
         }
-        let waiting = self.judging.suspects.get(&reached.address).is_some();
         if matches!(sign, Sign::Status(_) | Sign::Broken) {
             self.tell_unconfirmed(now, pool, reached, "that connections are established says nothing of it");
         } else if self.is_frontend(&reached.address) {
@@ -170,8 +196,13 @@ impl Reconciler {
                 "the agent cannot dial it, for its address is a Service's as well",
             );
         } else {
-            self.judging.suspects.entry(reached.address).or_default().push((pool, reached));
-            if !waiting {
+            let waiting = self.judging.suspects.entry(reached.address).or_default();
+            let first = waiting.is_empty();
+            // A pool that reaches the threshold again waits already.
+            if waiting.iter().all(|(waits, _)| *waits != pool) {
+                waiting.push((pool, reached));
+            }
+            if first {
                 self.judging.witness.ask(reached.address);
             }
         }
@@ -216,36 +247,47 @@ impl Reconciler {
         self.accounts.count_unconfirmed(&pool);
         let record = Record::of_pool(&pool, endpoint, Record::UNCONFIRMED, said.clone());
         self.journal.add(Record { client_netns: Some(client), ..record });
-        let is_known = self.judging.findings.contains_key(&(pool.clone(), endpoint, Code::NotConfirmed));
-        let message = format!("{said}; the pod has network namespace {client}");
-        if is_known {
-            if let Some((at, _)) = self.judging.findings.get_mut(&(pool, endpoint, Code::NotConfirmed)) {
-                *at = now;
-            }
+        let named = self.judging.names.get(&client).cloned();
+        let whose = named.clone().flatten().map_or_else(
+            || format!("the pod has network namespace {client}"),
+            |name| format!("the pod is that of {name}"),
+        );
+        let message = format!("{said}; {whose}");
+        let key = (pool.clone(), endpoint, Code::NotConfirmed);
+        self.changes.findings |= !self.judging.findings.contains_key(&key);
+        self.judging.find(now, &pool, endpoint, Code::NotConfirmed, message);
+        if named.is_some() || std::mem::replace(&mut self.judging.naming, true) {
             return;
         }
-        self.judging.find(now, &pool, endpoint, Code::NotConfirmed, message);
-        self.changes.findings = true;
         let namer = self.judging.namer.clone();
         tokio::task::spawn_blocking(move || {
-            if let Some(name) = name_namespace(client) {
-                // An error means that the agent is ending.
-                let _ = namer.send(Named { pool, endpoint, message: format!("{said}; the pod is that of {name}") });
-            }
+            // An error means that the agent is ending.
+            let _ = namer.send(Named { pool, endpoint, said, client, name: name_namespace(client) });
         });
     }
 
     /// It is known whose network namespace it is.
     pub(super) fn take_name(&mut self, named: Named) {
-        tracing::warn!("{}", named.message);
-        self.judging.find(Instant::now(), &named.pool, named.endpoint, Code::NotConfirmed, named.message);
+        let Named { pool, endpoint, said, client, name } = named;
+        self.judging.naming = false;
+        if self.judging.names.len() >= MOST {
+            self.judging.names.clear();
+        }
+        if let Some(name) = &name {
+            let message = format!("{said}; the pod is that of {name}");
+            tracing::warn!("{message}");
+            self.judging.find(Instant::now(), &pool, endpoint, Code::NotConfirmed, message);
+        }
+        self.judging.names.insert(client, name);
     }
 
     /// Whether pods of other network namespaces than this one use an endpoint.
     fn used_by_others(&self, endpoint: &SocketAddr, client: u64) -> bool {
         let since = u64::try_from(monotonic().saturating_sub(LATELY).as_nanos()).unwrap_or(u64::MAX);
-        let uses = self.layout.backend_id(endpoint).and_then(|id| self.datapath.maps.backend_use(id).ok());
-        uses.is_some_and(|uses| uses.used_by_others(client, since))
+        let Some(id) = self.layout.backend_id(endpoint) else { return false };
+        let lately = self.datapath.maps.backend_use(id).is_ok_and(|uses| uses.used_by_others(client, since));
+        // Connections that are open may be older, and anybody's.
+        lately || self.datapath.maps.backend_stats(id).is_ok_and(|stats| stats.active as i64 > 0)
     }
 
     fn is_frontend(&self, address: &SocketAddr) -> bool {
@@ -281,13 +323,43 @@ impl Reconciler {
 
     /// Something else than HTTP/1 comes back where that was expected.
     fn take_spoken(&mut self, pools: &[PoolKey], outcome: &Outcome) -> bool {
+        let own = self.health.pools_of(&outcome.backend);
         let mut changed = false;
-        for pool in pools {
-            let spoken = self.judging.spoken.entry(pool.both_families()).or_default();
-            *spoken |= u64::from(outcome.errno);
-            if self.health.not_http(pool) {
-                self.changes.services.insert(pool.service.clone());
-                changed = true;
+        for pool in pools.iter().filter(|pool| own.contains(pool)) {
+            changed |= self.note_spoken(pool, u64::from(outcome.errno));
+        }
+        changed
+    }
+
+    /// One client or endpoint may speak whatever it likes: a pool of which valid responses were seen is HTTP/1.
+    fn note_spoken(&mut self, pool: &PoolKey, spoken: u64) -> bool {
+        let responded = self.health.hosts_of(pool).into_iter().any(|address| {
+            let uses = self.layout.backend_id(&address).and_then(|id| self.datapath.maps.backend_use(id).ok());
+            uses.is_some_and(|uses| uses.responses > 0)
+        });
+        if responded {
+            return false;
+        }
+        *self.judging.spoken.entry(pool.both_families()).or_default() |= spoken;
+        let new = self.health.not_http(pool);
+        if new {
+            self.changes.services.insert(pool.service.clone());
+            self.changes.findings = true;
+        }
+        new
+    }
+
+    /// What was spoken before this agent began is in the kernel's counters of pools. Whether that changes a service.
+    pub(super) fn recall_spoken(&mut self, recompiled: &[Recompiled]) -> bool {
+        let assignments = recompiled.iter().flat_map(|service| &service.after);
+        let pools = assignments.flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
+        let watched: Vec<PoolKey> =
+            pools.filter(|pool| pool.judged_by == JudgedBy::Status).map(|pool| pool.key.clone()).collect();
+        let mut changed = false;
+        for pool in watched {
+            let place = self.layout.pool(&pool).and_then(|(id, _)| self.datapath.maps.pool_stats(id).ok());
+            if let Some(stats) = place.filter(|stats| stats.spoken != 0) {
+                changed |= self.note_spoken(&pool, stats.spoken);
             }
         }
         changed
@@ -296,7 +368,7 @@ impl Reconciler {
     /// What is known of pools whose connections carry something else than HTTP/1; and all else that this file has found.
     pub(super) fn findings_of_health(&self) -> Vec<Finding> {
         let now = Instant::now();
-        let of_pools = self.judging.spoken.iter().map(|(pool, spoken)| {
+        let of_pools = self.judging.spoken.iter().filter(|(pool, _)| self.health.knows(pool)).map(|(pool, spoken)| {
             let what = if spoken & Spoken::TLS != 0 {
                 "TLS"
             } else if spoken & Spoken::HTTP2 != 0 {
@@ -334,24 +406,37 @@ impl Reconciler {
             );
             Finding::new(Code::ByHand, format!("Service {}", drain.service), message)
         });
-        of_pools.chain(lately.map(|(_, finding)| finding.clone())).chain(ejected).chain(drained).collect()
+        let unwatched = self.judging.unwatched.clone();
+        of_pools
+            .chain(unwatched)
+            .chain(lately.map(|(_, finding)| finding.clone()))
+            .chain(ejected)
+            .chain(drained)
+            .collect()
     }
 
-    /// Takes an order by hand; what was done, or why it was not, and whether that changes anything.
-    pub(super) fn take_order(&mut self, order: &Order) -> (Result<String, String>, bool) {
-        if let Some(wrong) = self.makes_no_sense(order) {
-            return (Err(wrong), false);
+    /// Takes an order by hand; whether it changes anything. Who gave it is told once it is in force and kept.
+    pub(super) fn take_order(&mut self, order: &Order, reply: oneshot::Sender<Result<String, String>>) -> bool {
+        let said = match self.makes_no_sense(order) {
+            Some(wrong) => Err(wrong),
+            None => self.health.order(order, SystemTime::now()),
+        };
+        match said {
+            Err(wrong) => {
+                // Where the one who asked has gone away, the answer is for nobody.
+                let _ = reply.send(Err(wrong));
+                false
+            }
+            Ok(message) => {
+                let endpoint = match order {
+                    Order::Eject { endpoint, .. } | Order::Restore { endpoint } => Some(endpoint.to_string()),
+                    _ => None,
+                };
+                self.tell_order(message.clone(), endpoint);
+                self.judging.orders.push((message, reply));
+                true
+            }
         }
-        let said = self.health.order(order, SystemTime::now());
-        if let Ok(message) = &said {
-            let endpoint = match order {
-                Order::Eject { endpoint, .. } | Order::Restore { endpoint } => Some(endpoint.to_string()),
-                _ => None,
-            };
-            self.tell_order(message.clone(), endpoint);
-        }
-        let changed = said.is_ok();
-        (said, changed)
     }
 
     /// Why an order would concern nobody.
@@ -392,23 +477,29 @@ impl Reconciler {
 
     /// Attaches the program that sees packets while a pool wants it, and takes it off after.
     pub(super) fn watch_packets(&mut self, recompiled: &[Recompiled], whole: bool) {
-        let pools = |assignments: &[std::sync::Arc<crate::policy::Assignment>]| -> Vec<PoolKey> {
-            let pools = assignments.iter().flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
-            pools.filter(|pool| pool.judged_by == JudgedBy::Status).map(|pool| pool.key.clone()).collect()
+        let is_watched = |assignment: &Arc<Assignment>| {
+            assignment.routes.iter().any(|route| route.pool.judged_by == JudgedBy::Status)
         };
         if whole {
-            self.judging.watched = pools(&self.compiler.verdict().assignments).into_iter().collect();
+            let all = self.compiler.verdict().assignments;
+            let watched = all.iter().filter(|assignment| is_watched(assignment));
+            self.judging.watched = watched.map(|assignment| assignment.service.clone()).collect();
         }
         for service in recompiled {
-            let before = pools(&service.before);
-            self.judging.watched.retain(|pool| !before.contains(pool));
-            self.judging.watched.extend(pools(&service.after));
+            if service.after.iter().any(is_watched) {
+                self.judging.watched.insert(service.service.clone());
+            } else {
+                self.judging.watched.remove(&service.service);
+            }
         }
         let wanted = !self.judging.watched.is_empty();
         if self.attached && self.judging.watching != Some(wanted) {
             match self.datapath.watch_responses(wanted) {
-                Ok(_) => self.judging.watching = Some(wanted),
-                Err(error) => tracing::error!("the status of responses is not seen: {error:#}"),
+                Ok(_) => (self.judging.watching, self.judging.unwatched) = (Some(wanted), None),
+                Err(error) => {
+                    let message = format!("the status of responses is not seen: {error:#}");
+                    self.judging.unwatched = Some(Finding::new(Code::KernelWrite, "Kernel", message));
+                }
             }
         }
     }
@@ -435,12 +526,37 @@ impl Reconciler {
         self.judging.lost = self.datapath.maps.counters().map_or(0, |counters| counters.events_lost);
     }
 
-    /// Has kept what the next agent shall know, if that is new.
+    /// Has kept what the next agent shall know, if that is new, and tells those who gave orders.
     pub(super) fn keep(&mut self) {
-        if std::mem::take(&mut self.judging.dirty) {
-            let pools = self.health.saved(Instant::now());
-            self.judging.keeper.keep(Kept::new(SystemTime::now(), pools, self.health.by_hand().clone()));
+        if !std::mem::take(&mut self.judging.dirty) {
+            return;
         }
+        let pools = self.health.saved(Instant::now());
+        let kept = self.judging.keeper.keep(Kept::new(SystemTime::now(), pools, self.health.by_hand().clone()));
+        let orders = std::mem::take(&mut self.judging.orders);
+        if orders.is_empty() {
+            return;
+        }
+        let unpublished = self.trouble.first().map(|finding| finding.message.clone());
+        tokio::spawn(async move {
+            let kept = tokio::time::timeout(WRITTEN, kept).await;
+            let lost = match kept {
+                Ok(Ok(Ok(()))) => None,
+                Ok(Ok(Err(error))) => Some(error),
+                _ => Some("it takes too long".to_owned()),
+            };
+            for (message, reply) in orders {
+                let published = unpublished.iter().map(|why| format!("; but the kernel has not taken it yet: {why}"));
+                let lost =
+                    lost.iter().map(|why| format!("; but it will be forgotten at a restart of the agent: {why}"));
+                let _ = reply.send(Ok(message + &published.chain(lost).collect::<String>()));
+            }
+        });
+    }
+
+    /// A backend id has another endpoint: what was heard of the former one is nobody's.
+    pub(super) fn unhear(&mut self, id: u32) {
+        self.judging.heard.remove(&id);
     }
 }
 

@@ -209,8 +209,11 @@ impl Reconciler {
                 }
                 failed = logs => return failed,
             };
-            if changed && self.store.synced() && !self.changes.is_empty() {
-                self.publish()?;
+            if changed && self.store.synced() {
+                // Twice where publishing finds out something more.
+                while !self.changes.is_empty() {
+                    self.publish()?;
+                }
             }
             self.keep();
         }
@@ -293,6 +296,11 @@ impl Reconciler {
             self.count_frontends();
         }
         self.accounts.before(&ops, &self.datapath.maps);
+        for op in &ops {
+            if let Op::SetBackend(id, _) = op {
+                self.unhear(*id);
+            }
+        }
         if let Err(error) = self.datapath.maps.apply(&ops) {
             let message = format!("{error:#}; tried again soon");
             self.trouble.push(Finding::new(Code::KernelWrite, "Kernel", message));
@@ -315,6 +323,8 @@ impl Reconciler {
         }
         self.index_pools(&recompiled, whole);
         self.watch_packets(&recompiled, whole);
+        // What changes with it is published next.
+        self.recall_spoken(&recompiled);
         if !self.attached && self.may_attach() {
             let replaces = self.datapath.replaces_another();
             self.datapath.attach()?;

@@ -23,6 +23,8 @@ impl Reconciler {
                 .findings()
                 .into_iter()
                 .chain(self.client_findings.clone())
+                .chain(self.start_findings.clone())
+                .chain(self.findings_of_health())
                 .chain(self.trouble.clone())
                 .chain(self.crowded.clone())
                 .collect();

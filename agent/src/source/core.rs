@@ -119,7 +119,8 @@ fn service_port(at: &str, port: &ApiPort) -> Result<ServicePort, Invalid> {
     // Istio's protocol selection: `appProtocol`, or else the name up to its first dash.
     let spoken = port.app_protocol.as_deref().unwrap_or(name.split('-').next().unwrap_or_default());
     let http = matches!(spoken.to_ascii_lowercase().as_str(), "http" | "http2" | "grpc" | "kubernetes.io/h2c");
-    Ok(ServicePort { name, port: number, protocol, target, http })
+    let http1 = spoken.eq_ignore_ascii_case("http");
+    Ok(ServicePort { name, port: number, protocol, target, http, http1 })
 }
 
 fn addresses(context: &mut Context<'_>, spec: &ServiceSpec) -> Result<Vec<IpAddr>, Invalid> {

@@ -166,7 +166,8 @@ fn service_port(at: &str, spec: PortSpec) -> Result<ServicePort, Invalid> {
         other => return Err(invalid(format!("{at}.protocol"), format!("{other:?} is no protocol"))),
     };
     let target = Target::Number(spec.target_port.filter(|target| *target != 0).unwrap_or(spec.number));
-    Ok(ServicePort { name: spec.name, port: spec.number, protocol, target, http })
+    let http1 = spec.protocol.eq_ignore_ascii_case("http");
+    Ok(ServicePort { name: spec.name, port: spec.number, protocol, target, http, http1 })
 }
 
 fn workload(context: &Context<'_>, at: &str, spec: WorkloadSpec) -> Result<Workload, Invalid> {
