@@ -1,4 +1,4 @@
-//! Many endpoints fail at once: a twentieth of a mesh.
+//! Endpoints that fail one after the other, and many at once: a twentieth of a mesh.
 
 use std::{
     net::SocketAddr,
@@ -20,6 +20,8 @@ use crate::{files::memory, progress, world::spent};
 const ENDPOINTS: u32 = 10;
 const GOOD: u16 = 9080;
 const BAD: u16 = 9081;
+/// Nobody ever listens there.
+const DEAD: u16 = 9082;
 /// No agent takes longer.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -35,10 +37,11 @@ pub(crate) struct Failing {
     /// Connections that were made meanwhile and a little after, and those of them that failed.
     pub(crate) connections: u64,
     pub(crate) failed: u64,
-    /// Milliseconds from a failure in the kernel to the table without the endpoint: half of them were at most so long, and 99 of 100, by the
-    /// bounds of the agent's histogram.
-    pub(crate) half: f64,
-    pub(crate) nearly_all: f64,
+    /// Milliseconds from a failure in the kernel to the table without the endpoint, by the bounds of the agent's histogram, within which half
+    /// of them lie and 99 of 100: of those that fail at once, and of as many as `single` that fail one after the other on an idle machine.
+    pub(crate) within: [f64; 2],
+    pub(crate) single: u32,
+    pub(crate) single_within: [f64; 2],
     /// Seconds of processor time of the agent, and its memory before and after, MiB.
     pub(crate) spent: f64,
     pub(crate) mib: [f64; 2],
@@ -46,7 +49,7 @@ pub(crate) struct Failing {
 
 /// So many services with ten endpoints each; of half of them one fails.
 pub(crate) fn run(services: u32) -> Result<Failing> {
-    let failing = services / 2;
+    let (failing, single) = (services / 2, services / 5);
     progress(&format!("{failing} of {} endpoints fail at once", services * ENDPOINTS));
     let bed = Bed::named("failing")?;
     bed.namespace.ip(&["route", "add", "local", "10.0.0.0/8", "dev", "lo"])?;
@@ -66,7 +69,8 @@ pub(crate) fn run(services: u32) -> Result<Failing> {
         objects.push(plain(service(&name, &[&std::net::Ipv4Addr::from(frontend).to_string()], 80)));
         let address = |e: u32| std::net::Ipv4Addr::from(0x0a00_0000 + i * 16 + e).to_string();
         let all: Vec<String> = (0..ENDPOINTS).map(address).collect();
-        let fails = usize::from(i < failing);
+        let fails = usize::from(i < failing + single);
+        let port = if i < failing { BAD } else { DEAD };
         let listed = |part: &[String], port: u16, more: &str| {
             let endpoints: Vec<(&str, &str, &str)> = part.iter().map(|address| (address.as_str(), "n1", "")).collect();
             let mut slice = plain(slice(&name, port, &endpoints));
@@ -75,31 +79,45 @@ pub(crate) fn run(services: u32) -> Result<Failing> {
         };
         objects.push(listed(&all[fails..], GOOD, "good"));
         if fails > 0 {
-            objects.push(listed(&all[..fails], BAD, "bad"));
+            objects.push(listed(&all[..fails], port, "bad"));
         }
     }
     directory.write("c1/all.yaml", &objects)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
     let own = agent.process.id();
     let mib = || memory(own, "RssAnon:").context("the agent has ended");
+    // One after the other: each of these services has its turn, and one of its ten endpoints refuses.
+    let mut client = bed.dialler()?;
+    for frontend in &frontends[failing as usize..(failing + single) as usize] {
+        client.dial(&frontend.to_string(), ENDPOINTS)?;
+    }
+    wait_until("those to be ejected", LIMIT, || {
+        let ejected = metric(&agent, "portolan_ejected_endpoints")?;
+        ensure!(ejected >= f64::from(single), "{ejected}");
+        Ok(())
+    })?;
+    let one_by_one = agent.http("/metrics")?.1;
     let before = (mib()?, spent(own)?);
     // Every service leads to the same server, whatever its number.
     let load = Load::start_with(bed.place(), &frontends, u64::MAX, None, 2)?;
     wait_until("connections to come", LIMIT, || {
         let opened = metric(&agent, "istio_tcp_connections_opened_total")?;
-        ensure!(opened > f64::from(services), "{opened}");
+        ensure!(opened > 2.0 * f64::from(services), "{opened}");
         Ok(())
     })?;
     let began = Instant::now();
     drop(bad);
-    while metric(&agent, "portolan_ejected_endpoints")? < f64::from(failing) {
+    while metric(&agent, "portolan_ejected_endpoints")? < f64::from(failing + single) {
         ensure!(began.elapsed() < LIMIT, "not all are ejected after {LIMIT:?}");
         std::thread::park_timeout(Duration::from_millis(2));
     }
     let until = began.elapsed().as_secs_f64() * 1e3;
     let summary = load.stop()?;
     let text = agent.http("/metrics")?.1;
-    let within = |part: f64| quantile(&text, "portolan_ejection_seconds", part).map(|seconds| seconds * 1e3);
+    let within = |after: &str, before: &str| -> Result<[f64; 2]> {
+        let of = |part| quantile(after, before, "portolan_ejection_seconds", part).context("no histogram");
+        Ok([of(0.5)? * 1e3, of(0.99)? * 1e3])
+    };
     Ok(Failing {
         services,
         endpoints: services * ENDPOINTS,
@@ -107,8 +125,9 @@ pub(crate) fn run(services: u32) -> Result<Failing> {
         until,
         connections: summary.good + summary.bad,
         failed: summary.bad,
-        half: within(0.5).context("no histogram")?,
-        nearly_all: within(0.99).context("no histogram")?,
+        within: within(&text, &one_by_one)?,
+        single,
+        single_within: within(&one_by_one, "")?,
         spent: (spent(own)? - before.1) / 1e9,
         mib: [before.0, mib()?],
     })
@@ -121,17 +140,24 @@ fn metric(agent: &Agent, name: &str) -> Result<f64> {
     Ok(lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
 }
 
-/// The bound of the histogram's bucket within which this part of all lies.
-fn quantile(text: &str, name: &str, part: f64) -> Option<f64> {
+/// The bound of the histogram's bucket within which this part of all lies that came between two moments.
+fn quantile(after: &str, before: &str, name: &str, part: f64) -> Option<f64> {
+    let (after, before) = (buckets(after, name), buckets(before, name));
+    let count = |i: usize| Some(after.get(i)?.1 - before.get(i).map_or(0.0, |(_, count)| *count));
+    let total = count(after.len().checked_sub(1)?)?;
+    let found = (0..after.len()).find(|i| count(*i).is_some_and(|count| total > 0.0 && count >= part * total))?;
+    Some(after[found].0)
+}
+
+/// Bounds and counts of a histogram.
+fn buckets(text: &str, name: &str) -> Vec<(f64, f64)> {
     let prefix = format!("{name}_bucket{{le=\"");
     let buckets = text.lines().filter_map(|line| {
         let (bound, count) = line.strip_prefix(&prefix)?.split_once("\"} ")?;
         let bound = if bound == "+Inf" { f64::INFINITY } else { bound.parse().ok()? };
         Some((bound, count.parse::<f64>().ok()?))
     });
-    let buckets: Vec<(f64, f64)> = buckets.collect();
-    let total = buckets.last()?.1;
-    buckets.into_iter().find(|(_, count)| *count >= part * total).map(|(bound, _)| bound)
+    buckets.collect()
 }
 
 #[cfg(test)]
@@ -141,9 +167,9 @@ mod tests {
     #[test]
     fn quantiles_of_a_histogram() {
         let text = "x_bucket{le=\"0.001\"} 5\nx_bucket{le=\"0.005\"} 10\nx_bucket{le=\"+Inf\"} 10\n";
-        assert_eq!(
-            (quantile(text, "x", 0.5), quantile(text, "x", 0.99), quantile(text, "y", 0.5)),
-            (Some(0.001), Some(0.005), None)
-        );
+        assert_eq!(quantile(text, "", "x", 0.5), Some(0.001));
+        assert_eq!(quantile(text, "", "x", 0.99), Some(0.005));
+        assert_eq!(quantile(text, "", "y", 0.5), None);
+        assert_eq!(quantile(text, "x_bucket{le=\"0.001\"} 5\nx_bucket{le=\"0.005\"} 5\n", "x", 0.5), Some(0.005));
     }
 }

@@ -32,6 +32,8 @@ use crate::{
 const REMEMBERED: Duration = Duration::from_secs(600);
 /// Findings of this file that there are at most: of more, the latest.
 const MOST: usize = 200;
+/// What outlives the agent is written no more often than this.
+const BETWEEN: Duration = Duration::from_millis(200);
 /// Who gave an order waits for it to be kept, but no longer.
 const WRITTEN: Duration = Duration::from_secs(5);
 /// Failures that are made up for where outcomes were lost: more change nothing.
@@ -66,8 +68,9 @@ pub(super) struct Judging {
     keeper: Keeper,
     /// When the first failure happened that has led to an ejection which is not published yet, on CLOCK_MONOTONIC.
     pub(super) failed_at: Option<Duration>,
-    /// Whether there is something new to keep.
+    /// Whether there is something new to keep, and when the last was given away.
     pub(super) dirty: bool,
+    kept_at: Option<Instant>,
     /// Orders that were taken, and who is to be told.
     orders: Vec<(String, oneshot::Sender<Result<String, String>>)>,
 }
@@ -106,8 +109,15 @@ impl Judging {
             keeper,
             failed_at: None,
             dirty: false,
+            kept_at: None,
             orders: Vec::new(),
         }
+    }
+
+    /// When there is something to be kept: in a storm of ejections, not after each of them.
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        let at = || self.kept_at.map_or_else(Instant::now, |last| last + BETWEEN);
+        self.dirty.then(at)
     }
 
     fn find(&mut self, now: Instant, pool: &PoolKey, endpoint: SocketAddr, code: Code, message: String) {
@@ -528,10 +538,12 @@ impl Reconciler {
 
     /// Has kept what the next agent shall know, if that is new, and tells those who gave orders.
     pub(super) fn keep(&mut self) {
-        if !std::mem::take(&mut self.judging.dirty) {
+        let now = Instant::now();
+        if self.judging.orders.is_empty() && self.judging.poll_timeout().is_none_or(|at| at > now) {
             return;
         }
-        let pools = self.health.saved(Instant::now());
+        (self.judging.dirty, self.judging.kept_at) = (false, Some(now));
+        let pools = self.health.saved(now);
         let kept = self.judging.keeper.keep(Kept::new(SystemTime::now(), pools, self.health.by_hand().clone()));
         let orders = std::mem::take(&mut self.judging.orders);
         if orders.is_empty() {

@@ -169,7 +169,8 @@ impl Reconciler {
     ) -> Result<()> {
         loop {
             let sweep = self.health.poll_timeout();
-            let wake = [sweep, self.retry, self.closing.poll_timeout()].into_iter().flatten().min();
+            let keep = self.judging.poll_timeout();
+            let wake = [sweep, self.retry, self.closing.poll_timeout(), keep].into_iter().flatten().min();
             let wake = async {
                 match wake {
                     Some(at) => tokio::time::sleep_until(at.into()).await,

@@ -125,9 +125,8 @@ impl Report {
             add(what, "≤ 5 ms".to_owned(), format!("{} ms", of_median(own.last, 1)), Verdict::at_most(own.last, 5.0));
         }
         if let Some(failing) = &self.failing {
-            let what =
-                format!("from a failure to the table without the endpoint, p99, {} endpoints at once", failing.failing);
-            let within = failing.nearly_all;
+            let what = format!("from a failure to the table without the endpoint, p99 of {}", failing.single);
+            let within = failing.single_within[1];
             add(what, "≤ 5 ms".to_owned(), format!("within {within:.1} ms"), Verdict::of(within <= 5.0));
         }
         if let Some(last) = self.agents.last() {

@@ -89,7 +89,8 @@ impl Report {
             check(program.program.to_owned(), program.runs > 0 && program.mean > 0.0);
         }
         if let Some(failing) = &self.failing {
-            let sound = failing.until > 0.0 && failing.nearly_all > 0.0 && failing.failed >= u64::from(failing.failing);
+            let times = failing.within.iter().chain(&failing.single_within).all(|time| time.is_finite() && *time > 0.0);
+            let sound = failing.until > 0.0 && times && failing.failed >= u64::from(failing.failing);
             check(format!("{} endpoints fail", failing.failing), sound && failing.connections > failing.failed);
         }
         for away in &self.away {
@@ -403,18 +404,20 @@ impl Report {
 }
 
 fn section_of_failing(failing: &Failing) -> Section {
-    let Failing { until, half, nearly_all, spent, mib, .. } = failing;
+    let Failing { until, within, single_within, spent, mib, .. } = failing;
     Section {
         title: "Many endpoints fail at once",
         about: format!(
-            "{} endpoints of {} in {} services refuse from one moment on, while two threads dial all services in turn as fast as they can; the first failure ejects. Milliseconds until the last is ejected: each must be dialled before. From a failure in the kernel to the table without the endpoint: the bounds, in the agent's histogram, within which half of them and 99 of 100 are.",
-            failing.failing, failing.endpoints, failing.services
+            "{} endpoints of {} in {} services refuse from one moment on, while two threads dial all services in turn as fast as they can; the first failure ejects. Milliseconds until the last is ejected: each must be dialled before. From a failure in the kernel to the table without the endpoint: the bounds, in the agent's histogram, within which half of them and 99 of 100 are; and the same of {} that are found to fail one after the other before, while the machine has nothing else to do.",
+            failing.failing, failing.endpoints, failing.services, failing.single
         ),
         header: words(&[
             "all ejected, ms",
             "connections",
             "failed",
             "ejected within, half, ms",
+            "99 %, ms",
+            "one by one, half, ms",
             "99 %, ms",
             "agent's processor time, s",
             "its memory, MiB",
@@ -423,8 +426,10 @@ fn section_of_failing(failing: &Failing) -> Section {
             format!("{until:.0}"),
             failing.connections.to_string(),
             failing.failed.to_string(),
-            format!("{half:.1}"),
-            format!("{nearly_all:.1}"),
+            format!("{:.1}", within[0]),
+            format!("{:.1}", within[1]),
+            format!("{:.1}", single_within[0]),
+            format!("{:.1}", single_within[1]),
             format!("{spent:.2}"),
             format!("{:.1}, then {:.1}", mib[0], mib[1]),
         ]],
