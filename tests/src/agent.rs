@@ -125,6 +125,8 @@ impl Bed {
         ];
         let own = own.iter().filter(|(flag, _)| !more.contains(flag));
         command.args(own.flat_map(|(flag, value)| [*flag, value])).args(more);
+        // What a former agent of this node has logged is not this one's.
+        let _ = fs::remove_file(&log);
         let out = File::options().create(true).append(true).open(&log)?;
         command.stderr(out.try_clone()?).stdout(out);
         // The agent runs on the node, outside the cgroup of the pods.
