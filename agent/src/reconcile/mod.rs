@@ -3,6 +3,7 @@
 mod answers;
 mod closing;
 mod judging;
+mod orders;
 mod probing;
 mod telling;
 
