@@ -188,7 +188,9 @@ impl Reconciler {
     /// An endpoint has failed as often as its pool allows. Whether it is ejected at once.
     fn judge(&mut self, now: Instant, pool: PoolKey, reached: Reached, sign: Sign) -> bool {
         let Some(client) = reached.client else { return self.eject(now, &pool, reached) };
-        if !self.used_by_others(&reached.address, client) {
+        // A response comes on a connection that is open, which is the client's own.
+        let own_is_open = matches!(sign, Sign::Status(_) | Sign::Broken);
+        if !self.used_by_others(&reached.address, client, own_is_open) {
             return self.eject(now, &pool, reached);
         }
         if matches!(sign, Sign::Status(_) | Sign::Broken) {
@@ -287,12 +289,12 @@ impl Reconciler {
     }
 
     /// Whether pods of other network namespaces than this one use an endpoint.
-    fn used_by_others(&self, endpoint: &SocketAddr, client: u64) -> bool {
+    fn used_by_others(&self, endpoint: &SocketAddr, client: u64, own_is_open: bool) -> bool {
         let since = u64::try_from(monotonic().saturating_sub(LATELY).as_nanos()).unwrap_or(u64::MAX);
         let Some(id) = self.layout.backend_id(endpoint) else { return false };
         let lately = self.datapath.maps.backend_use(id).is_ok_and(|uses| uses.used_by_others(client, since));
         // Connections that are open may be older, and anybody's.
-        lately || self.datapath.maps.backend_stats(id).is_ok_and(|stats| stats.active as i64 > 0)
+        lately || !own_is_open && self.datapath.maps.backend_stats(id).is_ok_and(|stats| stats.active as i64 > 0)
     }
 
     fn is_frontend(&self, address: &SocketAddr) -> bool {

@@ -282,6 +282,13 @@ fn blackhole(world: &mut World, report: &mut Report) -> Result<()> {
 
 /// What listens is not always well. For each way: failed pages, and the time until the last of them.
 fn sick(world: &mut World, report: &mut Report) -> Result<()> {
+    let played = play_sick(world, report);
+    // Nobody is left who is not well, whatever came of it.
+    world.scale(HANGZHOU, "reviews", "v1", 0)?;
+    played
+}
+
+fn play_sick(world: &mut World, report: &mut Report) -> Result<()> {
     let policy = reviews_policy(&json!({"maxEjectionPercent": 100, "consecutive5xxErrors": 2}));
     for (how, about, early) in [
         ("errors", "every answer is a 500", false),
