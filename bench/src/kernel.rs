@@ -48,7 +48,7 @@ pub(crate) struct Program {
 }
 
 /// Programs that run on requests and datagrams; getpeername takes a call of its own.
-const PROGRAMS: [&str; 5] = ["connect4", "sock_ops", "received", "sendmsg4", "recvmsg4"];
+const PROGRAMS: [&str; 4] = ["connect4", "sock_ops", "sendmsg4", "recvmsg4"];
 
 /// So many connections each: one service with 1, 2 and more threads, which share its cursor; and more services, over all of them in turn.
 pub(crate) fn run(services: &[u32], connections: u64) -> Result<Vec<InKernel>> {
