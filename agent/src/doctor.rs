@@ -78,6 +78,11 @@ pub fn diagnose(facts: &Facts, agent: Option<Result<(), String>>) -> Diagnosis {
     let mut checks = Checks::default();
     kernel(&mut checks, facts);
     machine(&mut checks, facts);
+    if !facts.is_root {
+        // Nothing can be said of what cannot be seen.
+        return Diagnosis { checks: checks.0, programs: Vec::new(), maps: Vec::new() };
+    }
+    sockets(&mut checks, facts);
     programs(&mut checks, facts);
     neighbours(&mut checks, facts);
     running(&mut checks, facts, agent);
@@ -126,15 +131,6 @@ fn kernel(checks: &mut Checks, facts: &Facts) {
         Ok(()) => checks.ok("BTF", "the kernel describes its types"),
         Err(error) => checks.add("BTF", State::Error, error.to_string(), "use a kernel with CONFIG_DEBUG_INFO_BTF"),
     }
-    match &facts.sockets {
-        Ok(()) => checks.ok("sock_diag", "sockets can be listed and ended"),
-        Err(error) => checks.add(
-            "sock_diag",
-            State::Warning,
-            format!("{error}: connections to what is gone, idle or too old go on"),
-            "load the modules tcp_diag and udp_diag, or use a kernel with CONFIG_INET_DIAG_DESTROY",
-        ),
-    }
     for (kind, place) in &facts.network_mounts {
         if version(kernel).is_some_and(|version| version < KERNEL_CLIENTS) {
             checks.add(
@@ -151,13 +147,20 @@ fn machine(checks: &mut Checks, facts: &Facts) {
     if facts.is_root {
         checks.ok("rights", "root");
     } else {
-        checks.add("rights", State::Error, "not root: programs cannot be loaded, nor looked at", "run as root");
+        checks.add(
+            "rights",
+            State::Error,
+            "not root: programs cannot be loaded; those that are there, their maps and the agent were not looked at",
+            "run as root",
+        );
     }
     match &facts.cgroup {
         Ok((path, _)) => checks.ok("cgroup", path.display().to_string()),
         Err(error) => checks.add("cgroup", State::Error, error.to_string(), "give one with --cgroup"),
     }
-    if facts.bpffs {
+    if !facts.is_root {
+        // Nor can its folder be looked into.
+    } else if facts.bpffs {
         checks.ok("bpffs", "mounted");
     } else {
         checks.add(
@@ -166,6 +169,18 @@ fn machine(checks: &mut Checks, facts: &Facts) {
             "the folder for the pins is on no bpffs",
             "mount -t bpf bpf /sys/fs/bpf (an agent does it by itself), or give a folder with --bpffs",
         );
+    }
+}
+
+fn sockets(checks: &mut Checks, facts: &Facts) {
+    match &facts.sockets {
+        Ok(()) => checks.ok("sock_diag", "sockets can be listed and ended"),
+        Err(error) => checks.add(
+            "sock_diag",
+            State::Warning,
+            format!("{error}: connections to what is gone, idle or too old go on"),
+            "load the modules tcp_diag and udp_diag, or use a kernel with CONFIG_INET_DIAG_DESTROY",
+        ),
     }
 }
 
@@ -191,6 +206,18 @@ fn programs(checks: &mut Checks, facts: &Facts) {
         if !names.is_empty() {
             checks.add("programs", State::Error, format!("{}: {what}", names.join(", ")), remedy);
         }
+    }
+    let mixed = is(|program, _| program.of_another_set);
+    if !mixed.is_empty() {
+        checks.add(
+            "programs",
+            State::Warning,
+            format!(
+                "{}: of another set of maps than the current one; an agent was ended while it exchanged the programs. Connections are served; counts, limits and outcomes of new ones are not kept",
+                mixed.join(", ")
+            ),
+            "start an agent",
+        );
     }
     if checks.0.iter().all(|check| check.check != "programs") {
         checks.ok("programs", format!("all {} are attached", facts.programs.len()));
@@ -281,8 +308,13 @@ mod tests {
     use crate::datapath::Unsupported;
 
     fn facts() -> Facts {
-        let program =
-            |name: &str| ProgramFacts { name: name.to_owned(), verified: Some(100), bytes: Some(800), cgroup: Some(7) };
+        let program = |name: &str| ProgramFacts {
+            name: name.to_owned(),
+            verified: Some(100),
+            bytes: Some(800),
+            cgroup: Some(7),
+            of_another_set: false,
+        };
         Facts {
             kernel: "6.12.1-cloud".to_owned(),
             is_root: true,
@@ -335,9 +367,13 @@ mod tests {
             assert_eq!(with(cgroup), [("programs".to_owned(), State::Error)], "{cgroup:?}");
         }
         let unsupported = || Unsupported("no".to_owned());
-        let broken =
-            Facts { btf: Err(unsupported()), cgroup: Err(unsupported()), bpffs: false, is_root: false, ..facts() };
-        assert_eq!(states(&broken).iter().filter(|(_, state)| *state == State::Error).count(), 5);
+        let broken = Facts { btf: Err(unsupported()), cgroup: Err(unsupported()), bpffs: false, ..facts() };
+        assert_eq!(states(&broken).iter().filter(|(_, state)| *state == State::Error).count(), 4);
+        let mut mixed = facts();
+        mixed.programs[1].of_another_set = true;
+        assert_eq!(states(&mixed), [("programs".to_owned(), State::Warning)]);
+        // Of what cannot be seen, nothing is said.
+        assert_eq!(states(&Facts { is_root: false, bpffs: false, ..mixed }), [("rights".to_owned(), State::Error)]);
         let not_ready = diagnose(&facts(), Some(Err("not ready".to_owned())));
         assert!(not_ready.has_errors());
     }

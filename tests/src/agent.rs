@@ -14,7 +14,11 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::{Cgroup, Dialler, Directory, Namespace, Place, Process, binary, sweep, unique, wait_until};
+use crate::{
+    Cgroup, Dialler, Directory, Namespace, Place, Process, binary,
+    steps::{Steps, Watch},
+    sweep, unique, wait_until,
+};
 
 /// How long an agent may take to be ready: generous, for machines under load.
 const READY: Duration = Duration::from_secs(30);
@@ -112,7 +116,35 @@ impl Bed {
         node: &str,
         more: &[&str],
     ) -> Result<Agent> {
-        let log = self.files.scratch("agent.log");
+        let command = self.command(program, directory, cluster, node, more)?;
+        self.spawn(command)
+    }
+
+    /// Starts an agent that waits before each of its steps.
+    ///
+    /// # Errors
+    /// It cannot be started, or the kernel does not let it be watched.
+    pub fn start_watched(
+        &self,
+        program: &str,
+        directory: &Directory,
+        cluster: &str,
+        node: &str,
+    ) -> Result<(Agent, Steps)> {
+        let mut command = self.command(program, directory, cluster, node, &[])?;
+        let watch = Watch::before(&mut command)?;
+        let agent = self.spawn(command)?;
+        Ok((agent, watch.started()?))
+    }
+
+    fn command(
+        &self,
+        program: &str,
+        directory: &Directory,
+        cluster: &str,
+        node: &str,
+        more: &[&str],
+    ) -> Result<Command> {
         let mut command = Command::new(binary(program)?);
         command.arg("agent").arg("--config").arg(directory.path()).args(["--cluster", cluster, "--node", node]);
         // What is given in addition counts.
@@ -125,6 +157,11 @@ impl Bed {
         ];
         let own = own.iter().filter(|(flag, _)| !more.contains(flag));
         command.args(own.flat_map(|(flag, value)| [*flag, value])).args(more);
+        Ok(command)
+    }
+
+    fn spawn(&self, mut command: Command) -> Result<Agent> {
+        let log = self.files.scratch("agent.log");
         // What a former agent of this node has logged is not this one's.
         let _ = fs::remove_file(&log);
         let out = File::options().create(true).append(true).open(&log)?;

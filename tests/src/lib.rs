@@ -16,6 +16,7 @@ pub mod objects;
 mod places;
 mod process;
 pub mod report;
+pub mod steps;
 pub mod storm;
 mod sweep;
 mod wait;
@@ -31,7 +32,7 @@ pub use netns::{Namespace, link};
 pub use places::Places;
 pub use process::{Place, Process, binary};
 pub use sweep::sweep_on_interrupt;
-pub use wait::wait_until;
+pub use wait::{patience, wait_until};
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Result, bail};
 
 /// How many times as long as elsewhere a machine may take: `PORTOLAN_PATIENCE`, for one that is emulated.
-pub(crate) fn patience() -> u32 {
+pub fn patience() -> u32 {
     std::env::var("PORTOLAN_PATIENCE").ok().and_then(|times| times.parse().ok()).unwrap_or(1)
 }
 

@@ -18,8 +18,8 @@ use aya::{
 
 use super::{Pins, raw};
 
-/// The programs, by the names of their functions, with the kernel's numbers of their hooks (`enum bpf_attach_type`). Where connections end is
-/// watched before any is sent anywhere.
+/// The programs, by the names of their functions, with the kernel's numbers of their hooks (`enum bpf_attach_type`), in the order in which
+/// they are attached: where connections end is watched before any is sent anywhere.
 pub(super) const PROGRAMS: [(&str, u32); 9] = [
     ("sock_ops", 3),
     ("getpeername4", 29),
@@ -58,8 +58,15 @@ impl Hooks {
         Ok(Self { cgroup, cgroup_id, pins, links: Vec::new() })
     }
 
+    /// Attaches the programs, or puts them in the place of those that are there. Whoever is ended on the way leaves programs of two sets of maps.
+    /// Then it must be the later `connect` beside the earlier `sock_ops`: connections that nobody counts, in place of a limit that was
+    /// reached and stays so for good.
     pub(super) fn attach(&mut self, bpf: &mut Ebpf) -> Result<()> {
-        for (name, _) in PROGRAMS {
+        let mut names = PROGRAMS.map(|(name, _)| name);
+        if self.pins.link(names[0]).exists() {
+            names.reverse();
+        }
+        for name in names {
             let link = self
                 .attach_one(bpf, name)
                 .with_context(|| format!("cannot attach {name} to {}", self.cgroup.display()))?;

@@ -1,7 +1,7 @@
 //! What there is on this machine, for `portolan doctor` and for an agent that starts: facts, without verdicts.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -16,6 +16,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Pins, Unsupported, attach, btf, environment, maps, pins, raw, sockets};
 
+/// The kernel keeps so much of a map's name.
+const LONGEST_NAME: usize = 15;
+
 /// One of the programs that Portolan attaches.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -28,6 +31,8 @@ pub struct ProgramFacts {
     pub bytes: Option<u32>,
     /// Id of the cgroup that its pinned link is attached to: 0 where it is detached, absent where there is no link.
     pub cgroup: Option<u64>,
+    /// Whether it reads maps that are not of the current set: those of an agent that was ended while it exchanged the programs.
+    pub of_another_set: bool,
 }
 
 /// How much of a map is in use.
@@ -82,6 +87,7 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
     });
     let all: BTreeMap<u32, ProgramInfo> = loaded_programs().flatten().map(|info| (info.id(), info)).collect();
     let mut own = Vec::new();
+    let set = of_current_set(&pins);
     // The one that sees packets is there only while somebody wants it.
     let packets = pins.link(attach::PACKETS.0).exists().then_some(&attach::PACKETS);
     let programs = attach::PROGRAMS
@@ -96,6 +102,7 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
                 verified: program.and_then(ProgramInfo::verified_instruction_count),
                 bytes: program.and_then(ProgramInfo::size_translated),
                 cgroup: link.map(|link| link.cgroup),
+                of_another_set: program.is_some_and(|program| is_of_another_set(program, &set)),
             }
         })
         .collect();
@@ -137,6 +144,20 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
             .any(|process| process.stat().is_ok_and(|stat| stat.comm == "kube-proxy")),
         maps: counted(&pins).unwrap_or_default(),
     }
+}
+
+/// Ids of the maps of the current set.
+fn of_current_set(pins: &Pins) -> BTreeSet<u32> {
+    let infos = maps::of_set().filter_map(|name| MapInfo::from_pin(pins.current_map(name)?).ok());
+    infos.map(|info| info.id()).collect()
+}
+
+fn is_of_another_set(program: &ProgramInfo, current: &BTreeSet<u32>) -> bool {
+    let ids = program.map_ids().ok().flatten().unwrap_or_default();
+    ids.into_iter().filter(|id| !current.contains(id)).filter_map(|id| MapInfo::from_id(id).ok()).any(|map| {
+        let name = map.name_as_str().unwrap_or_default().to_owned();
+        maps::of_set().any(|own| own[..own.len().min(LONGEST_NAME)] == name)
+    })
 }
 
 /// The maps whose entries can be counted from outside.

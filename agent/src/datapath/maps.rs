@@ -57,6 +57,11 @@ pub(super) fn shapes(sizes: Sizes) -> [Shape; 13] {
     ]
 }
 
+/// Names of all maps of a set.
+pub(super) fn of_set() -> impl Iterator<Item = &'static str> {
+    shapes(Sizes::default()).map(|shape| shape.name).into_iter().chain(OF_FIXED_SIZE)
+}
+
 /// Whether the maps of a set are as this version would make them. A pinned map is reused as it is, whatever its layout, so they are compared
 /// before.
 pub(super) fn fits(pins: &Pins, set: Set, sizes: Sizes) -> bool {

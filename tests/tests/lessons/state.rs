@@ -5,11 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use portolan_tests::{
-    Bed, Directory, Held, Places,
+    Agent, Bed, Directory, Held, Places,
     dial::{Sender, Task},
     objects::{node, service, slice, udp_service, udp_slice},
+    patience,
+    steps::{Step, Steps},
     storm::Load,
     wait_until,
 };
@@ -90,7 +92,7 @@ fn without_a_failure(bed: &Bed, what: &str, change: impl FnOnce() -> Result<()>)
 }
 
 #[test]
-fn lesson_15_an_upgrade_and_a_downgrade_lose_nothing_and_neither_does_killing_them() -> Result<()> {
+fn lesson_15_an_upgrade_and_a_downgrade_lose_nothing() -> Result<()> {
     let bed = Bed::new()?;
     let _servers = storm_servers(&bed)?;
     let directory = Directory::new()?;
@@ -101,32 +103,16 @@ fn lesson_15_an_upgrade_and_a_downgrade_lose_nothing_and_neither_does_killing_th
     let mut client = bed.dialler()?;
     let dialled = storm_frontends()[0];
     client.run(&Task::Hold { to: dialled, times: 1 })?;
-    let mut whole = Duration::ZERO;
     for (program, expected) in [("portolan-next", own + 1), ("portolan", own), ("portolan-next", own + 1)] {
         without_a_failure(&bed, program, || {
             agent.process.kill();
-            let began = Instant::now();
             agent = bed.agent_of(program, &directory, "c1", "n1", &[])?;
-            whole = whole.max(began.elapsed());
             ensure!(schema(&agent)? == expected);
             Ok(())
         })?;
         // What sockets remember belongs to them, whatever the version.
         assert_eq!(client.run(&Task::Held)?.seen[0].peer, Some(dialled), "{program}");
     }
-    // Killed again and again on the way from one to the other, at moments all over the time that it takes.
-    without_a_failure(&bed, "killed on the way", || {
-        for i in 1..=24u32 {
-            agent.process.kill();
-            let program = if i % 2 == 0 { "portolan" } else { "portolan-next" };
-            agent = bed.start_of(program, &directory, "c1", "n1", &[])?;
-            let end = Instant::now() + whole * i / 20;
-            while Instant::now() < end {
-                std::thread::park_timeout(end.saturating_duration_since(Instant::now()));
-            }
-        }
-        Ok(())
-    })?;
     agent.process.kill();
     agent = bed.agent(&directory, "c1", "n1")?;
     // Of all that there was, one set of maps is left.
@@ -134,6 +120,81 @@ fn lesson_15_an_upgrade_and_a_downgrade_lose_nothing_and_neither_does_killing_th
     assert_eq!(sets.count(), 1);
     drop(agent);
     Ok(())
+}
+
+/// Lets an agent go on until its step of that kind and number, and kills it just before. `false` where it has become ready before.
+fn killed_before(kind: Step, number: u32, agent: &mut Agent, steps: &Steps) -> Result<bool> {
+    let (mut taken, end) = (0, Instant::now() + BOUND * patience());
+    while Instant::now() < end {
+        let Some((step, id)) = steps.next(Duration::from_millis(100))? else {
+            if agent.http("/readyz").is_ok_and(|(status, _)| status == 200) {
+                return Ok(false);
+            }
+            ensure!(agent.process.child().try_wait()?.is_none(), "the agent has ended: {}", agent.log());
+            continue;
+        };
+        taken += u32::from(step == kind);
+        if taken == number {
+            agent.process.kill();
+            return Ok(true);
+        }
+        steps.go_on(id)?;
+    }
+    bail!("neither ready nor at its {number}. {kind:?}: {}", agent.log())
+}
+
+#[test]
+fn lesson_15_killed_before_any_step_of_an_upgrade_nothing_is_lost() -> Result<()> {
+    let bed = Bed::new()?;
+    let _servers = storm_servers(&bed)?;
+    let directory = Directory::new()?;
+    directory.write("c1/all.yaml", &storm_objects(&[0b1111]))?;
+    let current = || -> Result<String> { Ok(fs::read_link(bed.pins().join("current"))?.display().to_string()) };
+    let sets = || -> Result<usize> {
+        let names = fs::read_dir(bed.pins())?.flatten().map(|entry| entry.file_name());
+        Ok(names.filter(|name| name.to_string_lossy().starts_with('v')).count())
+    };
+    let doctor = || -> Result<Value> {
+        let (pins, cgroup) = (bed.pins().display().to_string(), bed.cgroup.path().display().to_string());
+        let output = bed.portolan(&["doctor", "-o", "json", "--bpffs", &pins, "--cgroup", &cgroup])?;
+        let checks: Value = serde_json::from_slice(&output.stdout)?;
+        Ok(checks["checks"].as_array().into_iter().flatten().find(|it| it["check"] == "programs").cloned().into())
+    };
+    bed.agent(&directory, "c1", "n1")?.process.kill();
+    assert_eq!(doctor()?["state"], "ok");
+    let mut before = current()?;
+    without_a_failure(&bed, "killed before each step", || {
+        for kind in [Step::MakeMap, Step::LoadProgram, Step::Pin, Step::UpdateLink, Step::Files] {
+            // Where every instruction is emulated, of the many steps that are alike some must do.
+            let alike = matches!(kind, Step::MakeMap | Step::LoadProgram | Step::Pin) && patience() > 1;
+            let mut kills = 0;
+            for number in (1..).step_by(if alike { 6 } else { 1 }) {
+                let (mut agent, steps) = bed.start_watched("portolan-next", &directory, "c1", "n1")?;
+                let killed = killed_before(kind, number, &mut agent, &steps)?;
+                agent.process.kill();
+                kills += u32::from(killed);
+                let whole = current()? != before && sets()? == 1;
+                if kind == Step::UpdateLink && killed {
+                    // All programs are of one set before the first of these steps, and of two before each of the others.
+                    let state = doctor()?["state"].clone();
+                    assert_eq!(state, if number == 1 { "ok" } else { "warning" }, "{:#}", doctor()?);
+                }
+                if kind == Step::UpdateLink || current()? != before {
+                    // Back to where it was, whatever the other left.
+                    bed.agent(&directory, "c1", "n1")?.process.kill();
+                    assert_eq!((doctor()?["state"].as_str(), sets()?), (Some("ok"), 1), "{:#}", doctor()?);
+                    before = current()?;
+                }
+                if !killed || whole {
+                    break;
+                }
+            }
+            println!("killed before {kind:?}: {kills} times");
+            assert!(kills > 0, "never killed before {kind:?}");
+            assert!(kind != Step::UpdateLink || kills == 9, "{kills} updates of links");
+        }
+        Ok(())
+    })
 }
 
 #[test]
