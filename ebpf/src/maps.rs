@@ -107,6 +107,10 @@ pub(crate) static SK_COOKIE_OFFSET: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub(crate) static TCP_WRITE_SEQ_OFFSET: Global<u32> = Global::new(0);
 
+/// Nanoseconds of a tick of the kernel's clock, in which it counts timeouts.
+#[unsafe(no_mangle)]
+pub(crate) static TICK_NS: Global<u32> = Global::new(0);
+
 /// The name of this set of maps, for what sockets remember of it.
 #[unsafe(no_mangle)]
 pub(crate) static SET: Global<u32> = Global::new(0);

@@ -9,7 +9,7 @@ use aya_ebpf::{
     EbpfContext,
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TIMEOUT_INIT,
     },
     helpers::generated::{bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_setsockopt, bpf_skc_to_tcp_sock},
     programs::SockOpsContext,
@@ -21,7 +21,7 @@ use portolan_common::{
 
 use crate::{
     addr,
-    maps::{BACKEND_STATS, BACKEND_USE, EVENTS, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, TROUBLED, count, time},
+    maps::{BACKEND_STATS, BACKEND_USE, EVENTS, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, TICK_NS, TROUBLED, count, time},
     select::{add, take_one},
     state,
 };
@@ -36,6 +36,8 @@ const TCP_CLOSING: u32 = 11;
 const ECONNABORTED: u32 = 103;
 const ECONNRESET: u32 = 104;
 const ETIMEDOUT: u32 = 110;
+/// When the kernel repeats a SYN for the first time.
+const FIRST_REPETITION_MS: u32 = 1_000;
 const IPPROTO_TCP: i32 = 6;
 const TCP_USER_TIMEOUT: i32 = 18;
 const TCP_KEEPIDLE: i32 = 4;
@@ -50,6 +52,11 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
             if let Some(state) = state(ctx) {
                 connecting(ctx, state);
+            }
+        }
+        BPF_SOCK_OPS_TIMEOUT_INIT => {
+            if let Some(state) = state(ctx) {
+                first_wait(ctx, state);
             }
         }
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
@@ -149,6 +156,20 @@ unsafe fn limit_connect(ctx: &SockOpsContext, state: *mut SocketState) {
         (*state).user_timeout_ms = own;
         own = limit;
         bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_USER_TIMEOUT, own_pointer, 4);
+    }
+}
+
+/// Has the kernel look after an unanswered SYN at the limit, where that is before it would repeat it.
+#[inline(always)]
+fn first_wait(ctx: &SockOpsContext, state: *const SocketState) {
+    // SAFETY: `state` is a live value of this socket, which is locked.
+    let limit = unsafe { (*state).connect_timeout_ms };
+    if limit == 0 || limit >= FIRST_REPETITION_MS {
+        return;
+    }
+    // In ticks of the kernel's clock. Checked, for a program has no way to panic.
+    if let Some(ticks) = (u64::from(limit) * 1_000_000).checked_div(u64::from(TICK_NS.load())) {
+        ctx.set_reply(if ticks == 0 { 1 } else { ticks as u32 });
     }
 }
 

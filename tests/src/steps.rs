@@ -125,12 +125,8 @@ impl Steps {
     /// # Errors
     /// What the kernel says, unless the process has ended.
     pub fn go_on(&self, id: u64) -> Result<()> {
-        let answer = libc::seccomp_notif_resp {
-            id,
-            val: 0,
-            error: 0,
-            flags: libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
-        };
+        let answer =
+            libc::seccomp_notif_resp { id, val: 0, error: 0, flags: libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32 };
         // SAFETY: the kernel reads a value of that type.
         if unsafe { libc::ioctl(self.listener.as_raw_fd(), ANSWER, &raw const answer) } != 0 {
             let error = io::Error::last_os_error();

@@ -1,20 +1,24 @@
 //! Tables that change as fast as they can while connections run: each goes where some table said that was in force meanwhile.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use portolan::table::Sizes;
 use portolan_tests::{
-    Bed, Directory, Place,
+    Bed, Directory, Place, Places,
     direct::{Direct, table},
     storm::{self, Load, Servers},
+    wait_until,
 };
 use rustix::time::{ClockId, clock_gettime};
 
 const SERVICES: u8 = 4;
 const ENDPOINTS: u8 = 6;
-const CONNECTIONS: u64 = 40_000;
 
 fn frontend(service: u8) -> SocketAddr {
     SocketAddr::from(([172, 16, 1, service], 80))
@@ -37,8 +41,26 @@ struct Published {
     masks: [u8; SERVICES as usize],
 }
 
+/// Connections of a storm, unless `PORTOLAN_STORM_CONNECTIONS` says otherwise, for a machine that is emulated.
+fn connections(usual: u64) -> u64 {
+    std::env::var("PORTOLAN_STORM_CONNECTIONS").ok().and_then(|count| count.parse().ok()).unwrap_or(usual)
+}
+
 #[test]
 fn every_connection_goes_where_a_table_in_force_said() -> Result<()> {
+    storm(connections(40_000), Duration::ZERO)
+}
+
+#[test]
+fn a_million_connections_while_the_table_changes_every_ten_milliseconds() -> Result<()> {
+    storm(connections(1_000_000), Duration::from_millis(10))
+}
+
+/// So many connections, while tables follow each other at this pace, or as fast as they can.
+fn storm(count: u64, pace: Duration) -> Result<()> {
+    // Descriptors are the whole process's.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let bed = Bed::new()?;
     let mut addresses = Vec::new();
     for service in 0..SERVICES {
@@ -72,22 +94,38 @@ fn every_connection_goes_where_a_table_in_force_said() -> Result<()> {
         Ok(())
     };
     publish(&mut direct, [0b1; SERVICES as usize])?;
+    // Now that each file that a publication needs is open.
+    let descriptors = || -> Result<usize> { Ok(std::fs::read_dir("/proc/thread-self/fd")?.count()) };
+    let places = Places::open(bed.pins())?;
+    let before = (direct.occupancy(), descriptors()?, places.taken());
     let record = Directory::new()?;
     let path = record.scratch("record");
     let frontends: Vec<SocketAddr> = (0..SERVICES).map(frontend).collect();
-    let mut load = Load::start(bed.place(), &frontends, CONNECTIONS, Some(&path))?;
-    let mut turn = 0u32;
+    let mut load = Load::start(bed.place(), &frontends, count, Some(&path))?;
+    let (mut turn, began) = (0u32, Instant::now());
     while !load.has_ended()? {
         // Each service changes with each table, and never has nobody.
         turn = turn.wrapping_add(1);
         publish(&mut direct, std::array::from_fn(|service| 1 + ((turn * 5 + service as u32 * 17) % 63) as u8))?;
+        let next = began + pace * turn;
+        while Instant::now() < next {
+            std::thread::park_timeout(next.saturating_duration_since(Instant::now()));
+        }
     }
     let summary = load.stop()?;
-    assert_eq!((summary.good, summary.bad, summary.misrouted), (CONNECTIONS, 0, 0), "{summary:?}");
+    // As it was at the start.
+    publish(&mut direct, [0b1; SERVICES as usize])?;
+    wait_until("the maps to hold what they held", Duration::from_secs(20), || {
+        direct.settle()?;
+        let after = (direct.occupancy(), descriptors()?, places.taken());
+        ensure!(after == before, "{after:?}, before {before:?}");
+        Ok(())
+    })?;
+    assert_eq!((summary.good, summary.bad, summary.misrouted), (count, 0, 0), "{summary:?}");
     assert_eq!(direct.inconsistent()?, 0);
 
     let connections = storm::read(&path)?;
-    assert_eq!(connections.len() as u64, CONNECTIONS);
+    assert_eq!(connections.len() as u64, count);
     for connection in &connections {
         // In force while it was dialled: those that began before it ended, and had not surely been followed by another when it began.
         let first = published.partition_point(|table| table.sure <= connection.began).saturating_sub(1);

@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use rustix::fs::statfs;
+use rustix::{
+    fs::statfs,
+    time::{ClockId, clock_getres},
+};
 
 use super::{
     Options,
@@ -21,6 +24,8 @@ pub(super) struct Environment {
     pub(super) cgroup: PathBuf,
     /// What the programs read of sockets.
     pub(super) offsets: Offsets,
+    /// Nanoseconds of a tick of the kernel's clock (`1 / CONFIG_HZ`).
+    pub(super) tick_ns: u32,
 }
 
 const CGROUP2_MAGIC: u64 = 0x6367_7270;
@@ -35,7 +40,9 @@ impl Environment {
         let cgroup = cgroup(options.cgroup.as_deref())?;
         check_bpffs(&options.bpffs)?;
         let offsets = btf::offsets(Path::new("/sys/kernel/btf/vmlinux"))?;
-        Ok(Self { cgroup, offsets })
+        // The coarse clocks move with each tick.
+        let tick = clock_getres(ClockId::MonotonicCoarse);
+        Ok(Self { cgroup, offsets, tick_ns: u32::try_from(tick.tv_nsec).unwrap_or_default() })
     }
 }
 

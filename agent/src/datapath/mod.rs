@@ -127,6 +127,7 @@ impl Datapath {
         loader.override_global("SK_ERR_OFFSET", &environment.offsets.error, true);
         loader.override_global("SK_COOKIE_OFFSET", &environment.offsets.cookie, true);
         loader.override_global("TCP_WRITE_SEQ_OFFSET", &environment.offsets.written, true);
+        loader.override_global("TICK_NS", &environment.tick_ns, true);
         loader.override_global("SET", &set.id, true);
         loader.override_global(aya_log::LEVEL, &level, true);
         for shape in maps::shapes(options.sizes) {

@@ -42,7 +42,10 @@ pub(super) fn dial(to: SocketAddr, way: Way) -> Result<Seen> {
     let mut stream = TcpStream::from(socket);
     let mut greeting = String::new();
     let peer = stream.peer_addr().ok();
-    stream.shutdown(std::net::Shutdown::Write)?;
+    // SCTP has no half of a connection to end.
+    if way != Way::Sctp {
+        stream.shutdown(std::net::Shutdown::Write)?;
+    }
     let errno = errno(stream.read_to_string(&mut greeting).map(drop));
     Ok(Seen { peer, greeting, errno })
 }
