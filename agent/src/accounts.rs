@@ -60,6 +60,10 @@ pub struct Sample {
     pub totals: BTreeMap<Destination, Total>,
     /// Endpoints that are ejected now.
     pub ejected: usize,
+    /// Endpoints that are probed, and those whose probes fail.
+    pub probed: [usize; 2],
+    /// Probes that passed, that failed, and that could not be made, so far.
+    pub probes: [u64; 3],
     /// Ejections and overflows so far.
     pub health: HealthCounts,
     /// Seconds from a change to the table that the kernel has.

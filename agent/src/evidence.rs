@@ -4,16 +4,24 @@
 //! That connection is not rewritten, for it goes to an endpoint and not to a Service; endpoints that are frontends themselves cannot be dialled
 //! so, and what nobody can confirm is not done.
 
-use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use tokio::{
-    net::TcpStream,
-    sync::{Semaphore, mpsc},
-    time::timeout,
+use tokio::sync::{Semaphore, mpsc};
+
+use crate::{
+    model::{Probe, ProbeKind},
+    probes::{Verdict, check},
 };
 
-/// The longest that a connection is waited for: long enough for a SYN that was lost to be repeated once.
-const LIMIT: Duration = Duration::from_millis(2_500);
+/// A connection, for which is waited long enough for a SYN that was lost to be repeated once.
+const DIAL: Probe = Probe {
+    kind: ProbeKind::Tcp,
+    port: None,
+    period: Duration::MAX,
+    timeout: Duration::from_millis(2_500),
+    failures: 1,
+    successes: 1,
+};
 /// Connections at once; further ones wait for their turn.
 const AT_ONCE: usize = 64;
 /// Others have used an endpoint lately if they did within this time.
@@ -42,21 +50,14 @@ impl Witness {
         (Self { turns: Arc::new(Semaphore::new(AT_ONCE)), seen }, results)
     }
 
-    /// Dials an endpoint. To be called inside a runtime.
-    pub fn ask(&self, endpoint: SocketAddr) {
+    /// Dials an endpoint, or asks it what a probe asks. To be called inside a runtime.
+    pub fn ask(&self, endpoint: SocketAddr, probe: Option<Arc<Probe>>) {
         let Self { turns, seen } = self.clone();
         tokio::spawn(async move {
             // The semaphore is never closed.
             let _turn = turns.acquire().await;
-            let failed = match timeout(LIMIT, TcpStream::connect(endpoint)).await {
-                Ok(Ok(_)) => false,
-                // What this agent lacks (a route, a descriptor, a permission) says nothing of the endpoint.
-                Ok(Err(error)) => matches!(
-                    error.kind(),
-                    ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset | ErrorKind::TimedOut
-                ),
-                Err(_) => true,
-            };
+            let probe = probe.unwrap_or_else(|| Arc::new(DIAL));
+            let failed = matches!(check(endpoint, &probe).await, Verdict::Failing(_));
             // An error means that nobody wants to know any more.
             let _ = seen.send(Evidence { endpoint, failed });
         });
@@ -74,10 +75,10 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = listener.local_addr().unwrap();
         let (witness, mut results) = Witness::new();
-        witness.ask(endpoint);
+        witness.ask(endpoint, None);
         assert_eq!(results.recv().await, Some(Evidence { endpoint, failed: false }));
         drop(listener);
-        witness.ask(endpoint);
+        witness.ask(endpoint, None);
         assert_eq!(results.recv().await, Some(Evidence { endpoint, failed: true }));
     }
 }

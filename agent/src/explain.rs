@@ -194,6 +194,17 @@ fn steps(client: &Client, assignment: &Assignment, route: &Route) -> Vec<Step> {
             };
         steps.push(step("ejection", rule, says));
     }
+    if let Some(probe) = &pool.probe {
+        let failing = pool.endpoints.iter().filter(|endpoint| endpoint.health == EndpointHealth::Failing).count();
+        let says = format!(
+            "{probe} every {:?}; out after {} failures in a row, in again after {} successes; now {failing} of {} out",
+            probe.period,
+            probe.failures,
+            probe.successes,
+            pool.endpoints.len()
+        );
+        steps.push(step("probe", pool.rule.as_ref().map(|rule| format!("DestinationRule {}", rule.name)), says));
+    }
     steps.push(order(assignment, pool));
     steps
 }
@@ -324,6 +335,7 @@ fn why(client: &Client, pool: &Pool, endpoint: &Endpoint, share: f64) -> String 
         EndpointHealth::Healthy => "healthy",
         EndpointHealth::Unhealthy => "not ready",
         EndpointHealth::Draining => "terminating, and nobody is ready",
+        EndpointHealth::Failing => "its probes fail (portolan.io/probe)",
         EndpointHealth::Ejected => "ejected, for connections to it failed",
     };
     let result = if share > 0.0 {

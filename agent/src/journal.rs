@@ -25,7 +25,7 @@ const KEPT_FAILURES: usize = 200;
 pub struct Record {
     /// When (RFC 3339).
     pub time: String,
-    /// `ejected`, `released`, `overflow`, `failed`, `published`, `closed`, `mended`, `unconfirmed` or `by hand`.
+    /// `ejected`, `released`, `overflow`, `failed`, `published`, `closed`, `mended`, `unconfirmed`, `unhealthy`, `healthy` or `by hand`.
     pub kind: String,
     /// The service, as `namespace/name`, where it is about one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -117,6 +117,10 @@ impl Record {
     pub const OVERFLOW: &str = "overflow";
     /// The kind of an ejection that nobody has confirmed.
     pub const UNCONFIRMED: &str = "unconfirmed";
+    /// The kind of an endpoint whose probes fail.
+    pub const UNHEALTHY: &str = "unhealthy";
+    /// The kind of an endpoint whose probes pass again.
+    pub const HEALTHY: &str = "healthy";
     /// The kind of an order by hand.
     pub const BY_HAND: &str = "by hand";
     /// The kind of connections that were ended.

@@ -18,6 +18,7 @@ pub mod metrics;
 pub mod model;
 pub mod place;
 pub mod policy;
+pub mod probes;
 pub mod reconcile;
 pub mod report;
 pub mod self_probe;

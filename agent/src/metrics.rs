@@ -58,6 +58,11 @@ struct ClosedLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ProbeLabels {
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct FindingLabels {
     severity: FindingSeverity,
 }
@@ -139,6 +144,14 @@ fn agent(registry: &mut Registry, sample: &Sample) {
         gauge
     };
     registry.register("portolan_ejected_endpoints", "Endpoints that are ejected now", gauge(sample.ejected as i64));
+    let [targets, failing] = sample.probed.map(|count| gauge(count as i64));
+    registry.register("portolan_probed_endpoints", "Endpoints that the agent probes (portolan.io/probe)", targets);
+    registry.register("portolan_failing_endpoints", "Endpoints whose probes fail now", failing);
+    let probes = Counters::<ProbeLabels>::default();
+    for (result, count) in ["well", "failing", "unknown"].into_iter().zip(sample.probes) {
+        probes.get_or_create(&ProbeLabels { result }).inc_by(count);
+    }
+    registry.register("portolan_probes", "Active probes; unknown: the agent could not ask", probes);
     registry.register(
         "portolan_ready",
         "1 while everything is read and every hook is in place",

@@ -11,11 +11,10 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Agent, Bed, Dialler, Directory, Namespace, Place, Serving, binary,
+    Agent, Bed, Dialler, Directory, Pod, Serving, binary,
     dial::Task,
-    link,
     objects::{destination_rule, node, plain, service, slice},
-    unique, wait_until,
+    wait_until,
 };
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -53,31 +52,6 @@ fn eager() -> Value {
 
 fn none() -> Value {
     json!({})
-}
-
-/// A pod with a network of its own.
-struct Pod {
-    client: Dialler,
-    namespace: Namespace,
-}
-
-impl Pod {
-    fn new(bed: &Bed, number: u8) -> Result<Self> {
-        let namespace = Namespace::new(unique("pod"))?;
-        let (inside, outside) = (format!("192.168.{number}.1/30"), format!("192.168.{number}.2/30"));
-        link((&namespace, "eth0", &inside), (&bed.namespace, &format!("pod{number}"), &outside))?;
-        namespace.ip(&["route", "add", "10.0.0.0/8", "via", &format!("192.168.{number}.2")])?;
-        let client = Dialler::start(Place { namespace: Some(&namespace), cgroup: Some(&bed.cgroup) })?;
-        Ok(Self { client, namespace })
-    }
-
-    /// Its own firewall resets all connections to an endpoint.
-    fn rejects(&self, address: &str) -> Result<()> {
-        let rule = format!("ip daddr {address} tcp dport 9080 reject with tcp reset");
-        self.namespace
-            .run("nft", &["add table ip own; add chain ip own out { type filter hook output priority 0; }"])?;
-        self.namespace.run("nft", &[&format!("add rule ip own out {rule}")])
-    }
 }
 
 fn ejected(agent: &Agent) -> Result<Vec<String>> {

@@ -16,6 +16,7 @@ use crate::{
     admin,
     datapath::{Datapath, GoneTcp, Options, ProgramLog},
     kept::{Keeper, Kept},
+    probes::Prober,
     reconcile::Reconciler,
     self_probe::SelfProbe,
     source::file,
@@ -53,6 +54,9 @@ pub(super) struct AgentArgs {
     /// What becomes of TCP connections to endpoints that are gone (connected UDP is closed)
     #[arg(long, value_enum, default_value_t, env = "PORTOLAN_GONE_CONNECTIONS")]
     gone_connections: GoneTcp,
+    /// Active probes (portolan.io/probe) in a second at the most; 0: none
+    #[arg(long, value_name = "COUNT", default_value_t = 100, value_parser = clap::value_parser!(u32).range(..=10_000), env = "PORTOLAN_PROBES_PER_SECOND")]
+    probes_per_second: u32,
     #[command(flatten)]
     sizes: SizeArgs,
     /// What to log: error, warn, info, debug, trace, or by module
@@ -128,7 +132,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
             args.place.cluster.clone(),
             args.place.at.place(),
             datapath,
-            probe,
+            (probe, Prober::start(args.probes_per_second)),
             options.sizes,
             args.gone_connections,
             (Kept::read(&args.state), Keeper::start(args.state)?),

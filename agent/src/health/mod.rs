@@ -3,6 +3,7 @@
 
 mod by_hand;
 mod outlier;
+mod probed;
 mod warming;
 
 use std::{
@@ -12,14 +13,16 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use self::warming::Warming;
 pub use self::{
     by_hand::{ByHand, Drain, Order, Ordered},
     outlier::{Cause, Detector, Ejection, Event, EventKind, Saved, Sign, Threshold},
+    probed::Wanted,
 };
+use self::{probed::Probing, warming::Warming};
 use crate::{
-    model::ServiceId,
+    model::{Probe, ServiceId},
     policy::{Assignment, Observed, Pool, PoolKey},
+    probes::Target,
 };
 
 /// What a former agent has left of a pool that is not seen is kept for so long after the ejection.
@@ -42,6 +45,7 @@ pub struct Health {
     left: BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>,
     left_at: Option<(Instant, Duration)>,
     by_hand: ByHand,
+    probing: Probing,
 }
 
 /// A pool that somebody looks after.
@@ -51,6 +55,7 @@ struct Watched {
     hosts: BTreeMap<ServiceId, Box<[SocketAddr]>>,
     detector: Option<Detector>,
     warming: Option<Warming>,
+    probe: Option<Arc<Probe>>,
     /// Whose connections have failed since the last success.
     clients: HashMap<SocketAddr, Clients>,
 }
@@ -81,7 +86,7 @@ impl Health {
     pub fn configure(&mut self, now: Instant, service: &ServiceId, assignments: &[Arc<Assignment>]) {
         let mut wanted: BTreeMap<&PoolKey, Vec<&Pool>> = BTreeMap::new();
         for pool in assignments.iter().flat_map(|assignment| &assignment.routes).map(|route| &route.pool) {
-            if pool.outlier.is_some() || pool.warmup.is_some() {
+            if pool.outlier.is_some() || pool.warmup.is_some() || pool.probe.is_some() {
                 wanted.entry(&pool.key).or_default().push(pool);
             }
         }
@@ -112,6 +117,7 @@ impl Health {
                 (Some(warmup), none) => *none = Some(Warming::new(warmup.window)),
                 (None, some) => *some = None,
             }
+            watched.probe.clone_from(&pools[0].probe);
             self.settle(now, key);
         }
     }
@@ -123,6 +129,7 @@ impl Health {
             let gone = self.pools.remove(key);
             let counted: Vec<SocketAddr> = gone.map(|gone| gone.clients.into_keys().collect()).unwrap_or_default();
             self.note_counting(key, &counted);
+            self.probing.set(key, &BTreeSet::new(), None);
             self.observe_pool(now, key);
             return;
         }
@@ -144,6 +151,7 @@ impl Health {
         {
             self.again.insert(key.service.clone());
         }
+        self.probing.set(key, &hosts, watched.probe.as_ref());
         self.forget_clients(key);
         self.observe_pool(now, key);
     }
@@ -187,6 +195,31 @@ impl Health {
         }
         set(&mut self.observed.ejected, key, ejected, BTreeSet::is_empty);
         set(&mut self.observed.ages, key, ages, HashMap::is_empty);
+        set(&mut self.observed.failing, key, self.probing.failing(key), BTreeSet::is_empty);
+    }
+
+    /// What has changed in who is to be probed, since this was last asked.
+    pub fn probes_wanted(&mut self) -> Vec<Wanted> {
+        self.probing.news()
+    }
+
+    /// What probes have found of an endpoint: why it fails, or that it is well again. The pools that it is for.
+    pub fn take_probed(&mut self, target: &Target, failing: Option<String>) -> BTreeSet<PoolKey> {
+        let pools = self.probing.take(target, failing);
+        for key in &pools {
+            set(&mut self.observed.failing, key, self.probing.failing(key), BTreeSet::is_empty);
+        }
+        pools
+    }
+
+    /// Endpoints that are probed, those whose probes fail, and probes in a second that are asked for.
+    pub fn probes(&self) -> (usize, usize, f64) {
+        self.probing.extent()
+    }
+
+    /// How endpoints of a pool are probed.
+    pub fn probe_of(&self, key: &PoolKey) -> Option<&Arc<Probe>> {
+        self.pools.get(key)?.probe.as_ref()
     }
 
     /// Takes a sign of an endpoint of one of these pools, which a client in this network namespace has seen (0: it is not known); the thresholds

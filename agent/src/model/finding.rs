@@ -98,6 +98,7 @@ codes! {
     NotHttp = 102, Warning, "A port that is HTTP carries something else";
     ByHand = 103, Warning, "Endpoints get no connections because somebody ordered it";
     KeptUnreadable = 104, Warning, "What a former agent has left cannot be read";
+    ProbesBounded = 105, Warning, "More active probes are asked for than the agent makes";
 }
 
 impl fmt::Display for Code {

@@ -19,7 +19,7 @@ pub use name::NamespacedName;
 pub use object::{Kind, Object, ObjectKey, Scope};
 pub use rules::{
     Algorithm, ConnectionPool, DestinationRule, Distribute, Failover, JudgedBy, Keepalive, LabelPreference,
-    LoadBalancer, LocalitySetting, Match, OutlierDetection, Route, Subnet, Subset, TrafficPolicy, VirtualService,
-    Warmup, WeightedDestination,
+    LoadBalancer, LocalitySetting, Match, OutlierDetection, Probe, ProbeKind, Route, Subnet, Subset, TrafficPolicy,
+    VirtualService, Warmup, WeightedDestination,
 };
 pub use service::{Protocol, Service, ServiceEntry, ServiceId, ServicePort, Target, TrafficDistribution};

@@ -28,6 +28,8 @@ pub enum EndpointHealth {
     Unhealthy,
     /// It is going away, and chosen only because no other is ready.
     Draining,
+    /// The agent's own probes of it fail.
+    Failing,
     /// Connections to it failed.
     Ejected,
 }
@@ -42,7 +44,7 @@ impl EndpointHealth {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Healthy => "healthy",
-            Self::Unhealthy => "unhealthy",
+            Self::Unhealthy | Self::Failing => "unhealthy",
             Self::Draining => "draining",
             Self::Ejected => "ejected",
         }
@@ -185,6 +187,8 @@ pub(super) fn select<'a>(scene: &Scene<'a>, filter: &Filter<'_>) -> Selected<'a>
             || scene.observed.is_drained(&filter.key.service.name, &locality.region);
         if candidate.endpoint.health.is_usable() && out {
             candidate.endpoint.health = EndpointHealth::Ejected;
+        } else if candidate.endpoint.health.is_usable() && scene.observed.is_failing(filter.key, address) {
+            candidate.endpoint.health = EndpointHealth::Failing;
         }
         chosen.push(candidate);
     }

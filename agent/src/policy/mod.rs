@@ -117,6 +117,8 @@ pub struct Observed {
     pub ejected: BTreeMap<PoolKey, BTreeSet<SocketAddr>>,
     /// Those that count as ejected in every pool (`plan --eject`, `portolan eject`).
     pub ejected_everywhere: BTreeSet<SocketAddr>,
+    /// Those whose probes fail, by the pool that asks for them.
+    pub failing: BTreeMap<PoolKey, BTreeSet<SocketAddr>>,
     /// Pools on HTTP ports whose connections carry something else than HTTP/1.
     pub not_http: BTreeSet<PoolKey>,
     /// Regions that services leave (`portolan drain`).
@@ -130,6 +132,11 @@ impl Observed {
     pub fn is_ejected(&self, pool: &PoolKey, address: &SocketAddr, counts: bool) -> bool {
         let by_pool = || self.ejected.get(pool).is_some_and(|ejected| ejected.contains(address));
         self.ejected_everywhere.contains(address) || (counts && by_pool())
+    }
+
+    /// Whether probes of an endpoint fail that the pool asks for.
+    pub fn is_failing(&self, pool: &PoolKey, address: &SocketAddr) -> bool {
+        self.failing.get(pool).is_some_and(|failing| failing.contains(address))
     }
 
     /// Whether the service leaves the region.

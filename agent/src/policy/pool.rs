@@ -20,7 +20,7 @@ use super::{
 use crate::{
     model::{
         Algorithm, Code, ConnectionPool, DestinationRule, Finding, JudgedBy, Locality, LocalitySetting,
-        OutlierDetection, Retention, Warmup,
+        OutlierDetection, Probe, Protocol, Retention, Warmup,
     },
     store::Snapshot,
 };
@@ -115,6 +115,8 @@ pub struct Pool {
     pub algorithm: Algorithm,
     /// When endpoints are ejected.
     pub outlier: Option<OutlierDetection>,
+    /// How the agent probes its endpoints by itself.
+    pub probe: Option<Arc<Probe>>,
     /// What proves that an endpoint is well.
     pub judged_by: JudgedBy,
     /// What new endpoints get.
@@ -166,6 +168,7 @@ impl Pool {
             ("always-eject-one", one),
             ("count-early-resets", early),
             ("prefer-cluster-local", self.retention == Retention::Prefer),
+            ("probe", self.probe.is_some()),
         ];
         all.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect()
     }
@@ -205,7 +208,12 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
     let balancer = policy.balancer.unwrap_or_default();
     let warmup = balancer.warmup.as_ref();
     let (setting, source) = effective.unzip();
-    let mode = mode(setting.as_ref(), source, policy.outlier.is_some(), retention);
+    // Other protocols than TCP have no port of their own that could be probed.
+    let own = |probe: &Arc<Probe>| key.protocol == Protocol::Tcp || probe.port.is_some();
+    let probe = rule.and_then(|rule| rule.probe.clone()).filter(own);
+    // Whoever finds out that endpoints fail lets others take over.
+    let judged = policy.outlier.is_some() || probe.is_some();
+    let mode = mode(setting.as_ref(), source, judged, retention);
     let spread = Spread { scene, warmup, threshold, key: &key };
     let (priorities, weights, groups) = match (&setting, mode) {
         (Some(setting), Mode::Distribute) if setting.distribute_with_failover => {
@@ -215,11 +223,10 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
             let default = LocalitySetting::default();
             let setting = setting.as_ref().unwrap_or(&default);
             let distribution = source == Some(SettingSource::TrafficDistribution);
-            let by_distance = distribution || (source.is_some() && policy.outlier.is_some());
+            let by_distance = distribution || (source.is_some() && judged);
             let weights = place(scene.client, mode, setting, by_distance, retention, &mut candidates);
             let explicit = !(setting.failover.is_empty() && setting.failover_priority.is_empty());
-            let ejects = policy.outlier.is_some();
-            let by_locality = mode == Mode::Distribute || (mode == Mode::Failover && explicit && ejects);
+            let by_locality = mode == Mode::Distribute || (mode == Mode::Failover && explicit && judged);
             let (priorities, groups) = spread.by_level(&candidates, &weights, by_locality);
             (priorities, weights, groups)
         }
@@ -254,6 +261,7 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
         rule: rule.cloned(),
         algorithm,
         outlier: policy.outlier,
+        probe,
         warmup: balancer.warmup,
         limits,
         priorities,

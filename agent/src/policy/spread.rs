@@ -59,10 +59,9 @@ impl Spread<'_> {
             on.iter().map(|endpoints| Level::new(endpoints.len() as u64, usable(endpoints) as u64)).collect();
         let loads = loads(&levels, self.threshold, OVERPROVISIONING_FACTOR);
         let chosen = |endpoints: &[&'e Endpoint], panic: bool| {
-            // What panic revives was ejected. What is not ready stays out.
-            let may = |endpoint: &&&Endpoint| {
-                endpoint.health.is_usable() || (panic && endpoint.health == EndpointHealth::Ejected)
-            };
+            // What panic revives was ejected, or fails its probes. What is not ready stays out.
+            let revived = |health| matches!(health, EndpointHealth::Ejected | EndpointHealth::Failing);
+            let may = |endpoint: &&&Endpoint| endpoint.health.is_usable() || (panic && revived(endpoint.health));
             endpoints.iter().filter(may).copied().collect::<Vec<_>>()
         };
         let levels = levels.iter().zip(on).zip(loads.load.iter().zip(&loads.panic));

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    sync::atomic::Ordering,
     time::{Instant, SystemTime},
 };
 
@@ -62,10 +63,13 @@ impl Reconciler {
     fn sample(&mut self) -> Sample {
         self.accounts.collect(&self.layout, &self.datapath.maps);
         self.count_frontends();
+        let ((targets, failing, _), counts) = (self.health.probes(), &self.prober.counts);
         Sample {
             services: self.accounts.services().clone(),
             totals: self.accounts.totals().clone(),
             ejected: self.health.ejected(),
+            probed: [targets, failing],
+            probes: [&counts.well, &counts.failing, &counts.unknown].map(|count| count.load(Ordering::Relaxed)),
             health: self.accounts.health().clone(),
             publish_seconds: self.accounts.publish_seconds(),
             ejection_seconds: self.accounts.ejection_seconds(),

@@ -21,7 +21,7 @@ use crate::{
     health::{EventKind, Reached, Sign},
     journal::Record,
     kept::Keeper,
-    model::{Code, Finding, JudgedBy, Protocol, ServiceId},
+    model::{Code, Finding, JudgedBy, ProbeKind, Protocol, ServiceId},
     policy::{Assignment, PoolKey, Recompiled},
     table,
 };
@@ -193,8 +193,12 @@ impl Reconciler {
         if !self.used_by_others(&reached.address, client, own_is_open) {
             return self.eject(now, &pool, reached);
         }
-        if matches!(sign, Sign::Status(_) | Sign::Broken) {
-            self.tell_unconfirmed(now, pool, reached, "that connections are established says nothing of it");
+        let of_answers = matches!(sign, Sign::Status(_) | Sign::Broken);
+        let probe = self.health.probe_of(&pool).filter(|probe| !of_answers || probe.kind != ProbeKind::Tcp).cloned();
+        if of_answers && probe.is_none() {
+            let why =
+                "that connections are established says nothing of it, and no portolan.io/probe says what to ask for";
+            self.tell_unconfirmed(now, pool, reached, why);
         } else if self.is_frontend(&reached.address) {
             self.tell_unconfirmed(
                 now,
@@ -210,7 +214,7 @@ impl Reconciler {
                 waiting.push((pool, reached));
             }
             if first {
-                self.judging.witness.ask(reached.address);
+                self.judging.witness.ask(reached.address, probe.filter(|_| of_answers));
             }
         }
         false
@@ -224,7 +228,7 @@ impl Reconciler {
             if evidence.failed {
                 changed |= self.eject(now, &pool, reached);
             } else {
-                self.tell_unconfirmed(now, pool, reached, "the agent's own connection to it was established");
+                self.tell_unconfirmed(now, pool, reached, "what the agent itself asked of it went well");
             }
         }
         changed
@@ -416,6 +420,7 @@ impl Reconciler {
         let unwatched = self.judging.unwatched.clone();
         of_pools
             .chain(unwatched)
+            .chain(self.findings_of_probes())
             .chain(lately.map(|(_, finding)| finding.clone()))
             .chain(ejected)
             .chain(drained)

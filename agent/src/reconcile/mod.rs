@@ -4,7 +4,8 @@ mod answers;
 mod closing;
 mod judging;
 mod orders;
-mod probing;
+mod own_probe;
+mod probed;
 mod telling;
 
 use std::{
@@ -20,7 +21,7 @@ pub use self::closing::Closed;
 use self::{
     closing::Closing,
     judging::Judging,
-    probing::Probe,
+    own_probe::Probe,
     telling::{crowded, no_room},
 };
 use crate::{
@@ -33,6 +34,7 @@ use crate::{
     model::{Code, Finding, NamespacedName},
     place::Place,
     policy::{Client, Compiler, PoolKey, Recompiled},
+    probes::Prober,
     report::Report,
     self_probe::SelfProbe,
     source::Update,
@@ -91,6 +93,7 @@ pub struct Reconciler {
     closing: Closing,
     judging: Judging,
     probe: Probe,
+    prober: Prober,
     retry: Option<Instant>,
     retry_after: Duration,
     /// Frontends that did not fit. The whole table is gone through again after a while.
@@ -112,7 +115,7 @@ impl Reconciler {
         cluster: String,
         place: Place,
         (datapath, held): (Datapath, Held),
-        probe: SelfProbe,
+        (probe, prober): (SelfProbe, Prober),
         sizes: Sizes,
         gone_tcp: GoneTcp,
         (kept, keeper): (Result<Option<Kept>>, Keeper),
@@ -146,6 +149,7 @@ impl Reconciler {
             closing: Closing::new(gone_tcp),
             judging: Judging::new(keeper),
             probe: Probe::start(probe),
+            prober,
             retry: None,
             retry_after: FIRST_RETRY,
             refused: BTreeMap::new(),
@@ -191,6 +195,7 @@ impl Reconciler {
                 }
                 outcomes = self.datapath.events.next(OUTCOMES_AT_ONCE) => self.take_outcomes(&outcomes?),
                 Some(evidence) = self.judging.evidence.recv() => self.take_evidence(evidence),
+                Some(probed) = self.prober.found.recv() => self.take_probed(probed),
                 Some(named) = self.judging.named.recv() => {
                     self.take_name(named);
                     false
@@ -276,6 +281,7 @@ impl Reconciler {
         changes.findings |= findings != self.client_findings;
         (self.client, self.client_findings) = (client, findings);
         let recompiled = self.compile(started, &changes);
+        self.probe_wanted();
 
         let knowledge = self.what_is_known();
         let whole = self.knowledge != Some(knowledge);

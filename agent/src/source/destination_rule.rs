@@ -176,6 +176,7 @@ pub(super) fn destination_rule(
         always_eject_one: context.switch(&value, ALWAYS_EJECT_ONE),
         count_early_resets: context.switch(&value, COUNT_EARLY_RESETS),
     };
+    let probe = super::probe::probe(context, &value);
     let spec: DestinationRuleSpec = context.honoured("spec", value["spec"].take(), |_| false)?;
     if spec.workload_selector.is_some() {
         let message = "is not honoured: the rule is for some clients only, which a node cannot tell from others, so it is left out";
@@ -207,7 +208,7 @@ pub(super) fn destination_rule(
             tell_losses(context, &at, *port, &policy, own);
         }
     }
-    Ok(Some(DestinationRule { name: context.name.clone(), host: spec.host, policy, subsets }))
+    Ok(Some(DestinationRule { name: context.name.clone(), host: spec.host, policy, subsets, probe }))
 }
 
 fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec, own: Own) -> Result<TrafficPolicy, Invalid> {

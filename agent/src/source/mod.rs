@@ -6,6 +6,7 @@ mod document;
 mod entry;
 pub mod file;
 mod mesh;
+mod probe;
 mod read;
 mod spec;
 mod virtual_service;

@@ -165,11 +165,13 @@ pub(super) const DISTRIBUTE_WITH_FAILOVER: &str = "portolan.io/distribute-with-f
 pub(super) const ALWAYS_EJECT_ONE: &str = "portolan.io/always-eject-one";
 pub(super) const COUNT_EARLY_RESETS: &str = "portolan.io/count-early-resets";
 pub(super) const PREFER_CLUSTER_LOCAL: &str = "portolan.io/prefer-cluster-local";
-const ANNOTATIONS: [(&str, &[Kind]); 4] = [
+pub(super) const PROBE: &str = "portolan.io/probe";
+const ANNOTATIONS: [(&str, &[Kind]); 5] = [
     (DISTRIBUTE_WITH_FAILOVER, &[Kind::DestinationRule, Kind::MeshConfig]),
     (ALWAYS_EJECT_ONE, &[Kind::DestinationRule]),
     (COUNT_EARLY_RESETS, &[Kind::DestinationRule]),
     (PREFER_CLUSTER_LOCAL, &[Kind::MeshConfig]),
+    (PROBE, &[Kind::DestinationRule]),
 ];
 
 /// Portolan's own annotations are not for mistyping.

@@ -145,6 +145,13 @@ fn ejected(world: &World) -> Result<usize> {
         .sum())
 }
 
+/// Endpoints of reviews whose probes fail.
+fn unhealthy(world: &World) -> Result<usize> {
+    let report = world.get(HANGZHOU, "services")?;
+    let endpoints = service_named(&report, "reviews")?["endpoints"].as_array().cloned().unwrap_or_default();
+    Ok(endpoints.iter().filter(|endpoint| endpoint["health"] == "unhealthy").count())
+}
+
 /// Pages until so many endpoints are ejected; returns how many of them had an error.
 fn until_ejected(world: &World, wanted: usize) -> Result<usize> {
     let mut errors = 0;
@@ -290,16 +297,19 @@ fn sick(world: &mut World, report: &mut Report) -> Result<()> {
 
 fn play_sick(world: &mut World, report: &mut Report) -> Result<()> {
     let policy = reviews_policy(&json!({"maxEjectionPercent": 100, "consecutive5xxErrors": 2}));
-    for (how, about, early) in [
-        ("errors", "every answer is a 500", false),
-        ("resets", "every connection is reset, which is asked to count", true),
-        ("hangs", "nothing is ever answered", true),
+    for (how, about) in [
+        ("errors", "every answer is a 500"),
+        ("resets", "every connection is reset, which is asked to count"),
+        ("hangs", "nothing is ever answered, and the agent probes"),
     ] {
         // Fresh pods, whom nobody has ejected yet.
         set(world, 0, 1, 0, &failover_setting(), Some(&policy))?;
         set(world, 1, 1, 0, &failover_setting(), Some(&policy))?;
         let mut rule = destination_rule("reviews", &json!({"trafficPolicy": policy}));
-        if early {
+        if how == "hangs" {
+            let probe = "{httpGet: {path: /reviews}, periodSeconds: 1, failureThreshold: 2}";
+            rule["metadata"]["annotations"] = json!({"portolan.io/probe": probe});
+        } else if how == "resets" {
             rule["metadata"]["annotations"] = json!({"portolan.io/count-early-resets": "true"});
         }
         world.apply("rules.yaml", &[rule])?;
@@ -311,15 +321,30 @@ fn play_sick(world: &mut World, report: &mut Report) -> Result<()> {
         );
         world.make_sick(HANGZHOU, "reviews", how)?;
         let began = Instant::now();
+        if how == "hangs" {
+            // Connections stand, and applications give up: no outcome that the kernel could tell from patience. A probe does not wait.
+            let mut failed = 0;
+            while unhealthy(world)? == 0 {
+                ensure!(began.elapsed() < BOUND, "its probes do not fail");
+                failed += world.pages(HANGZHOU, "/productpage", 1)?.errors();
+            }
+            let took = began.elapsed();
+            report.step(
+                &format!("{about}: failed pages until it is out"),
+                "1 to 3",
+                &failed.to_string(),
+                (1..=3).contains(&failed),
+            );
+            report.note(&format!("       (two probes, a second apart, have failed after {:.1} s)", took.as_secs_f64()));
+            report.check("nobody is ejected: no connection has failed", "0", &ejected(world)?.to_string());
+            let pages = world.pages(HANGZHOU, "/productpage", 10)?;
+            report.check(&format!("{about}: then all from Shanghai"), &expect(10, 20, 0), &pages.to_string());
+            continue;
+        }
         let failed = world.pages(HANGZHOU, "/productpage", 2)?.errors();
         let took = began.elapsed();
         report.check(&format!("{about}: two pages fail"), "2", &failed.to_string());
         report.note(&format!("       (the last failed page was done after {:.0} ms)", took.as_secs_f64() * 1e3));
-        if how == "hangs" {
-            // The connection stands and the application gives up: no outcome that the kernel could tell from patience.
-            report.check("nothing in the kernel says so, and nobody is ejected", "0", &ejected(world)?.to_string());
-            continue;
-        }
         wait_until("the ejection", BOUND, || {
             ensure!(ejected(world)? == 1, "nobody is ejected");
             Ok(())

@@ -1,0 +1,332 @@
+//! Endpoints that the agent asks by itself how they are: those that accept connections and then answer nothing, or with errors.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicU16, AtomicU32, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use portolan_tests::{
+    Agent, Bed, Dialler, Directory, Pod,
+    objects::{destination_rule, node, service, slice},
+    report::{finding, service_named},
+    wait_until,
+};
+use serde_json::{Value, json};
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+const WEB: &str = "172.16.0.10:80";
+const BOUND: Duration = Duration::from_secs(30);
+/// In place of a status: nothing is ever answered.
+const SILENT: u16 = 0;
+
+/// A server that greets who asks for nothing, and answers a request with the status that it is told to.
+struct Server {
+    status: Arc<AtomicU16>,
+    /// Requests so far.
+    asked: Arc<AtomicU32>,
+    last: Arc<std::sync::Mutex<String>>,
+}
+
+impl Server {
+    fn start(bed: &Bed, address: &str, name: &'static str) -> Result<Self> {
+        let address: SocketAddr = address.parse()?;
+        let listener = bed.namespace.enter(|| TcpListener::bind(address).context("cannot listen"))?;
+        let server = Self { status: Arc::new(AtomicU16::new(200)), asked: Arc::default(), last: Arc::default() };
+        let (status, asked, last) = (Arc::clone(&server.status), Arc::clone(&server.asked), Arc::clone(&server.last));
+        thread::spawn(move || {
+            while let Ok((stream, _)) = listener.accept() {
+                let (status, asked, last) = (Arc::clone(&status), Arc::clone(&asked), Arc::clone(&last));
+                thread::spawn(move || serve(stream, name, &status, &asked, &last));
+            }
+        });
+        Ok(server)
+    }
+
+    fn set(&self, status: u16) {
+        self.status.store(status, Ordering::SeqCst);
+    }
+}
+
+fn serve(mut stream: TcpStream, name: &str, status: &AtomicU16, asked: &AtomicU32, last: &std::sync::Mutex<String>) {
+    let (mut request, mut buffer) = (Vec::new(), [0; 1024]);
+    while !request.ends_with(b"\r\n\r\n") {
+        match stream.read(&mut buffer) {
+            Ok(0) if request.is_empty() => {
+                let _ = stream.write_all(name.as_bytes());
+                return;
+            }
+            Ok(0) | Err(_) => return,
+            Ok(read) => request.extend(&buffer[..read]),
+        }
+    }
+    asked.fetch_add(1, Ordering::SeqCst);
+    *last.lock().unwrap() = String::from_utf8_lossy(&request).into_owned();
+    let status = if request.starts_with(b"GET /bad ") { 500 } else { status.load(Ordering::SeqCst) };
+    match status {
+        // Until whoever asks loses patience.
+        SILENT => drop(stream.read(&mut buffer)),
+        status => {
+            let head = format!("HTTP/1.1 {status} so it is\r\nContent-Length: {}\r\n\r\n", name.len());
+            let _ = stream.write_all(&[head.as_bytes(), name.as_bytes()].concat());
+        }
+    }
+}
+
+/// A service with an endpoint near and another far, and a rule with this probe.
+fn objects(probe: &str, endpoints: &[(&str, &str, &str)], policy: &Value) -> Vec<Value> {
+    let mut rule = destination_rule("web", &json!({"trafficPolicy": policy}));
+    rule["metadata"]["annotations"] = json!({"portolan.io/probe": probe});
+    vec![
+        node("near", "r1/z1"),
+        node("far", "r2/z1"),
+        service("web", &["172.16.0.10"], 80),
+        slice("web", 9080, endpoints),
+        rule,
+    ]
+}
+
+const BOTH: [(&str, &str, &str); 2] = [("10.0.0.1", "near", ""), ("10.1.0.1", "far", "")];
+
+fn near_and_far(bed: &Bed, probe: &str) -> Result<(Directory, Server, Server)> {
+    for address in ["10.0.0.1/32", "10.1.0.1/32"] {
+        bed.namespace.add_address(address)?;
+    }
+    let near = Server::start(bed, "10.0.0.1:9080", "near")?;
+    let far = Server::start(bed, "10.1.0.1:9080", "far")?;
+    let directory = Directory::new()?;
+    directory.write("c1/all.yaml", &objects(probe, &BOTH, &json!({})))?;
+    Ok((directory, near, far))
+}
+
+/// Waits until all connections go there.
+fn wait_all(agent: &Agent, client: &mut Dialler, expected: &str) -> Result<()> {
+    wait_until(&format!("all connections to go {expected}"), BOUND, || {
+        let greetings = client.dial(WEB, 4)?.greetings().join(" ");
+        ensure!(greetings == [expected; 4].join(" "), "{greetings}\n{}", agent.log());
+        Ok(())
+    })
+}
+
+fn messages(agent: &Agent, kind: &str) -> Result<Vec<String>> {
+    let events = agent.events()?.into_iter().filter(|event| event["kind"] == kind);
+    Ok(events.map(|event| event["message"].as_str().unwrap_or_default().to_owned()).collect())
+}
+
+#[test]
+fn who_accepts_and_never_answers_is_taken_out_and_comes_back() -> Result<()> {
+    let bed = Bed::new()?;
+    let probe = "{httpGet: {path: /healthz, httpHeaders: [{name: Host, value: web.example}]}, periodSeconds: 1, failureThreshold: 2, successThreshold: 2}";
+    let (directory, near, _far) = near_and_far(&bed, probe)?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    // A probe lets others take over, with no outlierDetection at all.
+    wait_all(&agent, &mut client, "near")?;
+    for (status, why) in [(SILENT, "no answer within 1s"), (500, "status 500"), (404, "status 404")] {
+        near.set(status);
+        wait_all(&agent, &mut client, "far")?;
+        let told = messages(&agent, "unhealthy")?;
+        let last = told.last().context("nothing is told")?;
+        let expected = format!("10.0.0.1:9080: httpGet /healthz failed 2 times in a row, the last time with: {why}");
+        assert_eq!(*last, expected);
+        let report = agent.get("services")?;
+        let endpoint = &service_named(&report, "web")?["endpoints"][0];
+        assert_eq!((&endpoint["health"], &endpoint["share"]), (&json!("unhealthy"), &json!(0.0)), "{endpoint}");
+        let explained = agent.explain("default/web")?.to_string();
+        assert!(
+            explained.contains("its probes fail (portolan.io/probe)") && explained.contains("now 1 of 2 out"),
+            "{explained}"
+        );
+        near.set(302);
+        wait_all(&agent, &mut client, "near")?;
+    }
+    assert_eq!(messages(&agent, "healthy")?.len(), 3);
+    let request = near.last.lock().unwrap().to_lowercase();
+    assert!(
+        request.starts_with("get /healthz http/1.1\r\n") && request.contains("\r\nhost: web.example\r\n"),
+        "{request}"
+    );
+    assert!(request.contains("\r\nuser-agent: portolan-probe/"), "{request}");
+    let metrics = agent.http("/metrics")?.1;
+    assert!(
+        metrics.contains("\nportolan_probed_endpoints 2\n")
+            && metrics.contains("portolan_probes_total{result=\"failing\"}")
+    );
+
+    // Not asked for any more, nobody is asked, and nobody is out.
+    near.set(500);
+    wait_all(&agent, &mut client, "far")?;
+    let mut without = objects("", &BOTH, &json!({"outlierDetection": {}}));
+    without[4]["metadata"]["annotations"] = json!({});
+    directory.write("c1/all.yaml", &without)?;
+    wait_all(&agent, &mut client, "near")?;
+    wait_until("the last probe to be done", BOUND, || {
+        ensure!(agent.http("/metrics")?.1.contains("\nportolan_probed_endpoints 0\n"));
+        Ok(())
+    })
+}
+
+#[test]
+fn what_is_out_stays_out_and_what_is_new_is_asked_soon() -> Result<()> {
+    let bed = Bed::new()?;
+    // Ten seconds between two probes: whoever is new is asked more often until something is known.
+    let (directory, near, far) = near_and_far(&bed, "{httpGet: {}, periodSeconds: 10, failureThreshold: 2}")?;
+    near.set(503);
+    let mut first = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    wait_all(&first, &mut client, "far")?;
+    // Both out: refused, for nobody is left whom the policy allows.
+    far.set(503);
+    first.process.kill();
+    let _agent = bed.agent(&directory, "c1", "near")?;
+    wait_until("nobody to be left", BOUND, || {
+        let errnos = client.dial(WEB, 2)?.errnos();
+        ensure!(errnos == [111; 2], "{errnos:?}");
+        Ok(())
+    })?;
+    // Where panic is allowed, all of them are better than nobody.
+    let panic = json!({"outlierDetection": {"minHealthPercent": 50}});
+    directory.write("c1/all.yaml", &objects("{httpGet: {}, periodSeconds: 10, failureThreshold: 2}", &BOTH, &panic))?;
+    wait_until("all of them to be used", BOUND, || {
+        let reply = client.dial(WEB, 4)?;
+        ensure!((reply.count("near"), reply.count("far")) == (2, 2), "{reply:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn ports_of_their_own_and_connections_alone() -> Result<()> {
+    let bed = Bed::new()?;
+    let (directory, near, far) =
+        near_and_far(&bed, "{tcpSocket: {port: 9999}, periodSeconds: 1, failureThreshold: 1}")?;
+    let health = bed.serve_until("10.1.0.1:9999", "health")?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    wait_all(&agent, &mut client, "far")?;
+    assert_eq!((near.asked.load(Ordering::SeqCst), far.asked.load(Ordering::SeqCst)), (0, 0));
+    drop(health);
+    bed.serve("10.0.0.1:9999", "health")?;
+    wait_all(&agent, &mut client, "near")
+}
+
+#[test]
+fn grpc_servers_say_it_themselves() -> Result<()> {
+    let bed = Bed::new()?;
+    let (directory, ..) =
+        near_and_far(&bed, "{grpc: {port: 9443, service: shop.Cart}, periodSeconds: 1, failureThreshold: 2}")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let mut reporters: Vec<HealthReporter> = Vec::new();
+    for address in ["10.0.0.1:9443", "10.1.0.1:9443"] {
+        let address: SocketAddr = address.parse()?;
+        let listener = bed.namespace.enter(|| TcpListener::bind(address).context("cannot listen"))?;
+        listener.set_nonblocking(true)?;
+        let (reporter, service) = tonic_health::server::health_reporter();
+        let inside = runtime.enter();
+        let incoming = tonic::transport::server::TcpIncoming::from(tokio::net::TcpListener::from_std(listener)?);
+        drop(inside);
+        runtime.spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
+        reporters.push(reporter);
+    }
+    let set = |i: usize, status| runtime.block_on(reporters[i].set_service_status("shop.Cart", status));
+    set(0, ServingStatus::Serving);
+    set(1, ServingStatus::Serving);
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    wait_all(&agent, &mut client, "near")?;
+    set(0, ServingStatus::NotServing);
+    wait_all(&agent, &mut client, "far")?;
+    let told = messages(&agent, "unhealthy")?;
+    assert!(
+        told.last().is_some_and(|told| told
+            .ends_with("grpc shop.Cart on port 9443 failed 2 times in a row, the last time with: NOT_SERVING")),
+        "{told:?}"
+    );
+    set(0, ServingStatus::Serving);
+    wait_all(&agent, &mut client, "near")
+}
+
+#[test]
+fn more_than_is_allowed_is_told_and_broken_ones_are_findings() -> Result<()> {
+    let bed = Bed::new()?;
+    let (directory, near, _far) = near_and_far(&bed, "{httpGet: {}, periodSeconds: 1, failureThreshold: 1}")?;
+    let agent = bed.agent_with(&directory, "c1", "near", &["--probes-per-second", "1"])?;
+    let mut client = bed.dialler()?;
+    wait_until("the finding", BOUND, || {
+        let report = agent.get("services")?;
+        let found = finding(&report, "Probes", "asks for 2 probes a second of 2 endpoints; 1 are made")?;
+        ensure!(found["code"] == "PTL0105", "{found}");
+        Ok(())
+    })?;
+    near.set(500);
+    wait_all(&agent, &mut client, "far")?;
+    for (probe, field, message) in [
+        ("{httpGet: {scheme: HTTPS}}", ".httpGet.scheme", "HTTP is the only one"),
+        ("{exec: {command: [ls]}}", ".exec", "runs in a container"),
+        ("{tcpSocket: {port: http}}", ".tcpSocket.port", "the name of a container's port"),
+        ("{httpGet: {path: healthz}}", ".httpGet.path", "is no path"),
+        ("{httpGet: {}, periodSeconds: 0}", ".periodSeconds", "0 is less than 1"),
+        ("{httpGet: {port: 70000}}", ".httpGet.port", "70000 is no port"),
+        ("{httpGet: {}, tcpSocket: {port: 1}}", "", "wants one of"),
+        ("{}", "", "wants one of"),
+        ("{httpGet: ", "", "is no YAML"),
+        ("{httpGet: {}, perioSeconds: 3}", ".perioSeconds", "is not honoured"),
+    ] {
+        let directory = Directory::new()?;
+        directory.write("c1/all.yaml", &objects(probe, &BOTH, &json!({})))?;
+        let report = directory.plan("c1", "near", &[])?.0;
+        let found = finding(&report, "DestinationRule default/web", message).with_context(|| probe.to_owned())?;
+        let at = format!("metadata.annotations[\"portolan.io/probe\"]{field}");
+        assert_eq!(found["field"], json!(at), "{probe}: {found}");
+    }
+    Ok(())
+}
+
+/// One pod sees errors of an endpoint that others use as well: what the agent itself is answered decides.
+#[test]
+fn a_probe_confirms_what_one_pod_alone_has_seen() -> Result<()> {
+    let bed = Bed::new()?;
+    // So seldom that no probe of its own decides.
+    let (directory, near, _far) = near_and_far(&bed, "{}")?;
+    let outlier = json!({"outlierDetection": {
+        "consecutive5xxErrors": 2, "maxEjectionPercent": 100, "interval": "1s", "baseEjectionTime": "5m"}});
+    directory.write("c1/all.yaml", &objects("{httpGet: {path: /healthz}, failureThreshold: 1000}", &BOTH, &outlier))?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let (bad, good) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
+    let ask = |pod: &Pod, path: &str| -> Result<String> {
+        let url = format!("http://172.16.0.10{path}");
+        let mut curl = pod.start(&bed, "curl", &["-s", "-w", " %{http_code}", &url])?;
+        let mut answer = String::new();
+        curl.child().stdout.take().context("no output")?.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    assert_eq!(ask(&good, "/")?, "near 200");
+    // It asks for what is not there to be had. Others are served well, and so is the agent.
+    for _ in 0..3 {
+        assert_eq!(ask(&bad, "/bad")?, "near 500");
+    }
+    wait_until("the finding", BOUND, || {
+        let report = agent.get("services")?;
+        let found = finding(&report, "Service default/web", "what the agent itself asked of it went well")?;
+        ensure!(found["code"] == "PTL0100", "{found}");
+        Ok(())
+    })?;
+    assert_eq!(messages(&agent, "ejected")?.len(), 0);
+    assert_eq!(ask(&good, "/")?, "near 200");
+    // It is really ill: what the pod sees, the agent sees as well.
+    near.set(500);
+    wait_until("the ejection", BOUND, || {
+        // Each answer that it sees is one more, until it has no more of them.
+        let status = ask(&bad, "/")?;
+        ensure!(messages(&agent, "ejected")?.len() == 1, "{status}: {}", agent.log());
+        Ok(())
+    })?;
+    assert_eq!(ask(&good, "/")?, "far 200");
+    Ok(())
+}
