@@ -166,7 +166,7 @@ fn lesson_15_killed_before_any_step_of_an_upgrade_nothing_is_lost() -> Result<()
     without_a_failure(&bed, "killed before each step", || {
         for kind in [Step::MakeMap, Step::LoadProgram, Step::Pin, Step::UpdateLink, Step::Files] {
             // Where every instruction is emulated, of the many steps that are alike some must do.
-            let alike = matches!(kind, Step::MakeMap | Step::LoadProgram | Step::Pin) && patience() > 1;
+            let alike = kind != Step::UpdateLink && patience() > 1;
             let mut kills = 0;
             for number in (1..).step_by(if alike { 6 } else { 1 }) {
                 let (mut agent, steps) = bed.start_watched("portolan-next", &directory, "c1", "n1")?;
