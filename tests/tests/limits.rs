@@ -312,3 +312,62 @@ fn a_connect_timeout_below_a_second_does_not_wait_for_the_second_syn() -> Result
     assert!(fast < slow, "{:?} after it", fast - slow);
     Ok(())
 }
+
+/// After a failover: clients keep connections to the far endpoint. Once the near one is back, the idle ones go, a few at a time.
+#[test]
+fn idle_connections_come_home_after_a_failover() -> Result<()> {
+    let bed = Bed::new()?;
+    for (address, name) in [("10.0.0.1", "near"), ("10.1.0.1", "far")] {
+        bed.namespace.add_address(&format!("{address}/32"))?;
+        bed.serve(&format!("{address}:9080"), name)?;
+    }
+    let directory = Directory::new()?;
+    let objects = |ready: bool, follows: &str| {
+        let mut endpoints = slice("web", 9080, &[("10.0.0.1", "near", ""), ("10.1.0.1", "far", "")]);
+        endpoints["endpoints"][0]["conditions"]["ready"] = json!(ready);
+        let mut rule = destination_rule("web", &json!({"trafficPolicy": {"outlierDetection": {}}}));
+        rule["metadata"]["annotations"] = json!({"portolan.io/close-idle-elsewhere": follows});
+        [node("near", "r1/z1"), node("far", "r2/z1"), service("web", &["172.16.0.10"], 80), endpoints, rule]
+    };
+    directory.write("c1/all.yaml", &objects(false, "false"))?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialler()?;
+    let to = WEB.parse()?;
+    let open = |client: &mut Dialler| -> Result<usize> {
+        Ok(client.run(&Task::Held)?.errnos().iter().filter(|errno| **errno != ECONNABORTED).count())
+    };
+    client.run(&Task::Hold { to, times: 30 })?;
+    // Without the annotation they stay.
+    directory.write("c1/all.yaml", &objects(true, "false"))?;
+    wait_until("new ones to go near", BOUND, || {
+        ensure!(client.dial(WEB, 3)?.greetings() == ["near"; 3]);
+        Ok(())
+    })?;
+    assert_eq!(metric(&agent, "portolan_closing_passes_total")?, 0);
+    directory.write("c1/all.yaml", &objects(true, "true"))?;
+    let mut seen = Vec::new();
+    wait_until("the idle ones to be closed", BOUND, || {
+        let left = open(&mut client)?;
+        seen.push(left);
+        ensure!(left == 0, "{left}\n{}", agent.log());
+        Ok(())
+    })?;
+    // Twenty, and a second later the others.
+    assert!(seen.contains(&30) && seen.iter().any(|left| (1..30).contains(left)), "{seen:?}");
+    let moved = metric(&agent, "portolan_closed_connections_total{reason=\"elsewhere\",protocol=\"TCP\"}")?;
+    assert!(moved >= 30, "{moved}");
+    assert_eq!(client.dial(WEB, 3)?.greetings(), ["near"; 3]);
+    // Those that go where new ones go are left alone, however idle they are.
+    client.run(&Task::Release)?;
+    client.run(&Task::Hold { to, times: 2 })?;
+    let passes = metric(&agent, "portolan_closing_passes_total")?;
+    let mut changed = objects(true, "true");
+    changed[2] = service("web", &["172.16.0.10", "172.16.0.11"], 80);
+    directory.write("c1/all.yaml", &changed)?;
+    wait_until("another look", BOUND, || {
+        ensure!(metric(&agent, "portolan_closing_passes_total")? > passes);
+        Ok(())
+    })?;
+    assert_eq!(open(&mut client)?, 2);
+    Ok(())
+}

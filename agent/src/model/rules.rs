@@ -305,6 +305,8 @@ pub struct DestinationRule {
     pub subsets: Vec<Subset>,
     /// The probe of its endpoints.
     pub probe: Option<Arc<Probe>>,
+    /// Whether idle connections to endpoints that get no new ones are closed (`portolan.io/close-idle-elsewhere`).
+    pub closes_idle_elsewhere: bool,
 }
 
 /// One destination of a route.

@@ -1,9 +1,13 @@
 //! When connections are looked for that shall not go on, and what is told of them.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
+
+use portolan_common::FrontendKey;
 
 use super::Reconciler;
 use crate::{
@@ -11,7 +15,7 @@ use crate::{
     journal::Record,
     model::Protocol,
     policy::{Assignment, PoolKey},
-    table::Lost,
+    table::{self, Lost},
 };
 
 /// Between two looks for connections that have outlived their pool's limits: a quarter of the shortest limit, within these.
@@ -36,6 +40,8 @@ pub(super) struct Closing {
     recounts: u32,
     recount_at: Option<Instant>,
     lifetimes: HashMap<PoolKey, Lifetime>,
+    /// The endpoints that get connections, by frontends whose rule wants those to others closed.
+    served: HashMap<FrontendKey, Arc<[SocketAddr]>>,
     next: Option<Instant>,
 }
 
@@ -51,14 +57,29 @@ impl Closing {
 
     /// Forgets the pools of what a service was assigned before.
     pub(super) fn forget<'a>(&mut self, assignments: impl Iterator<Item = &'a Assignment>) {
-        for route in assignments.flat_map(|assignment| &assignment.routes) {
-            self.lifetimes.remove(&route.pool.key);
+        for assignment in assignments {
+            for route in &assignment.routes {
+                self.lifetimes.remove(&route.pool.key);
+            }
+            for frontend in &assignment.frontends {
+                self.served.remove(&table::key(*frontend, assignment.protocol));
+            }
         }
     }
 
-    /// Takes down the lifetimes of the pools of a service.
-    pub(super) fn learn<'a>(&mut self, assignments: impl Iterator<Item = &'a Assignment>) {
-        for pool in assignments.flat_map(|assignment| &assignment.routes).map(|route| &route.pool) {
+    /// Takes down how long connections to a service may live.
+    pub(super) fn learn(&mut self, assignment: &Assignment) {
+        let follows = assignment.routes.iter().any(|route| route.pool.closes_idle_elsewhere);
+        // Where nobody gets any, there is nowhere else to go.
+        if follows && !assignment.schedule.is_empty() {
+            let members = assignment.schedule.runs.iter().flat_map(|run| run.members.iter().copied());
+            let served: Arc<[SocketAddr]> = members.collect::<BTreeSet<_>>().into_iter().collect();
+            for frontend in &assignment.frontends {
+                self.served.insert(table::key(*frontend, assignment.protocol), Arc::clone(&served));
+            }
+            self.look_again(IDLE);
+        }
+        for pool in assignment.routes.iter().map(|route| &route.pool) {
             let lifetime = Lifetime { idle: pool.limits.idle_timeout, whole: pool.limits.max_duration };
             if lifetime == Lifetime::default() {
                 self.lifetimes.remove(&pool.key);
@@ -137,7 +158,8 @@ impl Reconciler {
                 order.lifetimes.insert((id, epoch), *lifetime);
             }
         }
-        if gone || order.recount || !order.lifetimes.is_empty() {
+        order.served.clone_from(&self.closing.served);
+        if gone || order.recount || !order.lifetimes.is_empty() || !order.served.is_empty() {
             self.datapath.closer.begin(order);
         }
     }
@@ -151,6 +173,7 @@ impl Reconciler {
                 Reason::Gone => "the endpoint is gone",
                 Reason::Idle => "idleTimeout",
                 Reason::Age => "maxConnectionDuration",
+                Reason::Elsewhere => "it was idle, and the endpoint gets no connections any more",
             };
             let message = format!("{count} {protocol} connections to {endpoint} were closed: {why}");
             let record = Record { kind: Record::CLOSED.to_owned(), message, ..Record::default() };

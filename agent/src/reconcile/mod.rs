@@ -424,7 +424,7 @@ impl Reconciler {
         self.closing.forget(recompiled.iter().flat_map(|service| &service.before).map(|assignment| &**assignment));
         let all = if whole { self.compiler.verdict().assignments } else { Vec::new() };
         for assignment in all.iter().chain(recompiled.iter().flat_map(|service| &service.after)) {
-            self.closing.learn(std::iter::once(&**assignment));
+            self.closing.learn(assignment);
             // A route may name a pool twice, which counts once.
             let pools: BTreeSet<PoolKey> = assignment.routes.iter().map(|route| route.pool.key.clone()).collect();
             let pools: Vec<PoolKey> = pools.into_iter().collect();

@@ -6,7 +6,9 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
-    read::{ALWAYS_EJECT_ONE, COUNT_EARLY_RESETS, Context, DISTRIBUTE_WITH_FAILOVER, Invalid, invalid},
+    read::{
+        ALWAYS_EJECT_ONE, CLOSE_IDLE_ELSEWHERE, COUNT_EARLY_RESETS, Context, DISTRIBUTE_WITH_FAILOVER, Invalid, invalid,
+    },
     spec::{LocalitySpec, duration, locality_setting, maybe_duration, nullable},
 };
 use crate::model::{
@@ -176,6 +178,7 @@ pub(super) fn destination_rule(
         always_eject_one: context.switch(&value, ALWAYS_EJECT_ONE),
         count_early_resets: context.switch(&value, COUNT_EARLY_RESETS),
     };
+    let closes_idle_elsewhere = context.switch(&value, CLOSE_IDLE_ELSEWHERE);
     let probe = super::probe::probe(context, &value);
     let spec: DestinationRuleSpec = context.honoured("spec", value["spec"].take(), |_| false)?;
     if spec.workload_selector.is_some() {
@@ -208,7 +211,14 @@ pub(super) fn destination_rule(
             tell_losses(context, &at, *port, &policy, own);
         }
     }
-    Ok(Some(DestinationRule { name: context.name.clone(), host: spec.host, policy, subsets, probe }))
+    Ok(Some(DestinationRule {
+        name: context.name.clone(),
+        host: spec.host,
+        policy,
+        subsets,
+        probe,
+        closes_idle_elsewhere,
+    }))
 }
 
 fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec, own: Own) -> Result<TrafficPolicy, Invalid> {

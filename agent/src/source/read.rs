@@ -166,12 +166,14 @@ pub(super) const ALWAYS_EJECT_ONE: &str = "portolan.io/always-eject-one";
 pub(super) const COUNT_EARLY_RESETS: &str = "portolan.io/count-early-resets";
 pub(super) const PREFER_CLUSTER_LOCAL: &str = "portolan.io/prefer-cluster-local";
 pub(super) const PROBE: &str = "portolan.io/probe";
-const ANNOTATIONS: [(&str, &[Kind]); 5] = [
+pub(super) const CLOSE_IDLE_ELSEWHERE: &str = "portolan.io/close-idle-elsewhere";
+const ANNOTATIONS: [(&str, &[Kind]); 6] = [
     (DISTRIBUTE_WITH_FAILOVER, &[Kind::DestinationRule, Kind::MeshConfig]),
     (ALWAYS_EJECT_ONE, &[Kind::DestinationRule]),
     (COUNT_EARLY_RESETS, &[Kind::DestinationRule]),
     (PREFER_CLUSTER_LOCAL, &[Kind::MeshConfig]),
     (PROBE, &[Kind::DestinationRule]),
+    (CLOSE_IDLE_ELSEWHERE, &[Kind::DestinationRule]),
 ];
 
 /// Portolan's own annotations are not for mistyping.

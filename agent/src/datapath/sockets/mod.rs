@@ -45,6 +45,11 @@ use crate::{model::Protocol, table::Lost};
 /// A connection is idle when nothing was sent or received for so long.
 pub const IDLE: Duration = Duration::from_secs(5);
 
+/// Connections that are closed in one pass because their endpoints get none any more: their applications come back at once, all to the same ones.
+const MOVED_IN_A_PASS: u64 = 20;
+/// The next pass is so much later.
+const NEXT_MOVES: Duration = Duration::from_secs(1);
+
 /// How often places are looked through whose connect never began.
 const TIDY: Duration = Duration::from_secs(60);
 
@@ -82,6 +87,8 @@ pub struct Order {
     pub gone_tcp: GoneTcp,
     /// Lifetimes by place and epoch of the pool.
     pub lifetimes: HashMap<(u32, u32), Lifetime>,
+    /// The endpoints that get connections of these frontends now: those to any other are closed once they are idle, so many in a pass.
+    pub served: HashMap<FrontendKey, Arc<[SocketAddr]>>,
     /// Whether places and counts of connections are to be led to what there is.
     pub recount: bool,
 }
@@ -95,6 +102,8 @@ pub enum Reason {
     Idle,
     /// It lasted longer than `maxConnectionDuration`.
     Age,
+    /// It was idle, and its endpoint gets no connections any more.
+    Elsewhere,
 }
 
 impl Reason {
@@ -104,6 +113,7 @@ impl Reason {
             Self::Gone => "gone",
             Self::Idle => "idle",
             Self::Age => "age",
+            Self::Elsewhere => "elsewhere",
         }
     }
 }
@@ -119,6 +129,8 @@ pub struct Pass {
     pub closed: BTreeMap<(Reason, Protocol, SocketAddr), u64>,
     /// When the next of the connections to gone endpoints may be idle, if there are any.
     pub wait: Option<Duration>,
+    /// Those of them whose endpoints get no connections any more.
+    moved: u64,
     /// What was put right.
     pub recounted: Option<Recounted>,
     /// Network namespaces that were looked into.
@@ -196,7 +208,7 @@ fn work(states: &States, set: u32, orders: &Receiver<Order>, done: &UnboundedSen
             Err(RecvTimeoutError::Disconnected) => return,
         };
         let order = orders.try_iter().fold(order, Order::followed_by);
-        let closing = order.is_about_gone() || !order.lifetimes.is_empty();
+        let closing = order.is_about_gone() || order.is_about_living();
         let mut pass = Pass { closing, counting: order.recount, ..Pass::default() };
         let mut datagrams = Vec::new();
         let mut before = None;
@@ -287,7 +299,7 @@ fn one_namespace(
     if let Some(seen) = seen {
         diag.count(states, seen).context("cannot list TCP connections")?;
     }
-    if order.gone_tcp != GoneTcp::Keep || !order.lifetimes.is_empty() {
+    if order.gone_tcp != GoneTcp::Keep || order.is_about_living() {
         for connection in diag.connections(states).context("cannot list TCP connections")? {
             let reason = match order.verdict(&connection, set) {
                 Verdict::Keep => continue,
@@ -295,8 +307,13 @@ fn one_namespace(
                     pass.wait = Some(pass.wait.map_or(left, |wait| wait.min(left)));
                     continue;
                 }
+                Verdict::Close(Reason::Elsewhere) if pass.moved >= MOVED_IN_A_PASS => {
+                    pass.wait = Some(pass.wait.map_or(NEXT_MOVES, |wait| wait.min(NEXT_MOVES)));
+                    continue;
+                }
                 Verdict::Close(reason) => reason,
             };
+            pass.moved += u64::from(reason == Reason::Elsewhere);
             if diag.destroy(Protocol::Tcp, &connection.socket).context("cannot close TCP connections")? {
                 pass.count(reason, Protocol::Tcp, &connection.state);
             }
@@ -374,7 +391,12 @@ impl Order {
         let (endpoints, complete) =
             if about_gone { (next.endpoints, next.complete) } else { (self.endpoints, self.complete) };
         let recount = self.recount || next.recount;
-        Self { endpoints, complete, gone_udp, gone_tcp, lifetimes: next.lifetimes, recount }
+        Self { endpoints, complete, gone_udp, gone_tcp, lifetimes: next.lifetimes, served: next.served, recount }
+    }
+
+    /// Whether connections to endpoints are looked for that are there.
+    fn is_about_living(&self) -> bool {
+        !self.lifetimes.is_empty() || !self.served.is_empty()
     }
 
     /// Whether connections to gone endpoints are looked for.
@@ -389,8 +411,13 @@ impl Order {
             let waits = self.gone_tcp == GoneTcp::Idle && *idle < IDLE;
             return if waits { Verdict::Wait(IDLE - *idle) } else { Verdict::Close(Reason::Gone) };
         }
+        let stands = state.stage == SocketStage::Established as u32;
+        let served = self.served.get(&FrontendKey::new(state.frontend, Protocol::Tcp.number())).filter(|_| stands);
+        if served.is_some_and(|served| served.binary_search(&state.backend.socket_addr()).is_err()) {
+            return if *idle < IDLE { Verdict::Wait(IDLE - *idle) } else { Verdict::Close(Reason::Elsewhere) };
+        }
         // Before it stands there is nothing to measure by.
-        if state.set != set || state.pool == 0 || state.stage != SocketStage::Established as u32 {
+        if state.set != set || state.pool == 0 || !stands {
             return Verdict::Keep;
         }
         let Some(lifetime) = self.lifetimes.get(&(state.pool, state.pool_epoch)) else { return Verdict::Keep };
