@@ -23,6 +23,9 @@ use crate::{
 
 /// The file's own version: one of another is not read.
 const VERSION: u32 = 1;
+/// Extensions of what lies beside it.
+const NEXT: &str = "next";
+const UNREADABLE: &str = "unreadable";
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -65,6 +68,11 @@ impl Kept {
         Self { version: VERSION, saved_at: now, pools: pools.into_iter().map(kept).collect(), by_hand }
     }
 
+    /// The files that may lie where one is kept: itself, one that was being written, one that could not be read.
+    pub fn files(path: &Path) -> [PathBuf; 3] {
+        [path.to_owned(), path.with_extension(NEXT), path.with_extension(UNREADABLE)]
+    }
+
     /// How long ago that was; nothing, where the clock was set back.
     pub fn age(&self, now: SystemTime) -> Duration {
         now.duration_since(self.saved_at).unwrap_or_default()
@@ -96,7 +104,7 @@ impl Kept {
         });
         kept.map(Some).map_err(|error| {
             // It will be written anew; what was in it stays beside.
-            let aside = path.with_extension("unreadable");
+            let aside = path.with_extension(UNREADABLE);
             let place = if fs::rename(path, &aside).is_ok() { aside } else { path.to_owned() };
             error.context(format!("what a former agent has left cannot be read, and is in {}", place.display()))
         })
@@ -106,7 +114,7 @@ impl Kept {
     fn write(&self, path: &Path) -> Result<()> {
         let folder = path.parent().unwrap_or(Path::new("/"));
         fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-        let next = path.with_extension("next");
+        let next = path.with_extension(NEXT);
         let file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&next)?;
         let mut out = io::BufWriter::new(file);
         serde_json::to_writer(&mut out, self)?;

@@ -36,8 +36,8 @@ struct Options {
     #[arg(long)]
     quick: bool,
     /// Rounds; in each, every arm has its turn
-    #[arg(long, default_value_t = 21)]
-    rounds: usize,
+    #[arg(long, default_value_t = 21, value_parser = clap::value_parser!(u16).range(10..))]
+    rounds: u16,
     /// Sizes of the tables
     #[arg(long, value_delimiter = ',', default_values_t = [1, 100, 1_000, 10_000])]
     services: Vec<u32>,
@@ -73,7 +73,7 @@ fn main() -> Result<()> {
     let quick = options.quick;
     let services = if quick { vec![1, 100] } else { options.services.clone() };
     let effort = Effort {
-        rounds: if quick { 2 } else { options.rounds.max(10) },
+        rounds: if quick { 2 } else { options.rounds.into() },
         connects: if quick { 100 } else { 2_000 },
         requests: if quick { 50 } else { 500 },
         bulk: if quick { 4 << 20 } else { 128 << 20 },

@@ -121,6 +121,30 @@ fn every_broken_example_is_told_and_survived() -> Result<()> {
     Ok(())
 }
 
+/// The example to begin with: nothing is wrong with it, each region is served by itself, and by the other one where it fails.
+#[test]
+fn the_example_of_two_regions_does_what_it_says() -> Result<()> {
+    let examples = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/examples/two-regions");
+    let example = Directory::new()?;
+    for file in ["rules.yaml", "hangzhou/all.yaml", "shanghai/all.yaml"] {
+        example.write_text(file, &std::fs::read_to_string(examples.join(file))?)?;
+    }
+    for (cluster, own, other) in [("hangzhou", 1, 2), ("shanghai", 2, 1)] {
+        let half =
+            |region: u8| [5, 6].map(|i| (format!("10.{region}.0.{i}:9080"), 0.5)).into_iter().collect::<Vec<_>>();
+        let node = format!("{cluster}-1");
+        let given = |eject: &[&str]| -> Result<Vec<(String, f64)>> {
+            let (report, code) = example.plan(cluster, &node, eject)?;
+            assert_eq!((code, &report["findings"]), (0, &json!([])), "{report:#}");
+            Ok(shares(service_named(&report, "reviews")?).into_iter().filter(|(_, share)| *share > 0.0).collect())
+        };
+        assert_eq!(given(&[])?, half(own));
+        let ejected = [5, 6].map(|i| format!("10.{own}.0.{i}"));
+        assert_eq!(given(&["--eject", &ejected[0], "--eject", &ejected[1]])?, half(other));
+    }
+    Ok(())
+}
+
 #[test]
 fn an_empty_slice_as_kubectl_prints_it() -> Result<()> {
     let directory = Directory::new()?;

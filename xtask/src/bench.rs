@@ -24,6 +24,19 @@ pub(crate) struct BenchArgs {
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
+    if args.arguments.iter().any(|argument| argument == "--help" || argument == "-h") {
+        // To say what it does it needs nothing else.
+        return run_command(&mut cargo(&[
+            "run",
+            "--quiet",
+            "--package",
+            "portolan-bench",
+            "--bin",
+            "bench",
+            "--",
+            "--help",
+        ]));
+    }
     need_root("the benchmark")?;
     toolchain::ensure(false)?;
     packages::ensure_programs(&packages::BENCH)?;

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Args;
 use portolan_tests::demo::{self, Options};
 
@@ -33,6 +33,14 @@ fn plays() -> String {
 
 pub(crate) fn run(args: &DemoArgs) -> Result<ExitCode> {
     need_root("the demo")?;
+    if let Some(only) = &args.only {
+        let names: Vec<&str> = demo::plays().map(|(name, _)| name).into_iter().collect();
+        ensure!(
+            names.iter().any(|name| name.contains(only.as_str())),
+            "--only {only}: the plays are {}",
+            names.join(", ")
+        );
+    }
     eprintln!("setting up: toolchain, packages, build");
     prepare()?;
     demo::run(&Options { only: args.only.clone(), keep: args.keep, json: args.json })

@@ -1,6 +1,6 @@
 //! The asking side: HTTP over the admin socket.
 
-use std::path::Path;
+use std::{io::ErrorKind, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 use axum::body::Bytes;
@@ -31,8 +31,13 @@ impl Stream {
     }
 
     async fn ask(socket: &Path, request: Request<Full<Bytes>>) -> Result<Self> {
-        let stream = UnixStream::connect(socket).await.with_context(|| {
-            format!("no agent answers on {}; start one, or give its socket with --admin", socket.display())
+        let stream = UnixStream::connect(socket).await.map_err(|error| {
+            let what = if error.kind() == ErrorKind::PermissionDenied {
+                format!("{} is root's; ask as root", socket.display())
+            } else {
+                format!("no agent answers on {}; start one, or give its socket with --admin", socket.display())
+            };
+            anyhow::Error::new(error).context(what)
         })?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         tokio::spawn(connection);

@@ -11,7 +11,7 @@ use tokio::{
 };
 use tracing_subscriber::EnvFilter;
 
-use super::{AdminArgs, ConfigArgs, PinsArgs, PlaceArgs};
+use super::{AdminArgs, ConfigArgs, PinsArgs, PlaceArgs, StateArgs};
 use crate::{
     admin,
     datapath::{Datapath, GoneTcp, Options, ProgramLog},
@@ -42,9 +42,8 @@ pub(super) struct AgentArgs {
     pins: PinsArgs,
     #[command(flatten)]
     admin: AdminArgs,
-    /// File for what outlives the agent: ejections, and orders by hand
-    #[arg(long, value_name = "FILE", default_value = "/var/lib/portolan/state.json", env = "PORTOLAN_STATE")]
-    state: PathBuf,
+    #[command(flatten)]
+    state: StateArgs,
     /// Address for /metrics, /healthz and /readyz
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15920", env = "PORTOLAN_METRICS")]
     metrics: SocketAddr,
@@ -135,7 +134,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
             (probe, Prober::start(args.probes_per_second)),
             options.sizes,
             args.gone_connections,
-            (Kept::read(&args.state), Keeper::start(args.state)?),
+            (Kept::read(&args.state.state), Keeper::start(args.state.state)?),
         );
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let ended = tokio::select! {

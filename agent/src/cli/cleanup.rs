@@ -1,28 +1,56 @@
 //! `portolan cleanup`
 
-use std::process::ExitCode;
+use std::{
+    fs, io,
+    os::unix::{fs::FileTypeExt as _, net::UnixStream},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::Args;
 
-use super::PinsArgs;
-use crate::datapath;
+use super::{AdminArgs, PinsArgs, StateArgs};
+use crate::{datapath, kept::Kept};
 
-/// Detaches the programs and removes the maps, and says what it removed. The agent must have ended before.
+/// Detaches the programs and removes the maps, and whatever else an agent leaves on the machine, and says what it removed. The agent must have
+/// ended before.
 #[derive(Debug, Args)]
 pub(super) struct CleanupArgs {
     #[command(flatten)]
     pins: PinsArgs,
+    #[command(flatten)]
+    admin: AdminArgs,
+    #[command(flatten)]
+    state: StateArgs,
 }
 
 pub(super) fn run(args: &CleanupArgs) -> Result<ExitCode> {
     let mut removed = 0;
-    datapath::cleanup(&args.pins.bpffs, |pin| {
+    let mut tell = |path: &Path| {
         removed += 1;
-        anstream::println!("removed {}", pin.display());
-    })?;
+        anstream::println!("removed {}", path.display());
+    };
+    datapath::cleanup(&args.pins.bpffs, &mut tell)?;
+    let admin = &args.admin.admin;
+    if UnixStream::connect(admin).is_ok() {
+        // It has other pins, and may have this file.
+        anstream::println!("an agent answers on {}: its socket and its --state were left", admin.display());
+    } else {
+        let is_socket = fs::symlink_metadata(admin).is_ok_and(|metadata| metadata.file_type().is_socket());
+        let own = is_socket.then(|| admin.clone());
+        let files: Vec<PathBuf> = own.into_iter().chain(Kept::files(&args.state.state)).collect();
+        for file in files {
+            match fs::remove_file(&file) {
+                Ok(()) => tell(&file),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error).with_context(|| format!("cannot remove {}", file.display())),
+            }
+        }
+    }
+    datapath::remove_locks(&mut tell)?;
     if removed == 0 {
-        anstream::println!("nothing of Portolan is pinned below {}", args.pins.bpffs.display());
+        anstream::println!("nothing of Portolan is left; its pins would be below {}", args.pins.bpffs.display());
     }
     Ok(ExitCode::SUCCESS)
 }

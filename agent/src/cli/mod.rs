@@ -179,7 +179,12 @@ impl At {
         if self.node.is_none() && self.locality.is_none() {
             let message =
                 "where are the clients? --node or --locality says it (of plan, --all-nodes asks for every node)\n";
-            Cli::command().error(ErrorKind::MissingRequiredArgument, message).exit();
+            // Of the verb that was asked, not of all of them.
+            let verb = std::env::args().nth(1).unwrap_or_default();
+            let mut command = Cli::command();
+            command.build();
+            let asked = command.find_subcommand_mut(&verb).cloned();
+            asked.unwrap_or(command).error(ErrorKind::MissingRequiredArgument, message).exit();
         }
         Place { node: self.node.clone(), locality: self.locality.clone(), labels: self.labels() }
     }
@@ -195,6 +200,14 @@ struct PinsArgs {
     /// Folder for the pins, on a bpffs
     #[arg(long, value_name = "PATH", default_value = "/sys/fs/bpf/portolan", env = "PORTOLAN_BPFFS")]
     bpffs: PathBuf,
+}
+
+/// What outlives the agent.
+#[derive(Debug, Args)]
+struct StateArgs {
+    /// File for what outlives the agent: ejections, and orders by hand
+    #[arg(long, value_name = "FILE", default_value = "/var/lib/portolan/state.json", env = "PORTOLAN_STATE")]
+    state: PathBuf,
 }
 
 /// The socket of the running agent.

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 
 use super::{
-    At, FAILED, PlaceArgs, ReaderArgs, SelectArgs, diff,
+    At, FAILED, PlaceArgs, ReaderArgs, SelectArgs, UNSUPPORTED, diff,
     offline::Offline,
     output::{self, OutputArgs, Rows},
 };
@@ -53,7 +53,7 @@ pub(super) struct PlanArgs {
 enum Verb {
     /// Shows what a change of the objects would do to the shares, before it is applied
     ///
-    /// Exit status 0: no share changes; 1: some do, or the new directory has errors that the old one has not.
+    /// Exit status 0: no share changes; 1: some do, or the new directory has errors that the old one has not; 2: they cannot be compared.
     Diff(DiffArgs),
 }
 
@@ -80,7 +80,11 @@ struct DiffArgs {
 
 pub(super) fn run(args: &PlanArgs) -> Result<ExitCode> {
     if let Some(Verb::Diff(args)) = &args.verb {
-        return run_diff(args);
+        return run_diff(args).or_else(|error| {
+            // Not to be taken for a difference.
+            anstream::eprintln!("portolan: {error:#}");
+            Ok(ExitCode::from(UNSUPPORTED))
+        });
     }
     let root = args.config.clone().unwrap_or_default();
     let cluster = args.cluster.clone().unwrap_or_default();

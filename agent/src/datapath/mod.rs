@@ -27,7 +27,7 @@ pub use self::{
     inspect::{Facts, MapFacts, ProgramFacts, inspect},
     maps::{Counters, Maps},
     namespaces::name_namespace,
-    pins::{Pins, cleanup},
+    pins::{Pins, cleanup, remove_locks},
     sockets::{Closer, GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted},
 };
 use crate::table::{Held, Sizes};

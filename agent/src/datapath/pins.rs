@@ -171,15 +171,25 @@ pub(super) fn own_cgroup(cgroup: &Path) -> Result<OwnedFd> {
     let id = fs::metadata(cgroup).with_context(|| format!("cannot read {}", cgroup.display()))?.ino();
     let run = Path::new(RUN);
     fs::create_dir_all(run).with_context(|| format!("cannot create {}", run.display()))?;
-    for other in entries(run)?.into_iter().filter(|path| path.extension().is_some_and(|it| it == "lock")) {
-        // Left behind by an agent that has ended; whoever holds it still has it.
-        if let Ok(Some(_held)) = lock_file(&other, 1) {
-            let _ = fs::remove_file(&other);
-        }
-    }
+    remove_locks(&mut |_| {})?;
     lock_file(&run.join(format!("cgroup-{id}.lock")), LOCK_TRIES)?.with_context(|| {
         format!("another agent serves the cgroup {}; stop it, or give this one another --cgroup", cgroup.display())
     })
+}
+
+/// Removes the locks that agents have left which have ended, and tells each; whoever holds one still has it.
+///
+/// # Errors
+/// Their folder cannot be read.
+pub fn remove_locks(tell: &mut dyn FnMut(&Path)) -> Result<()> {
+    for lock in entries(Path::new(RUN))?.into_iter().filter(|path| path.extension().is_some_and(|it| it == "lock")) {
+        if let Ok(Some(_held)) = lock_file(&lock, 1)
+            && fs::remove_file(&lock).is_ok()
+        {
+            tell(&lock);
+        }
+    }
+    Ok(())
 }
 
 /// A file, locked for this process; `None` where another one has it.
