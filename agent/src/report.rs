@@ -268,7 +268,7 @@ fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) ->
         let here = pool
             .endpoints
             .iter()
-            .filter(|endpoint| endpoint.priority == locality.priority && *endpoint.locality == locality.locality);
+            .filter(|endpoint| endpoint.priority == locality.priority && endpoint.locality == locality.locality);
         LocalityReport {
             locality: locality.locality.to_string(),
             priority: locality.priority,

@@ -29,9 +29,9 @@ pub(crate) static CURRENT: Array<u64, 1, { BPF_F_MMAPABLE as usize }> = Array::n
 #[btf_map]
 pub(crate) static VERSIONS: Array<Version, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// Places in schedules: each names a run of backends.
+/// Places in schedules: each names a run of backends. The agent has it in its memory: a schedule may have 10,000 of them.
 #[btf_map]
-pub(crate) static SLOTS: Array<Slot, 1> = Array::new();
+pub(crate) static SLOTS: Array<Slot, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Runs of backends: backend ids.
 #[btf_map]

@@ -65,6 +65,18 @@ impl Mapped {
         Ok(unsafe { self.start.add(index as usize * self.words).cast::<T>().read_volatile() })
     }
 
+    /// Writes a value that no program reads yet. What is published by a later store is seen with it.
+    ///
+    /// # Errors
+    /// There is no such value.
+    pub(super) fn write<T: Pod>(&self, index: u32, value: T) -> Result<()> {
+        ensure!(size_of::<T>() == self.words * 8, "values are {} words long", self.words);
+        ensure!(index < self.entries, "there is no entry {index}");
+        // SAFETY: a whole value within the mapping, of plain data.
+        unsafe { self.start.add(index as usize * self.words).cast::<T>().write_volatile(value) };
+        Ok(())
+    }
+
     fn bytes(entries: u32, words: usize) -> usize {
         (entries as usize * words * 8).next_multiple_of(rustix::param::page_size())
     }

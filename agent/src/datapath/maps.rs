@@ -28,30 +28,36 @@ pub(super) const CONNECTIONS: &str = "CONNECTIONS";
 /// Maps whose entries in use can be counted from outside.
 pub(super) const COUNTABLE: [&str; 2] = ["FRONTENDS", "AFFINITY"];
 
+/// The kernel's flag for arrays that can be mapped into memory.
+const BPF_F_MMAPABLE: u32 = 1 << 10;
+
 /// A map of a set whose size is a setting: bytes of its keys and values, and its entries.
 pub(super) struct Shape {
     pub(super) name: &'static str,
     key: usize,
     value: usize,
     pub(super) entries: u32,
+    /// Whether it can be mapped into memory.
+    mapped: bool,
 }
 
 /// All of them.
 pub(super) fn shapes(sizes: Sizes) -> [Shape; 13] {
-    let array = |name, value, entries| Shape { name, key: size_of::<u32>(), value, entries };
-    let hash = |name, key, value, entries| Shape { name, key, value, entries };
+    let array = |name, value, entries| Shape { name, key: size_of::<u32>(), value, entries, mapped: false };
+    let mapped = |name, value, entries| Shape { mapped: true, ..array(name, value, entries) };
+    let hash = |name, key, value, entries| Shape { name, key, value, entries, mapped: false };
     [
         hash("FRONTENDS", size_of::<FrontendKey>(), size_of::<u32>(), sizes.frontends),
-        array("CURRENT", size_of::<u64>(), sizes.frontends),
-        array("VERSIONS", size_of::<Version>(), sizes.versions()),
-        array("SLOTS", size_of::<Slot>(), sizes.slots),
+        mapped("CURRENT", size_of::<u64>(), sizes.frontends),
+        mapped("VERSIONS", size_of::<Version>(), sizes.versions()),
+        mapped("SLOTS", size_of::<Slot>(), sizes.slots),
         array("RUNS", size_of::<u32>(), sizes.slots),
         array("BACKENDS", size_of::<Backend>(), sizes.backends),
         array("POOLS", size_of::<Limits>(), sizes.pools()),
-        array("FRONTEND_STATS", size_of::<FrontendStats>(), sizes.frontends),
-        array("BACKEND_STATS", size_of::<BackendStats>(), sizes.backends),
-        array("BACKEND_USE", size_of::<BackendUse>(), sizes.backends),
-        array("POOL_STATS", size_of::<PoolStats>(), sizes.pools()),
+        mapped("FRONTEND_STATS", size_of::<FrontendStats>(), sizes.frontends),
+        mapped("BACKEND_STATS", size_of::<BackendStats>(), sizes.backends),
+        mapped("BACKEND_USE", size_of::<BackendUse>(), sizes.backends),
+        mapped("POOL_STATS", size_of::<PoolStats>(), sizes.pools()),
         array("TROUBLED", size_of::<u32>(), sizes.backends),
         hash("AFFINITY", size_of::<AffinityKey>(), size_of::<Affinity>(), sizes.affinities),
     ]
@@ -67,8 +73,9 @@ pub(super) fn of_set() -> impl Iterator<Item = &'static str> {
 pub(super) fn fits(pins: &Pins, set: Set, sizes: Sizes) -> bool {
     shapes(sizes).iter().all(|shape| {
         MapInfo::from_pin(pins.map(set, shape.name)).is_ok_and(|info| {
-            (info.key_size(), info.value_size(), info.max_entries())
-                == (shape.key as u32, shape.value as u32, shape.entries)
+            let mapped = info.map_flags() & BPF_F_MMAPABLE != 0;
+            (info.key_size(), info.value_size(), info.max_entries(), mapped)
+                == (shape.key as u32, shape.value as u32, shape.entries, shape.mapped)
         })
     })
 }
@@ -111,7 +118,8 @@ pub struct Maps {
     /// Frontend id → which version counts. One store publishes.
     current: Mapped,
     versions: Array<MapData, Version>,
-    slots: Array<MapData, Slot>,
+    /// Up to 10,000 for one version: a system call for each would take a millisecond.
+    slots: Mapped,
     runs: Array<MapData, u32>,
     backends: Array<MapData, Backend>,
     pools: Array<MapData, Limits>,
@@ -130,7 +138,7 @@ impl Maps {
             frontends: HashMap::try_from(take(bpf, "FRONTENDS")?)?,
             current: mapped::<u64>(bpf, "CURRENT", sizes.frontends)?,
             versions: array(bpf, "VERSIONS")?,
-            slots: array(bpf, "SLOTS")?,
+            slots: mapped::<Slot>(bpf, "SLOTS", sizes.slots)?,
             runs: array(bpf, "RUNS")?,
             backends: array(bpf, "BACKENDS")?,
             pools: array(bpf, "POOLS")?,
@@ -159,7 +167,7 @@ impl Maps {
             let version = self.versions.get(&index, 0)?;
             let mut range = Range::default();
             for i in version.base..version.base.saturating_add(version.period).min(sizes.slots) {
-                let slot = self.slots.get(&i, 0)?;
+                let slot: Slot = self.slots.read(i)?;
                 range.add(slot.first, slot.len);
                 pools.insert(slot.pool);
             }
@@ -227,12 +235,12 @@ impl Maps {
             }
             Op::SetSlots(first, slots) => {
                 for (i, slot) in (*first..).zip(slots) {
-                    self.slots.set(i, *slot, 0)?;
+                    self.slots.write(i, *slot)?;
                 }
             }
             Op::SetVersion(index, version) => self.versions.set(*index, *version, 0)?,
             Op::ResetFrontend(id) => self.frontend_stats.set(*id, FrontendStats::default(), 0)?,
-            // The version, its slots and its runs were written by system calls before.
+            // All that leads from it was written before.
             Op::Publish(id, index) => self.current.word(*id, 0)?.store(u64::from(*index), Ordering::SeqCst),
             Op::AddFrontend(key, id) => self.frontends.insert(*key, *id, 0)?,
             Op::RemoveFrontend(key) => self.frontends.remove(key)?,

@@ -33,7 +33,7 @@ const FORGOTTEN: Duration = Duration::from_secs(24 * 3_600);
 pub struct Health {
     pools: BTreeMap<PoolKey, Watched>,
     /// The pools that the assignments of a service use.
-    used: BTreeMap<ServiceId, BTreeSet<PoolKey>>,
+    used: HashMap<ServiceId, Box<[PoolKey]>>,
     /// Pools in which something is under way: failures that count, ejections, endpoints that warm up.
     busy: BTreeSet<PoolKey>,
     /// Pools that count failures of an endpoint.
@@ -52,7 +52,7 @@ pub struct Health {
 #[derive(Clone, Debug, Default)]
 struct Watched {
     /// The endpoints in order, by the service whose assignments use the pool: it may be reached by several frontends, in both families.
-    hosts: BTreeMap<ServiceId, Box<[SocketAddr]>>,
+    hosts: Vec<(ServiceId, Box<[SocketAddr]>)>,
     detector: Option<Detector>,
     warming: Option<Warming>,
     probe: Option<Arc<Probe>>,
@@ -90,12 +90,13 @@ impl Health {
                 wanted.entry(&pool.key).or_default().push(pool);
             }
         }
-        let keys: BTreeSet<PoolKey> = wanted.keys().map(|key| (*key).clone()).collect();
+        // In order, as a set is.
+        let keys: Box<[PoolKey]> = wanted.keys().map(|key| (*key).clone()).collect();
         let before =
             if keys.is_empty() { self.used.remove(service) } else { self.used.insert(service.clone(), keys.clone()) };
-        for key in before.iter().flatten().filter(|key| !keys.contains(key)) {
+        for key in before.iter().flatten().filter(|key| keys.binary_search(key).is_err()) {
             if let Some(watched) = self.pools.get_mut(key) {
-                watched.hosts.remove(service);
+                watched.hosts.retain(|(of, _)| of != service);
             }
             self.settle(now, key);
         }
@@ -105,7 +106,10 @@ impl Health {
             hosts.sort_unstable();
             hosts.dedup();
             let watched = self.pools.entry(key.clone()).or_default();
-            watched.hosts.insert(service.clone(), hosts.into());
+            match watched.hosts.iter_mut().find(|(of, _)| of == service) {
+                Some((_, known)) => *known = hosts.into(),
+                None => watched.hosts.push((service.clone(), hosts.into())),
+            }
             let judged_by = pools[0].judged_by;
             match (pools[0].outlier.as_ref(), &mut watched.detector) {
                 (Some(settings), Some(detector)) => detector.configure(settings, judged_by, now),
@@ -133,7 +137,7 @@ impl Health {
             self.observe_pool(now, key);
             return;
         }
-        let hosts: BTreeSet<SocketAddr> = watched.hosts.values().flatten().copied().collect();
+        let hosts: BTreeSet<SocketAddr> = watched.all_hosts().collect();
         if let Some(detector) = &mut watched.detector {
             detector.set_hosts(&hosts);
             if let Some(left) = self.left.remove(key)
@@ -142,7 +146,7 @@ impl Health {
                 detector.restore(now, away + now.saturating_duration_since(at), left);
                 if detector.ejections().next().is_some() {
                     self.again.insert(key.service.clone());
-                    self.again.extend(watched.hosts.keys().cloned());
+                    self.again.extend(watched.hosts.iter().map(|(service, _)| service.clone()));
                 }
             }
         }
@@ -275,7 +279,7 @@ impl Health {
     /// The pools that may eject an endpoint. Looks at all of them.
     pub fn pools_of(&self, address: &SocketAddr) -> Vec<PoolKey> {
         let has = |watched: &Watched| {
-            watched.detector.is_some() && watched.hosts.values().any(|hosts| hosts.binary_search(address).is_ok())
+            watched.detector.is_some() && watched.hosts.iter().any(|(_, hosts)| hosts.binary_search(address).is_ok())
         };
         self.pools.iter().filter(|(_, watched)| has(watched)).map(|(key, _)| key.clone()).collect()
     }
@@ -325,7 +329,7 @@ impl Health {
 
     /// The endpoints of a pool.
     pub fn hosts_of(&self, key: &PoolKey) -> Vec<SocketAddr> {
-        self.pools.get(key).into_iter().flat_map(|watched| watched.hosts.values().flatten().copied()).collect()
+        self.pools.get(key).into_iter().flat_map(Watched::all_hosts).collect()
     }
 
     /// Whether somebody looks after the pool, in either family.
@@ -414,6 +418,11 @@ fn set<T>(map: &mut BTreeMap<PoolKey, T>, key: &PoolKey, value: T, is_empty: imp
 }
 
 impl Watched {
+    /// The endpoints of all services that use the pool; one may be there more than once.
+    fn all_hosts(&self) -> impl Iterator<Item = SocketAddr> {
+        self.hosts.iter().flat_map(|(_, hosts)| hosts.iter().copied())
+    }
+
     fn poll_timeout(&self) -> Option<Instant> {
         let detector = self.detector.as_ref().and_then(Detector::poll_timeout);
         let warming = self.warming.as_ref().and_then(|warming| warming.next);

@@ -78,7 +78,7 @@ pub struct Priority {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalityShare {
     /// Which locality.
-    pub locality: Locality,
+    pub locality: Arc<Locality>,
     /// On which level.
     pub priority: u32,
     /// Its weight before health: from `distribute`, or the sum of its endpoints'.
@@ -253,6 +253,9 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
     let groups = if algorithm == Algorithm::ConsistentHash { maglev::quotas(groups) } else { groups };
     let http = view.as_ref().and_then(|view| view.port(&key)).is_some_and(|port| port.http1);
     let judged_by = judged_by(policy.outlier.as_ref(), http && !scene.observed.not_http.contains(&key.both_families()));
+    // Made in the place of the candidates, which are larger.
+    let mut endpoints: Vec<Endpoint> = candidates.into_iter().map(|candidate| candidate.endpoint).collect();
+    endpoints.shrink_to_fit();
     let pool = Pool {
         mode,
         judged_by,
@@ -270,7 +273,7 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
         limits,
         priorities,
         localities,
-        endpoints: candidates.into_iter().map(|candidate| candidate.endpoint).collect(),
+        endpoints,
         leaving,
         groups: groups.len(),
         left_out,
@@ -319,7 +322,7 @@ fn mode(setting: Option<&LocalitySetting>, source: Option<SettingSource>, ejects
     }
 }
 
-pub(super) type Weights = BTreeMap<(u32, Locality), u64>;
+pub(super) type Weights = BTreeMap<(u32, Arc<Locality>), u64>;
 
 /// Gives each endpoint its level, drops those that `distribute` leaves out, and returns the weight of each locality.
 fn place(
@@ -345,11 +348,11 @@ fn place(
     }
     let mut weights = own_weights(candidates);
     if mode == Mode::Distribute {
-        let own: Vec<(&Locality, u64)> = weights.iter().map(|((_, locality), weight)| (locality, *weight)).collect();
+        let own: Vec<(&Locality, u64)> = weights.iter().map(|((_, locality), weight)| (&**locality, *weight)).collect();
         if let Some(given) = distribute_weights(&client.locality, &own, &setting.distribute) {
             let keys: Vec<_> = weights.keys().cloned().collect();
             weights = keys.into_iter().zip(given).filter_map(|(key, weight)| Some((key, weight?))).collect();
-            candidates.retain(|candidate| weights.contains_key(&(0, (*candidate.endpoint.locality).clone())));
+            candidates.retain(|candidate| weights.contains_key(&(0, Arc::clone(&candidate.endpoint.locality))));
         }
     }
     weights
@@ -365,7 +368,7 @@ pub(super) fn failover(client: &Client, setting: &LocalitySetting, candidates: &
 pub(super) fn own_weights(candidates: &[Candidate<'_>]) -> Weights {
     let mut weights = Weights::new();
     for Endpoint { priority, locality, weight, .. } in candidates.iter().map(|candidate| &candidate.endpoint) {
-        *weights.entry((*priority, (**locality).clone())).or_default() += u64::from(*weight);
+        *weights.entry((*priority, Arc::clone(locality))).or_default() += u64::from(*weight);
     }
     weights
 }

@@ -1,6 +1,6 @@
 //! The connections of a pool, divided among its endpoints: over levels by their health, over localities by what is left of them.
 
-use std::{collections::BTreeSet, net::SocketAddr};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 
 use num_integer::Integer as _;
 
@@ -83,20 +83,20 @@ impl Spread<'_> {
         chosen: &[&Endpoint],
         all: &[&Endpoint],
     ) -> Vec<Group> {
-        let localities: BTreeSet<&Locality> = chosen.iter().map(|endpoint| &*endpoint.locality).collect();
+        let localities: BTreeSet<&Arc<Locality>> = chosen.iter().map(|endpoint| &endpoint.locality).collect();
         let count = |endpoints: &[&Endpoint], locality: &Locality| {
             endpoints.iter().filter(|endpoint| *endpoint.locality == *locality).count() as u64
         };
         let mut parts = Vec::new();
         for locality in &localities {
-            let weight = weights.get(&(level, (*locality).clone())).copied().unwrap_or_default();
+            let weight = weights.get(&(level, Arc::clone(locality))).copied().unwrap_or_default();
             parts.push((weight, count(all, locality), count(chosen, locality)));
         }
         let weights = effective_weights(&parts, OVERPROVISIONING_FACTOR);
         let total: u128 = weights.iter().sum();
         let parts = localities.into_iter().zip(weights).filter(|(_, weight)| *weight > 0);
-        let group = |(locality, weight): (&Locality, u128)| {
-            let own = chosen.iter().copied().filter(|endpoint| *endpoint.locality == *locality);
+        let group = |(locality, weight): (&Arc<Locality>, u128)| {
+            let own = chosen.iter().copied().filter(|endpoint| endpoint.locality == *locality);
             Group { share: load * Share::new(weight, total), members: self.members(own) }
         };
         parts.map(group).collect()
@@ -158,7 +158,7 @@ impl Spread<'_> {
             }
         }
         let own = own_weights(candidates);
-        let given: Vec<(&Locality, u64)> = own.iter().map(|((_, locality), weight)| (locality, *weight)).collect();
+        let given: Vec<(&Locality, u64)> = own.iter().map(|((_, locality), weight)| (&**locality, *weight)).collect();
         let given = distribute_weights(&client.locality, &given, &setting.distribute).unwrap_or_default();
         let weights: Weights =
             own.iter().zip(given).map(|((key, own), given)| (key.clone(), given.unwrap_or(*own))).collect();

@@ -109,6 +109,15 @@ pub struct Reconciler {
     logged: BTreeSet<Finding>,
 }
 
+/// Gives the system back what reading and computing everything took, and nothing needs any more.
+fn give_back_memory() {
+    // SAFETY: it may be called at any time.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 impl Reconciler {
     /// Over a datapath that holds what a former agent left. To be called inside a runtime.
     pub fn new(
@@ -353,6 +362,9 @@ impl Reconciler {
         self.accounts.published(took);
         if let Some(failed) = self.judging.failed_at.take() {
             self.accounts.ejected(judging::monotonic().saturating_sub(failed));
+        }
+        if whole {
+            give_back_memory();
         }
         if frontends > 0 {
             let message = format!("{frontends} frontends changed, {} writes, {took:.1?}", ops.len());
