@@ -13,15 +13,14 @@ use crate::{
     probes::{Verdict, check},
 };
 
-/// A connection, for which is waited long enough for a SYN that was lost to be repeated once.
-const DIAL: Probe = Probe {
-    kind: ProbeKind::Tcp,
-    port: None,
-    period: Duration::MAX,
-    timeout: Duration::from_millis(2_500),
-    failures: 1,
-    successes: 1,
-};
+/// A connection is waited for so long at the most: long enough for a SYN that was lost to be repeated once.
+const LIMIT: Duration = Duration::from_millis(2_500);
+
+/// A connection of the agent's own, which fails no later than those of the pods do by their `connectTimeout`.
+pub fn dial(patience: Option<Duration>) -> Probe {
+    let timeout = patience.map_or(LIMIT, |patience| patience.min(LIMIT));
+    Probe { kind: ProbeKind::Tcp, port: None, period: Duration::MAX, timeout, failures: 1, successes: 1 }
+}
 /// Connections at once; further ones wait for their turn.
 const AT_ONCE: usize = 64;
 /// Others have used an endpoint lately if they did within this time.
@@ -50,13 +49,12 @@ impl Witness {
         (Self { turns: Arc::new(Semaphore::new(AT_ONCE)), seen }, results)
     }
 
-    /// Dials an endpoint, or asks it what a probe asks. To be called inside a runtime.
-    pub fn ask(&self, endpoint: SocketAddr, probe: Option<Arc<Probe>>) {
+    /// Asks an endpoint what a probe asks. To be called inside a runtime.
+    pub fn ask(&self, endpoint: SocketAddr, probe: Arc<Probe>) {
         let Self { turns, seen } = self.clone();
         tokio::spawn(async move {
             // The semaphore is never closed.
             let _turn = turns.acquire().await;
-            let probe = probe.unwrap_or_else(|| Arc::new(DIAL));
             let failed = matches!(check(endpoint, &probe).await, Verdict::Failing(_));
             // An error means that nobody wants to know any more.
             let _ = seen.send(Evidence { endpoint, failed });
@@ -75,10 +73,10 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = listener.local_addr().unwrap();
         let (witness, mut results) = Witness::new();
-        witness.ask(endpoint, None);
+        witness.ask(endpoint, Arc::new(dial(None)));
         assert_eq!(results.recv().await, Some(Evidence { endpoint, failed: false }));
         drop(listener);
-        witness.ask(endpoint, None);
+        witness.ask(endpoint, Arc::new(dial(None)));
         assert_eq!(results.recv().await, Some(Evidence { endpoint, failed: true }));
     }
 }

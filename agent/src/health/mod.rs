@@ -56,6 +56,8 @@ struct Watched {
     detector: Option<Detector>,
     warming: Option<Warming>,
     probe: Option<Arc<Probe>>,
+    /// The pool's `connectTimeout`.
+    patience: Option<Duration>,
     /// Whose connections have failed since the last success.
     clients: HashMap<SocketAddr, Clients>,
 }
@@ -122,6 +124,7 @@ impl Health {
                 (None, some) => *some = None,
             }
             watched.probe.clone_from(&pools[0].probe);
+            watched.patience = pools[0].limits.connect_timeout;
             self.settle(now, key);
         }
     }
@@ -219,6 +222,11 @@ impl Health {
     /// Endpoints that are probed, those whose probes fail, and probes in a second that are asked for.
     pub fn probes(&self) -> (usize, usize, f64) {
         self.probing.extent()
+    }
+
+    /// How long connects to endpoints of a pool are waited for, where that is limited.
+    pub fn patience_of(&self, key: &PoolKey) -> Option<Duration> {
+        self.pools.get(key)?.patience
     }
 
     /// How endpoints of a pool are probed.

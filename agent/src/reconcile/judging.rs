@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use portolan_common::{OutcomeKind, Spoken};
+use portolan_common::{BackendStats, OutcomeKind, Spoken};
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::{
     mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
@@ -17,7 +17,7 @@ use tokio::sync::{
 use super::Reconciler;
 use crate::{
     datapath::{Outcome, name_namespace},
-    evidence::{Evidence, LATELY, Witness},
+    evidence::{Evidence, LATELY, Witness, dial},
     health::{EventKind, Reached, Sign},
     journal::Record,
     kept::Keeper,
@@ -207,6 +207,8 @@ impl Reconciler {
                 "the agent cannot dial it, for its address is a Service's as well",
             );
         } else {
+            let probe = probe.filter(|_| of_answers);
+            let probe = probe.unwrap_or_else(|| Arc::new(dial(self.health.patience_of(&pool))));
             let waiting = self.judging.suspects.entry(reached.address).or_default();
             let first = waiting.is_empty();
             // A pool that reaches the threshold again waits already.
@@ -214,7 +216,7 @@ impl Reconciler {
                 waiting.push((pool, reached));
             }
             if first {
-                self.judging.witness.ask(reached.address, probe.filter(|_| of_answers));
+                self.judging.witness.ask(reached.address, probe);
             }
         }
         false
@@ -297,8 +299,9 @@ impl Reconciler {
         let since = u64::try_from(monotonic().saturating_sub(LATELY).as_nanos()).unwrap_or(u64::MAX);
         let Some(id) = self.layout.backend_id(endpoint) else { return false };
         let lately = self.datapath.maps.backend_use(id).is_ok_and(|uses| uses.used_by_others(client, since));
-        // Connections that are open may be older, and anybody's.
-        lately || !own_is_open && self.datapath.maps.backend_stats(id).is_ok_and(|stats| stats.active as i64 > 0)
+        // Connections that stand may be older, and anybody's. Those that are under way are no use by anybody.
+        let stand = |stats: BackendStats| stats.active.min(stats.opened.wrapping_sub(stats.closed)) as i64 > 0;
+        lately || !own_is_open && self.datapath.maps.backend_stats(id).is_ok_and(stand)
     }
 
     fn is_frontend(&self, address: &SocketAddr) -> bool {

@@ -364,7 +364,7 @@ impl Report {
         Ok(Section {
             title: "An endpoint dies",
             about: format!(
-                "One of two, at {REFUSED_RATE:.0} requests a second where it refuses and {RATE:.0} where it is silent, whatever becomes of the ones before; with the same rules for both: three failures in a row eject it, a connect shall fail after 250 ms. Envoy's does; Portolan's limit is looked at when the first SYN is repeated, which is after a second. Milliseconds to the beginning of the last request that failed, and by how much requests were begun too late at the most."
+                "One of two, at {REFUSED_RATE:.0} requests a second where it refuses and {RATE:.0} where it is silent, whatever becomes of the ones before; with the same rules for both: three failures in a row eject it, a connect shall fail after 250 ms. Milliseconds to the beginning of the last request that failed, and by how much requests were begun too late at the most."
             ),
             header: words(&["how", "who", "failed requests", "until the last, ms", "begun late, ms", "failed before"]),
             rows: self.reaction.iter().map(row).collect(),
