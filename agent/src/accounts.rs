@@ -152,9 +152,14 @@ impl Accounts {
         }
     }
 
-    /// Before these writes are done: takes in the counters that they would reset.
-    pub fn before(&mut self, ops: &[Op], maps: &Maps) {
+    /// Before these writes are done: takes in the counters that they would reset. Whether connections of former owners of these counters stand: one that ends
+    /// in the very moment may be taken off the new owner's.
+    pub fn before(&mut self, ops: &[Op], maps: &Maps) -> bool {
+        let mut stand = false;
         for op in ops {
+            if let Op::ResetPool(id, _) = op {
+                stand |= maps.pool_stats(*id).is_ok_and(|stats| stats.active != 0);
+            }
             if let Op::ResetFrontend(id) = op {
                 self.seen_frontends.remove(id);
             }
@@ -162,6 +167,7 @@ impl Accounts {
                 let place = *id as usize;
                 if let Some(address) = self.addresses.get(place).copied().flatten() {
                     self.take(*id, address, maps);
+                    stand |= maps.backend_stats(*id).is_ok_and(|stats| stats.active != 0);
                     // Its last connections are counted.
                     if self.names.get(&address).is_some_and(|names| names.iter().all(|name| !name.live)) {
                         self.names.remove(&address);
@@ -174,6 +180,7 @@ impl Accounts {
                 self.seen.remove(id);
             }
         }
+        stand
     }
 
     /// Takes in the counters of all backends in use.

@@ -131,6 +131,17 @@ fn kernel(checks: &mut Checks, facts: &Facts) {
         Ok(()) => checks.ok("BTF", "the kernel describes its types"),
         Err(error) => checks.add("BTF", State::Error, error.to_string(), "use a kernel with CONFIG_DEBUG_INFO_BTF"),
     }
+    if facts.network_mounts.is_empty() && version(kernel).is_some_and(|version| version < KERNEL_CLIENTS) {
+        checks.add(
+            "kernel clients",
+            State::Note,
+            format!(
+                "before {}.{} a mount of NFS, SMB or Ceph by a Service address keeps its endpoint for good",
+                KERNEL_CLIENTS.0, KERNEL_CLIENTS.1
+            ),
+            "mount by the server's own address",
+        );
+    }
     for (kind, place) in &facts.network_mounts {
         if version(kernel).is_some_and(|version| version < KERNEL_CLIENTS) {
             checks.add(

@@ -34,7 +34,7 @@ fn plays() -> String {
 pub(crate) fn run(args: &DemoArgs) -> Result<ExitCode> {
     need_root("the demo")?;
     if let Some(only) = &args.only {
-        let names: Vec<&str> = demo::plays().map(|(name, _)| name).into_iter().collect();
+        let names: Vec<&str> = demo::plays().map(|(name, _)| name).collect();
         ensure!(
             names.iter().any(|name| name.contains(only.as_str())),
             "--only {only}: the plays are {}",

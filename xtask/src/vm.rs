@@ -102,7 +102,7 @@ struct Outcome {
 
 impl Outcome {
     fn passed(&self) -> bool {
-        !self.tests.is_empty() && self.tests.iter().all(|(_, passed)| *passed)
+        !self.tests.is_empty() && self.ended_in.is_empty() && self.tests.iter().all(|(_, passed)| *passed)
     }
 }
 
@@ -224,8 +224,8 @@ fn host(binaries: &[(String, PathBuf)], filter: Option<&str>) -> Result<Outcome>
     Ok(Outcome { kernel, tests, programs, ended_in: Vec::new(), took: began.elapsed() })
 }
 
-/// All files of tests in a kernel. Where the machine ends in the midst of one, that one and the rest are run in a fresh machine, and the outcome
-/// tells; twice in the same file is a failure.
+/// All files of tests in a kernel. Where the machine ends in the midst of one, which is a failure whatever it was, that one and the rest are run in a
+/// fresh machine, so that more is known of them; but not a third time.
 fn all_of(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Result<Outcome> {
     let mut outcome = boot(kernel, binaries, args)?;
     while outcome.tests.len() < binaries.len() {
@@ -442,7 +442,11 @@ fn print(outcomes: &[Outcome]) {
     for outcome in outcomes {
         let failed: Vec<&str> =
             outcome.tests.iter().filter(|(_, passed)| !passed).map(|(name, _)| name.as_str()).collect();
-        let verdict = if outcome.passed() { "passed".to_owned() } else { format!("FAILED: {}", failed.join(", ")) };
+        let verdict = match (outcome.passed(), failed.as_slice()) {
+            (true, _) => "passed".to_owned(),
+            (false, []) => "FAILED: a machine has ended".to_owned(),
+            (false, failed) => format!("FAILED: {}", failed.join(", ")),
+        };
         println!(
             "{:<28} {} files of tests, {:.0} s: {verdict}",
             outcome.kernel,

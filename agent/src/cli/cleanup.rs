@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 
 use super::{AdminArgs, PinsArgs, StateArgs};
-use crate::{datapath, kept::Kept};
+use crate::{datapath, kept::Kept, self_probe};
 
 /// Detaches the programs and removes the maps, and whatever else an agent leaves on the machine, and says what it removed. The agent must have
 /// ended before.
@@ -23,6 +23,9 @@ pub(super) struct CleanupArgs {
     admin: AdminArgs,
     #[command(flatten)]
     state: StateArgs,
+    /// The cgroup that was served [default: the cgroup v2 root]
+    #[arg(long, value_name = "PATH", env = "PORTOLAN_CGROUP")]
+    cgroup: Option<PathBuf>,
 }
 
 pub(super) fn run(args: &CleanupArgs) -> Result<ExitCode> {
@@ -46,6 +49,13 @@ pub(super) fn run(args: &CleanupArgs) -> Result<ExitCode> {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error).with_context(|| format!("cannot remove {}", file.display())),
             }
+        }
+    }
+    // Made only where the cgroup has no processes of its own; an agent that is at work has it back at its next probe.
+    if let Ok(cgroup) = datapath::cgroup(args.cgroup.as_deref()) {
+        let probe = cgroup.join(self_probe::CGROUP);
+        if fs::remove_dir(&probe).is_ok() {
+            tell(&probe);
         }
     }
     datapath::remove_locks(&mut tell)?;

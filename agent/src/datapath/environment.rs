@@ -47,7 +47,10 @@ impl Environment {
 }
 
 /// The cgroup to serve: this one, or the root of cgroup v2.
-pub(super) fn cgroup(given: Option<&Path>) -> Result<PathBuf, Unsupported> {
+///
+/// # Errors
+/// It is not there, or is none of version 2.
+pub fn cgroup(given: Option<&Path>) -> Result<PathBuf, Unsupported> {
     let cgroup = given.map_or_else(cgroup2_root, |path| Ok(path.to_owned()))?;
     let unsupported = |what: String| Err(Unsupported(what));
     match filesystem(&cgroup) {

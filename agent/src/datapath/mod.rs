@@ -21,7 +21,7 @@ use portolan_common::SCHEMA_VERSION;
 
 use self::{attach::Hooks, environment::Environment, pins::Set};
 pub use self::{
-    environment::Unsupported,
+    environment::{Unsupported, cgroup},
     events::{EventStream, Logs, Outcome},
     grace::{Grace, barrier},
     inspect::{Facts, MapFacts, ProgramFacts, inspect},
@@ -109,7 +109,7 @@ impl Datapath {
         let environment = Environment::check(options)?;
         let pins = Pins::new(&options.bpffs);
         let locks = [pins.prepare()?, pins::own_cgroup(&environment.cgroup)?];
-        if inspect::other_portolan(&environment.cgroup, &pins).unwrap_or(false) {
+        if inspect::other_portolan(&environment.cgroup, &pins).context("cannot see who else serves the cgroup")? {
             bail!(
                 "programs of another Portolan, pinned elsewhere than in {}, serve the cgroup {}; give that --bpffs, or run: portolan cleanup --bpffs FOLDER",
                 options.bpffs.display(),

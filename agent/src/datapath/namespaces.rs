@@ -34,6 +34,12 @@ pub(super) fn namespaces(trouble: &mut Vec<String>) -> Vec<(PathBuf, File)> {
             let is_process = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
             for entry in entries.flatten().filter(|entry| entry.file_name().to_str().is_some_and(is_process)) {
                 add(entry.path().join("ns/net"));
+                // Its threads may be elsewhere, and the first of them may have ended.
+                for thread in fs::read_dir(entry.path().join("task")).into_iter().flatten().flatten() {
+                    if thread.file_name() != entry.file_name() {
+                        add(thread.path().join("ns/net"));
+                    }
+                }
             }
         }
         Err(error) => trouble.push(format!("/proc cannot be read: {error}")),

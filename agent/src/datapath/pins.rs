@@ -235,6 +235,7 @@ pub fn cleanup(bpffs: &Path, mut tell: impl FnMut(&Path)) -> Result<()> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         if name == CURRENT || name == "next" {
             fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+            tell(&path);
         } else if name == LINKS || name.starts_with('v') || name.starts_with("sockets-v") {
             remove_all(&path, &mut tell)?;
         }

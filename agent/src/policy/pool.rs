@@ -299,6 +299,11 @@ fn judged_by(outlier: Option<&OutlierDetection>, http: bool) -> JudgedBy {
 fn algorithm(asked: Option<Algorithm>, key: &PoolKey, retention: Retention, findings: &mut Vec<Finding>) -> Algorithm {
     // Istio's own default is LEAST_REQUEST, which has to be asked for here: plain Services go round.
     let asked = asked.unwrap_or(Algorithm::RoundRobin);
+    if asked == Algorithm::LeastRequest && key.protocol == Protocol::Udp {
+        let message = "LEAST_REQUEST counts connections, and datagrams are none; RANDOM is used";
+        findings.push(Finding::new(Code::NotTogether, key.service.object(), message));
+        return Algorithm::Random;
+    }
     if asked != Algorithm::Passthrough {
         return asked;
     }

@@ -24,6 +24,7 @@ const SWEEP: (Duration, Duration) = (Duration::from_millis(250), Duration::from_
 /// Counts that change while they are looked at are looked at again: so often, after this time.
 const RECOUNTS: u32 = 10;
 const RECOUNT: Duration = Duration::from_secs(1);
+const RECOUNT_LATER: Duration = Duration::from_secs(30);
 
 /// Sockets that were ended, by reason and protocol.
 pub type Closed = BTreeMap<(Reason, Protocol), u64>;
@@ -115,6 +116,14 @@ impl Reconciler {
     pub(super) fn recount(&mut self) {
         self.closing.recounts = RECOUNTS;
         self.closing.recount_at = Some(Instant::now());
+    }
+
+    /// The same, where a count may be one off, which can wait.
+    pub(super) fn recount_later(&mut self) {
+        if self.closing.recount_at.is_none() {
+            self.closing.recounts = RECOUNTS;
+            self.closing.recount_at = Some(Instant::now() + RECOUNT_LATER);
+        }
     }
 
     /// After a publication: looks for connections to endpoints that went with it.

@@ -312,7 +312,9 @@ impl Reconciler {
         if ops.iter().any(|op| matches!(op, Op::RemoveFrontend(_) | Op::ResetFrontend(_))) {
             self.count_frontends();
         }
-        self.accounts.before(&ops, &self.datapath.maps);
+        if self.accounts.before(&ops, &self.datapath.maps) {
+            self.recount_later();
+        }
         for op in &ops {
             if let Op::SetBackend(id, _) = op {
                 self.unhear(*id);

@@ -79,7 +79,7 @@ fn move_below(cgroup: &Path) -> Result<()> {
     }
     // Where a cgroup passes resources on to others, it has no processes of its own.
     let passes_on = fs::read_to_string(cgroup.join("cgroup.subtree_control")).is_ok_and(|it| !it.trim().is_empty());
-    let folder = if passes_on { cgroup.join("portolan-probe") } else { cgroup.to_owned() };
+    let folder = if passes_on { cgroup.join(super::CGROUP) } else { cgroup.to_owned() };
     match fs::create_dir(&folder) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             return Err(error).with_context(|| format!("cannot create {}", folder.display()));

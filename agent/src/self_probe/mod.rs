@@ -35,6 +35,8 @@ use crate::{
 pub const FRONTEND: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::new(127, 80, 84, 76), 15_921));
 /// The hidden verb that the client is started with.
 pub const VERB: &str = "self-probe";
+/// Where it runs, in a cgroup that has no processes of its own.
+pub const CGROUP: &str = "portolan-probe";
 /// What the listener says to whom it accepts, and what datagrams carry.
 const GREETING: &[u8] = b"portolan\n";
 /// Time between probes.

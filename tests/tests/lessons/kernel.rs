@@ -211,7 +211,7 @@ fn lesson_12_what_does_not_fit_is_refused_alone_and_told_and_fits_once_there_is_
     let agent = bed.agent_with(&directory, "c1", "n1", &["--max-backends", "100"])?;
     assert_eq!(client.dial("172.16.0.30:80", 2)?.greetings(), ["more"; 2]);
     let reply = load.run(&Task::Stop)?;
-    assert_eq!(reply.bad, 0, "of {}", reply.good);
+    assert!(reply.bad == 0 && reply.good > 0, "{} failed, {} did not", reply.bad, reply.good);
     assert_eq!(metric(&agent, "portolan_map_capacity{map=\"backends\"}")?, 100);
     // Smaller maps than what is served needs do not take over: the former ones go on.
     drop(agent);

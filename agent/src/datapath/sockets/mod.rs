@@ -327,6 +327,7 @@ fn one_namespace(
 
 /// Ends those UDP sockets that carry a state of ours. sock_diag does not show it for UDP, so each is borrowed from a process that has it.
 fn close_datagrams(sockets: Vec<Datagrams>, states: &States, order: &Order, pass: &mut Pass) -> Result<()> {
+    sees_all_processes()?;
     let mut by_inode: HashMap<u64, Datagrams> =
         sockets.into_iter().map(|(diag, socket)| (socket.inode.into(), (diag, socket))).collect();
     for process in procfs::process::all_processes().context("/proc cannot be read")?.flatten() {
