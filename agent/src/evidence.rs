@@ -27,10 +27,12 @@ const AT_ONCE: usize = 64;
 pub const LATELY: Duration = Duration::from_secs(300);
 
 /// What came of a connection of the agent's own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Evidence {
     /// Where it went.
     pub endpoint: SocketAddr,
+    /// What was asked.
+    pub probe: Arc<Probe>,
     /// Whether it failed as well.
     pub failed: bool,
 }
@@ -57,7 +59,7 @@ impl Witness {
             let _turn = turns.acquire().await;
             let failed = matches!(check(endpoint, &probe).await, Verdict::Failing(_));
             // An error means that nobody wants to know any more.
-            let _ = seen.send(Evidence { endpoint, failed });
+            let _ = seen.send(Evidence { endpoint, probe, failed });
         });
     }
 }
@@ -73,10 +75,12 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = listener.local_addr().unwrap();
         let (witness, mut results) = Witness::new();
-        witness.ask(endpoint, Arc::new(dial(None)));
-        assert_eq!(results.recv().await, Some(Evidence { endpoint, failed: false }));
+        let probe = Arc::new(dial(None));
+        witness.ask(endpoint, Arc::clone(&probe));
+        let expected = Evidence { endpoint, probe: Arc::clone(&probe), failed: false };
+        assert_eq!(results.recv().await, Some(expected.clone()));
         drop(listener);
-        witness.ask(endpoint, Arc::new(dial(None)));
-        assert_eq!(results.recv().await, Some(Evidence { endpoint, failed: true }));
+        witness.ask(endpoint, probe);
+        assert_eq!(results.recv().await, Some(Evidence { failed: true, ..expected }));
     }
 }

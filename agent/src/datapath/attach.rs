@@ -62,11 +62,9 @@ impl Hooks {
     /// Then it must be the later `connect` beside the earlier `sock_ops`: connections that nobody counts, in place of a limit that was
     /// reached and stays so for good.
     pub(super) fn attach(&mut self, bpf: &mut Ebpf) -> Result<()> {
-        let mut names = PROGRAMS.map(|(name, _)| name);
-        if self.pins.link(names[0]).exists() {
-            names.reverse();
-        }
-        for name in names {
+        let names = PROGRAMS.map(|(name, _)| name);
+        let (there, missing): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| self.pins.link(name).exists());
+        for name in missing.into_iter().chain(there.into_iter().rev()) {
             let link = self
                 .attach_one(bpf, name)
                 .with_context(|| format!("cannot attach {name} to {}", self.cgroup.display()))?;

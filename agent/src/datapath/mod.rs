@@ -28,7 +28,7 @@ pub use self::{
     maps::{Counters, Maps},
     namespaces::name_namespace,
     pins::{Pins, cleanup, remove_locks},
-    sockets::{Closer, GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted},
+    sockets::{Closer, GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted, Served},
 };
 use crate::table::{Held, Sizes};
 

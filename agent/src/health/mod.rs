@@ -211,8 +211,8 @@ impl Health {
     }
 
     /// What probes have found of an endpoint: why it fails, or that it is well again. The pools that it is for.
-    pub fn take_probed(&mut self, target: &Target, failing: Option<String>) -> BTreeSet<PoolKey> {
-        let pools = self.probing.take(target, failing);
+    pub fn take_probed(&mut self, target: &Target, number: u64, failing: Option<String>) -> BTreeSet<PoolKey> {
+        let pools = self.probing.take(target, number, failing);
         for key in &pools {
             set(&mut self.observed.failing, key, self.probing.failing(key), BTreeSet::is_empty);
         }

@@ -8,8 +8,8 @@ use std::{
 
 use crate::{model::Probe, policy::PoolKey, probes::Target};
 
-/// An endpoint is to be probed from now on, or no longer.
-pub type Wanted = (Target, bool);
+/// An endpoint is to be probed from now on, under this number, or no longer.
+pub type Wanted = (Target, Option<u64>);
 
 /// All pools that want probes.
 #[derive(Clone, Debug, Default)]
@@ -18,12 +18,14 @@ pub(super) struct Probing {
     of_pools: BTreeMap<PoolKey, BTreeSet<Target>>,
     /// What has to be told to the one who probes.
     news: Vec<Wanted>,
+    last_number: u64,
 }
 
 #[derive(Clone, Debug, Default)]
 struct State {
     /// The pools that want it: one probe is for all of them.
     pools: BTreeSet<PoolKey>,
+    number: u64,
     /// Why it is failing.
     failing: Option<String>,
 }
@@ -42,14 +44,16 @@ impl Probing {
                 state.pools.remove(key);
                 if state.pools.is_empty() {
                     self.targets.remove(target);
-                    self.news.push((target.clone(), false));
+                    self.news.push((target.clone(), None));
                 }
             }
         }
         for target in wanted.difference(&before) {
             let state = self.targets.entry(target.clone()).or_default();
             if state.pools.is_empty() {
-                self.news.push((target.clone(), true));
+                self.last_number += 1;
+                state.number = self.last_number;
+                self.news.push((target.clone(), Some(state.number)));
             }
             state.pools.insert(key.clone());
         }
@@ -59,9 +63,10 @@ impl Probing {
     }
 
     /// What was found of an endpoint; the pools that it is for.
-    pub(super) fn take(&mut self, target: &Target, failing: Option<String>) -> BTreeSet<PoolKey> {
+    pub(super) fn take(&mut self, target: &Target, number: u64, failing: Option<String>) -> BTreeSet<PoolKey> {
         // It may have been wanted no more by then.
-        let Some(state) = self.targets.get_mut(target) else { return BTreeSet::new() };
+        let state = self.targets.get_mut(target).filter(|state| state.number == number);
+        let Some(state) = state else { return BTreeSet::new() };
         state.failing = failing;
         state.pools.clone()
     }

@@ -305,8 +305,8 @@ pub struct DestinationRule {
     pub subsets: Vec<Subset>,
     /// The probe of its endpoints.
     pub probe: Option<Arc<Probe>>,
-    /// Whether idle connections to endpoints that get no new ones are closed (`portolan.io/close-idle-elsewhere`).
-    pub closes_idle_elsewhere: bool,
+    /// After which time without traffic connections to endpoints that get no new ones are closed (`portolan.io/close-idle-elsewhere`).
+    pub close_idle_elsewhere: Option<Duration>,
 }
 
 /// One destination of a route.

@@ -115,8 +115,8 @@ pub struct Pool {
     pub algorithm: Algorithm,
     /// When endpoints are ejected.
     pub outlier: Option<OutlierDetection>,
-    /// Whether idle connections to its endpoints that get no new ones are closed.
-    pub closes_idle_elsewhere: bool,
+    /// After which time without traffic connections to its endpoints that get no new ones are closed.
+    pub close_idle_elsewhere: Option<Duration>,
     /// How the agent probes its endpoints by itself.
     pub probe: Option<Arc<Probe>>,
     /// What proves that an endpoint is well.
@@ -171,7 +171,7 @@ impl Pool {
             ("count-early-resets", early),
             ("prefer-cluster-local", self.retention == Retention::Prefer),
             ("probe", self.probe.is_some()),
-            ("close-idle-elsewhere", self.closes_idle_elsewhere),
+            ("close-idle-elsewhere", self.close_idle_elsewhere.is_some()),
         ];
         all.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect()
     }
@@ -268,7 +268,7 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
         algorithm,
         outlier: policy.outlier,
         probe,
-        closes_idle_elsewhere: rule.is_some_and(|rule| rule.closes_idle_elsewhere),
+        close_idle_elsewhere: rule.and_then(|rule| rule.close_idle_elsewhere),
         warmup: balancer.warmup,
         limits,
         priorities,

@@ -3,7 +3,6 @@
 use std::{
     io::{self, ErrorKind},
     net::SocketAddr,
-    time::Duration,
 };
 
 use axum::body::Bytes;
@@ -13,6 +12,7 @@ use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, task::JoinSet, time::timeout};
 use tonic::transport::Channel;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tower::service_fn;
 
 use crate::model::{Probe, ProbeKind};
 
@@ -34,7 +34,7 @@ pub async fn check(endpoint: SocketAddr, probe: &Probe) -> Verdict {
         match &probe.kind {
             ProbeKind::Tcp => connect(address).await.map(drop),
             ProbeKind::Http { path, headers } => http(address, path, headers).await,
-            ProbeKind::Grpc { service } => grpc(address, service, probe.timeout).await,
+            ProbeKind::Grpc { service } => grpc(address, service).await,
         }
     };
     match timeout(probe.timeout, asked).await {
@@ -50,10 +50,8 @@ async fn connect(address: SocketAddr) -> Result<TcpStream, Verdict> {
 
 /// What this agent lacks (a route, a descriptor, a permission) says nothing of the endpoint.
 fn refused(error: &io::Error) -> Verdict {
-    let of_endpoint = matches!(
-        error.kind(),
-        ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset | ErrorKind::TimedOut | ErrorKind::HostUnreachable
-    );
+    let of_endpoint =
+        matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset | ErrorKind::TimedOut);
     if of_endpoint { Verdict::Failing(error.to_string()) } else { Verdict::Unknown(error.to_string()) }
 }
 
@@ -83,11 +81,15 @@ async fn http(address: SocketAddr, path: &str, headers: &[(String, String)]) -> 
 }
 
 /// gRPC's own health service.
-async fn grpc(address: SocketAddr, service: &str, limit: Duration) -> Result<(), Verdict> {
-    // Of what makes a connection fail, the library keeps no more than that it did.
-    drop(connect(address).await?);
-    let channel = Channel::from_shared(format!("http://{address}")).map_err(failing)?.connect_timeout(limit);
-    let channel = channel.connect().await.map_err(failing)?;
+async fn grpc(address: SocketAddr, service: &str) -> Result<(), Verdict> {
+    // Of what makes a connection fail, the library keeps no more than that it did: it is given one.
+    let mut stream = Some(TokioIo::new(connect(address).await?));
+    let once = service_fn(move |_| {
+        let stream = stream.take().ok_or_else(|| io::Error::other("the connection has ended"));
+        async { stream }
+    });
+    let channel = Channel::from_shared(format!("http://{address}")).map_err(failing)?;
+    let channel = channel.connect_with_connector(once).await.map_err(failing)?;
     let request = HealthCheckRequest { service: service.to_owned() };
     let answer = HealthClient::new(channel).check(request).await;
     let status = answer.map_err(|status| Verdict::Failing(format!("gRPC: {}", status.code())))?.into_inner().status();

@@ -46,6 +46,8 @@ pub struct Target {
 pub struct Probed {
     /// Which.
     pub target: Target,
+    /// The number that it was wanted under: what is found of a former one says nothing of this one.
+    pub number: u64,
     /// Why it is failing; `None`: it is well again.
     pub failing: Option<String>,
 }
@@ -64,7 +66,7 @@ pub struct Counts {
 /// The one who probes.
 #[derive(Debug)]
 pub struct Prober {
-    wanted: UnboundedSender<(Target, bool)>,
+    wanted: UnboundedSender<(Target, Option<u64>)>,
     /// What has changed.
     pub found: UnboundedReceiver<Probed>,
     /// Probes so far.
@@ -85,8 +87,8 @@ impl Prober {
         Self { wanted, found, counts, per_second }
     }
 
-    /// Has an endpoint probed from now on, or no longer.
-    pub fn set(&self, target: Target, wanted: bool) {
+    /// Has an endpoint probed from now on, under this number, or no longer.
+    pub fn set(&self, target: Target, wanted: Option<u64>) {
         // An error means that there are to be none.
         let _ = self.wanted.send((target, wanted));
     }
@@ -98,7 +100,6 @@ struct Schedule {
     rows: HashMap<Target, Row>,
     /// With the number of the target's row: entries of rows that are gone are passed over.
     due: BinaryHeap<Reverse<(Instant, u64, Target)>>,
-    next_number: u64,
     hasher: RandomState,
 }
 
@@ -137,12 +138,13 @@ impl Row {
 }
 
 impl Schedule {
-    fn set(&mut self, target: Target, wanted: bool, now: Instant) {
-        if !wanted {
+    fn set(&mut self, target: Target, wanted: Option<u64>, now: Instant) {
+        let Some(number) = wanted else {
             self.rows.remove(&target);
-        } else if !self.rows.contains_key(&target) {
-            self.next_number += 1;
-            let row = Row { number: self.next_number, ..Row::default() };
+            return;
+        };
+        if self.rows.get(&target).is_none_or(|row| row.number != number) {
+            let row = Row { number, ..Row::default() };
             let first = row.wait(&target.probe).mul_f64(self.fraction(row.number));
             self.due.push(Reverse((now + first, row.number, target.clone())));
             self.rows.insert(target, row);
@@ -179,7 +181,7 @@ impl Schedule {
         let at = now + row.wait(&target.probe).mul_f64(jitter / 100.0);
         self.due.push(Reverse((at, number, target.clone())));
         let failing = if let Verdict::Failing(why) = verdict { Some(why) } else { None };
-        changed.then_some(Probed { target, failing })
+        changed.then_some(Probed { target, number, failing })
     }
 
     /// Anything from 0 to 1, another one on each agent.
@@ -190,7 +192,7 @@ impl Schedule {
 
 /// Works until nobody wants to know any more.
 async fn run(
-    mut targets: UnboundedReceiver<(Target, bool)>,
+    mut targets: UnboundedReceiver<(Target, Option<u64>)>,
     found: UnboundedSender<Probed>,
     counts: Arc<Counts>,
     pace: Duration,
@@ -271,8 +273,8 @@ mod tests {
     #[test]
     fn what_is_not_known_yet_is_asked_more_often_and_what_cannot_be_asked_changes_nothing() {
         let (mut schedule, target, began) = (Schedule::default(), target(2, 1), Instant::now());
-        schedule.set(target.clone(), true, began);
-        schedule.set(target.clone(), true, began);
+        schedule.set(target.clone(), Some(1), began);
+        schedule.set(target.clone(), Some(1), began);
         assert_eq!(schedule.due.len(), 1, "once is enough");
         let first = schedule.next().unwrap();
         assert!(first <= began + Duration::from_secs(1));
@@ -290,14 +292,17 @@ mod tests {
         assert!((0.9..=1.1).contains(&wait.as_secs_f64()), "{wait:?}");
         assert_eq!(answer(&mut schedule, Verdict::Unknown("no route".to_owned())).0, None);
         let (probed, wait) = answer(&mut schedule, failing());
-        assert_eq!(probed, Some(Probed { target: target.clone(), failing: Some("no".to_owned()) }));
+        assert_eq!(probed, Some(Probed { target: target.clone(), number: 1, failing: Some("no".to_owned()) }));
         assert!((9.0..=11.0).contains(&wait.as_secs_f64()), "{wait:?}");
-        assert_eq!(answer(&mut schedule, Verdict::Well).0, Some(Probed { target: target.clone(), failing: None }));
+        assert_eq!(
+            answer(&mut schedule, Verdict::Well).0,
+            Some(Probed { target: target.clone(), number: 1, failing: None })
+        );
         // One that is under way when it is wanted no more, and then again, is not the new one's.
         let at = schedule.next().unwrap();
         let asked = schedule.take_due(at).unwrap();
-        schedule.set(target.clone(), false, at);
-        schedule.set(target, true, at);
+        schedule.set(target.clone(), None, at);
+        schedule.set(target, Some(2), at);
         assert_eq!(schedule.take(asked, failing(), at), None);
         assert_eq!(schedule.due.len(), 1);
     }
@@ -314,7 +319,7 @@ mod tests {
             let Target { probe, .. } = target(1, 1);
             // Each is another target.
             let probe = Probe { period: Duration::from_millis(100 + i), ..(*probe).clone() };
-            prober.set(Target { endpoint, probe: Arc::new(probe) }, true);
+            prober.set(Target { endpoint, probe: Arc::new(probe) }, Some(i));
         }
         for _ in 0..30 {
             let probed = prober.found.recv().await.unwrap();

@@ -11,7 +11,7 @@ use portolan_common::FrontendKey;
 
 use super::Reconciler;
 use crate::{
-    datapath::{GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted},
+    datapath::{GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted, Served},
     journal::Record,
     model::Protocol,
     policy::{Assignment, PoolKey},
@@ -42,7 +42,7 @@ pub(super) struct Closing {
     recount_at: Option<Instant>,
     lifetimes: HashMap<PoolKey, Lifetime>,
     /// The endpoints that get connections, by frontends whose rule wants those to others closed.
-    served: HashMap<FrontendKey, Arc<[SocketAddr]>>,
+    served: HashMap<FrontendKey, Served>,
     next: Option<Instant>,
 }
 
@@ -70,15 +70,18 @@ impl Closing {
 
     /// Takes down how long connections to a service may live.
     pub(super) fn learn(&mut self, assignment: &Assignment) {
-        let follows = assignment.routes.iter().any(|route| route.pool.closes_idle_elsewhere);
+        // Where a frontend leads to several hosts, the rules of all of them must want it.
+        let idle = assignment.routes.iter().map(|route| route.pool.close_idle_elsewhere);
+        let idle = idle.reduce(|one, other| Some(one?.max(other?))).flatten();
         // Where nobody gets any, there is nowhere else to go.
-        if follows && !assignment.schedule.is_empty() {
+        if let Some(idle) = idle.filter(|_| assignment.protocol == Protocol::Tcp && !assignment.schedule.is_empty()) {
             let members = assignment.schedule.runs.iter().flat_map(|run| run.members.iter().copied());
-            let served: Arc<[SocketAddr]> = members.collect::<BTreeSet<_>>().into_iter().collect();
+            let endpoints: Arc<[SocketAddr]> = members.collect::<BTreeSet<_>>().into_iter().collect();
+            let served = Served { endpoints, idle };
             for frontend in &assignment.frontends {
-                self.served.insert(table::key(*frontend, assignment.protocol), Arc::clone(&served));
+                self.served.insert(table::key(*frontend, assignment.protocol), served.clone());
             }
-            self.look_again(IDLE);
+            self.look_again(idle);
         }
         for pool in assignment.routes.iter().map(|route| &route.pool) {
             let lifetime = Lifetime { idle: pool.limits.idle_timeout, whole: pool.limits.max_duration };
@@ -167,7 +170,10 @@ impl Reconciler {
                 order.lifetimes.insert((id, epoch), *lifetime);
             }
         }
-        order.served.clone_from(&self.closing.served);
+        // While the kernel may have another table than it should, nobody is sent back to where it was.
+        if self.attached && self.trouble.is_empty() {
+            order.served.clone_from(&self.closing.served);
+        }
         if gone || order.recount || !order.lifetimes.is_empty() || !order.served.is_empty() {
             self.datapath.closer.begin(order);
         }
@@ -190,6 +196,9 @@ impl Reconciler {
         }
         if let Some(lost) = pass.unfinished.clone() {
             self.closing.unfinished.get_or_insert_default().add(lost);
+            self.closing.look_again(IDLE);
+        }
+        if !pass.trouble.is_empty() && !self.closing.served.is_empty() {
             self.closing.look_again(IDLE);
         }
         for trouble in &pass.trouble {

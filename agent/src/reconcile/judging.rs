@@ -21,7 +21,7 @@ use crate::{
     health::{EventKind, Reached, Sign},
     journal::Record,
     kept::Keeper,
-    model::{Code, Finding, JudgedBy, ProbeKind, Protocol, ServiceId},
+    model::{Code, Finding, JudgedBy, Probe, ProbeKind, Protocol, ServiceId},
     policy::{Assignment, PoolKey, Recompiled},
     table,
 };
@@ -39,8 +39,8 @@ const MADE_UP: u64 = 100;
 pub(super) struct Judging {
     witness: Witness,
     pub(super) evidence: UnboundedReceiver<Evidence>,
-    /// Thresholds that were reached by one network namespace alone, until there is evidence.
-    suspects: HashMap<SocketAddr, Vec<(PoolKey, Reached)>>,
+    /// Thresholds that were reached by one network namespace alone, until there is evidence, by what is asked of whom.
+    suspects: HashMap<(SocketAddr, Arc<Probe>), Vec<(PoolKey, Reached)>>,
     /// What people should know, since when, by pool and endpoint.
     findings: BTreeMap<(PoolKey, SocketAddr, Code), (Instant, Finding)>,
     /// What is told of whom, once it is known who a network namespace is.
@@ -194,12 +194,13 @@ impl Reconciler {
             return self.eject(now, &pool, reached);
         }
         let of_answers = matches!(sign, Sign::Status(_) | Sign::Broken);
-        let probe = self.health.probe_of(&pool).filter(|probe| !of_answers || probe.kind != ProbeKind::Tcp).cloned();
+        let asks = |probe: &&Arc<Probe>| of_answers && probe.kind != ProbeKind::Tcp && self.prober.per_second > 0;
+        let probe = self.health.probe_of(&pool).filter(asks).cloned();
         if of_answers && probe.is_none() {
             let why =
                 "that connections are established says nothing of it, and no portolan.io/probe says what to ask for";
             self.tell_unconfirmed(now, pool, reached, why);
-        } else if self.is_frontend(&reached.address) {
+        } else if self.is_frontend(&probe.as_ref().map_or(reached.address, |probe| probe.dialled(reached.address))) {
             self.tell_unconfirmed(
                 now,
                 pool,
@@ -207,9 +208,8 @@ impl Reconciler {
                 "the agent cannot dial it, for its address is a Service's as well",
             );
         } else {
-            let probe = probe.filter(|_| of_answers);
             let probe = probe.unwrap_or_else(|| Arc::new(dial(self.health.patience_of(&pool))));
-            let waiting = self.judging.suspects.entry(reached.address).or_default();
+            let waiting = self.judging.suspects.entry((reached.address, Arc::clone(&probe))).or_default();
             let first = waiting.is_empty();
             // A pool that reaches the threshold again waits already.
             if waiting.iter().all(|(waits, _)| *waits != pool) {
@@ -226,7 +226,7 @@ impl Reconciler {
     pub(super) fn take_evidence(&mut self, evidence: Evidence) -> bool {
         let now = Instant::now();
         let mut changed = false;
-        for (pool, reached) in self.judging.suspects.remove(&evidence.endpoint).unwrap_or_default() {
+        for (pool, reached) in self.judging.suspects.remove(&(evidence.endpoint, evidence.probe)).unwrap_or_default() {
             if evidence.failed {
                 changed |= self.eject(now, &pool, reached);
             } else {
@@ -304,7 +304,7 @@ impl Reconciler {
         lately || !own_is_open && self.datapath.maps.backend_stats(id).is_ok_and(stand)
     }
 
-    fn is_frontend(&self, address: &SocketAddr) -> bool {
+    pub(super) fn is_frontend(&self, address: &SocketAddr) -> bool {
         self.layout.frontend_id(&table::key(*address, Protocol::Tcp)).is_some()
     }
 

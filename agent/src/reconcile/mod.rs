@@ -282,7 +282,7 @@ impl Reconciler {
 
     /// Computes what is new and leads the kernel to it.
     fn publish(&mut self) -> Result<()> {
-        let started = Instant::now();
+        let (started, first) = (Instant::now(), !self.attached);
         let mut changes = std::mem::take(&mut self.changes);
         let mut findings = Vec::new();
         let client = self.place.client(&self.cluster, &self.store, &mut findings);
@@ -365,7 +365,7 @@ impl Reconciler {
         if let Some(failed) = self.judging.failed_at.take() {
             self.accounts.ejected(judging::monotonic().saturating_sub(failed));
         }
-        if whole {
+        if first {
             give_back_memory();
         }
         if frontends > 0 {

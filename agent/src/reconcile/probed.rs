@@ -17,9 +17,16 @@ impl Reconciler {
 
     /// An endpoint is found to be otherwise than before. Whether that changes a service.
     pub(super) fn take_probed(&mut self, probed: Probed) -> bool {
-        let Probed { target, failing } = probed;
-        let pools = self.health.take_probed(&target, failing.clone());
+        let Probed { target, number, failing } = probed;
         let Target { endpoint, probe } = &target;
+        // What is a Service's address as well is rewritten: who answered is not known.
+        if failing.is_some() && self.is_frontend(&probe.dialled(*endpoint)) {
+            tracing::warn!(
+                "{endpoint}: {probe} fails, and goes to a Service's address, so it says nothing of the endpoint"
+            );
+            return false;
+        }
+        let pools = self.health.take_probed(&target, number, failing.clone());
         for pool in &pools {
             let (kind, message) = match &failing {
                 Some(why) => (

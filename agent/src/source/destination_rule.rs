@@ -178,7 +178,7 @@ pub(super) fn destination_rule(
         always_eject_one: context.switch(&value, ALWAYS_EJECT_ONE),
         count_early_resets: context.switch(&value, COUNT_EARLY_RESETS),
     };
-    let closes_idle_elsewhere = context.switch(&value, CLOSE_IDLE_ELSEWHERE);
+    let close_idle_elsewhere = close_idle_elsewhere(context, &value);
     let probe = super::probe::probe(context, &value);
     let spec: DestinationRuleSpec = context.honoured("spec", value["spec"].take(), |_| false)?;
     if spec.workload_selector.is_some() {
@@ -217,8 +217,22 @@ pub(super) fn destination_rule(
         policy,
         subsets,
         probe,
-        closes_idle_elsewhere,
+        close_idle_elsewhere,
     }))
+}
+
+/// The time in `portolan.io/close-idle-elsewhere`.
+fn close_idle_elsewhere(context: &mut Context<'_>, value: &Value) -> Option<Duration> {
+    let text = value.pointer("/metadata/annotations")?.get(CLOSE_IDLE_ELSEWHERE)?;
+    let at = format!("metadata.annotations[\"{CLOSE_IDLE_ELSEWHERE}\"]");
+    match text.as_str().map(|text| duration(at.clone(), text)) {
+        Some(Ok(idle)) if idle >= Duration::from_secs(1) => Some(idle),
+        _ => {
+            let message = format!("{text} is no duration of a second or more, in quotes (as \"30s\"): it stays off");
+            context.finding(Code::UnknownAnnotation, at, message);
+            None
+        }
+    }
 }
 
 fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec, own: Own) -> Result<TrafficPolicy, Invalid> {

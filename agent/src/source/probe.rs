@@ -62,11 +62,13 @@ fn read(context: &mut Context<'_>, at: &str, text: &str) -> Result<Probe, Invali
         Some(value) => Ok(value.unsigned_abs()),
         None => Ok(default),
     };
+    let period = seconds("periodSeconds", spec.period_seconds, 10)?;
     Ok(Probe {
         kind,
         port,
-        period: seconds("periodSeconds", spec.period_seconds, 10)?,
-        timeout: seconds("timeoutSeconds", spec.timeout_seconds, 1)?,
+        period,
+        // Who hangs holds up the probes of others no longer than that.
+        timeout: seconds("timeoutSeconds", spec.timeout_seconds, 1)?.min(period),
         failures: times("failureThreshold", spec.failure_threshold, 3)?,
         successes: times("successThreshold", spec.success_threshold, 1)?,
     })

@@ -45,10 +45,9 @@ use crate::{model::Protocol, table::Lost};
 /// A connection is idle when nothing was sent or received for so long.
 pub const IDLE: Duration = Duration::from_secs(5);
 
-/// Connections that are closed in one pass because their endpoints get none any more: their applications come back at once, all to the same ones.
-const MOVED_IN_A_PASS: u64 = 20;
-/// The next pass is so much later.
-const NEXT_MOVES: Duration = Duration::from_secs(1);
+/// Connections that are closed within a second because their endpoints get none any more: their applications come back at once, all to the same ones.
+const MOVES: u64 = 20;
+const MOVES_IN: Duration = Duration::from_secs(1);
 
 /// How often places are looked through whose connect never began.
 const TIDY: Duration = Duration::from_secs(60);
@@ -74,6 +73,15 @@ pub struct Lifetime {
     pub whole: Option<Duration>,
 }
 
+/// Who gets the connections of a frontend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Served {
+    /// In order.
+    pub endpoints: Arc<[SocketAddr]>,
+    /// A connection to any other endpoint is closed once nothing was sent or received for so long.
+    pub idle: Duration,
+}
+
 /// What to look for.
 #[derive(Clone, Debug, Default)]
 pub struct Order {
@@ -87,8 +95,8 @@ pub struct Order {
     pub gone_tcp: GoneTcp,
     /// Lifetimes by place and epoch of the pool.
     pub lifetimes: HashMap<(u32, u32), Lifetime>,
-    /// The endpoints that get connections of these frontends now: those to any other are closed once they are idle, so many in a pass.
-    pub served: HashMap<FrontendKey, Arc<[SocketAddr]>>,
+    /// The endpoints that get connections of these frontends now: those to any other are closed once they are idle, a few at a time.
+    pub served: HashMap<FrontendKey, Served>,
     /// Whether places and counts of connections are to be led to what there is.
     pub recount: bool,
 }
@@ -129,8 +137,8 @@ pub struct Pass {
     pub closed: BTreeMap<(Reason, Protocol, SocketAddr), u64>,
     /// When the next of the connections to gone endpoints may be idle, if there are any.
     pub wait: Option<Duration>,
-    /// Those of them whose endpoints get no connections any more.
-    moved: u64,
+    /// How many more may be ended because their endpoints get no connections any more.
+    moves: u64,
     /// What was put right.
     pub recounted: Option<Recounted>,
     /// Network namespaces that were looked into.
@@ -195,6 +203,7 @@ fn work(states: &States, set: u32, orders: &Receiver<Order>, done: &UnboundedSen
     let own = File::open("/proc/thread-self/ns/net");
     let (mut waiting, mut tidied) = (Waiting::default(), Instant::now());
     let mut doubts = Doubts::default();
+    let (mut moves, mut moves_since) = (MOVES, Instant::now());
     loop {
         if tidied.elapsed() >= TIDY {
             tidied = Instant::now();
@@ -210,6 +219,10 @@ fn work(states: &States, set: u32, orders: &Receiver<Order>, done: &UnboundedSen
         let order = orders.try_iter().fold(order, Order::followed_by);
         let closing = order.is_about_gone() || order.is_about_living();
         let mut pass = Pass { closing, counting: order.recount, ..Pass::default() };
+        if moves_since.elapsed() >= MOVES_IN {
+            (moves, moves_since) = (MOVES, Instant::now());
+        }
+        pass.moves = moves;
         let mut datagrams = Vec::new();
         let mut before = None;
         if order.recount {
@@ -226,6 +239,7 @@ fn work(states: &States, set: u32, orders: &Receiver<Order>, done: &UnboundedSen
                 Err(error) => pass.trouble.push(format!("{}: {error:#}", path.display())),
             }
         }
+        moves = pass.moves;
         // A namespace lives as long as a thread is in it.
         if let Err(error) = own.as_ref().map_err(|error| error.to_string()).and_then(|own| {
             let back = move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Network));
@@ -307,13 +321,13 @@ fn one_namespace(
                     pass.wait = Some(pass.wait.map_or(left, |wait| wait.min(left)));
                     continue;
                 }
-                Verdict::Close(Reason::Elsewhere) if pass.moved >= MOVED_IN_A_PASS => {
-                    pass.wait = Some(pass.wait.map_or(NEXT_MOVES, |wait| wait.min(NEXT_MOVES)));
+                Verdict::Close(Reason::Elsewhere) if pass.moves == 0 => {
+                    pass.wait = Some(pass.wait.map_or(MOVES_IN, |wait| wait.min(MOVES_IN)));
                     continue;
                 }
                 Verdict::Close(reason) => reason,
             };
-            pass.moved += u64::from(reason == Reason::Elsewhere);
+            pass.moves -= u64::from(reason == Reason::Elsewhere);
             if diag.destroy(Protocol::Tcp, &connection.socket).context("cannot close TCP connections")? {
                 pass.count(reason, Protocol::Tcp, &connection.state);
             }
@@ -412,23 +426,31 @@ impl Order {
             let waits = self.gone_tcp == GoneTcp::Idle && *idle < IDLE;
             return if waits { Verdict::Wait(IDLE - *idle) } else { Verdict::Close(Reason::Gone) };
         }
-        let stands = state.stage == SocketStage::Established as u32;
-        let served = self.served.get(&FrontendKey::new(state.frontend, Protocol::Tcp.number())).filter(|_| stands);
-        if served.is_some_and(|served| served.binary_search(&state.backend.socket_addr()).is_err()) {
-            return if *idle < IDLE { Verdict::Wait(IDLE - *idle) } else { Verdict::Close(Reason::Elsewhere) };
-        }
         // Before it stands there is nothing to measure by.
-        if state.set != set || state.pool == 0 || !stands {
+        let stands = state.stage == SocketStage::Established as u32;
+        if stands
+            && state.set == set
+            && state.pool != 0
+            && let Some(lifetime) = self.lifetimes.get(&(state.pool, state.pool_epoch))
+        {
+            if lifetime.whole.is_some_and(|most| age(state) > most) {
+                return Verdict::Close(Reason::Age);
+            }
+            if lifetime.idle.is_some_and(|most| *idle > most) {
+                return Verdict::Close(Reason::Idle);
+            }
+        }
+        let Some(served) = self.served.get(&FrontendKey::new(state.frontend, Protocol::Tcp.number())) else {
+            return Verdict::Keep;
+        };
+        if served.endpoints.binary_search(&state.backend.socket_addr()).is_ok() {
             return Verdict::Keep;
         }
-        let Some(lifetime) = self.lifetimes.get(&(state.pool, state.pool_epoch)) else { return Verdict::Keep };
-        if lifetime.whole.is_some_and(|most| age(state) > most) {
-            return Verdict::Close(Reason::Age);
+        match served.idle.checked_sub(*idle) {
+            None if stands => Verdict::Close(Reason::Elsewhere),
+            // Busy ones are not looked at all the time.
+            left => Verdict::Wait(left.unwrap_or_default().max(MOVES_IN)),
         }
-        if lifetime.idle.is_some_and(|most| *idle > most) {
-            return Verdict::Close(Reason::Idle);
-        }
-        Verdict::Keep
     }
 
     fn is_gone(&self, protocol: Protocol, state: &SocketState) -> bool {
