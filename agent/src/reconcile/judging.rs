@@ -35,12 +35,15 @@ const BETWEEN: Duration = Duration::from_millis(200);
 /// Failures that are made up for where outcomes were lost: more change nothing.
 const MADE_UP: u64 = 100;
 
+/// Whom the agent has asked, and what.
+type Asked = (SocketAddr, Arc<Probe>);
+
 /// What stands between an outcome and an ejection.
 pub(super) struct Judging {
     witness: Witness,
     pub(super) evidence: UnboundedReceiver<Evidence>,
     /// Thresholds that were reached by one network namespace alone, until there is evidence, by what is asked of whom.
-    suspects: HashMap<(SocketAddr, Arc<Probe>), Vec<(PoolKey, Reached)>>,
+    suspects: HashMap<Asked, Vec<(PoolKey, Reached)>>,
     /// What people should know, since when, by pool and endpoint.
     findings: BTreeMap<(PoolKey, SocketAddr, Code), (Instant, Finding)>,
     /// What is told of whom, once it is known who a network namespace is.
