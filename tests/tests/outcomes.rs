@@ -8,7 +8,7 @@ use portolan_tests::{
     Agent, Bed, Directory,
     dial::Task,
     objects::{destination_rule, node, plain, service, slice},
-    wait_until,
+    patience, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -41,7 +41,9 @@ fn failover(bed: &Bed, outlier: &Value, connect_timeout: Option<&str>) -> Result
 }
 
 fn eager() -> Value {
-    json!({"consecutive5xxErrors": 1, "interval": "1s", "baseEjectionTime": "2s", "maxEjectionPercent": 100})
+    // On a machine that is emulated, fifty connections take longer than two seconds.
+    let time = format!("{}s", 2 * patience());
+    json!({"consecutive5xxErrors": 1, "interval": "1s", "baseEjectionTime": time, "maxEjectionPercent": 100})
 }
 
 fn ejected(agent: &Agent) -> Result<Vec<String>> {
