@@ -1,0 +1,154 @@
+//! What the detector does, step by step.
+
+use super::*;
+
+const DOWN: Sign = Sign::Refused;
+
+fn new(settings: OutlierDetection, now: Instant) -> Detector {
+    Detector::new(settings, JudgedBy::Connect, now)
+}
+
+/// A sign, and whatever it leads to.
+fn take(detector: &mut Detector, now: Instant, host: SocketAddr, sign: Sign) -> Option<Event> {
+    let causes = detector.observe(host, sign);
+    causes.into_iter().filter_map(|cause| detector.eject(now, host, cause)).next()
+}
+
+fn settings(consecutive_errors: u32) -> OutlierDetection {
+    OutlierDetection {
+        consecutive_errors,
+        gateway_errors: 0,
+        local_origin_errors: None,
+        interval: Duration::from_secs(1),
+        base_ejection_time: Duration::from_secs(30),
+        max_ejection_time: Duration::from_secs(300),
+        max_ejection_percent: 100,
+        always_eject_one: false,
+        min_health_percent: 0,
+        count_early_resets: false,
+    }
+}
+
+#[test]
+fn thresholds_count_for_themselves() {
+    let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
+    let eject_after = |settings: OutlierDetection| {
+        let mut detector = new(settings, now);
+        detector.set_hosts(&BTreeSet::from([host]));
+        (1..10).find(|_| take(&mut detector, now, host, DOWN).is_some())
+    };
+    assert_eq!(eject_after(settings(5)), Some(5));
+    assert_eq!(eject_after(OutlierDetection { gateway_errors: 3, ..settings(5) }), Some(3));
+    assert_eq!(eject_after(OutlierDetection { gateway_errors: 3, ..settings(0) }), Some(3));
+    assert_eq!(eject_after(settings(0)), None);
+    let split = OutlierDetection { gateway_errors: 1, local_origin_errors: Some(4), ..settings(1) };
+    assert_eq!(eject_after(split.clone()), Some(4));
+    assert_eq!(eject_after(OutlierDetection { local_origin_errors: Some(0), ..split }), None);
+}
+
+#[test]
+fn one_may_always_go_where_that_is_asked_for() {
+    let (now, hosts) = (Instant::now(), [1, 2, 3].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
+    let most = |settings: OutlierDetection| {
+        let mut detector = new(settings, now);
+        detector.set_hosts(&BTreeSet::from(hosts));
+        for host in hosts {
+            take(&mut detector, now, host, DOWN);
+        }
+        detector.ejections().count()
+    };
+    let small = || OutlierDetection { max_ejection_percent: 10, ..settings(1) };
+    assert_eq!(most(small()), 0);
+    assert_eq!(most(OutlierDetection { always_eject_one: true, ..small() }), 1);
+    assert_eq!(most(OutlierDetection { always_eject_one: true, max_ejection_percent: 67, ..small() }), 2);
+}
+
+#[test]
+fn another_threshold_counts_anew() {
+    let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
+    let mut detector = new(settings(5), now);
+    detector.set_hosts(&BTreeSet::from([host]));
+    for _ in 0..4 {
+        assert_eq!(take(&mut detector, now, host, DOWN), None);
+    }
+    detector.configure(&settings(2), JudgedBy::Connect, now);
+    assert_eq!(take(&mut detector, now, host, DOWN), None);
+    assert!(take(&mut detector, now, host, DOWN).is_some());
+}
+
+#[test]
+fn a_host_that_goes_takes_its_ejection_with_it() {
+    let (now, [a, b]) = (Instant::now(), [1, 2].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
+    let mut detector = new(OutlierDetection { max_ejection_percent: 50, ..settings(1) }, now);
+    detector.set_hosts(&BTreeSet::from([a, b]));
+    assert!(matches!(take(&mut detector, now, a, DOWN), Some(Event { kind: EventKind::Ejected { .. }, .. })));
+    assert!(matches!(take(&mut detector, now, b, DOWN), Some(Event { kind: EventKind::Overflow { .. }, .. })));
+    let c = SocketAddr::from(([10, 0, 0, 3], 80));
+    detector.set_hosts(&BTreeSet::from([b, c]));
+    assert_eq!(detector.ejections().count(), 0);
+    assert!(matches!(take(&mut detector, now, b, DOWN), Some(Event { kind: EventKind::Ejected { .. }, .. })));
+}
+
+#[test]
+fn a_status_counts_where_the_port_is_http() {
+    let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
+    let ejects = |signs: &[Sign], settings: OutlierDetection| {
+        let mut detector = Detector::new(settings, JudgedBy::Status, now);
+        detector.set_hosts(&BTreeSet::from([host]));
+        signs.iter().any(|sign| take(&mut detector, now, host, *sign).is_some())
+    };
+    let [up, bad, gone] = [Sign::Connected, Sign::Status(500), Sign::Status(503)];
+    assert!(ejects(&[bad, up, bad, up, gone], settings(3)), "that a connection stands proves nothing");
+    assert!(ejects(&[bad, DOWN, gone], settings(3)), "a refused one counts as 503");
+    assert!(!ejects(&[bad, bad, Sign::Status(404), bad, bad], settings(3)));
+    let gateway = || OutlierDetection { gateway_errors: 2, ..settings(0) };
+    assert!(ejects(&[gone, Sign::TimedOut], gateway()));
+    assert!(!ejects(&[gone, bad, gone, Sign::Status(200), gone], gateway()), "500 is no gateway's error");
+    let split = || OutlierDetection { local_origin_errors: Some(2), ..settings(2) };
+    assert!(!ejects(&[DOWN, bad, up, DOWN, Sign::Status(200)], split()), "each counts for itself");
+    assert!(ejects(&[bad, DOWN, up, bad], split()));
+    assert!(ejects(&[DOWN, bad, Sign::Status(200), DOWN], split()));
+}
+
+#[test]
+fn what_breaks_before_an_answer_counts_where_that_is_asked_for() {
+    let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
+    let mut detector = Detector::new(settings(2), JudgedBy::Answer, now);
+    detector.set_hosts(&BTreeSet::from([host]));
+    for sign in [Sign::Connected, Sign::Broken, Sign::Connected, Sign::Answered, Sign::Broken, Sign::Connected] {
+        assert_eq!(take(&mut detector, now, host, sign), None, "{sign:?}");
+    }
+    assert!(take(&mut detector, now, host, Sign::Broken).is_some());
+}
+
+#[test]
+fn a_restart_changes_nothing_and_what_is_over_is_over() {
+    let (start, hosts) =
+        (Instant::now() + Duration::from_secs(10_000), [1, 2].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
+    let seconds = Duration::from_secs;
+    let fresh = || {
+        let mut detector = new(settings(1), start);
+        detector.set_hosts(&BTreeSet::from(hosts));
+        detector
+    };
+    let mut before = fresh();
+    take(&mut before, start, hosts[0], DOWN);
+    let saved = before.saved(start + seconds(10));
+    let after = |away: u64| {
+        let mut detector = fresh();
+        let now = start + seconds(10 + away);
+        detector.restore(now, seconds(away), saved.clone());
+        detector.ejection(&hosts[0]).map(|ejection| ejection.until - now)
+    };
+    assert_eq!((after(0), after(15), after(20), after(1_000)), (Some(seconds(20)), Some(seconds(5)), None, None));
+    // It is as likely to be ejected for longer as before, for as long as it would have been.
+    let mut soon = fresh();
+    soon.restore(start + seconds(40), seconds(30), saved.iter().copied());
+    let event = take(&mut soon, start + seconds(40), hosts[0], DOWN);
+    assert!(matches!(event, Some(Event { kind: EventKind::Ejected { duration, .. }, .. }) if duration == seconds(30)));
+    // One that is not there any more is forgotten.
+    let mut other = new(settings(1), start);
+    other.set_hosts(&BTreeSet::from([hosts[1]]));
+    other.restore(start, Duration::ZERO, saved);
+    assert_eq!(other.ejections().count(), 0);
+}
