@@ -176,7 +176,7 @@ fn agent(registry: &mut Registry, sample: &Sample) {
         registry.register_collector(Box::new(Times { name, about, times: times.clone() }));
     }
     let counters = [
-        ("portolan_events_lost", "Outcomes that found the ring buffer full", sample.counters.events_lost),
+        ("portolan_events_lost", "Outcomes that found the ring buffer full, or of a pod that floods it", sample.counters.events_lost),
         (
             "portolan_inconsistent",
             "Connections refused because the table contradicted itself",

@@ -16,7 +16,7 @@ pub use event::{Outcome, OutcomeKind};
 pub use frontend::{Choice, Endpoint, FrontendKey, Slot, Version, VersionFlags};
 pub use pool::{Affinity, AffinityKey, Limits, PoolStats, Spoken, Watch};
 pub use socket::{Connection, FLOWS, Flow, Flows, Response, SocketStage, SocketState};
-pub use stats::{BackendStats, BackendUse, Counter, FrontendStats, TIME_BUCKETS};
+pub use stats::{BackendStats, BackendUse, Budget, Counter, FrontendStats, TIME_BUCKETS};
 
 /// The layout of the maps. It is part of the pin path, so that two layouts never share a map.
 pub const SCHEMA_VERSION: u32 = if cfg!(feature = "next-schema") { 5 } else { 4 };

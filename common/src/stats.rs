@@ -80,6 +80,30 @@ plain!(FrontendStats, 32 + 8 * RESERVED, 8);
 /// What is left of the cache line.
 const RESERVED: usize = if cfg!(feature = "next-schema") { 12 } else { 4 };
 
+/// Value of `BUDGETS`: what a network namespace may tell while the agent is behind, so that one that floods leaves room for what the others have to
+/// tell. The upper half of the word is the window, the lower half counts.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget;
+
+impl Budget {
+    /// How many there are: a power of two. Namespaces get cookies one after the other.
+    pub const PLACES: u32 = 4_096;
+    /// Outcomes in a window.
+    pub const OUTCOMES: u32 = 256;
+    /// A window is so many bits of nanoseconds long: a second.
+    const WINDOW_BITS: u32 = 30;
+
+    /// Takes one outcome at `now` (nanoseconds) from a budget: what is left, and whether there was one.
+    #[inline(always)]
+    pub const fn spend(budget: u64, now: u64) -> (u64, bool) {
+        let window = (now >> Self::WINDOW_BITS) as u32;
+        let told = if (budget >> 32) as u32 == window { budget as u32 } else { 0 };
+        let may = told < Self::OUTCOMES;
+        let told = if may { told + 1 } else { told };
+        ((window as u64) << 32 | told as u64, may)
+    }
+}
+
 /// Entries of each half of `TIMES`: counts by powers of two, in the last but one of all that is longer, and the sum.
 pub const TIME_BUCKETS: u32 = 28;
 
@@ -87,7 +111,7 @@ pub const TIME_BUCKETS: u32 = 28;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Counter {
-    /// Outcomes that found the ring buffer full.
+    /// Outcomes that found the ring buffer full, or of a network namespace that floods it.
     EventsLost = 0,
     /// Connections whose published table was not consistent, and that were refused for it.
     Inconsistent = 1,
@@ -110,4 +134,23 @@ impl FrontendStats {
 impl Counter {
     /// How many counters there are.
     pub const COUNT: u32 = 3;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_is_for_a_window() {
+        let mut budget = 0;
+        let mut spend = |now: u64| {
+            let (left, may) = Budget::spend(budget, now);
+            budget = left;
+            may
+        };
+        let told = |spend: &mut dyn FnMut(u64) -> bool, now: u64| (0..1_000).filter(|_| spend(now)).count();
+        assert_eq!(told(&mut spend, 5 << 30), Budget::OUTCOMES as usize);
+        assert_eq!(told(&mut spend, (6 << 30) - 1), 0);
+        assert_eq!(told(&mut spend, 6 << 30), Budget::OUTCOMES as usize);
+    }
 }

@@ -13,7 +13,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use portolan_common::{
-    Affinity, AffinityKey, Backend, BackendStats, BackendUse, Connection, Counter, Flows, FrontendKey, FrontendStats,
+    Affinity, AffinityKey, Backend, BackendStats, BackendUse, Budget, Connection, Counter, Flows, FrontendKey, FrontendStats,
     Limits, Outcome, PoolStats, Slot, SocketState, TIME_BUCKETS, Version,
 };
 
@@ -89,7 +89,14 @@ pub(crate) static DATAGRAMS: SkStorage<Flows> = SkStorage::new();
 
 /// Outcomes for the agent: 1 MiB holds 14,500 that were not read yet.
 #[btf_map]
-pub(crate) static EVENTS: RingBuf<Outcome, 0x10_0000> = RingBuf::new();
+pub(crate) static EVENTS: RingBuf<Outcome, { EVENTS_BYTES as usize }> = RingBuf::new();
+
+/// See [`EVENTS`].
+pub(crate) const EVENTS_BYTES: u64 = 0x10_0000;
+
+/// Network namespace (the lower bits of its cookie) → what it has told while the agent was behind, see [`Budget`].
+#[btf_map]
+pub(crate) static BUDGETS: Array<u64, { Budget::PLACES as usize }> = Array::new();
 
 /// See [`Counter`].
 #[btf_map]

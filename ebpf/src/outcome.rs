@@ -8,20 +8,22 @@ use core::ptr::addr_of;
 use aya_ebpf::{
     EbpfContext,
     bindings::{
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_RB_AVAIL_DATA, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
         BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TIMEOUT_INIT,
     },
-    helpers::generated::{bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_setsockopt, bpf_skc_to_tcp_sock},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_ringbuf_query, bpf_setsockopt, bpf_skc_to_tcp_sock,
+    },
     programs::SockOpsContext,
 };
 use aya_log_ebpf::debug;
 use portolan_common::{
-    BackendStats, Counter, Outcome, OutcomeKind, PoolStats, Response, SocketStage, SocketState, Watch,
+    BackendStats, Budget, Counter, Outcome, OutcomeKind, PoolStats, Response, SocketStage, SocketState, Watch,
 };
 
 use crate::{
     addr,
-    maps::{BACKEND_STATS, BACKEND_USE, EVENTS, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, TICK_NS, TROUBLED, count, time},
+    maps::{BACKEND_STATS, BACKEND_USE, BUDGETS, EVENTS, EVENTS_BYTES, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, TICK_NS, TROUBLED, count, time},
     select::{add, take_one},
     state,
 };
@@ -398,13 +400,14 @@ fn socket_error(ctx: &SockOpsContext) -> u32 {
     }
 }
 
-/// Sends an outcome to the agent; whether there was room for it.
+/// Sends an outcome to the agent; whether there was room for it. A pod that floods takes the room of nobody else: see [`Budget`].
 #[inline(always)]
 pub(crate) unsafe fn tell(netns: u64, state: *const SocketState, kind: OutcomeKind, errno: u32) -> bool {
     // SAFETY: `state` is a live value.
     unsafe {
         let now = bpf_ktime_get_ns();
-        let Some(mut record) = EVENTS.reserve(0) else {
+        let room = if is_behind() && !may_tell(netns, now) { None } else { EVENTS.reserve(0) };
+        let Some(mut record) = room else {
             count(Counter::EventsLost);
             return false;
         };
@@ -421,5 +424,25 @@ pub(crate) unsafe fn tell(netns: u64, state: *const SocketState, kind: OutcomeKi
         });
         record.submit(0);
         true
+    }
+}
+
+/// Whether a quarter of the ring buffer was not read yet.
+#[inline(always)]
+fn is_behind() -> bool {
+    // SAFETY: a helper call with the program's own map.
+    let unread = unsafe { bpf_ringbuf_query((&raw const EVENTS).cast_mut().cast(), u64::from(BPF_RB_AVAIL_DATA)) };
+    unread > EVENTS_BYTES / 4
+}
+
+/// Whether a network namespace may tell something while the agent is behind: what is left of the ring buffer is for all of them.
+#[inline(always)]
+fn may_tell(netns: u64, now: u64) -> bool {
+    let Some(place) = BUDGETS.get_ptr_mut(netns as u32 & (Budget::PLACES - 1)) else { return false };
+    // SAFETY: a live map value. Of two at the same moment one may go uncounted.
+    unsafe {
+        let (budget, may) = Budget::spend(place.read_volatile(), now);
+        place.write_volatile(budget);
+        may
     }
 }

@@ -319,3 +319,36 @@ fn an_outcome_that_found_no_room_is_not_lost() -> Result<()> {
     assert!(lost.parse::<u64>()? >= 3, "{lost}");
     Ok(())
 }
+
+/// `threats.md` 13: a pod floods the ring buffer while the agent is busy; what others see is told all the same.
+#[test]
+fn a_pod_that_floods_leaves_room_for_what_others_see() -> Result<()> {
+    let bed = Bed::new()?;
+    let (directory, near) = near_and_far(&bed, &eager(), &none())?;
+    bed.namespace.add_address("10.2.0.1/32")?;
+    directory.write(
+        "c1/noise.yaml",
+        &[plain(service("noise", &["172.16.0.20"], 80)), plain(slice("noise", 9080, &[("10.2.0.1", "near", "")]))],
+    )?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let (mut flooding, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
+    assert_eq!(other.client.dial(WEB, 1)?.greetings(), ["near"]);
+    agent.process.signal(Signal::STOP)?;
+    // More than the ring buffer holds.
+    for _ in 0..8 {
+        flooding.client.dial("172.16.0.20:80", 2_000)?;
+    }
+    near.stop()?;
+    assert_eq!(other.client.dial(WEB, 2)?.errnos(), [ECONNREFUSED; 2]);
+    agent.process.signal(Signal::CONT)?;
+    wait_ejected(&agent, &["10.0.0.1:9080"])?;
+    // Both were told, not made up for from the counters.
+    let events = agent.events()?;
+    let told = events.iter().filter(|event| event["kind"] == "failed" && event["endpoint"] == "10.0.0.1:9080").count();
+    assert_eq!(told, 2, "{:?}", events.last());
+    let metrics = agent.http("/metrics")?.1;
+    let lost =
+        metrics.lines().find_map(|line| line.strip_prefix("portolan_events_lost_total ")).context("no metric")?;
+    assert!(lost.parse::<u64>()? > 5_000, "{lost}");
+    Ok(())
+}

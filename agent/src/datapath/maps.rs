@@ -19,7 +19,7 @@ use super::{
 use crate::table::{Held, HeldFrontend, Op, Sizes};
 
 /// Maps of a set that have no size of their own to choose.
-pub(super) const OF_FIXED_SIZE: [&str; 3] = ["EVENTS", "COUNTERS", "TIMES"];
+pub(super) const OF_FIXED_SIZE: [&str; 4] = ["EVENTS", "BUDGETS", "COUNTERS", "TIMES"];
 /// Maps that belong to sockets, whatever set is in force.
 pub(super) const OF_SOCKETS: [&str; 3] = [SOCKETS, CONNECTIONS, "DATAGRAMS"];
 pub(super) const SOCKETS: &str = "SOCKETS";
@@ -83,7 +83,7 @@ pub(super) fn fits(pins: &Pins, set: Set, sizes: Sizes) -> bool {
 /// Totals over all CPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Outcomes that found the ring buffer full.
+    /// Outcomes that found the ring buffer full, or of a network namespace that floods it.
     pub events_lost: u64,
     /// Connections refused because the table contradicted itself.
     pub inconsistent: u64,
