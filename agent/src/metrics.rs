@@ -12,6 +12,7 @@ use prometheus_client::{
 use crate::{
     accounts::{Destination, Sample, Total},
     model::Severity,
+    source::SourceReport,
 };
 
 /// Name, help, and which of the totals.
@@ -63,6 +64,12 @@ struct ProbeLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SourceLabels {
+    cluster: String,
+    resource: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct FindingLabels {
     severity: FindingSeverity,
 }
@@ -78,11 +85,12 @@ enum FindingSeverity {
 ///
 /// # Errors
 /// Formatting fails only where memory does.
-pub fn render(sample: &Sample) -> Result<String, std::fmt::Error> {
+pub fn render(sample: &Sample, reading: &[SourceReport]) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::default();
     connections(&mut registry, sample);
     services(&mut registry, sample);
     agent(&mut registry, sample);
+    sources(&mut registry, reading);
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)
@@ -176,7 +184,11 @@ fn agent(registry: &mut Registry, sample: &Sample) {
         registry.register_collector(Box::new(Times { name, about, times: times.clone() }));
     }
     let counters = [
-        ("portolan_events_lost", "Outcomes that found the ring buffer full, or of a pod that floods it", sample.counters.events_lost),
+        (
+            "portolan_events_lost",
+            "Outcomes that found the ring buffer full, or of a pod that floods it",
+            sample.counters.events_lost,
+        ),
         (
             "portolan_inconsistent",
             "Connections refused because the table contradicted itself",
@@ -219,6 +231,26 @@ fn agent(registry: &mut Registry, sample: &Sample) {
         findings.get_or_create(&FindingLabels { severity: label }).set(count as i64);
     }
     registry.register("portolan_findings", "Findings about objects, see `portolan get services`", findings);
+}
+
+fn sources(registry: &mut Registry, reading: &[SourceReport]) {
+    let objects = Family::<SourceLabels, Gauge>::default();
+    let failing = Family::<SourceLabels, Gauge>::default();
+    let age = Family::<SourceLabels, Gauge<f64, AtomicU64>>::default();
+    let lists = Counters::<SourceLabels>::default();
+    for source in reading {
+        let labels = SourceLabels { cluster: source.cluster.clone(), resource: source.resource.clone() };
+        objects.get_or_create(&labels).set(source.objects as i64);
+        failing.get_or_create(&labels).set(source.error.is_some().into());
+        lists.get_or_create(&labels).inc_by(source.lists);
+        if let Some(seconds) = source.lag_seconds {
+            age.get_or_create(&labels).set(seconds);
+        }
+    }
+    registry.register("portolan_source_objects", "Objects that are held, see `portolan get sources`", objects);
+    registry.register("portolan_source_failing", "1 where something is wrong with the source now", failing);
+    registry.register("portolan_source_age_seconds", "Time since anything was last heard of the source", age);
+    registry.register("portolan_source_lists", "How often everything was read as a whole", lists);
 }
 
 /// A histogram that the kernel has counted.

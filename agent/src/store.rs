@@ -23,6 +23,8 @@ pub struct Doubt {
     pub scope: Scope,
     /// Whether it is the mesh's settings, which say what traffic must stay in its cluster.
     pub settings: bool,
+    /// Whether there is no knowing what else is in it.
+    pub anything: bool,
 }
 
 /// What a change concerns.
@@ -92,7 +94,7 @@ impl Store {
             };
             // A cluster's own settings are as good a place for them as the mesh's, unless they are known already.
             let may_be_here = doubt.scope == Scope::Mesh || (doubt.scope == own && !of(&Scope::Mesh) && !of(&own));
-            doubt.settings || may_be_here
+            doubt.settings || doubt.anything && may_be_here
         };
         self.doubtful.values().map(|doubt| (doubt, settings(doubt))).max_by_key(|(_, settings)| *settings)
     }
@@ -108,6 +110,18 @@ impl Store {
                 self.fingerprints.remove(&origin);
                 self.replace(&origin, Contents { whole: true, ..Contents::default() }, changes);
                 self.good.remove(&origin);
+            }
+            Update::Forget { below } => {
+                let of = |origins: &mut dyn Iterator<Item = &String>| {
+                    origins.filter(|origin| origin.starts_with(&below)).cloned().collect::<Vec<_>>()
+                };
+                for origin in of(&mut self.fingerprints.keys()) {
+                    self.apply(Update::Remove { origin }, changes);
+                }
+            }
+            Update::Lost { cluster, lost } => {
+                let of = &mut self.snapshot.lost;
+                changes.everything |= if lost { of.insert(cluster.into()) } else { of.remove(cluster.as_str()) };
             }
             Update::Trouble(findings) => {
                 changes.findings |= self.troubles != findings;
@@ -132,12 +146,14 @@ impl Store {
                 what: format!("{} in {origin} is broken", read.key),
                 scope: read.key.scope.clone(),
                 settings: read.key.kind == Kind::MeshConfig,
+                anything: !contents.whole,
             }),
             None if !contents.whole => Some(Doubt {
                 what: format!("{origin} cannot be read"),
                 // The mesh's objects are in no folder.
                 scope: origin.split_once('/').map_or(Scope::Mesh, |(cluster, _)| Scope::Cluster(cluster.to_owned())),
-                settings: false,
+                settings: contents.only == Some(Kind::MeshConfig),
+                anything: contents.only.is_none(),
             }),
             None => None,
         };
@@ -360,6 +376,8 @@ pub struct Snapshot {
     pub mesh: Objects,
     /// Objects by cluster.
     pub clusters: BTreeMap<Arc<str>, Objects>,
+    /// Clusters that have been out of reach for so long that their endpoints are not believed any more.
+    pub lost: BTreeSet<Arc<str>>,
 }
 
 impl Snapshot {

@@ -13,8 +13,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use portolan_common::{
-    Affinity, AffinityKey, Backend, BackendStats, BackendUse, Budget, Connection, Counter, Flows, FrontendKey, FrontendStats,
-    Limits, Outcome, PoolStats, Slot, SocketState, TIME_BUCKETS, Version,
+    Affinity, AffinityKey, Backend, BackendStats, BackendUse, Budget, Connection, Counter, Flows, FrontendKey,
+    FrontendStats, Limits, Outcome, PoolStats, Slot, SocketState, TIME_BUCKETS, Version,
 };
 
 /// Service address, port, protocol → frontend id. An entry never changes: replacing one would let a reader of its bucket miss it.

@@ -23,7 +23,10 @@ use portolan_common::{
 
 use crate::{
     addr,
-    maps::{BACKEND_STATS, BACKEND_USE, BUDGETS, EVENTS, EVENTS_BYTES, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, TICK_NS, TROUBLED, count, time},
+    maps::{
+        BACKEND_STATS, BACKEND_USE, BUDGETS, EVENTS, EVENTS_BYTES, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, TICK_NS,
+        TROUBLED, count, time,
+    },
     select::{add, take_one},
     state,
 };

@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io::{ErrorKind, Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Output},
     sync::Arc,
     thread,
@@ -120,6 +120,26 @@ impl Bed {
         self.spawn(command)
     }
 
+    /// Starts this node's agent, which reads from an API server, and does not wait for it.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_on_api(&self, kubeconfig: &Path, cluster: &str, node: &str, more: &[&str]) -> Result<Agent> {
+        let mut command = Command::new(binary("portolan")?);
+        command.args(["agent", "--kubernetes", "--kubeconfig"]).arg(kubeconfig);
+        self.spawn(self.complete(command, cluster, node, more))
+    }
+
+    /// The same, and waits until it is ready.
+    ///
+    /// # Errors
+    /// It does not become ready; its log is in the error.
+    pub fn agent_on_api(&self, kubeconfig: &Path, cluster: &str, node: &str, more: &[&str]) -> Result<Agent> {
+        let mut agent = self.start_on_api(kubeconfig, cluster, node, more)?;
+        agent.wait_ready()?;
+        Ok(agent)
+    }
+
     /// Starts an agent that waits before each of its steps.
     ///
     /// # Errors
@@ -146,7 +166,12 @@ impl Bed {
         more: &[&str],
     ) -> Result<Command> {
         let mut command = Command::new(binary(program)?);
-        command.arg("agent").arg("--config").arg(directory.path()).args(["--cluster", cluster, "--node", node]);
+        command.arg("agent").arg("--config").arg(directory.path());
+        Ok(self.complete(command, cluster, node, more))
+    }
+
+    fn complete(&self, mut command: Command, cluster: &str, node: &str, more: &[&str]) -> Command {
+        command.args(["--cluster", cluster, "--node", node]);
         // What is given in addition counts.
         let own = [
             ("--cgroup", self.cgroup.path().display().to_string()),
@@ -157,7 +182,7 @@ impl Bed {
         ];
         let own = own.iter().filter(|(flag, _)| !more.contains(flag));
         command.args(own.flat_map(|(flag, value)| [*flag, value])).args(more);
-        Ok(command)
+        command
     }
 
     fn spawn(&self, mut command: Command) -> Result<Agent> {

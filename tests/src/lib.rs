@@ -2,6 +2,7 @@
 //! the users' scenarios on them.
 
 mod agent;
+pub mod api;
 mod cgroup;
 mod counting;
 pub mod demo;
@@ -23,6 +24,7 @@ mod sweep;
 mod wait;
 
 pub use agent::{Agent, Bed, Serving};
+pub use api::Api;
 pub use cgroup::Cgroup;
 pub use counting::Counting;
 pub use dial::Dialler;

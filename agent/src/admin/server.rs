@@ -4,13 +4,14 @@ use std::{
     convert::Infallible,
     os::unix::{fs::FileTypeExt as _, net::UnixStream},
     path::Path,
+    sync::Arc,
 };
 
 use anyhow::{Context as _, Result, bail};
 use axum::{
     Json, Router,
     body::{Body, Bytes},
-    extract::{Query, State},
+    extract::{FromRef, Query, State},
     http::StatusCode,
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -23,9 +24,37 @@ use tokio::{
 };
 use tokio_stream::{Stream, StreamExt as _, wrappers::BroadcastStream};
 
-use crate::{health::Order, journal::Record, metrics, model::NamespacedName, reconcile::Request};
+use crate::{
+    health::Order,
+    journal::Record,
+    metrics,
+    model::NamespacedName,
+    reconcile::Request,
+    source::{Reading, Sources},
+};
 
 type Questions = mpsc::Sender<Request>;
+
+/// Whom the doors ask.
+#[derive(Clone)]
+pub struct Asked {
+    /// The one task that knows.
+    pub questions: mpsc::Sender<Request>,
+    /// Those who read.
+    pub sources: Arc<Sources>,
+}
+
+impl FromRef<Asked> for Questions {
+    fn from_ref(asked: &Asked) -> Self {
+        asked.questions.clone()
+    }
+}
+
+impl FromRef<Asked> for Arc<Sources> {
+    fn from_ref(asked: &Asked) -> Self {
+        Self::clone(&asked.sources)
+    }
+}
 
 /// The admin socket, for its owner alone.
 ///
@@ -57,14 +86,15 @@ pub fn bind_admin(path: &Path) -> Result<UnixListener> {
 ///
 /// # Errors
 /// The socket fails.
-pub async fn serve_admin(listener: UnixListener, questions: Questions) -> Result<()> {
+pub async fn serve_admin(listener: UnixListener, asked: Asked) -> Result<()> {
     let router = Router::new()
         .route("/v1/report", get(report))
         .route("/v1/explain", get(explain))
+        .route("/v1/sources", get(show_sources))
         .route("/v1/events", get(events))
         .route("/v1/orders", post(order))
         .route("/readyz", get(readyz))
-        .with_state(questions);
+        .with_state(asked);
     Ok(axum::serve(listener, router).await?)
 }
 
@@ -72,12 +102,12 @@ pub async fn serve_admin(listener: UnixListener, questions: Questions) -> Result
 ///
 /// # Errors
 /// The socket fails.
-pub async fn serve_metrics(listener: TcpListener, questions: Questions) -> Result<()> {
+pub async fn serve_metrics(listener: TcpListener, asked: Asked) -> Result<()> {
     let router = Router::new()
         .route("/metrics", get(show_metrics))
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(readyz))
-        .with_state(questions);
+        .with_state(asked);
     Ok(axum::serve(listener, router).await?)
 }
 
@@ -142,9 +172,13 @@ fn lines(records: impl Stream<Item = Record> + Send + 'static) -> Body {
     }))
 }
 
-async fn show_metrics(State(questions): State<Questions>) -> Result<Response, Response> {
-    let sample = ask(&questions, Request::Sample).await?;
-    let text = metrics::render(&sample)
+async fn show_sources(State(sources): State<Arc<Sources>>) -> Response {
+    Json(Reading { sources: sources.report() }).into_response()
+}
+
+async fn show_metrics(State(asked): State<Asked>) -> Result<Response, Response> {
+    let sample = ask(&asked.questions, Request::Sample).await?;
+    let text = metrics::render(&sample, &asked.sources.report())
         .map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response())?;
     Ok(([("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response())
 }

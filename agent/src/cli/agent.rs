@@ -1,6 +1,6 @@
 //! `portolan agent`
 
-use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
@@ -11,15 +11,15 @@ use tokio::{
 };
 use tracing_subscriber::EnvFilter;
 
-use super::{AdminArgs, ConfigArgs, PinsArgs, PlaceArgs, StateArgs};
+use super::{AdminArgs, PinsArgs, PlaceArgs, ReaderArgs, StateArgs};
 use crate::{
-    admin,
+    admin::{self, Asked},
     datapath::{Datapath, GoneTcp, Options, ProgramLog},
     kept::{Keeper, Kept},
     probes::Prober,
     reconcile::Reconciler,
     self_probe::SelfProbe,
-    source::file,
+    source::{Reader, Sources, file, kubernetes},
     table::Sizes,
 };
 
@@ -29,10 +29,23 @@ use crate::{
 /// the agent ends, for whatever reason, connections go on being served as they were, and the next one takes over. Only `portolan
 /// cleanup` takes them off.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  portolan agent --config /etc/portolan --cluster c1 --node $(hostname)")]
+#[command(
+    after_help = "Examples:\n  portolan agent --config /etc/portolan --cluster c1 --node $(hostname)\n  portolan agent --kubernetes --kubeconfig ~/.kube/config --cluster c1 --node $(hostname)"
+)]
 pub(super) struct AgentArgs {
+    /// Directory with the objects: DIR/*.yaml for the mesh, DIR/<cluster-id>/**/*.yaml for each cluster
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "PORTOLAN_CONFIG",
+        required_unless_present = "kubernetes",
+        conflicts_with = "kubernetes"
+    )]
+    config: Option<PathBuf>,
     #[command(flatten)]
-    config: ConfigArgs,
+    reader: ReaderArgs,
+    #[command(flatten)]
+    kubernetes: KubernetesArgs,
     #[command(flatten)]
     place: PlaceArgs,
     /// Serve the processes below this cgroup [default: the cgroup v2 root]
@@ -64,6 +77,44 @@ pub(super) struct AgentArgs {
     /// Have the programs in the kernel log each connection, for debugging; it costs time on every connect
     #[arg(long, value_enum, default_value_t, env = "PORTOLAN_PROGRAM_LOG")]
     program_log: ProgramLog,
+}
+
+/// Objects from API servers, in place of a directory.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Kubernetes")]
+struct KubernetesArgs {
+    /// Read the objects from the API server, and from those of the clusters that Secrets labelled istio/multiCluster=true name
+    #[arg(long, env = "PORTOLAN_KUBERNETES")]
+    kubernetes: bool,
+    /// How to reach the API server [default: as a pod does, by its service account]
+    #[arg(long, value_name = "FILE", env = "KUBECONFIG", requires = "kubernetes")]
+    kubeconfig: Option<PathBuf>,
+    /// The API server's own address, in place of its Service's: then it is reached whatever becomes of that
+    #[arg(long, value_name = "URL", env = "PORTOLAN_API_SERVER", requires = "kubernetes")]
+    api_server: Option<http::Uri>,
+    /// Time after which everything is read again as a whole, whatever the watches say
+    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = humantime::parse_duration, env = "PORTOLAN_RESYNC")]
+    resync: Duration,
+    /// Time after which a watch begins anew; one that is silent for five seconds longer has stalled
+    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = humantime::parse_duration, env = "PORTOLAN_WATCH_TIMEOUT")]
+    watch_timeout: Duration,
+    /// Time for which the endpoints of another cluster are believed while its API server cannot be reached
+    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = humantime::parse_duration, env = "PORTOLAN_REMOTE_GRACE")]
+    remote_grace: Duration,
+}
+
+impl KubernetesArgs {
+    fn options(&self, cluster: &str, reader: Reader) -> kubernetes::Options {
+        kubernetes::Options {
+            cluster: cluster.to_owned(),
+            kubeconfig: self.kubeconfig.clone(),
+            server: self.api_server.clone(),
+            resync: self.resync,
+            watch_timeout: self.watch_timeout,
+            remote_grace: self.remote_grace,
+            reader,
+        }
+    }
 }
 
 /// How much fits into the kernel's maps.
@@ -126,9 +177,12 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let options =
         Options { cgroup: args.cgroup, bpffs: args.pins.bpffs, sizes: args.sizes.sizes(), log: args.program_log };
-    let reader = args.config.reader.reader();
+    let reader = args.reader.reader();
     // Before anything is loaded.
-    file::check(&args.config.config)?;
+    if let Some(config) = &args.config {
+        file::check(config)?;
+    }
+    let from_api = args.kubernetes.options(&args.place.cluster, reader);
     let ended = runtime.block_on(async {
         let datapath = Datapath::open(&options)?;
         let probe = SelfProbe::new(datapath.0.cgroup()).await?;
@@ -147,12 +201,20 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
             args.gone_connections,
             (Kept::read(&args.state.state), Keeper::start(args.state.state)?),
         );
+        let sources = Arc::new(Sources::default());
+        let asked = Asked { questions, sources: Arc::clone(&sources) };
+        let source = async {
+            match args.config {
+                Some(config) => file::run(config, reader, args.rescan, sources, changes).await,
+                None => kubernetes::run(from_api, sources, changes).await,
+            }
+        };
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let ended = tokio::select! {
             ended = tokio::spawn(reconciler.run(updates, requests)) => ended?,
-            ended = file::run(args.config.config, reader, args.rescan, changes) => ended,
-            ended = admin::serve_admin(admin_socket, questions.clone()) => ended,
-            ended = admin::serve_metrics(metrics_socket, questions) => ended,
+            ended = source => ended,
+            ended = admin::serve_admin(admin_socket, asked.clone()) => ended,
+            ended = admin::serve_metrics(metrics_socket, asked) => ended,
             _ = terminate.recv() => Ok(()),
             _ = interrupt.recv() => Ok(()),
         };

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use anstyle::AnsiColor;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 
@@ -9,7 +10,7 @@ use super::{
     AdminArgs, SelectArgs, block_on,
     output::{self, OutputArgs, Rows},
 };
-use crate::{admin, report::Report};
+use crate::{admin, report::Report, source::Reading};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum What {
@@ -19,6 +20,8 @@ enum What {
     Endpoints,
     /// The endpoints that are ejected, and until when
     Ejections,
+    /// What is read, of which cluster: objects, since when, what is wrong
+    Sources,
 }
 
 /// Shows what the running agent intends, and beside it what the kernel holds.
@@ -39,6 +42,9 @@ pub(super) struct GetArgs {
 }
 
 pub(super) fn run(args: &GetArgs) -> Result<ExitCode> {
+    if args.what == What::Sources {
+        return sources(args);
+    }
     let mut report: Report = block_on(admin::get(&args.admin.admin, "/v1/report"))?;
     args.select.apply(&mut report)?;
     if args.what == What::Ejections {
@@ -49,5 +55,32 @@ pub(super) fn run(args: &GetArgs) -> Result<ExitCode> {
     }
     let rows = if args.what == What::Services { Rows::Services } else { Rows::Endpoints };
     output::print(args.output.output, &report, rows)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn sources(args: &GetArgs) -> Result<ExitCode> {
+    let reading: Reading = block_on(admin::get(&args.admin.admin, "/v1/sources"))?;
+    if !matches!(args.output.output, output::Format::Table) {
+        output::print_value(args.output.output, &reading)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut table = output::new_table(&["CLUSTER", "RESOURCE", "OBJECTS", "SYNCED", "HEARD", "LISTS", "ERROR"]);
+    for source in &reading.sources {
+        let heard = source.lag_seconds.map(|seconds| {
+            format!("{} ago", humantime::format_duration(std::time::Duration::from_secs(seconds as u64)))
+        });
+        table.add_row([
+            if source.cluster.is_empty() { "-".to_owned() } else { source.cluster.clone() },
+            source.resource.clone(),
+            source.objects.to_string(),
+            source.synced.clone().unwrap_or_else(|| "never".to_owned()),
+            heard.unwrap_or_else(|| "never".to_owned()),
+            source.lists.to_string(),
+            source.error.clone().unwrap_or_default(),
+        ]);
+    }
+    let failing: Vec<bool> = reading.sources.iter().map(|source| source.error.is_some()).collect();
+    let style = |i: usize| failing.get(i).copied().unwrap_or_default().then(|| AnsiColor::Yellow.on_default());
+    output::write(&output::render(&table, style))?;
     Ok(ExitCode::SUCCESS)
 }

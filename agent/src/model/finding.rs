@@ -99,6 +99,11 @@ codes! {
     ByHand = 103, Warning, "Endpoints get no connections because somebody ordered it";
     KeptUnreadable = 104, Warning, "What a former agent has left cannot be read";
     ProbesBounded = 105, Warning, "More active probes are asked for than the agent makes";
+    // API servers.
+    SourceUnreachable = 110, Error, "An API server cannot be read";
+    SourceForbidden = 111, Error, "An API server does not let something be read";
+    RemoteCluster = 112, Error, "Another cluster cannot be followed as a Secret says";
+    ApiServerHeld = 113, Warning, "The API server's own endpoints are kept";
 }
 
 impl fmt::Display for Code {

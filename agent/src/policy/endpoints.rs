@@ -100,6 +100,8 @@ pub(super) struct Candidate<'a> {
     ready: bool,
     serving: bool,
     terminating: Option<bool>,
+    /// Whether its cluster is out of reach.
+    lost: bool,
     hints: Option<&'a Hints>,
     labels: Option<&'a Labels>,
     network: &'a str,
@@ -203,6 +205,9 @@ fn health(
     last_resort: bool,
     candidate: &Candidate<'_>,
 ) -> Result<EndpointHealth, &'static str> {
+    if candidate.lost {
+        return Ok(EndpointHealth::Unhealthy);
+    }
     let ready = candidate.ready || view.publish_not_ready;
     // Absent means "no" to Kubernetes, and to Istio "yes" for what is not ready.
     let going = candidate.terminating.unwrap_or(filter.ruled && !ready);
@@ -236,6 +241,7 @@ fn slices<'a>(scene: &Scene<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, po
             None
         };
         let network = objects.network();
+        let lost = !own && scene.snapshot.lost.contains(cluster);
         for slice in slices.values() {
             let serves = slice.ports.iter().find(|own| own.name == port && own.protocol == filter.key.protocol);
             for endpoint in &slice.endpoints {
@@ -254,9 +260,10 @@ fn slices<'a>(scene: &Scene<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, po
                         health: EndpointHealth::Healthy,
                         priority: 0,
                     },
-                    ready: endpoint.ready,
+                    ready: endpoint.ready && !lost,
                     serving: endpoint.serving,
                     terminating: endpoint.terminating,
+                    lost,
                     hints: endpoint.hints.as_deref(),
                     labels: pod_labels(objects, slice, endpoint),
                     network,
@@ -308,6 +315,7 @@ fn workloads<'a>(
             ready: true,
             serving: true,
             terminating: Some(false),
+            lost: false,
             hints: None,
             labels: Some(&workload.labels),
             network: if workload.network.is_empty() { network } else { &workload.network },

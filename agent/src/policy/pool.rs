@@ -20,7 +20,7 @@ use super::{
 use crate::{
     model::{
         Algorithm, Code, ConnectionPool, DestinationRule, Finding, JudgedBy, Locality, LocalitySetting,
-        OutlierDetection, Probe, Protocol, Retention, Warmup,
+        OutlierDetection, Probe, Protocol, Retention, ServiceId, Warmup,
     },
     store::Snapshot,
 };
@@ -177,6 +177,11 @@ impl Pool {
     }
 }
 
+/// Whether it is the service by which pods reach their API server.
+fn is_api_server(service: &ServiceId) -> bool {
+    !service.is_entry && service.name.namespace == "default" && service.name.name == "kubernetes"
+}
+
 /// The pool, and who gets which share of its connections; nobody: refuse.
 pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mut Vec<Finding>) -> (Pool, Vec<Group>) {
     let rule = scene.rules.destination_rule(&key.service);
@@ -187,6 +192,8 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
     let host = scene.rules.host_of(&key.service).unwrap_or_default();
     let (retention, retained_by) = retention(&scene.rules.mesh, &host);
     let threshold = policy.outlier.as_ref().map_or(0, |outlier| outlier.min_health_percent);
+    // Whatever ejects its endpoints, the API server's own service keeps them: without it nobody would learn of others.
+    let threshold = if is_api_server(&key.service) { threshold.max(1) } else { threshold };
     let subset =
         rule.zip(key.subset.as_ref()).and_then(|(rule, name)| rule.subsets.iter().find(|subset| subset.name == *name));
 

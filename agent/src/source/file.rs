@@ -8,6 +8,7 @@ use std::{
     io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -20,7 +21,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout_at},
 };
 
-use super::{Contents, Reader, Update, read::fingerprint, read_text};
+use super::{Contents, Reader, Sources, Trouble, Update, read::fingerprint, read_text};
 use crate::model::{Code, Finding, Scope};
 
 /// Directories below a cluster's that are still looked into.
@@ -31,6 +32,9 @@ const MAX_BYTES: u64 = 128 << 20;
 const BURST: Duration = Duration::from_millis(20);
 /// A file that is written without end does not hold up the others for longer than this.
 const LONGEST_BURST: Duration = Duration::from_millis(200);
+/// What `get sources` counts.
+const FILES: &str = "files";
+
 /// What is known of a configuration directory.
 #[derive(Debug)]
 pub struct Directory {
@@ -287,6 +291,7 @@ pub async fn run(
     root: PathBuf,
     reader: Reader,
     every: Duration,
+    sources: Arc<Sources>,
     updates: mpsc::Sender<Vec<Update>>,
 ) -> anyhow::Result<()> {
     use anyhow::Context as _;
@@ -312,6 +317,7 @@ pub async fn run(
     directory.forget(&mut first, &being_written);
     first.extend(directory.doubt(&being_written));
     first.push(Update::Synced);
+    sources.synced("", FILES, directory.seen.len(), None);
     if updates.send(first).await.is_err() {
         return Ok(());
     }
@@ -328,12 +334,18 @@ pub async fn run(
         let seen;
         (directory, seen) = scan(directory, &being_written).await?;
         let mut changes = match seen {
-            Ok(changes) => changes,
-            Err(error) => vec![Update::Trouble(vec![Finding::new(
-                Code::Unreadable,
-                root.display(),
-                format!("cannot be read: {error}. All that it last said stays in force"),
-            )])],
+            Ok(changes) => {
+                sources.synced("", FILES, directory.seen.len(), None);
+                changes
+            }
+            Err(error) => {
+                sources.trouble("", FILES, Trouble::Unreachable(error.to_string()));
+                vec![Update::Trouble(vec![Finding::new(
+                    Code::Unreadable,
+                    root.display(),
+                    format!("cannot be read: {error}. All that it last said stays in force"),
+                )])]
+            }
         };
         // A write that began while the scan was under way has sent its event by now, and is looked at in another scan.
         again = drain(&mut events, &mut being_written).await;

@@ -5,15 +5,18 @@ mod destination_rule;
 mod document;
 mod entry;
 pub mod file;
+pub mod kubernetes;
 mod mesh;
 mod probe;
 mod read;
+mod sources;
 mod spec;
 mod virtual_service;
 
-use crate::model::{Finding, Object, ObjectKey};
+use crate::model::{Finding, Kind, Object, ObjectKey};
 
 pub use read::{Reader, read_text};
+pub use sources::{Reading, SourceReport, Sources, Status, Trouble};
 
 /// What was read of one object.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,7 +27,7 @@ pub struct Read {
     pub object: Option<Object>,
 }
 
-/// All that one origin (a file) holds now.
+/// All that one origin (a file, or an object of an API) holds now.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Contents {
     /// Its objects.
@@ -38,6 +41,8 @@ pub struct Contents {
     /// Whether everything could at least be told apart. Where not, an object that is missing may be in the
     /// broken part, and stays.
     pub whole: bool,
+    /// The only kind of objects that it can hold, where that is known.
+    pub only: Option<Kind>,
 }
 
 /// A change that a source reports.
@@ -45,15 +50,27 @@ pub struct Contents {
 pub enum Update {
     /// The origin now holds this.
     Replace {
-        /// The file, relative to the configuration directory.
+        /// The file, relative to the configuration directory; or `cluster/resource/namespace/name`.
         origin: String,
         /// What it holds.
         contents: Contents,
     },
     /// The origin is gone, and its objects with it.
     Remove {
-        /// The file, relative to the configuration directory.
+        /// Which one.
         origin: String,
+    },
+    /// All origins whose names begin so are gone, and their objects with them.
+    Forget {
+        /// How they begin.
+        below: String,
+    },
+    /// A cluster has been out of reach for so long that its endpoints are not believed any more; or no longer is.
+    Lost {
+        /// Its id.
+        cluster: String,
+        /// Whether it is.
+        lost: bool,
     },
     /// The source itself is in trouble (or, with an empty list, no longer is).
     Trouble(Vec<Finding>),

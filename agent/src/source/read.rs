@@ -69,8 +69,20 @@ pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Con
     contents
 }
 
+/// Reads one object, as an API gives it. Nothing in it can make this fail: what is wrong becomes a finding.
+pub(super) fn read_value(reader: Reader, scope: &Scope, origin: &str, value: Value) -> Contents {
+    let mut contents = Contents { whole: true, ..Contents::default() };
+    // Keys are in order, so that equal objects have equal texts.
+    contents.fingerprint = fingerprint(&value.to_string());
+    read_object(reader, scope, origin, value, &mut BTreeSet::new(), &mut contents);
+    for finding in &mut contents.findings {
+        origin.clone_into(&mut finding.source);
+    }
+    contents
+}
+
 /// Where Istio keeps its own settings.
-const MESH_NAMESPACE: &str = "istio-system";
+pub(super) const MESH_NAMESPACE: &str = "istio-system";
 
 /// Tells texts apart.
 pub(super) fn fingerprint(text: &str) -> u64 {

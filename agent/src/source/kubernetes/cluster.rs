@@ -1,0 +1,97 @@
+//! All that is followed of one cluster.
+
+use std::collections::HashMap;
+
+use kube::Client;
+use tokio::task::JoinSet;
+
+use super::{
+    Feed,
+    follow::Follower,
+    objects::{Known, Objects},
+    resources::{PODS, RESOURCES, Resource},
+};
+use crate::source::Update;
+
+/// A cluster whose objects are followed, as long as this lives.
+pub(super) struct Cluster {
+    feed: Feed,
+    id: String,
+    tasks: JoinSet<()>,
+    known: HashMap<&'static str, Known>,
+}
+
+impl Cluster {
+    /// Begins to follow a cluster.
+    pub(super) fn start(feed: &Feed, id: &str, client: &Client) -> Self {
+        let mut cluster = Self { feed: feed.clone(), id: id.to_owned(), tasks: JoinSet::new(), known: HashMap::new() };
+        cluster.follow(client);
+        cluster
+    }
+
+    /// From now on by another client. What is known stays, until that one has listed what there is.
+    pub(super) async fn swap(&mut self, client: &Client) {
+        self.tasks.shutdown().await;
+        self.follow(client);
+    }
+
+    /// Stops, and has everything of the cluster forgotten.
+    pub(super) async fn end(mut self) {
+        self.tasks.shutdown().await;
+        self.feed.sources.forget(&self.id, None);
+        // An error means that the agent is ending.
+        let _ = self.feed.updates.send(vec![Update::Forget { below: format!("{}/", self.id) }]).await;
+    }
+
+    fn follow(&mut self, client: &Client) {
+        let own = self.id == self.feed.cluster;
+        let wanted: Vec<_> = RESOURCES.iter().filter(|resource| own || resource.of_all).collect();
+        for resource in wanted {
+            self.feed.sources.expect(&self.id, &resource.name());
+            let work = self.follower(resource, client);
+            self.tasks.spawn(work);
+        }
+        let pods = self.pods(client);
+        self.tasks.spawn(pods);
+    }
+
+    fn follower(&mut self, resource: &'static Resource, client: &Client) -> impl Future<Output = ()> + Send + use<> {
+        let known = Known::clone(self.known.entry(resource.plural).or_default());
+        let (feed, id, client) = (self.feed.clone(), self.id.clone(), client.clone());
+        async move {
+            let sink = Objects::new(&feed, resource, &id, client.clone(), known).await;
+            Follower { feed, cluster: id, resource, labels: None, client, sink }.run().await;
+        }
+    }
+
+    /// Pods, while a rule asks for their labels.
+    fn pods(&mut self, client: &Client) -> impl Future<Output = ()> + Send + use<> {
+        let known = Known::clone(self.known.entry(PODS.plural).or_default());
+        let (feed, id, client) = (self.feed.clone(), self.id.clone(), client.clone());
+        async move {
+            let mut wanted = feed.wants.follow();
+            loop {
+                if wanted.wait_for(|wanted| *wanted).await.is_err() {
+                    return;
+                }
+                let sink = Objects::new(&feed, &PODS, &id, client.clone(), Known::clone(&known)).await;
+                let (feed, cluster, client) = (feed.clone(), id.clone(), client.clone());
+                let follower = Follower { feed: feed.clone(), cluster, resource: &PODS, labels: None, client, sink };
+                tokio::select! {
+                    () = follower.run() => return,
+                    gone = wanted.wait_for(|wanted| !*wanted) => {
+                        if gone.is_err() {
+                            return;
+                        }
+                    }
+                }
+                known.lock().await.clear();
+                feed.sources.forget(&id, Some(&PODS.name()));
+                let below = format!("{id}/{}/", PODS.plural);
+                if feed.updates.send(vec![Update::Forget { below }]).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}

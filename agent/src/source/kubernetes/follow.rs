@@ -1,0 +1,292 @@
+//! One resource of an API server, followed for ever: listed page by page, watched from there, listed again where that is called for.
+//!
+//! Not kube's own watcher, for it keeps to itself what `get sources` is to tell: that a watch has begun, and that a bookmark has come
+//! (docs/adr/0016-kubernetes.md). What is sent and read is kube's.
+
+use std::time::Duration;
+
+use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
+use kube::{
+    Api,
+    api::{ListParams, WatchEvent, WatchParams},
+    runtime::{utils::Backoff as _, watcher::DefaultBackoff},
+};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+
+use super::{Feed, object::Raw, resources::Resource};
+use crate::source::Trouble;
+
+/// Objects of a page.
+const PAGE: u32 = 500;
+/// A server ends a watch itself after the time that it is asked for; one that is silent for so much longer has stalled.
+const SLACK: Duration = Duration::from_secs(5);
+/// An answer to a list takes no longer than this.
+const ANSWER: Duration = Duration::from_secs(60);
+/// What is not there, or may not be read, is asked for again after this time, or when everything is read again anyway.
+const LATER: Duration = Duration::from_secs(60);
+/// An API that was there and is not any more may be on its way up again: for so long, what it last said stays in force.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// What takes the objects.
+pub(super) trait Sink: Send {
+    /// A list begins.
+    fn begin(&mut self);
+    /// An object of it.
+    fn item(&mut self, object: Raw);
+    /// It has ended: what was not in it is gone.
+    fn end(&mut self);
+    /// An object is new, or not as it was.
+    fn changed(&mut self, object: Raw);
+    /// An object is gone.
+    fn gone(&mut self, object: &Raw);
+    /// Nothing is known, for it may not be read, and never was.
+    fn unknown(&mut self);
+    /// How many objects are held.
+    fn held(&self) -> usize;
+    /// Passes on what has come; whether somebody still wants it.
+    fn flush(&mut self) -> impl Future<Output = bool> + Send;
+}
+
+/// Why following has to begin again.
+enum Broken {
+    /// What is asked for is too long ago.
+    Gone,
+    /// It is time to read everything again.
+    Resync,
+    /// Nothing came for too long.
+    Stalled,
+    Api(kube::Error),
+    /// Nobody listens any more.
+    Over,
+}
+
+impl From<kube::Error> for Broken {
+    fn from(error: kube::Error) -> Self {
+        match &error {
+            kube::Error::Api(status) if status.code == 410 => Self::Gone,
+            _ => Self::Api(error),
+        }
+    }
+}
+
+/// Follows one resource of one cluster.
+pub(super) struct Follower<S> {
+    pub(super) feed: Feed,
+    pub(super) cluster: String,
+    pub(super) resource: &'static Resource,
+    /// Which of them, by their labels.
+    pub(super) labels: Option<&'static str>,
+    pub(super) client: kube::Client,
+    pub(super) sink: S,
+}
+
+impl<S: Sink> Follower<S> {
+    /// Works until nobody listens any more.
+    pub(super) async fn run(mut self) {
+        let name = self.resource.name();
+        let (mut backoff, mut version, mut tried) = (DefaultBackoff::default(), 0, 0);
+        // Where in time the last list was taken, or the watch has come to.
+        let mut at: Option<String> = None;
+        let mut again = self.next_resync();
+        let mut missing: Option<Instant> = None;
+        self.feed.sources.expect(&self.cluster, &name);
+        loop {
+            let (api, _) = self.resource.api(self.client.clone(), version);
+            let result = match &mut at {
+                None => self.list(&api).await.map(Some),
+                Some(at) => self.watch(&api, at, again).await.map(|()| None),
+            };
+            let broken = match result {
+                Ok(listed) => {
+                    if listed.is_some() {
+                        (at, again, missing, tried) = (listed, self.next_resync(), None, 0);
+                    }
+                    backoff.reset();
+                    continue;
+                }
+                Err(broken) => broken,
+            };
+            let later = LATER.min(self.feed.resync);
+            let error = match broken {
+                Broken::Over => return,
+                Broken::Resync => {
+                    at = None;
+                    continue;
+                }
+                // Of a list, only the next page is too long ago: it begins anew, but not in a circle.
+                Broken::Gone if at.take().is_some() => continue,
+                Broken::Gone => {
+                    sleep(backoff.next().unwrap_or(later)).await;
+                    continue;
+                }
+                Broken::Stalled => {
+                    let why =
+                        format!("nothing came for {:?}, though the connection stands", self.feed.watch_timeout + SLACK);
+                    self.feed.sources.trouble(&self.cluster, &name, Trouble::Unreachable(why));
+                    continue;
+                }
+                Broken::Api(error) => error,
+            };
+            let status = match &error {
+                kube::Error::Api(status) => status.code,
+                _ => 0,
+            };
+            let optional = self.resource.versions.len() > 1;
+            let trouble = match status {
+                404 if optional => {
+                    tried += 1;
+                    if tried % self.resource.versions.len() != 0 {
+                        version += 1;
+                        at = None;
+                        continue;
+                    }
+                    let since = *missing.get_or_insert_with(Instant::now);
+                    if self.sink.held() == 0 || since.elapsed() > PATIENCE {
+                        self.sink.begin();
+                        self.sink.end();
+                        Trouble::Missing
+                    } else {
+                        Trouble::Unreachable("is not there any more".to_owned())
+                    }
+                }
+                403 => {
+                    if at.is_none() && self.sink.held() == 0 {
+                        self.sink.unknown();
+                    }
+                    let verb = if at.is_some() { "watch" } else { "list" };
+                    Trouble::Forbidden(format!("may not {verb} {name}: the API server says that it is forbidden"))
+                }
+                _ => Trouble::Unreachable(describe(&error)),
+            };
+            let wait = match &trouble {
+                Trouble::Missing | Trouble::Noted | Trouble::Forbidden(_) => jittered(later),
+                Trouble::Unreachable(_) => backoff.next().unwrap_or(later),
+            };
+            tracing::debug!(cluster = self.cluster, resource = name, ?wait, "{error}");
+            self.feed.sources.trouble(&self.cluster, &name, trouble);
+            if !self.sink.flush().await {
+                return;
+            }
+            sleep(wait).await;
+        }
+    }
+
+    fn next_resync(&self) -> Instant {
+        Instant::now() + jittered(self.feed.resync)
+    }
+
+    /// Reads everything; the moment in the server's history that this was.
+    async fn list(&mut self, api: &Api<Raw>) -> Result<String, Broken> {
+        let mut params = ListParams {
+            limit: Some(PAGE),
+            field_selector: self.resource.fields.map(str::to_owned),
+            label_selector: self.labels.map(str::to_owned),
+            ..ListParams::default()
+        };
+        self.sink.begin();
+        let at = loop {
+            let page = async {
+                if self.resource.metadata_only {
+                    let list = api.list_metadata(&params).await?;
+                    Ok((list.items.into_iter().map(Raw::of_metadata).collect(), list.metadata))
+                } else {
+                    let list = api.list(&params).await?;
+                    Ok::<_, kube::Error>((list.items, list.metadata))
+                }
+            };
+            let (items, list): (Vec<Raw>, _) = timeout(ANSWER, page).await.map_err(|_| Broken::Stalled)??;
+            items.into_iter().for_each(|object| self.sink.item(object));
+            match list.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => params.continue_token = Some(token),
+                None => break list.resource_version.unwrap_or_default(),
+            }
+        };
+        self.sink.end();
+        if !self.sink.flush().await {
+            return Err(Broken::Over);
+        }
+        self.feed.sources.synced(&self.cluster, &self.resource.name(), self.sink.held(), Some(&at));
+        Ok(at)
+    }
+
+    /// Takes in what changes from a moment on, until the server ends it.
+    async fn watch(&mut self, api: &Api<Raw>, at: &mut String, again: Instant) -> Result<(), Broken> {
+        let name = self.resource.name();
+        let params = WatchParams {
+            timeout: Some(u32::try_from(self.feed.watch_timeout.as_secs()).unwrap_or(u32::MAX).max(1)),
+            field_selector: self.resource.fields.map(str::to_owned),
+            label_selector: self.labels.map(str::to_owned),
+            ..WatchParams::default()
+        };
+        let silence = self.feed.watch_timeout + SLACK;
+        let begun = async {
+            Ok::<BoxStream<'_, kube::Result<WatchEvent<Raw>>>, kube::Error>(if self.resource.metadata_only {
+                api.watch_metadata(&params, at).await?.map_ok(of_metadata).boxed()
+            } else {
+                api.watch(&params, at).await?.boxed()
+            })
+        };
+        let mut events = timeout(silence, begun).await.map_err(|_| Broken::Stalled)??;
+        self.feed.sources.heard(&self.cluster, &name, self.sink.held(), at);
+        loop {
+            let until = again.min(Instant::now() + silence);
+            let Ok(next) = timeout_at(until, events.next()).await else {
+                return Err(if until == again { Broken::Resync } else { Broken::Stalled });
+            };
+            let Some(event) = next else { return Ok(()) };
+            match event? {
+                WatchEvent::Added(object) | WatchEvent::Modified(object) => {
+                    advance(at, object.version());
+                    self.sink.changed(object);
+                }
+                WatchEvent::Deleted(object) => {
+                    advance(at, object.version());
+                    self.sink.gone(&object);
+                }
+                WatchEvent::Bookmark(bookmark) => advance(at, Some(&bookmark.metadata.resource_version)),
+                WatchEvent::Error(status) => return Err(kube::Error::Api(status).into()),
+            }
+            if !self.sink.flush().await {
+                return Err(Broken::Over);
+            }
+            self.feed.sources.heard(&self.cluster, &name, self.sink.held(), at);
+        }
+    }
+}
+
+fn advance(at: &mut String, version: Option<&str>) {
+    if let Some(version) = version.filter(|version| !version.is_empty()) {
+        version.clone_into(at);
+    }
+}
+
+fn of_metadata(event: WatchEvent<kube::core::PartialObjectMeta<Raw>>) -> WatchEvent<Raw> {
+    match event {
+        WatchEvent::Added(object) => WatchEvent::Added(Raw::of_metadata(object)),
+        WatchEvent::Modified(object) => WatchEvent::Modified(Raw::of_metadata(object)),
+        WatchEvent::Deleted(object) => WatchEvent::Deleted(Raw::of_metadata(object)),
+        WatchEvent::Bookmark(bookmark) => WatchEvent::Bookmark(bookmark),
+        WatchEvent::Error(status) => WatchEvent::Error(status),
+    }
+}
+
+/// Half to the whole of a time: what many agents do again and again, they shall not do all at once.
+fn jittered(time: Duration) -> Duration {
+    time.mul_f64(rand::random_range(0.5..=1.0))
+}
+
+/// An error and what is behind it, once each, in one line.
+pub(super) fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = String::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let own = error.to_string();
+        if text.is_empty() {
+            text = own;
+        } else if !text.contains(&own) {
+            text = format!("{text}: {own}");
+        }
+        next = error.source();
+    }
+    text.replace('\n', " ")
+}

@@ -1,0 +1,266 @@
+//! API servers: the own cluster's, and those of others that Secrets name.
+//!
+//! Each object is an origin of its own, `cluster/resource/namespace/name`; what it means is for the same readers as in files.
+
+mod client;
+mod cluster;
+mod follow;
+mod guard;
+mod object;
+mod objects;
+mod remotes;
+mod resources;
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior, interval},
+};
+
+use self::{
+    client::Direct,
+    cluster::Cluster,
+    follow::Follower,
+    remotes::{LABEL, SecretSink},
+    resources::{PODS, SECRETS},
+};
+use super::{Reader, Sources, Trouble, Update};
+use crate::model::{Code, Finding};
+
+/// Other clusters that cannot be reached hold up the beginning for no longer than this.
+const FIRST: Duration = Duration::from_secs(30);
+/// How often it is looked whether a cluster has been away for too long.
+const TICK: Duration = Duration::from_secs(1);
+
+/// How API servers are reached and followed.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Id of the own cluster.
+    pub cluster: String,
+    /// How the own API server is reached; without it, as a pod reaches it.
+    pub kubeconfig: Option<PathBuf>,
+    /// The own API server, in place of the one that the configuration names.
+    pub server: Option<http::Uri>,
+    /// How often everything is read again as a whole, at the latest.
+    pub resync: Duration,
+    /// How long a watch goes on.
+    pub watch_timeout: Duration,
+    /// How long the endpoints of another cluster that is out of reach are believed.
+    pub remote_grace: Duration,
+    /// How objects are read.
+    pub reader: Reader,
+}
+
+/// What all who follow something have at hand.
+#[derive(Clone)]
+struct Feed {
+    cluster: String,
+    reader: Reader,
+    resync: Duration,
+    watch_timeout: Duration,
+    updates: mpsc::Sender<Vec<Update>>,
+    sources: Arc<Sources>,
+    wants: Arc<Wants>,
+    direct: Direct,
+}
+
+/// Who asks for the labels of pods: nobody reads pods for nothing.
+#[derive(Debug)]
+struct Wants {
+    asking: Mutex<HashSet<String>>,
+    wanted: watch::Sender<bool>,
+}
+
+impl Wants {
+    fn new() -> Self {
+        Self { asking: Mutex::default(), wanted: watch::Sender::new(false) }
+    }
+
+    /// An object asks for them, or does not.
+    fn note(&self, origin: &str, asks: bool) {
+        let mut asking = self.asking.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let new = if asks { asking.insert(origin.to_owned()) } else { asking.remove(origin) };
+        if new {
+            let any = !asking.is_empty();
+            self.wanted.send_if_modified(|wanted| std::mem::replace(wanted, any) != any);
+        }
+    }
+
+    fn follow(&self) -> watch::Receiver<bool> {
+        self.wanted.subscribe()
+    }
+
+    fn any(&self) -> bool {
+        *self.wanted.borrow()
+    }
+}
+
+/// Follows the own cluster and all others, until the receiver is gone.
+///
+/// # Errors
+/// The configuration does not say how to reach the own API server.
+pub async fn run(options: Options, sources: Arc<Sources>, updates: mpsc::Sender<Vec<Update>>) -> Result<()> {
+    let direct = Direct::default();
+    let client = client::own(options.kubeconfig.as_deref(), options.server.as_ref(), &direct).await?;
+    let feed = Feed {
+        cluster: options.cluster.clone(),
+        reader: options.reader,
+        resync: options.resync,
+        watch_timeout: options.watch_timeout,
+        updates: updates.clone(),
+        sources: Arc::clone(&sources),
+        wants: Arc::new(Wants::new()),
+        direct,
+    };
+    let _own = Cluster::start(&feed, &options.cluster, &client);
+    let mut others = JoinSet::new();
+    let (sink, secrets) = SecretSink::new(&feed);
+    let cluster = options.cluster.clone();
+    sources.expect(&cluster, &SECRETS.name());
+    let labels = Some(LABEL);
+    others.spawn(Follower { feed: feed.clone(), cluster, resource: &SECRETS, labels, client, sink }.run());
+    let (ids, mut known) = watch::channel(Vec::new());
+    others.spawn(remotes::run(feed.clone(), secrets, ids));
+
+    let mut overseer = Overseer {
+        options,
+        sources,
+        feed,
+        began: Instant::now(),
+        synced: false,
+        lost: BTreeSet::new(),
+        said: Vec::new(),
+    };
+    let mut changes = overseer.sources.changes();
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            changed = changes.changed() => changed.context("nobody follows anything any more")?,
+            changed = known.changed() => changed.context("nobody follows other clusters any more")?,
+            _ = ticks.tick() => {}
+            () = updates.closed() => return Ok(()),
+        }
+        let others = known.borrow_and_update().clone();
+        let news = overseer.look(&others);
+        if !news.is_empty() && updates.send(news).await.is_err() {
+            return Ok(());
+        }
+    }
+}
+
+/// Sees to it that what is known is said as a whole: that everything was read, what is wrong, who has been away for too long.
+struct Overseer {
+    options: Options,
+    sources: Arc<Sources>,
+    feed: Feed,
+    began: Instant,
+    synced: bool,
+    /// Clusters whose endpoints are not believed any more.
+    lost: BTreeSet<String>,
+    said: Vec<Finding>,
+}
+
+impl Overseer {
+    fn look(&mut self, others: &[String]) -> Vec<Update> {
+        let mut news = Vec::new();
+        for id in others {
+            let away = self.sources.out_of_reach(id).is_some_and(|time| time >= self.options.remote_grace);
+            if away != self.lost.contains(id) {
+                if away {
+                    tracing::warn!(cluster = id, "out of reach for too long: its endpoints get no connections");
+                    self.lost.insert(id.clone());
+                } else {
+                    tracing::info!(cluster = id, "within reach again");
+                    self.lost.remove(id);
+                }
+                news.push(Update::Lost { cluster: id.clone(), lost: away });
+            }
+        }
+        for id in self.lost.extract_if(.., |id| !others.contains(id)) {
+            news.push(Update::Lost { cluster: id, lost: false });
+        }
+        let findings = self.findings(others);
+        if findings != self.said {
+            self.said.clone_from(&findings);
+            news.push(Update::Trouble(findings));
+        }
+        if !self.synced && self.is_settled(others) {
+            self.synced = true;
+            tracing::info!(took = ?self.began.elapsed(), "everything has been read");
+            news.push(Update::Synced);
+        }
+        news
+    }
+
+    fn is_settled(&self, others: &[String]) -> bool {
+        let pods = |id: &str| !self.feed.wants.any() || self.sources.knows(id, &PODS.name());
+        let is_settled = |id: &str| self.sources.is_settled(id) && pods(id);
+        let late = self.began.elapsed() >= FIRST;
+        is_settled(&self.options.cluster) && others.iter().all(|id| late || is_settled(id))
+    }
+
+    fn findings(&self, others: &[String]) -> Vec<Finding> {
+        let mut findings = self.sources.notes();
+        let mut unreachable: Option<(String, String)> = None;
+        let late = self.began.elapsed() >= FIRST;
+        let mut seen = BTreeSet::new();
+        for (cluster, resource, status) in self.sources.all() {
+            let object = format!("Cluster {cluster}");
+            match &status.trouble {
+                Some((Trouble::Forbidden(why), _)) => {
+                    let message = format!(
+                        "{why}. What it last said stays in force; grant list and watch of {resource}, as deploy/ does"
+                    );
+                    findings.push(Finding::new(Code::SourceForbidden, object, message).in_cluster(&cluster));
+                }
+                Some((Trouble::Unreachable(why), _)) if seen.insert(cluster.clone()) => {
+                    unreachable = Some((cluster, format!("{resource}: {why}")));
+                }
+                None if late && !self.sources.is_settled(&cluster) && seen.insert(cluster.clone()) => {
+                    unreachable = Some((cluster, format!("{resource}: nothing has come yet")));
+                }
+                _ => {}
+            }
+            if let Some((cluster, why)) = unreachable.take() {
+                let stays = if self.lost.contains(&cluster) {
+                    "It has been away for too long, so its endpoints get no connections"
+                } else if others.contains(&cluster) {
+                    "What it last said stays in force for a while (--remote-grace)"
+                } else {
+                    "What it last said stays in force"
+                };
+                let message = format!("the API server cannot be read: {why}. {stays}");
+                let finding = Finding::new(Code::SourceUnreachable, format!("Cluster {cluster}"), message);
+                findings.push(finding.in_cluster(&cluster));
+            }
+        }
+        findings.sort();
+        findings
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pods_are_wanted_while_somebody_asks() {
+        let wants = Wants::new();
+        wants.note("a", true);
+        wants.note("b", true);
+        wants.note("a", false);
+        assert!(wants.any());
+        wants.note("b", false);
+        wants.note("b", false);
+        assert!(!wants.any());
+    }
+}

@@ -1,0 +1,140 @@
+//! An object as the API gives it.
+
+use std::borrow::Cow;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::core::{ApiResource, DynamicResourceScope, PartialObjectMeta, Resource};
+use serde::{Deserialize, Deserializer};
+use serde_json::{Value, json};
+
+/// What of an object's metadata is bookkeeping: it changes where nothing does.
+const BOOKKEEPING: [&str; 7] =
+    ["managedFields", "resourceVersion", "generation", "uid", "creationTimestamp", "selfLink", "ownerReferences"];
+/// Annotations that repeat the object, or are written again and again.
+const NOISE: [&str; 2] =
+    ["kubectl.kubernetes.io/last-applied-configuration", "endpoints.kubernetes.io/last-change-trigger-time"];
+
+/// Any object, whatever is in it: what is wrong with it is for the reader of its kind to say, and no reason to lose the others of its list.
+#[derive(Clone, Debug)]
+pub(super) struct Raw {
+    /// Its name, namespace and version, as far as it has them.
+    metadata: ObjectMeta,
+    /// All of it but the bookkeeping.
+    object: Value,
+}
+
+impl Raw {
+    fn new(mut object: Value) -> Self {
+        let text =
+            |field: &str| object.pointer(&format!("/metadata/{field}")).and_then(Value::as_str).map(str::to_owned);
+        let metadata = ObjectMeta {
+            name: text("name"),
+            namespace: text("namespace"),
+            resource_version: text("resourceVersion"),
+            ..ObjectMeta::default()
+        };
+        if let Some(fields) = object.as_object_mut() {
+            fields.remove("status");
+        }
+        if let Some(fields) = object.get_mut("metadata").and_then(Value::as_object_mut) {
+            fields.retain(|field, _| !BOOKKEEPING.contains(&field.as_str()));
+        }
+        if let Some(annotations) = object.pointer_mut("/metadata/annotations").and_then(Value::as_object_mut) {
+            annotations.retain(|annotation, _| !NOISE.contains(&annotation.as_str()));
+        }
+        Self { metadata, object }
+    }
+
+    /// Of an object of which only the metadata was asked for.
+    pub(super) fn of_metadata(object: PartialObjectMeta<Self>) -> Self {
+        let ObjectMeta { name, namespace, labels, resource_version, .. } = object.metadata;
+        let metadata = ObjectMeta { name, namespace, resource_version, ..ObjectMeta::default() };
+        let object = json!({"metadata": {"name": metadata.name, "namespace": metadata.namespace, "labels": labels}});
+        Self { metadata, object }
+    }
+
+    /// `namespace/name`, or what there is of it.
+    pub(super) fn name(&self) -> String {
+        let namespace = self.metadata.namespace.as_deref().unwrap_or_default();
+        format!("{namespace}/{}", self.metadata.name.as_deref().unwrap_or_default())
+    }
+
+    /// One of its fields.
+    pub(super) fn field(&self, name: &str) -> Value {
+        self.object.get(name).cloned().unwrap_or_default()
+    }
+
+    pub(super) fn version(&self) -> Option<&str> {
+        self.metadata.resource_version.as_deref()
+    }
+
+    /// As it would stand in a file. Items of a list do not say what they are.
+    pub(super) fn into_value(self, resource: &ApiResource) -> Value {
+        let mut object = self.object;
+        if let Some(fields) = object.as_object_mut() {
+            fields.insert("apiVersion".to_owned(), Value::String(resource.api_version.clone()));
+            fields.insert("kind".to_owned(), Value::String(resource.kind.clone()));
+        }
+        object
+    }
+}
+
+impl<'de> Deserialize<'de> for Raw {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Value::deserialize(deserializer).map(Self::new)
+    }
+}
+
+impl Resource for Raw {
+    type DynamicType = ApiResource;
+    type Scope = DynamicResourceScope;
+
+    fn kind(resource: &ApiResource) -> Cow<'_, str> {
+        resource.kind.as_str().into()
+    }
+
+    fn group(resource: &ApiResource) -> Cow<'_, str> {
+        resource.group.as_str().into()
+    }
+
+    fn version(resource: &ApiResource) -> Cow<'_, str> {
+        resource.version.as_str().into()
+    }
+
+    fn api_version(resource: &ApiResource) -> Cow<'_, str> {
+        resource.api_version.as_str().into()
+    }
+
+    fn plural(resource: &ApiResource) -> Cow<'_, str> {
+        resource.plural.as_str().into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bookkeeping_is_left_out_and_nonsense_is_no_error() {
+        let read = |value: Value| serde_json::from_value::<Raw>(value).unwrap();
+        let of = |version: &str| {
+            read(json!({"metadata": {"name": "a", "namespace": "n", "resourceVersion": version, "labels": {"a": "b"},
+                "managedFields": [1], "annotations": {"kubectl.kubernetes.io/last-applied-configuration": version}},
+                "spec": {"x": 1}, "status": {"y": version}}))
+        };
+        let (one, other) = (of("1"), of("2"));
+        assert_eq!((one.version(), other.version()), (Some("1"), Some("2")));
+        assert_eq!(one.name(), "n/a");
+        assert_eq!(one.object, other.object);
+        assert_eq!(read(json!({"metadata": {"name": 7, "labels": 3}})).name(), "/");
+        assert_eq!(read(json!([1])).name(), "/");
+    }
+}

@@ -1,0 +1,108 @@
+//! What a request to an API server asks for.
+
+use std::collections::HashMap;
+
+use hyper::{Uri, header::HeaderMap};
+use serde_json::Value;
+
+/// A list or a watch.
+#[derive(Clone, Debug)]
+pub(super) struct Query {
+    /// As in `endpointslices.discovery.k8s.io`.
+    pub(super) resource: String,
+    /// Of the API.
+    pub(super) api_version: String,
+    namespace: Option<String>,
+    parameters: HashMap<String, String>,
+    /// Whether metadata are enough.
+    pub(super) metadata_only: bool,
+}
+
+impl Query {
+    /// `None`: no such path.
+    pub(super) fn read(uri: &Uri, headers: &HeaderMap) -> Option<Self> {
+        let parts: Vec<&str> = uri.path().split('/').filter(|part| !part.is_empty()).collect();
+        let (group, version, rest) = match parts.as_slice() {
+            ["api", version, rest @ ..] => ("", *version, rest),
+            ["apis", group, version, rest @ ..] => (*group, *version, rest),
+            _ => return None,
+        };
+        let (namespace, plural) = match rest {
+            ["namespaces", namespace, plural] => (Some((*namespace).to_owned()), *plural),
+            [plural] => (None, *plural),
+            _ => return None,
+        };
+        let parameters = uri.query().unwrap_or_default().split('&').filter_map(|pair| {
+            let (name, value) = pair.split_once('=')?;
+            Some((name.to_owned(), decode(value)))
+        });
+        let accept = headers.get("accept").and_then(|accept| accept.to_str().ok()).unwrap_or_default();
+        Some(Self {
+            resource: if group.is_empty() { plural.to_owned() } else { format!("{plural}.{group}") },
+            api_version: if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") },
+            namespace,
+            parameters: parameters.collect(),
+            metadata_only: accept.contains("as=PartialObjectMetadata"),
+        })
+    }
+
+    pub(super) fn parameter(&self, name: &str) -> Option<&str> {
+        self.parameters.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    pub(super) fn number(&self, name: &str) -> Option<u64> {
+        self.parameter(name)?.parse().ok()
+    }
+
+    pub(super) fn is_watch(&self) -> bool {
+        matches!(self.parameter("watch"), Some("true" | "1"))
+    }
+
+    /// The API group; empty for the core.
+    pub(super) fn group(&self) -> &str {
+        self.resource.split_once('.').map_or("", |(_, group)| group)
+    }
+
+    /// Whether an object of the resource is meant.
+    pub(super) fn wants(&self, object: &Value) -> bool {
+        let metadata = &object["metadata"];
+        let in_namespace = self.namespace.as_ref().is_none_or(|namespace| metadata["namespace"] == namespace.as_str());
+        let selected = |selector: Option<&str>, value: &dyn Fn(&str) -> Value| {
+            selector.into_iter().flat_map(|selector| selector.split(',')).all(|term| {
+                let (key, wanted) = term.split_once('=').unwrap_or((term, ""));
+                value(key) == wanted
+            })
+        };
+        in_namespace
+            && selected(self.parameter("labelSelector"), &|key| metadata["labels"][key].clone())
+            && selected(self.parameter("fieldSelector"), &|key| {
+                object.pointer(&format!("/{}", key.replace('.', "/"))).cloned().unwrap_or_default()
+            })
+    }
+
+    /// The object as it is sent.
+    pub(super) fn shown(&self, object: &Value) -> Value {
+        if self.metadata_only {
+            return serde_json::json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": object["metadata"]});
+        }
+        let mut shown = object.clone();
+        shown["apiVersion"] = self.api_version.clone().into();
+        shown
+    }
+}
+
+fn decode(text: &str) -> String {
+    let (mut bytes, mut rest) = (Vec::new(), text.bytes());
+    while let Some(byte) = rest.next() {
+        match byte {
+            b'%' => {
+                let digits = [rest.next().unwrap_or_default(), rest.next().unwrap_or_default()];
+                let digits = std::str::from_utf8(&digits).unwrap_or_default();
+                bytes.push(u8::from_str_radix(digits, 16).unwrap_or_default());
+            }
+            b'+' => bytes.push(b' '),
+            byte => bytes.push(byte),
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}

@@ -1,0 +1,154 @@
+//! What the stand-in for an API server holds: objects, and the history of their changes.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+
+use serde_json::{Value, json};
+
+/// Group and plural, as in `endpointslices.discovery.k8s.io`; namespace; name.
+type Key = (String, String, String);
+
+/// A change.
+#[derive(Clone, Debug)]
+pub(super) struct Change {
+    pub(super) version: u64,
+    pub(super) resource: String,
+    pub(super) kind: &'static str,
+    pub(super) object: Value,
+}
+
+/// How it misbehaves.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Manners {
+    /// Resources that may not be read.
+    pub(super) forbidden: HashSet<String>,
+    /// API groups that are not installed.
+    pub(super) missing: HashSet<String>,
+    /// Watches go on without a word.
+    pub(super) stalls: bool,
+    /// Lines of watches come in pieces.
+    pub(super) dribbles: bool,
+    /// Watches that began before this version break in the middle of a line.
+    pub(super) breaks_before: u64,
+    /// The next continuation of a list is too old.
+    pub(super) expires_page: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) version: u64,
+    objects: BTreeMap<Key, Value>,
+    pub(super) history: VecDeque<Change>,
+    /// Changes up to this version are not known any more.
+    pub(super) forgotten: u64,
+    pub(super) tokens: HashSet<String>,
+    pub(super) manners: Manners,
+    /// Requests by verb and resource.
+    pub(super) asked: HashMap<(&'static str, String), u64>,
+    /// Objects of a page at the most.
+    pub(super) page: usize,
+}
+
+impl State {
+    pub(super) fn new(token: &str) -> Self {
+        Self {
+            version: 1,
+            objects: BTreeMap::new(),
+            history: VecDeque::new(),
+            forgotten: 0,
+            tokens: HashSet::from([token.to_owned()]),
+            manners: Manners::default(),
+            asked: HashMap::new(),
+            page: usize::MAX,
+        }
+    }
+
+    /// Takes an object, or a changed one. One that is as it was makes no change.
+    pub(super) fn apply(&mut self, object: &Value) {
+        let (resource, namespaced) = resource_of(object);
+        let field = |path: &str| object.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let namespace = match field("/metadata/namespace") {
+            none if none.is_empty() && namespaced => "default".to_owned(),
+            some => some,
+        };
+        let key = (resource.clone(), namespace.clone(), field("/metadata/name"));
+        let known = self.objects.get(&key);
+        let mut object = object.clone();
+        if !namespace.is_empty() {
+            object["metadata"]["namespace"] = json!(namespace);
+        }
+        let is_same = |known: &Value| {
+            let mut known = known.clone();
+            for field in ["resourceVersion", "uid", "managedFields"] {
+                known["metadata"].as_object_mut().map(|metadata| metadata.remove(field));
+            }
+            known == object
+        };
+        if known.is_some_and(is_same) {
+            return;
+        }
+        let kind = if known.is_some() { "MODIFIED" } else { "ADDED" };
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        object["metadata"]["uid"] = json!(format!("uid-{}-{}", key.1, key.2));
+        object["metadata"]["managedFields"] = json!([{"manager": "test", "fieldsV1": {"f:spec": {}}}]);
+        self.objects.insert(key, object.clone());
+        self.history.push_back(Change { version: self.version, resource, kind, object });
+    }
+
+    pub(super) fn delete(&mut self, resource: &str, namespace: &str, name: &str) -> bool {
+        let key = (resource.to_owned(), namespace.to_owned(), name.to_owned());
+        let Some(mut object) = self.objects.remove(&key) else { return false };
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        self.history.push_back(Change { version: self.version, resource: key.0, kind: "DELETED", object });
+        true
+    }
+
+    /// All objects but these are deleted, and these are applied.
+    pub(super) fn replace(&mut self, objects: &[Value]) {
+        let kept: HashSet<Key> = objects
+            .iter()
+            .map(|object| {
+                let (resource, namespaced) = resource_of(object);
+                let field = |path: &str| object.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned();
+                let namespace = match field("/metadata/namespace") {
+                    none if none.is_empty() && namespaced => "default".to_owned(),
+                    some => some,
+                };
+                (resource, namespace, field("/metadata/name"))
+            })
+            .collect();
+        let gone: Vec<Key> =
+            self.objects.keys().filter(|key| !kept.contains(*key) && key.0 != "secrets").cloned().collect();
+        for (resource, namespace, name) in gone {
+            self.delete(&resource, &namespace, &name);
+        }
+        objects.iter().for_each(|object| self.apply(object));
+    }
+
+    /// Objects of a resource after a place, in order, with their places.
+    pub(super) fn list<'a>(
+        &'a self,
+        query: &'a super::request::Query,
+        after: Option<&(String, String)>,
+    ) -> impl Iterator<Item = (&'a Key, &'a Value)> {
+        let of = query.resource.clone();
+        let after = after.cloned();
+        self.objects.iter().filter(move |((resource, namespace, name), object)| {
+            *resource == of && after.as_ref().is_none_or(|(n, m)| (namespace, name) > (n, m)) && query.wants(object)
+        })
+    }
+}
+
+/// The resource of an object, and whether it is in a namespace.
+pub(super) fn resource_of(object: &Value) -> (String, bool) {
+    let group = object["apiVersion"].as_str().unwrap_or_default().split_once('/').map_or("", |(group, _)| group);
+    let kind = object["kind"].as_str().unwrap_or_default().to_lowercase();
+    let plural = match kind.as_str() {
+        "serviceentry" => "serviceentries".to_owned(),
+        "workloadentry" => "workloadentries".to_owned(),
+        kind => format!("{kind}s"),
+    };
+    let namespaced = !matches!(kind.as_str(), "node" | "namespace");
+    (if group.is_empty() { plural } else { format!("{plural}.{group}") }, namespaced)
+}
