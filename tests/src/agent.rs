@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::{
-    Cgroup, Dialler, Directory, Namespace, Place, Process, binary,
+    Cgroup, Dialler, Directory, Namespace, Place, Process, binary, patience,
     steps::{Steps, Watch},
     sweep, unique, wait_until,
 };
@@ -395,6 +395,14 @@ impl Agent {
     /// # Errors
     /// It does not answer.
     pub fn http(&self, path: &str) -> Result<(u16, String)> {
+        self.http_within(path, READY * patience())
+    }
+
+    /// The same, of an agent that may be held up: it answers within this time.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn http_within(&self, path: &str, bound: Duration) -> Result<(u16, String)> {
         let namespace = self.namespace.try_clone()?;
         let request = format!("GET {path} HTTP/1.0\r\n\r\n");
         let answer = thread::scope(|scope| {
@@ -404,6 +412,7 @@ impl Agent {
                     Some(rustix::thread::LinkNameSpaceType::Network),
                 )?;
                 let mut stream = TcpStream::connect(METRICS)?;
+                stream.set_read_timeout(Some(bound))?;
                 stream.write_all(request.as_bytes())?;
                 let mut answer = String::new();
                 stream.read_to_string(&mut answer)?;

@@ -153,7 +153,7 @@ const BUDGETS: [(&str, u32); 10] = [
     ("recvmsg6", 2_500),
     ("sendmsg4", 60_000),
     ("sendmsg6", 60_000),
-    ("sock_ops", 6_000),
+    ("sock_ops", 8_000),
 ];
 
 #[test]

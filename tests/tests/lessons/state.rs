@@ -127,7 +127,9 @@ fn killed_before(kind: Step, number: u32, agent: &mut Agent, steps: &Steps) -> R
     let (mut taken, end) = (0, Instant::now() + BOUND * patience());
     while Instant::now() < end {
         let Some((step, id)) = steps.next(Duration::from_millis(100))? else {
-            if agent.http("/readyz").is_ok_and(|(status, _)| status == 200) {
+            // It may come to its next step now, and then it waits for this test, and answers nobody.
+            let answer = agent.http_within("/readyz", Duration::from_millis(200) * patience());
+            if answer.is_ok_and(|(status, _)| status == 200) {
                 return Ok(false);
             }
             ensure!(agent.process.child().try_wait()?.is_none(), "the agent has ended: {}", agent.log());
