@@ -140,6 +140,17 @@ impl Bed {
         Ok(agent)
     }
 
+    /// Starts this node's agent by another program, which confines it, and does not wait for it.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_under(&self, program: &[&str], directory: &Directory, cluster: &str, node: &str) -> Result<Agent> {
+        let inside = self.command("portolan", directory, cluster, node, &[])?;
+        let mut command = Command::new(program[0]);
+        command.args(&program[1..]).arg(inside.get_program()).args(inside.get_args());
+        self.spawn(command)
+    }
+
     /// Starts an agent that waits before each of its steps.
     ///
     /// # Errors

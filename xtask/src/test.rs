@@ -8,7 +8,7 @@ use portolan_tests::demo as plays;
 
 use crate::{
     command::{cargo, need_root, run as run_command},
-    demo, packages,
+    demo, manifests, packages,
 };
 
 /// Which parts.
@@ -27,11 +27,13 @@ enum Part {
     Lint,
     /// Pure parts: units, properties, vectors
     Unit,
+    /// The chart, and the manifests that are rendered from it
+    Deploy,
     /// Real programs in this kernel
     Kernel,
     /// A smoke run of the benchmark: every arm runs and every figure is one
     Bench,
-    /// The demo, as `cargo xtask demo` plays it
+    /// The demo, as `cargo xtask demo` plays it: on files, and on API servers
     Demo,
 }
 
@@ -61,17 +63,19 @@ fn run_part(part: Part) -> Result<()> {
             "--package",
             "xtask",
         ])),
+        Part::Deploy => manifests::run(&manifests::ManifestArgs { check: true }),
         Part::Kernel => {
             packages::ensure_programs(&packages::CLIENTS)?;
             demo::prepare_next().and_then(|()| run_command(&mut cargo(&["test", "--package", "portolan-tests"])))
         }
         Part::Bench => crate::bench::smoke(),
         Part::Demo => {
-            if plays::run(&plays::Options::default())? == ExitCode::SUCCESS {
-                Ok(())
-            } else {
-                bail!("the demo has failed steps")
+            for kubernetes in [false, true] {
+                if plays::run(&plays::Options { kubernetes, ..plays::Options::default() })? != ExitCode::SUCCESS {
+                    bail!("the demo has failed steps");
+                }
             }
+            Ok(())
         }
     }
 }

@@ -83,7 +83,7 @@ pub(super) struct AgentArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Kubernetes")]
 struct KubernetesArgs {
-    /// Read the objects from the API server, and from those of the clusters that Secrets labelled istio/multiCluster=true name
+    /// Read the objects from the API server, in place of a directory
     #[arg(long, env = "PORTOLAN_KUBERNETES")]
     kubernetes: bool,
     /// How to reach the API server [default: as a pod does, by its service account]
@@ -92,6 +92,9 @@ struct KubernetesArgs {
     /// The API server's own address, in place of its Service's: then it is reached whatever becomes of that
     #[arg(long, value_name = "URL", env = "PORTOLAN_API_SERVER", requires = "kubernetes")]
     api_server: Option<http::Uri>,
+    /// Whether endpoints of other clusters are read as well, of those that Secrets in istio-system name
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, env = "PORTOLAN_OTHER_CLUSTERS")]
+    other_clusters: bool,
     /// Time after which everything is read again as a whole, whatever the watches say
     #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = humantime::parse_duration, env = "PORTOLAN_RESYNC")]
     resync: Duration,
@@ -109,6 +112,7 @@ impl KubernetesArgs {
             cluster: cluster.to_owned(),
             kubeconfig: self.kubeconfig.clone(),
             server: self.api_server.clone(),
+            others: self.other_clusters,
             resync: self.resync,
             watch_timeout: self.watch_timeout,
             remote_grace: self.remote_grace,

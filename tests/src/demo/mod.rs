@@ -22,6 +22,8 @@ pub struct Options {
     pub only: Option<String>,
     /// Leave everything running at the end, until interrupted.
     pub keep: bool,
+    /// Have the agents read from API servers, in place of files.
+    pub kubernetes: bool,
     /// JSON at the end, in place of lines on the way.
     pub json: bool,
 }
@@ -36,7 +38,7 @@ struct Play {
 /// A scenario: the clusters that it needs, and its plays.
 struct Scenario {
     name: &'static str,
-    build: fn() -> Result<World>,
+    build: fn(bool) -> Result<World>,
     plays: &'static [Play],
 }
 
@@ -64,10 +66,11 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         if !scenario.plays.iter().any(wanted) {
             continue;
         }
-        report.note(&format!("setting up: {}", scenario.name));
+        let from = if options.kubernetes { ", objects from API servers" } else { "" };
+        report.note(&format!("setting up: {}{from}", scenario.name));
         // One at a time: both use the addresses of the scenario.
         drop(kept.take());
-        let mut world = (scenario.build)()?;
+        let mut world = (scenario.build)(options.kubernetes)?;
         for play in scenario.plays.iter().filter(|play| wanted(play)) {
             report.begin(play.name, play.about);
             if let Err(error) = (play.play)(&mut world, &mut report) {

@@ -56,13 +56,14 @@ const BOUND: Duration = Duration::from_secs(30);
 
 /// productpage runs where the gateway is. In both regions, the mesh-wide shares would count twice: for the gateway's call and for
 /// productpage's.
-fn build() -> Result<World> {
+fn build(kubernetes: bool) -> Result<World> {
     let mut world = World::new(
         [
             Plan { id: "ack-hangzhou", region: "cn-hangzhou", zone: "cn-hangzhou-h" },
             Plan { id: "ack-shanghai", region: "cn-shanghai", zone: "cn-shanghai-b" },
         ],
         &[],
+        kubernetes,
     )?;
     world.scale(HANGZHOU, "productpage", "v1", 1)?;
     for cluster in [HANGZHOU, SHANGHAI] {

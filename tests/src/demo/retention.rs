@@ -40,11 +40,12 @@ const SECOND: usize = 1;
 
 /// The gateway of m1c1 reaches the productpage of each cluster: `/productpage1` and `/productpage2` dial Services whose routes lead to
 /// the subsets.
-fn build() -> Result<World> {
+fn build(kubernetes: bool) -> Result<World> {
     let plan = |id, zone| Plan { id, region: "cn-hangzhou", zone };
     let mut world = World::new(
         [plan("m1c1", "cn-hangzhou-h"), plan("m1c2", "cn-hangzhou-i")],
         &[("productpage-m1c1", 11), ("productpage-m1c2", 12)],
+        kubernetes,
     )?;
     for cluster in [FIRST, SECOND] {
         for service in ["productpage", "details", "ratings"] {

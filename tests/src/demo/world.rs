@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::pages::Pages;
 use crate::{
-    Agent, Bed, Directory, Namespace, Place, Process, binary, link,
+    Agent, Api, Bed, Directory, Namespace, Place, Process, binary, link,
     objects::{node, pod, service, slice},
     unique, wait_until,
 };
@@ -37,6 +37,8 @@ struct Cluster {
     agent: Agent,
     bed: Bed,
     index: usize,
+    /// Its API server, where the agents read from those.
+    api: Option<Api>,
 }
 
 struct Pod {
@@ -59,7 +61,8 @@ pub(super) struct World {
 
 impl World {
     /// Two empty clusters, and the Services of Bookinfo with `extra` ones (name and last byte of the address).
-    pub(super) fn new(plans: [Plan; 2], extra: &[(&'static str, u8)]) -> Result<Self> {
+    /// Agents read the objects from files, or else from API servers: each cluster has one, and a Secret that names the other.
+    pub(super) fn new(plans: [Plan; 2], extra: &[(&'static str, u8)], kubernetes: bool) -> Result<Self> {
         let directory = Directory::new()?;
         let client = Namespace::new(unique("client"))?;
         let beds = [Bed::named(plans[0].id)?, Bed::named(plans[1].id)?];
@@ -70,12 +73,35 @@ impl World {
             clusters.push((index, plan, bed));
         }
         let mut world = Self { clusters: Vec::new(), client, directory, extra_services: extra.to_vec(), made: 0 };
+        let mut apis = if kubernetes { vec![Some(Api::new()?), Some(Api::new()?)] } else { vec![None, None] };
+        for (at, other) in [(0, 1), (1, 0)] {
+            if let Some(api) = &mut apis[other] {
+                let secret = api.secret(&clusters[at].2.namespace, clusters[other].1.id)?;
+                apis[at].iter().for_each(|api| api.apply(std::slice::from_ref(&secret)));
+            }
+        }
         for (index, plan, bed) in clusters {
-            let agent = bed.agent(&world.directory, plan.id, &node_name(&plan))?;
-            world.clusters.push(Cluster { plan, pods: Vec::new(), gateway: None, agent, bed, index });
+            let (mut api, node) = (apis[index].take(), node_name(&plan));
+            let agent = match &mut api {
+                Some(api) => bed.agent_on_api(&api.reach(&bed.namespace)?, plan.id, &node, &[])?,
+                None => bed.agent(&world.directory, plan.id, &node)?,
+            };
+            world.clusters.push(Cluster { plan, pods: Vec::new(), gateway: None, agent, bed, index, api });
             world.start_gateway(index)?;
         }
+        world.publish()?;
         Ok(world)
+    }
+
+    /// Tells the API servers what the files say: to each those of its own cluster, and those of the mesh.
+    fn publish(&self) -> Result<()> {
+        for cluster in &self.clusters {
+            let Some(api) = &cluster.api else { continue };
+            let mut objects = self.directory.objects("")?;
+            objects.extend(self.directory.objects(cluster.plan.id)?);
+            api.replace(&objects);
+        }
+        Ok(())
     }
 
     /// Sets a deployment to so many pods: processes start or end, and the EndpointSlice follows.
@@ -100,7 +126,8 @@ impl World {
             let pod = self.clusters[cluster].pods.len() - 1;
             self.start(cluster, pod)?;
         }
-        self.clusters[cluster].write_endpoints(&self.directory)
+        self.clusters[cluster].write_endpoints(&self.directory)?;
+        self.publish()
     }
 
     /// The processes of a deployment end; its endpoints stay listed, and refuse.
@@ -187,7 +214,12 @@ impl World {
 
     /// Puts mesh-wide objects into a file; an empty list empties the mesh of them.
     pub(super) fn apply(&self, file: &str, objects: &[Value]) -> Result<()> {
-        if objects.is_empty() { self.directory.remove(file) } else { self.directory.write(file, objects) }
+        if objects.is_empty() {
+            self.directory.remove(file)?
+        } else {
+            self.directory.write(file, objects)?
+        }
+        self.publish()
     }
 
     /// Waits until every agent intends what the objects now say.
@@ -195,6 +227,11 @@ impl World {
         for cluster in &self.clusters {
             wait_until(&format!("the agent of {} to take the change", cluster.plan.id), BOUND, || {
                 let (planned, held) = (self.plan(cluster.index, &[])?.0, cluster.agent.get("services")?);
+                if cluster.api.is_some() {
+                    self.has_read(cluster)?;
+                    ensure!(intended(&planned) == intended(&held), "{} is not {}", intended(&held), intended(&planned));
+                    return Ok(());
+                }
                 ensure!(
                     planned["config"] == held["config"],
                     "it has read {}, not {}",
@@ -203,6 +240,19 @@ impl World {
                 );
                 Ok(())
             })?;
+        }
+        Ok(())
+    }
+
+    /// Whether an agent has come to where the API servers are.
+    fn has_read(&self, cluster: &Cluster) -> Result<()> {
+        let sources = cluster.agent.get("sources")?;
+        for of in &self.clusters {
+            let version = of.api.as_ref().map_or(0, Api::version);
+            for source in sources["sources"].as_array().into_iter().flatten().filter(|it| it["cluster"] == of.plan.id) {
+                let seen = source["version"].as_str().and_then(|seen| seen.parse::<u64>().ok());
+                ensure!(seen.is_some_and(|seen| seen >= version), "it is not at {version}: {source}");
+            }
         }
         Ok(())
     }
@@ -307,6 +357,24 @@ impl Cluster {
         objects.extend(self.pods.iter().map(|it| pod(&it.name, &labels(it))));
         directory.write(&format!("{}/endpoints.yaml", self.plan.id), &objects)
     }
+}
+
+/// What a report says of services, without what has happened to their endpoints.
+fn intended(report: &Value) -> Value {
+    let of =
+        |endpoint: &Value| json!([endpoint["address"], endpoint["cluster"], endpoint["priority"], endpoint["weight"]]);
+    let services = report["services"].as_array().into_iter().flatten().map(|service| {
+        let endpoints: Vec<Value> = service["endpoints"].as_array().into_iter().flatten().map(of).collect();
+        json!([
+            service["name"],
+            service["subset"],
+            service["mode"],
+            service["clusterLocal"],
+            service["extensions"],
+            endpoints
+        ])
+    });
+    services.collect()
 }
 
 fn write_cluster(directory: &Directory, index: usize, plan: &Plan, extra: &[(&'static str, u8)]) -> Result<()> {

@@ -49,6 +49,8 @@ pub struct Options {
     pub kubeconfig: Option<PathBuf>,
     /// The own API server, in place of the one that the configuration names.
     pub server: Option<http::Uri>,
+    /// Whether other clusters are followed, as Secrets name them.
+    pub others: bool,
     /// How often everything is read again as a whole, at the latest.
     pub resync: Duration,
     /// How long a watch goes on.
@@ -122,13 +124,15 @@ pub async fn run(options: Options, sources: Arc<Sources>, updates: mpsc::Sender<
     };
     let _own = Cluster::start(&feed, &options.cluster, &client);
     let mut others = JoinSet::new();
-    let (sink, secrets) = SecretSink::new(&feed);
-    let cluster = options.cluster.clone();
-    sources.expect(&cluster, &SECRETS.name());
-    let labels = Some(LABEL);
-    others.spawn(Follower { feed: feed.clone(), cluster, resource: &SECRETS, labels, client, sink }.run());
     let (ids, mut known) = watch::channel(Vec::new());
-    others.spawn(remotes::run(feed.clone(), secrets, ids));
+    if options.others {
+        let (sink, secrets) = SecretSink::new(&feed);
+        let cluster = options.cluster.clone();
+        sources.expect(&cluster, &SECRETS.name());
+        let labels = Some(LABEL);
+        others.spawn(Follower { feed: feed.clone(), cluster, resource: &SECRETS, labels, client, sink }.run());
+        others.spawn(remotes::run(feed.clone(), secrets, ids.clone()));
+    }
 
     let mut overseer = Overseer {
         options,

