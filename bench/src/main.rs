@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: what Portolan costs and how fast it is, beside what a user would run in its place, on this machine, in one run.
 
 mod agents;
+mod api;
 mod connections;
 mod dnat;
 mod failing;
@@ -60,6 +61,8 @@ enum Part {
     Kernel,
     /// From objects to the kernel's maps
     Tables,
+    /// An agent on an API server: from nothing, and one change
+    Api,
     /// An endpoint dies, or many at once; an agent comes and goes
     Reaction,
     /// `plan` and `explain` on many files
@@ -100,6 +103,11 @@ fn main() -> Result<()> {
     }
     if wanted(Part::Tables) {
         report.tables = tables::run(&services, if quick { 20 } else { 2_000 })?;
+        keep(&mut report)?;
+    }
+    if wanted(Part::Api) {
+        let most = services.iter().copied().max().unwrap_or(1);
+        report.on_api = Some(api::run(most, if quick { 20 } else { 2_000 })?);
         keep(&mut report)?;
     }
     if wanted(Part::Reaction) {

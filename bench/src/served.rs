@@ -13,7 +13,7 @@ use crate::world::{self, ENDPOINT_PORT, SERVICE, SERVICE_PORT, World};
 
 /// Endpoints of each service that is not dialled.
 pub(crate) const ENDPOINTS: u32 = 10;
-const NODES: u32 = 100;
+pub(crate) const NODES: u32 = 100;
 /// Services in one file.
 const IN_FILE: u32 = 100;
 

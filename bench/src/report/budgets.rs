@@ -106,6 +106,21 @@ impl Report {
                 }
             }
         }
+        // The programs that look at packets are attached where a rule counts errors of HTTP ports: with one service, none does.
+        if let (Some(first), Some(last)) = (services.first(), services.last())
+            && let (Some(without), Some(with)) = (arm(&format!("hit, {first}")), arm(&format!("hit, {last}")))
+            && *first == 1
+            && *last > 1
+        {
+            for measure in ["round trip p50", "MiB per second"] {
+                if let Some(ratio) = ratio(with, without, measure) {
+                    let what = format!(
+                        "{measure} of a connection that no rule looks at, while those of others are looked at / while none is"
+                    );
+                    add(what, "no difference (3 %)".to_owned(), with_interval(ratio), Verdict::equal(ratio));
+                }
+            }
+        }
         for row in self.kernel.iter().filter(|row| row.services == 1 && row.threads == 1 || row.services > 1) {
             let net = |figure: f64| format!("{figure:.0} ns, of which {:.0} ns are the counting", row.nothing);
             let what = format!("connect4 in the kernel, a hit, {} services", row.services);

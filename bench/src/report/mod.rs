@@ -12,6 +12,7 @@ use serde::Serialize;
 use self::budgets::Budget;
 use crate::{
     agents::AgentCost,
+    api::OnApi,
     connections::PACE,
     failing::Failing,
     figures::{Arm, Median},
@@ -36,6 +37,7 @@ pub(crate) struct Report {
     /// On requests and datagrams to one service, one after the other.
     pub(crate) programs: Vec<Program>,
     pub(crate) tables: Vec<Built>,
+    pub(crate) on_api: Option<OnApi>,
     pub(crate) reaction: Vec<Reaction>,
     pub(crate) failing: Option<Failing>,
     pub(crate) away: Vec<Away>,
@@ -55,8 +57,8 @@ struct Section {
 impl Report {
     pub(crate) fn new(machine: Machine, quick: bool) -> Self {
         let (budgets, arms, agents, kernel, programs) = Default::default();
-        let (tables, reaction, failing, away, files) = Default::default();
-        Self { machine, quick, budgets, arms, agents, kernel, programs, tables, reaction, failing, away, files }
+        let (tables, on_api, reaction, failing, away, files) = Default::default();
+        Self { machine, quick, budgets, arms, agents, kernel, programs, tables, on_api, reaction, failing, away, files }
     }
 
     /// Names of figures that are no numbers.
@@ -87,6 +89,10 @@ impl Report {
         }
         for program in &self.programs {
             check(program.program.to_owned(), program.runs > 0 && program.mean > 0.0);
+        }
+        if let Some(on_api) = &self.on_api {
+            let figures = [on_api.ready, on_api.spent].into_iter().chain(on_api.mib).chain(on_api.change);
+            check("the agent on an API server".to_owned(), figures.into_iter().all(|it| it.is_finite() && it > 0.0));
         }
         if let Some(failing) = &self.failing {
             let times = failing.within.iter().chain(&failing.single_within).all(|time| time.is_finite() && *time > 0.0);
@@ -152,6 +158,7 @@ impl Report {
         }
         all.extend((!self.kernel.is_empty()).then(|| self.section_of_kernel()));
         all.extend((!self.tables.is_empty()).then(|| self.section_of_tables()));
+        all.extend(self.on_api.as_ref().map(section_of_api));
         if !self.reaction.is_empty() {
             all.push(self.section_of_reaction()?);
         }
@@ -400,6 +407,37 @@ impl Report {
             rows: self.files.iter().map(row).collect(),
             charts: Vec::new(),
         }
+    }
+}
+
+fn section_of_api(on_api: &OnApi) -> Section {
+    Section {
+        title: "The agent on an API server",
+        about: format!(
+            "A stand-in for one, which speaks the real protocol over HTTPS, with lists in pages of 500: seconds until the agent is ready, and its processor time until then; its memory, at the most and after. One endpoint that changes, {} times, each when the one before was published: milliseconds from the server's having it to the running agent's having published it.",
+            on_api.changes
+        ),
+        header: words(&[
+            "services",
+            "endpoints",
+            "ready, s",
+            "processor time, s",
+            "memory at most, MiB",
+            "after, MiB",
+            "change p50, ms",
+            "change p99, ms",
+        ]),
+        rows: vec![vec![
+            on_api.services.to_string(),
+            on_api.endpoints.to_string(),
+            format!("{:.2}", on_api.ready),
+            format!("{:.2}", on_api.spent),
+            format!("{:.1}", on_api.mib[0]),
+            format!("{:.1}", on_api.mib[1]),
+            format!("{:.2}", on_api.change[0]),
+            format!("{:.2}", on_api.change[1]),
+        ]],
+        charts: Vec::new(),
     }
 }
 

@@ -1,0 +1,104 @@
+//! An agent on an API server: a whole mesh from nothing, and one endpoint that changes, from the server to the kernel.
+
+use std::{
+    fmt::Write as _,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use portolan::admin::Stream;
+use portolan_tests::{
+    Api, Bed,
+    objects::{destination_rule, node},
+};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use crate::{
+    figures::percentile,
+    files::memory,
+    progress,
+    served::{ENDPOINTS, NODES, other},
+    world::spent,
+};
+
+/// How long an agent that has nothing to say may be silent.
+const SILENCE: Duration = Duration::from_millis(300);
+/// A change is published long before.
+const BOUND: Duration = Duration::from_secs(10);
+
+/// What it took.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct OnApi {
+    pub(crate) services: u32,
+    pub(crate) endpoints: u32,
+    /// Seconds from the agent's start to ready.
+    pub(crate) ready: f64,
+    /// Processor time until then, seconds.
+    pub(crate) spent: f64,
+    /// MiB of its own memory: at the most, and after.
+    pub(crate) mib: [f64; 2],
+    /// Milliseconds from the server's having a changed endpoint to the agent's having published it: p50, p99.
+    pub(crate) change: [f64; 2],
+    pub(crate) changes: u32,
+}
+
+/// With so many services, and so many changes.
+pub(crate) fn run(services: u32, changes: u32) -> Result<OnApi> {
+    progress(&format!("an agent on an API server with {services} services"));
+    let bed = Bed::named("api")?;
+    let mut api = Api::new()?;
+    let kubeconfig = api.reach(&bed.namespace)?;
+    let rule = json!({"trafficPolicy": {
+        "outlierDetection": {"consecutive5xxErrors": 3, "maxEjectionPercent": 50},
+        "loadBalancer": {"localityLbSetting": {"failover": [{"from": "r0", "to": "r1"}]}}}});
+    let mut objects = vec![destination_rule("*.default.svc.cluster.local", &rule)];
+    objects.extend((0..NODES).map(|i| node(&format!("node-{i}"), &format!("r{}/z{}", i % 3, i % 9))));
+    objects.extend((1..=services).flat_map(other));
+    api.apply(&objects);
+    drop(objects);
+
+    let began = Instant::now();
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "node-0", &[])?;
+    let ready = began.elapsed().as_secs_f64();
+    let id = agent.process.id();
+    let of = |field: &str| memory(id, field).context("the agent has ended");
+    let (spent, peak, kept) = (spent(id)? / 1e9, of("VmHWM:")?, of("RssAnon:")?);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut times = runtime.block_on(follow(&bed, &api, services, changes))?;
+    times.sort_by(f64::total_cmp);
+    let at = |part| percentile(&times, part).unwrap_or(f64::NAN);
+    let endpoints = services * ENDPOINTS;
+    Ok(OnApi { services, endpoints, ready, spent, mib: [peak, kept], change: [at(0.5), at(0.99)], changes })
+}
+
+/// Changes one endpoint after the other, each when the one before was published; milliseconds of each.
+async fn follow(bed: &Bed, api: &Api, services: u32, changes: u32) -> Result<Vec<f64>> {
+    let mut events = Stream::open(&bed.admin(), "/v1/events?follow=true").await?;
+    // What has been is of no interest.
+    while let Ok(line) = timeout(SILENCE, events.next_line()).await {
+        line?.context("the agent has ended")?;
+    }
+    let mut times = Vec::with_capacity(changes as usize);
+    for turn in 0..changes {
+        // Every service has its turn, and every other time its endpoint comes back.
+        let [_, mut slice] = other((turn / 2 * 7) % services + 1);
+        slice["endpoints"][0]["conditions"]["ready"] = json!(turn % 2 == 1);
+        let began = Instant::now();
+        api.apply(&[slice]);
+        let mut others = String::new();
+        loop {
+            let line =
+                timeout(BOUND, events.next_line()).await.with_context(|| format!("not published: {others}"))??;
+            let event: Value = serde_json::from_str(&line.context("the agent has ended")?)?;
+            if event["kind"] == "published" {
+                break;
+            }
+            writeln!(others, "{event}")?;
+        }
+        times.push(began.elapsed().as_secs_f64() * 1e3);
+    }
+    ensure!(times.len() == changes as usize);
+    Ok(times)
+}
