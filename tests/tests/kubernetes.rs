@@ -534,3 +534,30 @@ fn without_a_way_to_the_api_the_agent_says_so_in_one_line() -> Result<()> {
     }
     Ok(())
 }
+
+/// Two agents find the same; there is one Event, on the object.
+#[test]
+fn findings_become_events_on_their_objects() -> Result<()> {
+    let (bed, mut api, kubeconfig) = node_with(&["10.0.0.1"])?;
+    let mut objects = web(&["10.0.0.1"]);
+    objects.push(destination_rule("nowhere", &json!({})));
+    api.apply(&objects);
+    let second = Bed::new()?;
+    let reach = api.reach(&second.namespace)?;
+    let _agents = [
+        bed.agent_on_api(&kubeconfig, "c1", "n1", &["--kubernetes-events"])?,
+        second.agent_on_api(&reach, "c1", "n1", &["--kubernetes-events"])?,
+    ];
+    wait_until("both to have told", BOUND, || {
+        ensure!(api.asked("create", "events.events.k8s.io") >= 2);
+        Ok(())
+    })?;
+    let events = api.events();
+    assert_eq!(events.len(), 1, "{events:#?}");
+    let event = &events[0];
+    assert_eq!((&event["reason"], &event["type"]), (&json!("PTL0060"), &json!("Warning")));
+    assert_eq!(event["regarding"]["name"], "nowhere");
+    assert_eq!(event["regarding"]["uid"], "uid-default-nowhere");
+    assert!(event["note"].as_str().unwrap().contains("no service is named"), "{event:#}");
+    Ok(())
+}

@@ -44,6 +44,7 @@ pub(crate) fn run(args: &ManifestArgs) -> Result<()> {
     // With all that a value can switch, too.
     let all = [
         "podMonitor.enabled=true",
+        "events.enabled=true",
         "multiCluster.enabled=false",
         "apiServer=https://10.0.0.2:6443",
         "env.PORTOLAN_RESYNC=1h",

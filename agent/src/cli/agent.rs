@@ -79,6 +79,9 @@ pub(super) struct AgentArgs {
     program_log: ProgramLog,
 }
 
+/// Findings that wait to become Events: of more, the rest is in the log.
+const FINDINGS: usize = 100;
+
 /// Objects from API servers, in place of a directory.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Kubernetes")]
@@ -87,7 +90,7 @@ struct KubernetesArgs {
     #[arg(long, env = "PORTOLAN_KUBERNETES")]
     kubernetes: bool,
     /// How to reach the API server [default: as a pod does, by its service account]
-    #[arg(long, value_name = "FILE", env = "KUBECONFIG", requires = "kubernetes")]
+    #[arg(long, value_name = "FILE", env = "PORTOLAN_KUBECONFIG")]
     kubeconfig: Option<PathBuf>,
     /// The API server's own address, in place of its Service's: then it is reached whatever becomes of that
     #[arg(long, value_name = "URL", env = "PORTOLAN_API_SERVER", requires = "kubernetes")]
@@ -95,6 +98,9 @@ struct KubernetesArgs {
     /// Whether endpoints of other clusters are read as well, of those that Secrets in istio-system name
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, env = "PORTOLAN_OTHER_CLUSTERS")]
     other_clusters: bool,
+    /// Write findings as Events on the objects that they are about, one a second at the most
+    #[arg(long, env = "PORTOLAN_KUBERNETES_EVENTS", requires = "kubernetes")]
+    kubernetes_events: bool,
     /// Time after which everything is read again as a whole, whatever the watches say
     #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = humantime::parse_duration, env = "PORTOLAN_RESYNC")]
     resync: Duration,
@@ -107,9 +113,10 @@ struct KubernetesArgs {
 }
 
 impl KubernetesArgs {
-    fn options(&self, cluster: &str, reader: Reader) -> kubernetes::Options {
+    fn options(&self, place: &PlaceArgs, reader: Reader) -> kubernetes::Options {
         kubernetes::Options {
-            cluster: cluster.to_owned(),
+            cluster: place.cluster.clone(),
+            node: place.at.node.clone().unwrap_or_default(),
             kubeconfig: self.kubeconfig.clone(),
             server: self.api_server.clone(),
             others: self.other_clusters,
@@ -186,7 +193,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     if let Some(config) = &args.config {
         file::check(config)?;
     }
-    let from_api = args.kubernetes.options(&args.place.cluster, reader);
+    let from_api = args.kubernetes.options(&args.place, reader);
     let ended = runtime.block_on(async {
         let datapath = Datapath::open(&options)?;
         let probe = SelfProbe::new(datapath.0.cgroup()).await?;
@@ -196,6 +203,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
             .with_context(|| format!("--metrics: cannot listen on {}", args.metrics))?;
         let (questions, requests) = mpsc::channel(16);
         let (changes, updates) = mpsc::channel(256);
+        let (teller, told) = args.kubernetes.kubernetes_events.then(|| mpsc::channel(FINDINGS)).unzip();
         let reconciler = Reconciler::new(
             args.place.cluster.clone(),
             args.place.at.place(),
@@ -204,13 +212,14 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
             options.sizes,
             args.gone_connections,
             (Kept::read(&args.state.state), Keeper::start(args.state.state)?),
-        );
+        )
+        .telling(teller);
         let sources = Arc::new(Sources::default());
         let asked = Asked { questions, sources: Arc::clone(&sources) };
         let source = async {
             match args.config {
                 Some(config) => file::run(config, reader, args.rescan, sources, changes).await,
-                None => kubernetes::run(from_api, sources, changes).await,
+                None => kubernetes::run(from_api, sources, changes, told).await,
             }
         };
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);

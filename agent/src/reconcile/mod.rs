@@ -107,6 +107,8 @@ pub struct Reconciler {
     /// Why not everything is known that should be.
     doubt: Option<String>,
     logged: BTreeSet<Finding>,
+    /// Who is told of new findings.
+    teller: Option<mpsc::Sender<Finding>>,
 }
 
 /// Gives the system back what reading and computing everything took, and nothing needs any more.
@@ -167,9 +169,17 @@ impl Reconciler {
             crowded: Vec::new(),
             doubt: None,
             logged: BTreeSet::new(),
+            teller: None,
         };
         reconciler.take_kept(kept);
         reconciler
+    }
+
+    /// The same, which tells somebody of new findings.
+    #[must_use]
+    pub fn telling(mut self, teller: Option<mpsc::Sender<Finding>>) -> Self {
+        self.teller = teller;
+        self
     }
 
     /// Works until the sources or the questions end.

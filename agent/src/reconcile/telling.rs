@@ -34,6 +34,10 @@ impl Reconciler {
         for finding in &mut fresh {
             self.store.add_source(&self.cluster, finding);
         }
+        if let Some(teller) = &self.teller {
+            // Where it has enough to do, the log must do.
+            fresh.iter().for_each(|finding| drop(teller.try_send(finding.clone())));
+        }
         for finding in fresh.iter().take(LOGGED_AT_ONCE) {
             let Finding { code, object, field, message, position, .. } = finding;
             let at = position.as_ref().map(|position| format!(":{}:{}", position.line, position.column));

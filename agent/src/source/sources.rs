@@ -192,6 +192,15 @@ impl Sources {
         })
     }
 
+    /// The clusters of which something is read.
+    pub fn clusters(&self) -> Vec<String> {
+        self.with(|all| {
+            let mut clusters: Vec<String> = all.keys().map(|(cluster, _)| cluster.clone()).collect();
+            clusters.dedup();
+            clusters
+        })
+    }
+
     /// Tells of every change from now on.
     pub fn changes(&self) -> watch::Receiver<()> {
         self.changed.subscribe()

@@ -253,6 +253,11 @@ impl Api {
         self.shared.state().asked.get(&(verb, resource.to_owned())).copied().unwrap_or_default()
     }
 
+    /// Events that were created.
+    pub fn events(&self) -> Vec<Value> {
+        self.shared.state().events.clone()
+    }
+
     /// All that was asked, by verb and resource.
     pub fn all_asked(&self) -> std::collections::BTreeSet<(String, String)> {
         self.shared.state().asked.keys().map(|(verb, resource)| ((*verb).to_owned(), resource.clone())).collect()

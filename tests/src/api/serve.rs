@@ -53,6 +53,9 @@ impl Serving {
 }
 
 async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    if request.method() == hyper::Method::POST {
+        return Ok(create(&shared, request).await);
+    }
     let Some(query) = Query::read(request.uri(), request.headers()) else {
         return Ok(refusal(404, "NotFound", "the server could not find the requested resource"));
     };
@@ -79,6 +82,30 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
     tokio::spawn(watch(shared, query, lines));
     let body = Body::from_stream(ReceiverStream::new(told));
     Ok(Response::builder().header("content-type", "application/json").body(body).unwrap_or_default())
+}
+
+/// Takes an Event, and nothing else.
+async fn create(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
+    let Some(query) = Query::read(request.uri(), request.headers()) else {
+        return refusal(404, "NotFound", "the server could not find the requested resource");
+    };
+    let body = axum::body::to_bytes(Body::new(request.into_body()), 1 << 20).await.unwrap_or_default();
+    let mut state = shared.state();
+    *state.asked.entry(("create", query.resource.clone())).or_default() += 1;
+    let Ok(object) = serde_json::from_slice::<Value>(&body) else {
+        return refusal(400, "BadRequest", "no JSON");
+    };
+    if query.resource != "events.events.k8s.io" {
+        return refusal(405, "MethodNotAllowed", "only Events are created");
+    }
+    let same = |known: &Value| known["metadata"]["name"] == object["metadata"]["name"];
+    if state.events.iter().any(same) {
+        return refusal(409, "AlreadyExists", "there is one");
+    }
+    state.events.push(object.clone());
+    let mut response = Response::new(Body::from(object.to_string()));
+    *response.status_mut() = StatusCode::CREATED;
+    response
 }
 
 fn refusal(code: u16, reason: &str, message: &str) -> Response<Body> {

@@ -24,6 +24,8 @@ const SLACK: Duration = Duration::from_secs(5);
 const ANSWER: Duration = Duration::from_secs(60);
 /// What is not there, or may not be read, is asked for again after this time, or when everything is read again anyway.
 const LATER: Duration = Duration::from_secs(60);
+/// A watch that ends sooner was not worth beginning: the next one waits.
+const SHORTEST: Duration = Duration::from_secs(1);
 /// An API that was there and is not any more may be on its way up again: for so long, what it last said stays in force.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -92,6 +94,7 @@ impl<S: Sink> Follower<S> {
         self.feed.sources.expect(&self.cluster, &name);
         loop {
             let (api, _) = self.resource.api(self.client.clone(), version);
+            let began = Instant::now();
             let result = match &mut at {
                 None => self.list(&api).await.map(Some),
                 Some(at) => self.watch(&api, at, again).await.map(|()| None),
@@ -100,6 +103,8 @@ impl<S: Sink> Follower<S> {
                 Ok(listed) => {
                     if listed.is_some() {
                         (at, again, missing, tried) = (listed, self.next_resync(), None, 0);
+                    } else if began.elapsed() < SHORTEST {
+                        sleep(jittered(SHORTEST)).await;
                     }
                     backoff.reset();
                     continue;
@@ -131,6 +136,10 @@ impl<S: Sink> Follower<S> {
                 kube::Error::Api(status) => status.code,
                 _ => 0,
             };
+            // A server that refuses a watch for another reason than the account's may have another history now; and it is time to list again when it is.
+            if !matches!(status, 0 | 401 | 403 | 429) || Instant::now() >= again {
+                at = None;
+            }
             let optional = self.resource.versions.len() > 1;
             let trouble = match status {
                 404 if optional => {

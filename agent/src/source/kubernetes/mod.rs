@@ -10,6 +10,7 @@ mod object;
 mod objects;
 mod remotes;
 mod resources;
+mod tell;
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -31,6 +32,7 @@ use self::{
     follow::Follower,
     remotes::{LABEL, SecretSink},
     resources::{PODS, SECRETS},
+    tell::Teller,
 };
 use super::{Reader, Sources, Trouble, Update};
 use crate::model::{Code, Finding};
@@ -45,6 +47,8 @@ const TICK: Duration = Duration::from_secs(1);
 pub struct Options {
     /// Id of the own cluster.
     pub cluster: String,
+    /// The node, for Events.
+    pub node: String,
     /// How the own API server is reached; without it, as a pod reaches it.
     pub kubeconfig: Option<PathBuf>,
     /// The own API server, in place of the one that the configuration names.
@@ -107,9 +111,16 @@ impl Wants {
 
 /// Follows the own cluster and all others, until the receiver is gone.
 ///
+/// `told`: findings that are to become Events on their objects.
+///
 /// # Errors
 /// The configuration does not say how to reach the own API server.
-pub async fn run(options: Options, sources: Arc<Sources>, updates: mpsc::Sender<Vec<Update>>) -> Result<()> {
+pub async fn run(
+    options: Options,
+    sources: Arc<Sources>,
+    updates: mpsc::Sender<Vec<Update>>,
+    told: Option<mpsc::Receiver<Finding>>,
+) -> Result<()> {
     let direct = Direct::default();
     let client = client::own(options.kubeconfig.as_deref(), options.server.as_ref(), &direct).await?;
     let feed = Feed {
@@ -124,14 +135,17 @@ pub async fn run(options: Options, sources: Arc<Sources>, updates: mpsc::Sender<
     };
     let _own = Cluster::start(&feed, &options.cluster, &client);
     let mut others = JoinSet::new();
-    let (ids, mut known) = watch::channel(Vec::new());
+    if let Some(told) = told {
+        let (client, cluster, node) = (client.clone(), options.cluster.clone(), options.node.clone());
+        others.spawn(Teller { client, cluster, node }.run(told));
+    }
     if options.others {
         let (sink, secrets) = SecretSink::new(&feed);
         let cluster = options.cluster.clone();
         sources.expect(&cluster, &SECRETS.name());
         let labels = Some(LABEL);
         others.spawn(Follower { feed: feed.clone(), cluster, resource: &SECRETS, labels, client, sink }.run());
-        others.spawn(remotes::run(feed.clone(), secrets, ids.clone()));
+        others.spawn(remotes::run(feed.clone(), secrets));
     }
 
     let mut overseer = Overseer {
@@ -149,12 +163,10 @@ pub async fn run(options: Options, sources: Arc<Sources>, updates: mpsc::Sender<
     loop {
         tokio::select! {
             changed = changes.changed() => changed.context("nobody follows anything any more")?,
-            changed = known.changed() => changed.context("nobody follows other clusters any more")?,
             _ = ticks.tick() => {}
             () = updates.closed() => return Ok(()),
         }
-        let others = known.borrow_and_update().clone();
-        let news = overseer.look(&others);
+        let news = overseer.look();
         if !news.is_empty() && updates.send(news).await.is_err() {
             return Ok(());
         }
@@ -174,8 +186,11 @@ struct Overseer {
 }
 
 impl Overseer {
-    fn look(&mut self, others: &[String]) -> Vec<Update> {
+    fn look(&mut self) -> Vec<Update> {
         let mut news = Vec::new();
+        let mut others = self.sources.clusters();
+        others.retain(|id| *id != self.options.cluster);
+        let others = others.as_slice();
         for id in others {
             let away = self.sources.out_of_reach(id).is_some_and(|time| time >= self.options.remote_grace);
             if away != self.lost.contains(id) {

@@ -42,13 +42,16 @@ impl Objects {
         known: Known,
     ) -> Self {
         let guard = (cluster == feed.cluster && resource.kind == Some(Kind::EndpointSlice)).then(|| Guard::new(feed));
+        let mut known = known.lock_owned().await;
+        // Who followed before may have been stopped on the way to the store: all that is known is said once more, and the store compares.
+        known.values_mut().for_each(|print| *print = 0);
         Self {
             feed: feed.clone(),
             resource,
             cluster: cluster.to_owned(),
             scope: Scope::Cluster(cluster.to_owned()),
             api: resource.api(client, 0).1,
-            known: known.lock_owned().await,
+            known,
             listed: HashSet::new(),
             doubted: false,
             guard,

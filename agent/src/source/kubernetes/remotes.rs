@@ -94,6 +94,10 @@ impl Sink for SecretSink {
     }
 
     async fn flush(&mut self) -> bool {
+        // Before anybody asks whether all of them were read.
+        for id in self.secrets.values().flat_map(BTreeMap::keys).filter(|id| **id != self.feed.cluster) {
+            self.feed.sources.expect(id, &RESOURCES[0].name());
+        }
         self.wanted.send_if_modified(|before| {
             let new = *before != self.secrets;
             if new {
@@ -112,8 +116,8 @@ struct Remote {
     task: JoinHandle<()>,
 }
 
-/// Follows other clusters, as Secrets name them. Their ids are in `ids`, as soon as it is known which there are.
-pub(super) async fn run(feed: Feed, mut secrets: watch::Receiver<Secrets>, ids: watch::Sender<Vec<String>>) {
+/// Follows other clusters, as Secrets name them.
+pub(super) async fn run(feed: Feed, mut secrets: watch::Receiver<Secrets>) {
     let mut running: BTreeMap<String, Remote> = BTreeMap::new();
     loop {
         let wanted = choose(&feed, &running, &secrets.borrow_and_update());
@@ -140,14 +144,11 @@ pub(super) async fn run(feed: Feed, mut secrets: watch::Receiver<Secrets>, ids: 
                 None => {
                     tracing::info!(cluster = id, secret, "another cluster");
                     let (kubeconfig, told) = watch::channel(text);
-                    // Before anybody asks whether all of it was read.
-                    feed.sources.expect(&id, &RESOURCES[0].name());
                     let task = tokio::spawn(follow(feed.clone(), id.clone(), secret.clone(), told));
                     running.insert(id, Remote { secret, kubeconfig, task });
                 }
             }
         }
-        ids.send_replace(running.keys().cloned().collect());
         if secrets.changed().await.is_err() {
             return;
         }

@@ -1,0 +1,99 @@
+//! Findings about objects, as Kubernetes Events on them.
+//!
+//! Every agent finds the same in the same objects. An Event has a name that says what it is about, so that of all agents the first one makes it, and
+//! the others are told that it is there.
+
+use std::{
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    time::{Duration, SystemTime},
+};
+
+use kube::{
+    Api, Client,
+    api::{ListParams, PostParams},
+    core::{ApiResource, DynamicObject, GroupVersionKind},
+};
+use serde_json::json;
+use tokio::{sync::mpsc, time::sleep};
+
+use super::resources::{PODS, RESOURCES, Resource};
+use crate::{
+    journal::rfc3339,
+    model::{Finding, NamespacedName},
+};
+
+/// Events of one agent follow each other no faster than this.
+const PACE: Duration = Duration::from_secs(1);
+/// Kubernetes takes no longer text.
+const MOST: usize = 1_000;
+
+/// Who tells.
+
+pub(super) struct Teller {
+    pub(super) client: Client,
+    pub(super) cluster: String,
+    pub(super) node: String,
+}
+
+impl Teller {
+    /// Tells of what comes, one after the other.
+    pub(super) async fn run(self, mut findings: mpsc::Receiver<Finding>) {
+        while let Some(finding) = findings.recv().await {
+            if !finding.cluster.is_empty() && finding.cluster != self.cluster {
+                continue;
+            }
+            let Some((resource, name)) = subject(&finding) else { continue };
+            match self.tell(&finding, resource, &name).await {
+                Ok(()) => {}
+                // Another agent was first.
+                Err(kube::Error::Api(status)) if status.code == 409 => {}
+                Err(error) => tracing::debug!("no Event for {}: {error}", finding.object),
+            }
+            sleep(PACE).await;
+        }
+    }
+
+    async fn tell(&self, finding: &Finding, resource: &Resource, name: &NamespacedName) -> kube::Result<()> {
+        let (api, kind) = resource.api(self.client.clone(), 0);
+        let mut fields = format!("metadata.name={}", name.name);
+        if !name.namespace.is_empty() {
+            fields += &format!(",metadata.namespace={}", name.namespace);
+        }
+        let found = api.list_metadata(&ListParams::default().fields(&fields)).await?;
+        // It is gone by now.
+        let Some(object) = found.items.into_iter().next() else { return Ok(()) };
+        let namespace = if name.namespace.is_empty() { "default" } else { &name.namespace };
+        let text = if finding.field.is_empty() {
+            finding.message.clone()
+        } else {
+            format!("{}: {}", finding.field, finding.message)
+        };
+        let mut hasher = DefaultHasher::new();
+        (finding.code, &finding.object, &text, &object.metadata.uid).hash(&mut hasher);
+        let event = json!({
+            "apiVersion": "events.k8s.io/v1", "kind": "Event",
+            "metadata": {"name": format!("portolan.{:016x}", hasher.finish()), "namespace": namespace},
+            "eventTime": rfc3339(SystemTime::now()),
+            "type": "Warning", "action": "Read", "reason": finding.code.to_string(),
+            "note": text.chars().take(MOST).collect::<String>(),
+            "reportingController": "portolan.io/agent", "reportingInstance": self.node,
+            "regarding": {"apiVersion": kind.api_version, "kind": kind.kind, "name": name.name, "namespace": object.metadata.namespace,
+                "uid": object.metadata.uid},
+        });
+        let events =
+            ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("events.k8s.io", "v1", "Event"), "events");
+        let event: DynamicObject = serde_json::from_value(event).map_err(kube::Error::SerdeError)?;
+        Api::<DynamicObject>::namespaced_with(self.client.clone(), namespace, &events)
+            .create(&PostParams::default(), &event)
+            .await
+            .map(drop)
+    }
+}
+
+/// The object that a finding is about, where it is one that is read of the API.
+fn subject(finding: &Finding) -> Option<(&'static Resource, NamespacedName)> {
+    let (kind, name) = finding.object.split_once(' ')?;
+    let resource = RESOURCES.iter().chain([&PODS]).find(|it| it.kind.is_some_and(|own| own.to_string() == kind))?;
+    let name = name.parse().unwrap_or_else(|_| NamespacedName::new("", name));
+    Some((resource, name))
+}
