@@ -27,6 +27,16 @@ pub struct Doubt {
     pub anything: bool,
 }
 
+impl Doubt {
+    /// Whether it is about the cluster itself, or the mesh: other clusters add endpoints, and decide nothing.
+    pub fn concerns(&self, cluster: &str) -> bool {
+        match &self.scope {
+            Scope::Mesh => true,
+            Scope::Cluster(id) => id == cluster,
+        }
+    }
+}
+
 /// What a change concerns.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
@@ -82,7 +92,7 @@ impl Store {
     }
 
     /// What could not be read, and never was, so that nothing is known of what it says; and whether the settings that count for a cluster may
-    /// be in it. Those first, for they say what must never happen.
+    /// be in it. Those first, for they say what must never happen; then what is of the cluster itself.
     pub fn doubt(&self, cluster: &str) -> Option<(&Doubt, bool)> {
         let settings = |doubt: &Doubt| {
             let own = Scope::Cluster(cluster.to_owned());
@@ -96,7 +106,8 @@ impl Store {
             let may_be_here = doubt.scope == Scope::Mesh || (doubt.scope == own && !of(&Scope::Mesh) && !of(&own));
             doubt.settings || doubt.anything && may_be_here
         };
-        self.doubtful.values().map(|doubt| (doubt, settings(doubt))).max_by_key(|(_, settings)| *settings)
+        let all = self.doubtful.values().map(|doubt| (doubt, settings(doubt)));
+        all.max_by_key(|(doubt, settings)| (*settings, doubt.concerns(cluster)))
     }
 
     /// Takes in a change, and adds to `changes` what is different now.
@@ -111,11 +122,10 @@ impl Store {
                 self.replace(&origin, Contents { whole: true, ..Contents::default() }, changes);
                 self.good.remove(&origin);
             }
-            Update::Forget { below } => {
-                let of = |origins: &mut dyn Iterator<Item = &String>| {
-                    origins.filter(|origin| origin.starts_with(&below)).cloned().collect::<Vec<_>>()
-                };
-                for origin in of(&mut self.fingerprints.keys()) {
+            Update::Forget { below, but } => {
+                let gone = |origin: &&String| origin.starts_with(&below) && !but.contains(*origin);
+                let gone: Vec<String> = self.fingerprints.keys().filter(gone).cloned().collect();
+                for origin in gone {
                     self.apply(Update::Remove { origin }, changes);
                 }
             }
@@ -160,7 +170,8 @@ impl Store {
         match doubt {
             None => {
                 self.good.insert(origin.to_owned());
-                self.doubtful.remove(origin);
+                // That more is known is news, whatever it is.
+                changes.findings |= self.doubtful.remove(origin).is_some();
             }
             Some(doubt) if !self.good.contains(origin) => drop(self.doubtful.insert(origin.to_owned(), doubt)),
             Some(_) => {}

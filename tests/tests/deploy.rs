@@ -32,14 +32,16 @@ fn texts(value: &Value) -> Vec<String> {
 
 #[test]
 fn the_roles_grant_the_requests_that_are_made_and_no_others() -> Result<()> {
-    let mut granted = BTreeSet::new();
-    for role in manifest()?.iter().filter(|it| matches!(it["kind"].as_str(), Some("ClusterRole" | "Role"))) {
+    let documents = manifest()?;
+    let (mut granted, mut named) = (BTreeSet::new(), Vec::new());
+    for role in documents.iter().filter(|it| matches!(it["kind"].as_str(), Some("ClusterRole" | "Role"))) {
         for rule in role["rules"].as_array().into_iter().flatten() {
             for (group, resource) in texts(&rule["apiGroups"])
                 .iter()
                 .flat_map(|group| texts(&rule["resources"]).into_iter().map(move |it| (group, it)))
             {
                 let name = if group.is_empty() { resource } else { format!("{resource}.{group}") };
+                named.extend(texts(&rule["resourceNames"]).into_iter().map(|only| (name.clone(), only)));
                 granted.extend(texts(&rule["verbs"]).into_iter().map(|verb| (verb, name.clone())));
             }
         }
@@ -50,12 +52,24 @@ fn the_roles_grant_the_requests_that_are_made_and_no_others() -> Result<()> {
     // A rule that asks for the labels of pods, so that all is read that ever is.
     let subsets = json!({"subsets": [{"name": "v1", "labels": {"version": "v1"}}]});
     api.apply(&[node("n1", "r1/z1"), pod("a", &json!({"version": "v1"})), destination_rule("web", &subsets)]);
-    let _agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    let container = &of_kind(&documents, "DaemonSet")?["spec"]["template"]["spec"]["containers"][0];
+    let set = |name: &str| {
+        let variables = container["env"].as_array().into_iter().flatten();
+        variables.filter(|it| it["name"] == name).find_map(|it| it["value"].as_str()).map(str::to_owned)
+    };
+    let others = set("PORTOLAN_OTHER_CLUSTERS").unwrap_or_else(|| "true".to_owned());
+    let _agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &["--other-clusters", &others])?;
     wait_until("every request to be made", BOUND, || {
         let asked = api.all_asked();
         ensure!(asked == granted, "asked {asked:?}, granted {granted:?}");
         Ok(())
-    })
+    })?;
+    // A role for one name lets only those requests through that ask for that name.
+    assert_eq!(named.len(), 2, "{named:?}");
+    for (resource, only) in named {
+        assert_eq!(api.selectors(&resource), [format!("metadata.name={only}")], "{resource}");
+    }
+    Ok(())
 }
 
 /// As the container has it: root, with these capabilities alone, and none to gain.

@@ -159,6 +159,12 @@ fn pods_are_read_while_a_rule_asks_for_their_labels() -> Result<()> {
     api.apply(&[pod("a", &json!({"version": "v2"}))]);
     wait_endpoints(&agent, "front", &["10.0.0.1:9080 healthy", "10.0.0.2:9080 healthy"])?;
     assert_eq!(source(&agent, "c1", "pods")?["objects"], json!(2));
+    // Broken all of a sudden: the last good state stays in force, and with it the labels that it asks for.
+    let mut broken = destination_rule("web", &subsets);
+    broken["spec"]["subsets"] = json!(7);
+    api.apply(&[broken]);
+    wait_finding(&agent, "PTL0020", "DestinationRule default/web")?;
+    assert_eq!(endpoints(&agent, "front")?.len(), 2);
     assert!(api.delete("destinationrules.networking.istio.io", "default", "web"));
     wait_until("pods to be left alone", BOUND, || {
         let seen = source(&agent, "c1", "pods")?;
@@ -257,7 +263,16 @@ fn a_watch_that_stalls_is_noticed() -> Result<()> {
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &["--watch-timeout", "1s"])?;
     api.stall(true);
     api.apply(&[web_slice(&["10.0.0.2"])]);
-    wait_finding(&agent, "PTL0110", "nothing came for 6s")?;
+    // It stays, whatever else is begun.
+    for _ in 0..3 {
+        wait_finding(&agent, "PTL0110", "nothing came for 6s")?;
+        let watches = api.asked("watch", "services");
+        wait_until("another watch", BOUND, || {
+            ensure!(api.asked("watch", "services") > watches);
+            Ok(())
+        })?;
+        assert!(!findings(&agent, "PTL0110")?.is_empty());
+    }
     api.stall(false);
     wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])?;
     wait_no_finding(&agent, "PTL0110")
@@ -392,6 +407,9 @@ fn other_clusters_come_change_and_go() -> Result<()> {
     let instead = |text: &str| secret("istio-remote-secret-c2", &[("c2", text)]);
     api.apply(&[instead("users: [")]);
     wait_finding(&agent, "PTL0112", "is no kubeconfig")?;
+    api.apply(&[instead("users: [{user: {token: hush-hush}]")]);
+    wait_finding(&agent, "PTL0112", "is no kubeconfig")?;
+    assert!(!agent.log().contains("hush"), "{}", agent.log());
     let runs = json!({"command": "/bin/false", "apiVersion": "client.authentication.k8s.io/v1"});
     api.apply(&[instead(&other.kubeconfig("127.0.0.1:9".parse()?, &json!({"exec": runs})).to_string())]);
     wait_finding(&agent, "PTL0112", "a program to run")?;
@@ -454,7 +472,9 @@ fn the_api_servers_own_service_is_never_emptied() -> Result<()> {
         plain(slice("kubernetes", 9080, &endpoints))
     };
     api.apply(&[node("n1", "r1/z1"), plain(service("kubernetes", &["172.16.0.1"], 443)), own(&["10.0.0.1"])]);
-    // And whatever is ejected.
+    // And whatever is ejected, and whatever shares regions get.
+    let shares = json!({"localityLbSetting": {"distribute": [{"from": "r1/*", "to": {"r1/*": 80, "r2/*": 20}}]}});
+    api.apply(&[mesh_config(&shares)]);
     let outlier =
         json!({"consecutive5xxErrors": 1, "interval": "1s", "baseEjectionTime": "1m", "maxEjectionPercent": 100});
     api.apply(&[destination_rule("kubernetes", &json!({"trafficPolicy": {"outlierDetection": outlier}}))]);
@@ -462,6 +482,11 @@ fn the_api_servers_own_service_is_never_emptied() -> Result<()> {
     let mut client = bed.dialler()?;
     api.apply(&[own(&[])]);
     wait_finding(&agent, "PTL0113", "the last ones stay")?;
+    let own_service = plain(service("kubernetes", &["172.16.0.1"], 443));
+    assert!(api.delete("services", "default", "kubernetes"));
+    wait_finding(&agent, "PTL0113", "is not there any more")?;
+    assert_eq!(client.dial("172.16.0.1:443", 2)?.greetings(), ["10.0.0.1"; 2]);
+    api.apply(&[own_service]);
     assert_eq!(client.dial("172.16.0.1:443", 2)?.greetings(), ["10.0.0.1"; 2]);
     assert!(api.delete("endpointslices.discovery.k8s.io", "default", "kubernetes-ipv4"));
     api.apply(&[plain(service("more", &["172.16.0.20"], 80))]);
@@ -560,4 +585,36 @@ fn findings_become_events_on_their_objects() -> Result<()> {
     assert_eq!(event["regarding"]["uid"], "uid-default-nowhere");
     assert!(event["note"].as_str().unwrap().contains("no service is named"), "{event:#}");
     Ok(())
+}
+
+/// An agent that starts while another cluster is away leaves what a former one has published of it; and one that ends takes nothing away.
+#[test]
+fn endpoints_of_a_cluster_that_is_away_outlive_the_agent() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.1.0.1"])?;
+    let (mut other, named) = second(&bed, "10.1.0.1")?;
+    // All that there is, is in the other cluster.
+    api.apply(&web(&[]));
+    api.apply(&[named]);
+    let mut agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
+    agent.process.signal(rustix::process::Signal::TERM)?;
+    agent.process.wait(BOUND)?;
+    assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
+    other.stop();
+    let agent = bed.start_on_api(&kubeconfig, "c1", "n1", &[])?;
+    wait_until("the agent to be ready", Duration::from_secs(60), || {
+        let (status, why) = agent.http("/readyz")?;
+        ensure!(status == 200, "{why}");
+        Ok(())
+    })?;
+    assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
+    // Back, and without it.
+    other.replace(&[node("n2", "r2/z1"), plain(service("web", &["172.17.0.10"], 80))]);
+    other.start()?;
+    wait_until("nobody to be left", BOUND, || {
+        let errnos = client.dial(WEB, 1)?.errnos();
+        ensure!(errnos == [ECONNREFUSED], "{errnos:?}");
+        Ok(())
+    })
 }

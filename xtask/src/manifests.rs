@@ -15,7 +15,7 @@ const MANIFEST: &str = "deploy/manifests/portolan.yaml";
 /// What people put their own in place of.
 const VALUES: [&str; 2] = ["hub=HUB", "multiCluster.clusterName=CLUSTER"];
 /// The oldest and the newest version of Kubernetes whose schemas the manifests are checked against.
-const SCHEMAS: [&str; 2] = ["1.26", "1.33"];
+const SCHEMAS: [&str; 2] = ["1.30", "1.37"];
 const HEAD: &str = "# Made by `cargo xtask manifests` from deploy/helm/portolan.\n# Put your own in place of HUB (where the image is) and CLUSTER (the \
                     cluster's id): sed 's/HUB/…/; s/CLUSTER/…/' | kubectl apply -f -\n";
 
@@ -45,7 +45,7 @@ pub(crate) fn run(args: &ManifestArgs) -> Result<()> {
     let all = [
         "podMonitor.enabled=true",
         "events.enabled=true",
-        "multiCluster.enabled=false",
+        "multiCluster.enabled=true",
         "apiServer=https://10.0.0.2:6443",
         "env.PORTOLAN_RESYNC=1h",
     ];

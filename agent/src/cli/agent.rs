@@ -174,6 +174,15 @@ fn keep_heap_small() {
     }
 }
 
+/// An agent of which a part is gone is worse than none: the kernel goes on serving, and the next one begins anew.
+fn end_on_panic() {
+    let told = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        told(panic);
+        std::process::abort();
+    }));
+}
+
 pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     let filter =
         if args.program_log == ProgramLog::Off { args.log } else { args.log.add_directive("portolan=debug".parse()?) };
@@ -184,6 +193,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         .with_target(false)
         .init();
     keep_heap_small();
+    end_on_panic();
     // One thread works, one answers.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let options =

@@ -167,13 +167,16 @@ pub(super) fn select<'a>(scene: &Scene<'a>, filter: &Filter<'_>) -> Selected<'a>
     by_hints(scene, filter, &view, &mut found);
     let Found { candidates, mut left_out, .. } = found;
     // kube-proxy: where nothing is ready, what is going away but still serves is better than nothing.
-    let is_ready = |candidate: &Candidate<'_>| candidate.ready && candidate.terminating != Some(true);
+    let is_ready =
+        |candidate: &Candidate<'_>| candidate.ready && !candidate.lost && candidate.terminating != Some(true);
     let last_resort =
         !filter.ruled && !candidates.iter().any(|candidate| view.publish_not_ready || is_ready(candidate));
     let mut chosen = Vec::with_capacity(candidates.len());
     let mut leaving = Vec::new();
     for mut candidate in candidates {
         match health(filter, &view, last_resort, &candidate) {
+            // Nobody knows how it is by now.
+            Ok(_) if candidate.lost => candidate.endpoint.health = EndpointHealth::Unhealthy,
             Ok(health) => candidate.endpoint.health = health,
             Err(why) => {
                 leaving.push(candidate.endpoint.address);
@@ -205,9 +208,6 @@ fn health(
     last_resort: bool,
     candidate: &Candidate<'_>,
 ) -> Result<EndpointHealth, &'static str> {
-    if candidate.lost {
-        return Ok(EndpointHealth::Unhealthy);
-    }
     let ready = candidate.ready || view.publish_not_ready;
     // Absent means "no" to Kubernetes, and to Istio "yes" for what is not ready.
     let going = candidate.terminating.unwrap_or(filter.ruled && !ready);
@@ -260,7 +260,7 @@ fn slices<'a>(scene: &Scene<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, po
                         health: EndpointHealth::Healthy,
                         priority: 0,
                     },
-                    ready: endpoint.ready && !lost,
+                    ready: endpoint.ready,
                     serving: endpoint.serving,
                     terminating: endpoint.terminating,
                     lost,

@@ -189,6 +189,8 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
     let view = service::find(scene.snapshot, &scene.client.cluster, &key.service);
     let distribution = view.as_ref().and_then(|view| view.distribution);
     let effective = effective_setting(policy.locality(), distribution, &scene.rules.mesh.locality);
+    // Nor do shares by region leave any of them out: nothing says where they are.
+    let effective = effective.filter(|_| !is_api_server(&key.service));
     let host = scene.rules.host_of(&key.service).unwrap_or_default();
     let (retention, retained_by) = retention(&scene.rules.mesh, &host);
     let threshold = policy.outlier.as_ref().map_or(0, |outlier| outlier.min_health_percent);

@@ -424,7 +424,8 @@ impl Reconciler {
         let unknown = || format!("the configuration has nothing of cluster {}", self.cluster);
         let (knowledge, doubt) = match self.store.doubt(&self.cluster) {
             Some((doubt, true)) => (Knowledge::WithoutSettings, Some(doubt.what.clone())),
-            Some((doubt, false)) => (Knowledge::Partial, Some(doubt.what.clone())),
+            // What another cluster has to add is not waited for.
+            Some((doubt, false)) => (Knowledge::Partial, doubt.concerns(&self.cluster).then(|| doubt.what.clone())),
             None if !self.store.snapshot().clusters.contains_key(self.cluster.as_str()) => {
                 (Knowledge::Partial, Some(unknown()))
             }

@@ -13,6 +13,8 @@ mod sources;
 mod spec;
 mod virtual_service;
 
+use std::collections::HashSet;
+
 use crate::model::{Finding, Kind, Object, ObjectKey};
 
 pub use read::{Reader, read_text};
@@ -60,10 +62,12 @@ pub enum Update {
         /// Which one.
         origin: String,
     },
-    /// All origins whose names begin so are gone, and their objects with them.
+    /// All origins whose names begin so are gone but for some, and their objects with them.
     Forget {
         /// How they begin.
         below: String,
+        /// Those that are not gone.
+        but: HashSet<String>,
     },
     /// A cluster has been out of reach for so long that its endpoints are not believed any more; or no longer is.
     Lost {

@@ -167,6 +167,9 @@ impl Sources {
     pub fn trouble(&self, cluster: &str, resource: &str, trouble: Trouble) {
         self.status(cluster, resource, |status| {
             let since = status.trouble.as_ref().map_or_else(Instant::now, |(_, since)| *since);
+            if trouble == Trouble::Missing {
+                status.objects = 0;
+            }
             status.trouble = Some((trouble, since));
         });
     }
@@ -183,6 +186,14 @@ impl Sources {
             let mut own = all.iter().filter(|((of, _), _)| of == cluster).peekable();
             own.peek().is_some() && own.all(|(_, status)| status.is_settled())
         })
+    }
+
+    /// Whether something of a cluster may not be read, and never was.
+    pub fn is_refused(&self, cluster: &str) -> bool {
+        let refused = |status: &Status| {
+            status.synced.is_none() && matches!(status.trouble, Some((Trouble::Forbidden(_) | Trouble::Noted, _)))
+        };
+        self.with(|all| all.iter().any(|((of, _), status)| of == cluster && refused(status)))
     }
 
     /// Everything, by cluster and resource.
@@ -232,7 +243,7 @@ impl Sources {
             let mut shortest = None;
             for (_, status) in own {
                 match &status.trouble {
-                    Some((Trouble::Unreachable(_), since)) => {
+                    Some((Trouble::Unreachable(_) | Trouble::Forbidden(_), since)) => {
                         shortest = Some(shortest.unwrap_or(Duration::MAX).min(since.elapsed()));
                     }
                     Some(_) => {}

@@ -253,6 +253,11 @@ impl Api {
         self.shared.state().asked.get(&(verb, resource.to_owned())).copied().unwrap_or_default()
     }
 
+    /// The field selectors with which a resource was asked for; empty for none.
+    pub fn selectors(&self, resource: &str) -> Vec<String> {
+        self.shared.state().selectors.get(resource).into_iter().flatten().cloned().collect()
+    }
+
     /// Events that were created.
     pub fn events(&self) -> Vec<Value> {
         self.shared.state().events.clone()

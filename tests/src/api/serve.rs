@@ -64,6 +64,8 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
     {
         let mut state = shared.state();
         *state.asked.entry((verb, query.resource.clone())).or_default() += 1;
+        let selector = query.parameter("fieldSelector").unwrap_or_default().to_owned();
+        state.selectors.entry(query.resource.clone()).or_default().insert(selector);
         if !bearer.strip_prefix("Bearer ").is_some_and(|token| state.tokens.contains(token)) {
             return Ok(refusal(401, "Unauthorized", "Unauthorized"));
         }
@@ -97,6 +99,11 @@ async fn create(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
     };
     if query.resource != "events.events.k8s.io" {
         return refusal(405, "MethodNotAllowed", "only Events are created");
+    }
+    // A MicroTime has six digits, neither more nor less.
+    let time = object["eventTime"].as_str().unwrap_or_default();
+    if time.len() != "2026-01-01T00:00:00.000000Z".len() || time.as_bytes().get(19) != Some(&b'.') {
+        return refusal(400, "BadRequest", &format!("eventTime: {time:?} is no MicroTime"));
     }
     let same = |known: &Value| known["metadata"]["name"] == object["metadata"]["name"];
     if state.events.iter().any(same) {

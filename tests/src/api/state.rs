@@ -44,6 +44,8 @@ pub(super) struct State {
     pub(super) manners: Manners,
     /// Requests by verb and resource.
     pub(super) asked: HashMap<(&'static str, String), u64>,
+    /// Field selectors of requests, by resource.
+    pub(super) selectors: HashMap<String, HashSet<String>>,
     /// Events that were created.
     pub(super) events: Vec<Value>,
     /// Objects of a page at the most.
@@ -60,6 +62,7 @@ impl State {
             tokens: HashSet::from([token.to_owned()]),
             manners: Manners::default(),
             asked: HashMap::new(),
+            selectors: HashMap::new(),
             events: Vec::new(),
             page: usize::MAX,
         }

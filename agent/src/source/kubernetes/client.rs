@@ -77,9 +77,10 @@ pub(super) async fn own(kubeconfig: Option<&Path>, server: Option<&Uri>, direct:
 /// # Errors
 /// It makes no sense, or asks for what nobody but the owner of this node may ask for: programs to run, files to read.
 pub(super) async fn of_secret(kubeconfig: &str) -> Result<Client> {
-    let file = Kubeconfig::from_yaml(kubeconfig).context("is no kubeconfig")?;
+    // What is wrong with it would be shown with what is around it, and that may be a token.
+    let Ok(file) = Kubeconfig::from_yaml(kubeconfig) else { bail!("is no kubeconfig") };
     let refuse = |what: &str| {
-        bail!("asks for {what}, which is not done for what comes from a Secret: put a token or a certificate into it")
+        bail!("asks for {what}, which is not done for what comes from a Secret: it may hold a token or certificates")
     };
     for own in file.auth_infos.iter().filter_map(|named| named.auth_info.as_ref()) {
         if own.exec.is_some() || own.auth_provider.is_some() {
@@ -92,6 +93,12 @@ pub(super) async fn of_secret(kubeconfig: &str) -> Result<Client> {
     for own in file.clusters.iter().filter_map(|named| named.cluster.as_ref()) {
         if own.certificate_authority.is_some() {
             return refuse("a file of this node (certificate-authority)");
+        }
+        if own.proxy_url.is_some() {
+            return refuse("a proxy (proxy-url)");
+        }
+        if own.insecure_skip_tls_verify == Some(true) {
+            return refuse("a server that nobody has vouched for (insecure-skip-tls-verify)");
         }
         let server = own.server.as_deref().unwrap_or_default();
         ensure!(server.starts_with("https://"), "its server is {server:?}, which is no https:// address");

@@ -1,6 +1,6 @@
 //! All that is followed of one cluster.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use kube::Client;
 use tokio::task::JoinSet;
@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 use super::{
     Feed,
     follow::Follower,
-    objects::{Known, Objects},
+    objects::{Known, Objects, doubt},
     resources::{PODS, RESOURCES, Resource},
 };
 use crate::source::Update;
@@ -40,7 +40,8 @@ impl Cluster {
         self.tasks.shutdown().await;
         self.feed.sources.forget(&self.id, None);
         // An error means that the agent is ending.
-        let _ = self.feed.updates.send(vec![Update::Forget { below: format!("{}/", self.id) }]).await;
+        let _ =
+            self.feed.updates.send(vec![Update::Forget { below: format!("{}/", self.id), but: HashSet::new() }]).await;
     }
 
     fn follow(&mut self, client: &Client) {
@@ -88,7 +89,12 @@ impl Cluster {
                 known.lock().await.clear();
                 feed.sources.forget(&id, Some(&PODS.name()));
                 let below = format!("{id}/{}/", PODS.plural);
-                if feed.updates.send(vec![Update::Forget { below }]).await.is_err() {
+                let news = vec![
+                    Update::Forget { below, but: HashSet::new() },
+                    // If they could not be read, that matters no more.
+                    Update::Remove { origin: doubt(&id, &PODS) },
+                ];
+                if feed.updates.send(news).await.is_err() {
                     return;
                 }
             }

@@ -26,6 +26,10 @@ const ANSWER: Duration = Duration::from_secs(60);
 const LATER: Duration = Duration::from_secs(60);
 /// A watch that ends sooner was not worth beginning: the next one waits.
 const SHORTEST: Duration = Duration::from_secs(1);
+/// Of one kind of objects there are no more than that, whatever a server says.
+const MOST: usize = 1_000_000;
+/// A watch is refused so often before everything is listed again.
+const REFUSALS: u32 = 5;
 /// An API that was there and is not any more may be on its way up again: for so long, what it last said stays in force.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -58,6 +62,8 @@ enum Broken {
     /// Nothing came for too long.
     Stalled,
     Api(kube::Error),
+    /// It says more than can be.
+    TooMuch,
     /// Nobody listens any more.
     Over,
 }
@@ -91,22 +97,27 @@ impl<S: Sink> Follower<S> {
         let mut at: Option<String> = None;
         let mut again = self.next_resync();
         let mut missing: Option<Instant> = None;
+        let (mut refusals, mut listed_at) = (0, Instant::now());
+        // Whether what came last was silence: that a watch begins says nothing then.
+        let mut stalled = false;
         self.feed.sources.expect(&self.cluster, &name);
         loop {
             let (api, _) = self.resource.api(self.client.clone(), version);
             let began = Instant::now();
             let result = match &mut at {
                 None => self.list(&api).await.map(Some),
-                Some(at) => self.watch(&api, at, again).await.map(|()| None),
+                Some(at) => self.watch(&api, at, again, &mut stalled).await.map(|()| None),
             };
             let broken = match result {
                 Ok(listed) => {
                     if listed.is_some() {
                         (at, again, missing, tried) = (listed, self.next_resync(), None, 0);
+                        (refusals, listed_at, stalled) = (0, Instant::now(), false);
                     } else if began.elapsed() < SHORTEST {
-                        sleep(jittered(SHORTEST)).await;
+                        sleep(backoff.next().unwrap_or(SHORTEST)).await;
+                    } else {
+                        backoff.reset();
                     }
-                    backoff.reset();
                     continue;
                 }
                 Err(broken) => broken,
@@ -118,16 +129,24 @@ impl<S: Sink> Follower<S> {
                     at = None;
                     continue;
                 }
-                // Of a list, only the next page is too long ago: it begins anew, but not in a circle.
-                Broken::Gone if at.take().is_some() => continue,
+                // At once, but not in a circle: of a list, the next page may be too long ago, and of a server everything.
                 Broken::Gone => {
-                    sleep(backoff.next().unwrap_or(later)).await;
+                    if at.take().is_none() || listed_at.elapsed() < SLACK {
+                        sleep(backoff.next().unwrap_or(later)).await;
+                    }
                     continue;
                 }
                 Broken::Stalled => {
+                    stalled = true;
                     let why =
                         format!("nothing came for {:?}, though the connection stands", self.feed.watch_timeout + SLACK);
                     self.feed.sources.trouble(&self.cluster, &name, Trouble::Unreachable(why));
+                    continue;
+                }
+                Broken::TooMuch => {
+                    let why = format!("it says that there are more than {MOST} of them");
+                    self.feed.sources.trouble(&self.cluster, &name, Trouble::Unreachable(why));
+                    sleep(jittered(later)).await;
                     continue;
                 }
                 Broken::Api(error) => error,
@@ -136,9 +155,10 @@ impl<S: Sink> Follower<S> {
                 kube::Error::Api(status) => status.code,
                 _ => 0,
             };
-            // A server that refuses a watch for another reason than the account's may have another history now; and it is time to list again when it is.
-            if !matches!(status, 0 | 401 | 403 | 429) || Instant::now() >= again {
-                at = None;
+            // A server that refuses a watch again and again may have another history by now.
+            refusals += u32::from(!matches!(status, 0 | 401 | 403 | 429));
+            if status == 400 || refusals >= REFUSALS || Instant::now() >= again {
+                (at, refusals) = (None, 0);
             }
             let optional = self.resource.versions.len() > 1;
             let trouble = match status {
@@ -193,6 +213,7 @@ impl<S: Sink> Follower<S> {
             ..ListParams::default()
         };
         self.sink.begin();
+        let (mut objects, mut pages) = (0, 0);
         let at = loop {
             let page = async {
                 if self.resource.metadata_only {
@@ -204,6 +225,10 @@ impl<S: Sink> Follower<S> {
                 }
             };
             let (items, list): (Vec<Raw>, _) = timeout(ANSWER, page).await.map_err(|_| Broken::Stalled)??;
+            (objects, pages) = (objects + items.len(), pages + 1);
+            if objects > MOST || pages > MOST / PAGE as usize {
+                return Err(Broken::TooMuch);
+            }
             items.into_iter().for_each(|object| self.sink.item(object));
             match list.continue_.filter(|token| !token.is_empty()) {
                 Some(token) => params.continue_token = Some(token),
@@ -219,7 +244,13 @@ impl<S: Sink> Follower<S> {
     }
 
     /// Takes in what changes from a moment on, until the server ends it.
-    async fn watch(&mut self, api: &Api<Raw>, at: &mut String, again: Instant) -> Result<(), Broken> {
+    async fn watch(
+        &mut self,
+        api: &Api<Raw>,
+        at: &mut String,
+        again: Instant,
+        stalled: &mut bool,
+    ) -> Result<(), Broken> {
         let name = self.resource.name();
         let params = WatchParams {
             timeout: Some(u32::try_from(self.feed.watch_timeout.as_secs()).unwrap_or(u32::MAX).max(1)),
@@ -236,13 +267,19 @@ impl<S: Sink> Follower<S> {
             })
         };
         let mut events = timeout(silence, begun).await.map_err(|_| Broken::Stalled)??;
-        self.feed.sources.heard(&self.cluster, &name, self.sink.held(), at);
+        if !*stalled {
+            self.feed.sources.heard(&self.cluster, &name, self.sink.held(), at);
+        }
         loop {
             let until = again.min(Instant::now() + silence);
             let Ok(next) = timeout_at(until, events.next()).await else {
                 return Err(if until == again { Broken::Resync } else { Broken::Stalled });
             };
-            let Some(event) = next else { return Ok(()) };
+            let Some(event) = next else {
+                *stalled = false;
+                self.feed.sources.heard(&self.cluster, &name, self.sink.held(), at);
+                return Ok(());
+            };
             match event? {
                 WatchEvent::Added(object) | WatchEvent::Modified(object) => {
                     advance(at, object.version());
@@ -258,6 +295,7 @@ impl<S: Sink> Follower<S> {
             if !self.sink.flush().await {
                 return Err(Broken::Over);
             }
+            *stalled = false;
             self.feed.sources.heard(&self.cluster, &name, self.sink.held(), at);
         }
     }

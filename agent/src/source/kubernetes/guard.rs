@@ -26,6 +26,18 @@ impl Guard {
 
     /// What may go on of an update, and of those that were held back.
     pub(super) fn pass(&mut self, update: Update) -> Vec<Update> {
+        let service = format!("{}/services/{}", self.feed.cluster, self.name);
+        match &update {
+            Update::Remove { origin } if *origin == service => {
+                self.note("is not there any more: it stays as it was");
+                return Vec::new();
+            }
+            Update::Replace { origin, .. } if *origin == service => {
+                self.feed.sources.note("guard", None);
+                return vec![update];
+            }
+            _ => {}
+        }
         let (origin, endpoints) = match &update {
             Update::Replace { origin, contents } => {
                 let slice = contents.objects.iter().find_map(|read| match &read.object {
@@ -49,12 +61,7 @@ impl Guard {
         let others = self.passed.iter().any(|(other, endpoints)| *other != origin && !endpoints.is_empty());
         if endpoints.is_empty() && !others {
             self.held.insert(origin, update);
-            let message = format!(
-                "the API says that {} has no endpoint any more: the last ones stay, for without them nobody would learn of others",
-                self.name
-            );
-            let finding = Finding::new(Code::ApiServerHeld, format!("Service {}", self.name), message);
-            self.feed.sources.note("guard", Some(finding));
+            self.note("has no endpoint any more: the last ones stay");
             return Vec::new();
         }
         self.held.remove(&origin);
@@ -69,6 +76,15 @@ impl Guard {
         }
         self.feed.direct.set(self.passed.values().flatten().copied().collect());
         updates
+    }
+}
+
+impl Guard {
+    fn note(&self, what: &str) {
+        let message =
+            format!("the API says that {} {what}, for without it nobody would learn that there are others", self.name);
+        let finding = Finding::new(Code::ApiServerHeld, format!("Service {}", self.name), message);
+        self.feed.sources.note("guard", Some(finding));
     }
 }
 

@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
@@ -34,8 +34,8 @@ use self::{
     resources::{PODS, SECRETS},
     tell::Teller,
 };
-use super::{Reader, Sources, Trouble, Update};
-use crate::model::{Code, Finding};
+use super::{Contents, Reader, Sources, Trouble, Update};
+use crate::model::{Code, Finding, Kind};
 
 /// Other clusters that cannot be reached hold up the beginning for no longer than this.
 const FIRST: Duration = Duration::from_secs(30);
@@ -153,6 +153,8 @@ pub async fn run(
         sources,
         feed,
         began: Instant::now(),
+        own: None,
+        unknown: BTreeSet::new(),
         synced: false,
         lost: BTreeSet::new(),
         said: Vec::new(),
@@ -164,6 +166,10 @@ pub async fn run(
         tokio::select! {
             changed = changes.changed() => changed.context("nobody follows anything any more")?,
             _ = ticks.tick() => {}
+            Some(ended) = others.join_next() => {
+                ended?;
+                bail!("who follows Secrets or other clusters has ended");
+            }
             () = updates.closed() => return Ok(()),
         }
         let news = overseer.look();
@@ -173,13 +179,22 @@ pub async fn run(
     }
 }
 
+/// Where the store is told that nothing is known of a cluster.
+fn doubt(id: &str) -> String {
+    format!("{id}/")
+}
+
 /// Sees to it that what is known is said as a whole: that everything was read, what is wrong, who has been away for too long.
 struct Overseer {
     options: Options,
     sources: Arc<Sources>,
     feed: Feed,
     began: Instant,
+    /// When all of the own cluster was read.
+    own: Option<Instant>,
     synced: bool,
+    /// Clusters that were not waited for, and of which nothing is known yet.
+    unknown: BTreeSet<String>,
     /// Clusters whose endpoints are not believed any more.
     lost: BTreeSet<String>,
     said: Vec<Finding>,
@@ -212,25 +227,54 @@ impl Overseer {
             self.said.clone_from(&findings);
             news.push(Update::Trouble(findings));
         }
-        if !self.synced && self.is_settled(others) {
-            self.synced = true;
-            tracing::info!(took = ?self.began.elapsed(), "everything has been read");
-            news.push(Update::Synced);
-        }
+        self.begin(others, &mut news);
         news
     }
 
-    fn is_settled(&self, others: &[String]) -> bool {
-        let pods = |id: &str| !self.feed.wants.any() || self.sources.knows(id, &PODS.name());
-        let is_settled = |id: &str| self.sources.is_settled(id) && pods(id);
-        let late = self.began.elapsed() >= FIRST;
-        is_settled(&self.options.cluster) && others.iter().all(|id| late || is_settled(id))
+    /// Whether all of a cluster was read that is to be read.
+    fn is_settled(&self, id: &str) -> bool {
+        let pods = !self.feed.wants.any() || self.sources.knows(id, &PODS.name());
+        self.sources.is_settled(id) && pods
+    }
+
+    /// Whether something of a cluster is not known.
+    fn lacks(&self, id: &str) -> bool {
+        !self.is_settled(id) || self.sources.is_refused(id)
+    }
+
+    /// Whether the others have been waited for as long as they may be.
+    fn is_late(&self) -> bool {
+        self.own.is_some_and(|own| own.elapsed() >= FIRST)
+    }
+
+    /// Says once that everything was read; and what of it was not, and when it is after all.
+    fn begin(&mut self, others: &[String], news: &mut Vec<Update>) {
+        if self.own.is_none() && self.is_settled(&self.options.cluster) {
+            self.own = Some(Instant::now());
+        }
+        if !self.synced && self.own.is_some() && (self.is_late() || others.iter().all(|id| self.is_settled(id))) {
+            self.synced = true;
+            self.unknown = others.iter().filter(|id| self.lacks(id)).cloned().collect();
+            // What a former agent has published of them stays.
+            news.extend(self.unknown.iter().map(|id| Update::Replace {
+                origin: doubt(id),
+                contents: Contents { only: Some(Kind::EndpointSlice), ..Contents::default() },
+            }));
+            tracing::info!(took = ?self.began.elapsed(), without = ?self.unknown, "everything has been read");
+            news.push(Update::Synced);
+        }
+        let known: Vec<String> =
+            self.unknown.iter().filter(|id| !others.contains(id) || !self.lacks(id)).cloned().collect();
+        for id in known {
+            news.push(Update::Remove { origin: doubt(&id) });
+            self.unknown.remove(&id);
+        }
     }
 
     fn findings(&self, others: &[String]) -> Vec<Finding> {
         let mut findings = self.sources.notes();
         let mut unreachable: Option<(String, String)> = None;
-        let late = self.began.elapsed() >= FIRST;
+        let late = self.is_late();
         let mut seen = BTreeSet::new();
         for (cluster, resource, status) in self.sources.all() {
             let object = format!("Cluster {cluster}");

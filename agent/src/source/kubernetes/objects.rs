@@ -29,6 +29,8 @@ pub(super) struct Objects {
     listed: HashSet<String>,
     /// Whether the store was told that nothing is known.
     doubted: bool,
+    /// Whether the store may hold what is known no more: who followed before may have been stopped on the way.
+    stale: bool,
     guard: Option<Guard>,
     out: Vec<Update>,
 }
@@ -41,10 +43,12 @@ impl Objects {
         client: kube::Client,
         known: Known,
     ) -> Self {
-        let guard = (cluster == feed.cluster && resource.kind == Some(Kind::EndpointSlice)).then(|| Guard::new(feed));
+        let guarded = matches!(resource.kind, Some(Kind::EndpointSlice | Kind::Service));
+        let guard = (cluster == feed.cluster && guarded).then(|| Guard::new(feed));
         let mut known = known.lock_owned().await;
-        // Who followed before may have been stopped on the way to the store: all that is known is said once more, and the store compares.
+        // All that is known is said once more, and the store compares.
         known.values_mut().for_each(|print| *print = 0);
+        let stale = !known.is_empty();
         Self {
             feed: feed.clone(),
             resource,
@@ -54,6 +58,7 @@ impl Objects {
             known,
             listed: HashSet::new(),
             doubted: false,
+            stale,
             guard,
             out: Vec::new(),
         }
@@ -66,7 +71,8 @@ impl Objects {
     fn take(&mut self, origin: String, object: Raw) {
         let contents = read_value(self.feed.reader, &self.scope, &origin, object.into_value(&self.api));
         if self.known.insert(origin.clone(), contents.fingerprint) != Some(contents.fingerprint) {
-            if self.cluster == self.feed.cluster {
+            // Of a broken one, the last good state stays in force, and with it what that asks for.
+            if self.cluster == self.feed.cluster && contents.objects.iter().all(|read| read.object.is_some()) {
                 self.feed.wants.note(&origin, asks_for_labels(&contents));
             }
             self.push(Update::Replace { origin, contents });
@@ -87,9 +93,8 @@ impl Objects {
         }
     }
 
-    /// Where the store is told that nothing is known of a resource.
     fn doubt(&self) -> String {
-        format!("{}/{}", self.cluster, self.resource.plural)
+        doubt(&self.cluster, self.resource)
     }
 }
 
@@ -107,7 +112,11 @@ impl Sink for Objects {
     fn end(&mut self) {
         let gone: Vec<String> = self.known.keys().filter(|origin| !self.listed.contains(*origin)).cloned().collect();
         gone.into_iter().for_each(|origin| self.remove(origin));
-        self.listed = HashSet::new();
+        let listed = std::mem::take(&mut self.listed);
+        if std::mem::take(&mut self.stale) {
+            let below = format!("{}/{}/", self.cluster, self.resource.plural);
+            self.out.push(Update::Forget { below, but: listed });
+        }
         if std::mem::take(&mut self.doubted) {
             let origin = self.doubt();
             self.out.push(Update::Remove { origin });
@@ -140,6 +149,11 @@ impl Sink for Objects {
         let updates = std::mem::take(&mut self.out);
         updates.is_empty() || self.feed.updates.send(updates).await.is_ok()
     }
+}
+
+/// Where the store is told that nothing is known of a resource.
+pub(super) fn doubt(cluster: &str, resource: &Resource) -> String {
+    format!("{cluster}/{}", resource.plural)
 }
 
 /// Whether a rule asks for the labels of pods.

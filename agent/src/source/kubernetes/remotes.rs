@@ -7,7 +7,11 @@ use std::{
 
 use k8s_openapi::ByteString;
 use kube::{Client, api::ListParams, runtime::watcher::DefaultBackoff};
-use tokio::{sync::watch, task::JoinHandle, time::sleep};
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
 
 use super::{
     Feed, client,
@@ -23,6 +27,9 @@ use crate::{
 
 /// The label of Secrets that hold the kubeconfigs of other clusters.
 pub(super) const LABEL: &str = "istio/multiCluster=true";
+
+/// How long a server may take that is asked for the first time.
+const ANSWER: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// What Secrets say: by the name of each, kubeconfigs by the id of their cluster.
 pub(super) type Secrets = BTreeMap<String, BTreeMap<String, String>>;
@@ -112,7 +119,8 @@ impl Sink for SecretSink {
 /// A cluster that is followed: the Secret that names it, and how it is told of another kubeconfig.
 struct Remote {
     secret: String,
-    kubeconfig: watch::Sender<String>,
+    /// `None`: it is named no more. That the sender is gone means nothing but that the agent ends.
+    kubeconfig: watch::Sender<Option<String>>,
     task: JoinHandle<()>,
 }
 
@@ -125,25 +133,30 @@ pub(super) async fn run(feed: Feed, mut secrets: watch::Receiver<Secrets>) {
         for id in gone {
             let Some(Remote { task, kubeconfig, .. }) = running.remove(&id) else { continue };
             tracing::info!(cluster = id, "no Secret names it any more");
-            drop(kubeconfig);
+            kubeconfig.send_replace(None);
             // A cluster that comes back at once shall not be forgotten after that.
             let _ = task.await;
+        }
+        // Those that were named so shortly that nobody has followed them.
+        let is_known = |id: &String| *id == feed.cluster || wanted.contains_key(id);
+        for id in feed.sources.clusters().into_iter().filter(|id| !is_known(id)) {
+            feed.sources.forget(&id, None);
         }
         for (id, (secret, text)) in wanted {
             match running.get_mut(&id) {
                 Some(remote) => {
                     remote.secret = secret;
                     remote.kubeconfig.send_if_modified(|before| {
-                        let new = *before != text;
+                        let new = before.as_ref() != Some(&text);
                         if new {
-                            *before = text;
+                            *before = Some(text);
                         }
                         new
                     });
                 }
                 None => {
                     tracing::info!(cluster = id, secret, "another cluster");
-                    let (kubeconfig, told) = watch::channel(text);
+                    let (kubeconfig, told) = watch::channel(Some(text));
                     let task = tokio::spawn(follow(feed.clone(), id.clone(), secret.clone(), told));
                     running.insert(id, Remote { secret, kubeconfig, task });
                 }
@@ -180,7 +193,7 @@ fn choose(feed: &Feed, running: &BTreeMap<String, Remote>, secrets: &Secrets) ->
 }
 
 /// Follows one cluster, until nobody names it any more.
-async fn follow(feed: Feed, id: String, secret: String, mut kubeconfig: watch::Receiver<String>) {
+async fn follow(feed: Feed, id: String, secret: String, mut kubeconfig: watch::Receiver<Option<String>>) {
     let note = format!("remote/{id}");
     let find = |message: String| {
         Finding::new(Code::RemoteCluster, format!("Secret {secret}"), format!("cluster {id} {message}"))
@@ -189,7 +202,7 @@ async fn follow(feed: Feed, id: String, secret: String, mut kubeconfig: watch::R
     let mut backoff = DefaultBackoff::default();
     let mut in_force = 0;
     loop {
-        let text = kubeconfig.borrow_and_update().clone();
+        let Some(text) = kubeconfig.borrow_and_update().clone() else { break };
         let print = fingerprint(&text);
         let stays = if cluster.is_some() { "; the former kubeconfig stays in force" } else { "" };
         let found = if print == in_force {
@@ -211,10 +224,9 @@ async fn follow(feed: Feed, id: String, secret: String, mut kubeconfig: watch::R
                             in_force = print;
                             None
                         }
-                        Err(error) => Some((
-                            find(format!("does not answer to its new kubeconfig: {}{stays}", describe(&error))),
-                            true,
-                        )),
+                        Err(error) => {
+                            Some((find(format!("does not answer to its new kubeconfig: {error}{stays}")), true))
+                        }
                     },
                 },
             }
@@ -230,7 +242,7 @@ async fn follow(feed: Feed, id: String, secret: String, mut kubeconfig: watch::R
         tokio::select! {
             changed = kubeconfig.changed() => {
                 if changed.is_err() {
-                    break;
+                    return;
                 }
             }
             () = wait => {}
@@ -243,12 +255,17 @@ async fn follow(feed: Feed, id: String, secret: String, mut kubeconfig: watch::R
     }
 }
 
-/// Whether everything that would be read can be.
-async fn answers(client: &Client) -> Result<(), kube::Error> {
+/// Whether everything that would be read can be; if not, why.
+async fn answers(client: &Client) -> Result<(), String> {
     for resource in RESOURCES.iter().filter(|resource| resource.of_all) {
         let mut params = ListParams::default().limit(1);
         params.field_selector = resource.fields.map(str::to_owned);
-        resource.api(client.clone(), 0).0.list_metadata(&params).await?;
+        let (api, _) = resource.api(client.clone(), 0);
+        match timeout(ANSWER, api.list_metadata(&params)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return Err(describe(&error)),
+            Err(_) => return Err(format!("no answer within {ANSWER:?}")),
+        }
     }
     Ok(())
 }

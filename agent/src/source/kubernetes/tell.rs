@@ -14,16 +14,18 @@ use kube::{
     core::{ApiResource, DynamicObject, GroupVersionKind},
 };
 use serde_json::json;
-use tokio::{sync::mpsc, time::sleep};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 
 use super::resources::{PODS, RESOURCES, Resource};
-use crate::{
-    journal::rfc3339,
-    model::{Finding, NamespacedName},
-};
+use crate::model::{Finding, NamespacedName};
 
 /// Events of one agent follow each other no faster than this.
 const PACE: Duration = Duration::from_secs(1);
+/// How long an answer may take.
+const ANSWER: Duration = Duration::from_secs(10);
 /// Kubernetes takes no longer text.
 const MOST: usize = 1_000;
 
@@ -43,23 +45,24 @@ impl Teller {
                 continue;
             }
             let Some((resource, name)) = subject(&finding) else { continue };
-            match self.tell(&finding, resource, &name).await {
-                Ok(()) => {}
+            match timeout(ANSWER, self.tell(&finding, resource, &name)).await {
+                Ok(Ok(())) => {}
                 // Another agent was first.
-                Err(kube::Error::Api(status)) if status.code == 409 => {}
-                Err(error) => tracing::debug!("no Event for {}: {error}", finding.object),
+                Ok(Err(kube::Error::Api(status))) if status.code == 409 => {}
+                Err(_) => tracing::debug!("no Event for {}: no answer", finding.object),
+                Ok(Err(error)) => tracing::debug!("no Event for {}: {error}", finding.object),
             }
             sleep(PACE).await;
         }
     }
 
     async fn tell(&self, finding: &Finding, resource: &Resource, name: &NamespacedName) -> kube::Result<()> {
-        let (api, kind) = resource.api(self.client.clone(), 0);
-        let mut fields = format!("metadata.name={}", name.name);
+        let (mut api, kind) = resource.api(self.client.clone(), 0);
         if !name.namespace.is_empty() {
-            fields += &format!(",metadata.namespace={}", name.namespace);
+            api = Api::namespaced_with(self.client.clone(), &name.namespace, &kind);
         }
-        let found = api.list_metadata(&ListParams::default().fields(&fields)).await?;
+        let named = ListParams::default().fields(&format!("metadata.name={}", name.name));
+        let found = api.list_metadata(&named).await?;
         // It is gone by now.
         let Some(object) = found.items.into_iter().next() else { return Ok(()) };
         let namespace = if name.namespace.is_empty() { "default" } else { &name.namespace };
@@ -73,7 +76,8 @@ impl Teller {
         let event = json!({
             "apiVersion": "events.k8s.io/v1", "kind": "Event",
             "metadata": {"name": format!("portolan.{:016x}", hasher.finish()), "namespace": namespace},
-            "eventTime": rfc3339(SystemTime::now()),
+            // Microseconds: Kubernetes takes no other form.
+            "eventTime": humantime::format_rfc3339_micros(SystemTime::now()).to_string(),
             "type": "Warning", "action": "Read", "reason": finding.code.to_string(),
             "note": text.chars().take(MOST).collect::<String>(),
             "reportingController": "portolan.io/agent", "reportingInstance": self.node,
