@@ -385,7 +385,7 @@ fn other_clusters_come_change_and_go() -> Result<()> {
     let both = ["10.0.0.1:9080 healthy", "10.1.0.1:9080 healthy"];
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &["--remote-grace", "2s"])?;
     wait_endpoints(&agent, "web", &both[..1])?;
-    api.apply(&[named.clone()]);
+    api.apply(std::slice::from_ref(&named));
     wait_endpoints(&agent, "web", &both)?;
     // It adds endpoints to what is here, and nothing else.
     assert_eq!(endpoints(&agent, "foreign")?, Vec::<String>::new());

@@ -363,7 +363,8 @@ fn a_change_is_published_in_one_step_under_load() -> Result<()> {
     load.begin(&Task::Load { to: "172.16.0.10:80".parse()? })?;
     let end = Instant::now() + Duration::from_secs(3);
     let mut changes = 0;
-    while Instant::now() < end {
+    // At least four, however slow the machine is.
+    while Instant::now() < end || changes < 4 {
         let endpoints: &[(&str, &str, &str)] = if changes % 2 == 0 {
             &[("10.0.0.1", "n1", "")]
         } else {
@@ -382,6 +383,6 @@ fn a_change_is_published_in_one_step_under_load() -> Result<()> {
     }
     let reply = load.run(&Task::Stop)?;
     assert_eq!(reply.bad, 0, "of {} over {changes} changes", reply.good);
-    assert!(changes >= 3 && reply.good > 100, "{changes} changes, {} connections", reply.good);
+    assert!(reply.good > 100, "{changes} changes, {} connections", reply.good);
     Ok(())
 }

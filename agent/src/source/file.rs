@@ -76,6 +76,7 @@ impl Directory {
     /// # Errors
     /// The directory itself cannot be read; nothing has changed then.
     pub fn scan(&mut self, being_written: &BTreeSet<PathBuf>) -> io::Result<Vec<Update>> {
+        let root = identity(&self.root)?;
         let mut found = Found::default();
         for (path, is_directory) in list(&self.root)? {
             if is_directory {
@@ -85,6 +86,10 @@ impl Directory {
             } else if is_yaml(&path) {
                 found.files.insert(path, Scope::Mesh);
             }
+        }
+        // Had it been moved away meanwhile, all that was in it would seem to be gone.
+        if identity(&self.root)? != root {
+            return Err(io::Error::other("it was exchanged while it was looked at"));
         }
         let Found { files, unreadable, mut troubles, .. } = found;
         let mut updates = Vec::new();
@@ -219,7 +224,7 @@ struct Found {
 
 impl Found {
     fn walk(&mut self, folder: &Path, scope: &Scope, depth: usize) {
-        if std::fs::metadata(folder).is_ok_and(|metadata| !self.visited.insert((metadata.dev(), metadata.ino()))) {
+        if identity(folder).is_ok_and(|identity| !self.visited.insert(identity)) {
             return;
         }
         let entries = match list(folder) {
@@ -243,6 +248,11 @@ impl Found {
             }
         }
     }
+}
+
+/// What tells a directory from another one in its place.
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    std::fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// Entries and whether they are directories, in order, without hidden ones (editors' and Kubernetes' own).

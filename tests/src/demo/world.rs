@@ -215,9 +215,9 @@ impl World {
     /// Puts mesh-wide objects into a file; an empty list empties the mesh of them.
     pub(super) fn apply(&self, file: &str, objects: &[Value]) -> Result<()> {
         if objects.is_empty() {
-            self.directory.remove(file)?
+            self.directory.remove(file)?;
         } else {
-            self.directory.write(file, objects)?
+            self.directory.write(file, objects)?;
         }
         self.publish()
     }

@@ -181,7 +181,7 @@ fn choose(feed: &Feed, running: &BTreeMap<String, Remote>, secrets: &Secrets) ->
         }
         match chosen.get(id) {
             Some((other, _)) => {
-                doubles.push(format!("cluster {id} is named by {secret} as well as by {other}, which counts"))
+                doubles.push(format!("cluster {id} is named by {secret} as well as by {other}, which counts"));
             }
             None => drop(chosen.insert(id.clone(), (secret.clone(), text.clone()))),
         }

@@ -30,7 +30,6 @@ const ANSWER: Duration = Duration::from_secs(10);
 const MOST: usize = 1_000;
 
 /// Who tells.
-
 pub(super) struct Teller {
     pub(super) client: Client,
     pub(super) cluster: String,
