@@ -67,15 +67,15 @@ impl Changes {
 pub struct Store {
     objects: BTreeMap<Arc<ObjectKey>, Holders>,
     /// What each origin holds.
-    held: BTreeMap<String, BTreeSet<Arc<ObjectKey>>>,
+    held: BTreeMap<Arc<str>, Vec<Arc<ObjectKey>>>,
     snapshot: Snapshot,
     findings: BTreeMap<String, Vec<Finding>>,
     troubles: Vec<Finding>,
     /// Origins that have been read in full.
-    good: BTreeSet<String>,
+    good: BTreeSet<Arc<str>>,
     /// Origins of which something could not be read, and never was.
     doubtful: BTreeMap<String, Doubt>,
-    fingerprints: BTreeMap<String, u64>,
+    fingerprints: BTreeMap<Arc<str>, u64>,
     /// The sets of labels that pods have: those of one workload share theirs.
     labels: BTreeSet<Arc<Labels>>,
     synced: bool,
@@ -114,19 +114,23 @@ impl Store {
     pub fn apply(&mut self, update: Update, changes: &mut Changes) {
         match update {
             Update::Replace { origin, contents } => {
-                self.fingerprints.insert(origin.clone(), contents.fingerprint);
+                // Of an API, each object is an origin of its own: their names are kept once.
+                let known = self.fingerprints.get_key_value(origin.as_str()).map(|(known, _)| Arc::clone(known));
+                let origin = known.unwrap_or_else(|| Arc::from(origin));
+                self.fingerprints.insert(Arc::clone(&origin), contents.fingerprint);
                 self.replace(&origin, contents, changes);
             }
             Update::Remove { origin } => {
+                let origin: Arc<str> = Arc::from(origin);
                 self.fingerprints.remove(&origin);
                 self.replace(&origin, Contents { whole: true, ..Contents::default() }, changes);
                 self.good.remove(&origin);
             }
             Update::Forget { below, but } => {
-                let gone = |origin: &&String| origin.starts_with(&below) && !but.contains(*origin);
-                let gone: Vec<String> = self.fingerprints.keys().filter(gone).cloned().collect();
+                let gone = |origin: &&Arc<str>| origin.starts_with(&below) && !but.contains(&***origin);
+                let gone: Vec<Arc<str>> = self.fingerprints.keys().filter(gone).cloned().collect();
                 for origin in gone {
-                    self.apply(Update::Remove { origin }, changes);
+                    self.apply(Update::Remove { origin: origin.as_ref().to_owned() }, changes);
                 }
             }
             Update::Lost { cluster, lost } => {
@@ -141,8 +145,8 @@ impl Store {
         }
     }
 
-    fn replace(&mut self, origin: &str, contents: Contents, changes: &mut Changes) {
-        let holds = |holders: &Holders| holders.iter().any(|(holder, _)| &**holder == origin);
+    fn replace(&mut self, origin: &Arc<str>, contents: Contents, changes: &mut Changes) {
+        let holds = |holders: &Holders| holders.iter().any(|(holder, _)| holder == origin);
         let known = |key: &ObjectKey| self.objects.get(key).is_some_and(holds);
         // A rule that cannot be read is not in force; without a Service or its endpoints, connections would be refused, and without the
         // settings they could leave their cluster.
@@ -169,11 +173,11 @@ impl Store {
         };
         match doubt {
             None => {
-                self.good.insert(origin.to_owned());
+                self.good.insert(Arc::clone(origin));
                 // That more is known is news, whatever it is.
-                changes.findings |= self.doubtful.remove(origin).is_some();
+                changes.findings |= self.doubtful.remove(&**origin).is_some();
             }
-            Some(doubt) if !self.good.contains(origin) => drop(self.doubtful.insert(origin.to_owned(), doubt)),
+            Some(doubt) if !self.good.contains(origin) => drop(self.doubtful.insert(origin.as_ref().to_owned(), doubt)),
             Some(_) => {}
         }
         if contents.whole {
@@ -190,21 +194,26 @@ impl Store {
                 self.hold(&Arc::new(read.key), origin, read.object, changes);
             }
         }
-        let findings = self.findings.get(origin).map(Vec::as_slice).unwrap_or_default();
+        let findings = self.findings.get(&**origin).map(Vec::as_slice).unwrap_or_default();
         changes.findings |= findings != contents.findings;
         if contents.findings.is_empty() {
-            self.findings.remove(origin);
+            self.findings.remove(&**origin);
         } else {
-            self.findings.insert(origin.to_owned(), contents.findings);
+            self.findings.insert(origin.as_ref().to_owned(), contents.findings);
         }
     }
 
     /// From now on the origin holds this object, or no longer does.
-    fn hold(&mut self, key: &Arc<ObjectKey>, origin: &str, object: Option<Object>, changes: &mut Changes) {
+    fn hold(&mut self, key: &Arc<ObjectKey>, origin: &Arc<str>, object: Option<Object>, changes: &mut Changes) {
         if object.is_some() {
-            self.held.entry(origin.to_owned()).or_default().insert(Arc::clone(key));
+            let held = self.held.entry(Arc::clone(origin)).or_insert_with(|| Vec::with_capacity(1));
+            if let Err(at) = held.binary_search(key) {
+                held.insert(at, Arc::clone(key));
+            }
         } else if let Some(held) = self.held.get_mut(origin) {
-            held.remove(key);
+            if let Ok(at) = held.binary_search(key) {
+                held.remove(at);
+            }
             if held.is_empty() {
                 self.held.remove(origin);
             }
@@ -212,10 +221,10 @@ impl Store {
         let object = object.map(|object| self.shared(object));
         let holders = self.objects.entry(Arc::clone(key)).or_insert_with(|| Vec::with_capacity(1));
         let before = holders.first().map(|(_, object)| object.clone());
-        match (holders.binary_search_by(|(holder, _)| (**holder).cmp(origin)), object) {
+        match (holders.binary_search_by(|(holder, _)| holder.cmp(origin)), object) {
             (Ok(at), Some(object)) => holders[at].1 = object,
             (Ok(at), None) => drop(holders.remove(at)),
-            (Err(at), Some(object)) => holders.insert(at, (Arc::from(origin), object)),
+            (Err(at), Some(object)) => holders.insert(at, (Arc::clone(origin), object)),
             (Err(_), None) => {}
         }
         // Whoever holds it beside the others is a finding.

@@ -1,5 +1,6 @@
 //! Outlier detection beside a model of Envoy's, written for nothing but to be compared: every host has all its fields, the sweep comes with every
-//! interval, and nothing is skipped. Ten thousand random sequences of events go through both, and are compared at every step.
+//! interval, and nothing is skipped. Ten thousand random sequences of events, of settings that change and of restarts go through both, and are compared
+//! at every step.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::{
@@ -136,11 +137,45 @@ impl Model {
     }
 }
 
+impl Model {
+    /// Portolan's own rule for settings that change: ejections stay, and what was counted under other thresholds is forgotten.
+    fn configure(&mut self, settings: OutlierDetection, judged_by: JudgedBy, now: u64) {
+        if settings.interval != self.settings.interval {
+            self.next_sweep = now + millis(settings.interval);
+        }
+        if settings.counters() != self.settings.counters() || judged_by != self.judged_by {
+            for host in self.hosts.values_mut() {
+                (host.consecutive_5xx, host.consecutive_gateway, host.consecutive_local) = (0, 0, 0);
+            }
+        }
+        (self.settings, self.judged_by) = (settings, judged_by);
+    }
+
+    /// And for another agent that takes over: ejections and multipliers outlive the former one, counters do not; what is over by then is over.
+    fn restart(&mut self, now: u64) {
+        let interval = millis(self.settings.interval);
+        let times: Vec<u64> = self.hosts.values().map(|host| self.time(host)).collect();
+        for (host, time) in self.hosts.values_mut().zip(times) {
+            let (gone, is_over) = (now - host.ejected_at, host.ejected && now - host.ejected_at >= time);
+            let well = if is_over { (gone - time) / interval } else { 0 };
+            *host = Host {
+                multiplier: host.multiplier.saturating_sub(well),
+                ejected: host.ejected && !is_over,
+                ejected_at: host.ejected_at,
+                ..Host::default()
+            };
+        }
+        self.next_sweep = now + interval;
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Sign(u8, Sign),
     Wait(u64),
     Hosts(BTreeSet<u8>),
+    Configure(OutlierDetection, JudgedBy),
+    Restart,
 }
 
 fn sign() -> impl Strategy<Value = Sign> {
@@ -156,10 +191,12 @@ fn sign() -> impl Strategy<Value = Sign> {
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        8 => (0u8..8, sign()).prop_map(|(host, sign)| Step::Sign(host, sign)),
-        3 => (1u64..5_000).prop_map(Step::Wait),
-        1 => (5_000u64..60_000).prop_map(Step::Wait),
-        1 => prop::collection::btree_set(0u8..8, 0..8).prop_map(Step::Hosts),
+        16 => (0u8..8, sign()).prop_map(|(host, sign)| Step::Sign(host, sign)),
+        6 => (1u64..5_000).prop_map(Step::Wait),
+        2 => (5_000u64..60_000).prop_map(Step::Wait),
+        2 => prop::collection::btree_set(0u8..8, 0..8).prop_map(Step::Hosts),
+        1 => (settings(), judged_by()).prop_map(|(settings, judged_by)| Step::Configure(settings, judged_by)),
+        1 => Just(Step::Restart),
     ]
 }
 
@@ -186,12 +223,12 @@ fn address(host: u8) -> SocketAddr {
 
 fn compare(settings: OutlierDetection, judged_by: JudgedBy, steps: Vec<Step>) {
     let start = Instant::now();
-    let interval = millis(settings.interval);
     let at = |now: u64| start + Duration::from_millis(now);
     let mut detector = Detector::new(settings.clone(), judged_by, start);
     let hosts: BTreeMap<u8, Host> = (0..6).map(|name| (name, Host::default())).collect();
     detector.set_hosts(&hosts.keys().copied().map(address).collect());
-    let mut model = Model { settings, judged_by, hosts, overflow: 0, next_sweep: interval };
+    let mut model = Model { settings, judged_by, hosts, overflow: 0, next_sweep: 0 };
+    model.next_sweep = millis(model.settings.interval);
     let (mut now, mut overflow) = (0, 0);
     for step in steps {
         match &step {
@@ -207,12 +244,23 @@ fn compare(settings: OutlierDetection, judged_by: JudgedBy, steps: Vec<Step>) {
                 while model.next_sweep <= end {
                     now = model.next_sweep;
                     model.sweep(now);
-                    model.next_sweep += interval;
+                    model.next_sweep += millis(model.settings.interval);
                     if detector.poll_timeout().is_some_and(|timeout| timeout <= at(now)) {
                         detector.handle_timeout(at(now));
                     }
                 }
                 now = end;
+            }
+            Step::Configure(settings, judged_by) => {
+                model.configure(settings.clone(), *judged_by, now);
+                detector.configure(settings, *judged_by, at(now));
+            }
+            Step::Restart => {
+                model.restart(now);
+                let saved = detector.saved(at(now));
+                detector = Detector::new(model.settings.clone(), model.judged_by, at(now));
+                detector.set_hosts(&model.hosts.keys().copied().map(address).collect());
+                detector.restore(at(now), Duration::ZERO, saved);
             }
             Step::Hosts(wanted) => {
                 model.hosts.retain(|name, _| wanted.contains(name));

@@ -83,14 +83,18 @@ async fn follow(bed: &Bed, api: &Api, services: u32, changes: u32) -> Result<Vec
     let mut times = Vec::with_capacity(changes as usize);
     for turn in 0..changes {
         // Every service has its turn, and every other time its endpoint comes back.
-        let [_, mut slice] = other((turn / 2 * 7) % services + 1);
-        slice["endpoints"][0]["conditions"]["ready"] = json!(turn % 2 == 1);
+        let service = (turn / 2 * 7) % services + 1;
+        let [_, mut slice] = other(service);
+        // One in the client's own zone: of others nothing is published, for they get no connections.
+        let near = (0..ENDPOINTS).find(|e| (service * ENDPOINTS + e) % NODES % 9 == 0).unwrap_or_default();
+        slice["endpoints"][near as usize]["conditions"]["ready"] = json!(turn % 2 == 1);
         let began = Instant::now();
         api.apply(&[slice]);
         let mut others = String::new();
         loop {
-            let line =
-                timeout(BOUND, events.next_line()).await.with_context(|| format!("not published: {others}"))??;
+            let line = timeout(BOUND, events.next_line())
+                .await
+                .with_context(|| format!("turn {turn}, service {service}: not published: {others}"))??;
             let event: Value = serde_json::from_str(&line.context("the agent has ended")?)?;
             if event["kind"] == "published" {
                 break;

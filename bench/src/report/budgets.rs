@@ -112,13 +112,18 @@ impl Report {
             && *first == 1
             && *last > 1
         {
-            for measure in ["round trip p50", "MiB per second"] {
-                if let Some(ratio) = ratio(with, without, measure) {
-                    let what = format!(
-                        "{measure} of a connection that no rule looks at, while those of others are looked at / while none is"
-                    );
-                    add(what, "no difference (3 %)".to_owned(), with_interval(ratio), Verdict::equal(ratio));
-                }
+            let what = |measure: &str| {
+                format!(
+                    "{measure} of a connection that no rule looks at, while those of others are looked at / while none is"
+                )
+            };
+            if let Some(ratio) = ratio(with, without, "round trip p50") {
+                let verdict = Verdict::at_most(ratio, 1.03);
+                add(what("round trip p50"), "≤ 1.03".to_owned(), with_interval(ratio), verdict);
+            }
+            if let Some(ratio) = ratio(with, without, "MiB per second") {
+                let verdict = Verdict::at_least(ratio, 0.97);
+                add(what("MiB per second"), "≥ 0.97".to_owned(), with_interval(ratio), verdict);
             }
         }
         for row in self.kernel.iter().filter(|row| row.services == 1 && row.threads == 1 || row.services > 1) {
