@@ -86,7 +86,7 @@ async fn follow(bed: &Bed, api: &Api, services: u32, changes: u32) -> Result<Vec
         let service = (turn / 2 * 7) % services + 1;
         let [_, mut slice] = other(service);
         // One in the client's own zone: of others nothing is published, for they get no connections.
-        let near = (0..ENDPOINTS).find(|e| (service * ENDPOINTS + e) % NODES % 9 == 0).unwrap_or_default();
+        let near = (0..ENDPOINTS).find(|e| ((service * ENDPOINTS + e) % NODES).is_multiple_of(9)).unwrap_or_default();
         slice["endpoints"][near as usize]["conditions"]["ready"] = json!(turn % 2 == 1);
         let began = Instant::now();
         api.apply(&[slice]);
