@@ -41,11 +41,16 @@ spec:
     loadBalancer: {localityLbSetting: {distribute: [{from: r0, to: {r0: 80, r1: 15, r2: 5}}]}}
 ";
 
+/// Rules that are always there.
+const OF_ALL: u32 = 2;
+
 /// How long it took.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Built {
     pub(crate) services: u32,
     pub(crate) endpoints: u32,
+    /// DestinationRules: two for all, or one for each service besides.
+    pub(crate) rules: u32,
     /// Seconds: the policy on all of them.
     pub(crate) policy: f64,
     /// Seconds: its verdict, laid out and written into empty maps.
@@ -54,14 +59,16 @@ pub(crate) struct Built {
     pub(crate) change: [f64; 2],
 }
 
-/// With each number of services, and so many changes.
+/// With each number of services, and so many changes; and with a rule for each of the most.
 pub(crate) fn run(services: &[u32], changes: u32) -> Result<Vec<Built>> {
-    services.iter().map(|services| build(*services, changes)).collect()
+    let most = services.iter().copied().max().unwrap_or(1);
+    let without = services.iter().map(|services| (*services, 0));
+    without.chain([(most, most)]).map(|(services, rules)| build(services, rules, changes)).collect()
 }
 
-fn build(services: u32, changes: u32) -> Result<Built> {
-    progress(&format!("tables of {services} services"));
-    let mut store = store(services)?;
+fn build(services: u32, rules: u32, changes: u32) -> Result<Built> {
+    progress(&format!("tables of {services} services, {rules} of them with rules of their own"));
+    let mut store = store(services, rules)?;
     let (client, observed) = (client(), Observed::default());
     let bed = Bed::named("tables")?;
     let sizes = Sizes { frontends: services.next_power_of_two().max(1 << 14), ..sizes_for(services) };
@@ -90,6 +97,7 @@ fn build(services: u32, changes: u32) -> Result<Built> {
     Ok(Built {
         services,
         endpoints: services * ENDPOINTS,
+        rules: rules + OF_ALL,
         policy: seconds(policy),
         written: seconds(whole.saturating_sub(policy)),
         change: [at(0.5), at(0.99)],
@@ -132,12 +140,30 @@ fn slice(i: u32, ready: bool) -> Update {
     object(Kind::EndpointSlice, slice.name.clone(), Object::EndpointSlice(slice.into()))
 }
 
-fn store(services: u32) -> Result<Store> {
+/// The rule of a service.
+fn rule(i: u32) -> String {
+    let NamespacedName { namespace, name } = name(i);
+    let algorithm = ["LEAST_REQUEST", "RANDOM", "ROUND_ROBIN"][i as usize % 3];
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec:\n  host: {name}\n  \
+         trafficPolicy:\n    outlierDetection: {{consecutive5xxErrors: {}, maxEjectionPercent: 50}}\n    loadBalancer:\n      simple: {algorithm}\n      \
+         localityLbSetting: {{failover: [{{from: r0, to: r1}}]}}\n",
+        i % 5 + 1
+    )
+}
+
+fn store(services: u32, rules: u32) -> Result<Store> {
     let mut store = Store::default();
     let mut apply = |update| store.apply(update, &mut Changes::default());
     let contents = read_text(Reader::default(), &Scope::Mesh, "rules.yaml", RULES);
     ensure!(contents.findings.is_empty(), "{:?}", contents.findings);
     apply(Update::Replace { origin: "rules.yaml".to_owned(), contents });
+    for i in 0..rules {
+        let origin = format!("rules-{i}.yaml");
+        let contents = read_text(Reader::default(), &Scope::Mesh, &origin, &rule(i));
+        ensure!(contents.findings.is_empty(), "{:?}", contents.findings);
+        apply(Update::Replace { origin, contents });
+    }
     for i in 0..NODES {
         let locality = Locality { region: format!("r{}", i % 3), zone: format!("z{}", i % 9), subzone: String::new() };
         let node = Node { name: format!("node-{i}"), locality: locality.into(), labels: Default::default() };

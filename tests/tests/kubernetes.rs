@@ -618,3 +618,40 @@ fn endpoints_of_a_cluster_that_is_away_outlive_the_agent() -> Result<()> {
         Ok(())
     })
 }
+
+/// What a watch has missed is found by reading everything again; and what is as it was changes nothing.
+#[test]
+fn everything_is_read_again_from_time_to_time_and_compared() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
+    api.apply(&web(&["10.0.0.1"]));
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &["--resync", "1s"])?;
+    let published =
+        || -> Result<usize> { Ok(agent.events()?.iter().filter(|event| event["kind"] == "published").count()) };
+    let before = published()?;
+    wait_until("everything to be read again", BOUND, || {
+        ensure!(source(&agent, "c1", "services")?["lists"].as_u64() >= Some(4));
+        Ok(())
+    })?;
+    assert_eq!(published()?, before);
+    api.apply_unseen(&[web_slice(&["10.0.0.2"])]);
+    wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])
+}
+
+/// A service of both families: each has its own endpoints.
+#[test]
+fn both_families_are_served() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1"])?;
+    bed.namespace.add_address("fd00::1/128")?;
+    bed.serve("[fd00::1]:9080", "six")?;
+    api.apply(&[
+        node("n1", "r1/z1"),
+        plain(service("web", &["172.16.0.10", "fd16::10"], 80)),
+        plain(slice("web", 9080, &[("10.0.0.1", "n1", "")])),
+        plain(slice("web", 9080, &[("fd00::1", "n1", "")])),
+    ]);
+    let _agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.0.0.1"; 2]);
+    assert_eq!(client.dial("[fd16::10]:80", 2)?.greetings(), ["six"; 2]);
+    Ok(())
+}

@@ -27,6 +27,8 @@ use crate::model::Probe;
 
 /// Probes at once; each holds a descriptor.
 const AT_ONCE: usize = 256;
+/// Half of these are for endpoints that are not taken for failing; another that is waits so long.
+const PUT_OFF: Duration = Duration::from_millis(100);
 /// Until something is known of an endpoint, it is asked so many times as often.
 const EAGERNESS: u32 = 10;
 /// A time between two probes may be so much shorter or longer, in percent, that they do not all fall together.
@@ -184,6 +186,17 @@ impl Schedule {
         changed.then_some(Probed { target, number, failing })
     }
 
+    /// The next that is to be asked, and whether it is taken for failing; as so many are that are being asked.
+    fn begin(&mut self, now: Instant, of_failing: usize) -> Option<((Target, u64), bool)> {
+        let (target, number) = self.take_due(now)?;
+        let is_failing = self.rows.get(&target).is_some_and(|row| row.failing);
+        if is_failing && of_failing >= AT_ONCE / 2 {
+            self.due.push(Reverse((now + PUT_OFF, number, target)));
+            return None;
+        }
+        Some(((target, number), is_failing))
+    }
+
     /// Anything from 0 to 1, another one on each agent.
     fn fraction(&self, of: u64) -> f64 {
         (self.hasher.hash_one(of) >> 11) as f64 / (1u64 << 53) as f64
@@ -200,6 +213,8 @@ async fn run(
     let mut schedule = Schedule::default();
     let mut checks = JoinSet::new();
     let mut free = Instant::now();
+    // Checks under way of endpoints that are taken for failing: who hangs holds a place until its timeout.
+    let mut of_failing = 0;
     loop {
         let due = schedule.next().map(|at| at.max(free)).filter(|_| checks.len() < AT_ONCE);
         let wait = async {
@@ -215,7 +230,8 @@ async fn run(
             }
             Some(checked) = checks.join_next() => {
                 // A check does not panic, and nobody ends one.
-                let Ok((asked, verdict)) = checked else { continue };
+                let Ok((asked, was_failing, verdict)) = checked else { continue };
+                of_failing -= usize::from(was_failing);
                 let count = match &verdict {
                     Verdict::Well => &counts.well,
                     Verdict::Failing(_) => &counts.failing,
@@ -230,11 +246,12 @@ async fn run(
             }
             () = wait => {
                 let now = Instant::now();
-                if let Some((target, number)) = schedule.take_due(now) {
+                if let Some(((target, number), is_failing)) = schedule.begin(now, of_failing) {
                     free = now + pace;
+                    of_failing += usize::from(is_failing);
                     checks.spawn(async move {
                         let verdict = check(target.endpoint, &target.probe).await;
-                        ((target, number), verdict)
+                        ((target, number), is_failing, verdict)
                     });
                 }
             }
@@ -305,6 +322,21 @@ mod tests {
         schedule.set(target, Some(2), at);
         assert_eq!(schedule.take(asked, failing(), at), None);
         assert_eq!(schedule.due.len(), 1);
+    }
+
+    /// Those that hang hold their places until their timeouts: others shall have some as well.
+    #[test]
+    fn endpoints_that_are_taken_for_failing_have_half_of_the_places() {
+        let (mut schedule, target, began) = (Schedule::default(), target(1, 1), Instant::now());
+        schedule.set(target.clone(), Some(1), began);
+        let mut now = schedule.next().unwrap();
+        let (asked, was_failing) = schedule.begin(now, AT_ONCE).unwrap();
+        assert!(!was_failing, "of one that is not, nobody asks how many of the others there are");
+        schedule.take(asked, Verdict::Failing("no".to_owned()), now);
+        now = schedule.next().unwrap();
+        assert_eq!(schedule.begin(now, AT_ONCE / 2), None);
+        assert_eq!(schedule.next(), Some(now + PUT_OFF));
+        assert_eq!(schedule.begin(now + PUT_OFF, AT_ONCE / 2 - 1), Some(((target, 1), true)));
     }
 
     #[tokio::test]

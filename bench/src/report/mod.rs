@@ -337,6 +337,7 @@ impl Report {
             vec![
                 row.services.to_string(),
                 row.endpoints.to_string(),
+                row.rules.to_string(),
                 format!("{:.3}", row.policy),
                 format!("{:.3}", row.written),
                 format!("{:.3}", row.change[0]),
@@ -346,7 +347,7 @@ impl Report {
         Section {
             title: "From objects to the kernel's maps",
             about: "All services from nothing: seconds for the policy, and for its verdict to be laid out and written into empty maps. One endpoint that changes, from the store to the kernel: milliseconds.".to_owned(),
-            header: words(&["services", "endpoints", "policy, s", "written, s", "change p50, ms", "change p99, ms"]),
+            header: words(&["services", "endpoints", "rules", "policy, s", "written, s", "change p50, ms", "change p99, ms"]),
             rows: self.tables.iter().map(row).collect(),
             charts: Vec::new(),
         }

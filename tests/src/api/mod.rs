@@ -181,6 +181,15 @@ impl Api {
         self.shared.change(|state| objects.iter().for_each(|object| state.apply(object)));
     }
 
+    /// Takes objects, or changed ones, and tells no watch of them.
+    pub fn apply_unseen(&self, objects: &[Value]) {
+        self.shared.change(|state| {
+            let told = state.history.len();
+            objects.iter().for_each(|object| state.apply(object));
+            state.history.truncate(told);
+        });
+    }
+
     /// Holds these objects, and no others but Secrets.
     pub fn replace(&self, objects: &[Value]) {
         self.shared.change(|state| state.replace(objects));
