@@ -291,17 +291,30 @@ fn connections_that_break_before_an_answer_count_where_that_is_asked_for() -> Re
     Ok(())
 }
 
-/// The ring buffer is full of other failures; the counters in the maps still tell.
-#[test]
-fn an_outcome_that_found_no_room_is_not_lost() -> Result<()> {
-    let bed = Bed::new()?;
-    let (directory, near) = near_and_far(&bed, &eager(), &none())?;
+/// A node with an agent, and a service whose connects all fail beside the one that matters.
+fn beside_noise(bed: &Bed) -> Result<(Directory, Serving, Agent)> {
+    let (directory, near) = near_and_far(bed, &eager(), &none())?;
     bed.namespace.add_address("10.2.0.1/32")?;
     directory.write(
         "c1/noise.yaml",
         &[plain(service("noise", &["172.16.0.20"], 80)), plain(slice("noise", 9080, &[("10.2.0.1", "near", "")]))],
     )?;
     let agent = bed.agent(&directory, "c1", "near")?;
+    Ok((directory, near, agent))
+}
+
+/// Outcomes that the agent was not told.
+fn lost(agent: &Agent) -> Result<u64> {
+    let metrics = agent.http("/metrics")?.1;
+    let lost = metrics.lines().find_map(|line| line.strip_prefix("portolan_events_lost_total "));
+    Ok(lost.context("no metric")?.parse()?)
+}
+
+/// The ring buffer is full of other failures; the counters in the maps still tell.
+#[test]
+fn an_outcome_that_found_no_room_is_not_lost() -> Result<()> {
+    let bed = Bed::new()?;
+    let (_directory, near, agent) = beside_noise(&bed)?;
     let mut client = bed.dialler()?;
     assert_eq!(client.dial(WEB, 1)?.greetings(), ["near"]);
     agent.process.signal(Signal::STOP)?;
@@ -313,10 +326,8 @@ fn an_outcome_that_found_no_room_is_not_lost() -> Result<()> {
     assert_eq!(client.dial(WEB, 3)?.errnos(), [ECONNREFUSED; 3]);
     agent.process.signal(Signal::CONT)?;
     wait_ejected(&agent, &["10.0.0.1:9080"])?;
-    let metrics = agent.http("/metrics")?.1;
-    let lost =
-        metrics.lines().find_map(|line| line.strip_prefix("portolan_events_lost_total ")).context("no metric")?;
-    assert!(lost.parse::<u64>()? >= 3, "{lost}");
+    let lost = lost(&agent)?;
+    assert!(lost >= 3, "{lost}");
     Ok(())
 }
 
@@ -324,13 +335,7 @@ fn an_outcome_that_found_no_room_is_not_lost() -> Result<()> {
 #[test]
 fn a_pod_that_floods_leaves_room_for_what_others_see() -> Result<()> {
     let bed = Bed::new()?;
-    let (directory, near) = near_and_far(&bed, &eager(), &none())?;
-    bed.namespace.add_address("10.2.0.1/32")?;
-    directory.write(
-        "c1/noise.yaml",
-        &[plain(service("noise", &["172.16.0.20"], 80)), plain(slice("noise", 9080, &[("10.2.0.1", "near", "")]))],
-    )?;
-    let agent = bed.agent(&directory, "c1", "near")?;
+    let (_directory, near, agent) = beside_noise(&bed)?;
     let (mut flooding, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
     assert_eq!(other.client.dial(WEB, 1)?.greetings(), ["near"]);
     agent.process.signal(Signal::STOP)?;
@@ -346,9 +351,7 @@ fn a_pod_that_floods_leaves_room_for_what_others_see() -> Result<()> {
     let events = agent.events()?;
     let told = events.iter().filter(|event| event["kind"] == "failed" && event["endpoint"] == "10.0.0.1:9080").count();
     assert_eq!(told, 2, "{:?}", events.last());
-    let metrics = agent.http("/metrics")?.1;
-    let lost =
-        metrics.lines().find_map(|line| line.strip_prefix("portolan_events_lost_total ")).context("no metric")?;
-    assert!(lost.parse::<u64>()? > 5_000, "{lost}");
+    let lost = lost(&agent)?;
+    assert!(lost > 5_000, "{lost}");
     Ok(())
 }
