@@ -9,7 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::{journal::rfc3339, model::Finding};
+use crate::model::Finding;
 
 /// One kind of objects of one cluster, as `get sources` shows it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -224,7 +224,7 @@ impl Sources {
             resource,
             objects: status.objects,
             version: status.version,
-            synced: status.synced.map(rfc3339),
+            synced: status.synced.map(|at| humantime::format_rfc3339_millis(at).to_string()),
             lag_seconds: status.heard.map(|heard| heard.elapsed().as_secs_f64()),
             lists: status.lists,
             error: status.trouble.map(|(trouble, _)| match trouble {
