@@ -220,6 +220,17 @@ fn nothing_fails_while_the_api_is_away_and_one_list_brings_all_back() -> Result<
     api.start()?;
     wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])?;
     wait_no_finding(&agent, "PTL0110")?;
+    // Each resource finds out by itself that its history is gone.
+    wait_until("all of it to be there again", BOUND, || {
+        let sources = agent.get("sources")?["sources"].clone();
+        let behind = |source: &&Value| {
+            let at = source["version"].as_str().and_then(|at| at.parse::<u64>().ok());
+            at.is_none_or(|at| at < api.version())
+        };
+        let behind: Vec<&Value> = sources.as_array().into_iter().flatten().filter(behind).collect();
+        ensure!(behind.is_empty(), "{behind:?}");
+        Ok(())
+    })?;
     let again = api.asked("list", "services") - lists;
     println!(
         "away for {} connections, none failed; converged {:.1?} after it was back, {again} list",
