@@ -16,6 +16,8 @@ use serde_json::{Value, json};
 const WEB: &str = "172.16.0.10:80";
 const ECONNREFUSED: i32 = 111;
 const BOUND: Duration = Duration::from_secs(30);
+/// An agent that has tried in vain for half a minute tries again within half a minute.
+const AFTER_LONG: Duration = Duration::from_secs(90);
 /// So that a test need not wait for what else comes after minutes.
 const SOON: [&str; 4] = ["--resync", "2s", "--watch-timeout", "1s"];
 
@@ -470,7 +472,11 @@ fn a_cluster_that_cannot_be_reached_at_the_start_holds_up_nobody_for_long() -> R
     let mut client = bed.dialler()?;
     assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
     other.start()?;
-    wait_endpoints(&agent, "web", &["10.0.0.1:9080 healthy", "10.1.0.1:9080 healthy"])?;
+    wait_until("the endpoints of the other cluster", AFTER_LONG, || {
+        let seen = endpoints(&agent, "web")?;
+        ensure!(seen == ["10.0.0.1:9080 healthy", "10.1.0.1:9080 healthy"], "{seen:?}");
+        Ok(())
+    })?;
     agent.wait_ready()
 }
 
@@ -623,7 +629,7 @@ fn endpoints_of_a_cluster_that_is_away_outlive_the_agent() -> Result<()> {
     // Back, and without it.
     other.replace(&[node("n2", "r2/z1"), plain(service("web", &["172.17.0.10"], 80))]);
     other.start()?;
-    wait_until("nobody to be left", BOUND, || {
+    wait_until("nobody to be left", AFTER_LONG, || {
         let errnos = client.dial(WEB, 1)?.errnos();
         ensure!(errnos == [ECONNREFUSED], "{errnos:?}");
         Ok(())
