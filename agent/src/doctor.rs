@@ -276,7 +276,9 @@ fn running(checks: &mut Checks, facts: &Facts, agent: Option<Result<(), String>>
             "give its socket with --admin",
         ),
         (None, false) => {
-            checks.add("agent", State::Note, "none is at work: what was published last is served", "start one");
+            let attached = facts.programs.iter().any(|program| program.cgroup.is_some_and(|cgroup| cgroup != 0));
+            let what = if attached { "none is at work: what was published last is served" } else { "none is at work" };
+            checks.add("agent", State::Note, what, "start one");
         }
     }
     match facts.schema {

@@ -573,6 +573,7 @@ fn without_a_way_to_the_api_the_agent_says_so_in_one_line() -> Result<()> {
         let output = bed.portolan(&[&own[..], &more[..], &arguments[..]].concat())?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && said.contains(complaint), "{arguments:?}: {said}");
+        assert!(!bed.pins().exists(), "nothing is left in the kernel where nothing was begun");
     }
     Ok(())
 }

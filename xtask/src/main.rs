@@ -27,7 +27,7 @@ enum Task {
     },
     /// Plays the users' scenarios on two clusters made of network namespaces (needs root)
     Demo(demo::DemoArgs),
-    /// Runs everything that must hold: format, lints, unit tests, tests in the kernel, the demo (needs root)
+    /// Runs everything that must hold: format, lints, unit tests, the chart, tests in the kernel, a smoke run of the benchmark, the demo (needs root)
     Test(test::TestArgs),
     /// Runs the tests in the kernel in this one and in Debian's 6.1 and 6.12, booted in QEMU (needs root)
     Vm(vm::VmArgs),

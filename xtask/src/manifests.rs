@@ -13,11 +13,11 @@ use crate::{
 const CHART: &str = "deploy/helm/portolan";
 const MANIFEST: &str = "deploy/manifests/portolan.yaml";
 /// What people put their own in place of.
-const VALUES: [&str; 2] = ["hub=HUB", "multiCluster.clusterName=CLUSTER"];
+const VALUES: [&str; 2] = ["hub=YOUR-HUB", "multiCluster.clusterName=YOUR-CLUSTER"];
 /// The oldest and the newest version of Kubernetes whose schemas the manifests are checked against.
 const SCHEMAS: [&str; 2] = ["1.30", "1.37"];
-const HEAD: &str = "# Made by `cargo xtask manifests` from deploy/helm/portolan.\n# Put your own in place of HUB (where the image is) and CLUSTER (the \
-                    cluster's id): sed 's/HUB/…/; s/CLUSTER/…/' | kubectl apply -f -\n";
+const HEAD: &str = "# Made by `cargo xtask manifests` from deploy/helm/portolan. YOUR-HUB is where the image is, YOUR-CLUSTER the cluster's id:\n#   sed \
+                    's/YOUR-HUB/hub/; s/YOUR-CLUSTER/c1/' deploy/manifests/portolan.yaml | kubectl apply -f -\n";
 
 /// How to make them.
 #[derive(Debug, Args)]
@@ -41,22 +41,26 @@ pub(crate) fn run(args: &ManifestArgs) -> Result<()> {
         let names = ["template", "portolan", CHART, "--namespace", "portolan-system"];
         output(helm().args(names).args(&values).args(more))
     };
-    // With all that a value can switch, too.
+    // A PodMonitor is no kind of Kubernetes' own, so there is no schema of it.
+    render(&["--set", "podMonitor.enabled=true"])?;
+    // With all else that a value can switch, too.
     let all = [
-        "podMonitor.enabled=true",
+        "cleanup=true",
         "events.enabled=true",
         "multiCluster.enabled=true",
         "apiServer=https://10.0.0.2:6443",
         "env.PORTOLAN_RESYNC=1h",
     ];
-    render(&all.iter().flat_map(|value| ["--set", *value]).collect::<Vec<_>>())?;
+    let switched = render(&all.iter().flat_map(|value| ["--set", *value]).collect::<Vec<_>>())?;
     let rendered = format!("{HEAD}{}", render(&[])?);
     let scratch = tempfile::tempdir()?;
-    let file = scratch.path().join("portolan.yaml");
-    fs::write(&file, &rendered)?;
-    for version in SCHEMAS {
-        let mut validate = Command::new(tools.join("bin/kubernetes-validate"));
-        run_command(validate.args(["--strict", "--quiet", "--no-warn", "-k", version]).arg(&file))?;
+    for (name, text) in [("portolan.yaml", &rendered), ("switched.yaml", &switched)] {
+        let file = scratch.path().join(name);
+        fs::write(&file, text)?;
+        for version in SCHEMAS {
+            let mut validate = Command::new(tools.join("bin/kubernetes-validate"));
+            run_command(validate.args(["--strict", "--quiet", "--no-warn", "-k", version]).arg(&file))?;
+        }
     }
     let path = root().join(MANIFEST);
     if args.check {

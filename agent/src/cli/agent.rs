@@ -102,14 +102,19 @@ struct KubernetesArgs {
     #[arg(long, env = "PORTOLAN_KUBERNETES_EVENTS", requires = "kubernetes")]
     kubernetes_events: bool,
     /// Time after which everything is read again as a whole, whatever the watches say
-    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = humantime::parse_duration, env = "PORTOLAN_RESYNC")]
+    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = a_second_or_more, env = "PORTOLAN_RESYNC")]
     resync: Duration,
     /// Time after which a watch begins anew; one that is silent for five seconds longer has stalled
-    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = humantime::parse_duration, env = "PORTOLAN_WATCH_TIMEOUT")]
+    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = a_second_or_more, env = "PORTOLAN_WATCH_TIMEOUT")]
     watch_timeout: Duration,
     /// Time for which the endpoints of another cluster are believed while its API server cannot be reached
-    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = humantime::parse_duration, env = "PORTOLAN_REMOTE_GRACE")]
+    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = a_second_or_more, env = "PORTOLAN_REMOTE_GRACE")]
     remote_grace: Duration,
+}
+
+fn a_second_or_more(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if time < Duration::from_secs(1) { Err("less than a second".to_owned()) } else { Ok(time) }
 }
 
 impl KubernetesArgs {
@@ -203,20 +208,22 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     if let Some(config) = &args.config {
         file::check(config)?;
     }
+    let place = args.place.at.place();
     let from_api = args.kubernetes.options(&args.place, reader);
     let ended = runtime.block_on(async {
-        let datapath = Datapath::open(&options)?;
-        let probe = SelfProbe::new(datapath.0.cgroup()).await?;
-        let admin_socket = admin::bind_admin(&args.admin.admin)?;
+        let link = if args.config.is_none() { Some(kubernetes::connect(&from_api).await?) } else { None };
         let metrics_socket = TcpListener::bind(args.metrics)
             .await
             .with_context(|| format!("--metrics: cannot listen on {}", args.metrics))?;
+        let datapath = Datapath::open(&options)?;
+        let probe = SelfProbe::new(datapath.0.cgroup()).await?;
+        let admin_socket = admin::bind_admin(&args.admin.admin)?;
         let (questions, requests) = mpsc::channel(16);
         let (changes, updates) = mpsc::channel(256);
         let (teller, told) = args.kubernetes.kubernetes_events.then(|| mpsc::channel(FINDINGS)).unzip();
         let reconciler = Reconciler::new(
             args.place.cluster.clone(),
-            args.place.at.place(),
+            place,
             datapath,
             (probe, Prober::start(args.probes_per_second)),
             options.sizes,
@@ -227,9 +234,11 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         let sources = Arc::new(Sources::default());
         let asked = Asked { questions, sources: Arc::clone(&sources) };
         let source = async {
-            match args.config {
-                Some(config) => file::run(config, reader, args.rescan, sources, changes).await,
-                None => kubernetes::run(from_api, sources, changes, told).await,
+            match (args.config, link) {
+                (Some(config), _) => file::run(config, reader, args.rescan, sources, changes).await,
+                (None, Some(link)) => kubernetes::run(from_api, link, sources, changes, told).await,
+                // The command line allows no such thing.
+                (None, None) => anyhow::bail!("neither --config nor --kubernetes"),
             }
         };
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);

@@ -26,6 +26,9 @@ pub(super) struct CleanupArgs {
     /// The cgroup that was served [default: the cgroup v2 root]
     #[arg(long, value_name = "PATH", env = "PORTOLAN_CGROUP")]
     cgroup: Option<PathBuf>,
+    /// Stay when all is done, until ended: for a DaemonSet, whose pods would be started again and again
+    #[arg(long)]
+    stay: bool,
 }
 
 pub(super) fn run(args: &CleanupArgs) -> Result<ExitCode> {
@@ -61,6 +64,10 @@ pub(super) fn run(args: &CleanupArgs) -> Result<ExitCode> {
     datapath::remove_locks(&mut tell)?;
     if removed == 0 {
         anstream::println!("nothing of Portolan is left; its pins would be below {}", args.pins.bpffs.display());
+    }
+    while args.stay {
+        // SIGTERM ends it.
+        std::thread::park();
     }
     Ok(ExitCode::SUCCESS)
 }

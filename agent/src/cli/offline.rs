@@ -30,7 +30,7 @@ impl Offline {
     pub(super) fn read(root: &Path, reader: Reader) -> Result<Self> {
         let updates = Directory::new(root.to_owned(), reader)
             .scan(&BTreeSet::new())
-            .with_context(|| format!("--config {}: cannot be read", root.display()))?;
+            .with_context(|| format!("the configuration directory {} cannot be read", root.display()))?;
         let mut store = Store::default();
         for update in updates {
             store.apply(update, &mut Changes::default());

@@ -23,6 +23,8 @@ use kube::{
 use tokio::net::TcpStream;
 use tower::{BoxError, Service, ServiceBuilder};
 
+use super::follow::describe;
+
 /// How long to wait for a connection.
 const CONNECT: Duration = Duration::from_secs(5);
 
@@ -52,13 +54,16 @@ impl Direct {
 /// # Errors
 /// Nothing says how to reach it, or what does makes no sense.
 pub(super) async fn own(kubeconfig: Option<&Path>, server: Option<&Uri>, direct: &Direct) -> Result<Client> {
+    // Their errors name their causes themselves.
+    let told = |error: &dyn std::error::Error| anyhow::anyhow!("{}", describe(error));
     let mut config = match kubeconfig {
         Some(path) => {
-            let file = Kubeconfig::read_from(path).with_context(|| format!("--kubeconfig {}", path.display()))?;
+            let about = || format!("--kubeconfig {}", path.display());
+            let file = Kubeconfig::read_from(path).map_err(|error| told(&error)).with_context(about)?;
             let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
-            config.with_context(|| format!("--kubeconfig {}", path.display()))?
+            config.map_err(|error| told(&error)).with_context(about)?
         }
-        None => Config::incluster().context(
+        None => Config::incluster().map_err(|error| told(&error)).context(
             "--kubernetes: this is no pod with a service account; --kubeconfig says how else to reach the API server",
         )?,
     };

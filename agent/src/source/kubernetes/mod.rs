@@ -20,6 +20,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use kube::Client;
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
@@ -109,20 +110,35 @@ impl Wants {
     }
 }
 
+/// The way to the own API server.
+pub struct Link {
+    client: Client,
+    direct: Direct,
+}
+
+/// Finds the way to the own API server; nothing is asked of it yet.
+///
+/// # Errors
+/// Nothing says how to reach it, or what does makes no sense.
+pub async fn connect(options: &Options) -> Result<Link> {
+    let direct = Direct::default();
+    let client = client::own(options.kubeconfig.as_deref(), options.server.as_ref(), &direct).await?;
+    Ok(Link { client, direct })
+}
+
 /// Follows the own cluster and all others, until the receiver is gone.
 ///
 /// `told`: findings that are to become Events on their objects.
 ///
 /// # Errors
-/// The configuration does not say how to reach the own API server.
+/// A part of it has ended.
 pub async fn run(
     options: Options,
+    Link { client, direct }: Link,
     sources: Arc<Sources>,
     updates: mpsc::Sender<Vec<Update>>,
     told: Option<mpsc::Receiver<Finding>>,
 ) -> Result<()> {
-    let direct = Direct::default();
-    let client = client::own(options.kubeconfig.as_deref(), options.server.as_ref(), &direct).await?;
     let feed = Feed {
         cluster: options.cluster.clone(),
         reader: options.reader,
