@@ -9,8 +9,9 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
 
-use super::{AdminArgs, PinsArgs, StateArgs};
+use super::{AdminArgs, PinsArgs, StateArgs, block_on};
 use crate::{datapath, kept::Kept, self_probe};
 
 /// Detaches the programs and removes the maps, and whatever else an agent leaves on the machine, and says what it removed. The agent must have
@@ -65,9 +66,12 @@ pub(super) fn run(args: &CleanupArgs) -> Result<ExitCode> {
     if removed == 0 {
         anstream::println!("nothing of Portolan is left; its pins would be below {}", args.pins.bpffs.display());
     }
-    while args.stay {
-        // SIGTERM ends it.
-        std::thread::park();
+    if args.stay {
+        // The first process of a container is ended by no signal that it does not wait for.
+        block_on(async {
+            signal(SignalKind::terminate())?.recv().await;
+            Ok(())
+        })?;
     }
     Ok(ExitCode::SUCCESS)
 }
