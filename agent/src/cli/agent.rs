@@ -212,12 +212,13 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     let from_api = args.kubernetes.options(&args.place, reader);
     let ended = runtime.block_on(async {
         let link = if args.config.is_none() { Some(kubernetes::connect(&from_api).await?) } else { None };
-        let metrics_socket = TcpListener::bind(args.metrics)
-            .await
-            .with_context(|| format!("--metrics: cannot listen on {}", args.metrics))?;
+        // A second agent hears first that it is one.
         let datapath = Datapath::open(&options)?;
         let probe = SelfProbe::new(datapath.0.cgroup()).await?;
         let admin_socket = admin::bind_admin(&args.admin.admin)?;
+        let metrics_socket = TcpListener::bind(args.metrics)
+            .await
+            .with_context(|| format!("--metrics: cannot listen on {}", args.metrics))?;
         let (questions, requests) = mpsc::channel(16);
         let (changes, updates) = mpsc::channel(256);
         let (teller, told) = args.kubernetes.kubernetes_events.then(|| mpsc::channel(FINDINGS)).unzip();
