@@ -436,6 +436,17 @@ impl Agent {
         Ok((status, body.unwrap_or_default()))
     }
 
+    /// Findings of a code: `object: message`.
+    ///
+    /// # Errors
+    /// The agent does not answer.
+    pub fn findings(&self, code: &str) -> Result<Vec<String>> {
+        let report = self.get("services")?;
+        let of = report["findings"].as_array().into_iter().flatten().filter(|finding| finding["code"] == code);
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        Ok(of.map(|finding| format!("{}: {}", text(&finding["object"]), text(&finding["message"]))).collect())
+    }
+
     /// `portolan get WHAT -o json`
     ///
     /// # Errors

@@ -69,14 +69,6 @@ fn wait_ejected(agent: &Agent, expected: &[&str]) -> Result<()> {
     })
 }
 
-fn findings(agent: &Agent, code: &str) -> Result<Vec<String>> {
-    let findings = agent.get("services")?["findings"].as_array().cloned().unwrap_or_default();
-    let of = findings.iter().filter(|finding| finding["code"] == code);
-    Ok(of
-        .map(|finding| format!("{}: {}", finding["object"].as_str().unwrap(), finding["message"].as_str().unwrap()))
-        .collect())
-}
-
 /// `threats.md` 1: a pod makes its own connections fail until a healthy endpoint would be ejected for the whole node.
 #[test]
 fn one_pod_cannot_take_an_endpoint_from_the_others() -> Result<()> {
@@ -89,7 +81,7 @@ fn one_pod_cannot_take_an_endpoint_from_the_others() -> Result<()> {
     assert_eq!(bad.client.dial(WEB, 9)?.errnos(), [ECONNREFUSED; 9]);
     // Of what it did it is told, and it is named.
     wait_until("the finding", BOUND, || {
-        let found = findings(&agent, "PTL0100")?;
+        let found = agent.findings("PTL0100")?;
         ensure!(
             found.iter().any(|found| found.contains("10.0.0.1:9080") && found.contains("(dial) in cgroup")),
             "{found:?}"
@@ -172,7 +164,7 @@ fn ejections_outlive_the_agent() -> Result<()> {
     agent.process.kill();
     std::fs::write(bed.state(), "{\"version\":")?;
     let agent = bed.agent(&directory, "c1", "near")?;
-    assert_eq!(findings(&agent, "PTL0104")?.len(), 1);
+    assert_eq!(agent.findings("PTL0104")?.len(), 1);
     assert_eq!(ejected(&agent)?, Vec::<String>::new());
     Ok(())
 }
@@ -213,7 +205,7 @@ fn what_is_ordered_by_hand_holds_and_shows_until_it_is_taken_back() -> Result<()
     let endpoint = &report["services"][0]["endpoints"][0];
     assert_eq!((&endpoint["health"], &endpoint["ejectedBy"]), (&json!("ejected"), &json!("hand: disk is full")));
     assert!(endpoint["ejectedUntil"].is_string());
-    assert_eq!(findings(&agent, "PTL0103")?.len(), 1);
+    assert_eq!(agent.findings("PTL0103")?.len(), 1);
     assert!(agent.explain("default/web")?.to_string().contains("hand: disk is full"));
     assert!(agent.events()?.iter().all(|event| event["kind"] != "ejected"), "it is the former agent's event");
     ordered(&bed, &["restore", "10.0.0.1:9080"])?;
@@ -222,10 +214,10 @@ fn what_is_ordered_by_hand_holds_and_shows_until_it_is_taken_back() -> Result<()
 
     ordered(&bed, &["drain", "default/web", "--region", "r1"])?;
     goes_to(&mut client, "far")?;
-    assert!(findings(&agent, "PTL0103")?[0].contains("portolan restore default/web --region r1"));
+    assert!(agent.findings("PTL0103")?[0].contains("portolan restore default/web --region r1"));
     ordered(&bed, &["restore", "default/web", "--region", "r1"])?;
     goes_to(&mut client, "near")?;
-    assert_eq!(findings(&agent, "PTL0103")?, Vec::<String>::new());
+    assert_eq!(agent.findings("PTL0103")?, Vec::<String>::new());
     // One that is over by itself.
     ordered(&bed, &["eject", "10.0.0.1:9080", "--for", "2s"])?;
     assert_eq!(client.dial(WEB, 4)?.greetings(), ["far"; 4], "an order is in force once it is answered");

@@ -1,0 +1,150 @@
+//! Other clusters, which Secrets name.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use portolan_tests::{
+    Api, Bed,
+    api::secret,
+    objects::{node, plain, service, slice},
+    wait_until,
+};
+use serde_json::{Value, json};
+
+use super::*;
+
+/// A second cluster with an endpoint of the same service, and the Secret that names it.
+fn second(bed: &Bed, endpoint: &str) -> Result<(Api, Value)> {
+    let mut api = Api::new()?;
+    api.apply(&[
+        node("n2", "r2/z1"),
+        plain(service("web", &["172.17.0.10"], 80)),
+        plain(service("foreign", &["172.17.0.66"], 80)),
+        plain(slice("web", 9080, &[(endpoint, "n2", "")])),
+        plain(slice("foreign", 9080, &[(endpoint, "n2", "")])),
+    ]);
+    let named = api.secret(&bed.namespace, "c2")?;
+    Ok((api, named))
+}
+
+#[test]
+fn other_clusters_come_change_and_go() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.1.0.1", "10.2.0.1"])?;
+    let (mut other, named) = second(&bed, "10.1.0.1")?;
+    api.apply(&web(&["10.0.0.1"]));
+    let both = ["10.0.0.1:9080 healthy", "10.1.0.1:9080 healthy"];
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &["--remote-grace", "2s"])?;
+    wait_endpoints(&agent, "web", &both[..1])?;
+    api.apply(std::slice::from_ref(&named));
+    wait_endpoints(&agent, "web", &both)?;
+    // It adds endpoints to what is here, and nothing else.
+    assert_eq!(endpoints(&agent, "foreign")?, Vec::<String>::new());
+    assert_eq!(source(&agent, "c2", "endpointslices.discovery.k8s.io")?["objects"], json!(2));
+    assert_eq!(other.asked("list", "configmaps") + other.asked("list", "destinationrules.networking.istio.io"), 0);
+    let mut client = bed.dialler()?;
+    let seen = client.dial(WEB, 10)?;
+    assert_eq!((seen.count("10.0.0.1"), seen.count("10.1.0.1")), (5, 5));
+
+    // The same id once more, in another Secret: it does not count. The own id: neither.
+    let imposter = secret("another", &[("c2", "{}"), ("c1", "{}")]);
+    api.apply(&[imposter]);
+    wait_finding(&agent, "PTL0112", "cluster c2 is named by istio-system/another as well")?;
+    assert_eq!(endpoints(&agent, "web")?, both);
+    assert!(api.delete("secrets", "istio-system", "another"));
+    wait_no_finding(&agent, "PTL0112")?;
+
+    // Another kubeconfig: nonsense and a dead address change nothing, one that answers does.
+    let instead = |text: &str| secret("istio-remote-secret-c2", &[("c2", text)]);
+    api.apply(&[instead("users: [")]);
+    wait_finding(&agent, "PTL0112", "is no kubeconfig")?;
+    api.apply(&[instead("users: [{user: {token: hush-hush}]")]);
+    wait_finding(&agent, "PTL0112", "is no kubeconfig")?;
+    assert!(!agent.log().contains("hush"), "{}", agent.log());
+    let runs = json!({"command": "/bin/false", "apiVersion": "client.authentication.k8s.io/v1"});
+    api.apply(&[instead(&other.kubeconfig("127.0.0.1:9".parse()?, &json!({"exec": runs})).to_string())]);
+    wait_finding(&agent, "PTL0112", "a program to run")?;
+    api.apply(&[instead(&other.kubeconfig("127.0.0.1:9".parse()?, &json!({"token": "t"})).to_string())]);
+    wait_finding(&agent, "PTL0112", "does not answer to its new kubeconfig")?;
+    assert_eq!(endpoints(&agent, "web")?, both);
+    let (third, moved) = second(&bed, "10.2.0.1")?;
+    api.apply(&[moved]);
+    wait_endpoints(&agent, "web", &["10.0.0.1:9080 healthy", "10.2.0.1:9080 healthy"])?;
+    wait_no_finding(&agent, "PTL0112")?;
+    drop(third);
+
+    // It cannot be reached: for a while its endpoints are believed, then they get nothing.
+    wait_endpoints(&agent, "web", &["10.0.0.1:9080 healthy", "10.2.0.1:9080 unhealthy"])?;
+    wait_finding(&agent, "PTL0110", "Cluster c2")?;
+    assert_eq!(client.dial(WEB, 6)?.greetings(), ["10.0.0.1"; 6]);
+    api.apply(&[named]);
+    wait_endpoints(&agent, "web", &both)?;
+    wait_no_finding(&agent, "PTL0110")?;
+    other.stop();
+    other.start()?;
+    wait_endpoints(&agent, "web", &both)?;
+
+    // Nobody names it any more.
+    assert!(api.delete("secrets", "istio-system", "istio-remote-secret-c2"));
+    wait_endpoints(&agent, "web", &both[..1])?;
+    assert_eq!(source(&agent, "c2", "services")?, Value::Null);
+    Ok(())
+}
+
+#[test]
+fn a_cluster_that_cannot_be_reached_at_the_start_holds_up_nobody_for_long() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1"])?;
+    let (mut other, named) = second(&bed, "10.1.0.1")?;
+    other.stop();
+    api.apply(&web(&["10.0.0.1"]));
+    api.apply(&[named]);
+    let began = std::time::Instant::now();
+    let mut agent = bed.start_on_api(&kubeconfig, "c1", "n1", &[])?;
+    wait_until("the agent to be ready", Duration::from_secs(60), || {
+        let (status, why) = agent.http("/readyz")?;
+        ensure!(status == 200, "{why}");
+        Ok(())
+    })?;
+    println!("ready after {:.1?} without a cluster that was named", began.elapsed());
+    wait_finding(&agent, "PTL0110", "Cluster c2")?;
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
+    other.start()?;
+    wait_until("the endpoints of the other cluster", AFTER_LONG, || {
+        let seen = endpoints(&agent, "web")?;
+        ensure!(seen == ["10.0.0.1:9080 healthy", "10.1.0.1:9080 healthy"], "{seen:?}");
+        Ok(())
+    })?;
+    agent.wait_ready()
+}
+
+/// An agent that starts while another cluster is away leaves what a former one has published of it; and one that ends takes nothing away.
+#[test]
+fn endpoints_of_a_cluster_that_is_away_outlive_the_agent() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.1.0.1"])?;
+    let (mut other, named) = second(&bed, "10.1.0.1")?;
+    // All that there is, is in the other cluster.
+    api.apply(&web(&[]));
+    api.apply(&[named]);
+    let mut agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
+    agent.process.signal(rustix::process::Signal::TERM)?;
+    agent.process.wait(BOUND)?;
+    assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
+    other.stop();
+    let agent = bed.start_on_api(&kubeconfig, "c1", "n1", &[])?;
+    wait_until("the agent to be ready", Duration::from_secs(60), || {
+        let (status, why) = agent.http("/readyz")?;
+        ensure!(status == 200, "{why}");
+        Ok(())
+    })?;
+    assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
+    // Back, and without it.
+    other.replace(&[node("n2", "r2/z1"), plain(service("web", &["172.17.0.10"], 80))]);
+    other.start()?;
+    wait_until("nobody to be left", AFTER_LONG, || {
+        let errnos = client.dial(WEB, 1)?.errnos();
+        ensure!(errnos == [ECONNREFUSED], "{errnos:?}");
+        Ok(())
+    })
+}

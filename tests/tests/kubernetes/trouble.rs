@@ -1,0 +1,270 @@
+//! An API server that goes away, misbehaves, or says nonsense.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use portolan_tests::{
+    Api, Bed, Directory,
+    objects::{destination_rule, mesh_config, node, plain, service, slice},
+    storm::{Load, Servers},
+    wait_until,
+};
+use serde_json::{Value, json};
+
+use super::*;
+
+/// The API server is away during a whole load, and things change meanwhile.
+#[test]
+fn nothing_fails_while_the_api_is_away_and_one_list_brings_all_back() -> Result<()> {
+    let bed = Bed::new()?;
+    let mut api = Api::new()?;
+    let kubeconfig = api.reach(&bed.namespace)?;
+    bed.namespace.add_address("10.0.0.1/32")?;
+    bed.namespace.add_address("10.0.0.2/32")?;
+    let servers = [("10.0.0.1:9080".parse()?, 0, 0), ("10.0.0.2:9080".parse()?, 1, 1)];
+    let _servers = Servers::start(bed.place(), &servers)?;
+    api.apply(&web(&["10.0.0.1"]));
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    let lists = api.asked("list", "services");
+
+    api.stop();
+    wait_finding(&agent, "PTL0110", "cannot be read")?;
+    let load = Load::start(bed.place(), &[WEB.parse()?], 50_000, None)?.finish()?;
+    ensure!(load.bad == 0 && load.good == 50_000, "{load:?}");
+    assert_eq!(agent.http("/readyz")?.0, 200, "what is served is served as it should be");
+    api.apply(&[web_slice(&["10.0.0.2"])]);
+    assert!(api.delete("services", "default", "web"));
+    api.apply(&[plain(service("web", &["172.16.0.10"], 80))]);
+    api.forget_history();
+
+    let began = std::time::Instant::now();
+    api.start()?;
+    wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])?;
+    wait_no_finding(&agent, "PTL0110")?;
+    // Each resource finds out by itself that its history is gone.
+    wait_until("all of it to be there again", BOUND, || {
+        let sources = agent.get("sources")?["sources"].clone();
+        let behind = |source: &&Value| {
+            let at = source["version"].as_str().and_then(|at| at.parse::<u64>().ok());
+            at.is_none_or(|at| at < api.version())
+        };
+        let behind: Vec<&Value> = sources.as_array().into_iter().flatten().filter(behind).collect();
+        ensure!(behind.is_empty(), "{behind:?}");
+        Ok(())
+    })?;
+    let again = api.asked("list", "services") - lists;
+    println!(
+        "away for {} connections, none failed; converged {:.1?} after it was back, {again} list",
+        load.good,
+        began.elapsed()
+    );
+    assert_eq!(again, 1);
+    Ok(())
+}
+
+#[test]
+fn histories_that_are_gone_streams_that_break_and_pages_that_expire() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
+    let mut objects = web(&["10.0.0.1"]);
+    objects.extend((0..25).map(|i| plain(service(&format!("s-{i}"), &[&format!("172.17.0.{i}")], 80))));
+    api.apply(&objects);
+    // Four pages, of which the second is too old at first: the list begins anew.
+    api.pages(7, true);
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    assert_eq!(source(&agent, "c1", "services")?["objects"], json!(26));
+    let step = |what: &str, address: &str| -> Result<()> {
+        api.apply(&[web_slice(&[address])]);
+        wait_endpoints(&agent, "web", &[&format!("{address}:9080 healthy")])
+            .map_err(|error| error.context(what.to_owned()))
+    };
+    api.forget_history();
+    step("a history that is gone", "10.0.0.2")?;
+    api.break_watches();
+    step("a stream that breaks in a line", "10.0.0.1")?;
+    api.dribble();
+    api.break_watches();
+    step("a stream byte by byte", "10.0.0.2")?;
+    assert_eq!(source(&agent, "c1", "services")?["error"], Value::Null);
+    Ok(())
+}
+
+#[test]
+fn a_watch_that_stalls_is_noticed() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
+    api.apply(&web(&["10.0.0.1"]));
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &["--watch-timeout", "1s"])?;
+    api.stall(true);
+    api.apply(&[web_slice(&["10.0.0.2"])]);
+    // It stays, whatever else is begun.
+    for _ in 0..3 {
+        wait_finding(&agent, "PTL0110", "nothing came for 6s")?;
+        let watches = api.asked("watch", "services");
+        wait_until("another watch", BOUND, || {
+            ensure!(api.asked("watch", "services") > watches);
+            Ok(())
+        })?;
+        assert!(!agent.findings("PTL0110")?.is_empty());
+    }
+    api.stall(false);
+    wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])?;
+    wait_no_finding(&agent, "PTL0110")
+}
+
+#[test]
+fn a_resource_that_may_not_be_read_is_named_and_the_rest_works() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
+    api.forbid("virtualservices.networking.istio.io", true);
+    api.apply(&web(&["10.0.0.1"]));
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &SOON)?;
+    wait_finding(&agent, "PTL0111", "may not list virtualservices.networking.istio.io")?;
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
+    api.apply(&[web_slice(&["10.0.0.2"])]);
+    wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])?;
+    api.forbid("virtualservices.networking.istio.io", false);
+    wait_no_finding(&agent, "PTL0111")
+}
+
+/// Nobody may learn from a settings object that cannot be read that traffic may leave its cluster.
+#[test]
+fn settings_that_may_not_be_read_keep_traffic_in_its_cluster() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1"])?;
+    api.forbid("configmaps", true);
+    api.apply(&web(&["10.0.0.1"]));
+    let mut agent = bed.start_on_api(&kubeconfig, "c1", "n1", &SOON)?;
+    wait_finding(&agent, "PTL0034", "what must stay in its cluster")?;
+    let (status, why) = agent.http("/readyz")?;
+    assert!(status == 503 && why.contains("settings cannot be read"), "{status} {why}");
+    api.forbid("configmaps", false);
+    agent.wait_ready()
+}
+
+#[test]
+fn nonsense_is_a_finding_and_everything_else_goes_on() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1"])?;
+    let mut broken = plain(service("broken", &["172.16.0.30"], 80));
+    broken["spec"]["ports"] = json!("all of them");
+    let mut huge = destination_rule("huge", &json!({}));
+    huge["metadata"]["annotations"] = json!({"note": "x".repeat(1 << 20)});
+    let odd = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "metadata": {"name": "odd", "namespace": "default",
+        "labels": {"kubernetes.io/service-name": "web"}}, "addressType": "IPv4", "ports": [{"port": 9080}],
+        "endpoints": [{"addresses": ["not an address"]}, {"addresses": ["127.0.0.1"]}, {"addresses": []}, 7]});
+    let mut objects = web(&["10.0.0.1"]);
+    objects.extend([broken, huge, odd]);
+    // A thousand slices for one service.
+    objects.push(plain(service("wide", &["172.16.0.40"], 80)));
+    for i in 0..1_000 {
+        let mut part = plain(slice("wide", 9080, &[(&format!("10.7.{}.{}", i / 250, i % 250 + 1), "n1", "")]));
+        part["metadata"]["name"] = json!(format!("wide-{i}"));
+        objects.push(part);
+    }
+    api.apply(&objects);
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    wait_finding(&agent, "PTL0020", "Service default/broken")?;
+    assert!(
+        !agent
+            .findings("PTL0020")?
+            .iter()
+            .filter(|found| found.contains("EndpointSlice default/odd"))
+            .collect::<Vec<_>>()
+            .is_empty()
+    );
+    assert_eq!(endpoints(&agent, "wide")?.len(), 1_000);
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial(WEB, 3)?.greetings(), ["10.0.0.1"; 3]);
+    Ok(())
+}
+
+/// A token that is exchanged: the old one is refused, the new one is in the file.
+#[test]
+fn a_token_that_is_rotated_is_followed() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
+    api.apply(&web(&["10.0.0.1"]));
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &["--watch-timeout", "1s"])?;
+    api.rotate("the-second-token")?;
+    api.apply(&[web_slice(&["10.0.0.2"])]);
+    // The file is read again once a minute.
+    wait_until("the new token", Duration::from_secs(150), || {
+        let seen = endpoints(&agent, "web")?;
+        ensure!(seen == ["10.0.0.2:9080 healthy"], "{seen:?}");
+        Ok(())
+    })?;
+    wait_until("no error", BOUND, || {
+        let found = agent.findings("PTL0110")?;
+        ensure!(found.is_empty(), "{found:?}");
+        Ok(())
+    })
+}
+
+/// Whatever the API says, its own service keeps the endpoints that it had: without them nobody would learn of others.
+#[test]
+fn the_api_servers_own_service_is_never_emptied() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
+    let own = |endpoints: &[&str]| {
+        let endpoints: Vec<_> = endpoints.iter().map(|address| (*address, "n1", "")).collect();
+        plain(slice("kubernetes", 9080, &endpoints))
+    };
+    api.apply(&[node("n1", "r1/z1"), plain(service("kubernetes", &["172.16.0.1"], 443)), own(&["10.0.0.1"])]);
+    // And whatever is ejected, and whatever shares regions get.
+    let shares = json!({"localityLbSetting": {"distribute": [{"from": "r1/*", "to": {"r1/*": 80, "r2/*": 20}}]}});
+    api.apply(&[mesh_config(&shares)]);
+    let outlier =
+        json!({"consecutive5xxErrors": 1, "interval": "1s", "baseEjectionTime": "1m", "maxEjectionPercent": 100});
+    api.apply(&[destination_rule("kubernetes", &json!({"trafficPolicy": {"outlierDetection": outlier}}))]);
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    let mut client = bed.dialler()?;
+    api.apply(&[own(&[])]);
+    wait_finding(&agent, "PTL0113", "the last ones stay")?;
+    let own_service = plain(service("kubernetes", &["172.16.0.1"], 443));
+    assert!(api.delete("services", "default", "kubernetes"));
+    wait_finding(&agent, "PTL0113", "is not there any more")?;
+    assert_eq!(client.dial("172.16.0.1:443", 2)?.greetings(), ["10.0.0.1"; 2]);
+    api.apply(&[own_service]);
+    assert_eq!(client.dial("172.16.0.1:443", 2)?.greetings(), ["10.0.0.1"; 2]);
+    assert!(api.delete("endpointslices.discovery.k8s.io", "default", "kubernetes-ipv4"));
+    api.apply(&[plain(service("more", &["172.16.0.20"], 80))]);
+    wait_until("what came after", BOUND, || {
+        let report = agent.get("services")?;
+        ensure!(report["services"].as_array().unwrap().len() == 2, "{report:#}");
+        Ok(())
+    })?;
+    assert_eq!(client.dial("172.16.0.1:443", 2)?.greetings(), ["10.0.0.1"; 2]);
+    api.apply(&[own(&["10.0.0.2"])]);
+    wait_endpoints(&agent, "kubernetes", &["10.0.0.2:9080 healthy"])?;
+    wait_no_finding(&agent, "PTL0113")?;
+    // All that there is fails, and is ejected: it is taken all the same.
+    api.apply(&[own(&["10.0.0.9"])]);
+    bed.namespace.add_address("10.0.0.9/32")?;
+    wait_endpoints(&agent, "kubernetes", &["10.0.0.9:9080 healthy"])?;
+    assert_eq!(client.dial("172.16.0.1:443", 1)?.errnos(), [ECONNREFUSED]);
+    wait_endpoints(&agent, "kubernetes", &["10.0.0.9:9080 ejected"])?;
+    bed.serve("10.0.0.9:9080", "back")?;
+    assert_eq!(client.dial("172.16.0.1:443", 2)?.greetings(), ["back"; 2]);
+    Ok(())
+}
+
+#[test]
+fn without_a_way_to_the_api_the_agent_says_so_in_one_line() -> Result<()> {
+    let directory = Directory::new()?;
+    let missing = directory.scratch("none");
+    for (arguments, complaint) in [
+        (vec!["--kubernetes"], "no pod with a service account"),
+        (vec!["--kubernetes", "--kubeconfig", missing.to_str().unwrap()], "--kubeconfig"),
+        (vec!["--kubernetes", "--config", "/etc"], "cannot be used with"),
+        (vec![], "--config"),
+    ] {
+        let bed = Bed::new()?;
+        let cgroup = bed.cgroup.path().display().to_string();
+        let pins = bed.pins().display().to_string();
+        let admin = bed.admin().display().to_string();
+        let state = bed.state().display().to_string();
+        let own =
+            ["agent", "--cluster", "c1", "--node", "n1", "--cgroup", &cgroup, "--bpffs", &pins, "--admin", &admin];
+        let more = ["--state", &state, "--metrics", "127.0.0.1:0"];
+        let output = bed.portolan(&[&own[..], &more[..], &arguments[..]].concat())?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains(complaint), "{arguments:?}: {said}");
+        assert!(!bed.pins().exists(), "nothing is left in the kernel where nothing was begun");
+    }
+    Ok(())
+}
