@@ -16,6 +16,7 @@ pub mod journal;
 pub mod kept;
 pub mod metrics;
 pub mod model;
+pub mod opt_out;
 pub mod place;
 pub mod policy;
 pub mod probes;

@@ -12,6 +12,7 @@ use prometheus_client::{
 use crate::{
     accounts::{Destination, Sample, Total},
     model::Severity,
+    opt_out::OptOuts,
     source::SourceReport,
 };
 
@@ -85,12 +86,13 @@ enum FindingSeverity {
 ///
 /// # Errors
 /// Formatting fails only where memory does.
-pub fn render(sample: &Sample, reading: &[SourceReport]) -> Result<String, std::fmt::Error> {
+pub fn render(sample: &Sample, reading: &[SourceReport], outs: &OptOuts) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::default();
     connections(&mut registry, sample);
     services(&mut registry, sample);
     agent(&mut registry, sample);
     sources(&mut registry, reading);
+    opt_outs(&mut registry, outs);
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)
@@ -251,6 +253,12 @@ fn sources(registry: &mut Registry, reading: &[SourceReport]) {
     registry.register("portolan_source_failing", "1 where something is wrong with the source now", failing);
     registry.register("portolan_source_age_seconds", "Time since anything was last heard of the source", age);
     registry.register("portolan_source_lists", "How often everything was read as a whole", lists);
+}
+
+fn opt_outs(registry: &mut Registry, outs: &OptOuts) {
+    let pods = Gauge::<i64>::default();
+    pods.set(outs.pods.iter().filter(|pod| !pod.cgroups.is_empty()).count() as i64);
+    registry.register("portolan_opted_out_pods", "Pods that are left alone, see `portolan get opt-outs`", pods);
 }
 
 /// A histogram that the kernel has counted.

@@ -7,6 +7,7 @@
 mod backend;
 mod event;
 mod frontend;
+mod opt_out;
 mod pool;
 mod socket;
 mod stats;
@@ -14,6 +15,7 @@ mod stats;
 pub use backend::Backend;
 pub use event::{Outcome, OutcomeKind};
 pub use frontend::{Choice, Endpoint, FrontendKey, Slot, Version, VersionFlags};
+pub use opt_out::OptOut;
 pub use pool::{Affinity, AffinityKey, Limits, PoolStats, Spoken, Watch};
 pub use socket::{Connection, FLOWS, Flow, Flows, Response, SocketStage, SocketState};
 pub use stats::{BackendStats, BackendUse, Budget, Counter, FrontendStats, TIME_BUCKETS};

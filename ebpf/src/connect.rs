@@ -10,6 +10,7 @@ use portolan_common::{Counter, Endpoint, FrontendKey, SocketStage};
 use crate::{
     addr,
     maps::{BACKEND_STATS, POOLS, SET, count},
+    opt_out::is_opted_out,
     select::{Found, Lookup, Pick, Taken, add, find, pick},
     state,
 };
@@ -85,7 +86,6 @@ pub(crate) struct Refused;
 #[inline(always)]
 fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Refused> {
     let found = match find(&key) {
-        Lookup::Found(found) => found,
         Lookup::Miss => {
             forget(ctx, key.protocol());
             return Ok(None);
@@ -94,7 +94,12 @@ fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, 
             forget_stream(ctx, &key);
             return Err(refuse(ctx, &key, false));
         }
+        Lookup::Found(found) => found,
     };
+    if is_opted_out() {
+        forget(ctx, key.protocol());
+        return Ok(None);
+    }
     // MPTCP is left alone: its further subflows would be connections of their own. But strict is strict.
     if key.protocol() == IPPROTO_TCP && is_mptcp(ctx) {
         forget(ctx, key.protocol());

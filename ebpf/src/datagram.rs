@@ -10,6 +10,7 @@ use crate::{
     addr,
     connect::{IPPROTO_UDP, PROCEED, Refused, count_flow, protocol, refuse, rewrite4, rewrite6},
     maps::{DATAGRAMS, SET, SOCKETS, count},
+    opt_out::is_opted_out,
     select::{Found, Lookup, Pick, find, live, pick},
 };
 
@@ -46,13 +47,17 @@ pub(crate) fn recvmsg6(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Refused> {
     let found = match find(&key) {
-        Lookup::Found(found) => found,
         Lookup::Miss => {
             forget(ctx, &key.endpoint());
             return Ok(None);
         }
+        Lookup::Found(found) => found,
         Lookup::Broken => return Err(refuse(ctx, &key, false)),
     };
+    if is_opted_out() {
+        forget(ctx, &key.endpoint());
+        return Ok(None);
+    }
     if let Some(endpoint) = connected_to(ctx, &key.endpoint()) {
         return Ok(Some(endpoint));
     }

@@ -19,6 +19,7 @@ mod connect;
 mod datagram;
 mod http;
 mod maps;
+mod opt_out;
 mod outcome;
 mod peername;
 mod select;

@@ -14,7 +14,7 @@ use aya_ebpf::{
 };
 use portolan_common::{
     Affinity, AffinityKey, Backend, BackendStats, BackendUse, Budget, Connection, Counter, Flows, FrontendKey,
-    FrontendStats, Limits, Outcome, PoolStats, Slot, SocketState, TIME_BUCKETS, Version,
+    FrontendStats, Limits, OptOut, Outcome, PoolStats, Slot, SocketState, TIME_BUCKETS, Version,
 };
 
 /// Service address, port, protocol → frontend id. An entry never changes: replacing one would let a reader of its bucket miss it.
@@ -97,6 +97,14 @@ pub(crate) const EVENTS_BYTES: u64 = 0x10_0000;
 /// Network namespace (the lower bits of its cookie) → what it has told while the agent was behind, see [`Budget`].
 #[btf_map]
 pub(crate) static BUDGETS: Array<u64, { Budget::PLACES as usize }> = Array::new();
+
+/// Cgroup → whatever is there: who is in it or below it is left alone, see [`OptOut`].
+#[btf_map]
+pub(crate) static OPTED_OUT: HashMap<u64, u32, { OptOut::PLACES as usize }> = HashMap::new();
+
+/// The bits of all that are in `OPTED_OUT`: nearly always none.
+#[btf_map]
+pub(crate) static OPT_OUT_FILTER: Array<u64, 1> = Array::new();
 
 /// See [`Counter`].
 #[btf_map]

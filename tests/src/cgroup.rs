@@ -27,6 +27,24 @@ impl Cgroup {
         Ok(Self { path })
     }
 
+    /// A new one in it, at this path, which is removed with the value; those above it stay.
+    ///
+    /// # Errors
+    /// The kernel does not let it be made.
+    pub fn make_inside(&self, path: &str) -> Result<Self> {
+        let path = self.path.join(path);
+        fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        Ok(Self { path })
+    }
+
+    /// Removes one in it, and those that were made in that.
+    ///
+    /// # Errors
+    /// Somebody is in one of them.
+    pub fn remove_inside(&self, path: &str) -> Result<()> {
+        remove(&self.path.join(path))
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path

@@ -29,6 +29,7 @@ use crate::{
     journal::Record,
     metrics,
     model::NamespacedName,
+    opt_out::Board,
     reconcile::Request,
     source::{Reading, Sources},
 };
@@ -42,6 +43,8 @@ pub struct Asked {
     pub questions: mpsc::Sender<Request>,
     /// Those who read.
     pub sources: Arc<Sources>,
+    /// Who is left alone.
+    pub board: Arc<Board>,
 }
 
 impl FromRef<Asked> for Questions {
@@ -53,6 +56,12 @@ impl FromRef<Asked> for Questions {
 impl FromRef<Asked> for Arc<Sources> {
     fn from_ref(asked: &Asked) -> Self {
         Self::clone(&asked.sources)
+    }
+}
+
+impl FromRef<Asked> for Arc<Board> {
+    fn from_ref(asked: &Asked) -> Self {
+        Self::clone(&asked.board)
     }
 }
 
@@ -91,6 +100,7 @@ pub async fn serve_admin(listener: UnixListener, asked: Asked) -> Result<()> {
         .route("/v1/report", get(report))
         .route("/v1/explain", get(explain))
         .route("/v1/sources", get(show_sources))
+        .route("/v1/opt-outs", get(show_opt_outs))
         .route("/v1/events", get(events))
         .route("/v1/orders", post(order))
         .route("/readyz", get(readyz))
@@ -176,9 +186,13 @@ async fn show_sources(State(sources): State<Arc<Sources>>) -> Response {
     Json(Reading { sources: sources.report() }).into_response()
 }
 
+async fn show_opt_outs(State(board): State<Arc<Board>>) -> Response {
+    Json(board.report()).into_response()
+}
+
 async fn show_metrics(State(asked): State<Asked>) -> Result<Response, Response> {
     let sample = ask(&asked.questions, Request::Sample).await?;
-    let text = metrics::render(&sample, &asked.sources.report())
+    let text = metrics::render(&sample, &asked.sources.report(), &asked.board.report())
         .map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response())?;
     Ok(([("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response())
 }

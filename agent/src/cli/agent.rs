@@ -16,6 +16,7 @@ use crate::{
     admin::{self, Asked},
     datapath::{Datapath, GoneTcp, Options, ProgramLog},
     kept::{Keeper, Kept},
+    opt_out,
     probes::Prober,
     reconcile::Reconciler,
     self_probe::SelfProbe,
@@ -213,8 +214,8 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     let ended = runtime.block_on(async {
         let link = if args.config.is_none() { Some(kubernetes::connect(&from_api).await?) } else { None };
         // A second agent hears first that it is one.
-        let datapath = Datapath::open(&options)?;
-        let probe = SelfProbe::new(datapath.0.cgroup()).await?;
+        let (mut datapath, held) = Datapath::open(&options)?;
+        let probe = SelfProbe::new(datapath.cgroup()).await?;
         let admin_socket = admin::bind_admin(&args.admin.admin)?;
         let metrics_socket = TcpListener::bind(args.metrics)
             .await
@@ -222,22 +223,29 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         let (questions, requests) = mpsc::channel(16);
         let (changes, updates) = mpsc::channel(256);
         let (teller, told) = args.kubernetes.kubernetes_events.then(|| mpsc::channel(FINDINGS)).unzip();
+        let (sources, board) = (Arc::new(Sources::default()), Arc::new(opt_out::Board::default()));
+        let root = datapath.cgroup().to_owned();
+        let kernel = datapath.opted_out.take().context("who is left alone is kept twice")?;
+        let keeper = opt_out::Keeper { root, kernel, board: Arc::clone(&board), sources: Arc::clone(&sources) };
         let reconciler = Reconciler::new(
             args.place.cluster.clone(),
             place,
-            datapath,
+            (datapath, held),
             (probe, Prober::start(args.probes_per_second)),
             options.sizes,
             args.gone_connections,
             (Kept::read(&args.state.state), Keeper::start(args.state.state)?),
         )
         .telling(teller);
-        let sources = Arc::new(Sources::default());
-        let asked = Asked { questions, sources: Arc::clone(&sources) };
+        let asked = Asked { questions, sources: Arc::clone(&sources), board: Arc::clone(&board) };
         let source = async {
             match (args.config, link) {
-                (Some(config), _) => file::run(config, reader, args.rescan, sources, changes).await,
-                (None, Some(link)) => kubernetes::run(from_api, link, sources, changes, told).await,
+                (Some(config), _) => {
+                    // Files know of no pods.
+                    board.want(opt_out::ByUid::new());
+                    file::run(config, reader, args.rescan, sources, changes).await
+                }
+                (None, Some(link)) => kubernetes::run(from_api, link, sources, changes, told, board).await,
                 // The command line allows no such thing.
                 (None, None) => anyhow::bail!("neither --config nor --kubernetes"),
             }
@@ -246,6 +254,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         let ended = tokio::select! {
             ended = tokio::spawn(reconciler.run(updates, requests)) => ended?,
             ended = source => ended,
+            ended = tokio::spawn(keeper.run()) => ended?,
             ended = admin::serve_admin(admin_socket, asked.clone()) => ended,
             ended = admin::serve_metrics(metrics_socket, asked) => ended,
             _ = terminate.recv() => Ok(()),

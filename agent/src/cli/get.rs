@@ -10,7 +10,12 @@ use super::{
     AdminArgs, SelectArgs, block_on,
     output::{self, OutputArgs, Rows},
 };
-use crate::{admin, report::Report, source::Reading};
+use crate::{
+    admin,
+    opt_out::{AskedBy, OptOuts},
+    report::Report,
+    source::Reading,
+};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum What {
@@ -22,6 +27,8 @@ enum What {
     Ejections,
     /// What is read, of which cluster: objects, since when, what is wrong
     Sources,
+    /// The pods of this node that are left alone, for a label asks for it
+    OptOuts,
 }
 
 /// Shows what the running agent intends, and beside it what the kernel holds.
@@ -42,8 +49,10 @@ pub(super) struct GetArgs {
 }
 
 pub(super) fn run(args: &GetArgs) -> Result<ExitCode> {
-    if args.what == What::Sources {
-        return sources(args);
+    match args.what {
+        What::Sources => return sources(args),
+        What::OptOuts => return opt_outs(args),
+        What::Services | What::Endpoints | What::Ejections => {}
     }
     let mut report: Report = block_on(admin::get(&args.admin.admin, "/v1/report"))?;
     args.select.apply(&mut report)?;
@@ -82,5 +91,24 @@ fn sources(args: &GetArgs) -> Result<ExitCode> {
     let failing: Vec<bool> = reading.sources.iter().map(|source| source.error.is_some()).collect();
     let style = |i: usize| failing.get(i).copied().unwrap_or_default().then(|| AnsiColor::Yellow.on_default());
     output::write(&output::render(&table, style))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn opt_outs(args: &GetArgs) -> Result<ExitCode> {
+    let outs: OptOuts = block_on(admin::get(&args.admin.admin, "/v1/opt-outs"))?;
+    if !matches!(args.output.output, output::Format::Table) {
+        output::print_value(args.output.output, &outs)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut table = output::new_table(&["NAMESPACE", "POD", "ASKED BY", "CGROUP"]);
+    for pod in &outs.pods {
+        let asked_by = match pod.asked_by {
+            AskedBy::Pod => "its label",
+            AskedBy::Namespace => "its namespace",
+        };
+        let cgroups = if pod.cgroups.is_empty() { "none found yet".to_owned() } else { pod.cgroups.join(" ") };
+        table.add_row([pod.namespace.clone(), pod.name.clone(), asked_by.to_owned(), cgroups]);
+    }
+    output::write(&output::render(&table, |_| None))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -20,8 +20,8 @@ use crate::table::{Held, HeldFrontend, Op, Sizes};
 
 /// Maps of a set that have no size of their own to choose.
 pub(super) const OF_FIXED_SIZE: [&str; 4] = ["EVENTS", "BUDGETS", "COUNTERS", "TIMES"];
-/// Maps that belong to sockets, whatever set is in force.
-pub(super) const OF_SOCKETS: [&str; 3] = [SOCKETS, CONNECTIONS, "DATAGRAMS"];
+/// Maps that belong to no set: of sockets, and of who is left alone.
+pub(super) const OF_ALL_SETS: [&str; 5] = [SOCKETS, CONNECTIONS, "DATAGRAMS", "OPTED_OUT", "OPT_OUT_FILTER"];
 pub(super) const SOCKETS: &str = "SOCKETS";
 pub(super) const CONNECTIONS: &str = "CONNECTIONS";
 
@@ -324,7 +324,7 @@ impl Maps {
     }
 }
 
-fn take(bpf: &mut Ebpf, name: &str) -> Result<Map> {
+pub(super) fn take(bpf: &mut Ebpf, name: &str) -> Result<Map> {
     bpf.take_map(name).with_context(|| format!("the embedded object has no map {name}"))
 }
 
@@ -333,6 +333,6 @@ fn mapped<T>(bpf: &mut Ebpf, name: &str, entries: u32) -> Result<Mapped> {
     Mapped::open::<T>(data.fd(), entries)
 }
 
-fn array<V: Pod>(bpf: &mut Ebpf, name: &str) -> Result<Array<MapData, V>> {
+pub(super) fn array<V: Pod>(bpf: &mut Ebpf, name: &str) -> Result<Array<MapData, V>> {
     Ok(Array::try_from(take(bpf, name)?)?)
 }

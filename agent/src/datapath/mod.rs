@@ -9,6 +9,7 @@ mod inspect;
 mod mapped;
 mod maps;
 mod namespaces;
+mod opted_out;
 mod pins;
 mod raw;
 mod sockets;
@@ -27,6 +28,7 @@ pub use self::{
     inspect::{Facts, MapFacts, ProgramFacts, inspect},
     maps::{Counters, Maps},
     namespaces::name_namespace,
+    opted_out::OptedOut,
     pins::{Pins, cleanup, remove_locks},
     sockets::{Closer, GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted, Served},
 };
@@ -89,6 +91,8 @@ pub struct Datapath {
     pub grace: Grace,
     /// The end of connections that shall not go on.
     pub closer: Closer,
+    /// Whom the programs leave alone; taken by who keeps it.
+    pub opted_out: Option<OptedOut>,
     hooks: Hooks,
     bpf: Ebpf,
     pins: Pins,
@@ -137,7 +141,7 @@ impl Datapath {
         for name in maps::OF_FIXED_SIZE {
             loader.map_pin_path(name, pins.map(set, name));
         }
-        for name in maps::OF_SOCKETS {
+        for name in maps::OF_ALL_SETS {
             loader.map_pin_path(name, pins.socket_map(name));
         }
         let mut bpf = loader.load(OBJECT).context("the kernel does not take Portolan's maps")?;
@@ -150,10 +154,11 @@ impl Datapath {
         barrier();
         let (maps, held) = Maps::open(&mut bpf, options.sizes)?;
         let events = EventStream::open(&mut bpf)?;
+        let opted_out = Some(OptedOut::open(&mut bpf)?);
         let former = current.filter(|current| *current != set);
         let grace = Grace::start()?;
         let closer = Closer::start(&pins, set)?;
-        Ok((Self { maps, events, logs, grace, closer, hooks, bpf, pins, set, former, _locks: locks }, held))
+        Ok((Self { maps, events, logs, grace, closer, opted_out, hooks, bpf, pins, set, former, _locks: locks }, held))
     }
 
     /// Attaches the programs, or puts them in the place of a former agent's, each in one step. Then what the former ones used goes.

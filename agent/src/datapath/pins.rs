@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <bpffs>/links/<program>            the live links; they stay, whatever is put into them
-//!         sockets-v<layout>/<map>    what is kept on sockets
+//!         sockets-v<layout>/<map>    what is kept on sockets, and of who is left alone
 //!         v<schema>-<set>/<map>      one set of maps: all the others
 //!         current -> v<schema>-<set> the set whose programs are in the links
 //! ```
@@ -77,7 +77,7 @@ impl Pins {
         self.root.join(set.folder()).join(name)
     }
 
-    /// Where a map is pinned that belongs to sockets.
+    /// Where a map is pinned that belongs to no set.
     pub(super) fn socket_map(&self, name: &str) -> PathBuf {
         self.root.join(format!("sockets-v{SOCKET_LAYOUT}")).join(name)
     }

@@ -67,14 +67,20 @@ impl Query {
     pub(super) fn wants(&self, object: &Value) -> bool {
         let metadata = &object["metadata"];
         let in_namespace = self.namespace.as_ref().is_none_or(|namespace| metadata["namespace"] == namespace.as_str());
+        let terms = |selector: Option<&'_ str>| -> Vec<(String, Option<String>)> {
+            let terms = selector.into_iter().flat_map(|selector| selector.split(','));
+            let parts = terms.map(|term| term.split_once('=').map_or((term, None), |(key, value)| (key, Some(value))));
+            parts.map(|(key, value)| (key.to_owned(), value.map(str::to_owned))).collect()
+        };
+        let labelled = |selector: Option<&str>, labels: &Value| {
+            let mut terms = terms(selector).into_iter();
+            terms.all(|(key, wanted)| labels[&key].as_str().is_some_and(|value| wanted.is_none_or(|it| it == value)))
+        };
         let selected = |selector: Option<&str>, value: &dyn Fn(&str) -> Value| {
-            selector.into_iter().flat_map(|selector| selector.split(',')).all(|term| {
-                let (key, wanted) = term.split_once('=').unwrap_or((term, ""));
-                value(key) == wanted
-            })
+            terms(selector).into_iter().all(|(key, wanted)| value(&key) == wanted.unwrap_or_default())
         };
         in_namespace
-            && selected(self.parameter("labelSelector"), &|key| metadata["labels"][key].clone())
+            && labelled(self.parameter("labelSelector"), &metadata["labels"])
             && selected(self.parameter("fieldSelector"), &|key| {
                 object.pointer(&format!("/{}", key.replace('.', "/"))).cloned().unwrap_or_default()
             })

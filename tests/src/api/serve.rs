@@ -180,8 +180,8 @@ async fn watch(shared: Arc<Shared>, query: Query, lines: Lines) {
         let (news, forgotten, version, manners) = {
             let state = shared.state();
             let first = state.history.partition_point(|change| change.version <= at);
-            let of = |change: &&super::state::Change| change.resource == query.resource && query.wants(&change.object);
-            let news: Vec<_> = state.history.range(first..).filter(of).cloned().collect();
+            let told = |change: &super::state::Change| Some((change.told(&query)?, query.shown(&change.object)));
+            let news: Vec<_> = state.history.range(first..).filter_map(told).collect();
             (news, at < state.forgotten, state.version, state.manners.clone())
         };
         if manners.stalls {
@@ -198,8 +198,8 @@ async fn watch(shared: Arc<Shared>, query: Query, lines: Lines) {
             let _ = say(&lines, &json!({"type": "ERROR", "object": gone}), false).await;
             return;
         }
-        for change in news {
-            let line = json!({"type": change.kind, "object": query.shown(&change.object)});
+        for (kind, object) in news {
+            let line = json!({"type": kind, "object": object});
             if !say(&lines, &line, manners.dribbles).await {
                 return;
             }

@@ -12,8 +12,26 @@ type Key = (String, String, String);
 pub(super) struct Change {
     pub(super) version: u64,
     pub(super) resource: String,
-    pub(super) kind: &'static str,
+    /// The object before, if there was one.
+    pub(super) before: Option<Value>,
     pub(super) object: Value,
+    pub(super) gone: bool,
+}
+
+impl Change {
+    /// What it is for who asks for some of the objects: one that comes among them, or leaves them, comes and goes.
+    pub(super) fn told(&self, query: &super::request::Query) -> Option<&'static str> {
+        if self.resource != query.resource {
+            return None;
+        }
+        let was = self.before.as_ref().is_some_and(|before| query.wants(before));
+        match (was, !self.gone && query.wants(&self.object)) {
+            (false, true) => Some("ADDED"),
+            (true, true) => Some("MODIFIED"),
+            (true, false) => Some("DELETED"),
+            (false, false) => None,
+        }
+    }
 }
 
 /// How it misbehaves.
@@ -92,21 +110,27 @@ impl State {
         if known.is_some_and(is_same) {
             return;
         }
-        let kind = if known.is_some() { "MODIFIED" } else { "ADDED" };
         self.version += 1;
         object["metadata"]["resourceVersion"] = json!(self.version.to_string());
         object["metadata"]["uid"] = json!(format!("uid-{}-{}", key.1, key.2));
         object["metadata"]["managedFields"] = json!([{"manager": "test", "fieldsV1": {"f:spec": {}}}]);
-        self.objects.insert(key, object.clone());
-        self.history.push_back(Change { version: self.version, resource, kind, object });
+        let before = self.objects.insert(key, object.clone());
+        self.history.push_back(Change { version: self.version, resource, before, object, gone: false });
     }
 
     pub(super) fn delete(&mut self, resource: &str, namespace: &str, name: &str) -> bool {
         let key = (resource.to_owned(), namespace.to_owned(), name.to_owned());
-        let Some(mut object) = self.objects.remove(&key) else { return false };
+        let Some(before) = self.objects.remove(&key) else { return false };
+        let mut object = before.clone();
         self.version += 1;
         object["metadata"]["resourceVersion"] = json!(self.version.to_string());
-        self.history.push_back(Change { version: self.version, resource: key.0, kind: "DELETED", object });
+        self.history.push_back(Change {
+            version: self.version,
+            resource: key.0,
+            before: Some(before),
+            object,
+            gone: true,
+        });
         true
     }
 

@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 
 use super::{
     Feed,
-    follow::Follower,
+    follow::{Follower, Only},
     objects::{Known, Objects, doubt},
     resources::{PODS, RESOURCES, Resource},
 };
@@ -61,7 +61,7 @@ impl Cluster {
         let (feed, id, client) = (self.feed.clone(), self.id.clone(), client.clone());
         async move {
             let sink = Objects::new(&feed, resource, &id, client.clone(), known).await;
-            Follower { feed, cluster: id, resource, labels: None, client, sink }.run().await;
+            Follower { feed, cluster: id, resource, only: Only::default(), client, sink }.run().await;
         }
     }
 
@@ -77,7 +77,8 @@ impl Cluster {
                 }
                 let sink = Objects::new(&feed, &PODS, &id, client.clone(), Known::clone(&known)).await;
                 let (feed, cluster, client) = (feed.clone(), id.clone(), client.clone());
-                let follower = Follower { feed: feed.clone(), cluster, resource: &PODS, labels: None, client, sink };
+                let follower =
+                    Follower { feed: feed.clone(), cluster, resource: &PODS, only: Only::default(), client, sink };
                 tokio::select! {
                     () = follower.run() => return,
                     gone = wanted.wait_for(|wanted| !*wanted) => {

@@ -77,13 +77,20 @@ impl From<kube::Error> for Broken {
     }
 }
 
+/// Which objects of a resource are meant, as far as the resource itself leaves it open.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Only {
+    pub(super) fields: Option<String>,
+    pub(super) labels: Option<&'static str>,
+}
+
 /// Follows one resource of one cluster.
 pub(super) struct Follower<S> {
     pub(super) feed: Feed,
     pub(super) cluster: String,
     pub(super) resource: &'static Resource,
-    /// Which of them, by their labels.
-    pub(super) labels: Option<&'static str>,
+    /// Which of them.
+    pub(super) only: Only,
     pub(super) client: kube::Client,
     pub(super) sink: S,
 }
@@ -208,8 +215,8 @@ impl<S: Sink> Follower<S> {
     async fn list(&mut self, api: &Api<Raw>) -> Result<String, Broken> {
         let mut params = ListParams {
             limit: Some(PAGE),
-            field_selector: self.resource.fields.map(str::to_owned),
-            label_selector: self.labels.map(str::to_owned),
+            field_selector: self.only.fields.clone().or(self.resource.fields.map(str::to_owned)),
+            label_selector: self.only.labels.map(str::to_owned),
             ..ListParams::default()
         };
         self.sink.begin();
@@ -254,8 +261,8 @@ impl<S: Sink> Follower<S> {
         let name = self.resource.name();
         let params = WatchParams {
             timeout: Some(u32::try_from(self.feed.watch_timeout.as_secs()).unwrap_or(u32::MAX).max(1)),
-            field_selector: self.resource.fields.map(str::to_owned),
-            label_selector: self.labels.map(str::to_owned),
+            field_selector: self.only.fields.clone().or(self.resource.fields.map(str::to_owned)),
+            label_selector: self.only.labels.map(str::to_owned),
             ..WatchParams::default()
         };
         let silence = self.feed.watch_timeout + SLACK;

@@ -8,6 +8,7 @@ mod follow;
 mod guard;
 mod object;
 mod objects;
+mod opt_out;
 mod remotes;
 mod resources;
 mod tell;
@@ -30,13 +31,17 @@ use tokio::{
 use self::{
     client::Direct,
     cluster::Cluster,
-    follow::Follower,
+    follow::{Follower, Only},
+    opt_out::OptOuts,
     remotes::{LABEL, SecretSink},
-    resources::{PODS, SECRETS},
+    resources::{LABELLED_NAMESPACES, OWN_PODS, PODS, SECRETS},
     tell::Teller,
 };
 use super::{Contents, Reader, Sources, Trouble, Update};
-use crate::model::{Code, Finding, Kind};
+use crate::{
+    model::{Code, Finding, Kind},
+    opt_out::{self as opted_out, Board},
+};
 
 /// Other clusters that cannot be reached hold up the beginning for no longer than this.
 const FIRST: Duration = Duration::from_secs(30);
@@ -48,7 +53,7 @@ const TICK: Duration = Duration::from_secs(1);
 pub struct Options {
     /// Id of the own cluster.
     pub cluster: String,
-    /// The node, for Events.
+    /// The node: whose pods may be left alone, and for Events.
     pub node: String,
     /// How the own API server is reached; without it, as a pod reaches it.
     pub kubeconfig: Option<PathBuf>,
@@ -128,7 +133,7 @@ pub async fn connect(options: &Options) -> Result<Link> {
 
 /// Follows the own cluster and all others, until the receiver is gone.
 ///
-/// `told`: findings that are to become Events on their objects.
+/// `told`: findings that are to become Events on their objects; `board`: where pods are named that are to be left alone.
 ///
 /// # Errors
 /// A part of it has ended.
@@ -138,6 +143,7 @@ pub async fn run(
     sources: Arc<Sources>,
     updates: mpsc::Sender<Vec<Update>>,
     told: Option<mpsc::Receiver<Finding>>,
+    board: Arc<Board>,
 ) -> Result<()> {
     let feed = Feed {
         cluster: options.cluster.clone(),
@@ -159,9 +165,21 @@ pub async fn run(
         let (sink, secrets) = SecretSink::new(&feed);
         let cluster = options.cluster.clone();
         sources.expect(&cluster, &SECRETS.name());
-        let labels = Some(LABEL);
-        others.spawn(Follower { feed: feed.clone(), cluster, resource: &SECRETS, labels, client, sink }.run());
+        let only = Only { labels: Some(LABEL), ..Only::default() };
+        let client = client.clone();
+        others.spawn(Follower { feed: feed.clone(), cluster, resource: &SECRETS, only, client, sink }.run());
         others.spawn(remotes::run(feed.clone(), secrets));
+    }
+
+    let outs = OptOuts::new(board, Arc::clone(&sources));
+    let own_pods = Only { fields: Some(format!("spec.nodeName={}", options.node)), ..Only::default() };
+    let labelled = Only { labels: Some(opted_out::LABEL), ..Only::default() };
+    for (resource, only, sink) in
+        [(&OWN_PODS, own_pods, outs.pods()), (&LABELLED_NAMESPACES, labelled, outs.namespaces())]
+    {
+        let (feed, cluster, client) = (feed.clone(), options.cluster.clone(), client.clone());
+        sources.expect(&cluster, &resource.name());
+        others.spawn(Follower { feed, cluster, resource, only, client, sink }.run());
     }
 
     let mut overseer = Overseer {
@@ -184,7 +202,7 @@ pub async fn run(
             _ = ticks.tick() => {}
             Some(ended) = others.join_next() => {
                 ended?;
-                bail!("who follows Secrets or other clusters has ended");
+                bail!("who follows Secrets, other clusters or pods to be left alone has ended");
             }
             () = updates.closed() => return Ok(()),
         }

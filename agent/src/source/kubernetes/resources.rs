@@ -21,6 +21,8 @@ pub(super) struct Resource {
     namespace: Option<&'static str>,
     /// Only those.
     pub(super) fields: Option<&'static str>,
+    /// What it is read for, where something else is read of the same resource.
+    purpose: Option<&'static str>,
     /// Whether labels and names are enough.
     pub(super) metadata_only: bool,
     /// Whether it is read of other clusters too: those add endpoints to services that are here, and decide nothing.
@@ -35,6 +37,7 @@ const fn core(kind: Kind, plural: &'static str) -> Resource {
         plural,
         namespace: None,
         fields: None,
+        purpose: None,
         metadata_only: false,
         of_all: true,
     }
@@ -67,14 +70,24 @@ pub(super) static RESOURCES: [Resource; 9] = [
 /// Pods, while a rule asks for their labels.
 pub(super) static PODS: Resource = Resource { metadata_only: true, ..core(Kind::Pod, "pods") };
 
+/// Pods of this node: some of them may be left alone.
+pub(super) static OWN_PODS: Resource =
+    Resource { purpose: Some("opt-out"), metadata_only: true, of_all: false, ..core(Kind::Pod, "pods") };
+
+/// Namespaces whose pods may be left alone.
+pub(super) static LABELLED_NAMESPACES: Resource =
+    Resource { purpose: Some("opt-out"), metadata_only: true, of_all: false, ..core(Kind::Namespace, "namespaces") };
+
 /// Secrets of Istio's that name other clusters.
 pub(super) static SECRETS: Resource =
     Resource { namespace: Some(MESH_NAMESPACE), of_all: false, kind: None, ..core(Kind::MeshConfig, "secrets") };
 
 impl Resource {
-    /// `plural.group`, as `kubectl` has it.
+    /// `plural.group`, as `kubectl` has it, and what it is read for.
     pub(super) fn name(&self) -> String {
-        if self.group.is_empty() { self.plural.to_owned() } else { format!("{}.{}", self.plural, self.group) }
+        let name =
+            if self.group.is_empty() { self.plural.to_owned() } else { format!("{}.{}", self.plural, self.group) };
+        self.purpose.map_or_else(|| name.clone(), |purpose| format!("{name} ({purpose})"))
     }
 
     /// The API of it, in one of its versions.

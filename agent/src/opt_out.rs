@@ -1,0 +1,284 @@
+//! Pods of this node that are left alone, because a label asks for it: which they are is the source's to say, and where the kernel finds them is
+//! found here.
+//!
+//! The programs know a pod by its cgroup. The kubelet makes that before anything of the pod runs, so a pod that has its label from the beginning is
+//! left alone from its first connection on.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Result;
+use notify::{RecursiveMode, Watcher as _};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    sync::{Notify, watch},
+    time::sleep,
+};
+
+use crate::{
+    datapath::OptedOut,
+    model::{Code, Finding},
+    source::Sources,
+};
+
+/// The label, of a pod or of a namespace for all of its pods: `"true"`, or `"false"` for a pod of a namespace that has it.
+pub const LABEL: &str = "portolan.io/opt-out";
+
+/// While somebody is to be left alone, cgroups are looked through so often, whatever was told of them.
+const LOOK: Duration = Duration::from_secs(10);
+/// What is made together is looked at together.
+const GATHER: Duration = Duration::from_millis(5);
+/// Pods' cgroups are no deeper than this.
+const DEPTH: u32 = 8;
+/// Part of the name of every cgroup that the kubelet makes above those of pods.
+const KUBEPODS: &str = "kubepods";
+
+/// Who has asked for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AskedBy {
+    /// The pod's own label.
+    Pod,
+    /// The label of its namespace.
+    Namespace,
+}
+
+/// A pod that is to be left alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OptOut {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Who has asked for it.
+    pub asked_by: AskedBy,
+    /// Its cgroups, relative to the one that is served: it is left alone where there is one. Its containers may not have begun.
+    #[serde(default)]
+    pub cgroups: Vec<String>,
+}
+
+/// The answer of `get opt-outs`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OptOuts {
+    /// Each pod of this node.
+    pub pods: Vec<OptOut>,
+}
+
+/// Pods by the id that their cgroups are named after.
+pub type ByUid = BTreeMap<String, OptOut>;
+
+/// Who is to be left alone, and who is. The source writes, the [`Keeper`] does it, everybody may look.
+#[derive(Debug, Default)]
+pub struct Board {
+    wanted: watch::Sender<Option<ByUid>>,
+    /// As far as it was done.
+    done: Mutex<ByUid>,
+}
+
+impl Board {
+    /// These are to be left alone, and no others. Until this is said for the first time, whom a former agent left alone stays so.
+    pub fn want(&self, pods: ByUid) {
+        self.wanted.send_if_modified(|wanted| {
+            let new = wanted.as_ref() != Some(&pods);
+            if new {
+                *wanted = Some(pods);
+            }
+            new
+        });
+    }
+
+    /// As `get opt-outs` shows it.
+    pub fn report(&self) -> OptOuts {
+        OptOuts { pods: self.done().values().cloned().collect() }
+    }
+
+    fn done(&self) -> MutexGuard<'_, ByUid> {
+        self.done.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Has the kernel leave alone whom the board names.
+pub struct Keeper {
+    /// The cgroup that is served.
+    pub root: PathBuf,
+    /// The kernel's side.
+    pub kernel: OptedOut,
+    /// Who is wanted.
+    pub board: Arc<Board>,
+    /// Where what is wrong is noted.
+    pub sources: Arc<Sources>,
+}
+
+impl Keeper {
+    /// Works until nobody can want anything any more.
+    ///
+    /// # Errors
+    /// The kernel cannot be asked to tell of new cgroups.
+    pub async fn run(mut self) -> Result<()> {
+        let told = Arc::new(Notify::new());
+        let teller = Arc::clone(&told);
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // To look is an event as well.
+            if event.map_or(true, |event| event.kind.is_create() || event.kind.is_remove() || event.need_rescan()) {
+                teller.notify_one();
+            }
+        })?;
+        let mut watched = BTreeSet::new();
+        let mut wanted = self.board.wanted.subscribe();
+        loop {
+            let pods = wanted.borrow_and_update().clone();
+            if let Some(pods) = pods {
+                // What was made before it was watched is seen the second time.
+                while self.look(&pods, &mut watched, &mut watcher) {}
+            }
+            let idle = watched.is_empty();
+            tokio::select! {
+                changed = wanted.changed() => if changed.is_err() { return Ok(()) },
+                () = told.notified() => sleep(GATHER).await,
+                () = sleep(LOOK), if !idle => {}
+            }
+        }
+    }
+
+    /// Finds the pods and tells the kernel; whether there are cgroups that were not watched until now.
+    fn look(
+        &mut self,
+        pods: &ByUid,
+        watched: &mut BTreeSet<PathBuf>,
+        watcher: &mut notify::RecommendedWatcher,
+    ) -> bool {
+        let seen = if pods.is_empty() { Seen::default() } else { Seen::below(&self.root) };
+        let mut done = pods.clone();
+        let mut ids = BTreeSet::new();
+        for (uid, path, id) in seen.pods {
+            if let Some(pod) = done.get_mut(&uid) {
+                let path = path.strip_prefix(&self.root).unwrap_or(&path);
+                pod.cgroups.push(path.display().to_string());
+                ids.insert(id);
+            }
+        }
+        let failed = self.kernel.set(&ids).err();
+        if failed.is_none() && *self.board.done() != done {
+            let (pods, found) = (done.len(), ids.len());
+            tracing::info!(pods, cgroups = found, "pods that are left alone ({LABEL})");
+        }
+        let finding = failed.map(|error| {
+            let message = format!("pods that ask to be left alone ({LABEL}) are not all: {error:#}; tried again soon");
+            Finding::new(Code::KernelWrite, "Kernel", message)
+        });
+        self.sources.note("opt-out/kernel", finding);
+        *self.board.done() = done;
+
+        for gone in watched.extract_if(.., |path| !seen.above.contains(path)) {
+            // It may be gone itself.
+            let _ = watcher.unwatch(&gone);
+        }
+        let before = watched.len();
+        for path in seen.above {
+            if !watched.contains(&path) && watcher.watch(&path, RecursiveMode::NonRecursive).is_ok() {
+                watched.insert(path);
+            }
+        }
+        watched.len() > before
+    }
+}
+
+/// The cgroups below one.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Those of pods: the pod's id, where it is, and its own id.
+    pods: Vec<(String, PathBuf, u64)>,
+    /// Those in which cgroups of pods may be made.
+    above: BTreeSet<PathBuf>,
+}
+
+impl Seen {
+    fn below(root: &Path) -> Self {
+        let mut seen = Self::default();
+        seen.above.insert(root.to_owned());
+        // What goes away meanwhile is not there.
+        let _ = seen.visit(root, DEPTH);
+        let parents = |path: &PathBuf| {
+            path.ancestors().take_while(|above| above.starts_with(root)).map(Path::to_owned).collect::<Vec<_>>()
+        };
+        seen.above = seen.above.iter().flat_map(parents).collect();
+        seen
+    }
+
+    fn visit(&mut self, folder: &Path, depth: u32) -> io::Result<()> {
+        for entry in fs::read_dir(folder)?.flatten() {
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
+            let path = entry.path();
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let below_kubepods = folder.file_name().is_some_and(|name| name.to_string_lossy().contains(KUBEPODS));
+            if let Some(uid) = below_kubepods.then(|| pod_of(&name)).flatten() {
+                if let Ok(metadata) = entry.metadata() {
+                    self.pods.push((uid, path, metadata.ino()));
+                }
+                continue;
+            }
+            if name.contains(KUBEPODS) {
+                self.above.insert(path.clone());
+            }
+            if depth > 0 {
+                let _ = self.visit(&path, depth - 1);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The id of the pod whose cgroup has this name: `pod<uid>`, or with systemd `kubepods-burstable-pod<uid>.slice`, in which `_` stands for `-`.
+fn pod_of(name: &str) -> Option<String> {
+    let uid = match name.strip_suffix(".slice") {
+        Some(slice) => slice.rsplit_once("-pod")?.1.replace('_', "-"),
+        None => name.strip_prefix("pod")?.to_owned(),
+    };
+    (!uid.is_empty()).then_some(uid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroups_of_pods_are_told_by_their_names() {
+        let uid = "7c5e0b7e-9a1f-4d2c-8f2e-0123456789ab";
+        let of = |name: &str| pod_of(name);
+        assert_eq!(of(&format!("pod{uid}")).as_deref(), Some(uid));
+        let slice = uid.replace('-', "_");
+        assert_eq!(of(&format!("kubepods-pod{slice}.slice")).as_deref(), Some(uid));
+        assert_eq!(of(&format!("kubelet-kubepods-besteffort-pod{slice}.slice")).as_deref(), Some(uid));
+        assert_eq!(of("kubepods-burstable.slice"), None);
+        assert_eq!(of("burstable"), None);
+        assert_eq!(of("pod"), None);
+    }
+
+    #[test]
+    fn only_below_kubepods_and_not_within_pods() {
+        let root = std::env::temp_dir().join(format!("portolan-opt-out-{}", std::process::id()));
+        for path in
+            ["system.slice/poda", "kubelet/kubepods/burstable/podb/podc", "kubelet/kubepods/podd", "kubepods.slice"]
+        {
+            fs::create_dir_all(root.join(path)).unwrap();
+        }
+        let seen = Seen::below(&root);
+        let mut pods: Vec<String> = seen.pods.iter().map(|(uid, ..)| uid.clone()).collect();
+        pods.sort();
+        let above: Vec<_> =
+            seen.above.iter().map(|path| path.strip_prefix(&root).unwrap().display().to_string()).collect();
+        fs::remove_dir_all(&root).unwrap();
+        assert_eq!(pods, ["b", "d"]);
+        assert_eq!(above, ["", "kubelet", "kubelet/kubepods", "kubepods.slice"]);
+    }
+}

@@ -1,0 +1,210 @@
+//! Which pods of this node ask to be left alone: by their own label, or by that of their namespace.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use super::{follow::Sink, object::Raw};
+use crate::{
+    model::{Code, Finding},
+    opt_out::{AskedBy, Board, ByUid, LABEL, OptOut},
+    source::Sources,
+};
+
+/// An object that has or may have the label.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Labelled {
+    namespace: String,
+    name: String,
+    uid: String,
+    says: Option<String>,
+}
+
+impl Labelled {
+    fn of(object: &Raw) -> Self {
+        let (namespace, name) = object.parts();
+        Self { namespace, name, uid: object.pod_uid(), says: object.label(LABEL) }
+    }
+
+    /// What its label asks for; `None` where there is none, or one that nobody understands.
+    fn asks(&self) -> Option<bool> {
+        self.says.as_ref()?.parse().ok()
+    }
+
+    /// Whether it has a label that nobody understands.
+    fn is_strange(&self) -> bool {
+        self.says.is_some() && self.asks().is_none()
+    }
+}
+
+/// By name.
+type All = BTreeMap<String, Labelled>;
+
+/// What is known; `None`: not yet.
+#[derive(Debug, Default)]
+struct Known {
+    pods: Option<All>,
+    namespaces: Option<All>,
+}
+
+impl Known {
+    /// Who is to be left alone, and labels that nobody understands. Both lists have to be there, for a namespace's label counts for its pods.
+    fn wanted(&self) -> Option<(ByUid, Vec<String>)> {
+        let (pods, namespaces) = (self.pods.as_ref()?, self.namespaces.as_ref()?);
+        let by_name: BTreeMap<&str, &Labelled> =
+            namespaces.values().map(|namespace| (namespace.name.as_str(), namespace)).collect();
+        let asked_by = |pod: &Labelled| {
+            let of_namespace = || by_name.get(pod.namespace.as_str()).and_then(|namespace| namespace.asks());
+            match pod.asks() {
+                Some(asks) => asks.then_some(AskedBy::Pod),
+                None => of_namespace().unwrap_or_default().then_some(AskedBy::Namespace),
+            }
+        };
+        let wanted = pods.values().filter_map(|pod| {
+            let (namespace, name) = (pod.namespace.clone(), pod.name.clone());
+            let asked_by = asked_by(pod)?;
+            Some((pod.uid.clone(), OptOut { namespace, name, asked_by, cgroups: Vec::new() }))
+        });
+        let strange = namespaces
+            .values()
+            .map(|namespace| ("Namespace ", namespace))
+            .chain(pods.values().map(|pod| ("Pod ", pod)));
+        let strange = strange.filter(|(_, it)| it.is_strange()).map(|(kind, it)| {
+            let says = it.says.as_deref().unwrap_or_default();
+            let namespace = if it.namespace.is_empty() { String::new() } else { format!("{}/", it.namespace) };
+            format!("{kind}{namespace}{} has {says:?}", it.name)
+        });
+        Some((wanted.collect(), strange.collect()))
+    }
+}
+
+/// What both lists lead to.
+#[derive(Clone)]
+pub(super) struct OptOuts {
+    known: Arc<Mutex<Known>>,
+    board: Arc<Board>,
+    sources: Arc<Sources>,
+}
+
+impl OptOuts {
+    pub(super) fn new(board: Arc<Board>, sources: Arc<Sources>) -> Self {
+        Self { known: Arc::default(), board, sources }
+    }
+
+    /// Takes the pods of this node.
+    pub(super) fn pods(&self) -> OptOutSink {
+        self.sink(|known| &mut known.pods)
+    }
+
+    /// Takes the namespaces that have the label.
+    pub(super) fn namespaces(&self) -> OptOutSink {
+        self.sink(|known| &mut known.namespaces)
+    }
+
+    fn sink(&self, place: fn(&mut Known) -> &mut Option<All>) -> OptOutSink {
+        OptOutSink { all: All::new(), listed: HashSet::new(), whole: false, place, to: self.clone() }
+    }
+
+    fn publish(&self, known: &Known) {
+        let Some((wanted, strange)) = known.wanted() else { return };
+        self.board.want(wanted);
+        let finding = (!strange.is_empty()).then(|| {
+            let message = format!("{}: neither \"true\" nor \"false\", and counts for nothing", strange.join("; "));
+            Finding::new(Code::OptOutLabel, format!("Label {LABEL}"), message)
+        });
+        self.sources.note("opt-out/labels", finding);
+    }
+}
+
+/// Takes one of the two lists.
+pub(super) struct OptOutSink {
+    all: All,
+    listed: HashSet<String>,
+    /// Whether there was a whole list.
+    whole: bool,
+    place: fn(&mut Known) -> &mut Option<All>,
+    to: OptOuts,
+}
+
+impl Sink for OptOutSink {
+    fn begin(&mut self) {
+        self.listed.clear();
+    }
+
+    fn item(&mut self, object: Raw) {
+        self.listed.insert(object.name());
+        self.changed(object);
+    }
+
+    fn end(&mut self) {
+        let listed = std::mem::take(&mut self.listed);
+        self.all.retain(|name, _| listed.contains(name));
+        self.whole = true;
+    }
+
+    fn changed(&mut self, object: Raw) {
+        self.all.insert(object.name(), Labelled::of(&object));
+    }
+
+    fn gone(&mut self, object: &Raw) {
+        self.all.remove(&object.name());
+    }
+
+    /// Whom a former agent left alone stays so.
+    fn unknown(&mut self) {}
+
+    fn held(&self) -> usize {
+        self.all.len()
+    }
+
+    async fn flush(&mut self) -> bool {
+        if self.whole {
+            let mut known = self.to.known.lock().unwrap_or_else(PoisonError::into_inner);
+            let place = (self.place)(&mut known);
+            if place.as_ref() != Some(&self.all) {
+                *place = Some(self.all.clone());
+                self.to.publish(&known);
+            }
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn labelled(namespace: &str, name: &str, says: Option<&str>) -> (String, Labelled) {
+        let it = Labelled {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            uid: format!("u-{name}"),
+            says: says.map(str::to_owned),
+        };
+        (format!("{namespace}/{name}"), it)
+    }
+
+    #[test]
+    fn a_pods_own_label_counts_before_that_of_its_namespace() {
+        let mut known = Known {
+            pods: Some(All::from([
+                labelled("out", "by-namespace", None),
+                labelled("out", "not", Some("false")),
+                labelled("out", "strange", Some("yes")),
+                labelled("in", "by-label", Some("true")),
+                labelled("in", "plain", None),
+            ])),
+            namespaces: None,
+        };
+        assert_eq!(known.wanted(), None);
+        known.namespaces = Some(All::from([labelled("", "out", Some("true")), labelled("", "in", Some(""))]));
+        let (wanted, strange) = known.wanted().unwrap();
+        let wanted: Vec<_> = wanted.values().map(|pod| (pod.name.as_str(), pod.asked_by)).collect();
+        assert_eq!(
+            wanted,
+            [("by-label", AskedBy::Pod), ("by-namespace", AskedBy::Namespace), ("strange", AskedBy::Namespace)]
+        );
+        assert_eq!(strange, ["Namespace in has \"\"", "Pod out/strange has \"yes\""]);
+    }
+}
