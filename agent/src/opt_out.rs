@@ -36,7 +36,7 @@ const LOOK: Duration = Duration::from_secs(10);
 const GATHER: Duration = Duration::from_millis(5);
 /// Pods' cgroups are no deeper than this.
 const DEPTH: u32 = 8;
-/// Part of the name of every cgroup that the kubelet makes above those of pods.
+/// Part of the name of the cgroup below which the kubelet has all pods.
 const KUBEPODS: &str = "kubepods";
 
 /// Who has asked for it.
@@ -204,7 +204,7 @@ impl Seen {
         let mut seen = Self::default();
         seen.above.insert(root.to_owned());
         // What goes away meanwhile is not there.
-        let _ = seen.visit(root, DEPTH);
+        let _ = seen.visit(root, DEPTH, false);
         let parents = |path: &PathBuf| {
             path.ancestors().take_while(|above| above.starts_with(root)).map(Path::to_owned).collect::<Vec<_>>()
         };
@@ -212,7 +212,8 @@ impl Seen {
         seen
     }
 
-    fn visit(&mut self, folder: &Path, depth: u32) -> io::Result<()> {
+    /// `of_kubelet`: whether all in the folder is the kubelet's.
+    fn visit(&mut self, folder: &Path, depth: u32, of_kubelet: bool) -> io::Result<()> {
         for entry in fs::read_dir(folder)?.flatten() {
             if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 continue;
@@ -220,18 +221,18 @@ impl Seen {
             let path = entry.path();
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            let below_kubepods = folder.file_name().is_some_and(|name| name.to_string_lossy().contains(KUBEPODS));
-            if let Some(uid) = below_kubepods.then(|| pod_of(&name)).flatten() {
+            if let Some(uid) = of_kubelet.then(|| pod_of(&name)).flatten() {
                 if let Ok(metadata) = entry.metadata() {
                     self.pods.push((uid, path, metadata.ino()));
                 }
                 continue;
             }
-            if name.contains(KUBEPODS) {
+            let of_kubelet = of_kubelet || name.contains(KUBEPODS);
+            if of_kubelet {
                 self.above.insert(path.clone());
             }
             if depth > 0 {
-                let _ = self.visit(&path, depth - 1);
+                let _ = self.visit(&path, depth - 1, of_kubelet);
             }
         }
         Ok(())
@@ -279,6 +280,6 @@ mod tests {
             seen.above.iter().map(|path| path.strip_prefix(&root).unwrap().display().to_string()).collect();
         fs::remove_dir_all(&root).unwrap();
         assert_eq!(pods, ["b", "d"]);
-        assert_eq!(above, ["", "kubelet", "kubelet/kubepods", "kubepods.slice"]);
+        assert_eq!(above, ["", "kubelet", "kubelet/kubepods", "kubelet/kubepods/burstable", "kubepods.slice"]);
     }
 }

@@ -30,7 +30,12 @@ fn namespace(says: Option<&str>) -> Value {
     json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default", "labels": labels}})
 }
 
-/// Where the kubelet has the container of a pod, with systemd.
+/// Where the kubelet has the container of a pod, without systemd.
+fn plain_cgroup_of(bed: &Bed, name: &str) -> Result<Cgroup> {
+    bed.cgroup.make_inside(&format!("kubepods/burstable/poduid-default-{name}/{name}"))
+}
+
+/// Where it has it with systemd.
 fn cgroup_of(bed: &Bed, name: &str) -> Result<Cgroup> {
     let slice = format!("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-poduid_default_{name}.slice");
     bed.cgroup.make_inside(&format!("{slice}/cri-containerd-{name}.scope"))
@@ -107,14 +112,14 @@ fn a_pod_that_begins_later_is_left_alone_from_its_beginning() -> Result<()> {
         ensure!(outs["pods"][0]["name"] == "a" && outs["pods"][0]["cgroups"] == json!([]), "{outs}");
         Ok(())
     })?;
-    let of_a = cgroup_of(&bed, "a")?;
+    let of_a = plain_cgroup_of(&bed, "a")?;
     wait_left_alone(&agent, &["a"])?;
     assert_eq!(client_in(&bed, &of_a)?.dial(WEB, 1)?.errnos(), [ENETUNREACH]);
     // Its cgroup is gone, and made again with another id.
     drop(of_a);
-    bed.cgroup.remove_inside("kubepods.slice")?;
+    bed.cgroup.remove_inside("kubepods")?;
     wait_left_alone(&agent, &[])?;
-    let of_a = cgroup_of(&bed, "a")?;
+    let of_a = plain_cgroup_of(&bed, "a")?;
     wait_left_alone(&agent, &["a"])?;
     assert_eq!(client_in(&bed, &of_a)?.dial(WEB, 1)?.errnos(), [ENETUNREACH]);
     Ok(())
