@@ -73,7 +73,7 @@ pub(super) struct AgentArgs {
     #[command(flatten)]
     sizes: SizeArgs,
     /// What to log: error, warn, info, debug, trace, or by module
-    #[arg(long, value_name = "FILTER", default_value = "info", env = "PORTOLAN_LOG")]
+    #[arg(long, value_name = "FILTER", default_value = "info,kube_client=off", env = "PORTOLAN_LOG")]
     log: EnvFilter,
     /// Have the programs in the kernel log each connection, for debugging; it costs time on every connect
     #[arg(long, value_enum, default_value_t, env = "PORTOLAN_PROGRAM_LOG")]

@@ -1,7 +1,7 @@
 //! How each source is doing: what `get sources` and the metrics show, and whether everything has been read once.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     sync::Mutex,
     time::{Duration, Instant, SystemTime},
 };
@@ -86,11 +86,18 @@ pub struct Sources {
     all: Mutex<ByResource>,
     notes: Mutex<Notes>,
     changed: watch::Sender<()>,
+    /// How often something of a cluster was well again.
+    recoveries: watch::Sender<HashMap<String, u64>>,
 }
 
 impl Default for Sources {
     fn default() -> Self {
-        Self { all: Mutex::default(), notes: Mutex::default(), changed: watch::Sender::new(()) }
+        Self {
+            all: Mutex::default(),
+            notes: Mutex::default(),
+            changed: watch::Sender::new(()),
+            recoveries: watch::Sender::default(),
+        }
     }
 }
 
@@ -102,7 +109,7 @@ impl Sources {
 
     /// Has everybody told where something is otherwise than before, beside the figures.
     fn status(&self, cluster: &str, resource: &str, work: impl FnOnce(&mut Status)) {
-        let news = self.with(|all| {
+        let (news, well) = self.with(|all| {
             let mut new = false;
             let status = all.entry((cluster.to_owned(), resource.to_owned())).or_insert_with(|| {
                 new = true;
@@ -110,8 +117,12 @@ impl Sources {
             });
             let before = (status.synced, status.trouble.clone());
             work(status);
-            new || before != (status.synced, status.trouble.clone())
+            let well = before.1.is_some() && status.trouble.is_none();
+            (new || before != (status.synced, status.trouble.clone()), well)
         });
+        if well {
+            self.recoveries.send_modify(|of| *of.entry(cluster.to_owned()).or_default() += 1);
+        }
         if news {
             self.changed.send_replace(());
         }
@@ -172,6 +183,17 @@ impl Sources {
             }
             status.trouble = Some((trouble, since));
         });
+    }
+
+    /// Waits until something of a cluster is well again, from this call on.
+    pub fn recovered(&self, cluster: &str) -> impl Future<Output = ()> + Send + use<> {
+        let mut recoveries = self.recoveries.subscribe();
+        let before = recoveries.borrow().get(cluster).copied();
+        let cluster = cluster.to_owned();
+        async move {
+            // An error means that the agent is ending.
+            let _ = recoveries.wait_for(|of| of.get(&cluster).copied() != before).await;
+        }
     }
 
     /// This is no longer read; `None`: nothing of the cluster.

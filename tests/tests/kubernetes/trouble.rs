@@ -268,3 +268,43 @@ fn without_a_way_to_the_api_the_agent_says_so_in_one_line() -> Result<()> {
     }
     Ok(())
 }
+
+/// A page of objects of 1 MB is more than the agent takes in at once.
+#[test]
+fn pages_that_are_too_long_are_asked_for_in_smaller_ones() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1"])?;
+    api.apply(&web(&["10.0.0.1"]));
+    let long = "x".repeat(1 << 20);
+    let large: Vec<Value> = (0..40)
+        .map(|i| {
+            let mut large = plain(service(&format!("large{i}"), &[&format!("172.16.1.{i}")], 80));
+            large["metadata"]["annotations"] = json!({"example.com/notes": long});
+            large
+        })
+        .collect();
+    api.apply(&large);
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    assert_eq!(source(&agent, "c1", "services")?["objects"], json!(41));
+    assert_eq!(bed.dialler()?.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
+    // Broken off twice, and then in pages of 7.
+    assert_eq!(api.asked("list", "services"), 8);
+    Ok(())
+}
+
+/// A server that starts has not read its roles yet, and forbids everything.
+#[test]
+fn what_is_forbidden_for_a_while_is_read_soon_after() -> Result<()> {
+    let (bed, mut api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
+    api.apply(&web(&["10.0.0.1"]));
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    api.stop();
+    let all = ["services", "endpointslices.discovery.k8s.io", "nodes", "pods", "configmaps", "namespaces"];
+    all.iter().for_each(|resource| api.forbid(resource, true));
+    api.start()?;
+    wait_finding(&agent, "PTL0111", "endpointslices.discovery.k8s.io")?;
+    api.apply(&[web_slice(&["10.0.0.2"])]);
+    all.iter().for_each(|resource| api.forbid(resource, false));
+    // Within half a minute is sooner than what is forbidden for good is asked for again.
+    wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])?;
+    wait_no_finding(&agent, "PTL0111")
+}

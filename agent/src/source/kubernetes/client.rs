@@ -23,7 +23,7 @@ use kube::{
 use tokio::net::TcpStream;
 use tower::{BoxError, Service, ServiceBuilder};
 
-use super::follow::describe;
+use super::{bound::Bound, follow::describe};
 
 /// How long to wait for a connection.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -121,6 +121,7 @@ fn build(config: Config, direct: Direct) -> Result<Client> {
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)
+        .layer(Bound)
         .map_err(BoxError::from)
         .service(legacy::Client::builder(TokioExecutor::new()).build(https));
     Ok(Client::new(service, config.default_namespace))

@@ -13,11 +13,18 @@ use kube::{
 };
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use super::{Feed, object::Raw, resources::Resource};
+use super::{
+    Feed,
+    bound::{MOST as MOST_BYTES, TooLong},
+    object::Raw,
+    resources::Resource,
+};
 use crate::source::Trouble;
 
-/// Objects of a page.
+/// Objects of a page; fewer where so many are too long an answer.
 const PAGE: u32 = 500;
+/// So many times fewer.
+const SMALLER: u32 = 8;
 /// A server ends a watch itself after the time that it is asked for; one that is silent for so much longer has stalled.
 const SLACK: Duration = Duration::from_secs(5);
 /// An answer to a list takes no longer than this.
@@ -30,7 +37,8 @@ const SHORTEST: Duration = Duration::from_secs(1);
 const MOST: usize = 1_000_000;
 /// A watch is refused so often before everything is listed again.
 const REFUSALS: u32 = 5;
-/// An API that was there and is not any more may be on its way up again: for so long, what it last said stays in force.
+/// What was there and is not any more, or may not be read, may be so because the server is on its way up: for so long, what it last said stays in
+/// force, and it is asked again soon.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What takes the objects.
@@ -63,7 +71,7 @@ enum Broken {
     Stalled,
     Api(kube::Error),
     /// It says more than can be.
-    TooMuch,
+    TooMuch(String),
     /// Nobody listens any more.
     Over,
 }
@@ -72,6 +80,7 @@ impl From<kube::Error> for Broken {
     fn from(error: kube::Error) -> Self {
         match &error {
             kube::Error::Api(status) if status.code == 410 => Self::Gone,
+            _ if TooLong::is_behind(&error) => Self::TooMuch(format!("an answer has more than {MOST_BYTES} bytes")),
             _ => Self::Api(error),
         }
     }
@@ -103,7 +112,8 @@ impl<S: Sink> Follower<S> {
         // Where in time the last list was taken, or the watch has come to.
         let mut at: Option<String> = None;
         let mut again = self.next_resync();
-        let mut missing: Option<Instant> = None;
+        // Since when it may not be read, or is not there.
+        let mut denied: Option<Instant> = None;
         let (mut refusals, mut listed_at) = (0, Instant::now());
         // Whether what came last was silence: that a watch begins says nothing then.
         let mut stalled = false;
@@ -117,8 +127,9 @@ impl<S: Sink> Follower<S> {
             };
             let broken = match result {
                 Ok(listed) => {
+                    denied = None;
                     if listed.is_some() {
-                        (at, again, missing, tried) = (listed, self.next_resync(), None, 0);
+                        (at, again, tried) = (listed, self.next_resync(), 0);
                         (refusals, listed_at, stalled) = (0, Instant::now(), false);
                     } else if began.elapsed() < SHORTEST {
                         sleep(backoff.next().unwrap_or(SHORTEST)).await;
@@ -150,8 +161,7 @@ impl<S: Sink> Follower<S> {
                     self.feed.sources.trouble(&self.cluster, &name, Trouble::Unreachable(why));
                     continue;
                 }
-                Broken::TooMuch => {
-                    let why = format!("it says that there are more than {MOST} of them");
+                Broken::TooMuch(why) => {
                     self.feed.sources.trouble(&self.cluster, &name, Trouble::Unreachable(why));
                     sleep(jittered(later)).await;
                     continue;
@@ -176,7 +186,7 @@ impl<S: Sink> Follower<S> {
                         at = None;
                         continue;
                     }
-                    let since = *missing.get_or_insert_with(Instant::now);
+                    let since = *denied.get_or_insert_with(Instant::now);
                     if self.sink.held() == 0 || since.elapsed() > PATIENCE {
                         self.sink.begin();
                         self.sink.end();
@@ -189,21 +199,30 @@ impl<S: Sink> Follower<S> {
                     if at.is_none() && self.sink.held() == 0 {
                         self.sink.unknown();
                     }
+                    denied.get_or_insert_with(Instant::now);
                     let verb = if at.is_some() { "watch" } else { "list" };
                     Trouble::Forbidden(format!("may not {verb} {name}: the API server says that it is forbidden"))
                 }
                 _ => Trouble::Unreachable(describe(&error)),
             };
+            // A server that starts forbids everything until it has read its roles.
+            let for_long = denied.is_some_and(|since| since.elapsed() > PATIENCE);
             let wait = match &trouble {
+                Trouble::Forbidden(_) if !for_long => backoff.next().unwrap_or(later),
                 Trouble::Missing | Trouble::Noted | Trouble::Forbidden(_) => jittered(later),
                 Trouble::Unreachable(_) => backoff.next().unwrap_or(later),
             };
             tracing::debug!(cluster = self.cluster, resource = name, ?wait, "{error}");
+            let recovered = self.feed.sources.recovered(&self.cluster);
             self.feed.sources.trouble(&self.cluster, &name, trouble);
             if !self.sink.flush().await {
                 return;
             }
-            sleep(wait).await;
+            // Where one gets through, all try.
+            tokio::select! {
+                () = sleep(wait) => {}
+                () = recovered => {}
+            }
         }
     }
 
@@ -231,10 +250,17 @@ impl<S: Sink> Follower<S> {
                     Ok::<_, kube::Error>((list.items, list.metadata))
                 }
             };
-            let (items, list): (Vec<Raw>, _) = timeout(ANSWER, page).await.map_err(|_| Broken::Stalled)??;
+            let page = timeout(ANSWER, page).await.map_err(|_| Broken::Stalled)?.map_err(Broken::from);
+            let (items, list): (Vec<Raw>, _) = match (page, params.limit) {
+                (Err(Broken::TooMuch(_)), Some(limit @ 2..)) => {
+                    params.limit = Some((limit / SMALLER).max(1));
+                    continue;
+                }
+                (page, _) => page?,
+            };
             (objects, pages) = (objects + items.len(), pages + 1);
-            if objects > MOST || pages > MOST / PAGE as usize {
-                return Err(Broken::TooMuch);
+            if objects > MOST || pages > objects + MOST / PAGE as usize {
+                return Err(Broken::TooMuch(format!("it says that there are more than {MOST} of them")));
             }
             items.into_iter().for_each(|object| self.sink.item(object));
             match list.continue_.filter(|token| !token.is_empty()) {

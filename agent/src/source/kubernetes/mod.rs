@@ -2,6 +2,7 @@
 //!
 //! Each object is an origin of its own, `cluster/resource/namespace/name`; what it means is for the same readers as in files.
 
+mod bound;
 mod client;
 mod cluster;
 mod follow;
