@@ -19,6 +19,7 @@ pub mod model;
 pub mod opt_out;
 pub mod place;
 pub mod policy;
+pub mod privileges;
 pub mod probes;
 pub mod reconcile;
 pub mod report;

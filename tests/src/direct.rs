@@ -16,7 +16,7 @@ use portolan::{
 };
 use tokio::runtime::Runtime;
 
-use crate::Bed;
+use crate::{Bed, binary};
 
 /// Programs on a node's pods, and what they are told.
 pub struct Direct {
@@ -39,6 +39,7 @@ impl Direct {
             bpffs: bed.pins().clone(),
             sizes,
             log: ProgramLog::Off,
+            program: binary("portolan")?,
         };
         let inside = runtime.enter();
         let (mut datapath, held) = Datapath::open(&options)?;

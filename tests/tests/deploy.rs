@@ -1,11 +1,18 @@
 //! What `deploy/` grants is what the agent needs: not less, and not more.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::{collections::BTreeSet, fs, path::Path, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::fd::{FromRawFd as _, OwnedFd},
+    path::Path,
+    process::Command,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Api, Bed, Directory, Pod,
+    Agent, Api, Bed, Directory, Pod,
     dial::Task,
     objects::{destination_rule, node, pod, service, slice, udp_service, udp_slice},
     wait_until,
@@ -72,6 +79,93 @@ fn the_roles_grant_the_requests_that_are_made_and_no_others() -> Result<()> {
     Ok(())
 }
 
+/// One line of what the kernel says of each thread of a process.
+fn of_threads(process: u32, field: &str) -> Result<Vec<String>> {
+    let threads = fs::read_dir(format!("/proc/{process}/task"))?;
+    threads
+        .map(|thread| {
+            let status = fs::read_to_string(thread?.path().join("status")).context("status")?;
+            let line = status.lines().find_map(|line| line.strip_prefix(field)).context("no such line")?;
+            Ok(line.trim_start_matches(':').trim().to_owned())
+        })
+        .collect()
+}
+
+/// Once connections are served, the agent may do nothing that other processes may not, and its helper just what it is for.
+fn check_privileges(agent: &Agent) -> Result<()> {
+    const NONE: &str = "0000000000000000";
+    let own = agent.process.id();
+    for field in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+        let held = of_threads(own, field)?;
+        ensure!(held.len() >= 3 && held.iter().all(|held| held == NONE), "{field}: {held:?}");
+    }
+    ensure!(of_threads(own, "NoNewPrivs")?.iter().all(|set| set == "1"));
+    let is_helper = |process: &u32| {
+        let parent = of_threads(*process, "PPid").unwrap_or_default();
+        let line = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+        parent.first() == Some(&own.to_string()) && line.split(|byte| *byte == 0).nth(1) == Some(b"helper")
+    };
+    let mut processes = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let helper = processes.find(is_helper).context("no helper")?;
+    // CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN.
+    let expected = format!("{:016x}", 1 << 12 | 1 << 19 | 1 << 21);
+    for field in ["CapPrm", "CapEff"] {
+        let held = of_threads(helper, field)?;
+        ensure!(held.len() == 3 && held.iter().all(|held| *held == expected), "{field}: {held:?}");
+    }
+    Ok(())
+}
+
+/// What the agent's threads have done, a thread of this test does.
+#[test]
+fn a_thread_without_privileges_loads_no_program() -> Result<()> {
+    // "return 0", for a socket of a cgroup.
+    let program: [u64; 2] = [0xb7, 0x95];
+    let load = || {
+        let licence = c"GPL";
+        #[repr(C)]
+        struct Attr {
+            kind: u32,
+            count: u32,
+            instructions: u64,
+            licence: u64,
+            rest: [u64; 12],
+        }
+        const CGROUP_SOCK: u32 = 9;
+        const BPF_PROG_LOAD: libc::c_long = 5;
+        let mut attr = Attr {
+            kind: CGROUP_SOCK,
+            count: 2,
+            instructions: program.as_ptr().addr() as u64,
+            licence: licence.as_ptr().addr() as u64,
+            rest: [0; 12],
+        };
+        // SAFETY: the attributes are those of this command, and what they point to outlives the call.
+        let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw mut attr, size_of::<Attr>()) };
+        if fd < 0 {
+            return std::io::Error::last_os_error().raw_os_error().unwrap_or_default();
+        }
+        // SAFETY: the kernel has just given it to nobody else.
+        drop(unsafe { OwnedFd::from_raw_fd(fd as i32) });
+        0
+    };
+    assert_eq!(load(), 0);
+    let without = std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            portolan::privileges::give_up()?;
+            // Nor does a program that it starts, root or not.
+            let held = Command::new("cat").arg("/proc/self/status").output()?;
+            ensure!(String::from_utf8_lossy(&held.stdout).contains("CapEff:\t0000000000000000"));
+            Ok(load())
+        });
+        thread.join().unwrap()
+    })?;
+    assert_eq!(without, libc::EPERM);
+    // The others have kept theirs.
+    assert_eq!(load(), 0);
+    Ok(())
+}
+
 /// As the container has it: root, with these capabilities alone, and none to gain.
 #[test]
 fn the_capabilities_of_the_container_are_enough() -> Result<()> {
@@ -112,10 +206,13 @@ fn the_capabilities_of_the_container_are_enough() -> Result<()> {
     dns(&both)?;
     let mut agent = bed.start_under(&["setpriv", "--no-new-privs", &bounding], &directory, "c1", "n1")?;
     agent.wait_ready()?;
-    let status = fs::read_to_string(format!("/proc/{}/status", agent.process.id()))?;
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).context("no capabilities")?;
-    let held = u64::from_str_radix(effective.trim(), 16)?.count_ones() as usize;
-    assert_eq!(held, capabilities.len(), "{effective}");
+    check_privileges(&agent)?;
+    // The program that sees packets comes off, and is put back.
+    fs::remove_file(bed.pins().join("links/received")).with_context(|| agent.log())?;
+    wait_until("the program to be put back", BOUND, || {
+        ensure!(bed.pins().join("links/received").exists(), "{}", agent.log());
+        Ok(())
+    })?;
 
     // Pods have networks of their own: connections are closed there, and findings name whose they are.
     let (mut bad, mut good) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);

@@ -16,7 +16,7 @@ use crate::{
     admin::{self, Asked},
     datapath::{Datapath, GoneTcp, Options, ProgramLog},
     kept::{Keeper, Kept},
-    opt_out,
+    opt_out, privileges,
     probes::Prober,
     reconcile::Reconciler,
     self_probe::SelfProbe,
@@ -79,6 +79,9 @@ pub(super) struct AgentArgs {
     #[arg(long, value_enum, default_value_t, env = "PORTOLAN_PROGRAM_LOG")]
     program_log: ProgramLog,
 }
+
+/// This program.
+const SELF: &str = "/proc/self/exe";
 
 /// Findings that wait to become Events: of more, the rest is in the log.
 const FINDINGS: usize = 100;
@@ -201,9 +204,22 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     keep_heap_small();
     end_on_panic();
     // One thread works, one answers.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let options =
-        Options { cgroup: args.cgroup, bpffs: args.pins.bpffs, sizes: args.sizes.sizes(), log: args.program_log };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .on_thread_start(|| {
+            if let Err(error) = privileges::give_up() {
+                panic!("a thread cannot give up its privileges: {error}");
+            }
+        })
+        .enable_all()
+        .build()?;
+    let options = Options {
+        cgroup: args.cgroup,
+        bpffs: args.pins.bpffs,
+        sizes: args.sizes.sizes(),
+        log: args.program_log,
+        program: SELF.into(),
+    };
     let reader = args.reader.reader();
     // Before anything is loaded.
     if let Some(config) = &args.config {
@@ -220,6 +236,8 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         let metrics_socket = TcpListener::bind(args.metrics)
             .await
             .with_context(|| format!("--metrics: cannot listen on {}", args.metrics))?;
+        // All that needs privileges has been done; what may need them later is the helper's.
+        privileges::give_up().context("cannot give up privileges")?;
         let (questions, requests) = mpsc::channel(16);
         let (changes, updates) = mpsc::channel(256);
         let (teller, told) = args.kubernetes.kubernetes_events.then(|| mpsc::channel(FINDINGS)).unzip();

@@ -18,7 +18,7 @@ use anyhow::Result;
 use clap::{Args, CommandFactory as _, Parser, Subcommand, error::ErrorKind};
 
 use crate::{
-    datapath::Unsupported,
+    datapath::{HELPER_VERB, HelperArgs, Unsupported, serve_helper},
     model::{Labels, Locality, NamespacedName},
     place::Place,
     report::Report,
@@ -68,6 +68,9 @@ enum Command {
         /// The cgroup that is served
         cgroup: PathBuf,
     },
+    /// The part of the agent that keeps its privileges
+    #[command(name = HELPER_VERB, hide = true)]
+    Helper(HelperArgs),
     /// Shows the version
     Version,
     /// Prints a completion script for a shell
@@ -110,6 +113,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Doctor(args) => doctor::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),
         Command::SelfProbe { cgroup } => self_probe::run_client(&cgroup).map(|()| ExitCode::SUCCESS),
+        Command::Helper(args) => serve_helper(&args).map(|()| ExitCode::SUCCESS),
         Command::Version => {
             let schema = portolan_common::SCHEMA_VERSION;
             anstream::println!("portolan {} (map schema v{schema})", env!("CARGO_PKG_VERSION"));

@@ -13,10 +13,10 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{
     Ebpf,
-    programs::{CgroupAttachMode, CgroupSkbAttachType, Program, links::FdLink},
+    programs::{Program, ProgramFd},
 };
 
-use super::{Pins, raw};
+use super::{Pins, helper::Helper, pins::Set, raw};
 
 /// The programs, by the names of their functions, with the kernel's numbers of their hooks (`enum bpf_attach_type`), in the order in which
 /// they are attached: where connections end is watched before any is sent anywhere.
@@ -40,6 +40,8 @@ pub(super) struct Hooks {
     cgroup_id: u64,
     pins: Pins,
     links: Vec<(&'static str, OwnedFd)>,
+    /// Who attaches the program that sees packets.
+    helper: Option<Helper>,
 }
 
 impl Hooks {
@@ -55,7 +57,20 @@ impl Hooks {
             loaded.with_context(|| format!("the kernel does not take the program {name}"))?;
         }
         let cgroup_id = fs::metadata(&cgroup).with_context(|| format!("cannot read {}", cgroup.display()))?.ino();
-        Ok(Self { cgroup, cgroup_id, pins, links: Vec::new() })
+        Ok(Self { cgroup, cgroup_id, pins, links: Vec::new(), helper: None })
+    }
+
+    /// Starts the helper, from this program; and the way on which it takes orders to close.
+    pub(super) fn start_helper(
+        &mut self,
+        bpf: &mut Ebpf,
+        program: &Path,
+        set: Set,
+    ) -> Result<(Helper, std::os::unix::net::UnixStream)> {
+        let packets = bpf.program_mut(PACKETS.0).context("the embedded object has no such program")?;
+        let started = Helper::start(program, &self.pins, set, &self.cgroup, fd(packets)?.as_fd())?;
+        self.helper = Some(started.0.clone());
+        Ok(started)
     }
 
     /// Attaches the programs, or puts them in the place of those that are there. Whoever is ended on the way leaves programs of two sets of maps.
@@ -80,13 +95,7 @@ impl Hooks {
             let pinned = raw::open(&pin).with_context(|| format!("cannot open {}", pin.display()))?;
             match raw::cgroup_id(&pinned)? {
                 id if id == self.cgroup_id => {
-                    let fd = match program {
-                        Program::CgroupSkb(program) => program.fd()?,
-                        Program::CgroupSockAddr(program) => program.fd()?,
-                        Program::SockOps(program) => program.fd()?,
-                        _ => bail!("not a program of this kind"),
-                    };
-                    raw::update(&pinned, fd.as_fd()).context("the link does not take the new program")?;
+                    raw::update(&pinned, fd(program)?.as_fd()).context("the link does not take the new program")?;
                     return Ok(pinned);
                 }
                 0 => tracing::warn!("{name} had been detached from its cgroup; it is attached anew"),
@@ -98,25 +107,18 @@ impl Hooks {
             // With its pin, the link goes.
             fs::remove_file(&pin).with_context(|| format!("cannot remove {}", pin.display()))?;
         }
-        let cgroup = File::open(&self.cgroup)?;
-        let link: FdLink = match program {
-            // aya's "single" makes a link, beside which the kernel lets others attach.
-            Program::CgroupSkb(program) => {
-                let id = program.attach(cgroup, CgroupSkbAttachType::Ingress, CgroupAttachMode::Single)?;
-                program.take_link(id)?.try_into()?
+        match PROGRAMS.iter().find(|(own, _)| *own == name) {
+            Some((_, attach_type)) => {
+                let link = raw::attach(File::open(&self.cgroup)?, fd(program)?, *attach_type)?;
+                raw::pin(&link, &pin).with_context(|| format!("cannot pin {}", pin.display()))?;
+                Ok(link)
             }
-            Program::CgroupSockAddr(program) => {
-                let id = program.attach(cgroup, CgroupAttachMode::Single)?;
-                program.take_link(id)?.try_into()?
+            // The kernel lets nobody else do it.
+            None => {
+                self.helper.as_ref().context("there is no helper")?.attach_packets()?;
+                raw::open(&pin).with_context(|| format!("cannot open {}", pin.display()))
             }
-            Program::SockOps(program) => {
-                let id = program.attach(cgroup, CgroupAttachMode::Single)?;
-                program.take_link(id)?.try_into()?
-            }
-            _ => bail!("not a program of this kind"),
-        };
-        link.pin(&pin).with_context(|| format!("cannot pin {}", pin.display()))?;
-        raw::open(&pin).with_context(|| format!("cannot open {}", pin.display()))
+        }
     }
 
     /// Attaches the program that sees packets, or takes it off; whether it was not so before.
@@ -208,4 +210,14 @@ impl Hooks {
     pub(super) fn cgroup(&self) -> &Path {
         &self.cgroup
     }
+}
+
+/// The descriptor of a program that was loaded.
+fn fd(program: &Program) -> Result<&ProgramFd> {
+    Ok(match program {
+        Program::CgroupSkb(program) => program.fd()?,
+        Program::CgroupSockAddr(program) => program.fd()?,
+        Program::SockOps(program) => program.fd()?,
+        _ => bail!("not a program of this kind"),
+    })
 }

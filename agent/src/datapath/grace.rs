@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::table::Round;
+use crate::{privileges, table::Round};
 
 /// `MEMBARRIER_CMD_GLOBAL` of linux/membarrier.h, which is the kernel's `synchronize_rcu()`.
 const GLOBAL: libc::c_int = 1;
@@ -35,7 +35,11 @@ impl Grace {
         let (done, settled) = unbounded_channel();
         thread::Builder::new()
             .name("grace".to_owned())
-            .spawn(move || wait_for(&wanted, &done))
+            .spawn(move || {
+                // Nothing is lost where that is refused: a thread that waits.
+                let _ = privileges::give_up();
+                wait_for(&wanted, &done);
+            })
             .context("cannot start a thread")?;
         Ok(Self { rounds, settled })
     }

@@ -5,6 +5,7 @@ mod btf;
 mod environment;
 mod events;
 mod grace;
+mod helper;
 mod inspect;
 mod mapped;
 mod maps;
@@ -25,9 +26,9 @@ pub use self::{
     environment::{Unsupported, cgroup},
     events::{EventStream, Logs, Outcome},
     grace::{Grace, barrier},
+    helper::{Helper, HelperArgs, VERB as HELPER_VERB, serve as serve_helper},
     inspect::{Facts, MapFacts, ProgramFacts, inspect},
     maps::{Counters, Maps},
-    namespaces::name_namespace,
     opted_out::OptedOut,
     pins::{Pins, cleanup, remove_locks},
     sockets::{Closer, GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted, Served},
@@ -77,6 +78,8 @@ pub struct Options {
     pub sizes: Sizes,
     /// Debugging in the programs.
     pub log: ProgramLog,
+    /// This program, to be started as the helper.
+    pub program: PathBuf,
 }
 
 /// The kernel's part: maps to write, hooks to attach.
@@ -93,6 +96,8 @@ pub struct Datapath {
     pub closer: Closer,
     /// Whom the programs leave alone; taken by who keeps it.
     pub opted_out: Option<OptedOut>,
+    /// What needs privileges that the agent gives up.
+    pub helper: Helper,
     hooks: Hooks,
     bpf: Ebpf,
     pins: Pins,
@@ -145,7 +150,7 @@ impl Datapath {
             loader.map_pin_path(name, pins.socket_map(name));
         }
         let mut bpf = loader.load(OBJECT).context("the kernel does not take Portolan's maps")?;
-        let hooks = Hooks::load(&mut bpf, environment.cgroup, pins.clone())?;
+        let mut hooks = Hooks::load(&mut bpf, environment.cgroup, pins.clone())?;
         let logs = match options.log {
             ProgramLog::Off => None,
             ProgramLog::Debug => Some(Logs::open(&mut bpf)?),
@@ -157,8 +162,12 @@ impl Datapath {
         let opted_out = Some(OptedOut::open(&mut bpf)?);
         let former = current.filter(|current| *current != set);
         let grace = Grace::start()?;
-        let closer = Closer::start(&pins, set)?;
-        Ok((Self { maps, events, logs, grace, closer, opted_out, hooks, bpf, pins, set, former, _locks: locks }, held))
+        let (helper, orders) = hooks.start_helper(&mut bpf, &options.program, set)?;
+        let closer = Closer::start(&pins, set, orders)?;
+        Ok((
+            Self { maps, events, logs, grace, closer, opted_out, helper, hooks, bpf, pins, set, former, _locks: locks },
+            held,
+        ))
     }
 
     /// Attaches the programs, or puts them in the place of a former agent's, each in one step. Then what the former ones used goes.

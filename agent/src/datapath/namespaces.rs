@@ -52,7 +52,7 @@ pub(super) fn namespaces(trouble: &mut Vec<String>) -> Vec<(PathBuf, File)> {
 
 /// Whose the network namespace with this cookie is, for people: its first process, and the cgroup of that; or its name. `None` where it is gone,
 /// or not to be seen. Goes through all namespaces, on a thread of its own.
-pub fn name_namespace(cookie: u64) -> Option<String> {
+pub(super) fn name_namespace(cookie: u64) -> Option<String> {
     let find = move || {
         let found = namespaces(&mut Vec::new());
         let own = |(_, namespace): &(PathBuf, File)| cookie_of(namespace).is_ok_and(|its| its == cookie);

@@ -51,12 +51,12 @@ pub(super) struct Set {
 }
 
 impl Set {
-    fn parse(name: &str) -> Option<Self> {
+    pub(super) fn parse(name: &str) -> Option<Self> {
         let (schema, id) = name.strip_prefix('v')?.split_once('-')?;
         Some(Self { schema: schema.parse().ok()?, id: id.parse().ok()? })
     }
 
-    fn folder(self) -> String {
+    pub(super) fn folder(self) -> String {
         format!("v{}-{}", self.schema, self.id)
     }
 }
@@ -65,6 +65,11 @@ impl Pins {
     /// The pins below a folder on a bpffs.
     pub fn new(bpffs: &Path) -> Self {
         Self { root: bpffs.to_owned() }
+    }
+
+    /// The folder.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Where a link is pinned.

@@ -17,6 +17,7 @@ const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
+const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
 
@@ -44,6 +45,27 @@ fn object(command: libc::c_long, path: &Path, fd: u32) -> io::Result<i32> {
     let mut attr = Attr { path: path.as_ptr().addr() as u64, fd, flags: 0 };
     // SAFETY: the attributes are those of these commands; the path outlives the call.
     unsafe { bpf(command, &mut attr) }
+}
+
+/// Attaches a program to a cgroup, beside those of others.
+pub(super) fn attach(cgroup: impl AsFd, program: impl AsFd, attach_type: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        prog_fd: u32,
+        target_fd: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let mut attr = Attr {
+        prog_fd: program.as_fd().as_raw_fd() as u32,
+        target_fd: cgroup.as_fd().as_raw_fd() as u32,
+        attach_type,
+        flags: 0,
+    };
+    // SAFETY: the attributes are those of this command, and outlive the call.
+    let fd = unsafe { bpf(BPF_LINK_CREATE, &mut attr)? };
+    // SAFETY: the kernel has just given this descriptor to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Takes a link off its cgroup. Where only its pin is removed, the kernel does so some time later.

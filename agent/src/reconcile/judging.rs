@@ -16,7 +16,7 @@ use tokio::sync::{
 
 use super::Reconciler;
 use crate::{
-    datapath::{Outcome, name_namespace},
+    datapath::Outcome,
     evidence::{Evidence, LATELY, Witness, dial},
     health::{EventKind, Reached, Sign},
     journal::Record,
@@ -275,10 +275,10 @@ impl Reconciler {
         if named.is_some() || std::mem::replace(&mut self.judging.naming, true) {
             return;
         }
-        let namer = self.judging.namer.clone();
+        let (namer, helper) = (self.judging.namer.clone(), self.datapath.helper.clone());
         tokio::task::spawn_blocking(move || {
             // An error means that the agent is ending.
-            let _ = namer.send(Named { pool, endpoint, said, client, name: name_namespace(client) });
+            let _ = namer.send(Named { pool, endpoint, said, client, name: helper.name_namespace(client) });
         });
     }
 

@@ -226,7 +226,7 @@ impl Reconciler {
                 }
                 round = self.datapath.grace.settled() => self.settle(round),
                 pass = self.datapath.closer.done() => {
-                    self.take_pass(&pass);
+                    self.take_pass(&pass?);
                     false
                 }
                 Some(seen) = self.probe.results.recv() => {

@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, net::SocketAddr};
 
 use portolan_common::{Backend, FrontendKey, Limits, Slot, Version};
+use serde::{Deserialize, Serialize};
 
 use super::alloc::Full;
 
@@ -102,7 +103,7 @@ pub struct HeldFrontend {
 }
 
 /// Endpoints that a frontend has lost.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Lost {
     /// These.
     These(BTreeSet<SocketAddr>),

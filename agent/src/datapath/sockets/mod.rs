@@ -1,6 +1,6 @@
 //! Ending connections: those to endpoints that are gone, and those that have outlived the limits of their pool.
 //!
-//! A thread of its own goes through the sockets of every network namespace, once for each batch of changes. Only sockets are ended that carry
+//! The helper goes through the sockets of every network namespace, once for each batch of changes. Only sockets are ended that carry
 //! a state of Portolan's which their peer agrees with.
 
 mod diag;
@@ -10,17 +10,14 @@ mod states;
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, File},
+    io,
     net::SocketAddr,
     os::{
         fd::{AsFd as _, OwnedFd},
-        unix::fs::MetadataExt as _,
+        unix::{fs::MetadataExt as _, net::UnixStream},
     },
     rc::Rc,
-    sync::{
-        Arc,
-        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
-    },
-    thread,
+    sync::mpsc::{Receiver, RecvTimeoutError},
     time::{Duration, Instant},
 };
 
@@ -31,18 +28,29 @@ use rustix::{
     process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+};
 
+pub(super) use self::states::States;
 use self::{
     diag::{Connected, Diag, Seen},
     order::Verdict,
-    states::{Doubts, States, Waiting},
+    states::{Doubts, Waiting},
 };
 pub use self::{
     order::{GoneTcp, Lifetime, Order, Served},
     states::Recounted,
 };
-use super::{Pins, namespaces::namespaces, pins::Set, raw};
+use super::{
+    Pins,
+    helper::{checked, framed},
+    namespaces::namespaces,
+    pins::Set,
+    raw,
+};
 use crate::{model::Protocol, table::Lost};
 
 /// A connection is idle when nothing was sent or received for so long.
@@ -56,7 +64,7 @@ const MOVES_IN: Duration = Duration::from_secs(1);
 const TIDY: Duration = Duration::from_secs(60);
 
 /// Why sockets were ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Reason {
     /// The endpoint is gone.
     Gone,
@@ -81,7 +89,7 @@ impl Reason {
 }
 
 /// What a pass has done.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Pass {
     /// Whether it looked for connections to end, and not only counted them.
     pub closing: bool,
@@ -103,30 +111,44 @@ pub struct Pass {
     pub unfinished: Option<Lost>,
 }
 
-/// The thread, from outside.
+/// The helper that does it, from outside.
 pub struct Closer {
-    states: Arc<States>,
-    orders: Sender<Order>,
+    states: States,
+    orders: UnboundedSender<Order>,
     passes: UnboundedReceiver<Pass>,
 }
 
 impl Closer {
-    /// Starts it, for the sockets whose states are pinned here, with ids of this set.
-    pub(super) fn start(pins: &Pins, set: Set) -> Result<Self> {
-        let states = Arc::new(States::open(pins, set).context("cannot open the sockets' states")?);
-        let own = Arc::clone(&states);
-        let (orders, wanted) = channel();
+    /// Speaks with the helper on this way, of the sockets whose states are pinned here, with ids of this set. To be called inside a runtime.
+    pub(super) fn start(pins: &Pins, set: Set, helper: UnixStream) -> Result<Self> {
+        let states = States::open(pins, set).context("cannot open the sockets' states")?;
+        helper.set_nonblocking(true)?;
+        let (mut answers, mut asks) = tokio::net::UnixStream::from_std(helper)?.into_split();
+        let (orders, mut wanted) = unbounded_channel();
         let (done, passes) = unbounded_channel();
-        thread::Builder::new()
-            .name("closer".to_owned())
-            .spawn(move || work(&own, set.id, &wanted, &done))
-            .context("cannot start a thread")?;
+        tokio::spawn(async move {
+            while let Some(order) = wanted.recv().await {
+                asks.write_all(&framed(&order)?).await?;
+            }
+            io::Result::Ok(())
+        });
+        tokio::spawn(async move {
+            loop {
+                let mut length = [0; 4];
+                answers.read_exact(&mut length).await?;
+                let mut bytes = vec![0; checked(length)?];
+                answers.read_exact(&mut bytes).await?;
+                if done.send(postcard::from_bytes(&bytes).map_err(io::Error::other)?).is_err() {
+                    return io::Result::Ok(());
+                }
+            }
+        });
         Ok(Self { states, orders, passes })
     }
 
     /// Asks for a pass. Where one is under way, the next one follows, and of several that wait the last one counts.
     pub fn begin(&self, order: Order) {
-        // It ends with this value only.
+        // It ends with this value only, or with the helper, which `done` tells.
         let _ = self.orders.send(order);
     }
 
@@ -136,11 +158,11 @@ impl Closer {
     }
 
     /// What the next pass has done.
-    pub async fn done(&mut self) -> Pass {
-        match self.passes.recv().await {
-            Some(pass) => pass,
-            None => std::future::pending().await,
-        }
+    ///
+    /// # Errors
+    /// The helper has ended.
+    pub async fn done(&mut self) -> Result<Pass> {
+        self.passes.recv().await.context("the helper, which closes connections, has ended")
     }
 }
 
@@ -153,7 +175,8 @@ pub(super) fn check() -> Result<(), String> {
     Ok(())
 }
 
-fn work(states: &States, set: u32, orders: &Receiver<Order>, done: &UnboundedSender<Pass>) {
+/// Does what it is told, until nobody tells it anything or takes what it has done. It moves this thread from namespace to namespace.
+pub(super) fn work(states: &States, set: u32, orders: &Receiver<Order>, mut done: impl FnMut(Pass) -> bool) {
     let own = File::open("/proc/thread-self/ns/net");
     let (mut waiting, mut tidied) = (Waiting::default(), Instant::now());
     let mut doubts = Doubts::default();
@@ -216,7 +239,7 @@ fn work(states: &States, set: u32, orders: &Receiver<Order>, done: &UnboundedSen
         if !pass.trouble.is_empty() {
             pass.unfinished = order.gone_udp;
         }
-        if done.send(pass).is_err() {
+        if !done(pass) {
             return;
         }
     }

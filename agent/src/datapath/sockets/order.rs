@@ -4,12 +4,13 @@ use std::{collections::HashMap, fmt, net::SocketAddr, sync::Arc, time::Duration}
 
 use portolan_common::{FrontendKey, SocketStage, SocketState};
 use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
 
 use super::{IDLE, MOVES_IN, Reason, diag::Connection};
 use crate::{model::Protocol, table::Lost};
 
 /// What becomes of TCP connections to endpoints that are gone.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 pub enum GoneTcp {
     /// They go on until one of their ends closes them.
     #[default]
@@ -21,7 +22,7 @@ pub enum GoneTcp {
 }
 
 /// How long connections of a pool may live.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lifetime {
     /// Without traffic.
     pub idle: Option<Duration>,
@@ -30,7 +31,7 @@ pub struct Lifetime {
 }
 
 /// Who gets the connections of a frontend.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Served {
     /// In order.
     pub endpoints: Arc<[SocketAddr]>,
@@ -39,7 +40,7 @@ pub struct Served {
 }
 
 /// What to look for.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Order {
     /// The endpoints that each frontend has, where connections to gone ones shall be looked for. A frontend that is not named is not looked at.
     pub endpoints: HashMap<FrontendKey, Arc<[SocketAddr]>>,

@@ -10,6 +10,7 @@ use std::{
 use anyhow::Result;
 use aya::maps::{MapData, MapInfo};
 use portolan_common::{BackendStats, Connection, PoolStats, SocketStage, SocketState};
+use serde::{Deserialize, Serialize};
 
 use super::diag::Seen;
 use crate::datapath::{
@@ -29,7 +30,7 @@ const OWNER: usize = offset_of!(Connection, owner) / 8;
 const ABANDONED: Duration = Duration::from_secs(600);
 
 /// The maps that say so.
-pub(super) struct States {
+pub(in crate::datapath) struct States {
     pub(super) storage: MapData,
     connections: Mapped,
     backends: Mapped,
@@ -39,7 +40,7 @@ pub(super) struct States {
 }
 
 /// What a recount has put right.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Recounted {
     /// Places that belonged to connections that there are not.
     pub freed: usize,
@@ -57,7 +58,7 @@ pub(super) struct Counts {
 }
 
 impl States {
-    pub(super) fn open(pins: &Pins, set: Set) -> Result<Self> {
+    pub(in crate::datapath) fn open(pins: &Pins, set: Set) -> Result<Self> {
         let mapped = |name: &str| -> Result<(MapData, u32)> {
             let pin = pins.map(set, name);
             Ok((MapData::from_pin(&pin)?, MapInfo::from_pin(&pin)?.max_entries()))

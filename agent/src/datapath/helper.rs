@@ -1,0 +1,224 @@
+//! The process that keeps privileges, for what cannot be done without: closing connections in the network namespaces of pods, saying whose such a
+//! namespace is, and attaching the program that sees packets.
+//!
+//! The agent starts it before it gives up its own. It reads no objects and no files that others write; it is told nothing but [`Order`]s and [`Ask`]s,
+//! and it ends with the agent.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd},
+        unix::{net::UnixStream, process::CommandExt as _},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, PoisonError, mpsc::channel},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use rustix::thread::CapabilitySet;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::{
+    Order, Pins,
+    attach::PACKETS,
+    namespaces::name_namespace,
+    pins::Set,
+    raw,
+    sockets::{States, work},
+};
+use crate::privileges;
+
+/// The verb by which this program is the helper.
+pub const VERB: &str = "helper";
+
+/// Enough for the endpoints of half a million services.
+const LONGEST: usize = 64 << 20;
+/// An answer takes no longer than this; then something is wrong with the helper.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// To enter namespaces and read sockets' states, to end connections and attach a program, to see whose processes are.
+fn kept() -> CapabilitySet {
+    CapabilitySet::SYS_ADMIN | CapabilitySet::NET_ADMIN | CapabilitySet::SYS_PTRACE
+}
+
+/// What the helper is told at its start.
+#[derive(Clone, Debug, clap::Args)]
+pub struct HelperArgs {
+    /// Folder of the pins
+    bpffs: PathBuf,
+    /// The cgroup that is served
+    cgroup: PathBuf,
+    /// The set of maps
+    set: String,
+    /// Descriptor of the program that sees packets
+    packets: RawFd,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Ask {
+    /// Whose is the network namespace with this cookie?
+    Name(u64),
+    /// Attach the program that sees packets, and pin its link.
+    Packets,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Answer {
+    Named(Option<String>),
+    Attached(Result<(), String>),
+}
+
+/// The helper, from outside.
+#[derive(Clone)]
+pub struct Helper(Arc<Inner>);
+
+struct Inner {
+    child: Mutex<Child>,
+    asking: Mutex<UnixStream>,
+}
+
+impl Helper {
+    /// Starts it, from this program; and the way on which it takes orders to close.
+    pub(super) fn start(
+        program: &Path,
+        pins: &Pins,
+        set: Set,
+        cgroup: &Path,
+        packets: BorrowedFd<'_>,
+    ) -> Result<(Self, UnixStream)> {
+        let (orders, theirs) = UnixStream::pair()?;
+        let (asking, answering) = UnixStream::pair()?;
+        asking.set_read_timeout(Some(ANSWER))?;
+        let packets = packets.as_raw_fd();
+        let mut command = Command::new(program);
+        command.arg(VERB).arg(pins.root()).arg(cgroup).arg(set.folder()).arg(packets.to_string());
+        command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::from(OwnedFd::from(answering)));
+        // SAFETY: only a system call is made, on a descriptor that is open in this process and so in its copy.
+        unsafe {
+            command.pre_exec(move || {
+                rustix::io::fcntl_setfd(BorrowedFd::borrow_raw(packets), rustix::io::FdFlags::empty())
+                    .map_err(io::Error::from)
+            });
+        }
+        let child = command.spawn().with_context(|| format!("cannot start {} {VERB}", program.display()))?;
+        Ok((Self(Arc::new(Inner { child: Mutex::new(child), asking: Mutex::new(asking) })), orders))
+    }
+
+    /// Whose the network namespace with this cookie is, for people: its first process, and the cgroup of that; or its name. `None` where it is
+    /// gone, or not to be seen. May take some time.
+    pub fn name_namespace(&self, cookie: u64) -> Option<String> {
+        match self.ask(&Ask::Name(cookie)) {
+            Ok(Answer::Named(name)) => name,
+            _ => None,
+        }
+    }
+
+    /// Attaches the program that sees packets, and pins its link.
+    pub(super) fn attach_packets(&self) -> Result<()> {
+        match self.ask(&Ask::Packets)? {
+            Answer::Attached(result) => result.map_err(|error| anyhow!(error)),
+            Answer::Named(_) => Err(anyhow!("the helper answers something else")),
+        }
+    }
+
+    fn ask(&self, ask: &Ask) -> Result<Answer> {
+        let mut asking = self.0.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        write(&mut *asking, ask).context("the helper cannot be asked")?;
+        read(&mut *asking)?.context("the helper has ended")
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // Whatever it is at, another one begins anew.
+        let _ = child.kill().and_then(|()| child.wait());
+    }
+}
+
+/// Is the helper, until the agent has ended.
+///
+/// # Errors
+/// It was not started by an agent, or nobody listens any more.
+pub fn serve(args: &HelperArgs) -> Result<()> {
+    privileges::keep_only(kept()).context("cannot give up privileges")?;
+    let stream = |own: BorrowedFd<'_>| Ok::<_, io::Error>(UnixStream::from(own.try_clone_to_owned()?));
+    let (mut orders, mut asks) = (stream(io::stdin().as_fd())?, stream(io::stdout().as_fd())?);
+    ensure!(orders.peer_addr().is_ok(), "{VERB} is for agents to start");
+    let pins = Pins::new(&args.bpffs);
+    let set = Set::parse(&args.set).with_context(|| format!("{} is no set of maps", args.set))?;
+    let states = States::open(&pins, set).context("cannot open the sockets' states")?;
+    // SAFETY: the agent has left it open for this.
+    let packets = unsafe { BorrowedFd::borrow_raw(args.packets) };
+
+    let mut answers = orders.try_clone()?;
+    let (sender, wanted) = channel();
+    thread::Builder::new().name("closer".to_owned()).spawn(move || {
+        work(&states, set.id, &wanted, |pass| write(&mut answers, &pass).is_ok());
+        end();
+    })?;
+    let cgroup = args.cgroup.clone();
+    thread::Builder::new().name("answers".to_owned()).spawn(move || {
+        while let Ok(Some(ask)) = read(&mut asks) {
+            let answer = match ask {
+                Ask::Name(cookie) => Answer::Named(name_namespace(cookie)),
+                Ask::Packets => {
+                    let attached = attach(&cgroup, packets, &pins.link(PACKETS.0));
+                    Answer::Attached(attached.map_err(|error| error.to_string()))
+                }
+            };
+            if write(&mut asks, &answer).is_err() {
+                break;
+            }
+        }
+        end();
+    })?;
+    while let Some(order) = read::<Order>(&mut orders)? {
+        sender.send(order)?;
+    }
+    Ok(())
+}
+
+/// The agent has ended.
+fn end() -> ! {
+    std::process::exit(0)
+}
+
+fn attach(cgroup: &Path, program: BorrowedFd<'_>, pin: &Path) -> io::Result<()> {
+    raw::pin(raw::attach(File::open(cgroup)?, program, PACKETS.1)?, pin)
+}
+
+/// What is as long as said, and then that.
+pub(super) fn framed(value: &impl Serialize) -> io::Result<Vec<u8>> {
+    let bytes = postcard::to_extend(value, vec![0; 4]).map_err(io::Error::other)?;
+    let mut bytes: Vec<u8> = bytes;
+    let length = u32::try_from(bytes.len() - 4).map_err(io::Error::other)?;
+    bytes[..4].copy_from_slice(&length.to_le_bytes());
+    Ok(bytes)
+}
+
+fn write(stream: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
+    stream.write_all(&framed(value)?)
+}
+
+/// `None`: the other side has ended.
+fn read<T: DeserializeOwned>(stream: &mut impl Read) -> Result<Option<T>> {
+    let mut length = [0; 4];
+    match stream.read_exact(&mut length) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        read => read?,
+    }
+    let mut bytes = vec![0; checked(length)?];
+    stream.read_exact(&mut bytes)?;
+    Ok(Some(postcard::from_bytes(&bytes)?))
+}
+
+/// The length of what follows.
+pub(super) fn checked(length: [u8; 4]) -> io::Result<usize> {
+    let length = u32::from_le_bytes(length) as usize;
+    if length > LONGEST { Err(io::Error::other(format!("{length} bytes are said to follow"))) } else { Ok(length) }
+}
