@@ -480,6 +480,21 @@ impl Agent {
         String::from_utf8(output.stdout)?.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
     }
 
+    /// The process that keeps its privileges.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn helper(&self) -> Result<u32> {
+        let own = format!("PPid:\t{}", self.process.id());
+        let is_helper = |process: &u32| {
+            let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+            let line = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+            status.lines().any(|line| line == own) && line.split(|byte| *byte == 0).nth(1) == Some(b"helper")
+        };
+        let mut processes = fs::read_dir("/proc")?.flatten().filter_map(|it| it.file_name().to_str()?.parse().ok());
+        processes.find(is_helper).context("no helper")
+    }
+
     /// What the agent has logged.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()

@@ -100,13 +100,7 @@ fn check_privileges(agent: &Agent) -> Result<()> {
         ensure!(held.len() >= 3 && held.iter().all(|held| held == NONE), "{field}: {held:?}");
     }
     ensure!(of_threads(own, "NoNewPrivs")?.iter().all(|set| set == "1"));
-    let is_helper = |process: &u32| {
-        let parent = of_threads(*process, "PPid").unwrap_or_default();
-        let line = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
-        parent.first() == Some(&own.to_string()) && line.split(|byte| *byte == 0).nth(1) == Some(b"helper")
-    };
-    let mut processes = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let helper = processes.find(is_helper).context("no helper")?;
+    let helper = agent.helper()?;
     // CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN.
     let expected = format!("{:016x}", 1 << 12 | 1 << 19 | 1 << 21);
     for field in ["CapPrm", "CapEff"] {

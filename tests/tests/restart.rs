@@ -6,14 +6,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
     Bed, Cgroup, Dialler, Directory, Place, Places,
     dial::Task,
     objects::{destination_rule, mesh_config, node, service, slice},
     wait_until,
 };
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 const BOUND: Duration = Duration::from_secs(20);
@@ -61,6 +61,30 @@ fn killed_and_started_again_under_load_without_a_failed_connection() -> Result<(
     let connections = report["services"][0]["kernel"]["connections"].as_u64().unwrap();
     assert_eq!(connections, reply.good + 60);
     Ok(())
+}
+
+/// An agent that cannot do all of its work ends, says why, and the next one does it.
+#[test]
+fn an_agent_whose_helper_has_ended_ends() -> Result<()> {
+    let bed = Bed::new()?;
+    let directory = directory(&bed)?;
+    let mut agent = bed.agent(&directory, "c1", "n1")?;
+    let helper = Pid::from_raw(agent.helper()?.try_into()?).context("no process")?;
+    kill_process(helper, Signal::KILL)?;
+    let status = agent.process.wait(BOUND)?;
+    ensure!(status.code() == Some(1), "{status}");
+    ensure!(agent.log().contains("the helper, which closes connections, has ended"), "{}", agent.log());
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4]);
+    // The other way round, nothing of an agent stays but what is in the kernel.
+    let mut agent = bed.agent(&directory, "c1", "n1")?;
+    let helper = agent.helper()?;
+    agent.process.kill();
+    wait_until("the helper to end", BOUND, || {
+        let line = fs::read(format!("/proc/{helper}/cmdline")).unwrap_or_default();
+        ensure!(line.is_empty(), "{line:?}");
+        Ok(())
+    })
 }
 
 #[test]

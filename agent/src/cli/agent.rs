@@ -94,7 +94,7 @@ struct KubernetesArgs {
     #[arg(long, env = "PORTOLAN_KUBERNETES")]
     kubernetes: bool,
     /// How to reach the API server [default: as a pod does, by its service account]
-    #[arg(long, value_name = "FILE", env = "PORTOLAN_KUBECONFIG")]
+    #[arg(long, value_name = "FILE", env = "PORTOLAN_KUBECONFIG", requires = "kubernetes")]
     kubeconfig: Option<PathBuf>,
     /// The API server's own address, in place of its Service's: then it is reached whatever becomes of that
     #[arg(long, value_name = "URL", env = "PORTOLAN_API_SERVER", requires = "kubernetes")]
@@ -106,13 +106,13 @@ struct KubernetesArgs {
     #[arg(long, env = "PORTOLAN_KUBERNETES_EVENTS", requires = "kubernetes")]
     kubernetes_events: bool,
     /// Time after which everything is read again as a whole, whatever the watches say
-    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = a_second_or_more, env = "PORTOLAN_RESYNC")]
+    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = a_second_or_more, env = "PORTOLAN_RESYNC", requires = "kubernetes")]
     resync: Duration,
     /// Time after which a watch begins anew; one that is silent for five seconds longer has stalled
-    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = a_second_or_more, env = "PORTOLAN_WATCH_TIMEOUT")]
+    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = a_second_or_more, env = "PORTOLAN_WATCH_TIMEOUT", requires = "kubernetes")]
     watch_timeout: Duration,
     /// Time for which the endpoints of another cluster are believed while its API server cannot be reached
-    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = a_second_or_more, env = "PORTOLAN_REMOTE_GRACE")]
+    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = a_second_or_more, env = "PORTOLAN_REMOTE_GRACE", requires = "kubernetes")]
     remote_grace: Duration,
 }
 
@@ -271,7 +271,8 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let ended = tokio::select! {
             ended = tokio::spawn(reconciler.run(updates, requests)) => ended?,
-            ended = source => ended,
+            // It ends well only where nobody listens any more, and who listened says why.
+            Err(error) = source => Err(error),
             ended = tokio::spawn(keeper.run()) => ended?,
             ended = admin::serve_admin(admin_socket, asked.clone()) => ended,
             ended = admin::serve_metrics(metrics_socket, asked) => ended,
