@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde::Serialize;
 
 use crate::{
-    files::memory,
+    files::agent_memory,
     progress,
     served::{ENDPOINTS, Served},
     world::spent,
@@ -41,7 +41,7 @@ pub(crate) fn run(served: &[(u32, Served)], seconds: f64) -> Result<Vec<AgentCos
             services: *services,
             endpoints: services * ENDPOINTS,
             ready: node.ready,
-            mib: memory(node.agent.process.id(), "RssAnon:").context("the agent has ended")?,
+            mib: agent_memory(&node.agent)?,
             maps_mib: node.map_bytes()? / f64::from(1 << 20),
             // Threads end, and their time with them.
             idle: ((after - before) / took.as_nanos() as f64).max(0.0),

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use crate::{
     figures::percentile,
-    files::memory,
+    files::{agent_memory, memory},
     progress,
     served::{ENDPOINTS, NODES, other},
     world::spent,
@@ -37,7 +37,7 @@ pub(crate) struct OnApi {
     pub(crate) ready: f64,
     /// Processor time until then, seconds.
     pub(crate) spent: f64,
-    /// MiB of its own memory: at the most, and after.
+    /// MiB of its own memory: at the most; and after, with its helper's.
     pub(crate) mib: [f64; 2],
     /// Milliseconds from the server's having a changed endpoint to the agent's having published it: p50, p99.
     pub(crate) change: [f64; 2],
@@ -64,7 +64,7 @@ pub(crate) fn run(services: u32, changes: u32) -> Result<OnApi> {
     let ready = began.elapsed().as_secs_f64();
     let id = agent.process.id();
     let of = |field: &str| memory(id, field).context("the agent has ended");
-    let (spent, peak, kept) = (spent(id)? / 1e9, of("VmHWM:")?, of("RssAnon:")?);
+    let (spent, peak, kept) = (spent(id)? / 1e9, of("VmHWM:")?, agent_memory(&agent)?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut times = runtime.block_on(follow(&bed, &api, services, changes))?;
     times.sort_by(f64::total_cmp);

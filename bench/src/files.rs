@@ -5,8 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
-use portolan_tests::{Directory, binary};
+use anyhow::{Context as _, Result, ensure};
+use portolan_tests::{Agent, Directory, binary};
 use serde::Serialize;
 
 use crate::{progress, served::write_mesh};
@@ -58,4 +58,10 @@ pub(crate) fn memory(process: u32, line: &str) -> Option<f64> {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let value = status.lines().find_map(|own| own.strip_prefix(line))?;
     Some(value.split_whitespace().next()?.parse::<f64>().ok()? / 1024.0)
+}
+
+/// Memory of an agent and its helper that is their own, in MiB.
+pub(crate) fn agent_memory(agent: &Agent) -> Result<f64> {
+    let own = |process| memory(process, "RssAnon:").context("the agent has ended");
+    Ok(own(agent.process.id())? + own(agent.helper()?)?)
 }

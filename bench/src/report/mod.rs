@@ -415,7 +415,7 @@ fn section_of_api(on_api: &OnApi) -> Section {
     Section {
         title: "The agent on an API server",
         about: format!(
-            "A stand-in for one, which speaks the real protocol over HTTPS, with lists in pages of 500: seconds until the agent is ready, and its processor time until then; its memory, at the most and after. One endpoint that changes, {} times, each when the one before was published: milliseconds from the server's having it to the running agent's having published it.",
+            "A stand-in for one, which speaks the real protocol over HTTPS, with lists in pages of 500: seconds until the agent is ready, and its processor time until then; its memory at the most, and what it and its helper have after. One endpoint that changes, {} times, each when the one before was published: milliseconds from the server's having it to the running agent's having published it.",
             on_api.changes
         ),
         header: words(&[
