@@ -12,7 +12,7 @@ use prometheus_client::{
 use crate::{
     accounts::{Destination, Sample, Total},
     model::Severity,
-    opt_out::OptOuts,
+    opt_out,
     source::SourceReport,
 };
 
@@ -86,7 +86,7 @@ enum FindingSeverity {
 ///
 /// # Errors
 /// Formatting fails only where memory does.
-pub fn render(sample: &Sample, reading: &[SourceReport], outs: &OptOuts) -> Result<String, std::fmt::Error> {
+pub fn render(sample: &Sample, reading: &[SourceReport], outs: &opt_out::Report) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::default();
     connections(&mut registry, sample);
     services(&mut registry, sample);
@@ -255,7 +255,7 @@ fn sources(registry: &mut Registry, reading: &[SourceReport]) {
     registry.register("portolan_source_lists", "How often everything was read as a whole", lists);
 }
 
-fn opt_outs(registry: &mut Registry, outs: &OptOuts) {
+fn opt_outs(registry: &mut Registry, outs: &opt_out::Report) {
     let pods = Gauge::<i64>::default();
     pods.set(outs.pods.iter().filter(|pod| !pod.cgroups.is_empty()).count() as i64);
     registry.register("portolan_opted_out_pods", "Pods that are left alone, see `portolan get opt-outs`", pods);

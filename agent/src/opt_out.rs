@@ -1,8 +1,8 @@
 //! Pods of this node that are left alone, because a label asks for it: which they are is the source's to say, and where the kernel finds them is
 //! found here.
 //!
-//! The programs know a pod by its cgroup. The kubelet makes that before anything of the pod runs, so a pod that has its label from the beginning is
-//! left alone from its first connection on.
+//! The programs know a pod by its cgroup, which the kubelet makes before anything of the pod runs. The agent hears of it within milliseconds; what the
+//! pod dials in these is given to endpoints as that of others.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,11 +13,11 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Result;
-use notify::{RecursiveMode, Watcher as _};
+use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Notify, watch},
+    task::block_in_place,
     time::sleep,
 };
 
@@ -52,7 +52,7 @@ pub enum AskedBy {
 /// A pod that is to be left alone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct OptOut {
+pub struct Pod {
     /// Its namespace.
     pub namespace: String,
     /// Its name.
@@ -66,15 +66,15 @@ pub struct OptOut {
 
 /// The answer of `get opt-outs`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OptOuts {
+pub struct Report {
     /// Each pod of this node.
-    pub pods: Vec<OptOut>,
+    pub pods: Vec<Pod>,
 }
 
 /// Pods by the id that their cgroups are named after.
-pub type ByUid = BTreeMap<String, OptOut>;
+pub type ByUid = BTreeMap<String, Pod>;
 
-/// Who is to be left alone, and who is. The source writes, the [`Keeper`] does it, everybody may look.
+/// Who is to be left alone, and who is. The source writes, the [`Enforcer`] does it, everybody may look.
 #[derive(Debug, Default)]
 pub struct Board {
     wanted: watch::Sender<Option<ByUid>>,
@@ -95,8 +95,8 @@ impl Board {
     }
 
     /// As `get opt-outs` shows it.
-    pub fn report(&self) -> OptOuts {
-        OptOuts { pods: self.done().values().cloned().collect() }
+    pub fn report(&self) -> Report {
+        Report { pods: self.done().values().cloned().collect() }
     }
 
     fn done(&self) -> MutexGuard<'_, ByUid> {
@@ -105,7 +105,7 @@ impl Board {
 }
 
 /// Has the kernel leave alone whom the board names.
-pub struct Keeper {
+pub struct Enforcer {
     /// The cgroup that is served.
     pub root: PathBuf,
     /// The kernel's side.
@@ -116,78 +116,119 @@ pub struct Keeper {
     pub sources: Arc<Sources>,
 }
 
-impl Keeper {
+impl Enforcer {
     /// Works until nobody can want anything any more.
-    ///
-    /// # Errors
-    /// The kernel cannot be asked to tell of new cgroups.
-    pub async fn run(mut self) -> Result<()> {
-        let told = Arc::new(Notify::new());
-        let teller = Arc::clone(&told);
-        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // To look is an event as well.
-            if event.map_or(true, |event| event.kind.is_create() || event.kind.is_remove() || event.need_rescan()) {
-                teller.notify_one();
-            }
-        })?;
-        let mut watched = BTreeSet::new();
+    pub async fn run(mut self) {
+        let mut watch = Watch::default();
         let mut wanted = self.board.wanted.subscribe();
         loop {
             let pods = wanted.borrow_and_update().clone();
+            let idle = pods.as_ref().is_none_or(ByUid::is_empty);
             if let Some(pods) = pods {
                 // What was made before it was watched is seen the second time.
-                while self.look(&pods, &mut watched, &mut watcher) {}
+                block_in_place(|| while self.look(&pods, &mut watch) {});
             }
-            let idle = watched.is_empty();
             tokio::select! {
-                changed = wanted.changed() => if changed.is_err() { return Ok(()) },
-                () = told.notified() => sleep(GATHER).await,
+                changed = wanted.changed() => if changed.is_err() { return },
+                () = watch.told.notified() => sleep(GATHER).await,
                 () = sleep(LOOK), if !idle => {}
             }
         }
     }
 
     /// Finds the pods and tells the kernel; whether there are cgroups that were not watched until now.
-    fn look(
-        &mut self,
-        pods: &ByUid,
-        watched: &mut BTreeSet<PathBuf>,
-        watcher: &mut notify::RecommendedWatcher,
-    ) -> bool {
+    fn look(&mut self, pods: &ByUid, watch: &mut Watch) -> bool {
         let seen = if pods.is_empty() { Seen::default() } else { Seen::below(&self.root) };
         let mut done = pods.clone();
-        let mut ids = BTreeSet::new();
+        let (mut ids, mut own) = (BTreeSet::new(), None);
         for (uid, path, id) in seen.pods {
-            if let Some(pod) = done.get_mut(&uid) {
-                let path = path.strip_prefix(&self.root).unwrap_or(&path);
-                pod.cgroups.push(path.display().to_string());
-                ids.insert(id);
+            let Some(pod) = done.get_mut(&uid) else { continue };
+            if has_this_process(&path, DEPTH) {
+                own = Some(format!("{}/{}", pod.namespace, pod.name));
+                continue;
+            }
+            let path = path.strip_prefix(&self.root).unwrap_or(&path);
+            pod.cgroups.push(path.display().to_string());
+            ids.insert(id);
+        }
+        let own = own.map(|name| {
+            let message = format!(
+                "Pod {name} is this agent's own, and is not left alone: its connections show whether the programs work"
+            );
+            Finding::new(Code::OptOutLabel, format!("Pod {name}"), message)
+        });
+        self.sources.note("opt-out/own", own);
+        match self.kernel.set(&ids) {
+            Ok(()) => {
+                self.sources.note("opt-out/kernel", None);
+                let mut shown = self.board.done();
+                if *shown != done {
+                    tracing::info!(pods = done.len(), cgroups = ids.len(), "pods that are left alone ({LABEL})");
+                    *shown = done;
+                }
+            }
+            Err(error) => {
+                let message =
+                    format!("pods that ask to be left alone ({LABEL}) are not all: {error:#}; tried again soon");
+                self.sources.note("opt-out/kernel", Some(Finding::new(Code::KernelWrite, "Kernel", message)));
             }
         }
-        let failed = self.kernel.set(&ids).err();
-        if failed.is_none() && *self.board.done() != done {
-            let (pods, found) = (done.len(), ids.len());
-            tracing::info!(pods, cgroups = found, "pods that are left alone ({LABEL})");
-        }
-        let finding = failed.map(|error| {
-            let message = format!("pods that ask to be left alone ({LABEL}) are not all: {error:#}; tried again soon");
-            Finding::new(Code::KernelWrite, "Kernel", message)
-        });
-        self.sources.note("opt-out/kernel", finding);
-        *self.board.done() = done;
+        watch.follow(seen.above)
+    }
+}
 
-        for gone in watched.extract_if(.., |path| !seen.above.contains(path)) {
+/// What tells of cgroups that come and go. Where the kernel has no more watches to give, they are looked through every [`LOOK`].
+#[derive(Default)]
+struct Watch {
+    told: Arc<Notify>,
+    watcher: Option<RecommendedWatcher>,
+    /// By path, with their ids: another one at the same path has to be watched anew.
+    watched: BTreeMap<PathBuf, u64>,
+}
+
+impl Watch {
+    /// Watches these and no others; whether some were not watched until now.
+    fn follow(&mut self, above: BTreeMap<PathBuf, u64>) -> bool {
+        if above.is_empty() {
+            (self.watcher, self.watched) = (None, BTreeMap::new());
+            return false;
+        }
+        if self.watcher.is_none() {
+            let told = Arc::clone(&self.told);
+            self.watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+                // To look is an event as well.
+                if event.map_or(true, |it| it.kind.is_create() || it.kind.is_remove() || it.need_rescan()) {
+                    told.notify_one();
+                }
+            })
+            .inspect_err(|error| {
+                tracing::warn!("cgroups cannot be watched: {error}; they are looked through every {LOOK:?}");
+            })
+            .ok();
+        }
+        let Some(watcher) = &mut self.watcher else { return false };
+        for (gone, _) in self.watched.extract_if(.., |path, id| above.get(path) != Some(id)) {
             // It may be gone itself.
             let _ = watcher.unwatch(&gone);
         }
-        let before = watched.len();
-        for path in seen.above {
-            if !watched.contains(&path) && watcher.watch(&path, RecursiveMode::NonRecursive).is_ok() {
-                watched.insert(path);
+        let before = self.watched.len();
+        for (path, id) in above {
+            if !self.watched.contains_key(&path) && watcher.watch(&path, RecursiveMode::NonRecursive).is_ok() {
+                self.watched.insert(path, id);
             }
         }
-        watched.len() > before
+        self.watched.len() > before
     }
+}
+
+/// Whether this process is in a cgroup, or below it.
+fn has_this_process(cgroup: &Path, depth: u32) -> bool {
+    let own = std::process::id().to_string();
+    let here = fs::read_to_string(cgroup.join("cgroup.procs")).is_ok_and(|all| all.lines().any(|line| line == own));
+    here || (depth > 0
+        && fs::read_dir(cgroup).into_iter().flatten().flatten().any(|entry| {
+            entry.file_type().is_ok_and(|kind| kind.is_dir()) && has_this_process(&entry.path(), depth - 1)
+        }))
 }
 
 /// The cgroups below one.
@@ -195,20 +236,21 @@ impl Keeper {
 struct Seen {
     /// Those of pods: the pod's id, where it is, and its own id.
     pods: Vec<(String, PathBuf, u64)>,
-    /// Those in which cgroups of pods may be made.
-    above: BTreeSet<PathBuf>,
+    /// Those in which cgroups of pods may be made, with their ids.
+    above: BTreeMap<PathBuf, u64>,
 }
 
 impl Seen {
     fn below(root: &Path) -> Self {
         let mut seen = Self::default();
-        seen.above.insert(root.to_owned());
         // What goes away meanwhile is not there.
         let _ = seen.visit(root, DEPTH, false);
-        let parents = |path: &PathBuf| {
-            path.ancestors().take_while(|above| above.starts_with(root)).map(Path::to_owned).collect::<Vec<_>>()
-        };
-        seen.above = seen.above.iter().flat_map(parents).collect();
+        let paths: Vec<PathBuf> = seen.above.keys().cloned().chain([root.to_owned()]).collect();
+        for above in paths.iter().flat_map(|path| path.ancestors().take_while(|above| above.starts_with(root))) {
+            if let Ok(metadata) = fs::metadata(above) {
+                seen.above.insert(above.to_owned(), metadata.ino());
+            }
+        }
         seen
     }
 
@@ -229,7 +271,7 @@ impl Seen {
             }
             let of_kubelet = of_kubelet || name.contains(KUBEPODS);
             if of_kubelet {
-                self.above.insert(path.clone());
+                self.above.insert(path.clone(), 0);
             }
             if depth > 0 {
                 let _ = self.visit(&path, depth - 1, of_kubelet);
@@ -277,7 +319,7 @@ mod tests {
         let mut pods: Vec<String> = seen.pods.iter().map(|(uid, ..)| uid.clone()).collect();
         pods.sort();
         let above: Vec<_> =
-            seen.above.iter().map(|path| path.strip_prefix(&root).unwrap().display().to_string()).collect();
+            seen.above.keys().map(|path| path.strip_prefix(&root).unwrap().display().to_string()).collect();
         fs::remove_dir_all(&root).unwrap();
         assert_eq!(pods, ["b", "d"]);
         assert_eq!(above, ["", "kubelet", "kubelet/kubepods", "kubelet/kubepods/burstable", "kubepods.slice"]);

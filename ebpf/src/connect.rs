@@ -86,6 +86,7 @@ pub(crate) struct Refused;
 #[inline(always)]
 fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Refused> {
     let found = match find(&key) {
+        Lookup::Found(found) => found,
         Lookup::Miss => {
             forget(ctx, key.protocol());
             return Ok(None);
@@ -94,7 +95,6 @@ fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, 
             forget_stream(ctx, &key);
             return Err(refuse(ctx, &key, false));
         }
-        Lookup::Found(found) => found,
     };
     if is_opted_out() {
         forget(ctx, key.protocol());

@@ -47,19 +47,19 @@ pub(crate) fn recvmsg6(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Refused> {
     let found = match find(&key) {
+        Lookup::Found(found) => found,
         Lookup::Miss => {
             forget(ctx, &key.endpoint());
             return Ok(None);
         }
-        Lookup::Found(found) => found,
         Lookup::Broken => return Err(refuse(ctx, &key, false)),
     };
+    if let Some(endpoint) = connected_to(ctx, &key.endpoint()) {
+        return Ok(Some(endpoint));
+    }
     if is_opted_out() {
         forget(ctx, &key.endpoint());
         return Ok(None);
-    }
-    if let Some(endpoint) = connected_to(ctx, &key.endpoint()) {
-        return Ok(Some(endpoint));
     }
     // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
     let flows = unsafe { DATAGRAMS.get_or_insert_ptr_mut(ctx, None) };

@@ -63,6 +63,11 @@ pub enum Task {
         /// Where it is connected to after that.
         then: Option<SocketAddr>,
     },
+    /// Be another user from now on.
+    Become {
+        /// Which one.
+        uid: u32,
+    },
     /// What has become of what was kept: no error while it is open, ENOTCONN where the peer has closed it, the error where it was ended.
     Held,
     /// Close what was kept.

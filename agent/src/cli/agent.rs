@@ -14,7 +14,7 @@ use tracing_subscriber::EnvFilter;
 use super::{AdminArgs, PinsArgs, PlaceArgs, ReaderArgs, StateArgs};
 use crate::{
     admin::{self, Asked},
-    datapath::{Datapath, GoneTcp, Options, ProgramLog},
+    datapath::{Datapath, GoneTcp, HelperArgs, Options, ProgramLog, serve_helper},
     kept::{Keeper, Kept},
     opt_out, privileges,
     probes::Prober,
@@ -34,7 +34,7 @@ use crate::{
     after_help = "Examples:\n  portolan agent --config /etc/portolan --cluster c1 --node $(hostname)\n  portolan agent --kubernetes --kubeconfig ~/.kube/config --cluster c1 --node $(hostname)"
 )]
 pub(super) struct AgentArgs {
-    /// Directory with the objects: DIR/*.yaml for the mesh, DIR/<cluster-id>/**/*.yaml for each cluster
+    /// Directory with the objects: DIR/*.yaml for the mesh, DIR/<cluster-id>/**/*.yaml for each cluster; of root, or readable for all
     #[arg(
         long,
         value_name = "DIR",
@@ -73,7 +73,7 @@ pub(super) struct AgentArgs {
     #[command(flatten)]
     sizes: SizeArgs,
     /// What to log: error, warn, info, debug, trace, or by module
-    #[arg(long, value_name = "FILTER", default_value = "info,kube_client=off", env = "PORTOLAN_LOG")]
+    #[arg(long, value_name = "FILTER", default_value = "info", env = "PORTOLAN_LOG")]
     log: EnvFilter,
     /// Have the programs in the kernel log each connection, for debugging; it costs time on every connect
     #[arg(long, value_enum, default_value_t, env = "PORTOLAN_PROGRAM_LOG")]
@@ -193,8 +193,14 @@ fn end_on_panic() {
 }
 
 pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
-    let filter =
-        if args.program_log == ProgramLog::Off { args.log } else { args.log.add_directive("portolan=debug".parse()?) };
+    let mut filter = args.log;
+    // It logs whole answers that it cannot read, and there may be tokens in them.
+    if !filter.to_string().contains("kube_client") {
+        filter = filter.add_directive("kube_client=off".parse()?);
+    }
+    if args.program_log != ProgramLog::Off {
+        filter = filter.add_directive("portolan=debug".parse()?);
+    }
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -221,9 +227,9 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         program: SELF.into(),
     };
     let reader = args.reader.reader();
-    // Before anything is loaded.
-    if let Some(config) = &args.config {
-        file::check(config)?;
+    // Before anything is loaded, by a thread that has given up its privileges, as those have that read it later.
+    if let Some(config) = args.config.clone() {
+        runtime.block_on(runtime.spawn_blocking(move || file::check(&config)))??;
     }
     let place = args.place.at.place();
     let from_api = args.kubernetes.options(&args.place, reader);
@@ -244,7 +250,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         let (sources, board) = (Arc::new(Sources::default()), Arc::new(opt_out::Board::default()));
         let root = datapath.cgroup().to_owned();
         let kernel = datapath.opted_out.take().context("who is left alone is kept twice")?;
-        let keeper = opt_out::Keeper { root, kernel, board: Arc::clone(&board), sources: Arc::clone(&sources) };
+        let enforcer = opt_out::Enforcer { root, kernel, board: Arc::clone(&board), sources: Arc::clone(&sources) };
         let reconciler = Reconciler::new(
             args.place.cluster.clone(),
             place,
@@ -273,7 +279,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
             ended = tokio::spawn(reconciler.run(updates, requests)) => ended?,
             // It ends well only where nobody listens any more, and who listened says why.
             Err(error) = source => Err(error),
-            ended = tokio::spawn(keeper.run()) => ended?,
+            ended = tokio::spawn(enforcer.run()) => Ok(ended?),
             ended = admin::serve_admin(admin_socket, asked.clone()) => ended,
             ended = admin::serve_metrics(metrics_socket, asked) => ended,
             _ = terminate.recv() => Ok(()),
@@ -287,4 +293,12 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     // Somebody may still be waiting for a disk; nothing that is left has to be finished.
     runtime.shutdown_background();
     ended
+}
+
+/// Is the helper of an agent.
+pub(super) fn run_helper(args: &HelperArgs) -> Result<ExitCode> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_target(false).init();
+    end_on_panic();
+    serve_helper(args)?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     admin,
-    opt_out::{AskedBy, OptOuts},
+    opt_out::{self, AskedBy},
     report::Report,
     source::Reading,
 };
@@ -95,7 +95,7 @@ fn sources(args: &GetArgs) -> Result<ExitCode> {
 }
 
 fn opt_outs(args: &GetArgs) -> Result<ExitCode> {
-    let outs: OptOuts = block_on(admin::get(&args.admin.admin, "/v1/opt-outs"))?;
+    let outs: opt_out::Report = block_on(admin::get(&args.admin.admin, "/v1/opt-outs"))?;
     if !matches!(args.output.output, output::Format::Table) {
         output::print_value(args.output.output, &outs)?;
         return Ok(ExitCode::SUCCESS);

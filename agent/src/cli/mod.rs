@@ -18,7 +18,7 @@ use anyhow::Result;
 use clap::{Args, CommandFactory as _, Parser, Subcommand, error::ErrorKind};
 
 use crate::{
-    datapath::{HELPER_VERB, HelperArgs, Unsupported, serve_helper},
+    datapath::{HELPER_VERB, HelperArgs, Unsupported},
     model::{Labels, Locality, NamespacedName},
     place::Place,
     report::Report,
@@ -113,7 +113,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Doctor(args) => doctor::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),
         Command::SelfProbe { cgroup } => self_probe::run_client(&cgroup).map(|()| ExitCode::SUCCESS),
-        Command::Helper(args) => serve_helper(&args).map(|()| ExitCode::SUCCESS),
+        Command::Helper(args) => agent::run_helper(&args),
         Command::Version => {
             let schema = portolan_common::SCHEMA_VERSION;
             anstream::println!("portolan {} (map schema v{schema})", env!("CARGO_PKG_VERSION"));

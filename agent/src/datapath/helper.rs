@@ -7,6 +7,7 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
+    net::Shutdown,
     os::{
         fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd},
         unix::{net::UnixStream, process::CommandExt as _},
@@ -36,9 +37,9 @@ use crate::privileges;
 pub const VERB: &str = "helper";
 
 /// Enough for the endpoints of half a million services.
-const LONGEST: usize = 64 << 20;
+const LONGEST: usize = 256 << 20;
 /// An answer takes no longer than this; then something is wrong with the helper.
-const ANSWER: Duration = Duration::from_secs(30);
+const ANSWER: Duration = Duration::from_secs(10);
 
 /// To enter namespaces and read sockets' states, to end connections and attach a program, to see whose processes are.
 fn kept() -> CapabilitySet {
@@ -95,7 +96,7 @@ impl Helper {
         asking.set_read_timeout(Some(ANSWER))?;
         let packets = packets.as_raw_fd();
         let mut command = Command::new(program);
-        command.arg(VERB).arg(pins.root()).arg(cgroup).arg(set.folder()).arg(packets.to_string());
+        command.arg0("portolan").arg(VERB).arg(pins.root()).arg(cgroup).arg(set.folder()).arg(packets.to_string());
         command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::from(OwnedFd::from(answering)));
         // SAFETY: only a system call is made, on a descriptor that is open in this process and so in its copy.
         unsafe {
@@ -127,8 +128,12 @@ impl Helper {
 
     fn ask(&self, ask: &Ask) -> Result<Answer> {
         let mut asking = self.0.asking.lock().unwrap_or_else(PoisonError::into_inner);
-        write(&mut *asking, ask).context("the helper cannot be asked")?;
-        read(&mut *asking)?.context("the helper has ended")
+        let answer = write(&mut *asking, ask).map_err(Into::into).and_then(|()| read(&mut *asking));
+        if !matches!(answer, Ok(Some(_))) {
+            // Whatever comes later would be taken for the answer to something else. It ends, and the agent with it.
+            let _ = asking.shutdown(Shutdown::Both);
+        }
+        answer.context("the helper does not answer")?.context("the helper has ended")
     }
 }
 
@@ -146,6 +151,10 @@ impl Drop for Inner {
 /// It was not started by an agent, or nobody listens any more.
 pub fn serve(args: &HelperArgs) -> Result<()> {
     privileges::keep_only(kept()).context("cannot give up privileges")?;
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        // SAFETY: to ignore a signal runs nothing. They are for the agent, and this process ends with it.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
     let stream = |own: BorrowedFd<'_>| Ok::<_, io::Error>(UnixStream::from(own.try_clone_to_owned()?));
     let (mut orders, mut asks) = (stream(io::stdin().as_fd())?, stream(io::stdout().as_fd())?);
     ensure!(orders.peer_addr().is_ok(), "{VERB} is for agents to start");
@@ -196,8 +205,9 @@ fn attach(cgroup: &Path, program: BorrowedFd<'_>, pin: &Path) -> io::Result<()> 
 pub(super) fn framed(value: &impl Serialize) -> io::Result<Vec<u8>> {
     let bytes = postcard::to_extend(value, vec![0; 4]).map_err(io::Error::other)?;
     let mut bytes: Vec<u8> = bytes;
-    let length = u32::try_from(bytes.len() - 4).map_err(io::Error::other)?;
-    bytes[..4].copy_from_slice(&length.to_le_bytes());
+    let length = u32::try_from(bytes.len() - 4).map_err(io::Error::other)?.to_le_bytes();
+    checked(length)?;
+    bytes[..4].copy_from_slice(&length);
     Ok(bytes)
 }
 
@@ -220,5 +230,5 @@ fn read<T: DeserializeOwned>(stream: &mut impl Read) -> Result<Option<T>> {
 /// The length of what follows.
 pub(super) fn checked(length: [u8; 4]) -> io::Result<usize> {
     let length = u32::from_le_bytes(length) as usize;
-    if length > LONGEST { Err(io::Error::other(format!("{length} bytes are said to follow"))) } else { Ok(length) }
+    if length > LONGEST { Err(io::Error::other(format!("{length} bytes are too many"))) } else { Ok(length) }
 }

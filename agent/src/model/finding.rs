@@ -104,7 +104,7 @@ codes! {
     SourceForbidden = 111, Error, "An API server does not let something be read";
     RemoteCluster = 112, Error, "Another cluster cannot be followed as a Secret says";
     ApiServerHeld = 113, Warning, "The API server's own endpoints are kept";
-    OptOutLabel = 114, Warning, "A label that is to opt out says neither yes nor no";
+    OptOutLabel = 114, Warning, "A label that is to opt out has no effect";
 }
 
 impl fmt::Display for Code {

@@ -305,8 +305,7 @@ pub async fn run(
     updates: mpsc::Sender<Vec<Update>>,
 ) -> anyhow::Result<()> {
     use anyhow::Context as _;
-    let root =
-        std::fs::canonicalize(&root).with_context(|| format!("--config {}: no such directory", root.display()))?;
+    let root = std::fs::canonicalize(&root).with_context(|| format!("--config {}: cannot be read", root.display()))?;
     let (sender, mut events) = mpsc::unbounded_channel();
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
         if event.as_ref().is_ok_and(|event| is_mere_reading(event.kind)) {

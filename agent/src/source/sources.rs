@@ -86,7 +86,7 @@ pub struct Sources {
     all: Mutex<ByResource>,
     notes: Mutex<Notes>,
     changed: watch::Sender<()>,
-    /// How often something of a cluster was well again.
+    /// How often something of a cluster was proven to be well.
     recoveries: watch::Sender<HashMap<String, u64>>,
 }
 
@@ -109,7 +109,7 @@ impl Sources {
 
     /// Has everybody told where something is otherwise than before, beside the figures.
     fn status(&self, cluster: &str, resource: &str, work: impl FnOnce(&mut Status)) {
-        let (news, well) = self.with(|all| {
+        let news = self.with(|all| {
             let mut new = false;
             let status = all.entry((cluster.to_owned(), resource.to_owned())).or_insert_with(|| {
                 new = true;
@@ -117,12 +117,8 @@ impl Sources {
             });
             let before = (status.synced, status.trouble.clone());
             work(status);
-            let well = before.1.is_some() && status.trouble.is_none();
-            (new || before != (status.synced, status.trouble.clone()), well)
+            new || before != (status.synced, status.trouble.clone())
         });
-        if well {
-            self.recoveries.send_modify(|of| *of.entry(cluster.to_owned()).or_default() += 1);
-        }
         if news {
             self.changed.send_replace(());
         }
@@ -185,7 +181,12 @@ impl Sources {
         });
     }
 
-    /// Waits until something of a cluster is well again, from this call on.
+    /// A cluster's server does what it is asked: who waits for it need not wait any longer.
+    pub fn proven(&self, cluster: &str) {
+        self.recoveries.send_modify(|of| *of.entry(cluster.to_owned()).or_default() += 1);
+    }
+
+    /// Waits until something of a cluster is proven to be well, from this call on.
     pub fn recovered(&self, cluster: &str) -> impl Future<Output = ()> + Send + use<> {
         let mut recoveries = self.recoveries.subscribe();
         let before = recoveries.borrow().get(cluster).copied();
@@ -279,6 +280,8 @@ impl Sources {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt as _;
+
     use super::*;
 
     #[test]
@@ -297,6 +300,18 @@ mod tests {
         assert!(sources.is_settled("c1"));
         let report = sources.report();
         assert_eq!((report[1].objects, report[1].lists, &report[1].error), (3, 1, &None));
+    }
+
+    #[test]
+    fn who_waits_for_a_cluster_hears_that_it_is_proven_and_of_no_other() {
+        let sources = Sources::default();
+        sources.proven("c2");
+        let mut waiting = std::pin::pin!(sources.recovered("c2"));
+        sources.proven("c3");
+        sources.heard("c2", "services", 1, "8");
+        assert_eq!(waiting.as_mut().now_or_never(), None);
+        sources.proven("c2");
+        assert_eq!(waiting.as_mut().now_or_never(), Some(()));
     }
 
     #[test]

@@ -65,11 +65,11 @@ fn pods_that_ask_for_it_are_left_alone() -> Result<()> {
     let dns = [udp_service("dns", &["172.16.0.53"], 53), udp_slice("dns", 5353, &[("10.0.0.1", "n1", "")])];
     api.apply(&dns.map(plain));
     api.apply(&[labelled("a", Some("true")), labelled("b", None), namespace(None), node("n2", "r1/z1")]);
-    // Of another node, by the same name as nobody here.
+    // Of another node; a cgroup of its name is here all the same.
     let mut elsewhere = labelled("c", Some("true"));
     elsewhere["spec"]["nodeName"] = json!("n2");
     api.apply(&[elsewhere]);
-    let (of_a, of_b) = (cgroup_of(&bed, "a")?, cgroup_of(&bed, "b")?);
+    let (of_a, of_b, _of_c) = (cgroup_of(&bed, "a")?, cgroup_of(&bed, "b")?, cgroup_of(&bed, "c")?);
     let (mut a, mut b) = (client_in(&bed, &of_a)?, client_in(&bed, &of_b)?);
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
     wait_left_alone(&agent, &["a"])?;
@@ -100,9 +100,9 @@ fn pods_that_ask_for_it_are_left_alone() -> Result<()> {
     wait_no_finding(&agent, "PTL0114")
 }
 
-/// The label is there before the pod runs: nothing that it dials is rewritten.
+/// The label is there before the pod is.
 #[test]
-fn a_pod_that_begins_later_is_left_alone_from_its_beginning() -> Result<()> {
+fn a_pod_that_begins_later_is_left_alone_as_soon_as_its_cgroup_is_there() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1"])?;
     api.apply(&web(&["10.0.0.1"]));
     api.apply(&[labelled("a", Some("true"))]);
@@ -151,4 +151,19 @@ fn who_is_left_alone_stays_so_for_want_of_knowledge() -> Result<()> {
         ensure!(seen.errnos() == [0], "{:?}\n{}", seen.errnos(), agent.log());
         Ok(())
     })
+}
+
+/// Its own connections show whether the programs work: it would never be ready.
+#[test]
+fn the_agents_own_pod_is_not_left_alone() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1"])?;
+    api.apply(&web(&["10.0.0.1"]));
+    let of_a = cgroup_of(&bed, "a")?;
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    std::fs::write(of_a.path().join("cgroup.procs"), agent.process.id().to_string())?;
+    api.apply(&[labelled("a", Some("true"))]);
+    wait_finding(&agent, "PTL0114", "Pod default/a is this agent's own")?;
+    assert_eq!(client_in(&bed, &of_a)?.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
+    assert_eq!(agent.get("opt-outs")?["pods"][0]["cgroups"], json!([]));
+    Ok(())
 }

@@ -16,6 +16,7 @@ use std::{
         fd::{AsFd as _, OwnedFd},
         unix::{fs::MetadataExt as _, net::UnixStream},
     },
+    path::Path,
     rc::Rc,
     sync::mpsc::{Receiver, RecvTimeoutError},
     time::{Duration, Instant},
@@ -23,7 +24,6 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use portolan_common::SocketState;
-use procfs::process::FDTarget;
 use rustix::{
     process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
     thread::{LinkNameSpaceType, move_into_link_name_space},
@@ -128,7 +128,10 @@ impl Closer {
         let (done, passes) = unbounded_channel();
         tokio::spawn(async move {
             while let Some(order) = wanted.recv().await {
-                asks.write_all(&framed(&order)?).await?;
+                match framed(&order) {
+                    Ok(frame) => asks.write_all(&frame).await?,
+                    Err(error) => tracing::warn!("connections that should end go on: the order to end them: {error}"),
+                }
             }
             io::Result::Ok(())
         });
@@ -323,13 +326,12 @@ fn close_datagrams(sockets: Vec<Datagrams>, states: &States, order: &Order, pass
         sockets.into_iter().map(|(diag, socket)| (socket.inode.into(), (diag, socket))).collect();
     for process in procfs::process::all_processes().context("/proc cannot be read")?.flatten() {
         // Processes end while one looks, and so do their descriptors.
-        for descriptor in process.fd().into_iter().flatten().flatten() {
-            let FDTarget::Socket(inode) = descriptor.target else { continue };
+        for (descriptor, inode) in descriptors(process.pid) {
             if !by_inode.contains_key(&inode) {
                 continue;
             }
             // Another process may have it as well.
-            let Ok(borrowed) = borrow(process.pid, descriptor.fd) else { continue };
+            let Ok(borrowed) = borrow(process.pid, descriptor) else { continue };
             let Some((diag, socket)) = by_inode.remove(&inode) else { continue };
             // Where there is none, Portolan did not give it its peer.
             let Ok(state) = raw::lookup_socket::<SocketState>(states.storage.fd(), &borrowed) else { continue };
@@ -346,6 +348,16 @@ fn close_datagrams(sockets: Vec<Datagrams>, states: &States, order: &Order, pass
         }
     }
     Ok(())
+}
+
+/// The descriptors of a process, and the inodes behind them. `/proc/PID/fd` is for the process's own user; this is for who may trace it.
+fn descriptors(process: i32) -> impl Iterator<Item = (i32, u64)> {
+    let inode = |path: &Path| -> Option<u64> {
+        let text = fs::read_to_string(path).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("ino:"))?.trim().parse().ok()
+    };
+    let entries = fs::read_dir(format!("/proc/{process}/fdinfo")).into_iter().flatten().flatten();
+    entries.filter_map(move |entry| Some((entry.file_name().to_str()?.parse().ok()?, inode(&entry.path())?)))
 }
 
 /// A descriptor of another process.

@@ -10,7 +10,7 @@ use http_body_util::BodyExt as _;
 use hyper::body::{Body, Bytes, Frame};
 use tower::{BoxError, Layer, Service};
 
-/// Bytes of an answer, or of a line of a watch, at the most: thirty times the largest object that Kubernetes takes.
+/// Bytes of an answer, or of a line of a watch, at the most: twenty times the largest object that Kubernetes takes.
 pub(super) const MOST: usize = 32 << 20;
 
 /// More than [`MOST`].
@@ -24,6 +24,9 @@ impl TooLong {
         std::iter::successors(Some(error), |error| error.source()).any(|error| error.is::<Self>())
     }
 }
+
+/// An answer as it is taken in.
+type Taken = Pin<Box<dyn Body<Data = Bytes, Error = BoxError> + Send>>;
 
 /// Makes it so for all that a client asks.
 #[derive(Clone, Copy, Debug)]
@@ -47,7 +50,7 @@ where
     S: Service<Request<R>, Response = Response<B>, Error = BoxError, Future: Send + 'static>,
     B: Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
 {
-    type Response = Response<Pin<Box<dyn Body<Data = Bytes, Error = BoxError> + Send>>>;
+    type Response = Response<Taken>;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
 
@@ -60,10 +63,12 @@ where
             request.uri().query().is_some_and(|query| query.split('&').any(|part| part.starts_with("watch=")));
         let answer = self.inner.call(request);
         Box::pin(async move {
-            let wrap = |body: B| -> Pin<Box<dyn Body<Data = Bytes, Error = BoxError> + Send>> {
+            let answer = answer.await?;
+            // What is wrong is taken in as a whole.
+            let of_lines = of_lines && answer.status().is_success();
+            Ok(answer.map(|body| -> Taken {
                 Box::pin(Bounded { body: Box::pin(body.map_err(Into::into)), taken: 0, of_lines })
-            };
-            Ok(answer.await?.map(wrap))
+            }))
         })
     }
 }

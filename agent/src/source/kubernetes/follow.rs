@@ -21,6 +21,8 @@ use super::{
 };
 use crate::source::Trouble;
 
+/// Letters of an error that are shown.
+const LONGEST: usize = 500;
 /// Objects of a page; fewer where so many are too long an answer.
 const PAGE: u32 = 500;
 /// So many times fewer.
@@ -112,8 +114,10 @@ impl<S: Sink> Follower<S> {
         // Where in time the last list was taken, or the watch has come to.
         let mut at: Option<String> = None;
         let mut again = self.next_resync();
-        // Since when it may not be read, or is not there.
-        let mut denied: Option<Instant> = None;
+        // Since when it is not there, and since when it may not be read.
+        let (mut missing, mut forbidden): (Option<Instant>, Option<Instant>) = (None, None);
+        // Whether it was tried at once because something else got through, in vain.
+        let mut hurried = false;
         let (mut refusals, mut listed_at) = (0, Instant::now());
         // Whether what came last was silence: that a watch begins says nothing then.
         let mut stalled = false;
@@ -127,7 +131,7 @@ impl<S: Sink> Follower<S> {
             };
             let broken = match result {
                 Ok(listed) => {
-                    denied = None;
+                    (missing, forbidden, hurried) = (None, None, false);
                     if listed.is_some() {
                         (at, again, tried) = (listed, self.next_resync(), 0);
                         (refusals, listed_at, stalled) = (0, Instant::now(), false);
@@ -186,7 +190,7 @@ impl<S: Sink> Follower<S> {
                         at = None;
                         continue;
                     }
-                    let since = *denied.get_or_insert_with(Instant::now);
+                    let since = *missing.get_or_insert_with(Instant::now);
                     if self.sink.held() == 0 || since.elapsed() > PATIENCE {
                         self.sink.begin();
                         self.sink.end();
@@ -199,29 +203,31 @@ impl<S: Sink> Follower<S> {
                     if at.is_none() && self.sink.held() == 0 {
                         self.sink.unknown();
                     }
-                    denied.get_or_insert_with(Instant::now);
+                    (missing, forbidden) = (None, forbidden.or_else(|| Some(Instant::now())));
                     let verb = if at.is_some() { "watch" } else { "list" };
                     Trouble::Forbidden(format!("may not {verb} {name}: the API server says that it is forbidden"))
                 }
                 _ => Trouble::Unreachable(describe(&error)),
             };
             // A server that starts forbids everything until it has read its roles.
-            let for_long = denied.is_some_and(|since| since.elapsed() > PATIENCE);
+            let for_long = forbidden.is_some_and(|since| since.elapsed() > PATIENCE);
             let wait = match &trouble {
                 Trouble::Forbidden(_) if !for_long => backoff.next().unwrap_or(later),
                 Trouble::Missing | Trouble::Noted | Trouble::Forbidden(_) => jittered(later),
                 Trouble::Unreachable(_) => backoff.next().unwrap_or(later),
             };
             tracing::debug!(cluster = self.cluster, resource = name, ?wait, "{error}");
-            let recovered = self.feed.sources.recovered(&self.cluster);
             self.feed.sources.trouble(&self.cluster, &name, trouble);
             if !self.sink.flush().await {
                 return;
             }
-            // Where one gets through, all try.
+            // Where one gets through, all try, but once.
+            let soon = wait.min(jittered(SHORTEST));
+            let recovered = self.feed.sources.recovered(&self.cluster);
+            sleep(soon).await;
             tokio::select! {
-                () = sleep(wait) => {}
-                () = recovered => {}
+                () = sleep(wait - soon) => {}
+                () = recovered, if !hurried => hurried = true,
             }
         }
     }
@@ -300,12 +306,18 @@ impl<S: Sink> Follower<S> {
             })
         };
         let mut events = timeout(silence, begun).await.map_err(|_| Broken::Stalled)??;
+        // Once something has come, or nothing has broken for a while.
+        let mut proven = Some(Instant::now() + SHORTEST);
         if !*stalled {
             self.feed.sources.heard(&self.cluster, &name, self.sink.held(), at);
         }
         loop {
             let until = again.min(Instant::now() + silence);
-            let Ok(next) = timeout_at(until, events.next()).await else {
+            let Ok(next) = timeout_at(proven.map_or(until, |at| until.min(at)), events.next()).await else {
+                if proven.take().is_some_and(|at| at < until) {
+                    self.feed.sources.proven(&self.cluster);
+                    continue;
+                }
                 return Err(if until == again { Broken::Resync } else { Broken::Stalled });
             };
             let Some(event) = next else {
@@ -368,5 +380,6 @@ pub(super) fn describe(error: &dyn std::error::Error) -> String {
         }
         next = error.source();
     }
-    text.replace('\n', " ")
+    // A server may say whatever it likes.
+    text.chars().take(LONGEST).collect::<String>().replace('\n', " ")
 }

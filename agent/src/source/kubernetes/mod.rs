@@ -33,7 +33,7 @@ use self::{
     client::Direct,
     cluster::Cluster,
     follow::{Follower, Only},
-    opt_out::OptOuts,
+    opt_out::Lists,
     remotes::{LABEL, SecretSink},
     resources::{LABELLED_NAMESPACES, OWN_PODS, PODS, SECRETS},
     tell::Teller,
@@ -172,15 +172,20 @@ pub async fn run(
         others.spawn(remotes::run(feed.clone(), secrets));
     }
 
-    let outs = OptOuts::new(board, Arc::clone(&sources));
-    let own_pods = Only { fields: Some(format!("spec.nodeName={}", options.node)), ..Only::default() };
-    let labelled = Only { labels: Some(opted_out::LABEL), ..Only::default() };
-    for (resource, only, sink) in
-        [(&OWN_PODS, own_pods, outs.pods()), (&LABELLED_NAMESPACES, labelled, outs.namespaces())]
-    {
-        let (feed, cluster, client) = (feed.clone(), options.cluster.clone(), client.clone());
-        sources.expect(&cluster, &resource.name());
-        others.spawn(Follower { feed, cluster, resource, only, client, sink }.run());
+    if options.node.is_empty() {
+        // Clients are in a place, and on no node that could have pods.
+        board.want(opted_out::ByUid::new());
+    } else {
+        let lists = Lists::new(board, Arc::clone(&sources));
+        let own_pods = Only { fields: Some(format!("spec.nodeName={}", options.node)), ..Only::default() };
+        let labelled = Only { labels: Some(opted_out::LABEL), ..Only::default() };
+        for (resource, only, sink) in
+            [(&OWN_PODS, own_pods, lists.pods()), (&LABELLED_NAMESPACES, labelled, lists.namespaces())]
+        {
+            let (feed, cluster, client) = (feed.clone(), options.cluster.clone(), client.clone());
+            sources.expect(&cluster, &resource.name());
+            others.spawn(Follower { feed, cluster, resource, only, client, sink }.run());
+        }
     }
 
     let mut overseer = Overseer {

@@ -13,9 +13,6 @@ const BOOKKEEPING: [&str; 7] =
 /// Annotations that repeat the object, or are written again and again.
 const NOISE: [&str; 2] =
     ["kubectl.kubernetes.io/last-applied-configuration", "endpoints.kubernetes.io/last-change-trigger-time"];
-/// Annotation of the API's image of a pod that the kubelet runs from a file: the id of that.
-const MIRRORED: &str = "kubernetes.io/config.mirror";
-
 /// Any object, whatever is in it: what is wrong with it is for the reader of its kind to say, and no reason to lose the others of its list.
 #[derive(Clone, Debug)]
 pub(super) struct Raw {
@@ -49,8 +46,8 @@ impl Raw {
 
     /// Of an object of which only the metadata was asked for.
     pub(super) fn of_metadata(object: PartialObjectMeta<Self>) -> Self {
-        let ObjectMeta { name, namespace, labels, annotations, uid, resource_version, .. } = object.metadata;
-        let metadata = ObjectMeta { name, namespace, annotations, uid, resource_version, ..ObjectMeta::default() };
+        let ObjectMeta { name, namespace, labels, uid, resource_version, .. } = object.metadata;
+        let metadata = ObjectMeta { name, namespace, uid, resource_version, ..ObjectMeta::default() };
         let object = json!({"metadata": {"name": metadata.name, "namespace": metadata.namespace, "labels": labels}});
         Self { metadata, object }
     }
@@ -72,12 +69,9 @@ impl Raw {
         labels.get(name)?.as_str().map(str::to_owned)
     }
 
-    /// Of a pod of which only the metadata was asked for: the id that its cgroup is named after. The API has an image of a pod that the
-    /// kubelet runs from a file, with an id of its own.
-    pub(super) fn pod_uid(&self) -> String {
-        let annotations = self.metadata.annotations.as_ref();
-        let mirrored = annotations.and_then(|annotations| annotations.get(MIRRORED));
-        mirrored.or(self.metadata.uid.as_ref()).cloned().unwrap_or_default()
+    /// The id that the API has given to it, where only the metadata was asked for.
+    pub(super) fn uid(&self) -> String {
+        self.metadata.uid.clone().unwrap_or_default()
     }
 
     /// One of its fields.

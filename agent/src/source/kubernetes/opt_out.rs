@@ -8,7 +8,7 @@ use std::{
 use super::{follow::Sink, object::Raw};
 use crate::{
     model::{Code, Finding},
-    opt_out::{AskedBy, Board, ByUid, LABEL, OptOut},
+    opt_out::{AskedBy, Board, ByUid, LABEL, Pod},
     source::Sources,
 };
 
@@ -24,7 +24,7 @@ struct Labelled {
 impl Labelled {
     fn of(object: &Raw) -> Self {
         let (namespace, name) = object.parts();
-        Self { namespace, name, uid: object.pod_uid(), says: object.label(LABEL) }
+        Self { namespace, name, uid: object.uid(), says: object.label(LABEL) }
     }
 
     /// What its label asks for; `None` where there is none, or one that nobody understands.
@@ -64,7 +64,7 @@ impl Known {
         let wanted = pods.values().filter_map(|pod| {
             let (namespace, name) = (pod.namespace.clone(), pod.name.clone());
             let asked_by = asked_by(pod)?;
-            Some((pod.uid.clone(), OptOut { namespace, name, asked_by, cgroups: Vec::new() }))
+            Some((pod.uid.clone(), Pod { namespace, name, asked_by, cgroups: Vec::new() }))
         });
         let strange = namespaces
             .values()
@@ -81,29 +81,29 @@ impl Known {
 
 /// What both lists lead to.
 #[derive(Clone)]
-pub(super) struct OptOuts {
+pub(super) struct Lists {
     known: Arc<Mutex<Known>>,
     board: Arc<Board>,
     sources: Arc<Sources>,
 }
 
-impl OptOuts {
+impl Lists {
     pub(super) fn new(board: Arc<Board>, sources: Arc<Sources>) -> Self {
         Self { known: Arc::default(), board, sources }
     }
 
     /// Takes the pods of this node.
-    pub(super) fn pods(&self) -> OptOutSink {
+    pub(super) fn pods(&self) -> ListSink {
         self.sink(|known| &mut known.pods)
     }
 
     /// Takes the namespaces that have the label.
-    pub(super) fn namespaces(&self) -> OptOutSink {
+    pub(super) fn namespaces(&self) -> ListSink {
         self.sink(|known| &mut known.namespaces)
     }
 
-    fn sink(&self, place: fn(&mut Known) -> &mut Option<All>) -> OptOutSink {
-        OptOutSink { all: All::new(), listed: HashSet::new(), whole: false, place, to: self.clone() }
+    fn sink(&self, place: fn(&mut Known) -> &mut Option<All>) -> ListSink {
+        ListSink { all: All::new(), listed: HashSet::new(), whole: false, place, to: self.clone() }
     }
 
     fn publish(&self, known: &Known) {
@@ -118,16 +118,16 @@ impl OptOuts {
 }
 
 /// Takes one of the two lists.
-pub(super) struct OptOutSink {
+pub(super) struct ListSink {
     all: All,
     listed: HashSet<String>,
     /// Whether there was a whole list.
     whole: bool,
     place: fn(&mut Known) -> &mut Option<All>,
-    to: OptOuts,
+    to: Lists,
 }
 
-impl Sink for OptOutSink {
+impl Sink for ListSink {
     fn begin(&mut self) {
         self.listed.clear();
     }

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use portolan_tests::dial::{Reply, Seen, Task};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Socket, Type};
@@ -93,6 +93,7 @@ fn run(task: &Task, tasks: &Receiver<Task>, held: &mut Held) -> Result<Reply> {
             }
             held.sockets.push((socket, 0));
         }
+        Task::Become { uid } => become_user(*uid)?,
         Task::Held => reply.seen = held.sockets.iter_mut().map(what_became).collect::<Result<_>>()?,
         Task::Release => held.sockets.clear(),
         Task::Datagrams { to, times, from, mapped } => {
@@ -188,4 +189,17 @@ fn connect(to: SocketAddr, nonblocking: bool) -> io::Result<TcpStream> {
 
 fn errno(result: io::Result<()>) -> i32 {
     result.err().map_or(0, |error| error.raw_os_error().unwrap_or(-1))
+}
+
+/// Be another user, whose /proc is that user's as well.
+fn become_user(uid: u32) -> Result<()> {
+    // SAFETY: system calls without pointers.
+    let done = unsafe { libc::setresgid(uid, uid, uid) == 0 && libc::setresuid(uid, uid, uid) == 0 };
+    ensure!(done, io::Error::last_os_error());
+    // Both are gone with the former user.
+    for (option, value) in [(libc::PR_SET_DUMPABLE, 1), (libc::PR_SET_PDEATHSIG, libc::SIGKILL)] {
+        // SAFETY: as above.
+        ensure!(unsafe { libc::prctl(option, value) } == 0, io::Error::last_os_error());
+    }
+    Ok(())
 }
