@@ -5,7 +5,7 @@
 use core::ptr::{addr_of, addr_of_mut};
 
 use aya_ebpf::{
-    bindings::bpf_sock_ops,
+    bindings::{bpf_sock, bpf_sock_ops},
     programs::{SockAddrContext, SockOpsContext},
 };
 use portolan_common::Endpoint;
@@ -86,6 +86,30 @@ pub(crate) fn remote(ctx: &SockOpsContext) -> Endpoint {
                 addr_of!((*ops).remote_ip6[1]).read_volatile(),
                 addr_of!((*ops).remote_ip6[2]).read_volatile(),
                 addr_of!((*ops).remote_ip6[3]).read_volatile(),
+            ],
+            port,
+        )
+    }
+}
+
+/// The peer of a connected socket.
+///
+/// # Safety
+/// The socket must be one that the kernel has given.
+#[inline(always)]
+pub(crate) unsafe fn peer(sk: *const bpf_sock) -> Endpoint {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let port = addr_of!((*sk).dst_port).read_volatile();
+        if addr_of!((*sk).family).read_volatile() == AF_INET {
+            return Endpoint::from_v4_word(addr_of!((*sk).dst_ip4).read_volatile(), port);
+        }
+        Endpoint::from_words(
+            [
+                addr_of!((*sk).dst_ip6[0]).read_volatile(),
+                addr_of!((*sk).dst_ip6[1]).read_volatile(),
+                addr_of!((*sk).dst_ip6[2]).read_volatile(),
+                addr_of!((*sk).dst_ip6[3]).read_volatile(),
             ],
             port,
         )

@@ -54,8 +54,10 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Ref
         }
         Lookup::Broken => return Err(refuse(ctx, &key, false)),
     };
-    if let Some(endpoint) = connected_to(ctx, &key.endpoint()) {
-        return Ok(Some(endpoint));
+    match peer(ctx, &key.endpoint()) {
+        Peer::Given(endpoint) => return Ok(Some(endpoint)),
+        Peer::Dialled => return Ok(None),
+        Peer::Other => {}
     }
     if is_opted_out() {
         forget(ctx, &key.endpoint());
@@ -97,18 +99,29 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Ref
     }
 }
 
-/// The endpoint that a connected socket was given for the address that it sends to all the same: it hears from nobody else.
+/// To whom a socket is connected that sends to an address all the same: it hears from nobody else.
+enum Peer {
+    /// To the endpoint that it was given for this address.
+    Given(Endpoint),
+    /// To this address itself: it was left alone, or nobody served it, when it connected.
+    Dialled,
+    /// To nobody, or somebody else.
+    Other,
+}
+
 #[inline(always)]
-fn connected_to(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Endpoint> {
+fn peer(ctx: &SockAddrContext, dialled: &Endpoint) -> Peer {
     // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
     unsafe {
         let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
         if sk.is_null() || (*sk).dst_port == 0 {
-            return None;
+            return Peer::Other;
         }
         let state = SOCKETS.get_ptr_mut(ctx);
-        let given = !state.is_null() && (*state).frontend == *dialled && (*state).backend.port_word() != 0;
-        given.then(|| (*state).backend)
+        if !state.is_null() && (*state).frontend == *dialled && (*state).backend.port_word() != 0 {
+            return Peer::Given((*state).backend);
+        }
+        if addr::peer(sk) == *dialled { Peer::Dialled } else { Peer::Other }
     }
 }
 

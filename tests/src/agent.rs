@@ -140,6 +140,33 @@ impl Bed {
         Ok(agent)
     }
 
+    /// Starts this node's agent as a pod that has an account and is told where the API server is, and waits until it is ready.
+    ///
+    /// # Errors
+    /// It does not become ready; its log is in the error.
+    pub fn agent_in_cluster(
+        &self,
+        account: &Path,
+        server: SocketAddr,
+        (cluster, node): (&str, &str),
+        more: &[&str],
+    ) -> Result<Agent> {
+        // Where every pod has its account, for this one alone.
+        const IN_POD: &str = "mount -t tmpfs none /run && mkdir -p /run/secrets/kubernetes.io && \
+            ln -s \"$0\" /run/secrets/kubernetes.io/serviceaccount && exec \"$@\"";
+        let mut inside = Command::new(binary("portolan")?);
+        inside.args(["agent", "--kubernetes"]);
+        let inside = self.complete(inside, cluster, node, more);
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", IN_POD]).arg(account);
+        command.arg(inside.get_program()).args(inside.get_args());
+        command.env("KUBERNETES_SERVICE_HOST", server.ip().to_string());
+        command.env("KUBERNETES_SERVICE_PORT", server.port().to_string());
+        let mut agent = self.spawn(command)?;
+        agent.wait_ready()?;
+        Ok(agent)
+    }
+
     /// Starts this node's agent by another program, which confines it, and does not wait for it.
     ///
     /// # Errors

@@ -133,6 +133,8 @@ pub enum Sender {
     Same,
     /// One unconnected one, the same for all tasks of the client; its port is the reply's value.
     Kept,
+    /// The same, connected with the first task; it names the address once more with each datagram.
+    KeptConnected,
     /// One unconnected one, and one system call for all (sendmmsg).
     Batch,
 }

@@ -1,13 +1,12 @@
 //! The process that keeps privileges, for what cannot be done without: closing connections in the network namespaces of pods, saying whose such a
 //! namespace is, and attaching the program that sees packets.
 //!
-//! The agent starts it before it gives up its own. It reads no objects and no files that others write; it is told nothing but [`Order`]s and [`Ask`]s,
-//! and it ends with the agent.
+//! The agent starts it before it gives up its own. It reads no objects and no requests; it is told nothing but [`Order`]s and [`Ask`]s, and it ends with
+//! the agent.
 
 use std::{
     fs::File,
     io::{self, Read, Write},
-    net::Shutdown,
     os::{
         fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd},
         unix::{net::UnixStream, process::CommandExt as _},
@@ -19,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -38,7 +37,7 @@ pub const VERB: &str = "helper";
 
 /// Enough for the endpoints of half a million services.
 const LONGEST: usize = 256 << 20;
-/// An answer takes no longer than this; then something is wrong with the helper.
+/// An answer is waited for no longer than this.
 const ANSWER: Duration = Duration::from_secs(10);
 
 /// To enter namespaces and read sockets' states, to end connections and attach a program, to see whose processes are.
@@ -79,7 +78,7 @@ pub struct Helper(Arc<Inner>);
 
 struct Inner {
     child: Mutex<Child>,
-    asking: Mutex<UnixStream>,
+    asking: Mutex<Asking>,
 }
 
 impl Helper {
@@ -106,7 +105,10 @@ impl Helper {
             });
         }
         let child = command.spawn().with_context(|| format!("cannot start {} {VERB}", program.display()))?;
-        Ok((Self(Arc::new(Inner { child: Mutex::new(child), asking: Mutex::new(asking) })), orders))
+        Ok((
+            Self(Arc::new(Inner { child: Mutex::new(child), asking: Mutex::new(Asking { stream: asking, asked: 0 }) })),
+            orders,
+        ))
     }
 
     /// Whose the network namespace with this cookie is, for people: its first process, and the cgroup of that; or its name. `None` where it is
@@ -126,15 +128,26 @@ impl Helper {
         }
     }
 
+    /// Each question has a number, for an answer that comes too late is not one to the next question.
     fn ask(&self, ask: &Ask) -> Result<Answer> {
         let mut asking = self.0.asking.lock().unwrap_or_else(PoisonError::into_inner);
-        let answer = write(&mut *asking, ask).map_err(Into::into).and_then(|()| read(&mut *asking));
-        if !matches!(answer, Ok(Some(_))) {
-            // Whatever comes later would be taken for the answer to something else. It ends, and the agent with it.
-            let _ = asking.shutdown(Shutdown::Both);
+        let Asking { stream, asked } = &mut *asking;
+        *asked += 1;
+        write(stream, &(*asked, ask)).context("the helper cannot be asked")?;
+        loop {
+            match read::<(u64, Answer)>(stream).context("the helper does not answer")? {
+                Some((to, answer)) if to == *asked => return Ok(answer),
+                Some(_) => {}
+                None => bail!("the helper has ended"),
+            }
         }
-        answer.context("the helper does not answer")?.context("the helper has ended")
     }
+}
+
+/// The way to ask, and how often it was used.
+struct Asking {
+    stream: UnixStream,
+    asked: u64,
 }
 
 impl Drop for Inner {
@@ -172,7 +185,7 @@ pub fn serve(args: &HelperArgs) -> Result<()> {
     })?;
     let cgroup = args.cgroup.clone();
     thread::Builder::new().name("answers".to_owned()).spawn(move || {
-        while let Ok(Some(ask)) = read(&mut asks) {
+        while let Ok(Some((number, ask))) = read::<(u64, Ask)>(&mut asks) {
             let answer = match ask {
                 Ask::Name(cookie) => Answer::Named(name_namespace(cookie)),
                 Ask::Packets => {
@@ -180,7 +193,7 @@ pub fn serve(args: &HelperArgs) -> Result<()> {
                     Answer::Attached(attached.map_err(|error| error.to_string()))
                 }
             };
-            if write(&mut asks, &answer).is_err() {
+            if write(&mut asks, &(number, answer)).is_err() {
                 break;
             }
         }

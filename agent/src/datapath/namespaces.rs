@@ -88,5 +88,7 @@ fn described(path: &std::path::Path) -> String {
     let (name, cgroups) = (read("comm"), read("cgroup"));
     let cgroup = cgroups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
     let id = process.file_name().unwrap_or_default().to_string_lossy();
-    format!("process {id} ({}) in cgroup {cgroup}", name.trim())
+    // Whoever runs it calls it as they like.
+    let name: String = name.trim().chars().map(|letter| if letter.is_control() { '?' } else { letter }).collect();
+    format!("process {id} ({name}) in cgroup {cgroup}")
 }

@@ -203,12 +203,30 @@ impl Sources {
         self.changed.send_replace(());
     }
 
-    /// Whether all that is read of a cluster was read once.
-    pub fn is_settled(&self, cluster: &str) -> bool {
+    /// Whether all that is read of a cluster was read once, but for some.
+    pub fn is_settled(&self, cluster: &str, but: &[String]) -> bool {
         self.with(|all| {
-            let mut own = all.iter().filter(|((of, _), _)| of == cluster).peekable();
+            let mut own = all.iter().filter(|((of, what), _)| of == cluster && !but.contains(what)).peekable();
             own.peek().is_some() && own.all(|(_, status)| status.is_settled())
         })
+    }
+
+    /// Whether this was read once, or cannot be.
+    pub fn has_settled(&self, cluster: &str, resource: &str) -> bool {
+        let key = (cluster.to_owned(), resource.to_owned());
+        self.with(|all| all.get(&key).is_some_and(Status::is_settled))
+    }
+
+    /// Whether this was read once.
+    pub fn is_read(&self, cluster: &str, resource: &str) -> bool {
+        let key = (cluster.to_owned(), resource.to_owned());
+        self.with(|all| all.get(&key).is_some_and(|status| status.synced.is_some()))
+    }
+
+    /// Whether nothing is wrong with this now.
+    pub fn is_well(&self, cluster: &str, resource: &str) -> bool {
+        let key = (cluster.to_owned(), resource.to_owned());
+        self.with(|all| all.get(&key).is_some_and(|status| status.synced.is_some() && status.trouble.is_none()))
     }
 
     /// Whether something of a cluster may not be read, and never was.
@@ -287,17 +305,17 @@ mod tests {
     #[test]
     fn a_cluster_is_settled_once_all_of_it_was_read_or_cannot_be() {
         let sources = Sources::default();
-        assert!(!sources.is_settled("c1"));
+        assert!(!sources.is_settled("c1", &[]));
         for what in ["services", "virtualservices", "pods"] {
             sources.expect("c1", what);
         }
         sources.synced("c1", "services", 3, Some("7"));
         sources.trouble("c1", "virtualservices", Trouble::Missing);
-        assert!(!sources.is_settled("c1"));
+        assert!(!sources.is_settled("c1", &[]));
         sources.trouble("c1", "pods", Trouble::Unreachable("refused".to_owned()));
-        assert!(!sources.is_settled("c1"));
+        assert!(!sources.is_settled("c1", &[]));
         sources.trouble("c1", "pods", Trouble::Forbidden("no".to_owned()));
-        assert!(sources.is_settled("c1"));
+        assert!(sources.is_settled("c1", &[]));
         let report = sources.report();
         assert_eq!((report[1].objects, report[1].lists, &report[1].error), (3, 1, &None));
     }

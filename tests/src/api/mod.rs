@@ -109,6 +109,19 @@ impl Api {
         Ok(path)
     }
 
+    /// The folder with the account that a pod has: a token, and who has signed the server's certificate.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn account(&self) -> Result<PathBuf> {
+        let account = self.files.scratch("account");
+        fs::create_dir_all(&account)?;
+        for (file, text) in [("token", TOKEN), ("ca.crt", &self.certificate), ("namespace", "portolan-system")] {
+            fs::write(account.join(file), text)?;
+        }
+        Ok(account)
+    }
+
     /// The Secret by which another cluster's agents follow this one, under an id, from a namespace.
     ///
     /// # Errors

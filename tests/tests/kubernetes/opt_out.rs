@@ -85,16 +85,33 @@ fn pods_that_ask_for_it_are_left_alone() -> Result<()> {
     }
     assert!(agent.http("/metrics")?.1.contains("\nportolan_opted_out_pods 1\n"));
 
+    // What is connected when the label comes stays so.
+    let kept = || -> Result<Task> {
+        Ok(Task::Datagrams { to: DNS.parse()?, times: 2, from: Sender::KeptConnected, mapped: false })
+    };
+    assert_eq!(b.run(&kept()?)?.greetings(), ["10.0.0.1"; 2]);
+
     // The namespace asks for all; a pod of it does not.
     api.apply(&[namespace(Some("true")), labelled("a", Some("false"))]);
     wait_left_alone(&agent, &["b"])?;
     assert_eq!((answer(&mut a)?.errnos(), answer(&mut b)?.errnos()), (vec![0; 2], vec![ENETUNREACH; 2]));
+    assert_eq!(b.run(&kept()?)?.greetings(), ["10.0.0.1"; 2]);
     api.apply(&[labelled("a", Some("sure"))]);
     wait_finding(&agent, "PTL0114", "Pod default/a has \"sure\"")?;
     wait_left_alone(&agent, &["a", "b"])?;
     api.apply(&[namespace(None)]);
     wait_left_alone(&agent, &[])?;
     assert_eq!((answer(&mut a)?.errnos(), answer(&mut b)?.errnos()), (vec![0; 2], vec![0; 2]));
+    // What was connected while its pod was left alone stays so as well.
+    bed.namespace.add_address("172.16.0.53/32")?;
+    bed.serve_datagrams(DNS, "by itself")?;
+    api.apply(&[labelled("a", Some("true"))]);
+    wait_left_alone(&agent, &["a"])?;
+    assert_eq!(a.run(&kept()?)?.greetings(), ["by itself"; 2]);
+    api.apply(&[labelled("a", Some("sure"))]);
+    wait_left_alone(&agent, &[])?;
+    assert_eq!(a.run(&kept()?)?.greetings(), ["by itself"; 2]);
+    assert_eq!(a.run(&send()?)?.greetings(), ["10.0.0.1"; 2]);
     wait_finding(&agent, "PTL0114", "Pod default/a")?;
     api.apply(&[labelled("a", None)]);
     wait_no_finding(&agent, "PTL0114")

@@ -148,3 +148,27 @@ fn endpoints_of_a_cluster_that_is_away_outlive_the_agent() -> Result<()> {
         Ok(())
     })
 }
+
+/// Nothing is known of who the others are: that is no reason to take away what they have added.
+#[test]
+fn endpoints_of_others_outlive_an_agent_when_nobody_says_who_they_are() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.1.0.1"])?;
+    let (other, named) = second(&bed, "10.1.0.1")?;
+    api.apply(&web(&[]));
+    api.apply(&[named]);
+    let mut agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
+    agent.process.kill();
+    api.forbid("secrets", true);
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    wait_finding(&agent, "PTL0111", "may not list secrets")?;
+    assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
+    other.replace(&[node("n2", "r2/z1"), plain(service("web", &["172.17.0.10"], 80))]);
+    api.forbid("secrets", false);
+    wait_until("nobody to be left", AFTER_LONG, || {
+        let errnos = client.dial(WEB, 1)?.errnos();
+        ensure!(errnos == [ECONNREFUSED], "{errnos:?}");
+        Ok(())
+    })
+}

@@ -1,6 +1,6 @@
 //! An API server that goes away, misbehaves, or says nonsense.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
@@ -307,4 +307,54 @@ fn what_is_forbidden_for_a_while_is_read_soon_after() -> Result<()> {
     // Within half a minute is sooner than what is forbidden for good is asked for again.
     wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])?;
     wait_no_finding(&agent, "PTL0111")
+}
+
+/// In a pod, the API server's endpoints are dialled themselves: its Service may be out of order.
+#[test]
+fn the_api_server_itself_is_dialled() -> Result<()> {
+    let (bed, mut api, _) = node_with(&["10.0.0.1", "10.0.0.2"])?;
+    let own = |endpoint: SocketAddr| {
+        let address = endpoint.ip().to_string();
+        plain(slice("kubernetes", endpoint.port(), &[(&address, "n1", "")]))
+    };
+    bed.namespace.add_address("10.0.0.9/32")?;
+    bed.namespace.add_address("172.16.255.1/32")?;
+    // As kube-proxy would have it.
+    let service_address = api.listen(&bed.namespace, "172.16.255.1:443".parse()?)?;
+    let itself = api.listen(&bed.namespace, "10.0.0.9:0".parse()?)?;
+    api.apply(&web(&["10.0.0.1"]));
+    api.apply(&[plain(service("kubernetes", &["172.16.255.1"], 443)), own(itself)]);
+    let agent = bed.agent_in_cluster(&api.account()?, service_address, ("c1", "n1"), &SOON)?;
+    wait_endpoints(&agent, "kubernetes", &[&format!("{itself} healthy")])?;
+    bed.namespace.ip(&["address", "del", "172.16.255.1/32", "dev", "lo"])?;
+    api.break_watches();
+    api.apply(&[web_slice(&["10.0.0.2"])]);
+    // Nothing tells that connections of the former address are dead, but that nothing comes any more.
+    wait_until("what was changed", AFTER_LONG, || {
+        let seen = endpoints(&agent, "web")?;
+        ensure!(seen == ["10.0.0.2:9080 healthy"], "{seen:?}\n{}", agent.log());
+        Ok(())
+    })?;
+    // And where none of them answers, its Service.
+    let nobody = "10.0.0.8:6443".parse()?;
+    api.apply(&[own(nobody)]);
+    wait_endpoints(&agent, "kubernetes", &["10.0.0.8:6443 healthy"])?;
+    bed.namespace.add_address("172.16.255.1/32")?;
+    api.break_watches();
+    api.apply(&[web_slice(&["10.0.0.1"])]);
+    wait_endpoints(&agent, "web", &["10.0.0.1:9080 healthy"])
+}
+
+#[test]
+fn an_address_of_its_own_takes_the_place_of_the_one_that_is_configured() -> Result<()> {
+    let (bed, mut api, _) = node_with(&["10.0.0.1"])?;
+    api.apply(&web(&["10.0.0.1"]));
+    let address = api.listen(&bed.namespace, "127.0.0.1:0".parse()?)?;
+    let dead = api.kubeconfig("172.16.255.1:443".parse()?, &json!({"tokenFile": api.account()?.join("token")}));
+    let directory = Directory::new()?;
+    let kubeconfig = directory.scratch("kubeconfig");
+    std::fs::write(&kubeconfig, dead.to_string())?;
+    bed.agent_on_api(&kubeconfig, "c1", "n1", &["--api-server", &format!("https://{address}")])?;
+    assert_eq!(bed.dialler()?.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
+    Ok(())
 }

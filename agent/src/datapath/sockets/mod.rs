@@ -325,6 +325,9 @@ fn close_datagrams(sockets: Vec<Datagrams>, states: &States, order: &Order, pass
     let mut by_inode: HashMap<u64, Datagrams> =
         sockets.into_iter().map(|(diag, socket)| (socket.inode.into(), (diag, socket))).collect();
     for process in procfs::process::all_processes().context("/proc cannot be read")?.flatten() {
+        if by_inode.is_empty() {
+            break;
+        }
         // Processes end while one looks, and so do their descriptors.
         for (descriptor, inode) in descriptors(process.pid) {
             if !by_inode.contains_key(&inode) {

@@ -20,6 +20,7 @@ use kube::{
     client::ConfigExt as _,
     config::{KubeConfigOptions, Kubeconfig},
 };
+use rustix::net::sockopt;
 use tokio::net::TcpStream;
 use tower::{BoxError, Service, ServiceBuilder};
 
@@ -27,6 +28,11 @@ use super::{bound::Bound, follow::describe};
 
 /// How long to wait for a connection.
 const CONNECT: Duration = Duration::from_secs(5);
+
+/// A connection that has been silent for so long is asked whether it still stands.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// One that has not acknowledged anything for so long does not: what waits in it is asked for by another one.
+const UNHEARD: Duration = Duration::from_secs(10);
 
 /// The own API server's endpoints, once they are known: then its Service address is not needed to reach it, and so not the programs that this
 /// agent keeps.
@@ -115,7 +121,8 @@ fn build(config: Config, direct: Direct) -> Result<Client> {
     let mut http = HttpConnector::new();
     http.enforce_http(false);
     http.set_connect_timeout(Some(CONNECT));
-    http.set_keepalive(Some(Duration::from_secs(30)));
+    http.set_keepalive(Some(KEEPALIVE));
+    http.set_tcp_user_timeout(Some(UNHEARD));
     let https = config.rustls_https_connector_with_connector(Dialler { http, direct })?;
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
@@ -149,6 +156,9 @@ impl Service<Uri> for Dialler {
             for address in addresses {
                 if let Ok(Ok(stream)) = tokio::time::timeout(CONNECT, TcpStream::connect(address)).await {
                     stream.set_nodelay(true)?;
+                    sockopt::set_socket_keepalive(&stream, true)?;
+                    sockopt::set_tcp_keepidle(&stream, KEEPALIVE)?;
+                    sockopt::set_tcp_user_timeout(&stream, UNHEARD.as_millis() as u32)?;
                     return Ok(TokioIo::new(stream));
                 }
             }

@@ -17,7 +17,7 @@ use super::{
     Feed,
     bound::{MOST as MOST_BYTES, TooLong},
     object::Raw,
-    resources::Resource,
+    resources::{RESOURCES, Resource},
 };
 use crate::source::Trouble;
 
@@ -191,7 +191,9 @@ impl<S: Sink> Follower<S> {
                         continue;
                     }
                     let since = *missing.get_or_insert_with(Instant::now);
-                    if self.sink.held() == 0 || since.elapsed() > PATIENCE {
+                    // Who answers so to everything is not the API server.
+                    let itself = self.feed.sources.is_well(&self.cluster, &RESOURCES[0].name());
+                    if self.sink.held() == 0 || (since.elapsed() > PATIENCE && itself) {
                         self.sink.begin();
                         self.sink.end();
                         Trouble::Missing
@@ -207,7 +209,10 @@ impl<S: Sink> Follower<S> {
                     let verb = if at.is_some() { "watch" } else { "list" };
                     Trouble::Forbidden(format!("may not {verb} {name}: the API server says that it is forbidden"))
                 }
-                _ => Trouble::Unreachable(describe(&error)),
+                _ => {
+                    missing = None;
+                    Trouble::Unreachable(describe(&error))
+                }
             };
             // A server that starts forbids everything until it has read its roles.
             let for_long = forbidden.is_some_and(|since| since.elapsed() > PATIENCE);
@@ -306,8 +311,8 @@ impl<S: Sink> Follower<S> {
             })
         };
         let mut events = timeout(silence, begun).await.map_err(|_| Broken::Stalled)??;
-        // Once something has come, or nothing has broken for a while.
-        let mut proven = Some(Instant::now() + SHORTEST);
+        // Once nothing has broken for a while; after silence, that says nothing either.
+        let mut proven = (!*stalled).then(|| Instant::now() + SHORTEST);
         if !*stalled {
             self.feed.sources.heard(&self.cluster, &name, self.sink.held(), at);
         }

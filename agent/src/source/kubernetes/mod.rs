@@ -224,6 +224,20 @@ fn doubt(id: &str) -> String {
     format!("{id}/")
 }
 
+/// What the store is told: it may have endpoints.
+fn doubted(id: &str) -> Update {
+    let contents = Contents { only: Some(Kind::EndpointSlice), ..Contents::default() };
+    Update::Replace { origin: doubt(id), contents }
+}
+
+/// In place of a cluster's id: any that may be there. No cluster is called so.
+const ANY: &str = "*";
+
+/// What is read of the own cluster that its services are not made of.
+fn aside() -> [String; 3] {
+    [SECRETS.name(), OWN_PODS.name(), LABELLED_NAMESPACES.name()]
+}
+
 /// Sees to it that what is known is said as a whole: that everything was read, what is wrong, who has been away for too long.
 struct Overseer {
     options: Options,
@@ -271,10 +285,21 @@ impl Overseer {
         news
     }
 
-    /// Whether all of a cluster was read that is to be read.
+    /// Whether all of a cluster was read that its services are made of.
     fn is_settled(&self, id: &str) -> bool {
         let pods = !self.feed.wants.any() || self.sources.knows(id, &PODS.name());
-        self.sources.is_settled(id) && pods
+        self.sources.is_settled(id, &aside()) && pods
+    }
+
+    /// Whether all has been read that services are not made of: who the other clusters are, who is left alone.
+    fn is_settled_aside(&self) -> bool {
+        let own = &self.options.cluster;
+        aside().iter().all(|name| !self.sources.knows(own, name) || self.sources.has_settled(own, name))
+    }
+
+    /// Whether there is no knowing which other clusters there are.
+    fn lacks_secrets(&self) -> bool {
+        self.options.others && !self.sources.is_read(&self.options.cluster, &SECRETS.name())
     }
 
     /// Whether something of a cluster is not known.
@@ -292,19 +317,28 @@ impl Overseer {
         if self.own.is_none() && self.is_settled(&self.options.cluster) {
             self.own = Some(Instant::now());
         }
-        if !self.synced && self.own.is_some() && (self.is_late() || others.iter().all(|id| self.is_settled(id))) {
+        let all = || self.is_settled_aside() && others.iter().all(|id| self.is_settled(id));
+        if !self.synced && self.own.is_some() && (self.is_late() || all()) {
             self.synced = true;
             self.unknown = others.iter().filter(|id| self.lacks(id)).cloned().collect();
+            self.unknown.extend(self.lacks_secrets().then(|| ANY.to_owned()));
             // What a former agent has published of them stays.
-            news.extend(self.unknown.iter().map(|id| Update::Replace {
-                origin: doubt(id),
-                contents: Contents { only: Some(Kind::EndpointSlice), ..Contents::default() },
-            }));
+            news.extend(self.unknown.iter().map(|id| doubted(id)));
             tracing::info!(took = ?self.began.elapsed(), without = ?self.unknown, "everything has been read");
             news.push(Update::Synced);
         }
-        let known: Vec<String> =
-            self.unknown.iter().filter(|id| !others.contains(id) || !self.lacks(id)).cloned().collect();
+        // Those that are named now are not known yet.
+        if self.unknown.contains(ANY) {
+            let is_new = |id: &&String| self.lacks(id) && !self.unknown.contains(*id);
+            let new: Vec<String> = others.iter().filter(is_new).cloned().collect();
+            news.extend(new.iter().map(|id| doubted(id)));
+            self.unknown.extend(new);
+        }
+        let is_known = |id: &String| match id.as_str() {
+            ANY => !self.lacks_secrets(),
+            id => !others.iter().any(|other| other == id) || !self.lacks(id),
+        };
+        let known: Vec<String> = self.unknown.iter().filter(|id| is_known(id)).cloned().collect();
         for id in known {
             news.push(Update::Remove { origin: doubt(&id) });
             self.unknown.remove(&id);
@@ -328,7 +362,7 @@ impl Overseer {
                 Some((Trouble::Unreachable(why), _)) if seen.insert(cluster.clone()) => {
                     unreachable = Some((cluster, format!("{resource}: {why}")));
                 }
-                None if late && !self.sources.is_settled(&cluster) && seen.insert(cluster.clone()) => {
+                None if late && !self.sources.is_settled(&cluster, &[]) && seen.insert(cluster.clone()) => {
                     unreachable = Some((cluster, format!("{resource}: nothing has come yet")));
                 }
                 _ => {}

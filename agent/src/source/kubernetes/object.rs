@@ -46,8 +46,8 @@ impl Raw {
 
     /// Of an object of which only the metadata was asked for.
     pub(super) fn of_metadata(object: PartialObjectMeta<Self>) -> Self {
-        let ObjectMeta { name, namespace, labels, uid, resource_version, .. } = object.metadata;
-        let metadata = ObjectMeta { name, namespace, uid, resource_version, ..ObjectMeta::default() };
+        let ObjectMeta { name, namespace, labels, annotations, uid, resource_version, .. } = object.metadata;
+        let metadata = ObjectMeta { name, namespace, annotations, uid, resource_version, ..ObjectMeta::default() };
         let object = json!({"metadata": {"name": metadata.name, "namespace": metadata.namespace, "labels": labels}});
         Self { metadata, object }
     }
@@ -72,6 +72,11 @@ impl Raw {
     /// The id that the API has given to it, where only the metadata was asked for.
     pub(super) fn uid(&self) -> String {
         self.metadata.uid.clone().unwrap_or_default()
+    }
+
+    /// Whether it has an annotation, where only the metadata was asked for.
+    pub(super) fn has_annotation(&self, name: &str) -> bool {
+        self.metadata.annotations.as_ref().is_some_and(|annotations| annotations.contains_key(name))
     }
 
     /// One of its fields.

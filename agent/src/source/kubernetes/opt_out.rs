@@ -12,6 +12,9 @@ use crate::{
     source::Sources,
 };
 
+/// The annotation of the API's image of a pod that the kubelet runs from a file.
+const STATIC: &str = "kubernetes.io/config.mirror";
+
 /// An object that has or may have the label.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Labelled {
@@ -19,12 +22,14 @@ struct Labelled {
     name: String,
     uid: String,
     says: Option<String>,
+    /// Whether the kubelet runs it from a file: its cgroup is called after that, which is for the API to say and not to vouch for.
+    is_static: bool,
 }
 
 impl Labelled {
     fn of(object: &Raw) -> Self {
         let (namespace, name) = object.parts();
-        Self { namespace, name, uid: object.uid(), says: object.label(LABEL) }
+        Self { namespace, name, uid: object.uid(), says: object.label(LABEL), is_static: object.has_annotation(STATIC) }
     }
 
     /// What its label asks for; `None` where there is none, or one that nobody understands.
@@ -32,9 +37,14 @@ impl Labelled {
         self.says.as_ref()?.parse().ok()
     }
 
-    /// Whether it has a label that nobody understands.
-    fn is_strange(&self) -> bool {
-        self.says.is_some() && self.asks().is_none()
+    /// Why its label has no effect.
+    fn trouble(&self) -> Option<String> {
+        let says = self.says.as_ref()?;
+        match self.asks() {
+            None => Some(format!("has {says:?}, which is neither \"true\" nor \"false\"")),
+            Some(true) if self.is_static => Some("is run from a file, and cannot be left alone".to_owned()),
+            Some(_) => None,
+        }
     }
 }
 
@@ -49,7 +59,7 @@ struct Known {
 }
 
 impl Known {
-    /// Who is to be left alone, and labels that nobody understands. Both lists have to be there, for a namespace's label counts for its pods.
+    /// Who is to be left alone, and labels that have no effect. Both lists have to be there, for a namespace's label counts for its pods.
     fn wanted(&self) -> Option<(ByUid, Vec<String>)> {
         let (pods, namespaces) = (self.pods.as_ref()?, self.namespaces.as_ref()?);
         let by_name: BTreeMap<&str, &Labelled> =
@@ -61,7 +71,7 @@ impl Known {
                 None => of_namespace().unwrap_or_default().then_some(AskedBy::Namespace),
             }
         };
-        let wanted = pods.values().filter_map(|pod| {
+        let wanted = pods.values().filter(|pod| !pod.is_static).filter_map(|pod| {
             let (namespace, name) = (pod.namespace.clone(), pod.name.clone());
             let asked_by = asked_by(pod)?;
             Some((pod.uid.clone(), Pod { namespace, name, asked_by, cgroups: Vec::new() }))
@@ -70,10 +80,9 @@ impl Known {
             .values()
             .map(|namespace| ("Namespace ", namespace))
             .chain(pods.values().map(|pod| ("Pod ", pod)));
-        let strange = strange.filter(|(_, it)| it.is_strange()).map(|(kind, it)| {
-            let says = it.says.as_deref().unwrap_or_default();
+        let strange = strange.filter_map(|(kind, it)| {
             let namespace = if it.namespace.is_empty() { String::new() } else { format!("{}/", it.namespace) };
-            format!("{kind}{namespace}{} has {says:?}", it.name)
+            Some(format!("{kind}{namespace}{} {}", it.name, it.trouble()?))
         });
         Some((wanted.collect(), strange.collect()))
     }
@@ -109,10 +118,8 @@ impl Lists {
     fn publish(&self, known: &Known) {
         let Some((wanted, strange)) = known.wanted() else { return };
         self.board.want(wanted);
-        let finding = (!strange.is_empty()).then(|| {
-            let message = format!("{}: neither \"true\" nor \"false\", and counts for nothing", strange.join("; "));
-            Finding::new(Code::OptOutLabel, format!("Label {LABEL}"), message)
-        });
+        let finding = (!strange.is_empty())
+            .then(|| Finding::new(Code::OptOutLabel, format!("Label {LABEL}"), strange.join("; ")));
         self.sources.note("opt-out/labels", finding);
     }
 }
@@ -181,6 +188,7 @@ mod tests {
             name: name.to_owned(),
             uid: format!("u-{name}"),
             says: says.map(str::to_owned),
+            is_static: name == "static",
         };
         (format!("{namespace}/{name}"), it)
     }
@@ -194,6 +202,8 @@ mod tests {
                 labelled("out", "strange", Some("yes")),
                 labelled("in", "by-label", Some("true")),
                 labelled("in", "plain", None),
+                labelled("in", "static", Some("true")),
+                labelled("out", "static", None),
             ])),
             namespaces: None,
         };
@@ -205,6 +215,13 @@ mod tests {
             wanted,
             [("by-label", AskedBy::Pod), ("by-namespace", AskedBy::Namespace), ("strange", AskedBy::Namespace)]
         );
-        assert_eq!(strange, ["Namespace in has \"\"", "Pod out/strange has \"yes\""]);
+        assert_eq!(
+            strange,
+            [
+                "Namespace in has \"\", which is neither \"true\" nor \"false\"",
+                "Pod in/static is run from a file, and cannot be left alone",
+                "Pod out/strange has \"yes\", which is neither \"true\" nor \"false\"",
+            ]
+        );
     }
 }

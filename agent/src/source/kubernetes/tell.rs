@@ -26,7 +26,7 @@ use crate::model::{Finding, NamespacedName};
 const PACE: Duration = Duration::from_secs(1);
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(10);
-/// Kubernetes takes no longer text.
+/// Kubernetes takes no longer text, in bytes.
 const MOST: usize = 1_000;
 
 /// Who tells.
@@ -56,12 +56,19 @@ impl Teller {
     }
 
     async fn tell(&self, finding: &Finding, resource: &Resource, name: &NamespacedName) -> kube::Result<()> {
-        let (mut api, kind) = resource.api(self.client.clone(), 0);
-        if !name.namespace.is_empty() {
-            api = Api::namespaced_with(self.client.clone(), &name.namespace, &kind);
-        }
         let named = ListParams::default().fields(&format!("metadata.name={}", name.name));
-        let found = api.list_metadata(&named).await?;
+        let mut version = 0;
+        let (found, kind) = loop {
+            let (mut api, kind) = resource.api(self.client.clone(), version);
+            if !name.namespace.is_empty() {
+                api = Api::namespaced_with(self.client.clone(), &name.namespace, &kind);
+            }
+            version += 1;
+            match api.list_metadata(&named).await {
+                Err(kube::Error::Api(status)) if status.code == 404 && version < resource.versions.len() => {}
+                found => break (found?, kind),
+            }
+        };
         // It is gone by now.
         let Some(object) = found.items.into_iter().next() else { return Ok(()) };
         let namespace = if name.namespace.is_empty() { "default" } else { &name.namespace };
@@ -78,8 +85,8 @@ impl Teller {
             // Microseconds: Kubernetes takes no other form.
             "eventTime": humantime::format_rfc3339_micros(SystemTime::now()).to_string(),
             "type": "Warning", "action": "Read", "reason": finding.code.to_string(),
-            "note": text.chars().take(MOST).collect::<String>(),
-            "reportingController": "portolan.io/agent", "reportingInstance": self.node,
+            "note": text[..text.floor_char_boundary(MOST)],
+            "reportingController": "portolan.io/agent", "reportingInstance": if self.node.is_empty() { &self.cluster } else { &self.node },
             "regarding": {"apiVersion": kind.api_version, "kind": kind.kind, "name": name.name, "namespace": object.metadata.namespace,
                 "uid": object.metadata.uid},
         });

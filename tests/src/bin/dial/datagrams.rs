@@ -17,7 +17,8 @@ const PAYLOAD: &[u8] = b"?";
 /// Sends so many, and hears each answer before the next is sent, unless they go in one call. Gives the last socket's port as well.
 pub(super) fn send(to: SocketAddr, times: u32, from: Sender, kept: &mut Option<UdpSocket>) -> Result<(Vec<Seen>, u32)> {
     let mut seen = Vec::new();
-    let mut same = if from == Sender::Kept { kept.take() } else { None };
+    let keeps = matches!(from, Sender::Kept | Sender::KeptConnected);
+    let mut same = if keeps { kept.take() } else { None };
     let mut port = 0;
     if from == Sender::Batch {
         let socket = unconnected(to)?;
@@ -27,6 +28,11 @@ pub(super) fn send(to: SocketAddr, times: u32, from: Sender, kept: &mut Option<U
     for _ in 0..times {
         let socket = match same.take() {
             Some(socket) => socket,
+            None if from == Sender::KeptConnected => {
+                let socket = unconnected(to)?;
+                socket.connect(to)?;
+                socket
+            }
             None => unconnected(to)?,
         };
         let connected = matches!(from, Sender::Connected | Sender::ConnectedTo);
@@ -50,11 +56,11 @@ pub(super) fn send(to: SocketAddr, times: u32, from: Sender, kept: &mut Option<U
         }
         seen.push(one);
         port = socket.local_addr()?.port().into();
-        if matches!(from, Sender::Same | Sender::Kept) {
+        if keeps || from == Sender::Same {
             same = Some(socket);
         }
     }
-    if from == Sender::Kept {
+    if keeps {
         *kept = same;
     }
     Ok((seen, port))
