@@ -54,10 +54,11 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Ref
         }
         Lookup::Broken => return Err(refuse(ctx, &key, false)),
     };
-    match peer(ctx, &key.endpoint()) {
-        Peer::Given(endpoint) => return Ok(Some(endpoint)),
-        Peer::Dialled => return Ok(None),
-        Peer::Other => {}
+    if let Some(endpoint) = connected_to(ctx, &key.endpoint()) {
+        return Ok(Some(endpoint));
+    }
+    if is_peer(ctx, &key.endpoint()) {
+        return Ok(None);
     }
     if is_opted_out() {
         forget(ctx, &key.endpoint());
@@ -99,29 +100,29 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Ref
     }
 }
 
-/// To whom a socket is connected that sends to an address all the same: it hears from nobody else.
-enum Peer {
-    /// To the endpoint that it was given for this address.
-    Given(Endpoint),
-    /// To this address itself: it was left alone, or nobody served it, when it connected.
-    Dialled,
-    /// To nobody, or somebody else.
-    Other,
-}
-
+/// The endpoint that a connected socket was given for the address that it sends to all the same: it hears from nobody else.
 #[inline(always)]
-fn peer(ctx: &SockAddrContext, dialled: &Endpoint) -> Peer {
+fn connected_to(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Endpoint> {
     // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
     unsafe {
         let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
         if sk.is_null() || (*sk).dst_port == 0 {
-            return Peer::Other;
+            return None;
         }
         let state = SOCKETS.get_ptr_mut(ctx);
-        if !state.is_null() && (*state).frontend == *dialled && (*state).backend.port_word() != 0 {
-            return Peer::Given((*state).backend);
-        }
-        if addr::peer(sk) == *dialled { Peer::Dialled } else { Peer::Other }
+        let given = !state.is_null() && (*state).frontend == *dialled && (*state).backend.port_word() != 0;
+        given.then(|| (*state).backend)
+    }
+}
+
+/// Whether a socket is connected to this address itself: it was left alone, or nobody served it, when it connected, and it hears from nobody else.
+/// A function of its own, for the kernel to forget which way it went.
+#[inline(never)]
+fn is_peer(ctx: &SockAddrContext, dialled: &Endpoint) -> bool {
+    // SAFETY: the kernel gives a valid context.
+    unsafe {
+        let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
+        !sk.is_null() && addr::peer(sk) == *dialled
     }
 }
 

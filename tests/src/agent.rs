@@ -223,7 +223,12 @@ impl Bed {
         command
     }
 
-    fn spawn(&self, mut command: Command) -> Result<Agent> {
+    fn spawn(&self, command: Command) -> Result<Agent> {
+        self.spawn_at(command, self.admin())
+    }
+
+    /// Starts an agent that answers at this socket.
+    pub(crate) fn spawn_at(&self, mut command: Command, admin: PathBuf) -> Result<Agent> {
         let log = self.files.scratch("agent.log");
         // What a former agent of this node has logged is not this one's.
         let _ = fs::remove_file(&log);
@@ -231,7 +236,7 @@ impl Bed {
         command.stderr(out.try_clone()?).stdout(out);
         // The agent runs on the node, outside the cgroup of the pods.
         let process = Process::spawn(command, Place { namespace: Some(&self.namespace), cgroup: None })?;
-        Ok(Agent { process, admin: self.admin(), log, namespace: self.namespace.open()? })
+        Ok(Agent { process, admin, log, namespace: self.namespace.open()? })
     }
 
     /// Starts this node's agent, and waits until it is ready.
@@ -512,18 +517,26 @@ impl Agent {
     /// # Errors
     /// There is none.
     pub fn helper(&self) -> Result<u32> {
-        let own = format!("PPid:\t{}", self.process.id());
-        let is_helper = |process: &u32| {
-            let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
-            let line = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
-            status.lines().any(|line| line == own) && line.split(|byte| *byte == 0).nth(1) == Some(b"helper")
-        };
-        let mut processes = fs::read_dir("/proc")?.flatten().filter_map(|it| it.file_name().to_str()?.parse().ok());
-        processes.find(is_helper).context("no helper")
+        helper_of(self.process.id())
     }
 
     /// What the agent has logged.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
+}
+
+/// The process that keeps the privileges of an agent's process.
+///
+/// # Errors
+/// There is none.
+pub fn helper_of(agent: u32) -> Result<u32> {
+    let own = format!("PPid:\t{agent}");
+    let is_helper = |process: &u32| {
+        let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+        let line = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+        status.lines().any(|line| line == own) && line.split(|byte| *byte == 0).nth(1) == Some(b"helper")
+    };
+    let mut processes = fs::read_dir("/proc")?.flatten().filter_map(|it| it.file_name().to_str()?.parse().ok());
+    processes.find(is_helper).context("no helper")
 }

@@ -1,6 +1,7 @@
 //! The data path without an agent: tables as a test makes them, published as fast as it can.
 
 use std::{
+    collections::BTreeSet,
     future::{Future as _, poll_fn},
     net::SocketAddr,
     pin::pin,
@@ -103,6 +104,14 @@ impl Direct {
     fn settled(&mut self, round: Round) {
         self.layout.settle(round);
         self.open.take_if(|open| *open <= round);
+    }
+
+    /// Leaves these cgroups alone, by their ids, and no others.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn leave_alone(&mut self, cgroups: &BTreeSet<u64>) -> Result<()> {
+        self.datapath.opted_out.as_mut().context("somebody else keeps them")?.set(cgroups)
     }
 
     /// Entries in use, by map.

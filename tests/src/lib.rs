@@ -4,6 +4,7 @@
 mod agent;
 pub mod api;
 mod cgroup;
+mod container;
 mod counting;
 pub mod demo;
 pub mod dial;
@@ -23,9 +24,10 @@ pub mod storm;
 mod sweep;
 mod wait;
 
-pub use agent::{Agent, Bed, Serving};
+pub use agent::{Agent, Bed, Serving, helper_of};
 pub use api::Api;
 pub use cgroup::Cgroup;
+pub use container::Container;
 pub use counting::Counting;
 pub use dial::Dialler;
 pub use directory::Directory;

@@ -12,9 +12,10 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Agent, Api, Bed, Directory, Pod,
+    Api, Bed, Container, Directory, Pod,
     dial::Task,
-    objects::{destination_rule, node, pod, service, slice, udp_service, udp_slice},
+    helper_of,
+    objects::{destination_rule, node, plain, pod, service, slice, udp_service, udp_slice},
     wait_until,
 };
 use serde_json::{Value, json};
@@ -92,15 +93,14 @@ fn of_threads(process: u32, field: &str) -> Result<Vec<String>> {
 }
 
 /// Once connections are served, the agent may do nothing that other processes may not, and its helper just what it is for.
-fn check_privileges(agent: &Agent) -> Result<()> {
+fn check_privileges(own: u32) -> Result<()> {
     const NONE: &str = "0000000000000000";
-    let own = agent.process.id();
     for field in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
         let held = of_threads(own, field)?;
         ensure!(held.len() >= 3 && held.iter().all(|held| held == NONE), "{field}: {held:?}");
     }
     ensure!(of_threads(own, "NoNewPrivs")?.iter().all(|set| set == "1"));
-    let helper = agent.helper()?;
+    let helper = helper_of(own)?;
     // CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN.
     let expected = format!("{:016x}", 1 << 12 | 1 << 19 | 1 << 21);
     for field in ["CapPrm", "CapEff"] {
@@ -160,6 +160,63 @@ fn a_thread_without_privileges_loads_no_program() -> Result<()> {
     Ok(())
 }
 
+/// The container itself: seccomp, a read-only root and all else that the manifest says, on an API server.
+#[test]
+fn the_container_serves_the_node() -> Result<()> {
+    let documents = manifest()?;
+    let pod = &of_kind(&documents, "DaemonSet")?["spec"]["template"]["spec"];
+    ensure!(pod["hostNetwork"] == true && pod["hostPID"] == true);
+    let bed = Bed::new()?;
+    for address in ["10.0.0.1", "10.0.0.2"] {
+        bed.namespace.add_address(&format!("{address}/32"))?;
+        bed.serve(&format!("{address}:9080"), address)?;
+        bed.serve_datagrams(&format!("{address}:5353"), address)?;
+    }
+    let mut api = Api::new()?;
+    let server = api.listen(&bed.namespace, "127.0.0.1:0".parse()?)?;
+    let both = [("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")];
+    let mut web = service("web", &["172.16.0.10"], 80);
+    web["spec"]["ports"][0]["name"] = json!("http");
+    let outlier = json!({"trafficPolicy": {"outlierDetection": {"consecutive5xxErrors": 2}}});
+    api.apply(&[
+        node("n1", "r1/z1"),
+        web,
+        slice("web", 9080, &both),
+        destination_rule("web", &outlier),
+        plain(udp_service("dns", &["172.16.0.53"], 53)),
+        plain(udp_slice("dns", 5353, &both)),
+    ]);
+    let container = Container::start(&bed, &pod["containers"][0], &api.account()?, server)?;
+    check_privileges(container.process()?)?;
+    // All hooks but that for packets are attached without privileges; that one by the helper.
+    for hook in ["connect4", "received"] {
+        fs::remove_file(bed.pins().join("links").join(hook)).context(hook)?;
+        wait_until("the hook to be put back", BOUND, || {
+            ensure!(bed.pins().join("links").join(hook).exists(), "{hook}\n{}", container.agent.log());
+            Ok(())
+        })?;
+    }
+    let mut pod = Pod::new(&bed, 1)?;
+    let seen = pod.client.dial("172.16.0.10:80", 2)?;
+    assert_eq!((seen.count("10.0.0.1"), seen.count("10.0.0.2")), (1, 1));
+    // Hardly any pod runs as root.
+    pod.client.run(&Task::Become { uid: 65_534 })?;
+    for _ in 0..2 {
+        pod.client.run(&Task::HoldDatagram { to: "172.16.0.53:53".parse()?, mapped: false, then: None })?;
+    }
+    api.apply(&[plain(udp_slice("dns", 5353, &both[..1]))]);
+    wait_until("the socket to be closed", BOUND, || {
+        let mut errnos = pod.client.run(&Task::Held)?.errnos();
+        errnos.sort_unstable();
+        ensure!(errnos == [0, ECONNABORTED], "{errnos:?}\n{}", container.agent.log());
+        Ok(())
+    })?;
+    // The kernel goes on without it.
+    drop(container);
+    assert_eq!(pod.client.dial("172.16.0.10:80", 2)?.errnos(), [0; 2]);
+    Ok(())
+}
+
 /// As the container has it: root, with these capabilities alone, and none to gain.
 #[test]
 fn the_capabilities_of_the_container_are_enough() -> Result<()> {
@@ -200,7 +257,7 @@ fn the_capabilities_of_the_container_are_enough() -> Result<()> {
     dns(&both)?;
     let mut agent = bed.start_under(&["setpriv", "--no-new-privs", &bounding], &directory, "c1", "n1")?;
     agent.wait_ready()?;
-    check_privileges(&agent)?;
+    check_privileges(agent.process.id())?;
     // The program that sees packets comes off, and is put back.
     fs::remove_file(bed.pins().join("links/received")).with_context(|| agent.log())?;
     wait_until("the program to be put back", BOUND, || {

@@ -3,6 +3,7 @@
 
 use std::{
     net::SocketAddr,
+    os::unix::fs::MetadataExt as _,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -10,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use portolan::table::Sizes;
 use portolan_tests::{
-    Bed, Directory, Place, Places,
+    Bed, Dialler, Directory, Place, Places,
     direct::{Direct, table},
     patience,
     storm::{self, Load, Servers},
@@ -33,6 +34,9 @@ fn now() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
+
+/// Descriptors are the whole process's.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// A table that was published: from when it may have been in force at the earliest, and which endpoints it had.
 struct Published {
@@ -59,8 +63,6 @@ fn a_million_connections_while_the_table_changes_every_ten_milliseconds() -> Res
 
 /// So many connections, while tables follow each other at this pace, or as fast as they can.
 fn storm(count: u64, pace: Duration) -> Result<()> {
-    // Descriptors are the whole process's.
-    static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let bed = Bed::new()?;
     let mut addresses = Vec::new();
@@ -141,4 +143,37 @@ fn storm(count: u64, pace: Duration) -> Result<()> {
     let fewest = 100 / patience() as usize;
     assert!(published.len() > fewest, "only {} tables were published", published.len());
     Ok(())
+}
+
+/// Whoever is in a cgroup that is left alone, or below it, dials what it dials; others are served, whatever their cgroups are called.
+#[test]
+fn who_is_left_alone_is_so_at_any_depth() -> Result<()> {
+    const ENETUNREACH: i32 = 101;
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let bed = Bed::new()?;
+    bed.namespace.add_address("10.0.0.1/32")?;
+    bed.serve("10.0.0.1:9080", "served")?;
+    let mut direct = Direct::new(&bed, Sizes { frontends: 8, backends: 8, slots: 64, affinities: 8 })?;
+    direct.publish(&table([("172.16.0.10:80".parse()?, vec!["10.0.0.1:9080".parse()?])]))?;
+    let (alone, other) = (bed.cgroup.make_inside("a/b/c/d/e/f")?, bed.cgroup.make_inside("a/c")?);
+    let start = |cgroup| Dialler::start(Place { namespace: Some(&bed.namespace), cgroup: Some(cgroup) });
+    let (mut inside, mut beside) = (start(&alone)?, start(&other)?);
+    let mut dial = |expected: [i32; 2]| -> Result<()> {
+        let seen = [&mut inside, &mut beside].map(|client| client.dial("172.16.0.10:80", 1).map(|seen| seen.errnos()));
+        let seen: Vec<i32> = seen.into_iter().collect::<Result<Vec<_>>>()?.concat();
+        ensure!(seen == expected, "{seen:?}, not {expected:?}");
+        Ok(())
+    };
+    let id = |path: &str| -> Result<u64> { Ok(std::fs::metadata(bed.cgroup.path().join(path))?.ino()) };
+    dial([0, 0])?;
+    direct.leave_alone(&[id("a/b")?].into())?;
+    dial([ENETUNREACH, 0])?;
+    // Where every bit of the filter is set.
+    let many = (0..200).map(|i| u64::MAX - i).chain([id("a/b/c/d/e/f")?]).collect();
+    direct.leave_alone(&many)?;
+    dial([ENETUNREACH, 0])?;
+    direct.leave_alone(&[id("a")?].into())?;
+    dial([ENETUNREACH, ENETUNREACH])?;
+    direct.leave_alone(&[].into())?;
+    dial([0, 0])
 }

@@ -23,6 +23,10 @@ pub(crate) const CLIENTS: [(&str, &str); 9] = [
     ("wrk", "wrk"),
 ];
 
+/// What makes containers, and its packages; the profile is no program.
+pub(crate) const CONTAINERS: [(&str, &str); 2] =
+    [("runc", "runc"), ("/usr/share/containers/seccomp.json", "golang-github-containers-common")];
+
 /// What would stand in Portolan's place, and what fetches more of it.
 pub(crate) const PEERS: [(&str, &str); 4] =
     [("nft", "nftables"), ("iptables-legacy-restore", "iptables"), ("haproxy", "haproxy"), ("python3", "python3")];

@@ -68,7 +68,7 @@ fn run_part(part: Part) -> Result<()> {
         ])),
         Part::Deploy => manifests::run(&manifests::ManifestArgs { check: true }),
         Part::Kernel => {
-            packages::ensure_programs(&packages::CLIENTS)?;
+            packages::ensure_programs(&[packages::CLIENTS.as_slice(), &packages::CONTAINERS].concat())?;
             demo::prepare_next().and_then(|()| run_command(&mut cargo(&KERNEL)))
         }
         Part::Bench => crate::bench::smoke(),

@@ -213,11 +213,17 @@ fn host(binaries: &[(String, PathBuf)], filter: Option<&str>) -> Result<Outcome>
         let mut command = Command::new(binary);
         command.arg("--nocapture").args(filter).stdout(Stdio::piped()).stderr(Stdio::null()).env("RUST_BACKTRACE", "0");
         let mut child = command.spawn()?;
+        let mut log = Vec::new();
         for line in BufReader::new(child.stdout.take().context("no stdout")?).lines() {
-            programs.extend(counted(&line?));
+            let line = line?;
+            programs.extend(counted(&line));
+            log.push(line);
         }
         let passed = child.wait()?.success();
         eprintln!("  {name}: {}", if passed { "passed" } else { "FAILED" });
+        if !passed {
+            log.iter().for_each(|line| eprintln!("  | {line}"));
+        }
         tests.push((name.clone(), passed));
     }
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned();
