@@ -132,7 +132,7 @@ fn endpoints_of_a_cluster_that_is_away_outlive_the_agent() -> Result<()> {
     agent.process.wait(BOUND)?;
     assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
     other.stop();
-    let agent = bed.start_on_api(&kubeconfig, "c1", "n1", &[])?;
+    let agent = bed.start_on_api(&kubeconfig, "c1", "n1", &SOON)?;
     wait_until("the agent to be ready", Duration::from_secs(60), || {
         let (status, why) = agent.http("/readyz")?;
         ensure!(status == 200, "{why}");
@@ -161,7 +161,7 @@ fn endpoints_of_others_outlive_an_agent_when_nobody_says_who_they_are() -> Resul
     assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
     agent.process.kill();
     api.forbid("secrets", true);
-    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
+    let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &SOON)?;
     wait_finding(&agent, "PTL0111", "may not list secrets")?;
     assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
     other.replace(&[node("n2", "r2/z1"), plain(service("web", &["172.17.0.10"], 80))]);

@@ -217,9 +217,9 @@ impl<S: Sink> Follower<S> {
             // A server that starts forbids everything until it has read its roles.
             let for_long = forbidden.is_some_and(|since| since.elapsed() > PATIENCE);
             let wait = match &trouble {
-                Trouble::Forbidden(_) if !for_long => backoff.next().unwrap_or(later),
+                Trouble::Forbidden(_) if !for_long => backoff.next().unwrap_or(later).min(later),
                 Trouble::Missing | Trouble::Noted | Trouble::Forbidden(_) => jittered(later),
-                Trouble::Unreachable(_) => backoff.next().unwrap_or(later),
+                Trouble::Unreachable(_) => backoff.next().unwrap_or(later).min(later),
             };
             tracing::debug!(cluster = self.cluster, resource = name, ?wait, "{error}");
             self.feed.sources.trouble(&self.cluster, &name, trouble);
