@@ -25,7 +25,11 @@ const ECONNABORTED: i32 = 103;
 
 /// The documents of the rendered manifest.
 fn manifest() -> Result<Vec<Value>> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/manifests/portolan.yaml");
+    read("portolan.yaml")
+}
+
+fn read(name: &str) -> Result<Vec<Value>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/manifests").join(name);
     let text = fs::read_to_string(path)?;
     text.split("\n---\n").map(|document| Ok(serde_saphyr::from_str(document)?)).collect()
 }
@@ -40,7 +44,16 @@ fn texts(value: &Value) -> Vec<String> {
 
 #[test]
 fn the_roles_grant_the_requests_that_are_made_and_no_others() -> Result<()> {
-    let documents = manifest()?;
+    roles_are_requests(&manifest()?)
+}
+
+/// With other clusters, and Events.
+#[test]
+fn the_roles_for_all_that_can_be_switched_on_grant_its_requests_and_no_others() -> Result<()> {
+    roles_are_requests(&read("portolan-multicluster.yaml")?)
+}
+
+fn roles_are_requests(documents: &[Value]) -> Result<()> {
     let (mut granted, mut named) = (BTreeSet::new(), Vec::new());
     for role in documents.iter().filter(|it| matches!(it["kind"].as_str(), Some("ClusterRole" | "Role"))) {
         for rule in role["rules"].as_array().into_iter().flatten() {
@@ -60,13 +73,17 @@ fn the_roles_grant_the_requests_that_are_made_and_no_others() -> Result<()> {
     // A rule that asks for the labels of pods, so that all is read that ever is.
     let subsets = json!({"subsets": [{"name": "v1", "labels": {"version": "v1"}}]});
     api.apply(&[node("n1", "r1/z1"), pod("a", &json!({"version": "v1"})), destination_rule("web", &subsets)]);
-    let container = &of_kind(&documents, "DaemonSet")?["spec"]["template"]["spec"]["containers"][0];
+    // One that is to become an Event, where that is asked for.
+    api.apply(&[destination_rule("nobody", &json!({"subsets": 7}))]);
+    let container = &of_kind(documents, "DaemonSet")?["spec"]["template"]["spec"]["containers"][0];
     let set = |name: &str| {
         let variables = container["env"].as_array().into_iter().flatten();
         variables.filter(|it| it["name"] == name).find_map(|it| it["value"].as_str()).map(str::to_owned)
     };
     let others = set("PORTOLAN_OTHER_CLUSTERS").unwrap_or_else(|| "true".to_owned());
-    let _agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &["--other-clusters", &others])?;
+    let mut more = vec!["--other-clusters", others.as_str()];
+    more.extend(set("PORTOLAN_KUBERNETES_EVENTS").is_some().then_some("--kubernetes-events"));
+    let _agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &more)?;
     wait_until("every request to be made", BOUND, || {
         let asked = api.all_asked();
         ensure!(asked == granted, "asked {asked:?}, granted {granted:?}");

@@ -429,3 +429,34 @@ fn plan_needs_no_root_and_speaks_every_format() -> Result<()> {
     assert!(code == Some(1) && said.contains("no service of this client"), "{said}");
     Ok(())
 }
+
+/// Another cluster may say what it likes, but its endpoints are where that cluster is.
+#[test]
+fn endpoints_outside_of_their_clusters_ranges_are_refused() -> Result<()> {
+    let directory = Directory::new()?;
+    let web = service("web", &["172.16.0.10"], 80);
+    directory
+        .write("c1/all.yaml", &[node("n1", "r1/z1"), web.clone(), slice("web", 9080, &[("10.0.0.1", "n1", "")])])?;
+    let theirs = [("10.1.0.1", "n2", ""), ("10.0.0.2", "n2", ""), ("10.1.255.1", "n2", ""), ("10.2.0.1", "n2", "")];
+    directory.write("c2/all.yaml", &[node("n2", "r1/z1"), web, slice("web", 9080, &theirs)])?;
+    let endpoints = |ranges: &[&str]| -> Result<(usize, usize)> {
+        let (report, _) = directory.plan("c1", "n1", ranges)?;
+        let refused = report["findings"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|it| it["code"] == "PTL0024" && it["message"].as_str().unwrap().contains("--cluster-ranges"));
+        Ok((report["services"][0]["endpoints"].as_array().unwrap().len(), refused.count()))
+    };
+    assert_eq!(endpoints(&[])?, (5, 0));
+    assert_eq!(endpoints(&["--cluster-ranges", "c2=10.1.0.0/16"])?, (3, 2));
+    assert_eq!(
+        endpoints(&["--cluster-ranges", "c2=10.1.0.0/24,10.2.0.1", "--cluster-ranges", "c3=10.9.0.0/16"])?,
+        (3, 2)
+    );
+    let wrong = directory.portolan_as_nobody()?.args(["plan", "--cluster-ranges", "c2=10.1.0.0/99"]).output()?;
+    assert!(
+        wrong.status.code() == Some(2) && String::from_utf8_lossy(&wrong.stderr).contains("is no range of addresses")
+    );
+    Ok(())
+}

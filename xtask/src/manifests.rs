@@ -11,13 +11,16 @@ use crate::{
 };
 
 const CHART: &str = "deploy/helm/portolan";
-const MANIFEST: &str = "deploy/manifests/portolan.yaml";
+const FOLDER: &str = "deploy/manifests";
+/// What is kept, and the values of each that are not the chart's own.
+const MANIFESTS: [(&str, &[&str]); 2] = [
+    ("portolan.yaml", &[]),
+    ("portolan-multicluster.yaml", &["--set", "multiCluster.enabled=true", "--set", "events.enabled=true"]),
+];
 /// What people put their own in place of.
 const VALUES: [&str; 2] = ["hub=YOUR-HUB", "multiCluster.clusterName=YOUR-CLUSTER"];
 /// The oldest and the newest version of Kubernetes whose schemas the manifests are checked against.
 const SCHEMAS: [&str; 2] = ["1.30", "1.37"];
-const HEAD: &str = "# Made by `cargo xtask manifests` from deploy/helm/portolan. YOUR-HUB is where the image is, YOUR-CLUSTER the cluster's id:\n#   sed \
-                    's/YOUR-HUB/hub/; s/YOUR-CLUSTER/c1/' deploy/manifests/portolan.yaml | kubectl apply -f -\n";
 
 /// How to make them.
 #[derive(Debug, Args)]
@@ -52,9 +55,16 @@ pub(crate) fn run(args: &ManifestArgs) -> Result<()> {
         "env.PORTOLAN_RESYNC=1h",
     ];
     let switched = render(&all.iter().flat_map(|value| ["--set", *value]).collect::<Vec<_>>())?;
-    let rendered = format!("{HEAD}{}", render(&[])?);
+    let mut texts = vec![("switched.yaml", switched)];
+    for (name, more) in MANIFESTS {
+        let head = format!(
+            "# Made by `cargo xtask manifests` from {CHART}. YOUR-HUB is where the image is, YOUR-CLUSTER the cluster's id:\n\
+             #   sed 's/YOUR-HUB/hub/; s/YOUR-CLUSTER/c1/' {FOLDER}/{name} | kubectl apply -f -\n"
+        );
+        texts.push((name, head + &render(more)?));
+    }
     let scratch = tempfile::tempdir()?;
-    for (name, text) in [("portolan.yaml", &rendered), ("switched.yaml", &switched)] {
+    for (name, text) in &texts {
         let file = scratch.path().join(name);
         fs::write(&file, text)?;
         for version in SCHEMAS {
@@ -62,14 +72,16 @@ pub(crate) fn run(args: &ManifestArgs) -> Result<()> {
             run_command(validate.args(["--strict", "--quiet", "--no-warn", "-k", version]).arg(&file))?;
         }
     }
-    let path = root().join(MANIFEST);
-    if args.check {
-        let held = fs::read_to_string(&path).unwrap_or_default();
-        ensure!(held == rendered, "{MANIFEST} is not what the chart renders to; run `cargo xtask manifests`");
-        return Ok(());
+    let folder = root().join(FOLDER);
+    fs::create_dir_all(&folder)?;
+    for (name, text) in &texts[1..] {
+        if args.check {
+            let held = fs::read_to_string(folder.join(name)).unwrap_or_default();
+            ensure!(held == *text, "{FOLDER}/{name} is not what the chart renders to; run `cargo xtask manifests`");
+        } else {
+            fs::write(folder.join(name), text)?;
+            println!("written: {FOLDER}/{name}");
+        }
     }
-    fs::create_dir_all(path.parent().unwrap_or(&path))?;
-    fs::write(&path, rendered)?;
-    println!("written: {MANIFEST}");
     Ok(())
 }

@@ -23,7 +23,7 @@ use crate::{
     place::Place,
     report::Report,
     self_probe,
-    source::Reader,
+    source::{ClusterRanges, Reader},
 };
 
 /// Gives every connection on a node to the right endpoint, in the kernel.
@@ -142,11 +142,17 @@ struct ReaderArgs {
     /// Accept endpoints and Service addresses in loopback and link-local ranges
     #[arg(long, env = "PORTOLAN_ALLOW_LOOPBACK_ENDPOINTS")]
     allow_loopback_endpoints: bool,
+    /// Where the endpoints of a cluster may be, whatever its objects say; anywhere, for one that is not named. May be given several times (in the
+    /// environment with ";" between them)
+    #[arg(long, value_name = "CLUSTER=CIDR[,CIDR…]", env = "PORTOLAN_CLUSTER_RANGES", value_delimiter = ';')]
+    cluster_ranges: Vec<ClusterRanges>,
 }
 
 impl ReaderArgs {
     fn reader(&self) -> Reader {
-        Reader { allow_loopback: self.allow_loopback_endpoints }
+        // Once for each process.
+        let ranges = Vec::leak(self.cluster_ranges.clone());
+        Reader { allow_loopback: self.allow_loopback_endpoints, ranges }
     }
 }
 

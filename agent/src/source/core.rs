@@ -198,6 +198,11 @@ fn slice_endpoint(context: &mut Context<'_>, at: &str, family: &str, endpoint: A
         context.finding(Code::ForbiddenAddress, field(), format!("{address} is {range}: refused"));
         return None;
     }
+    if !context.reader.is_in_range(context.scope, address) {
+        let message = format!("{address} is in none of the ranges of its cluster (--cluster-ranges): refused");
+        context.finding(Code::ForbiddenAddress, field(), message);
+        return None;
+    }
     let conditions = endpoint.conditions.unwrap_or_default();
     let ready = conditions.ready.unwrap_or(true);
     let mut pod = endpoint.target_ref.filter(|target| target.kind.as_deref() == Some("Pod"));
@@ -301,7 +306,7 @@ mod tests {
         for text in ["10.0.0.1", "20.0.0.1", "fd00::1", "2001:db8::1"] {
             assert!(forbidden(Reader::default(), text.parse().unwrap()).is_none(), "{text}");
         }
-        let allow = Reader { allow_loopback: true };
+        let allow = Reader { allow_loopback: true, ..Reader::default() };
         assert!(forbidden(allow, "127.0.0.1".parse().unwrap()).is_none());
         assert!(forbidden(allow, "224.0.0.1".parse().unwrap()).is_some());
     }

@@ -17,7 +17,7 @@ use std::collections::HashSet;
 
 use crate::model::{Finding, Kind, Object, ObjectKey};
 
-pub use read::{Reader, read_text};
+pub use read::{ClusterRanges, Reader, read_text};
 pub use sources::{Reading, SourceReport, Sources, Status, Trouble};
 
 /// What was read of one object.

@@ -3,6 +3,8 @@
 use std::{
     collections::BTreeSet,
     hash::{DefaultHasher, Hash as _, Hasher as _},
+    net::IpAddr,
+    str::FromStr,
     sync::Arc,
 };
 
@@ -10,13 +12,45 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::{Contents, Read, core, destination_rule, document, entry, mesh, virtual_service};
-use crate::model::{Code, Finding, Kind, NamespacedName, Object, ObjectKey, Position, Scope};
+use crate::model::{Code, Finding, Kind, NamespacedName, Object, ObjectKey, Position, Scope, Subnet};
 
 /// How objects are read.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Reader {
     /// Accept endpoints and Service addresses in loopback and link-local ranges.
     pub allow_loopback: bool,
+    /// Where the endpoints of a cluster may be; anywhere, for one that is not named.
+    pub ranges: &'static [ClusterRanges],
+}
+
+/// The ranges of addresses that a cluster has for its endpoints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClusterRanges {
+    /// Its id.
+    pub cluster: String,
+    /// The ranges.
+    pub ranges: Vec<Subnet>,
+}
+
+impl FromStr for ClusterRanges {
+    type Err = String;
+
+    /// `CLUSTER=CIDR[,CIDR…]`
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (cluster, ranges) = text.split_once('=').ok_or("not CLUSTER=CIDR[,CIDR…]")?;
+        let range = |text: &str| text.parse().map_err(|_| format!("{text:?} is no range of addresses"));
+        let ranges = ranges.split(',').map(range).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { cluster: cluster.to_owned(), ranges })
+    }
+}
+
+impl Reader {
+    /// Whether an object of this scope may name an endpoint there.
+    pub(super) fn is_in_range(self, scope: &Scope, address: IpAddr) -> bool {
+        let of = |ranges: &&ClusterRanges| matches!(scope, Scope::Cluster(id) if *id == ranges.cluster);
+        let mut own = self.ranges.iter().filter(of).peekable();
+        own.peek().is_none() || own.any(|own| own.ranges.iter().any(|range| range.contains(address)))
+    }
 }
 
 /// Bytes that are read again in one file in order to find positions: each one that is looked up reads its document up to there.
@@ -135,7 +169,7 @@ fn read_object(
         name
     };
     let key = ObjectKey { scope: scope.clone(), kind: known, name: name.clone() };
-    let mut context = Context { reader, name, object: key.to_string(), findings: &mut contents.findings };
+    let mut context = Context { reader, scope, name, object: key.to_string(), findings: &mut contents.findings };
     let object = match object(&mut context, known, value) {
         Ok(Some(object)) => Some(object),
         // Understood, and none of Portolan's business: as if it were not there.
@@ -235,6 +269,7 @@ pub(super) fn invalid(field: impl Into<String>, message: impl Into<String>) -> I
 /// What the readers of the kinds have at hand.
 pub(super) struct Context<'a> {
     pub(super) reader: Reader,
+    pub(super) scope: &'a Scope,
     pub(super) name: NamespacedName,
     object: String,
     findings: &'a mut Vec<Finding>,

@@ -270,6 +270,12 @@ impl Api {
         Ok(fs::write(self.files.scratch("token"), token)?)
     }
 
+    /// The token that it has given out is good, or is not: where clocks differ, not yet.
+    pub fn accept(&self, accepted: bool) {
+        let tokens = if accepted { vec![TOKEN.to_owned()] } else { Vec::new() };
+        self.shared.change(|state| state.tokens = tokens.into_iter().collect());
+    }
+
     /// How often a resource was listed or watched (`list`, `watch`).
     pub fn asked(&self, verb: &'static str, resource: &str) -> u64 {
         self.shared.state().asked.get(&(verb, resource.to_owned())).copied().unwrap_or_default()

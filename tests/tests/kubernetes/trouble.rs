@@ -196,6 +196,33 @@ fn a_token_that_is_rotated_is_followed() -> Result<()> {
     })
 }
 
+/// Clocks differ: for the server, the token is not good yet; and later on not any more.
+#[test]
+fn a_token_that_is_not_good_yet_is_tried_again() -> Result<()> {
+    let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
+    api.apply(&web(&["10.0.0.1"]));
+    api.accept(false);
+    let mut agent = bed.start_on_api(&kubeconfig, "c1", "n1", &SOON)?;
+    wait_until("the server to refuse the token", BOUND, || {
+        let error = source(&agent, "c1", "services")?["error"].clone();
+        ensure!(error.as_str().is_some_and(|error| error.contains("Unauthorized")), "{error}");
+        Ok(())
+    })?;
+    ensure!(agent.http("/readyz")?.0 == 503);
+    api.accept(true);
+    agent.wait_ready()?;
+    let mut client = bed.dialler()?;
+    assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
+    // What was read stays in force.
+    api.accept(false);
+    wait_finding(&agent, "PTL0110", "Unauthorized")?;
+    api.apply(&[web_slice(&["10.0.0.2"])]);
+    assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
+    api.accept(true);
+    wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])?;
+    wait_no_finding(&agent, "PTL0110")
+}
+
 /// Whatever the API says, its own service keeps the endpoints that it had: without them nobody would learn of others.
 #[test]
 fn the_api_servers_own_service_is_never_emptied() -> Result<()> {
