@@ -59,7 +59,7 @@ pub(crate) fn run(args: &ManifestArgs) -> Result<()> {
     for (name, more) in MANIFESTS {
         let head = format!(
             "# Made by `cargo xtask manifests` from {CHART}. YOUR-HUB is where the image is, YOUR-CLUSTER the cluster's id:\n\
-             #   sed 's/YOUR-HUB/hub/; s/YOUR-CLUSTER/c1/' {FOLDER}/{name} | kubectl apply -f -\n"
+             #   sed 's|YOUR-HUB|hub|; s|YOUR-CLUSTER|c1|' {FOLDER}/{name} | kubectl apply -f -\n"
         );
         texts.push((name, head + &render(more)?));
     }

@@ -31,17 +31,12 @@ use crate::{
 /// cleanup` takes them off.
 #[derive(Debug, Args)]
 #[command(
+    group = clap::ArgGroup::new("source").args(["config", "kubernetes"]).required(true),
     after_help = "Examples:\n  portolan agent --config /etc/portolan --cluster c1 --node $(hostname)\n  portolan agent --kubernetes --kubeconfig ~/.kube/config --cluster c1 --node $(hostname)"
 )]
 pub(super) struct AgentArgs {
     /// Directory with the objects: DIR/*.yaml for the mesh, DIR/<cluster-id>/**/*.yaml for each cluster; of root, or readable for all
-    #[arg(
-        long,
-        value_name = "DIR",
-        env = "PORTOLAN_CONFIG",
-        required_unless_present = "kubernetes",
-        conflicts_with = "kubernetes"
-    )]
+    #[arg(long, value_name = "DIR", env = "PORTOLAN_CONFIG")]
     config: Option<PathBuf>,
     #[command(flatten)]
     reader: ReaderArgs,
@@ -70,14 +65,14 @@ pub(super) struct AgentArgs {
     /// Active probes (portolan.io/probe) in a second at the most; 0: none
     #[arg(long, value_name = "COUNT", default_value_t = 100, value_parser = clap::value_parser!(u32).range(..=10_000), env = "PORTOLAN_PROBES_PER_SECOND")]
     probes_per_second: u32,
-    #[command(flatten)]
-    sizes: SizeArgs,
     /// What to log: error, warn, info, debug, trace, or by module
     #[arg(long, value_name = "FILTER", default_value = "info", env = "PORTOLAN_LOG")]
     log: EnvFilter,
     /// Have the programs in the kernel log each connection, for debugging; it costs time on every connect
     #[arg(long, value_enum, default_value_t, env = "PORTOLAN_PROGRAM_LOG")]
     program_log: ProgramLog,
+    #[command(flatten)]
+    sizes: SizeArgs,
 }
 
 /// This program.
@@ -94,25 +89,25 @@ struct KubernetesArgs {
     #[arg(long, env = "PORTOLAN_KUBERNETES")]
     kubernetes: bool,
     /// How to reach the API server [default: as a pod does, by its service account]
-    #[arg(long, value_name = "FILE", env = "PORTOLAN_KUBECONFIG", requires = "kubernetes")]
+    #[arg(long, value_name = "FILE", env = "PORTOLAN_KUBECONFIG", conflicts_with = "config")]
     kubeconfig: Option<PathBuf>,
     /// The API server's own address, in place of its Service's: then it is reached whatever becomes of that
-    #[arg(long, value_name = "URL", env = "PORTOLAN_API_SERVER", requires = "kubernetes")]
+    #[arg(long, value_name = "URL", env = "PORTOLAN_API_SERVER", conflicts_with = "config")]
     api_server: Option<http::Uri>,
     /// Whether endpoints of other clusters are read as well, of those that Secrets in istio-system name
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, env = "PORTOLAN_OTHER_CLUSTERS")]
     other_clusters: bool,
     /// Write findings as Events on the objects that they are about, one a second at the most
-    #[arg(long, env = "PORTOLAN_KUBERNETES_EVENTS", requires = "kubernetes")]
+    #[arg(long, env = "PORTOLAN_KUBERNETES_EVENTS", conflicts_with = "config")]
     kubernetes_events: bool,
     /// Time after which everything is read again as a whole, whatever the watches say
-    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = a_second_or_more, env = "PORTOLAN_RESYNC", requires = "kubernetes")]
+    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = a_second_or_more, env = "PORTOLAN_RESYNC", conflicts_with = "config")]
     resync: Duration,
     /// Time after which a watch begins anew; one that is silent for five seconds longer has stalled
-    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = a_second_or_more, env = "PORTOLAN_WATCH_TIMEOUT", requires = "kubernetes")]
+    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = a_second_or_more, env = "PORTOLAN_WATCH_TIMEOUT", conflicts_with = "config")]
     watch_timeout: Duration,
     /// Time for which the endpoints of another cluster are believed while its API server cannot be reached
-    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = a_second_or_more, env = "PORTOLAN_REMOTE_GRACE", requires = "kubernetes")]
+    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = a_second_or_more, env = "PORTOLAN_REMOTE_GRACE", conflicts_with = "config")]
     remote_grace: Duration,
 }
 

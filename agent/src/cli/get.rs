@@ -100,6 +100,10 @@ fn opt_outs(args: &GetArgs) -> Result<ExitCode> {
         output::print_value(args.output.output, &outs)?;
         return Ok(ExitCode::SUCCESS);
     }
+    if outs.pods.is_empty() {
+        anstream::println!("nothing: no pod of this node is known to ask for it");
+        return Ok(ExitCode::SUCCESS);
+    }
     let mut table = output::new_table(&["NAMESPACE", "POD", "ASKED BY", "CGROUP"]);
     for pod in &outs.pods {
         let asked_by = match pod.asked_by {

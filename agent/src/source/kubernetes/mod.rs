@@ -156,6 +156,7 @@ pub async fn run(
         wants: Arc::new(Wants::new()),
         direct,
     };
+    tracing::info!(cluster = options.cluster, "reading from the API server");
     let _own = Cluster::start(&feed, &options.cluster, &client);
     let mut others = JoinSet::new();
     if let Some(told) = told {
@@ -278,6 +279,12 @@ impl Overseer {
         }
         let findings = self.findings(others);
         if findings != self.said {
+            if !self.synced {
+                // Nothing is published yet that would tell of them.
+                for finding in findings.iter().filter(|finding| !self.said.contains(finding)) {
+                    tracing::warn!("{} {}: {}", finding.code, finding.object, finding.message);
+                }
+            }
             self.said.clone_from(&findings);
             news.push(Update::Trouble(findings));
         }
