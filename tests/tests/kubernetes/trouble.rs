@@ -203,11 +203,14 @@ fn a_token_that_is_not_good_yet_is_tried_again() -> Result<()> {
     api.apply(&web(&["10.0.0.1"]));
     api.accept(false);
     let mut agent = bed.start_on_api(&kubeconfig, "c1", "n1", &SOON)?;
-    wait_until("the server to refuse the token", BOUND, || {
-        let error = source(&agent, "c1", "services")?["error"].clone();
-        ensure!(error.as_str().is_some_and(|error| error.contains("Unauthorized")), "{error}");
-        Ok(())
-    })?;
+    let wait_refused = |agent: &Agent| {
+        wait_until("the server to refuse the token", BOUND, || {
+            let error = source(agent, "c1", "endpointslices.discovery.k8s.io")?["error"].clone();
+            ensure!(error.as_str().is_some_and(|error| error.contains("Unauthorized")), "{error}");
+            Ok(())
+        })
+    };
+    wait_refused(&agent)?;
     ensure!(agent.http("/readyz")?.0 == 503);
     api.accept(true);
     agent.wait_ready()?;
@@ -216,6 +219,8 @@ fn a_token_that_is_not_good_yet_is_tried_again() -> Result<()> {
     // What was read stays in force.
     api.accept(false);
     wait_finding(&agent, "PTL0110", "Unauthorized")?;
+    // A watch that had begun before goes on to its end.
+    wait_refused(&agent)?;
     api.apply(&[web_slice(&["10.0.0.2"])]);
     assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
     api.accept(true);
