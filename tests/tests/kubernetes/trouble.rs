@@ -182,6 +182,7 @@ fn a_token_that_is_rotated_is_followed() -> Result<()> {
     api.apply(&web(&["10.0.0.1"]));
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &["--watch-timeout", "1s"])?;
     api.rotate("the-second-token")?;
+    wait_refused(&agent)?;
     api.apply(&[web_slice(&["10.0.0.2"])]);
     // The file is read again once a minute.
     wait_until("the new token", Duration::from_secs(150), || {
@@ -189,9 +190,14 @@ fn a_token_that_is_rotated_is_followed() -> Result<()> {
         ensure!(seen == ["10.0.0.2:9080 healthy"], "{seen:?}");
         Ok(())
     })?;
-    wait_until("no error", BOUND, || {
-        let found = agent.findings("PTL0110")?;
-        ensure!(found.is_empty(), "{found:?}");
+    wait_no_finding(&agent, "PTL0110")
+}
+
+/// Waits until the token is refused: a watch that had begun before goes on to its end.
+fn wait_refused(agent: &Agent) -> Result<()> {
+    wait_until("the server to refuse the token", BOUND, || {
+        let error = source(agent, "c1", "endpointslices.discovery.k8s.io")?["error"].clone();
+        ensure!(error.as_str().is_some_and(|error| error.contains("Unauthorized")), "{error}");
         Ok(())
     })
 }
@@ -203,13 +209,6 @@ fn a_token_that_is_not_good_yet_is_tried_again() -> Result<()> {
     api.apply(&web(&["10.0.0.1"]));
     api.accept(false);
     let mut agent = bed.start_on_api(&kubeconfig, "c1", "n1", &SOON)?;
-    let wait_refused = |agent: &Agent| {
-        wait_until("the server to refuse the token", BOUND, || {
-            let error = source(agent, "c1", "endpointslices.discovery.k8s.io")?["error"].clone();
-            ensure!(error.as_str().is_some_and(|error| error.contains("Unauthorized")), "{error}");
-            Ok(())
-        })
-    };
     wait_refused(&agent)?;
     ensure!(agent.http("/readyz")?.0 == 503);
     api.accept(true);
@@ -219,7 +218,6 @@ fn a_token_that_is_not_good_yet_is_tried_again() -> Result<()> {
     // What was read stays in force.
     api.accept(false);
     wait_finding(&agent, "PTL0110", "Unauthorized")?;
-    // A watch that had begun before goes on to its end.
     wait_refused(&agent)?;
     api.apply(&[web_slice(&["10.0.0.2"])]);
     assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
