@@ -77,7 +77,7 @@ enum Answer {
 pub struct Helper(Arc<Inner>);
 
 struct Inner {
-    child: Mutex<Child>,
+    child: Child,
     asking: Mutex<Asking>,
 }
 
@@ -105,10 +105,7 @@ impl Helper {
             });
         }
         let child = command.spawn().with_context(|| format!("cannot start {} {VERB}", program.display()))?;
-        Ok((
-            Self(Arc::new(Inner { child: Mutex::new(child), asking: Mutex::new(Asking { stream: asking, asked: 0 }) })),
-            orders,
-        ))
+        Ok((Self(Arc::new(Inner { child, asking: Mutex::new(Asking { stream: asking, asked: 0 }) })), orders))
     }
 
     /// Whose the network namespace with this cookie is, for people: its first process, and the cgroup of that; or its name. `None` where it is
@@ -152,9 +149,8 @@ struct Asking {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
         // Whatever it is at, another one begins anew.
-        let _ = child.kill().and_then(|()| child.wait());
+        let _ = self.child.kill().and_then(|()| self.child.wait());
     }
 }
 
