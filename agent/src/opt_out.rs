@@ -1,8 +1,8 @@
 //! Pods of this node that are left alone, because a label asks for it: which they are is the source's to say, and where the kernel finds them is
 //! found here.
 //!
-//! The programs know a pod by its cgroup, which the kubelet makes before anything of the pod runs. The agent hears of it within milliseconds; what the
-//! pod dials in these is given to endpoints as that of others.
+//! The programs know a pod by its cgroup, which the kubelet makes before anything of the pod runs. The kernel tells the agent of it; what the
+//! pod dials before the agent has answered is given to endpoints as that of others.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
