@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result, ensure};
-use portolan::table::{Sizes, Table};
 use portolan_bench::task::Task;
+use portolan_core::table::{Sizes, Table};
 use portolan_tests::{
     Bed, Counting, Foreign, Place,
     direct::{Direct, table},

@@ -3,14 +3,14 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use portolan::{
+use portolan_core::{
+    decode::{Reader, read_text},
     model::{
         EndpointSlice, Kind, Locality, NamespacedName, Node, Object, ObjectKey, Protocol, Scope, Service, ServicePort,
         SliceEndpoint, SlicePort, Target,
     },
     policy::{Client, Compiler, Observed},
-    source::{Contents, Read, Reader, Update, read_text},
-    store::{Changes, Store},
+    store::{Changes, Contents, Read, Store, Update},
     table::{Sizes, Table},
 };
 use portolan_tests::{Bed, direct::Direct};

@@ -8,7 +8,7 @@ use crate::plain;
 /// network order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[cfg_attr(feature = "user", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Endpoint {
     address: [u32; 4],
     port: u16,
@@ -81,7 +81,7 @@ impl From<SocketAddr> for Endpoint {
 /// Key of `FRONTENDS`: a Service address, a port and a protocol.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[cfg_attr(feature = "user", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct FrontendKey {
     endpoint: Endpoint,
     protocol: u32,

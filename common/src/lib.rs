@@ -30,7 +30,7 @@ pub const SOCKET_LAYOUT: u32 = 1;
 macro_rules! plain {
     ($type:ty, $size:expr, $align:expr) => {
         const _: () = assert!(size_of::<$type>() == $size && align_of::<$type>() == $align);
-        #[cfg(feature = "user")]
+        #[cfg(feature = "aya")]
         // SAFETY: `repr(C)`, `Copy`, every field is plain data, and the size is the sum of the fields.
         unsafe impl aya::Pod for $type {}
     };

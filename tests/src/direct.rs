@@ -9,12 +9,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use portolan::{
-    datapath::{Datapath, Options, ProgramLog},
+use portolan_core::{
     model::Protocol,
     policy::{Part, Schedule, Share},
     table::{Entry, Knowledge, Layout, Op, Refused, Round, Sizes, Table, key},
 };
+use portolan_datapath::{Datapath, Options, ProgramLog};
 use tokio::runtime::Runtime;
 
 use crate::{Bed, binary};

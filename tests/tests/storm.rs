@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use portolan::table::Sizes;
+use portolan_core::table::Sizes;
 use portolan_tests::{
     Bed, Dialler, Directory, Place, Places,
     direct::{Direct, table},

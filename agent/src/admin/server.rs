@@ -16,6 +16,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use portolan_core::{health::Order, model::NamespacedName};
 use rustix::fs::Mode;
 use serde::Deserialize;
 use tokio::{
@@ -25,12 +26,9 @@ use tokio::{
 use tokio_stream::{Stream, StreamExt as _, wrappers::BroadcastStream};
 
 use crate::{
-    health::Order,
-    journal::Record,
+    controller::{Request, event_log::Record},
     metrics,
-    model::NamespacedName,
     opt_out::Board,
-    reconcile::Request,
     source::{Reading, Sources},
 };
 

@@ -4,6 +4,8 @@ use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode
 
 use anyhow::{Context as _, Result};
 use clap::Args;
+use portolan_core::{decode::Reader, table::Sizes};
+use portolan_datapath::{Datapath, GoneTcp, HelperArgs, Options, ProgramLog, capabilities, serve_helper};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -14,14 +16,13 @@ use tracing_subscriber::EnvFilter;
 use super::{AdminArgs, PinsArgs, PlaceArgs, ReaderArgs, StateArgs};
 use crate::{
     admin::{self, Asked},
-    datapath::{Datapath, GoneTcp, HelperArgs, Options, ProgramLog, serve_helper},
-    kept::{Keeper, Kept},
-    opt_out, privileges,
-    probes::Prober,
-    reconcile::Reconciler,
-    self_probe::SelfProbe,
-    source::{Reader, Sources, file, kubernetes},
-    table::Sizes,
+    controller::{
+        Reconciler,
+        state_file::{Keeper, Kept},
+    },
+    opt_out,
+    probe::{Prober, self_probe::SelfProbe},
+    source::{Sources, file, kubernetes},
 };
 
 /// Serves the connections of this node.
@@ -208,7 +209,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .on_thread_start(|| {
-            if let Err(error) = privileges::give_up() {
+            if let Err(error) = capabilities::give_up() {
                 panic!("a thread cannot give up its privileges: {error}");
             }
         })
@@ -238,7 +239,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
             .await
             .with_context(|| format!("--metrics: cannot listen on {}", args.metrics))?;
         // All that needs privileges has been done; what may need them later is the helper's.
-        privileges::give_up().context("cannot give up privileges")?;
+        capabilities::give_up().context("cannot give up privileges")?;
         let (questions, requests) = mpsc::channel(16);
         let (changes, updates) = mpsc::channel(256);
         let (teller, told) = args.kubernetes.kubernetes_events.then(|| mpsc::channel(FINDINGS)).unzip();

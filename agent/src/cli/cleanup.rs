@@ -12,7 +12,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{AdminArgs, PinsArgs, StateArgs, block_on};
-use crate::{datapath, kept::Kept, self_probe};
+use crate::{controller::state_file::Kept, probe::self_probe};
 
 /// Detaches the programs and removes the maps, and whatever else an agent leaves on the machine, and says what it removed. The agent must have
 /// ended before.
@@ -38,7 +38,7 @@ pub(super) fn run(args: &CleanupArgs) -> Result<ExitCode> {
         removed += 1;
         anstream::println!("removed {}", path.display());
     };
-    datapath::cleanup(&args.pins.bpffs, &mut tell)?;
+    portolan_datapath::cleanup(&args.pins.bpffs, &mut tell)?;
     let admin = &args.admin.admin;
     if UnixStream::connect(admin).is_ok() {
         // It has other pins, and may have this file.
@@ -56,13 +56,13 @@ pub(super) fn run(args: &CleanupArgs) -> Result<ExitCode> {
         }
     }
     // Made only where the cgroup has no processes of its own; an agent that is at work has it back at its next probe.
-    if let Ok(cgroup) = datapath::cgroup(args.cgroup.as_deref()) {
+    if let Ok(cgroup) = portolan_datapath::cgroup(args.cgroup.as_deref()) {
         let probe = cgroup.join(self_probe::CGROUP);
         if fs::remove_dir(&probe).is_ok() {
             tell(&probe);
         }
     }
-    datapath::remove_locks(&mut tell)?;
+    portolan_datapath::remove_locks(&mut tell)?;
     if removed == 0 {
         anstream::println!("nothing of Portolan is left; its pins would be below {}", args.pins.bpffs.display());
     }

@@ -14,10 +14,7 @@ use super::{
     AdminArgs, PinsArgs,
     output::{self, Format, OutputArgs},
 };
-use crate::{
-    datapath,
-    doctor::{Diagnosis, State, diagnose},
-};
+use crate::doctor::{Diagnosis, State, diagnose};
 
 /// Looks at this machine, and says of each thing how it is and what to do about it.
 ///
@@ -37,7 +34,7 @@ pub(super) struct DoctorArgs {
 }
 
 pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode> {
-    let facts = datapath::inspect(args.cgroup.as_deref(), &args.pins.bpffs);
+    let facts = portolan_datapath::inspect(args.cgroup.as_deref(), &args.pins.bpffs);
     let diagnosis = diagnose(&facts, ready(&args.admin.admin));
     match args.output.output {
         Format::Table => print(&diagnosis),

@@ -9,7 +9,7 @@ use super::{
     AdminArgs, block_on,
     output::{Format, OutputArgs},
 };
-use crate::{admin::Stream, journal::Record};
+use crate::{admin::Stream, controller::event_log::Record};
 
 /// Shows what has happened on this node, oldest first. JSON is one object on each line.
 #[derive(Debug, Args)]

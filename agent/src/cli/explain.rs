@@ -5,18 +5,18 @@ use std::{path::PathBuf, process::ExitCode, str::FromStr};
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use comfy_table::CellAlignment;
+use portolan_core::{
+    model::NamespacedName,
+    policy,
+    report::explain::{EndpointExplanation, Explanation, PortExplanation, RouteExplanation, concerns},
+};
 
 use super::{
     AdminArgs, At, ReaderArgs, block_on,
     offline::Offline,
     output::{self, Format, OutputArgs},
 };
-use crate::{
-    admin,
-    explain::{EndpointExplanation, Explanation, PortExplanation, RouteExplanation, concerns},
-    model::NamespacedName,
-    policy,
-};
+use crate::admin;
 
 /// Shows why each endpoint of a service has its share, step by step: which rule from which object routed, filtered, ranked, weighed
 /// and ejected.

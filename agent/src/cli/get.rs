@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anstyle::AnsiColor;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
+use portolan_core::report::Report;
 
 use super::{
     AdminArgs, SelectArgs, block_on,
@@ -13,7 +14,6 @@ use super::{
 use crate::{
     admin,
     opt_out::{self, AskedBy},
-    report::Report,
     source::Reading,
 };
 

@@ -8,23 +8,23 @@ mod events;
 mod explain;
 mod get;
 mod offline;
-mod orders;
 mod output;
+mod overrides;
 mod plan;
 
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::{Args, CommandFactory as _, Parser, Subcommand, error::ErrorKind};
-
-use crate::{
-    datapath::{HELPER_VERB, HelperArgs, Unsupported},
+use portolan_core::{
+    decode::{ClusterRanges, Reader},
     model::{Labels, Locality, NamespacedName},
-    place::Place,
+    policy::client::Place,
     report::Report,
-    self_probe,
-    source::{ClusterRanges, Reader},
 };
+use portolan_datapath::{HELPER_VERB, HelperArgs, Unsupported};
+
+use crate::probe::self_probe;
 
 /// Gives every connection on a node to the right endpoint, in the kernel.
 ///
@@ -51,11 +51,11 @@ enum Command {
     /// Shows what the running agent intends and what the kernel holds
     Get(get::GetArgs),
     /// Takes an endpoint out by hand
-    Eject(orders::EjectArgs),
+    Eject(overrides::EjectArgs),
     /// Has a service leave a region by hand, before maintenance
-    Drain(orders::DrainArgs),
+    Drain(overrides::DrainArgs),
     /// Takes back what was ordered by hand
-    Restore(orders::RestoreArgs),
+    Restore(overrides::RestoreArgs),
     /// Shows what has happened: ejections, releases, failed connections, changes
     Events(events::EventsArgs),
     /// Looks at this machine: what is right, what is wrong, and what to do about it
@@ -106,9 +106,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Plan(args) => plan::run(&args),
         Command::Explain(args) => explain::run(&args),
         Command::Get(args) => get::run(&args),
-        Command::Eject(args) => orders::eject(&args),
-        Command::Drain(args) => orders::drain(&args),
-        Command::Restore(args) => orders::restore(&args),
+        Command::Eject(args) => overrides::eject(&args),
+        Command::Drain(args) => overrides::drain(&args),
+        Command::Restore(args) => overrides::restore(&args),
         Command::Events(args) => events::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),

@@ -7,15 +7,15 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-
-use crate::{
+use portolan_core::{
+    decode::Reader,
     model::Finding,
-    place::Place,
-    policy::{Client, Observed, Verdict, assign},
+    policy::{Client, Observed, Verdict, assign, client::Place},
     report::Report,
-    source::{Reader, file::Directory},
     store::{Changes, Store},
 };
+
+use crate::source::file::Directory;
 
 /// What a directory says now.
 pub(super) struct Offline {
@@ -63,7 +63,7 @@ impl Offline {
     }
 
     /// The places of all nodes of a cluster.
-    pub(super) fn nodes(&self, cluster: &str, labels: &crate::model::Labels) -> Result<Vec<Place>> {
+    pub(super) fn nodes(&self, cluster: &str, labels: &portolan_core::model::Labels) -> Result<Vec<Place>> {
         let nodes: BTreeMap<_, _> =
             self.store.snapshot().clusters.get(cluster).map(|own| own.nodes.clone()).unwrap_or_default();
         ensure!(!nodes.is_empty(), "--all-nodes: the configuration has no Node of cluster {cluster}");

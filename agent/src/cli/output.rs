@@ -9,12 +9,11 @@ use anstyle::{AnsiColor, Style};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
-use serde::Serialize;
-
-use crate::{
+use portolan_core::{
     model::{Finding, Position, Severity},
     report::{ClientReport, Report, ServiceReport},
 };
+use serde::Serialize;
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
 pub(super) enum Format {

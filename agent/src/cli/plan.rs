@@ -4,13 +4,13 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
+use portolan_core::report::Report;
 
 use super::{
     At, FAILED, PlaceArgs, ReaderArgs, SelectArgs, UNSUPPORTED, diff,
     offline::Offline,
     output::{self, OutputArgs, Rows},
 };
-use crate::report::Report;
 
 /// Shows, for a client in one place, which endpoint gets which share of new connections, and what is wrong with the objects.
 ///
@@ -128,7 +128,7 @@ fn run_diff(args: &DiffArgs) -> Result<ExitCode> {
     if sides.iter().flatten().all(|report| report.services.is_empty()) {
         args.select.found_nothing()?;
     }
-    let diff = diff::Diff::new(&sides[0], &sides[1]);
+    let diff = portolan_core::report::diff::Diff::new(&sides[0], &sides[1]);
     diff::print(args.output.output, &diff)?;
     Ok(ExitCode::from(if diff.is_empty() { 0 } else { FAILED }))
 }

@@ -16,13 +16,17 @@ use notify::{
     Event, EventKind, RecursiveMode, Watcher as _,
     event::{AccessKind, AccessMode, ModifyKind},
 };
+use portolan_core::{
+    decode::{Reader, fingerprint, read_text},
+    model::{Code, Finding, Scope},
+    store::{Contents, Update},
+};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until, timeout_at},
 };
 
-use super::{Contents, Reader, Sources, Trouble, Update, read::fingerprint, read_text};
-use crate::model::{Code, Finding, Scope};
+use super::status::{Sources, Trouble};
 
 /// Directories below a cluster's that are still looked into.
 const MAX_DEPTH: usize = 8;

@@ -9,11 +9,11 @@ mod world;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-
-pub use report::{Report, Step};
 use world::World;
 
 use crate::sweep_on_interrupt;
+
+pub use report::{Report, Step};
 
 /// How to play.
 #[derive(Clone, Debug, Default)]

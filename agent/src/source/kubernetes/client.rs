@@ -24,7 +24,7 @@ use rustix::net::sockopt;
 use tokio::net::TcpStream;
 use tower::{BoxError, Service, ServiceBuilder};
 
-use super::{bound::Bound, follow::describe};
+use super::{body_limit::Bound, list_watch::describe};
 
 /// How long to wait for a connection.
 const CONNECT: Duration = Duration::from_secs(5);

@@ -3,15 +3,15 @@
 use std::collections::{HashMap, HashSet};
 
 use kube::Client;
+use portolan_core::store::Update;
 use tokio::task::JoinSet;
 
 use super::{
     Feed,
-    follow::{Follower, Only},
-    objects::{Known, Objects, doubt},
+    list_watch::{Follower, Only},
     resources::{PODS, RESOURCES, Resource},
+    sink::{Known, Objects, doubt},
 };
-use crate::source::Update;
 
 /// A cluster whose objects are followed, as long as this lives.
 pub(super) struct Cluster {

@@ -2,17 +2,17 @@
 //!
 //! Each object is an origin of its own, `cluster/resource/namespace/name`; what it means is for the same readers as in files.
 
-mod bound;
+mod apiserver_guard;
+mod body_limit;
 mod client;
 mod cluster;
-mod follow;
-mod guard;
-mod object;
-mod objects;
+mod event_recorder;
+mod list_watch;
 mod opt_out;
-mod remotes;
+mod raw_object;
+mod remote_clusters;
 mod resources;
-mod tell;
+mod sink;
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -23,6 +23,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use kube::Client;
+use portolan_core::{
+    decode::Reader,
+    model::{Code, Finding, Kind},
+    store::{Contents, Update},
+};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
@@ -32,17 +37,14 @@ use tokio::{
 use self::{
     client::Direct,
     cluster::Cluster,
-    follow::{Follower, Only},
+    event_recorder::Teller,
+    list_watch::{Follower, Only},
     opt_out::Lists,
-    remotes::{LABEL, SecretSink},
+    remote_clusters::{LABEL, SecretSink},
     resources::{LABELLED_NAMESPACES, OWN_PODS, PODS, SECRETS},
-    tell::Teller,
 };
-use super::{Contents, Reader, Sources, Trouble, Update};
-use crate::{
-    model::{Code, Finding, Kind},
-    opt_out::{self as opted_out, Board},
-};
+use super::status::{Sources, Trouble};
+use crate::opt_out::{self as opted_out, Board};
 
 /// Other clusters that cannot be reached hold up the beginning for no longer than this.
 const FIRST: Duration = Duration::from_secs(30);
@@ -170,7 +172,7 @@ pub async fn run(
         let only = Only { labels: Some(LABEL), ..Only::default() };
         let client = client.clone();
         others.spawn(Follower { feed: feed.clone(), cluster, resource: &SECRETS, only, client, sink }.run());
-        others.spawn(remotes::run(feed.clone(), secrets));
+        others.spawn(remote_clusters::run(feed.clone(), secrets));
     }
 
     if options.node.is_empty() {

@@ -5,9 +5,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::{follow::Sink, object::Raw};
+use portolan_core::model::{Code, Finding};
+
+use super::{list_watch::Sink, raw_object::Raw};
 use crate::{
-    model::{Code, Finding},
     opt_out::{AskedBy, Board, ByUid, LABEL, Pod},
     source::Sources,
 };

@@ -4,9 +4,9 @@ use kube::{
     Api, Client,
     core::{ApiResource, GroupVersionKind},
 };
+use portolan_core::{decode::MESH_NAMESPACE, model::Kind};
 
-use super::object::Raw;
-use crate::{model::Kind, source::read::MESH_NAMESPACE};
+use super::raw_object::Raw;
 
 /// A kind of objects.
 #[derive(Debug)]

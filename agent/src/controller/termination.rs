@@ -1,0 +1,228 @@
+//! When connections are looked for that shall not go on, and what is told of them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use portolan_common::FrontendKey;
+use portolan_core::{
+    model::Protocol,
+    policy::{Assignment, PoolKey},
+    table::{self, Lost},
+};
+use portolan_datapath::{GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted, Served};
+
+use super::{Reconciler, event_log::Record};
+
+/// Between two looks for connections that have outlived their pool's limits: a quarter of the shortest limit, within these.
+const SWEEP: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(60));
+
+/// Counts that change while they are looked at are looked at again: so often, after this time.
+const RECOUNTS: u32 = 10;
+const RECOUNT: Duration = Duration::from_secs(1);
+const RECOUNT_LATER: Duration = Duration::from_secs(30);
+
+/// Sockets that were ended, by reason and protocol.
+pub type Closed = BTreeMap<(Reason, Protocol), u64>;
+
+/// What is to be closed, and what was.
+#[derive(Debug, Default)]
+pub(super) struct Closing {
+    pub(super) gone_tcp: GoneTcp,
+    pub(super) closed: Closed,
+    pub(super) passes: u64,
+    /// Endpoints whose connected UDP sockets a pass could not end.
+    unfinished: Option<Lost>,
+    /// How often connections are to be counted anew, at the most, until no count changes meanwhile.
+    recounts: u32,
+    recount_at: Option<Instant>,
+    lifetimes: HashMap<PoolKey, Lifetime>,
+    /// The endpoints that get connections, by frontends whose rule wants those to others closed.
+    served: HashMap<FrontendKey, Served>,
+    next: Option<Instant>,
+}
+
+impl Closing {
+    pub(super) fn new(gone_tcp: GoneTcp) -> Self {
+        Self { gone_tcp, ..Self::default() }
+    }
+
+    /// When to look next, if nothing changes.
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        [self.next, self.recount_at].into_iter().flatten().min()
+    }
+
+    /// Forgets the pools of what a service was assigned before.
+    pub(super) fn forget<'a>(&mut self, assignments: impl Iterator<Item = &'a Assignment>) {
+        for assignment in assignments {
+            for route in &assignment.routes {
+                self.lifetimes.remove(&route.pool.key);
+            }
+            for frontend in &assignment.frontends {
+                self.served.remove(&table::key(*frontend, assignment.protocol));
+            }
+        }
+    }
+
+    /// Takes down how long connections to a service may live.
+    pub(super) fn learn(&mut self, assignment: &Assignment) {
+        // Where a frontend leads to several hosts, the rules of all of them must want it.
+        let idle = assignment.routes.iter().map(|route| route.pool.close_idle_elsewhere);
+        let idle = idle.reduce(|one, other| Some(one?.max(other?))).flatten();
+        // Where nobody gets any, there is nowhere else to go.
+        if let Some(idle) = idle.filter(|_| assignment.protocol == Protocol::Tcp && !assignment.schedule.is_empty()) {
+            let members = assignment.schedule.runs.iter().flat_map(|run| run.members.iter().copied());
+            let endpoints: Arc<[SocketAddr]> = members.collect::<BTreeSet<_>>().into_iter().collect();
+            let served = Served { endpoints, idle };
+            for frontend in &assignment.frontends {
+                self.served.insert(table::key(*frontend, assignment.protocol), served.clone());
+            }
+            self.look_again(idle);
+        }
+        for pool in assignment.routes.iter().map(|route| &route.pool) {
+            let lifetime = Lifetime { idle: pool.limits.idle_timeout, whole: pool.limits.max_duration };
+            if lifetime == Lifetime::default() {
+                self.lifetimes.remove(&pool.key);
+            } else {
+                self.lifetimes.insert(pool.key.clone(), lifetime);
+            }
+        }
+        self.plan(Instant::now());
+    }
+
+    fn look_again(&mut self, after: Duration) {
+        let soon = Instant::now() + after;
+        self.next = Some(self.next.map_or(soon, |planned| planned.min(soon)));
+    }
+
+    fn plan(&mut self, now: Instant) {
+        let limits = self.lifetimes.values().flat_map(|lifetime| [lifetime.idle, lifetime.whole]).flatten();
+        let sweep = limits.min().map(|shortest| now + (shortest / 4).clamp(SWEEP.0, SWEEP.1));
+        self.next = match (self.next, sweep) {
+            (Some(planned), Some(sweep)) => Some(planned.min(sweep)),
+            (planned, sweep) => planned.or(sweep),
+        };
+    }
+}
+
+impl Reconciler {
+    /// After another version's or another size's maps were replaced: what went while nobody looked is not known.
+    pub(super) fn close_after_replacing(&self) {
+        self.close(self.closing.gone_tcp != GoneTcp::Keep, Some(Lost::Any));
+    }
+
+    /// After a time in which connections may have ended unseen: leads their counts and places to what there is.
+    pub(super) fn recount(&mut self) {
+        self.closing.recounts = RECOUNTS;
+        self.closing.recount_at = Some(Instant::now());
+    }
+
+    /// The same, where a count may be one off, which can wait.
+    pub(super) fn recount_later(&mut self) {
+        if self.closing.recount_at.is_none() {
+            self.closing.recounts = RECOUNTS;
+            self.closing.recount_at = Some(Instant::now() + RECOUNT_LATER);
+        }
+    }
+
+    /// After a publication: looks for connections to endpoints that went with it.
+    pub(super) fn close_gone(&mut self) {
+        let mut lost = self.layout.take_lost();
+        let tcp = lost.contains_key(&Protocol::Tcp) && self.closing.gone_tcp != GoneTcp::Keep;
+        let udp = lost.remove(&Protocol::Udp);
+        if self.attached && (tcp || udp.is_some()) {
+            self.close(tcp, udp);
+        }
+    }
+
+    /// Looks for connections that have outlived their pool's limits, and again for those that were not idle before; counts them where that is due.
+    pub(super) fn sweep(&mut self, now: Instant) {
+        let recount = self.closing.recount_at.take_if(|at| *at <= now).is_some();
+        if self.closing.next.take_if(|at| *at <= now).is_none() {
+            if recount {
+                self.close(false, None);
+            }
+            return;
+        }
+        self.closing.plan(now);
+        let unfinished = self.closing.unfinished.take();
+        self.close(self.closing.gone_tcp != GoneTcp::Keep, unfinished);
+    }
+
+    fn close(&self, gone_tcp: bool, gone_udp: Option<Lost>) {
+        let gone = gone_tcp || gone_udp.is_some();
+        let mut order = Order { gone_udp, recount: self.closing.recounts > 0, ..Order::default() };
+        if gone {
+            order.endpoints = self.layout.endpoints();
+            order.complete = self.doubt.is_none() && self.layout.inherited() == 0;
+        }
+        if gone_tcp {
+            order.gone_tcp = self.closing.gone_tcp;
+        }
+        for (key, lifetime) in &self.closing.lifetimes {
+            let Some((id, epoch)) = self.layout.pool(key) else { continue };
+            // Of those that have no connection there is nothing to look for.
+            if self.datapath.maps.pool_stats(id).is_ok_and(|stats| stats.active as i64 > 0) {
+                order.lifetimes.insert((id, epoch), *lifetime);
+            }
+        }
+        // While the kernel may have another table than it should, nobody is sent back to where it was.
+        if self.attached && self.trouble.is_empty() {
+            order.served.clone_from(&self.closing.served);
+        }
+        if gone || order.recount || !order.lifetimes.is_empty() || !order.served.is_empty() {
+            self.datapath.closer.begin(order);
+        }
+    }
+
+    /// What a pass has done.
+    pub(super) fn take_pass(&mut self, pass: &Pass) {
+        self.closing.passes += u64::from(pass.closing);
+        for ((reason, protocol, endpoint), count) in &pass.closed {
+            *self.closing.closed.entry((*reason, *protocol)).or_default() += count;
+            let why = match reason {
+                Reason::Gone => "the endpoint is gone",
+                Reason::Idle => "idleTimeout",
+                Reason::Age => "maxConnectionDuration",
+                Reason::Elsewhere => "it was idle, and the endpoint gets no connections any more",
+            };
+            let message = format!("{count} {protocol} connections to {endpoint} were closed: {why}");
+            let record = Record { kind: Record::CLOSED.to_owned(), message, ..Record::default() };
+            self.journal.add(Record { endpoint: Some(endpoint.to_string()), ..record });
+        }
+        if let Some(lost) = pass.unfinished.clone() {
+            self.closing.unfinished.get_or_insert_default().add(lost);
+            self.closing.look_again(IDLE);
+        }
+        if !pass.trouble.is_empty() && !self.closing.served.is_empty() {
+            self.closing.look_again(IDLE);
+        }
+        for trouble in &pass.trouble {
+            tracing::warn!("connections that should end may go on: {trouble}");
+        }
+        if let Some(wait) = pass.wait {
+            self.closing.look_again(wait.max(SWEEP.0));
+        }
+        if let Some(Recounted { freed, corrected, .. }) = pass.recounted
+            && freed + corrected > 0
+        {
+            let message =
+                format!("connections had ended unseen: {corrected} counts were wrong, {freed} places were not free");
+            self.journal.add(Record { kind: Record::MENDED.to_owned(), message, ..Record::default() });
+        }
+        if pass.counting {
+            let done = pass.recounted.is_some_and(|recounted| recounted.unsettled == 0);
+            self.closing.recounts = if done { 0 } else { self.closing.recounts.saturating_sub(1) };
+            if self.closing.recounts > 0 {
+                self.closing.recount_at = Some(Instant::now() + RECOUNT);
+            } else if !done {
+                tracing::warn!(
+                    "counts of connections could not all be checked: they change all the time, or not all sockets can be seen"
+                );
+            }
+        }
+    }
+}

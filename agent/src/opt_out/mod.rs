@@ -1,0 +1,9 @@
+//! Pods of this node that a label excludes.
+
+mod enforcer;
+mod registry;
+
+pub use self::{
+    enforcer::Enforcer,
+    registry::{AskedBy, Board, ByUid, LABEL, Pod, Report},
+};

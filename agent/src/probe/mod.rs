@@ -1,0 +1,12 @@
+//! Connections of the agent's own: active health checks of endpoints, confirmations before an ejection, and the self-probe.
+
+mod check;
+pub mod confirm;
+mod prober;
+pub mod self_probe;
+mod self_probe_client;
+
+pub use self::{
+    check::{Verdict, check},
+    prober::{Counts, Probed, Prober},
+};

@@ -1,0 +1,174 @@
+//! Objects of a cluster, on their way to the store.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use kube::core::ApiResource;
+use portolan_core::{
+    decode::read_value,
+    model::{Kind, Object, Scope},
+    store::{Contents, Update},
+};
+use tokio::sync::OwnedMutexGuard;
+
+use super::{Feed, apiserver_guard::Guard, list_watch::Sink, raw_object::Raw, resources::Resource};
+
+/// What is in the store of one resource of a cluster: where each object came from, and what it said. It outlives who follows.
+pub(super) type Known = Arc<tokio::sync::Mutex<HashMap<String, u64>>>;
+
+/// Takes the objects of one resource.
+pub(super) struct Objects {
+    feed: Feed,
+    resource: &'static Resource,
+    cluster: String,
+    scope: Scope,
+    api: ApiResource,
+    known: OwnedMutexGuard<HashMap<String, u64>>,
+    /// What a list has had so far.
+    listed: HashSet<String>,
+    /// Whether the store was told that nothing is known.
+    doubted: bool,
+    /// Whether the store may hold what is known no more: who followed before may have been stopped on the way.
+    stale: bool,
+    guard: Option<Guard>,
+    out: Vec<Update>,
+}
+
+impl Objects {
+    pub(super) async fn new(
+        feed: &Feed,
+        resource: &'static Resource,
+        cluster: &str,
+        client: kube::Client,
+        known: Known,
+    ) -> Self {
+        let guarded = matches!(resource.kind, Some(Kind::EndpointSlice | Kind::Service));
+        let guard = (cluster == feed.cluster && guarded).then(|| Guard::new(feed));
+        let mut known = known.lock_owned().await;
+        // All that is known is said once more, and the store compares.
+        known.values_mut().for_each(|print| *print = 0);
+        let stale = !known.is_empty();
+        Self {
+            feed: feed.clone(),
+            resource,
+            cluster: cluster.to_owned(),
+            scope: Scope::Cluster(cluster.to_owned()),
+            api: resource.api(client, 0).1,
+            known,
+            listed: HashSet::new(),
+            doubted: false,
+            stale,
+            guard,
+            out: Vec::new(),
+        }
+    }
+
+    fn origin(&self, object: &Raw) -> String {
+        format!("{}/{}/{}", self.cluster, self.resource.plural, object.name())
+    }
+
+    fn take(&mut self, origin: String, object: Raw) {
+        let contents = read_value(self.feed.reader, &self.scope, &origin, object.into_value(&self.api));
+        if self.known.insert(origin.clone(), contents.fingerprint) != Some(contents.fingerprint) {
+            // Of a broken one, the last good state stays in force, and with it what that asks for.
+            if self.cluster == self.feed.cluster && contents.objects.iter().all(|read| read.object.is_some()) {
+                self.feed.wants.note(&origin, asks_for_labels(&contents));
+            }
+            self.push(Update::Replace { origin, contents });
+        }
+    }
+
+    fn remove(&mut self, origin: String) {
+        if self.known.remove(&origin).is_some() {
+            self.feed.wants.note(&origin, false);
+            self.push(Update::Remove { origin });
+        }
+    }
+
+    fn push(&mut self, update: Update) {
+        match &mut self.guard {
+            Some(guard) => self.out.extend(guard.pass(update)),
+            None => self.out.push(update),
+        }
+    }
+
+    fn doubt(&self) -> String {
+        doubt(&self.cluster, self.resource)
+    }
+}
+
+impl Sink for Objects {
+    fn begin(&mut self) {
+        self.listed.clear();
+    }
+
+    fn item(&mut self, object: Raw) {
+        let origin = self.origin(&object);
+        self.listed.insert(origin.clone());
+        self.take(origin, object);
+    }
+
+    fn end(&mut self) {
+        let gone: Vec<String> = self.known.keys().filter(|origin| !self.listed.contains(*origin)).cloned().collect();
+        gone.into_iter().for_each(|origin| self.remove(origin));
+        let listed = std::mem::take(&mut self.listed);
+        if std::mem::take(&mut self.stale) {
+            let below = format!("{}/{}/", self.cluster, self.resource.plural);
+            self.out.push(Update::Forget { below, but: listed });
+        }
+        if std::mem::take(&mut self.doubted) {
+            let origin = self.doubt();
+            self.out.push(Update::Remove { origin });
+        }
+    }
+
+    fn changed(&mut self, object: Raw) {
+        let origin = self.origin(&object);
+        self.take(origin, object);
+    }
+
+    fn gone(&mut self, object: &Raw) {
+        self.remove(self.origin(object));
+    }
+
+    fn unknown(&mut self) {
+        // Other clusters decide nothing: what is not known of them leaves nothing open.
+        if self.cluster == self.feed.cluster && !std::mem::replace(&mut self.doubted, true) {
+            let contents = Contents { only: self.resource.kind, ..Contents::default() };
+            let origin = self.doubt();
+            self.out.push(Update::Replace { origin, contents });
+        }
+    }
+
+    fn held(&self) -> usize {
+        self.known.len()
+    }
+
+    async fn flush(&mut self) -> bool {
+        let updates = std::mem::take(&mut self.out);
+        updates.is_empty() || self.feed.updates.send(updates).await.is_ok()
+    }
+}
+
+/// Where the store is told that nothing is known of a resource.
+pub(super) fn doubt(cluster: &str, resource: &Resource) -> String {
+    format!("{cluster}/{}", resource.plural)
+}
+
+/// Whether a rule asks for the labels of pods.
+fn asks_for_labels(contents: &Contents) -> bool {
+    contents.objects.iter().filter_map(|read| read.object.as_ref()).any(|object| match object {
+        Object::DestinationRule(rule) => {
+            let of_balancer = |policy: &portolan_core::model::TrafficPolicy| {
+                policy.locality().is_some_and(|setting| !setting.failover_priority.is_empty())
+            };
+            let policies = [&rule.policy].into_iter().chain(rule.policy.ports.values());
+            rule.subsets.iter().any(|subset| !subset.labels.is_empty() || of_balancer(&subset.policy))
+                || policies.into_iter().any(of_balancer)
+        }
+        Object::MeshConfig(config) => !config.locality.failover_priority.is_empty(),
+        _ => false,
+    })
+}

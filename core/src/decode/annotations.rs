@@ -1,0 +1,39 @@
+//! Portolan's own annotations: their names, and the kinds on which each has an effect.
+
+use serde_json::Value;
+
+use super::context::Context;
+use crate::model::{Code, Kind};
+
+/// Annotations of Portolan's own, by the kind that they mean something on.
+pub(super) const DISTRIBUTE_WITH_FAILOVER: &str = "portolan.io/distribute-with-failover";
+
+pub(super) const ALWAYS_EJECT_ONE: &str = "portolan.io/always-eject-one";
+pub(super) const COUNT_EARLY_RESETS: &str = "portolan.io/count-early-resets";
+pub(super) const PREFER_CLUSTER_LOCAL: &str = "portolan.io/prefer-cluster-local";
+pub(super) const PROBE: &str = "portolan.io/probe";
+pub(super) const CLOSE_IDLE_ELSEWHERE: &str = "portolan.io/close-idle-elsewhere";
+
+const ANNOTATIONS: [(&str, &[Kind]); 6] = [
+    (DISTRIBUTE_WITH_FAILOVER, &[Kind::DestinationRule, Kind::MeshConfig]),
+    (ALWAYS_EJECT_ONE, &[Kind::DestinationRule]),
+    (COUNT_EARLY_RESETS, &[Kind::DestinationRule]),
+    (PREFER_CLUSTER_LOCAL, &[Kind::MeshConfig]),
+    (PROBE, &[Kind::DestinationRule]),
+    (CLOSE_IDLE_ELSEWHERE, &[Kind::DestinationRule]),
+];
+
+/// Portolan's own annotations are not for mistyping.
+pub(super) fn check(context: &mut Context<'_>, kind: Kind, value: &Value) {
+    let annotations = value.pointer("/metadata/annotations").and_then(Value::as_object);
+    for key in annotations.into_iter().flat_map(|map| map.keys()).filter(|key| key.starts_with("portolan.io/")) {
+        let known = ANNOTATIONS.iter().find(|(name, _)| name == key);
+        if known.is_none_or(|(_, kinds)| !kinds.contains(&kind)) {
+            let here: Vec<_> =
+                ANNOTATIONS.iter().filter(|(_, kinds)| kinds.contains(&kind)).map(|(name, _)| *name).collect();
+            let here = if here.is_empty() { "none".to_owned() } else { here.join(", ") };
+            let message = format!("means nothing on a {kind}; those that do: {here}");
+            context.finding(Code::UnknownAnnotation, format!("metadata.annotations[\"{key}\"]"), message);
+        }
+    }
+}

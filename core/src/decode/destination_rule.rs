@@ -1,0 +1,426 @@
+//! Reader of DestinationRules. The types hold what is honoured; every other field becomes a finding.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{
+    annotations::{ALWAYS_EJECT_ONE, CLOSE_IDLE_ELSEWHERE, COUNT_EARLY_RESETS, DISTRIBUTE_WITH_FAILOVER},
+    context::{Context, Invalid, invalid},
+    locality_lb::{LocalitySpec, duration, locality_setting, maybe_duration, nullable},
+};
+use crate::model::{
+    Algorithm, Code, ConnectionPool, DestinationRule, Keepalive, LoadBalancer, OutlierDetection, Subset, TrafficPolicy,
+    Warmup,
+};
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct DestinationRuleSpec {
+    host: String,
+    #[serde(default)]
+    traffic_policy: Option<PolicySpec>,
+    #[serde(default, deserialize_with = "nullable")]
+    subsets: Vec<SubsetSpec>,
+    #[serde(default)]
+    workload_selector: Option<Value>,
+    #[serde(default, deserialize_with = "nullable")]
+    export_to: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SubsetSpec {
+    name: String,
+    #[serde(default, deserialize_with = "nullable")]
+    labels: BTreeMap<String, String>,
+    #[serde(default)]
+    traffic_policy: Option<PolicySpec>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PolicySpec {
+    #[serde(default)]
+    load_balancer: Option<LoadBalancerSpec>,
+    #[serde(default)]
+    outlier_detection: Option<OutlierSpec>,
+    #[serde(default)]
+    connection_pool: Option<PoolSpec>,
+    #[serde(default, deserialize_with = "nullable")]
+    port_level_settings: Vec<PortSpec>,
+}
+
+#[derive(Deserialize)]
+struct PortSpec {
+    port: PortSelector,
+    #[serde(flatten)]
+    policy: serde_json::Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+struct PortSelector {
+    number: u16,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct LoadBalancerSpec {
+    #[serde(default)]
+    simple: Option<String>,
+    #[serde(default)]
+    consistent_hash: Option<HashSpec>,
+    #[serde(default)]
+    locality_lb_setting: Option<LocalitySpec>,
+    #[serde(default)]
+    warmup: Option<WarmupSpec>,
+    #[serde(default)]
+    warmup_duration_secs: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct HashSpec {
+    #[serde(default)]
+    use_source_ip: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct WarmupSpec {
+    duration: String,
+    #[serde(default)]
+    minimum_percent: Option<f64>,
+    #[serde(default)]
+    aggression: Option<f64>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct OutlierSpec {
+    // Wrapped integers may be null; the deprecated name counts where the current one is absent.
+    #[serde(default, rename = "consecutive5xxErrors")]
+    consecutive_5xx_errors: Option<u32>,
+    #[serde(default)]
+    consecutive_errors: Option<u32>,
+    #[serde(default)]
+    consecutive_gateway_errors: Option<u32>,
+    #[serde(default)]
+    split_external_local_origin_errors: bool,
+    #[serde(default)]
+    consecutive_local_origin_failures: Option<u32>,
+    #[serde(default)]
+    interval: Option<String>,
+    #[serde(default)]
+    base_ejection_time: Option<String>,
+    #[serde(default)]
+    max_ejection_percent: Option<u32>,
+    #[serde(default)]
+    min_health_percent: Option<u32>,
+}
+
+#[derive(Deserialize)]
+struct PoolSpec {
+    #[serde(default)]
+    tcp: Option<TcpPoolSpec>,
+    #[serde(default)]
+    http: Option<HttpPoolSpec>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct TcpPoolSpec {
+    #[serde(default)]
+    connect_timeout: Option<String>,
+    #[serde(default)]
+    max_connections: Option<u32>,
+    #[serde(default)]
+    idle_timeout: Option<String>,
+    #[serde(default)]
+    max_connection_duration: Option<String>,
+    #[serde(default)]
+    tcp_keepalive: Option<KeepaliveSpec>,
+}
+
+#[derive(Deserialize)]
+struct KeepaliveSpec {
+    #[serde(default)]
+    probes: Option<u32>,
+    #[serde(default)]
+    time: Option<String>,
+    #[serde(default)]
+    interval: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct HttpPoolSpec {
+    #[serde(default)]
+    max_requests_per_connection: Option<u32>,
+}
+
+/// Settings of Portolan's own, from the rule's annotations.
+#[derive(Clone, Copy)]
+struct Own {
+    distribute_with_failover: bool,
+    always_eject_one: bool,
+    count_early_resets: bool,
+}
+
+pub(super) fn destination_rule(
+    context: &mut Context<'_>,
+    mut value: Value,
+) -> Result<Option<DestinationRule>, Invalid> {
+    let own = Own {
+        distribute_with_failover: context.switch(&value, DISTRIBUTE_WITH_FAILOVER),
+        always_eject_one: context.switch(&value, ALWAYS_EJECT_ONE),
+        count_early_resets: context.switch(&value, COUNT_EARLY_RESETS),
+    };
+    let close_idle_elsewhere = close_idle_elsewhere(context, &value);
+    let probe = super::probe::probe(context, &value);
+    let spec: DestinationRuleSpec = context.honoured("spec", value["spec"].take(), |_| false)?;
+    if spec.workload_selector.is_some() {
+        let message = "is not honoured: the rule is for some clients only, which a node cannot tell from others, so it is left out";
+        context.finding(Code::LeftOut, "spec.workloadSelector", message);
+        return Ok(None);
+    }
+    if !context.is_for_all(&spec.export_to) {
+        return Ok(None);
+    }
+    if spec.host.is_empty() || spec.host.trim_start_matches('*').contains('*') {
+        return Err(invalid("spec.host", format!("{:?} is no host name; a `*` may only lead", spec.host)));
+    }
+    let mut subsets: Vec<Subset> = Vec::new();
+    for (i, subset) in spec.subsets.into_iter().enumerate() {
+        let at = format!("spec.subsets[{i}]");
+        if subsets.iter().any(|other| other.name == subset.name) {
+            return Err(invalid(format!("{at}.name"), format!("{:?} is the name of another subset", subset.name)));
+        }
+        let policy =
+            subset.traffic_policy.map(|policy| traffic_policy(context, &format!("{at}.trafficPolicy"), policy, own));
+        let policy = policy.transpose()?.unwrap_or_default();
+        subsets.push(Subset { name: subset.name, labels: subset.labels, policy });
+    }
+    let policy = spec.traffic_policy.map(|policy| traffic_policy(context, "spec.trafficPolicy", policy, own));
+    let policy = policy.transpose()?.unwrap_or_default();
+    for (i, subset) in subsets.iter().enumerate() {
+        for (port, own) in &subset.policy.ports {
+            let at = format!("spec.subsets[{i}].trafficPolicy.portLevelSettings");
+            tell_losses(context, &at, *port, &policy, own);
+        }
+    }
+    Ok(Some(DestinationRule {
+        name: context.name.clone(),
+        host: spec.host,
+        policy,
+        subsets,
+        probe,
+        close_idle_elsewhere,
+    }))
+}
+
+/// The time in `portolan.io/close-idle-elsewhere`.
+fn close_idle_elsewhere(context: &mut Context<'_>, value: &Value) -> Option<Duration> {
+    let text = value.pointer("/metadata/annotations")?.get(CLOSE_IDLE_ELSEWHERE)?;
+    let at = format!("metadata.annotations[\"{CLOSE_IDLE_ELSEWHERE}\"]");
+    match text.as_str().map(|text| duration(at.clone(), text)) {
+        Some(Ok(idle)) if idle >= Duration::from_secs(1) => Some(idle),
+        _ => {
+            let message = format!("{text} is no duration of a second or more, in quotes (as \"30s\"): it stays off");
+            context.finding(Code::UnknownAnnotation, at, message);
+            None
+        }
+    }
+}
+
+fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec, own: Own) -> Result<TrafficPolicy, Invalid> {
+    let mut policy = TrafficPolicy::default();
+    if let Some(balancer) = spec.load_balancer {
+        policy.balancer = Some(load_balancer(context, &format!("{at}.loadBalancer"), balancer, own)?);
+    }
+    if let Some(outlier) = spec.outlier_detection {
+        policy.outlier = Some(outlier_detection(context, &format!("{at}.outlierDetection"), outlier, own)?);
+    }
+    if let Some(pool) = spec.connection_pool {
+        policy.pool = Some(connection_pool(context, &format!("{at}.connectionPool"), pool)?);
+    }
+    for (i, port) in spec.port_level_settings.into_iter().enumerate() {
+        let at = format!("{at}.portLevelSettings[{i}]");
+        let number = port.port.number;
+        let spec: PolicySpec = context.honoured(&at, Value::Object(port.policy), |_| false)?;
+        if !spec.port_level_settings.is_empty() {
+            return Err(invalid(format!("{at}.portLevelSettings"), "a port has no ports"));
+        }
+        let settings = traffic_policy(context, &at, spec, own)?;
+        tell_losses(context, &at, number, &policy, &settings);
+        if policy.ports.insert(number, settings).is_some() {
+            return Err(invalid(format!("{at}.port.number"), format!("{number} has settings already")));
+        }
+    }
+    Ok(policy)
+}
+
+/// Settings of a port inherit nothing, which people do not expect.
+fn tell_losses(context: &mut Context<'_>, at: &str, port: u16, above: &TrafficPolicy, own: &TrafficPolicy) {
+    let lost = [
+        ("outlierDetection", above.outlier.is_some() && own.outlier.is_none()),
+        ("loadBalancer", above.balancer.is_some() && own.balancer.is_none()),
+        ("connectionPool", above.pool.is_some() && own.pool.is_none()),
+    ];
+    for (block, _) in lost.iter().filter(|(_, lost)| *lost) {
+        let message =
+            format!("replaces everything for port {port}: the {block} above does not count there; repeat it here");
+        context.finding(Code::PortPolicyDrops, at, message);
+    }
+}
+
+fn load_balancer(
+    context: &mut Context<'_>,
+    at: &str,
+    spec: LoadBalancerSpec,
+    own: Own,
+) -> Result<LoadBalancer, Invalid> {
+    let algorithm = algorithm(context, at, spec.simple.as_deref(), spec.consistent_hash)?;
+    let setting = spec.locality_lb_setting.map(|setting| {
+        locality_setting(context, &format!("{at}.localityLbSetting"), setting, own.distribute_with_failover)
+    });
+    let locality = setting.transpose()?;
+    let warmup = match (spec.warmup, spec.warmup_duration_secs) {
+        (Some(warmup), _) => Some(self::warmup(&format!("{at}.warmup"), warmup)?),
+        (None, Some(text)) => {
+            let window = duration(format!("{at}.warmupDurationSecs"), &text)?;
+            Some(Warmup { window, minimum_percent: 10.0, aggression: 1.0 })
+        }
+        (None, None) => None,
+    };
+    if warmup.is_some() && !matches!(algorithm, None | Some(Algorithm::RoundRobin | Algorithm::LeastRequest)) {
+        context.finding(
+            Code::NotTogether,
+            format!("{at}.warmup"),
+            "has an effect with ROUND_ROBIN and LEAST_REQUEST only",
+        );
+        return Ok(LoadBalancer { algorithm, locality, warmup: None });
+    }
+    Ok(LoadBalancer { algorithm, locality, warmup })
+}
+
+fn warmup(at: &str, spec: WarmupSpec) -> Result<Warmup, Invalid> {
+    let minimum_percent = spec.minimum_percent.unwrap_or(10.0);
+    if !(0.0..=100.0).contains(&minimum_percent) {
+        return Err(invalid(format!("{at}.minimumPercent"), format!("{minimum_percent} is not within 0 and 100")));
+    }
+    let aggression = spec.aggression.unwrap_or(1.0);
+    if !(1.0..=1000.0).contains(&aggression) {
+        return Err(invalid(format!("{at}.aggression"), format!("{aggression} is not within 1 and 1000")));
+    }
+    Ok(Warmup { window: duration(format!("{at}.duration"), &spec.duration)?, minimum_percent, aggression })
+}
+
+fn algorithm(
+    context: &mut Context<'_>,
+    at: &str,
+    simple: Option<&str>,
+    hash: Option<HashSpec>,
+) -> Result<Option<Algorithm>, Invalid> {
+    Ok(match (hash, simple) {
+        (Some(HashSpec { use_source_ip: true }), _) => Some(Algorithm::ConsistentHash),
+        (Some(_), _) => {
+            let message = "useSourceIp is the only key that a connection has; ROUND_ROBIN is used";
+            context.finding(Code::NotHonoured, format!("{at}.consistentHash"), message);
+            None
+        }
+        (None, None | Some("UNSPECIFIED")) => None,
+        (None, Some("ROUND_ROBIN")) => Some(Algorithm::RoundRobin),
+        (None, Some("PASSTHROUGH")) => Some(Algorithm::Passthrough),
+        (None, Some("LEAST_REQUEST" | "LEAST_CONN")) => Some(Algorithm::LeastRequest),
+        (None, Some("RANDOM")) => Some(Algorithm::Random),
+        (None, Some(other)) => return Err(invalid(format!("{at}.simple"), format!("{other:?} is no algorithm"))),
+    })
+}
+
+fn outlier_detection(
+    context: &mut Context<'_>,
+    at: &str,
+    spec: OutlierSpec,
+    own: Own,
+) -> Result<OutlierDetection, Invalid> {
+    let split = spec.split_external_local_origin_errors;
+    let unused = [
+        ("consecutive5xxErrors", split && spec.consecutive_5xx_errors.or(spec.consecutive_errors).is_some()),
+        ("consecutiveGatewayErrors", split && spec.consecutive_gateway_errors.is_some()),
+        ("consecutiveLocalOriginFailures", !split && spec.consecutive_local_origin_failures.is_some()),
+    ];
+    for (field, _) in unused.iter().filter(|(_, set)| *set) {
+        let message = if split {
+            "has no effect on connections while splitExternalLocalOriginErrors is on: it counts responses, of ports that are HTTP"
+        } else {
+            "has no effect on connections while splitExternalLocalOriginErrors is off"
+        };
+        context.finding(Code::NotHonoured, format!("{at}.{field}"), message);
+    }
+    let time = |field: &str, text: Option<String>, default: Duration| {
+        Ok(maybe_duration(format!("{at}.{field}"), text)?.unwrap_or(default))
+    };
+    let percent = |field: &str, value: Option<u32>| match value {
+        Some(value) if value > 100 => {
+            Err(invalid(format!("{at}.{field}"), format!("{value} is more than 100 percent")))
+        }
+        value => Ok(value.unwrap_or(0)),
+    };
+    let base_ejection_time = time("baseEjectionTime", spec.base_ejection_time, Duration::from_secs(30))?;
+    let local_origin = spec.consecutive_local_origin_failures.unwrap_or(5);
+    Ok(OutlierDetection {
+        consecutive_errors: spec.consecutive_5xx_errors.or(spec.consecutive_errors).unwrap_or(5),
+        gateway_errors: spec.consecutive_gateway_errors.unwrap_or(0),
+        local_origin_errors: spec.split_external_local_origin_errors.then_some(local_origin),
+        interval: time("interval", spec.interval, Duration::from_secs(10))?,
+        base_ejection_time,
+        max_ejection_time: base_ejection_time.max(Duration::from_secs(300)),
+        // Istio takes 0 for "not set".
+        max_ejection_percent: match percent("maxEjectionPercent", spec.max_ejection_percent)? {
+            0 => 10,
+            set => set,
+        },
+        always_eject_one: own.always_eject_one,
+        count_early_resets: own.count_early_resets,
+        min_health_percent: percent("minHealthPercent", spec.min_health_percent)?,
+    })
+}
+
+/// No longer and no more than a socket's options take.
+fn keepalive(context: &mut Context<'_>, at: &str, spec: KeepaliveSpec) -> Result<Keepalive, Invalid> {
+    let most = Duration::from_secs(Keepalive::MOST_SECONDS.into());
+    let mut time = |field: &str, value| -> Result<Option<Duration>, Invalid> {
+        let asked = maybe_duration(format!("{at}.{field}"), value)?;
+        if asked.is_some_and(|asked| asked > most) {
+            let message = format!("is more than a socket takes: {} s in its place", most.as_secs());
+            context.finding(Code::NotHonoured, format!("{at}.{field}"), message);
+        }
+        Ok(asked.map(|asked| asked.min(most)))
+    };
+    let (time, interval) = (time("time", spec.time)?, time("interval", spec.interval)?);
+    if spec.probes.is_some_and(|probes| probes > Keepalive::MOST_PROBES) {
+        let message = format!("is more than a socket takes: {} in its place", Keepalive::MOST_PROBES);
+        context.finding(Code::NotHonoured, format!("{at}.probes"), message);
+    }
+    Ok(Keepalive { probes: spec.probes.map(|probes| probes.min(Keepalive::MOST_PROBES)), time, interval })
+}
+
+fn connection_pool(context: &mut Context<'_>, at: &str, spec: PoolSpec) -> Result<ConnectionPool, Invalid> {
+    // With 1 each request has a connection of its own, which is what Portolan chooses for anyway.
+    if spec.http.and_then(|http| http.max_requests_per_connection).is_some_and(|max| max > 1) {
+        let message = "is not honoured: connections are not looked into";
+        context.finding(Code::NotHonoured, format!("{at}.http.maxRequestsPerConnection"), message);
+    }
+    let Some(tcp) = spec.tcp else { return Ok(ConnectionPool::default()) };
+    let at = format!("{at}.tcp");
+    let keepalive = tcp.tcp_keepalive.map(|spec| keepalive(context, &format!("{at}.tcpKeepalive"), spec));
+    Ok(ConnectionPool {
+        connect_timeout: maybe_duration(format!("{at}.connectTimeout"), tcp.connect_timeout)?,
+        max_connections: tcp.max_connections.filter(|max| *max > 0),
+        idle_timeout: maybe_duration(format!("{at}.idleTimeout"), tcp.idle_timeout)?,
+        max_duration: maybe_duration(format!("{at}.maxConnectionDuration"), tcp.max_connection_duration)?,
+        keepalive: keepalive.transpose()?,
+    })
+}

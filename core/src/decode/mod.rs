@@ -1,0 +1,185 @@
+//! From documents to objects: which kind it is, and who reads it.
+
+mod annotations;
+mod context;
+mod destination_rule;
+mod kubernetes;
+mod locality_lb;
+mod mesh_config;
+mod probe;
+mod service_entry;
+mod virtual_service;
+mod yaml;
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use serde_json::Value;
+
+use self::context::{Context, Invalid};
+use crate::{
+    model::{Code, Finding, Kind, NamespacedName, Object, ObjectKey, Position, Scope},
+    store::{Contents, Read},
+};
+
+pub use self::context::{ClusterRanges, Reader, fingerprint};
+
+/// Bytes that are read again in one file in order to find positions: each one that is looked up reads its document up to there.
+const READ_AGAIN: usize = 16 << 20;
+
+/// Reads all objects of a file. Nothing in it can make this fail: what is wrong becomes a finding.
+pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Contents {
+    let mut contents = Contents { whole: true, fingerprint: fingerprint(text), ..Contents::default() };
+    let documents = yaml::split(text);
+    contents.blank = documents.is_empty();
+    if text.is_empty() {
+        // Nobody writes such a file on purpose: more likely its writer was cut off.
+        contents.whole = false;
+        let message = "the file is empty; delete it if nothing belongs into it";
+        contents.findings.push(Finding::new(Code::EmptyFile, origin, message));
+    }
+    let mut read_again = 0;
+    let mut seen = BTreeSet::new();
+    for (line, document) in documents {
+        let position = |(row, column): (usize, usize)| {
+            let text = document.lines().nth(row.checked_sub(1)?)?.chars().take(200).collect();
+            Some(Position { line: line + row - 1, column, text })
+        };
+        let value = match yaml::parse(&document) {
+            Ok(value) => value,
+            Err(error) => {
+                contents.whole = false;
+                let message = format!("{}. What this file last said well stays in force", error.message);
+                let mut finding = Finding::new(Code::Syntax, origin, message);
+                finding.position = error.at.and_then(position);
+                contents.findings.push(finding);
+                continue;
+            }
+        };
+        for (path, value) in yaml::flatten(value) {
+            let known = contents.findings.len();
+            read_object(reader, scope, origin, value, &mut seen, &mut contents);
+            for finding in contents.findings[known..].iter_mut().filter(|finding| !finding.field.is_empty()) {
+                read_again += document.len();
+                if read_again <= READ_AGAIN {
+                    finding.position = yaml::locate(&document, &format!("{path}{}", finding.field)).and_then(position);
+                }
+            }
+        }
+    }
+    for finding in &mut contents.findings {
+        *finding = finding.clone().from_source(origin);
+    }
+    contents
+}
+
+/// Reads one object, as an API gives it. Nothing in it can make this fail: what is wrong becomes a finding.
+pub fn read_value(reader: Reader, scope: &Scope, origin: &str, value: Value) -> Contents {
+    let mut contents = Contents { whole: true, ..Contents::default() };
+    // Keys are in order, so that equal objects have equal texts.
+    contents.fingerprint = fingerprint(&value.to_string());
+    read_object(reader, scope, origin, value, &mut BTreeSet::new(), &mut contents);
+    for finding in &mut contents.findings {
+        origin.clone_into(&mut finding.source);
+    }
+    contents
+}
+
+/// Where Istio keeps its own settings.
+pub const MESH_NAMESPACE: &str = "istio-system";
+
+fn read_object(
+    reader: Reader,
+    scope: &Scope,
+    origin: &str,
+    value: Value,
+    seen: &mut BTreeSet<ObjectKey>,
+    contents: &mut Contents,
+) {
+    let field = |path: &str| value.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let (group, kind) = (field("/apiVersion"), field("/kind"));
+    let group = group.split_once('/').map_or("", |(group, _)| group);
+    let name = NamespacedName::new(field("/metadata/namespace"), field("/metadata/name"));
+    if kind.is_empty() || name.name.is_empty() {
+        contents.whole = false;
+        let message = "a document without `kind` or `metadata.name` is no Kubernetes object";
+        contents.findings.push(Finding::new(Code::NotAnObject, origin, message));
+        return;
+    }
+    let Some(known) = known_kind(group, &kind, &name) else {
+        let (code, message) = match kind.as_str() {
+            "ConfigMap" if name.name == "istio" => (
+                Code::Misplaced,
+                "is not in istio-system: the mesh's settings are not for others to make, so it is not used",
+            ),
+            "Endpoints" => (Code::UnusedKind, "EndpointSlices are used instead: its endpoints are not"),
+            _ => (Code::UnusedKind, "Portolan does not use this kind"),
+        };
+        contents.findings.push(Finding::new(code, format!("{kind} {name}"), message));
+        return;
+    };
+    let of_a_cluster = matches!(known, Kind::Service | Kind::EndpointSlice | Kind::Node | Kind::Pod | Kind::Namespace);
+    if of_a_cluster && *scope == Scope::Mesh {
+        let message = "belongs to a cluster: put it into the folder of that cluster, for here it is not used";
+        contents.findings.push(Finding::new(Code::Misplaced, format!("{kind} {name}"), message));
+        return;
+    }
+    let name = if matches!(known, Kind::Node | Kind::Namespace) {
+        NamespacedName::new("", name.name)
+    } else if name.namespace.is_empty() {
+        NamespacedName::new("default", name.name)
+    } else {
+        name
+    };
+    let key = ObjectKey { scope: scope.clone(), kind: known, name: name.clone() };
+    let mut context = Context { reader, scope, name, object: key.to_string(), findings: &mut contents.findings };
+    let object = match object(&mut context, known, value) {
+        Ok(Some(object)) => Some(object),
+        // Understood, and none of Portolan's business: as if it were not there.
+        Ok(None) => return,
+        Err(Invalid { field, message }) => {
+            let message = format!("{message}. Its last good state stays in force, if there was one");
+            context.finding(Code::InvalidObject, field, message);
+            None
+        }
+    };
+    if !seen.insert(key.clone()) {
+        contents.findings.push(Finding::new(Code::Repeated, &key, "is in this file twice; the last one counts"));
+    }
+    contents.objects.push(Read { key, object });
+}
+
+fn object(context: &mut Context<'_>, kind: Kind, value: Value) -> Result<Option<Object>, Invalid> {
+    annotations::check(context, kind, &value);
+    Ok(match kind {
+        Kind::Service => kubernetes::service(context, value)?.map(Arc::new).map(Object::Service),
+        Kind::EndpointSlice => kubernetes::endpoint_slice(context, value)?.map(Arc::new).map(Object::EndpointSlice),
+        Kind::Node => Some(Object::Node(Arc::new(kubernetes::node(context, value)?))),
+        Kind::Pod => Some(Object::Pod(Arc::new(kubernetes::pod(context, value)?))),
+        Kind::Namespace => Some(Object::Namespace(Arc::new(kubernetes::namespace(context, value)?))),
+        Kind::ServiceEntry => service_entry::service_entry(context, value)?.map(Arc::new).map(Object::ServiceEntry),
+        Kind::WorkloadEntry => Some(Object::WorkloadEntry(Arc::new(service_entry::workload_entry(context, value)?))),
+        Kind::DestinationRule => {
+            destination_rule::destination_rule(context, value)?.map(Arc::new).map(Object::DestinationRule)
+        }
+        Kind::VirtualService => {
+            virtual_service::virtual_service(context, value)?.map(Arc::new).map(Object::VirtualService)
+        }
+        Kind::MeshConfig => Some(Object::MeshConfig(Arc::new(mesh_config::mesh_config(context, value)?))),
+    })
+}
+
+fn known_kind(group: &str, kind: &str, name: &NamespacedName) -> Option<Kind> {
+    match (group, kind) {
+        ("", "Service") => Some(Kind::Service),
+        ("", "Node") => Some(Kind::Node),
+        ("", "Pod") => Some(Kind::Pod),
+        ("", "Namespace") => Some(Kind::Namespace),
+        ("", "ConfigMap") if name.name == "istio" && name.namespace == MESH_NAMESPACE => Some(Kind::MeshConfig),
+        ("discovery.k8s.io", "EndpointSlice") => Some(Kind::EndpointSlice),
+        ("networking.istio.io", "DestinationRule") => Some(Kind::DestinationRule),
+        ("networking.istio.io", "VirtualService") => Some(Kind::VirtualService),
+        ("networking.istio.io", "ServiceEntry") => Some(Kind::ServiceEntry),
+        ("networking.istio.io", "WorkloadEntry") => Some(Kind::WorkloadEntry),
+        _ => None,
+    }
+}

@@ -1,0 +1,121 @@
+//! `portolan.io/probe`: an active check of endpoints, written as Kubernetes writes a container's probe.
+
+use std::{sync::Arc, time::Duration};
+
+use k8s_openapi::{api::core::v1 as api, apimachinery::pkg::util::intstr::IntOrString};
+use serde_json::Value;
+
+use super::{
+    annotations::PROBE,
+    context::{Context, Invalid, invalid},
+};
+use crate::model::{Code, Probe, ProbeKind};
+
+/// The probe that an object's annotation asks for. A broken one is a finding, and there is none.
+pub(super) fn probe(context: &mut Context<'_>, object: &Value) -> Option<Arc<Probe>> {
+    let text = object.pointer("/metadata/annotations")?.get(PROBE)?.as_str()?.to_owned();
+    let at = format!("metadata.annotations[\"{PROBE}\"]");
+    match read(context, &at, &text) {
+        Ok(probe) => Some(Arc::new(probe)),
+        Err(Invalid { field, message }) => {
+            context.finding(Code::UnknownAnnotation, field, format!("{message}: nothing is probed"));
+            None
+        }
+    }
+}
+
+fn read(context: &mut Context<'_>, at: &str, text: &str) -> Result<Probe, Invalid> {
+    let value: Value = serde_saphyr::from_str(text).map_err(|error| invalid(at, format!("is no YAML: {error}")))?;
+    let spec: api::Probe = context.honoured(at, value, |_| false)?;
+    let unused = [
+        ("initialDelaySeconds", spec.initial_delay_seconds.is_some()),
+        ("terminationGracePeriodSeconds", spec.termination_grace_period_seconds.is_some()),
+    ];
+    for (field, _) in unused.iter().filter(|(_, set)| *set) {
+        context.finding(Code::NotHonoured, format!("{at}.{field}"), "is not honoured");
+    }
+    let (kind, port) = match (spec.http_get, spec.tcp_socket, spec.grpc, spec.exec) {
+        (Some(http), None, None, None) => http_get(context, at, http)?,
+        (None, Some(tcp), None, None) => {
+            if tcp.host.is_some() {
+                context.finding(
+                    Code::NotHonoured,
+                    format!("{at}.tcpSocket.host"),
+                    "is not honoured: endpoints are dialled",
+                );
+            }
+            (ProbeKind::Tcp, port(&format!("{at}.tcpSocket.port"), &tcp.port)?)
+        }
+        (None, None, Some(grpc), None) => {
+            let port = port(&format!("{at}.grpc.port"), &IntOrString::Int(grpc.port))?;
+            (ProbeKind::Grpc { service: grpc.service.unwrap_or_default() }, port)
+        }
+        (None, None, None, Some(_)) => {
+            return Err(invalid(format!("{at}.exec"), "runs in a container, which the agent cannot"));
+        }
+        _ => return Err(invalid(at, "wants one of httpGet, tcpSocket and grpc")),
+    };
+    let seconds = |field: &str, value: Option<i32>, default: u64| match value {
+        Some(value) if value < 1 => Err(invalid(format!("{at}.{field}"), format!("{value} is less than 1"))),
+        Some(value) => Ok(Duration::from_secs(value.unsigned_abs().into())),
+        None => Ok(Duration::from_secs(default)),
+    };
+    let times = |field: &str, value: Option<i32>, default: u32| match value {
+        Some(value) if value < 1 => Err(invalid(format!("{at}.{field}"), format!("{value} is less than 1"))),
+        Some(value) => Ok(value.unsigned_abs()),
+        None => Ok(default),
+    };
+    let period = seconds("periodSeconds", spec.period_seconds, 10)?;
+    Ok(Probe {
+        kind,
+        port,
+        period,
+        // Who hangs holds up the probes of others no longer than that.
+        timeout: seconds("timeoutSeconds", spec.timeout_seconds, 1)?.min(period),
+        failures: times("failureThreshold", spec.failure_threshold, 3)?,
+        successes: times("successThreshold", spec.success_threshold, 1)?,
+    })
+}
+
+fn http_get(
+    context: &mut Context<'_>,
+    at: &str,
+    http: api::HTTPGetAction,
+) -> Result<(ProbeKind, Option<u16>), Invalid> {
+    let at = format!("{at}.httpGet");
+    if http.scheme.as_deref().is_some_and(|scheme| scheme != "HTTP") {
+        return Err(invalid(format!("{at}.scheme"), "HTTP is the only one that is known"));
+    }
+    if http.host.is_some() {
+        let message = "is not honoured: endpoints are dialled. A header Host says which one is meant";
+        context.finding(Code::NotHonoured, format!("{at}.host"), message);
+    }
+    let path = http.path.unwrap_or_else(|| "/".to_owned());
+    if !path.starts_with('/') || path.parse::<http::Uri>().is_err() {
+        return Err(invalid(format!("{at}.path"), format!("{path:?} is no path")));
+    }
+    let headers: Vec<_> = http.http_headers.into_iter().flatten().map(|header| (header.name, header.value)).collect();
+    for (name, value) in &headers {
+        let sound =
+            name.parse::<http::header::HeaderName>().is_ok() && value.parse::<http::header::HeaderValue>().is_ok();
+        if !sound {
+            return Err(invalid(format!("{at}.httpHeaders"), format!("{name:?}: {value:?} is no header")));
+        }
+    }
+    Ok((ProbeKind::Http { path, headers }, port(&format!("{at}.port"), &http.port)?))
+}
+
+/// A port of its own; without one it is the endpoint's.
+fn port(at: &str, port: &IntOrString) -> Result<Option<u16>, Invalid> {
+    match port {
+        IntOrString::Int(0) => Ok(None),
+        IntOrString::Int(number) => match u16::try_from(*number) {
+            Ok(number) => Ok(Some(number)),
+            Err(_) => Err(invalid(at, format!("{number} is no port"))),
+        },
+        IntOrString::String(name) if name.is_empty() => Ok(None),
+        IntOrString::String(name) => {
+            Err(invalid(at, format!("{name:?} is the name of a container's port; give its number")))
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Reader of VirtualServices: routes that can be taken for a whole connection, by a node.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{
+    context::{Context, Invalid, invalid},
+    locality_lb::nullable,
+};
+use crate::model::{Code, Match, Route, VirtualService, WeightedDestination};
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct VirtualServiceSpec {
+    #[serde(default, deserialize_with = "nullable")]
+    hosts: Vec<String>,
+    #[serde(default, deserialize_with = "nullable")]
+    gateways: Vec<String>,
+    #[serde(default, deserialize_with = "nullable")]
+    export_to: Vec<String>,
+    #[serde(default, deserialize_with = "nullable")]
+    tcp: Vec<RouteSpec>,
+    #[serde(default, deserialize_with = "nullable")]
+    http: Vec<RouteSpec>,
+}
+
+/// A `tcp` or `http` route.
+#[derive(Deserialize)]
+struct RouteSpec {
+    #[serde(default, rename = "match", deserialize_with = "nullable")]
+    matches: Vec<MatchSpec>,
+    #[serde(default, deserialize_with = "nullable")]
+    route: Vec<DestinationSpec>,
+    #[serde(default)]
+    redirect: Option<Value>,
+    #[serde(default, rename = "directResponse")]
+    direct_response: Option<Value>,
+    #[serde(default)]
+    delegate: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct MatchSpec {
+    #[serde(default)]
+    port: Option<u16>,
+    #[serde(default, deserialize_with = "nullable")]
+    destination_subnets: Vec<String>,
+    #[serde(default, deserialize_with = "nullable")]
+    source_labels: BTreeMap<String, String>,
+    #[serde(default)]
+    source_namespace: Option<String>,
+    #[serde(default, deserialize_with = "nullable")]
+    gateways: Vec<String>,
+    #[serde(default, rename = "name")]
+    _name: Option<String>,
+    /// What looks into requests, or is not known.
+    #[serde(flatten)]
+    rest: BTreeMap<String, Value>,
+}
+
+#[derive(Deserialize)]
+struct DestinationSpec {
+    destination: HostSpec,
+    #[serde(default)]
+    weight: u32,
+}
+
+#[derive(Deserialize)]
+struct HostSpec {
+    host: String,
+    #[serde(default)]
+    subset: Option<String>,
+    #[serde(default)]
+    port: Option<PortSelector>,
+}
+
+#[derive(Deserialize)]
+struct PortSelector {
+    number: u16,
+}
+
+/// The word for clients inside the mesh, beside the names of gateways.
+const MESH: &str = "mesh";
+
+pub(super) fn virtual_service(context: &mut Context<'_>, mut value: Value) -> Result<Option<VirtualService>, Invalid> {
+    let is_name = |path: &str| path.starts_with("http.") && path.ends_with(".name");
+    let spec: VirtualServiceSpec = context.honoured("spec", value["spec"].take(), is_name)?;
+    if !spec.gateways.is_empty() && !spec.gateways.iter().any(|gateway| gateway == MESH) {
+        let message = "does not name \"mesh\": its routes are for gateways, not for connections on a node";
+        context.finding(Code::NotHonoured, "spec.gateways", message);
+        return Ok(None);
+    }
+    if spec.hosts.is_empty() {
+        return Err(invalid("spec.hosts", "is empty"));
+    }
+    if let Some(host) = spec.hosts.iter().find(|host| host.is_empty() || host.trim_start_matches('*').contains('*')) {
+        return Err(invalid("spec.hosts", format!("{host:?} is no host name; a `*` may only lead")));
+    }
+    if !context.is_for_all(&spec.export_to) {
+        return Ok(None);
+    }
+    let tcp = routes(context, "spec.tcp", spec.tcp)?;
+    let http = routes(context, "spec.http", spec.http)?;
+    Ok(Some(VirtualService { name: context.name.clone(), hosts: spec.hosts, tcp, http }))
+}
+
+fn routes(context: &mut Context<'_>, at: &str, specs: Vec<RouteSpec>) -> Result<Vec<Route>, Invalid> {
+    let mut routes = Vec::new();
+    for (i, spec) in specs.into_iter().enumerate() {
+        routes.extend(route(context, &format!("{at}[{i}]"), spec)?);
+    }
+    Ok(routes)
+}
+
+/// `None`: the route is for others, or not for a node to take.
+fn route(context: &mut Context<'_>, at: &str, spec: RouteSpec) -> Result<Option<Route>, Invalid> {
+    let answers = [
+        ("redirect", spec.redirect.is_some()),
+        ("directResponse", spec.direct_response.is_some()),
+        ("delegate", spec.delegate.is_some()),
+    ];
+    if let Some((field, _)) = answers.iter().find(|(_, set)| *set) {
+        let message = "is for a proxy that speaks HTTP: the route is left out";
+        context.finding(Code::NeedsHttp, format!("{at}.{field}"), message);
+        return Ok(None);
+    }
+    let destinations = destinations(&format!("{at}.route"), spec.route)?;
+    let always = spec.matches.is_empty();
+    let mut matches = Vec::new();
+    for (i, block) in spec.matches.into_iter().enumerate() {
+        matches.extend(match_block(context, &format!("{at}.match[{i}]"), block)?);
+    }
+    Ok((always || !matches.is_empty()).then_some(Route { matches, destinations }))
+}
+
+/// `None`: the block never holds here, or a node cannot tell whether it does.
+fn match_block(context: &mut Context<'_>, at: &str, spec: MatchSpec) -> Result<Option<Match>, Invalid> {
+    if let Some(field) = spec.rest.keys().next() {
+        let message = "looks into requests, which a connection does not show: this part of the match is left out";
+        context.finding(Code::NeedsHttp, format!("{at}.{field}"), message);
+        return Ok(None);
+    }
+    let of_clients = [
+        ("sourceLabels", !spec.source_labels.is_empty()),
+        ("sourceNamespace", spec.source_namespace.is_some_and(|namespace| !namespace.is_empty())),
+    ];
+    if let Some((field, _)) = of_clients.iter().find(|(_, set)| *set) {
+        let message =
+            "is about single clients: a node serves all of its pods alike, so this part of the match is left out";
+        context.finding(Code::LeftOut, format!("{at}.{field}"), message);
+        return Ok(None);
+    }
+    if !spec.gateways.is_empty() && !spec.gateways.iter().any(|gateway| gateway == MESH) {
+        return Ok(None);
+    }
+    let mut subnets = Vec::new();
+    for (i, text) in spec.destination_subnets.iter().enumerate() {
+        let field = || format!("{at}.destinationSubnets[{i}]");
+        subnets.push(text.parse().map_err(|message: String| invalid(field(), message))?);
+    }
+    Ok(Some(Match { port: spec.port, subnets }))
+}
+
+fn destinations(at: &str, specs: Vec<DestinationSpec>) -> Result<Vec<WeightedDestination>, Invalid> {
+    if specs.is_empty() {
+        return Err(invalid(at, "leads nowhere: it has no destination"));
+    }
+    let single = specs.len() == 1;
+    let sum: u64 = specs.iter().map(|spec| u64::from(spec.weight)).sum();
+    if sum == 0 && !single {
+        return Err(invalid(at, format!("the weights of the {} destinations sum to 0", specs.len())));
+    }
+    let destinations = specs.into_iter().map(|spec| WeightedDestination {
+        host: spec.destination.host,
+        subset: spec.destination.subset.filter(|subset| !subset.is_empty()),
+        port: spec.destination.port.map(|port| port.number),
+        weight: if single { 1 } else { spec.weight },
+    });
+    Ok(destinations.collect())
+}

@@ -1,0 +1,28 @@
+//! Plain types: what the objects say, free of the form in which they came.
+
+mod endpoint;
+mod finding;
+mod istio;
+mod locality;
+mod mesh_config;
+mod name;
+mod object;
+mod outlier_detection;
+mod probe;
+mod service;
+
+pub use endpoint::{
+    EndpointSlice, Hints, Labels, Namespace, Node, Pod, SliceEndpoint, SlicePort, Workload, WorkloadEntry,
+};
+pub use finding::{Code, Finding, Position, Severity};
+pub use istio::{
+    Algorithm, ConnectionPool, DestinationRule, Distribute, Failover, Keepalive, LabelPreference, LoadBalancer,
+    LocalitySetting, Match, Route, Subnet, Subset, TrafficPolicy, VirtualService, Warmup, WeightedDestination,
+};
+pub use locality::{Locality, LocalityPattern};
+pub use mesh_config::{MeshConfig, Retention, RetentionRule};
+pub use name::NamespacedName;
+pub use object::{Kind, Object, ObjectKey, Scope};
+pub use outlier_detection::{JudgedBy, OutlierDetection};
+pub use probe::{Probe, ProbeKind};
+pub use service::{Protocol, Service, ServiceEntry, ServiceId, ServicePort, Target, TrafficDistribution};

@@ -1,0 +1,323 @@
+//! Which endpoints a pool has.
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use super::{
+    context::{Candidate, Scene},
+    locality::Labelled,
+    service_view::{ServiceView, find},
+    types::{Endpoint, EndpointHealth, LeftOut, PoolKey},
+};
+use crate::{
+    model::{EndpointSlice, Hints, Labels, Locality, Retention, SliceEndpoint, Target, Workload},
+    store::Objects,
+};
+
+/// What decides which endpoints belong to a pool.
+pub(super) struct Filter<'a> {
+    pub(super) key: &'a PoolKey,
+    /// The subset's labels.
+    pub(super) labels: Option<&'a Labels>,
+    pub(super) retention: Retention,
+    /// Whether an Istio rule is in force for the service.
+    pub(super) ruled: bool,
+    /// Whether endpoints that are not ready stay out altogether, and do not count as unhealthy ones.
+    pub(super) ready_only: bool,
+    /// Whether ejections count: nobody is ejected from a pool that asks for no outlier detection.
+    pub(super) ejects: bool,
+}
+
+/// What has been found so far.
+struct Found<'a> {
+    candidates: Vec<Candidate<'a>>,
+    /// Where in the list an address is.
+    seen: HashMap<SocketAddr, usize>,
+    left_out: Option<Vec<LeftOut>>,
+}
+
+impl Found<'_> {
+    fn leave_out(&mut self, address: IpAddr, cluster: &Arc<str>, why: &'static str) {
+        if let Some(left_out) = &mut self.left_out {
+            left_out.push(LeftOut { address, cluster: Arc::clone(cluster), why });
+        }
+    }
+}
+
+/// What a pool has and has not.
+#[derive(Default)]
+pub(super) struct Selected<'a> {
+    /// Its endpoints, in order of their addresses.
+    pub(super) candidates: Vec<Candidate<'a>>,
+    /// Those that it would have, were they not going away or not ready: they get no connection, and those that they have go on.
+    pub(super) leaving: Vec<SocketAddr>,
+    /// Where somebody wants to know, those that it does not have, with the reason.
+    pub(super) left_out: Vec<LeftOut>,
+}
+
+/// The endpoints of the pool.
+pub(super) fn select<'a>(scene: &Scene<'a>, filter: &Filter<'_>) -> Selected<'a> {
+    let mut found = Found { candidates: Vec::new(), seen: HashMap::new(), left_out: scene.explain.then(Vec::new) };
+    let Some(view) = find(scene.snapshot, &scene.client.cluster, &filter.key.service) else {
+        return Default::default();
+    };
+    let Some(port) = view.port(filter.key) else { return Default::default() };
+    if !view.id.is_entry {
+        slices(scene, filter, &view, &port.name, &mut found);
+    }
+    workloads(scene, filter, &view, port, &mut found);
+    by_hints(scene, filter, &view, &mut found);
+    let Found { candidates, mut left_out, .. } = found;
+    // kube-proxy: where nothing is ready, what is going away but still serves is better than nothing.
+    let is_ready =
+        |candidate: &Candidate<'_>| candidate.ready && !candidate.lost && candidate.terminating != Some(true);
+    let last_resort =
+        !filter.ruled && !candidates.iter().any(|candidate| view.publish_not_ready || is_ready(candidate));
+    let mut chosen = Vec::with_capacity(candidates.len());
+    let mut leaving = Vec::new();
+    for mut candidate in candidates {
+        match health(filter, &view, last_resort, &candidate) {
+            // Nobody knows how it is by now.
+            Ok(_) if candidate.lost => candidate.endpoint.health = EndpointHealth::Unhealthy,
+            Ok(health) => candidate.endpoint.health = health,
+            Err(why) => {
+                leaving.push(candidate.endpoint.address);
+                if let Some(left_out) = &mut left_out {
+                    let Endpoint { address, cluster, .. } = &candidate.endpoint;
+                    left_out.push(LeftOut { address: address.ip(), cluster: Arc::clone(cluster), why });
+                }
+                continue;
+            }
+        }
+        let Endpoint { address, locality, .. } = &candidate.endpoint;
+        let out = scene.observed.is_ejected(filter.key, address, filter.ejects)
+            || scene.observed.is_drained(&filter.key.service.name, &locality.region);
+        if candidate.endpoint.health.is_usable() && out {
+            candidate.endpoint.health = EndpointHealth::Ejected;
+        } else if candidate.endpoint.health.is_usable() && scene.observed.is_failing(filter.key, address) {
+            candidate.endpoint.health = EndpointHealth::Failing;
+        }
+        chosen.push(candidate);
+    }
+    chosen.sort_by_key(|candidate| candidate.endpoint.address);
+    Selected { candidates: chosen, leaving, left_out: left_out.unwrap_or_default() }
+}
+
+/// What its conditions say of an endpoint, or why the pool does not have it.
+fn health(
+    filter: &Filter<'_>,
+    view: &ServiceView<'_>,
+    last_resort: bool,
+    candidate: &Candidate<'_>,
+) -> Result<EndpointHealth, &'static str> {
+    let ready = candidate.ready || view.publish_not_ready;
+    // Absent means "no" to Kubernetes, and to Istio "yes" for what is not ready.
+    let going = candidate.terminating.unwrap_or(filter.ruled && !ready);
+    match (ready, going) {
+        (true, _) if view.publish_not_ready => Ok(EndpointHealth::Healthy),
+        (_, true) if last_resort && candidate.serving => Ok(EndpointHealth::Draining),
+        (_, true) => Err("it is terminating"),
+        (true, false) => Ok(EndpointHealth::Healthy),
+        (false, false) if filter.ready_only => {
+            Err("it is not ready, and minHealthPercent allows panic, which shall not revive it")
+        }
+        (false, false) => Ok(EndpointHealth::Unhealthy),
+    }
+}
+
+fn slices<'a>(scene: &Scene<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, port: &str, found: &mut Found<'a>) {
+    // The own cluster first: what it says of an address counts, whatever another one says of the same.
+    let own = scene.snapshot.clusters.get_key_value(&scene.client.cluster);
+    let others = scene.snapshot.clusters.iter().filter(|(cluster, _)| **cluster != scene.client.cluster);
+    for (cluster, objects) in own.into_iter().chain(others) {
+        let Some(slices) = objects.slices.get(&view.id.name) else { continue };
+        let own = *cluster == scene.client.cluster;
+        // A cluster adds endpoints to services that it has itself.
+        let outside = if !own && filter.retention == Retention::Strict {
+            Some("it is in another cluster, and clusterLocal keeps connections in the client's")
+        } else if !own && view.node_local {
+            Some("it is on another node, and internalTrafficPolicy is Local")
+        } else if !objects.services.contains_key(&view.id.name) {
+            Some("its cluster has no such Service")
+        } else {
+            None
+        };
+        let network = objects.network();
+        let lost = !own && scene.snapshot.lost.contains(cluster);
+        for slice in slices.values() {
+            let serves = slice.ports.iter().find(|own| own.name == port && own.protocol == filter.key.protocol);
+            for endpoint in &slice.endpoints {
+                // Endpoints belong to a service port by its name, whatever the numbers are.
+                let (why, number) = match (outside, serves) {
+                    (Some(why), _) => (Some(why), 0),
+                    (None, None) => (Some("its slice has no port of that name"), 0),
+                    (None, Some(port)) => (None, port.port),
+                };
+                let candidate = Candidate {
+                    endpoint: Endpoint {
+                        address: SocketAddr::new(endpoint.address, number),
+                        cluster: Arc::clone(cluster),
+                        locality: locality_of(scene, objects, endpoint),
+                        weight: 1,
+                        health: EndpointHealth::Healthy,
+                        priority: 0,
+                    },
+                    ready: endpoint.ready,
+                    serving: endpoint.serving,
+                    terminating: endpoint.terminating,
+                    lost,
+                    hints: endpoint.hints.as_deref(),
+                    labels: pod_labels(objects, slice, endpoint),
+                    network,
+                    node: endpoint.node.as_deref(),
+                };
+                add(scene, filter, view, candidate, why, found);
+            }
+        }
+    }
+}
+
+/// Endpoints that are described by hand: those of a ServiceEntry, and WorkloadEntries that it or a Service selects.
+fn workloads<'a>(
+    scene: &Scene<'a>,
+    filter: &Filter<'_>,
+    view: &ServiceView<'a>,
+    port: &crate::model::ServicePort,
+    found: &mut Found<'a>,
+) {
+    let own = scene.snapshot.clusters.get(&scene.client.cluster);
+    let namespace = &view.id.name.namespace;
+    let selected = |workload: &Workload| {
+        view.selector
+            .is_some_and(|selector| selector.iter().all(|(key, value)| workload.labels.get(key) == Some(value)))
+    };
+    let entries =
+        [Some(&scene.snapshot.mesh), own].into_iter().flatten().flat_map(|objects| objects.workload_entries.values());
+    let entries = entries.filter(|entry| entry.name.namespace == *namespace && selected(&entry.workload));
+    let network = own.map(Objects::network).unwrap_or_default();
+    for workload in view.workloads.iter().chain(entries.map(|entry| &entry.workload)) {
+        // Istio: the workload's own port of that name, or else the target, whose name is the workload's to say.
+        let own = |name: &str| workload.ports.get(name).copied();
+        let number = own(&port.name).or_else(|| match &port.target {
+            Target::Number(number) => Some(*number),
+            Target::Name(name) => own(name),
+        });
+        let why = number.is_none().then_some("it does not say which port the service's targetPort is");
+        let number = number.unwrap_or_default();
+        let candidate = Candidate {
+            endpoint: Endpoint {
+                address: SocketAddr::new(workload.address, number),
+                // Each control plane takes what is described by hand for its own.
+                cluster: Arc::clone(&scene.client.cluster),
+                locality: Arc::clone(&workload.locality),
+                weight: workload.weight,
+                health: EndpointHealth::Healthy,
+                priority: 0,
+            },
+            ready: true,
+            serving: true,
+            terminating: Some(false),
+            lost: false,
+            hints: None,
+            labels: Some(&workload.labels),
+            network: if workload.network.is_empty() { network } else { &workload.network },
+            node: None,
+        };
+        add(scene, filter, view, candidate, why, found);
+    }
+}
+
+/// Adds a candidate, unless something speaks against it.
+fn add<'a>(
+    scene: &Scene<'_>,
+    filter: &Filter<'_>,
+    view: &ServiceView<'_>,
+    candidate: Candidate<'a>,
+    why: Option<&'static str>,
+    found: &mut Found<'a>,
+) {
+    let Endpoint { address, cluster, .. } = &candidate.endpoint;
+    let on_node = || candidate.node.is_some() && candidate.node == scene.client.node.as_deref();
+    let has = |labels: &Labels| labels.iter().all(|(key, value)| candidate.label(key) == value);
+    let why = if !(scene.family)(&address.ip()) {
+        Some("it is of the other address family")
+    } else if why.is_some() {
+        why
+    } else if view.node_local && !on_node() {
+        Some("it is on another node, and internalTrafficPolicy is Local")
+    } else if !filter.labels.is_none_or(has) {
+        Some("it has not the labels of the subset")
+    } else {
+        None
+    };
+    match why {
+        Some(why) => found.leave_out(address.ip(), &Arc::clone(cluster), why),
+        None => match found.seen.entry(*address) {
+            Entry::Vacant(place) => {
+                place.insert(found.candidates.len());
+                found.candidates.push(candidate);
+            }
+            // During a rollout of slices an endpoint may be in two of them, and be ready in one only.
+            Entry::Occupied(place) => {
+                let first = &mut found.candidates[*place.get()];
+                let (address, cluster) = (address.ip(), Arc::clone(cluster));
+                if first.endpoint.cluster == cluster && candidate.ready && !first.ready {
+                    *first = candidate;
+                }
+                found.leave_out(address, &cluster, "it is listed more than once, which counts once");
+            }
+        },
+    }
+}
+
+/// Kubernetes' topology hints: if every ready endpoint has one, and one of them is for this node or zone, those of others are left out.
+/// Istio's rules and `trafficDistribution` say the same by other means.
+fn by_hints(scene: &Scene<'_>, filter: &Filter<'_>, view: &ServiceView<'_>, found: &mut Found<'_>) {
+    if filter.ruled || view.distribution.is_some() || view.node_local {
+        return;
+    }
+    let zone = &scene.client.locality.zone;
+    let node = scene.client.node.as_deref();
+    let for_node = |hints: &Hints| hints.nodes.iter().any(|name| Some(name.as_str()) == node);
+    let for_zone = |hints: &Hints| !zone.is_empty() && hints.zones.contains(zone);
+    let counts = |given: &dyn Fn(&Hints) -> bool, meant: &dyn Fn(&Hints) -> bool| {
+        let mut ready = found.candidates.iter().filter(|candidate| candidate.ready).peekable();
+        let mut any = false;
+        ready.peek().is_some()
+            && ready.all(|candidate| {
+                any |= candidate.hints.is_some_and(meant);
+                candidate.hints.is_some_and(given)
+            })
+            && any
+    };
+    let meant: &dyn Fn(&Hints) -> bool = if counts(&|hints| !hints.nodes.is_empty(), &for_node) {
+        &for_node
+    } else if counts(&|hints| !hints.zones.is_empty(), &for_zone) {
+        &for_zone
+    } else {
+        return;
+    };
+    let others = found.candidates.extract_if(.., |candidate| candidate.ready && !candidate.hints.is_some_and(meant));
+    let others: Vec<_> = others.map(|other| (other.endpoint.address.ip(), other.endpoint.cluster)).collect();
+    for (address, cluster) in others {
+        found.leave_out(address, &cluster, "its topology hints are for clients elsewhere");
+    }
+}
+
+/// Locality comes from the Node only: pods cannot make themselves look near.
+fn locality_of(scene: &Scene<'_>, objects: &Objects, endpoint: &SliceEndpoint) -> Arc<Locality> {
+    let node = endpoint.node.as_deref().and_then(|name| objects.nodes.get(name));
+    node.map_or_else(|| Arc::clone(scene.nowhere), |node| Arc::clone(&node.locality))
+}
+
+fn pod_labels<'a>(objects: &'a Objects, slice: &EndpointSlice, endpoint: &SliceEndpoint) -> Option<&'a Labels> {
+    if objects.pods.is_empty() {
+        return None;
+    }
+    let pod = endpoint.pod.as_deref()?;
+    let name = crate::model::NamespacedName::new(&slice.name.namespace, pod);
+    objects.pods.get(&name).map(|pod| &*pod.labels)
+}

@@ -1,0 +1,59 @@
+//! From candidates to levels: the priority of each endpoint, and the weight of each locality on its level.
+
+use std::sync::Arc;
+
+use super::{
+    context::{Candidate, Weights},
+    locality::{compacted, distribute_weights, levels},
+    types::{Client, Endpoint, Mode},
+};
+use crate::model::{Locality, LocalitySetting, Retention};
+
+/// Gives each endpoint its level, drops those that `distribute` leaves out, and returns the weight of each locality.
+pub(super) fn place(
+    client: &Client,
+    mode: Mode,
+    setting: &LocalitySetting,
+    by_distance: bool,
+    retention: Retention,
+    candidates: &mut Vec<Candidate<'_>>,
+) -> Weights {
+    if mode == Mode::Failover {
+        let mut levels = if by_distance { failover(client, setting, candidates) } else { vec![0; candidates.len()] };
+        if retention == Retention::Prefer {
+            // However far inside the own cluster, it is nearer than any other.
+            let outside = levels.iter().max().map_or(0, |level| level + 1);
+            for (level, candidate) in levels.iter_mut().zip(&*candidates) {
+                *level += if candidate.endpoint.cluster == client.cluster { 0 } else { outside };
+            }
+        }
+        for (candidate, level) in candidates.iter_mut().zip(compacted(levels)) {
+            candidate.endpoint.priority = level;
+        }
+    }
+    let mut weights = own_weights(candidates);
+    if mode == Mode::Distribute {
+        let own: Vec<(&Locality, u64)> = weights.iter().map(|((_, locality), weight)| (&**locality, *weight)).collect();
+        if let Some(given) = distribute_weights(&client.locality, &own, &setting.distribute) {
+            let keys: Vec<_> = weights.keys().cloned().collect();
+            weights = keys.into_iter().zip(given).filter_map(|(key, weight)| Some((key, weight?))).collect();
+            candidates.retain(|candidate| weights.contains_key(&(0, Arc::clone(&candidate.endpoint.locality))));
+        }
+    }
+    weights
+}
+
+/// The level of each endpoint, as the setting orders them.
+pub(super) fn failover(client: &Client, setting: &LocalitySetting, candidates: &[Candidate<'_>]) -> Vec<u32> {
+    let localities: Vec<&Locality> = candidates.iter().map(|candidate| &*candidate.endpoint.locality).collect();
+    levels((&client.labels, &client.locality), setting, &localities, candidates)
+}
+
+/// The weight of each locality: the sum of its endpoints'.
+pub(super) fn own_weights(candidates: &[Candidate<'_>]) -> Weights {
+    let mut weights = Weights::new();
+    for Endpoint { priority, locality, weight, .. } in candidates.iter().map(|candidate| &candidate.endpoint) {
+        *weights.entry((*priority, Arc::clone(locality))).or_default() += u64::from(*weight);
+    }
+    weights
+}

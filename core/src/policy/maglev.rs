@@ -1,0 +1,160 @@
+//! Consistent hashing: a table of places, filled so that each endpoint has its share of them, and so that few places change hands when
+//! endpoints come and go. A client's hash names its place.
+//!
+//! Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", 2016, section 3.4; with weights, as Envoy has it.
+
+use std::{collections::BTreeMap, hash::Hasher as _, net::SocketAddr};
+
+use num_integer::Integer as _;
+use siphasher::sip::SipHasher13;
+
+use super::share::{Group, Share};
+
+/// Places for pools of few endpoints, and for those of many: primes. Where a pool grows from the one to the other, every client moves, so
+/// there are but two.
+const PLACES: [usize; 2] = [4_099, 65_537];
+/// What counts as few: with this many, shares are off by a thirty-second at the most.
+const FEW: usize = 128;
+
+/// One group of all endpoints in place of the groups, whose weights are the places that each has. A client belongs to an endpoint of the
+/// pool, whatever its locality; the shares of localities hold over many clients.
+pub(super) fn quotas(groups: Vec<Group>) -> Vec<Group> {
+    let mut shares: BTreeMap<SocketAddr, Share> = BTreeMap::new();
+    for group in groups {
+        let total: u128 = group.members.iter().map(|(_, weight)| u128::from(*weight)).sum();
+        for (address, weight) in group.members {
+            *shares.entry(address).or_default() += group.share * Share::new(u128::from(weight), total.max(1));
+        }
+    }
+    shares.retain(|_, share| *share > Share::default());
+    if shares.is_empty() {
+        return Vec::new();
+    }
+    let places = if shares.len() <= FEW { PLACES[0] } else { PLACES[1] };
+    let total: Share = shares.values().sum();
+    let exact = |share: Share| share / total * Share::from(places as u128);
+    let mut quotas: Vec<(SocketAddr, u32)> =
+        shares.iter().map(|(address, share)| (*address, exact(*share).to_integer().max(1) as u32)).collect();
+    // What is left over goes to the largest remainders; where the smallest were rounded up, the largest give.
+    let mut order: Vec<usize> = (0..quotas.len()).collect();
+    let remainders: Vec<Share> = shares.values().map(|share| exact(*share).fract()).collect();
+    order.sort_by(|a, b| remainders[*b].cmp(&remainders[*a]).then(a.cmp(b)));
+    let given: usize = quotas.iter().map(|(_, quota)| *quota as usize).sum();
+    for &i in order.iter().cycle().take(places.saturating_sub(given)) {
+        quotas[i].1 += 1;
+    }
+    for _ in 0..given.saturating_sub(places) {
+        if let Some(largest) = quotas.iter_mut().max_by_key(|(_, quota)| *quota) {
+            largest.1 -= 1;
+        }
+    }
+    vec![Group { share: Share::from(1), members: quotas }]
+}
+
+/// The table for endpoints and their numbers of places, whose sum is a prime.
+pub(super) fn table(quotas: &[(SocketAddr, u32)]) -> Vec<SocketAddr> {
+    let places: usize = quotas.iter().map(|(_, quota)| *quota as usize).sum();
+    if places < 2 {
+        return quotas.iter().filter(|(_, quota)| *quota > 0).map(|(address, _)| *address).collect();
+    }
+    let most = quotas.iter().map(|(_, quota)| u64::from(*quota)).max().unwrap_or(1);
+    let mut own: Vec<Preference> = quotas.iter().map(|(address, _)| Preference::new(address, places)).collect();
+    let mut table: Vec<Option<SocketAddr>> = vec![None; places];
+    let mut taken = vec![0u32; quotas.len()];
+    let (mut filled, mut round) = (0, 0u64);
+    while filled < places {
+        round += 1;
+        for (i, (address, quota)) in quotas.iter().enumerate() {
+            // Those with fewer places take their turns as much more seldom.
+            if taken[i] >= *quota || u64::from(taken[i]) * most >= u64::from(*quota) * round {
+                continue;
+            }
+            for place in own[i].by_ref() {
+                if table[place].is_none() {
+                    table[place] = Some(*address);
+                    break;
+                }
+            }
+            taken[i] += 1;
+            filled += 1;
+        }
+    }
+    table.into_iter().flatten().collect()
+}
+
+/// The order in which an endpoint wants places: a permutation of all of them.
+struct Preference {
+    next: usize,
+    skip: usize,
+    places: usize,
+}
+
+impl Preference {
+    fn new(address: &SocketAddr, places: usize) -> Self {
+        let hash = |seed| {
+            let mut hasher = SipHasher13::new_with_keys(seed, 0);
+            hasher.write(address.to_string().as_bytes());
+            hasher.finish()
+        };
+        let (_, offset) = hash(0).div_rem(&(places as u64));
+        let (_, skip) = hash(1).div_rem(&(places as u64 - 1));
+        Self { next: offset as usize, skip: skip as usize + 1, places }
+    }
+}
+
+impl Iterator for Preference {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        let place = self.next;
+        self.next = (self.next + self.skip) % self.places;
+        Some(place)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn group(hosts: impl Iterator<Item = u8>, share: (u128, u128)) -> Group {
+        let address = |host| SocketAddr::from(([10, 0, 0, host], 80));
+        Group { share: Share::new(share.0, share.1), members: hosts.map(|host| (address(host), 1)).collect() }
+    }
+
+    fn filled(groups: Vec<Group>) -> Vec<SocketAddr> {
+        table(&quotas(groups)[0].members)
+    }
+
+    fn count(table: &[SocketAddr], hosts: std::ops::Range<u8>) -> usize {
+        let host = |address: &&SocketAddr| match address.ip() {
+            std::net::IpAddr::V4(ip) => hosts.contains(&ip.octets()[3]),
+            std::net::IpAddr::V6(_) => false,
+        };
+        table.iter().filter(host).count()
+    }
+
+    #[test]
+    fn everybody_has_his_share_of_places() {
+        let table = filled(vec![group(0..3, (9, 10)), group(3..5, (1, 10))]);
+        assert_eq!(table.len(), 4_099);
+        assert_eq!((count(&table, 0..3), count(&table, 3..5)), (3_689, 410));
+        let alone = filled(vec![group(7..8, (1, 1))]);
+        assert_eq!(count(&alone, 7..8), 4_099);
+        let many = filled(vec![group(0..200, (1, 1))]);
+        assert_eq!(many.len(), 65_537);
+        for host in 0..200 {
+            assert!((327..=328).contains(&count(&many, host..host + 1)));
+        }
+    }
+
+    /// One endpoint of ten goes: its own clients must move, and hardly any other.
+    #[test]
+    fn who_leaves_moves_few() {
+        let (before, after) = (filled(vec![group(0..10, (1, 1))]), filled(vec![group(1..10, (1, 1))]));
+        let moved = before.iter().zip(&after).filter(|(before, after)| before != after).count();
+        let least = count(&before, 0..1);
+        assert!(moved < 2 * least, "{moved} of {} places change hands, where {least} must", before.len());
+        // And it has its places back when it is back.
+        assert_eq!(filled(vec![group(0..10, (1, 1))]), before);
+    }
+}

@@ -1,0 +1,193 @@
+//! One pool: its endpoints, their levels, and the share of each group of them.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{
+    cluster_local::retention,
+    context::Scene,
+    endpoints::{self, Filter, Selected},
+    levels::place,
+    load_split::Spread,
+    locality::effective_setting,
+    maglev, service_view,
+    share::Group,
+    types::{Endpoint, LocalityShare, Mode, Pool, PoolKey, SettingSource},
+};
+use crate::model::{
+    Algorithm, Code, Finding, JudgedBy, LocalitySetting, OutlierDetection, Probe, Protocol, Retention, ServiceId,
+};
+
+/// Whether it is the service by which pods reach their API server.
+fn is_api_server(service: &ServiceId) -> bool {
+    !service.is_entry && service.name.namespace == "default" && service.name.name == "kubernetes"
+}
+
+/// The pool, and who gets which share of its connections; nobody: refuse.
+pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mut Vec<Finding>) -> (Pool, Vec<Group>) {
+    let rule = scene.rules.destination_rule(&key.service);
+    let policy = rule.map(|rule| scene.rules.traffic_policy(rule, &key)).unwrap_or_default();
+    let view = service_view::find(scene.snapshot, &scene.client.cluster, &key.service);
+    let distribution = view.as_ref().and_then(|view| view.distribution);
+    let effective = effective_setting(policy.locality(), distribution, &scene.rules.mesh.locality);
+    // Nor do shares by region leave any of them out: nothing says where they are.
+    let effective = effective.filter(|_| !is_api_server(&key.service));
+    let host = scene.rules.host_of(&key.service).unwrap_or_default();
+    let (retention, retained_by) = retention(&scene.rules.mesh, &host);
+    let threshold = policy.outlier.as_ref().map_or(0, |outlier| outlier.min_health_percent);
+    // Whatever ejects its endpoints, the API server's own service keeps them: without it nobody would learn of others.
+    let threshold = if is_api_server(&key.service) { threshold.max(1) } else { threshold };
+    let subset =
+        rule.zip(key.subset.as_ref()).and_then(|(rule, name)| rule.subsets.iter().find(|subset| subset.name == *name));
+
+    let filter = Filter {
+        key: &key,
+        labels: subset.map(|subset| &subset.labels),
+        retention,
+        ruled: rule.is_some() || routed,
+        ready_only: threshold > 0 && distribution.is_none(),
+        ejects: policy.outlier.is_some(),
+    };
+    let Selected { mut candidates, leaving, left_out } = if let (Some(name), None) = (&key.subset, subset) {
+        let message =
+            format!("subset {name:?} of {} is defined by no DestinationRule: its connections are refused", key.service);
+        findings.push(Finding::new(Code::UnknownSubset, key.service.object(), message));
+        Default::default()
+    } else {
+        endpoints::select(scene, &filter)
+    };
+    check_ejection_limit(&key, policy.outlier.as_ref(), candidates.len(), findings);
+
+    let balancer = policy.balancer.unwrap_or_default();
+    let warmup = balancer.warmup.as_ref();
+    let (setting, source) = effective.unzip();
+    // Other protocols than TCP have no port of their own that could be probed.
+    let own = |probe: &Arc<Probe>| key.protocol == Protocol::Tcp || probe.port.is_some();
+    let probe = rule.and_then(|rule| rule.probe.clone()).filter(own);
+    // Whoever finds out that endpoints fail lets others take over.
+    let judged = policy.outlier.is_some() || probe.is_some();
+    let mode = mode(setting.as_ref(), source, judged, retention);
+    let spread = Spread { scene, warmup, threshold, key: &key };
+    let (priorities, weights, groups) = match (&setting, mode) {
+        (Some(setting), Mode::Distribute) if setting.distribute_with_failover => {
+            spread.distribute_with_failover(setting, &mut candidates)
+        }
+        _ => {
+            let default = LocalitySetting::default();
+            let setting = setting.as_ref().unwrap_or(&default);
+            let distribution = source == Some(SettingSource::TrafficDistribution);
+            let by_distance = distribution || (source.is_some() && judged);
+            let weights = place(scene.client, mode, setting, by_distance, retention, &mut candidates);
+            let explicit = !(setting.failover.is_empty() && setting.failover_priority.is_empty());
+            let by_locality = mode == Mode::Distribute || (mode == Mode::Failover && explicit && judged);
+            let (priorities, groups) = spread.by_level(&candidates, &weights, by_locality);
+            (priorities, weights, groups)
+        }
+    };
+    if mode == Mode::Distribute && retention == Retention::Prefer {
+        let message = format!(
+            "port {}: distribute says where connections go; that the own cluster is preferred has no effect",
+            key.port
+        );
+        findings.push(Finding::new(Code::NotTogether, key.service.object(), message));
+    }
+    let localities = weights
+        .into_iter()
+        .map(|((priority, locality), weight)| LocalityShare { locality, priority, weight })
+        .collect();
+    let mut limits = policy.pool.unwrap_or_default();
+    let ejects = policy.outlier.is_some();
+    limits.connect_timeout =
+        limits.connect_timeout.or(scene.rules.mesh.connect_timeout).or(ejects.then_some(DEFAULT_CONNECT_TIMEOUT));
+    let algorithm = algorithm(balancer.algorithm, &key, retention, findings);
+    let groups = if algorithm == Algorithm::ConsistentHash { maglev::quotas(groups) } else { groups };
+    let http = view.as_ref().and_then(|view| view.port(&key)).is_some_and(|port| port.http1);
+    let judged_by = judged_by(policy.outlier.as_ref(), http && !scene.observed.not_http.contains(&key.both_families()));
+    // Made in the place of the candidates, which are larger.
+    let mut endpoints: Vec<Endpoint> = candidates.into_iter().map(|candidate| candidate.endpoint).collect();
+    endpoints.shrink_to_fit();
+    let pool = Pool {
+        mode,
+        judged_by,
+        setting: source,
+        distributes_with_failover: mode == Mode::Distribute
+            && setting.as_ref().is_some_and(|setting| setting.distribute_with_failover),
+        retention,
+        retained_by,
+        rule: rule.cloned(),
+        algorithm,
+        outlier: policy.outlier,
+        probe,
+        close_idle_elsewhere: rule.and_then(|rule| rule.close_idle_elsewhere),
+        warmup: balancer.warmup,
+        limits,
+        priorities,
+        localities,
+        endpoints,
+        leaving,
+        groups: groups.len(),
+        left_out,
+        key,
+    };
+    (pool, groups)
+}
+
+/// Envoy's connect timeout where none is set; it decides when a connect counts as failed. Without one, a connect that nobody answers
+/// would count as failed after two minutes only.
+const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// On a port that is HTTP/1 the responses say how an endpoint is, where a threshold counts them.
+fn judged_by(outlier: Option<&OutlierDetection>, http: bool) -> JudgedBy {
+    match outlier {
+        Some(outlier) if http && (outlier.consecutive_errors > 0 || outlier.gateway_errors > 0) => JudgedBy::Status,
+        Some(outlier) if outlier.count_early_resets => JudgedBy::Answer,
+        _ => JudgedBy::Connect,
+    }
+}
+
+/// Who decides among the endpoints.
+fn algorithm(asked: Option<Algorithm>, key: &PoolKey, retention: Retention, findings: &mut Vec<Finding>) -> Algorithm {
+    // Istio's own default is LEAST_REQUEST, which has to be asked for here: plain Services go round.
+    let asked = asked.unwrap_or(Algorithm::RoundRobin);
+    if asked == Algorithm::LeastRequest && key.protocol == Protocol::Udp {
+        let message = "LEAST_REQUEST counts connections, and datagrams are none; RANDOM is used";
+        findings.push(Finding::new(Code::NotTogether, key.service.object(), message));
+        return Algorithm::Random;
+    }
+    if asked != Algorithm::Passthrough {
+        return asked;
+    }
+    if retention == Retention::Strict {
+        let message =
+            "PASSTHROUGH would let connections leave their cluster, which clusterLocal forbids; ROUND_ROBIN is used";
+        findings.push(Finding::new(Code::NotTogether, key.service.object(), message));
+        return Algorithm::RoundRobin;
+    }
+    Algorithm::Passthrough
+}
+
+/// `distribute` needs nothing else; failover, whether asked for or Istio's default, needs outlier detection, unless it is Kubernetes'
+/// `trafficDistribution` or a preference for the own cluster.
+fn mode(setting: Option<&LocalitySetting>, source: Option<SettingSource>, ejects: bool, retention: Retention) -> Mode {
+    match setting {
+        Some(setting) if !setting.distribute.is_empty() => Mode::Distribute,
+        Some(_) if ejects || source == Some(SettingSource::TrafficDistribution) => Mode::Failover,
+        _ if retention == Retention::Prefer => Mode::Failover,
+        _ => Mode::None,
+    }
+}
+
+/// Envoy dropped "at least one" in 1.28, so a percentage of a small pool may be no host at all. People should know.
+fn check_ejection_limit(key: &PoolKey, outlier: Option<&OutlierDetection>, hosts: usize, findings: &mut Vec<Finding>) {
+    let Some(outlier) = outlier else { return };
+    if hosts > 0 && outlier.thresholds() != [0, 0] && outlier.most_ejected(hosts) == 0 {
+        let message = format!(
+            "{} % of {hosts} endpoints of port {} is none, so none is ever ejected; raise it to {} or more, or set the annotation \
+             portolan.io/always-eject-one: \"true\" on the DestinationRule",
+            outlier.max_ejection_percent,
+            key.port,
+            100usize.div_ceil(hosts)
+        );
+        let finding = Finding::new(Code::EjectsNobody, key.service.object(), message);
+        findings.push(finding.at("outlierDetection.maxEjectionPercent"));
+    }
+}

@@ -1,0 +1,322 @@
+//! Which rules are for a host: names are resolved, the most specific wins, the rule's namespace must be entitled.
+
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::types::{Client, PoolKey};
+use crate::{
+    model::{
+        Code, DestinationRule, Finding, MeshConfig, NamespacedName, Protocol, Retention, RetentionRule, Route,
+        ServiceId, ServicePort, TrafficPolicy, VirtualService,
+    },
+    store::{Objects, Snapshot},
+};
+
+/// The rules that are in force for a client: the mesh's and its own cluster's.
+#[derive(Debug, Default)]
+pub struct RuleBook {
+    /// The mesh's settings.
+    pub mesh: MeshConfig,
+    destination_rules: ByHost<DestinationRule>,
+    virtual_services: ByHost<VirtualService>,
+    /// Every service that exists, by host name.
+    hosts: BTreeMap<String, ServiceId>,
+    /// Host names of ServiceEntries; those of Services follow from their names.
+    entries: BTreeMap<NamespacedName, String>,
+}
+
+/// Rules by the namespace that they are in and the host that they are for, a full name or one with a leading `*`.
+type ByHost<T> = BTreeMap<String, BTreeMap<String, Arc<T>>>;
+
+/// Where a connection to a frontend may go.
+#[derive(Debug)]
+pub struct Destination {
+    /// Relative to the others'.
+    pub weight: u32,
+    /// The pool.
+    pub key: PoolKey,
+    /// Whether a route led here.
+    pub by_rule: bool,
+}
+
+/// A route and the rule that it is in.
+type Taken<'a> = (&'a VirtualService, &'a Route);
+
+impl RuleBook {
+    /// Collects the rules for the client.
+    pub fn new(snapshot: &Snapshot, client: &Client, findings: &mut Vec<Finding>) -> Self {
+        let own = snapshot.clusters.get(&client.cluster);
+        // What is the cluster's own comes before what is the mesh's.
+        let scopes: Vec<&Objects> = [own, Some(&snapshot.mesh)].into_iter().flatten().collect();
+        let mut configs = scopes.iter().filter_map(|objects| objects.mesh_config.as_deref());
+        let mut mesh = configs.next().cloned().unwrap_or_default();
+        if configs.next().is_some() {
+            let message =
+                format!("cluster {} has settings of its own, which count; those of the mesh do not", client.cluster);
+            findings.push(Finding::new(Code::NotTogether, "ConfigMap istio-system/istio", message));
+        }
+        if client.confined {
+            mesh.retention.insert(0, RetentionRule { host: "*".to_owned(), retention: Retention::Strict });
+        }
+        let mut book = Self { mesh, ..Self::default() };
+        for name in snapshot.clusters.values().flat_map(|objects| objects.services.keys()) {
+            book.hosts.insert(name.host(&book.mesh.domain), ServiceId::service(name.clone()));
+        }
+        for entry in scopes.iter().flat_map(|objects| objects.service_entries.values()) {
+            let host = &entry.hosts[0];
+            let id = ServiceId::entry(entry.name.clone());
+            match book.hosts.get(host) {
+                // A Service that only another cluster has does not take an entry's name.
+                Some(other) if !other.is_entry && own.is_some_and(|own| own.services.contains_key(&other.name)) => {
+                    let message =
+                        format!("{host:?} is the name of Service {other}, which counts; the entry is not used");
+                    findings.push(Finding::new(Code::ServiceWins, id.object(), message).at("spec.hosts[0]"));
+                    continue;
+                }
+                Some(other) if other.is_entry => {
+                    let message = format!("{host:?} is the name of {} as well, to which routes lead", other.object());
+                    findings.push(Finding::new(Code::SecondRule, id.object(), message).at("spec.hosts[0]"));
+                }
+                _ => drop(book.hosts.insert(host.clone(), id)),
+            }
+            book.entries.insert(entry.name.clone(), host.clone());
+        }
+        book.check_retention(findings);
+        for objects in scopes {
+            for rule in objects.destination_rules.values() {
+                let host = book.full_name(&rule.host, &rule.name.namespace);
+                book.check_host(&format!("DestinationRule {}", rule.name), "spec.host", &rule.name, &host, findings);
+                check_failover(rule, findings);
+                book.add_destination_rule(host, rule, findings);
+            }
+            for rule in objects.virtual_services.values().filter(|rule| !(rule.tcp.is_empty() && rule.http.is_empty()))
+            {
+                for host in &rule.hosts {
+                    let host = book.full_name(host, &rule.name.namespace);
+                    let object = format!("VirtualService {}", rule.name);
+                    book.check_host(&object, "spec.hosts", &rule.name, &host, findings);
+                    book.add_virtual_service(host, rule, findings);
+                }
+            }
+        }
+        book
+    }
+
+    /// A host that nobody has stays in its cluster in vain, and one that is mistyped does not at all.
+    fn check_retention(&self, findings: &mut Vec<Finding>) {
+        for rule in self.mesh.retention.iter().filter(|rule| rule.host != "*") {
+            let pattern = rule.host.starts_with('*');
+            let known = if pattern {
+                self.hosts.keys().any(|host| matches(&rule.host, host))
+            } else {
+                self.hosts.contains_key(&rule.host)
+            };
+            if !known {
+                let message = format!(
+                    "{:?} is the host of no service, so nothing is kept in its cluster by it; hosts are full names \
+                     (reviews.default.svc.{}) or begin with `*`",
+                    rule.host, self.mesh.domain
+                );
+                findings.push(
+                    Finding::new(Code::UnknownHost, "ConfigMap istio-system/istio", message)
+                        .at("serviceSettings.hosts"),
+                );
+            }
+        }
+    }
+
+    /// The host name of a service; `None` for a ServiceEntry that is not used.
+    pub fn host_of(&self, service: &ServiceId) -> Option<String> {
+        if service.is_entry {
+            self.entries.get(&service.name).cloned()
+        } else {
+            Some(service.name.host(&self.mesh.domain))
+        }
+    }
+
+    /// A name without dots means a Service in the rule's own namespace.
+    fn full_name(&self, host: &str, namespace: &str) -> String {
+        if host.contains(['.', '*']) {
+            host.to_owned()
+        } else {
+            NamespacedName::new(namespace, host).host(&self.mesh.domain)
+        }
+    }
+
+    /// A rule that means nobody, or others' services, has no effect, which its author should know.
+    fn check_host(&self, object: &str, field: &str, rule: &NamespacedName, host: &str, findings: &mut Vec<Finding>) {
+        let exact = self.hosts.get(host).into_iter();
+        // Only a pattern has to be compared with every name.
+        let all = if host.starts_with('*') { self.hosts.iter() } else { Default::default() };
+        let by_pattern = all.filter(|(name, _)| matches(host, name)).map(|(_, name)| name);
+        let entries: Vec<ServiceId> =
+            self.entries.iter().filter(|(_, name)| *name == host).map(|(id, _)| ServiceId::entry(id.clone())).collect();
+        let mut meant = exact.chain(by_pattern).chain(&entries).peekable();
+        if meant.peek().is_none() {
+            let message = format!("no service is named {host:?}; the rule has no effect");
+            findings.push(Finding::new(Code::UnknownHost, object, message).at(field));
+        } else if rule.namespace != self.mesh.root_namespace
+            && !meant.any(|service| service.name.namespace == rule.namespace)
+        {
+            let message = format!(
+                "{host:?} is in another namespace, whose traffic this rule may not change; put the rule there, or into {}",
+                self.mesh.root_namespace
+            );
+            findings.push(Finding::new(Code::ForeignHost, object, message).at(field));
+        }
+    }
+
+    /// The most specific rule for a host from a namespace that may make rules for it.
+    fn find<'a, T>(&self, rules: &'a ByHost<T>, service: &ServiceId) -> Option<&'a Arc<T>> {
+        let host = self.host_of(service)?;
+        [&service.name.namespace, &self.mesh.root_namespace].into_iter().find_map(|namespace| {
+            let rules = rules.get(namespace)?;
+            // The host itself, or else the longest pattern: each shorter one is a suffix with a `*` before it.
+            let exact = rules.get(&host);
+            let patterns =
+                || (0..=host.len()).filter(|i| host.is_char_boundary(*i)).map(|i| format!("*{}", &host[i..]));
+            exact.or_else(|| patterns().find_map(|pattern| rules.get(&pattern)))
+        })
+    }
+
+    /// The DestinationRule for a service.
+    pub fn destination_rule(&self, service: &ServiceId) -> Option<&Arc<DestinationRule>> {
+        self.find(&self.destination_rules, service)
+    }
+
+    /// The route that a connection to this address of a service takes.
+    pub fn route(&self, service: &ServiceId, port: &ServicePort, address: IpAddr) -> Option<Taken<'_>> {
+        // Istio's routes are for connections.
+        let rule = self.find(&self.virtual_services, service).filter(|_| port.protocol == Protocol::Tcp)?;
+        // What a port speaks decides which routes are for it; where it does not say, those for connections come first.
+        let lists = if port.http { [&rule.http, &rule.tcp] } else { [&rule.tcp, &rule.http] };
+        let route = lists.into_iter().flatten().find(|route| route.holds(address, port.port))?;
+        Some((rule, route))
+    }
+
+    /// Where connections to a port of a service go: by this route, or to the service itself.
+    pub fn destinations(
+        &self,
+        service: &ServiceId,
+        (port, protocol, v6): (u16, Protocol, bool),
+        route: Option<Taken<'_>>,
+        ports: &dyn Fn(&ServiceId) -> Vec<u16>,
+        findings: &mut Vec<Finding>,
+    ) -> Vec<Destination> {
+        let Some((rule, route)) = route else {
+            let key = PoolKey { service: service.clone(), port, protocol, subset: None, v6 };
+            return vec![Destination { weight: 1, key, by_rule: false }];
+        };
+        let object = || format!("VirtualService {}", rule.name);
+        let mut destinations = Vec::new();
+        for destination in route.destinations.iter().filter(|destination| destination.weight > 0) {
+            let host = self.full_name(&destination.host, &rule.name.namespace);
+            let id = self.hosts.get(&host).cloned().unwrap_or_else(|| {
+                let message = format!("no service is named {host:?}; its share is refused");
+                findings.push(Finding::new(Code::UnknownDestination, object(), message).at("route.destination.host"));
+                ServiceId::service(NamespacedName::new(&rule.name.namespace, &destination.host))
+            });
+            // Istio: the port that is named, or else the only one that there is, or else the one that was dialled.
+            let known = ports(&id);
+            let only = known.first().copied().filter(|_| known.len() == 1);
+            let port = destination.port.or(only).unwrap_or(port);
+            if !known.is_empty() && !known.contains(&port) {
+                let message =
+                    format!("{id} has no TCP port {port}; its share is refused. Name one of its ports: {known:?}");
+                findings.push(Finding::new(Code::UnknownDestination, object(), message).at("route.destination.port"));
+            }
+            let key = PoolKey { service: id, port, protocol, subset: destination.subset.clone(), v6 };
+            destinations.push(Destination { weight: destination.weight, key, by_rule: true });
+        }
+        destinations
+    }
+
+    /// The policy for a pool: port level replaces all, a subset overrides block by block.
+    pub fn traffic_policy(&self, rule: &DestinationRule, key: &PoolKey) -> TrafficPolicy {
+        let for_port = |policy: &TrafficPolicy| policy.ports.get(&key.port).cloned();
+        let base = for_port(&rule.policy).unwrap_or_else(|| rule.policy.clone());
+        let subset = rule.subsets.iter().find(|subset| Some(&subset.name) == key.subset.as_ref());
+        let Some(own) = subset.map(|subset| &subset.policy) else { return base };
+        for_port(own).unwrap_or_else(|| TrafficPolicy {
+            balancer: own.balancer.clone().or(base.balancer),
+            outlier: own.outlier.clone().or(base.outlier),
+            pool: own.pool.clone().or(base.pool),
+            ports: BTreeMap::new(),
+        })
+    }
+
+    /// Adds a rule. Of several for one host in one namespace, the first one's policy counts, and the subsets of all (Istio
+    /// `mergeDestinationRule`).
+    fn add_destination_rule(&mut self, host: String, rule: &Arc<DestinationRule>, findings: &mut Vec<Finding>) {
+        match self.destination_rules.entry(rule.name.namespace.clone()).or_default().entry(host) {
+            Entry::Vacant(place) => drop(place.insert(Arc::clone(rule))),
+            Entry::Occupied(mut place) => {
+                let host = place.key().clone();
+                let merged = Arc::make_mut(place.get_mut());
+                let mut lost = Vec::new();
+                if merged.policy == TrafficPolicy::default() {
+                    merged.policy = rule.policy.clone();
+                } else if rule.policy != TrafficPolicy::default() {
+                    lost.push("spec.trafficPolicy".to_owned());
+                }
+                for (i, subset) in rule.subsets.iter().enumerate() {
+                    if merged.subsets.iter().any(|other| other.name == subset.name) {
+                        lost.push(format!("spec.subsets[{i}]"));
+                    } else {
+                        merged.subsets.push(subset.clone());
+                    }
+                }
+                for field in lost {
+                    let message = format!(
+                        "{host:?} has a rule already, DestinationRule {}, which counts; make one of them",
+                        merged.name
+                    );
+                    let finding = Finding::new(Code::SecondRule, format!("DestinationRule {}", rule.name), message);
+                    findings.push(finding.at(field));
+                }
+            }
+        }
+    }
+
+    /// Adds a rule, unless its namespace has another one for the same host.
+    fn add_virtual_service(&mut self, host: String, rule: &Arc<VirtualService>, findings: &mut Vec<Finding>) {
+        match self.virtual_services.entry(rule.name.namespace.clone()).or_default().entry(host) {
+            Entry::Vacant(place) => drop(place.insert(Arc::clone(rule))),
+            Entry::Occupied(place) => {
+                let (host, other) = (place.key(), &place.get().name);
+                let message =
+                    format!("{host:?} has a rule already, VirtualService {other}, which counts; make one of them");
+                let finding = Finding::new(Code::SecondRule, format!("VirtualService {}", rule.name), message);
+                findings.push(finding.at("spec.hosts"));
+            }
+        }
+    }
+}
+
+/// Whether a rule's host (full, or with a leading `*`) means this host.
+fn matches(rule: &str, host: &str) -> bool {
+    rule == host || rule.strip_prefix('*').is_some_and(|suffix| host.ends_with(suffix))
+}
+
+/// Failover rules do nothing while nothing is ever ejected.
+fn check_failover(rule: &DestinationRule, findings: &mut Vec<Finding>) {
+    let policies = || [&rule.policy].into_iter().chain(rule.subsets.iter().map(|subset| &subset.policy));
+    let own = policies().map(|policy| (policy, policy.outlier.is_some() || rule.policy.outlier.is_some()));
+    // A port's settings replace everything: they inherit no block.
+    let of_ports = policies().flat_map(|policy| policy.ports.values()).map(|policy| (policy, policy.outlier.is_some()));
+    for (policy, ejects) in own.chain(of_ports) {
+        let Some(locality) = policy.locality().filter(|locality| !locality.distribute_with_failover) else { continue };
+        let fields = [
+            ("failover", !locality.failover.is_empty()),
+            ("failoverPriority", !locality.failover_priority.is_empty() && locality.distribute.is_empty()),
+        ];
+        for (field, _) in fields.iter().filter(|(_, set)| *set && !ejects) {
+            let message = "has no effect without outlierDetection beside it; add that block";
+            let finding = Finding::new(Code::NeedsOutlierDetection, format!("DestinationRule {}", rule.name), message);
+            findings.push(finding.at(format!("localityLbSetting.{field}")));
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! What a Service and a ServiceEntry have in common.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use super::types::PoolKey;
+use crate::{
+    model::{Labels, ServiceId, ServicePort, TrafficDistribution, Workload},
+    store::{Objects, Snapshot},
+};
+
+/// A service as clients see it.
+pub(super) struct ServiceView<'a> {
+    pub(super) id: ServiceId,
+    pub(super) addresses: &'a [IpAddr],
+    pub(super) ports: &'a [ServicePort],
+    pub(super) node_local: bool,
+    pub(super) publish_not_ready: bool,
+    pub(super) distribution: Option<TrafficDistribution>,
+    pub(super) affinity: Option<Duration>,
+    /// Labels of workloads that belong to it.
+    pub(super) selector: Option<&'a Labels>,
+    /// Endpoints that it names itself.
+    pub(super) workloads: &'a [Workload],
+}
+
+impl ServiceView<'_> {
+    /// The port that a pool is for.
+    pub(super) fn port(&self, key: &PoolKey) -> Option<&ServicePort> {
+        self.ports.iter().find(|port| port.port == key.port && port.protocol == key.protocol)
+    }
+}
+
+/// The service as the client's own cluster has it, or else, for a Service, any cluster.
+pub(super) fn find<'a>(snapshot: &'a Snapshot, cluster: &Arc<str>, id: &ServiceId) -> Option<ServiceView<'a>> {
+    let own = snapshot.clusters.get(cluster);
+    if id.is_entry {
+        let scopes = [own, Some(&snapshot.mesh)];
+        let entry = scopes.into_iter().flatten().find_map(|objects: &Objects| objects.service_entries.get(&id.name))?;
+        return Some(ServiceView {
+            id: id.clone(),
+            addresses: &entry.addresses,
+            ports: &entry.ports,
+            node_local: false,
+            publish_not_ready: false,
+            distribution: None,
+            affinity: None,
+            selector: entry.selector.as_ref(),
+            workloads: &entry.endpoints,
+        });
+    }
+    let mut all = own.into_iter().chain(snapshot.clusters.values());
+    let service = all.find_map(|objects| objects.services.get(&id.name))?;
+    Some(ServiceView {
+        id: id.clone(),
+        addresses: &service.addresses,
+        ports: &service.ports,
+        node_local: service.node_local,
+        publish_not_ready: service.publish_not_ready,
+        distribution: service.distribution,
+        affinity: service.affinity,
+        selector: Some(&service.selector).filter(|selector| !selector.is_empty()),
+        workloads: &[],
+    })
+}

@@ -1,0 +1,384 @@
+//! Why each endpoint of a service has its share: the steps of the policy, each with the rule that decided it.
+
+use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr};
+
+use portolan_common::Choice;
+use serde::{Deserialize, Serialize};
+
+use super::{ClientReport, EndpointReport, route_shares};
+use crate::{
+    model::{Algorithm, Code, Finding, JudgedBy, Locality, MeshConfig, Retention, ServiceId},
+    policy::{
+        Assignment, Client, Endpoint, EndpointHealth, Mode, OVERPROVISIONING_FACTOR, Pool, Priority, Route,
+        SettingSource, Verdict,
+    },
+};
+
+/// The answer of `explain`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Explanation {
+    /// For whom it is.
+    pub client: ClientReport,
+    /// One for each port, address family, and set of addresses that routes tell apart.
+    pub ports: Vec<PortExplanation>,
+    /// What people should know of the service.
+    pub findings: Vec<Finding>,
+}
+
+/// One port of a service.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PortExplanation {
+    /// `namespace/name:port`
+    pub service: String,
+    /// Its host name.
+    pub host: String,
+    /// The addresses that clients dial.
+    pub frontends: Vec<String>,
+    /// Where connections go.
+    pub routes: Vec<RouteExplanation>,
+}
+
+/// One destination.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RouteExplanation {
+    /// The pool: `namespace/name:port`, and the subset.
+    pub destination: String,
+    /// In the order in which they are taken.
+    pub steps: Vec<Step>,
+    /// Endpoints, by address.
+    pub endpoints: Vec<EndpointExplanation>,
+    /// Endpoints of the service that the pool does not have.
+    pub left_out: Vec<LeftOutExplanation>,
+}
+
+/// One step of the policy.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Step {
+    /// `route`, `cluster`, `policy`, `subset`, `endpoints`, `locality`, `load`, `ejection` or `order`.
+    pub step: String,
+    /// The object that decided it; absent: a default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object: Option<String>,
+    /// What it came to.
+    pub says: String,
+}
+
+/// An endpoint and its share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EndpointExplanation {
+    /// As `plan` shows it.
+    #[serde(flatten)]
+    pub endpoint: EndpointReport,
+    /// Why it gets that much.
+    pub why: String,
+}
+
+/// An endpoint that the pool does not have.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LeftOutExplanation {
+    /// Its address.
+    pub address: String,
+    /// Its cluster.
+    pub cluster: String,
+    /// The rule that left it out.
+    pub why: String,
+}
+
+impl Explanation {
+    /// From a verdict that was asked for with reasons.
+    pub fn new(client: &Client, verdict: &Verdict, port: Option<u16>) -> Self {
+        let assignments =
+            verdict.assignments.iter().filter(|assignment| port.is_none_or(|port| port == assignment.port));
+        Self {
+            client: ClientReport::new(client),
+            ports: assignments.map(|assignment| explain_port(client, assignment)).collect(),
+            findings: verdict.findings.clone(),
+        }
+    }
+
+    /// All destinations, in order.
+    pub fn routes_mut(&mut self) -> impl Iterator<Item = &mut RouteExplanation> {
+        self.ports.iter_mut().flat_map(|port| &mut port.routes)
+    }
+}
+
+fn explain_port(client: &Client, assignment: &Assignment) -> PortExplanation {
+    let routes = assignment.routes.iter().zip(route_shares(assignment));
+    PortExplanation {
+        service: format!("{}:{}", assignment.service, assignment.port),
+        host: assignment.host.clone(),
+        frontends: assignment.frontends.iter().map(SocketAddr::to_string).collect(),
+        routes: routes.map(|(route, shares)| explain_route(client, assignment, route, &shares)).collect(),
+    }
+}
+
+fn explain_route(
+    client: &Client,
+    assignment: &Assignment,
+    route: &Route,
+    shares: &BTreeMap<SocketAddr, f64>,
+) -> RouteExplanation {
+    let pool = &route.pool;
+    let share = |endpoint: &Endpoint| {
+        if assignment.passthrough { 0.0 } else { shares.get(&endpoint.address).copied().unwrap_or_default() }
+    };
+    let endpoints = pool.endpoints.iter().map(|endpoint| EndpointExplanation {
+        endpoint: EndpointReport::new(endpoint, share(endpoint)),
+        why: why(client, pool, endpoint, share(endpoint)),
+    });
+    let left_out = pool.left_out.iter().map(|left_out| LeftOutExplanation {
+        address: left_out.address.to_string(),
+        cluster: left_out.cluster.to_string(),
+        why: left_out.why.to_owned(),
+    });
+    RouteExplanation {
+        destination: pool.key.to_string(),
+        steps: steps(client, assignment, route),
+        endpoints: endpoints.collect(),
+        left_out: left_out.collect(),
+    }
+}
+
+fn step(step: &str, object: Option<String>, says: impl Into<String>) -> Step {
+    Step { step: step.to_owned(), object, says: says.into() }
+}
+
+fn steps(client: &Client, assignment: &Assignment, route: &Route) -> Vec<Step> {
+    let pool = &route.pool;
+    let rule = pool.rule.as_ref().map(|rule| format!("DestinationRule {}", rule.name));
+    let mut steps = vec![routing(assignment, route), retention(client, pool)];
+    steps.push(match &rule {
+        None => step("policy", None, "no DestinationRule is for this host: the mesh's settings count"),
+        Some(object) => step("policy", Some(object.clone()), policy(pool)),
+    });
+    if let (Some(name), Some(rule)) = (&pool.key.subset, &pool.rule) {
+        let labels = rule.subsets.iter().find(|subset| subset.name == *name).map(|subset| &subset.labels);
+        let labels: Vec<String> = labels.into_iter().flatten().map(|(key, value)| format!("{key}={value}")).collect();
+        steps.push(step(
+            "subset",
+            Some(format!("DestinationRule {}", rule.name)),
+            format!("{name}: {}", labels.join(", ")),
+        ));
+    }
+    let healthy = pool.endpoints.iter().filter(|endpoint| endpoint.health.is_usable()).count();
+    let of = format!("{} endpoints, {healthy} of them healthy; {} left out", pool.endpoints.len(), pool.left_out.len());
+    steps.push(step("endpoints", None, of));
+    steps.push(locality(pool, rule.as_deref()));
+    steps.extend(pool.priorities.iter().zip(0..).map(|(priority, level)| load(pool, priority, level)));
+    if let Some(outlier) = &pool.outlier {
+        let most = outlier.most_ejected(pool.endpoints.len());
+        let ejected = pool.endpoints.iter().filter(|endpoint| endpoint.health == EndpointHealth::Ejected).count();
+        let thresholds: Vec<String> =
+            outlier.thresholds().iter().filter(|count| **count > 0).map(ToString::to_string).collect();
+        let after = if thresholds.is_empty() {
+            "never".to_owned()
+        } else {
+            format!("after {} failures in a row", thresholds.join(" or "))
+        };
+        let says = format!(
+            "{after}, for {:?} the first time; at most {most} of {} at once ({} %); now {ejected}",
+            outlier.base_ejection_time,
+            pool.endpoints.len(),
+            outlier.max_ejection_percent
+        );
+        let says =
+            if outlier.always_eject_one { says + "; one always may (portolan.io/always-eject-one)" } else { says };
+        let says = says
+            + match pool.judged_by {
+                JudgedBy::Status => "; HTTP responses with a status of 500 and more are failures as well",
+                JudgedBy::Answer => "; so are connections that break before an answer (portolan.io/count-early-resets)",
+                JudgedBy::Connect => "",
+            };
+        steps.push(step("ejection", rule, says));
+    }
+    if let Some(probe) = &pool.probe {
+        let failing = pool.endpoints.iter().filter(|endpoint| endpoint.health == EndpointHealth::Failing).count();
+        let says = format!(
+            "{probe} every {:?}; out after {} failures in a row, in again after {} successes; now {failing} of {} out",
+            probe.period,
+            probe.failures,
+            probe.successes,
+            pool.endpoints.len()
+        );
+        steps.push(step("probe", pool.rule.as_ref().map(|rule| format!("DestinationRule {}", rule.name)), says));
+    }
+    steps.push(order(assignment, pool));
+    steps
+}
+
+fn routing(assignment: &Assignment, route: &Route) -> Step {
+    let Some(rule) = &assignment.routed_by else {
+        return step("route", None, "no route of a VirtualService is for it: connections go to the service itself");
+    };
+    let total: u64 = assignment.routes.iter().map(|route| u64::from(route.weight)).sum();
+    let says = format!("leads to {}, weight {} of {total}", route.pool.key, route.weight);
+    step("route", Some(format!("VirtualService {rule}")), says)
+}
+
+fn retention(client: &Client, pool: &Pool) -> Step {
+    let object = pool.retained_by.as_ref().map(|pattern| format!("serviceSettings {pattern:?}"));
+    let says = match pool.retention {
+        Retention::Off => "connections may go to all clusters".to_owned(),
+        Retention::Prefer => format!("endpoints in {} come first, the others after them", client.cluster),
+        Retention::Strict => {
+            format!("connections stay in {}; without an endpoint there, they are refused", client.cluster)
+        }
+    };
+    step("cluster", object, says)
+}
+
+/// Which parts of a rule count.
+fn policy(pool: &Pool) -> String {
+    let Some(rule) = &pool.rule else { return String::new() };
+    let subset = rule.subsets.iter().find(|subset| Some(&subset.name) == pool.key.subset.as_ref());
+    let by_port = |policy: &crate::model::TrafficPolicy| policy.ports.contains_key(&pool.key.port);
+    let mut says = format!("host {:?}", rule.host);
+    if by_port(&rule.policy) {
+        let _ = write!(says, "; portLevelSettings of {} replace all others", pool.key.port);
+    }
+    if let Some(subset) = subset {
+        let own = if by_port(&subset.policy) { "by its portLevelSettings" } else { "block by block" };
+        let _ = write!(says, "; subset {:?} overrides {own}", subset.name);
+    }
+    let _ = write!(says, "; outlierDetection {}", if pool.outlier.is_some() { "on" } else { "off" });
+    says
+}
+
+fn locality(pool: &Pool, rule: Option<&str>) -> Step {
+    let object = match pool.setting {
+        Some(SettingSource::DestinationRule) => rule.map(str::to_owned),
+        Some(SettingSource::TrafficDistribution) => Some(pool.key.service.object()),
+        Some(SettingSource::Mesh) => Some("MeshConfig".to_owned()),
+        None => None,
+    };
+    let says = match (pool.mode, pool.setting) {
+        (Mode::Distribute, _) if pool.distributes_with_failover => {
+            "distribute with failover: each locality gets its percentage; what it cannot carry goes where failover leads from there"
+        }
+        (Mode::Distribute, _) => "distribute: each locality gets its percentage; those that are not named get nothing",
+        (Mode::Failover, Some(SettingSource::TrafficDistribution)) => {
+            "trafficDistribution: nearest first, the next level as far as the nearer ones cannot carry all"
+        }
+        (Mode::Failover, None) => "locality load balancing is off; the own cluster comes first",
+        (Mode::Failover, Some(SettingSource::Mesh)) => {
+            "failover: nearest first, the next level as far as the nearer ones cannot carry all. It is on because outlierDetection is"
+        }
+        (Mode::Failover, Some(SettingSource::DestinationRule)) => {
+            "failover: nearest first, the next level as far as the nearer ones cannot carry all"
+        }
+        (Mode::None, None) => "locality load balancing is off: all endpoints are alike",
+        (Mode::None, Some(_)) => {
+            "all endpoints are alike: without outlierDetection there is no failover, and no distribute is set"
+        }
+    };
+    step("locality", object, says)
+}
+
+fn load(pool: &Pool, priority: &Priority, level: u32) -> Step {
+    let Priority { hosts, healthy, load, panic } = priority;
+    let health = (OVERPROVISIONING_FACTOR * healthy).checked_div(*hosts).unwrap_or(0).min(100);
+    let threshold = pool.outlier.as_ref().map_or(0, |outlier| outlier.min_health_percent);
+    let mut says = format!(
+        "priority {level}: {healthy} of {hosts} healthy, health min(100, {OVERPROVISIONING_FACTOR} x {healthy} / {hosts}) = {health}, load {load} %"
+    );
+    if *panic {
+        let _ = write!(says, "; panic: fewer than {threshold} % are healthy, so ejected ones are used as well");
+    }
+    step("load", None, says)
+}
+
+fn order(assignment: &Assignment, pool: &Pool) -> Step {
+    let schedule = &assignment.schedule;
+    let says = if assignment.passthrough {
+        "PASSTHROUGH: connections go where they were going, and Portolan has no part in them".to_owned()
+    } else if pool.groups == 0 {
+        "nobody can take these connections: they are refused".to_owned()
+    } else {
+        let (turns, groups) = (schedule.turns.len(), schedule.runs.len());
+        let cycle = format!("a cycle of {turns} turns over {groups} groups, earliest deadline first");
+        let places = || {
+            schedule.runs.iter().filter(|run| run.choice == Choice::Hash).map(|run| run.members.len()).sum::<usize>()
+        };
+        match pool.algorithm {
+            Algorithm::RoundRobin | Algorithm::Passthrough => format!("{cycle}; shares are exact in every cycle"),
+            Algorithm::LeastRequest => format!(
+                "{cycle}; of a group two endpoints are drawn, and the one with fewer active connections is taken"
+            ),
+            Algorithm::Random => format!("{cycle}, of which one is drawn, and an endpoint of its group"),
+            Algorithm::ConsistentHash => format!(
+                "a table of {} places, of which each endpoint has its share; a pod's hash names its place",
+                places()
+            ),
+        }
+    };
+    let says = match assignment.affinity {
+        Some(affinity) if pool.groups > 0 => {
+            format!("{says}; a pod comes back to its endpoint for {} s (sessionAffinity)", affinity.as_secs())
+        }
+        _ => says,
+    };
+    step("order", None, says)
+}
+
+/// One sentence on an endpoint.
+fn why(client: &Client, pool: &Pool, endpoint: &Endpoint, share: f64) -> String {
+    let place = match pool.mode {
+        Mode::None => String::new(),
+        Mode::Failover | Mode::Distribute => format!("{}; ", distance(client, endpoint)),
+    };
+    let priority = pool.priorities.get(endpoint.priority as usize);
+    let load = priority.map_or(0, |priority| priority.load);
+    let health = match endpoint.health {
+        EndpointHealth::Healthy => "healthy",
+        EndpointHealth::Unhealthy => "not ready",
+        EndpointHealth::Draining => "terminating, and nobody is ready",
+        EndpointHealth::Failing => "its probes fail (portolan.io/probe)",
+        EndpointHealth::Ejected => "ejected, for connections to it failed",
+    };
+    let result = if share > 0.0 {
+        format!("one of those that share the {load} % of priority {}", endpoint.priority)
+    } else if !endpoint.health.is_usable() {
+        "gets nothing".to_owned()
+    } else if load == 0 {
+        format!("priority {} has no load: nearer ones carry all", endpoint.priority)
+    } else {
+        "gets nothing".to_owned()
+    };
+    format!("{place}{health}; {result}")
+}
+
+fn distance(client: &Client, endpoint: &Endpoint) -> &'static str {
+    let (here, there): (&Locality, &Locality) = (&client.locality, &endpoint.locality);
+    if there.region != here.region {
+        "another region"
+    } else if there.zone != here.zone {
+        "the same region"
+    } else if there.subzone != here.subzone {
+        "the same zone"
+    } else {
+        "the same place"
+    }
+}
+
+/// Whether a finding may have to do with a service: it is about the service itself, about one of its slices, about rules of its namespace or
+/// of the mesh, or about a file of which nothing else is known.
+pub fn concerns(finding: &Finding, service: &ServiceId) -> bool {
+    let Some((kind, name)) = finding.object.split_once(' ') else { return true };
+    let (namespace, name) = name.split_once('/').unwrap_or(("", name));
+    let own = &service.name;
+    match kind {
+        "Service" | "ServiceEntry" => finding.object == service.object(),
+        "EndpointSlice" => namespace == own.namespace && name.starts_with(own.name.as_str()),
+        "DestinationRule" | "VirtualService" => {
+            // A rule for another host is none of this service's business.
+            let elsewhere = matches!(finding.code, Code::UnknownHost | Code::ForeignHost);
+            (namespace == own.namespace || namespace == MeshConfig::default().root_namespace) && !elsewhere
+        }
+        "WorkloadEntry" => namespace == own.namespace,
+        "ConfigMap" | "Cluster" => true,
+        _ => false,
+    }
+}

@@ -1,0 +1,519 @@
+//! Where things lie in the kernel's maps, and the writes from what is there to what is wanted.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    hash::Hasher as _,
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+use portolan_common::{Backend, Endpoint, FrontendKey, Limits, Slot, Version, VersionFlags};
+use siphasher::sip::SipHasher13;
+
+use super::{
+    Entry, PoolEntry, Table,
+    kernel_state::{Held, HeldFrontend},
+    ops::{Knowledge, Lost, Op, Refused, Sizes},
+    range_alloc::{Full, Ranges, Round},
+    refcounted_ids::{Id, Shared},
+};
+use crate::{
+    model::{ConnectionPool, Protocol},
+    policy::PoolKey,
+};
+
+/// A frontend as the kernel holds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Placed {
+    id: u32,
+    /// Where its version lies.
+    index: u32,
+    version: Version,
+    /// `None` where a former agent wrote it and its schedule was not read back.
+    entry: Option<Entry>,
+    /// Whether a former agent wrote it, and this one has not since.
+    inherited: bool,
+    runs: (u32, u32),
+}
+
+/// What the kernel holds, and where.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    sizes: Sizes,
+    frontends: BTreeMap<FrontendKey, Placed>,
+    frontend_ids: Ranges,
+    versions: Ranges,
+    slots: Ranges,
+    runs: Ranges,
+    backends: Shared<SocketAddr>,
+    /// By a hash of their names.
+    pools: Shared<u64>,
+    /// What the kernel has of each.
+    limits: HashMap<u32, Limits>,
+    /// Generation of the last version that was published.
+    generation: u32,
+    /// What is freed now may be given out again once this round has settled.
+    round: Round,
+    /// Endpoints that a frontend has lost since somebody asked.
+    lost: BTreeMap<Protocol, Lost>,
+}
+
+impl Layout {
+    /// Empty maps.
+    pub fn new(sizes: Sizes) -> Self {
+        let mut pools = Ranges::new(sizes.pools());
+        pools.claim(0, 1);
+        Self {
+            sizes,
+            frontends: BTreeMap::new(),
+            frontend_ids: Ranges::new(sizes.frontends),
+            versions: Ranges::new(sizes.versions()),
+            slots: Ranges::new(sizes.slots),
+            runs: Ranges::new(sizes.slots),
+            backends: Shared::new(Ranges::new(sizes.backends)),
+            pools: Shared::new(pools),
+            limits: HashMap::new(),
+            generation: 0,
+            round: 1,
+            lost: BTreeMap::new(),
+        }
+    }
+
+    /// Maps that a former agent has filled. Its frontends stay until the first table is published, and their backends keep
+    /// their ids, so that open connections go on being counted.
+    pub fn from_held(sizes: Sizes, held: Held) -> Self {
+        let mut layout = Self::new(sizes);
+        layout.backends.remember(held.epochs);
+        layout.pools.remember(held.pool_epochs);
+        for (id, backend) in held.backends {
+            layout.backends.inherit(backend.endpoint.socket_addr(), id);
+        }
+        for (id, limits) in held.pools {
+            layout.pools.inherit(limits.name, id);
+            layout.limits.insert(id, limits);
+        }
+        for HeldFrontend { id, index, version, runs } in held.frontends {
+            layout.frontend_ids.claim(id, 1);
+            layout.versions.claim(index, 1);
+            layout.slots.claim(version.base, version.period);
+            layout.runs.claim(runs.0, runs.1);
+            layout.generation = layout.generation.max(version.generation);
+            let placed = Placed { id, index, version, entry: None, inherited: true, runs };
+            layout.frontends.insert(version.key, placed);
+        }
+        layout
+    }
+
+    /// The same maps, read once more, for what was written last is not known. What this agent has published is its own still. No program
+    /// may be running any more that ran before the maps were read: what rested is free.
+    #[must_use]
+    pub fn read_again(&self, held: Held) -> Self {
+        let mut layout = Self::from_held(self.sizes, held);
+        layout.round = self.round;
+        for (key, placed) in &mut layout.frontends {
+            placed.inherited = self.frontends.get(key).is_none_or(|before| before.inherited);
+        }
+        layout
+    }
+
+    /// Ends a publication whose writes are done. What it has freed is kept back until [`Self::settle`] is called with the number that is
+    /// returned; `None` where it has freed nothing.
+    pub fn end_round(&mut self) -> Option<Round> {
+        let round = self.round;
+        let ranges =
+            [&self.frontend_ids, &self.versions, &self.slots, &self.runs, self.backends.ranges(), self.pools.ranges()];
+        if !ranges.into_iter().any(|ranges| ranges.rests(round)) {
+            return None;
+        }
+        self.round += 1;
+        Some(round)
+    }
+
+    /// No program runs any more that ran when this round ended: what was freed up to it may be given out again.
+    pub fn settle(&mut self, round: Round) {
+        let ranges = [
+            &mut self.frontend_ids,
+            &mut self.versions,
+            &mut self.slots,
+            &mut self.runs,
+            self.backends.ranges_mut(),
+            self.pools.ranges_mut(),
+        ];
+        ranges.into_iter().for_each(|ranges| ranges.settle(round));
+    }
+
+    /// How many frontends are still as a former agent has published them.
+    pub fn inherited(&self) -> usize {
+        self.frontends.values().filter(|placed| placed.inherited).count()
+    }
+
+    /// The id of a frontend.
+    pub fn frontend_id(&self, key: &FrontendKey) -> Option<u32> {
+        self.frontends.get(key).map(|placed| placed.id)
+    }
+
+    /// The backend id of an endpoint.
+    pub fn backend_id(&self, address: &SocketAddr) -> Option<u32> {
+        self.backends.id(address)
+    }
+
+    /// The endpoints of every frontend, as far as they are known.
+    pub fn endpoints(&self) -> HashMap<FrontendKey, Arc<[SocketAddr]>> {
+        let known = self.frontends.iter().filter_map(|(key, placed)| Some((*key, &placed.entry.as_ref()?.endpoints)));
+        known.map(|(key, endpoints)| (key, Arc::clone(endpoints))).collect()
+    }
+
+    /// Endpoints that a frontend has lost since this was asked before, by its protocol.
+    pub fn take_lost(&mut self) -> BTreeMap<Protocol, Lost> {
+        std::mem::take(&mut self.lost)
+    }
+
+    /// The place of a pool's limits, and its epoch.
+    pub fn pool(&self, key: &PoolKey) -> Option<(u32, u32)> {
+        let id = self.pools.id(&name(&key.both_families()))?;
+        Some((id, self.limits.get(&id)?.epoch))
+    }
+
+    /// The endpoints that have a backend id.
+    pub fn backends(&self) -> impl Iterator<Item = (SocketAddr, u32)> {
+        self.backends.iter()
+    }
+
+    /// Each map that ranges are given out of, with the entries in use and those that there are.
+    pub fn occupancy(&self) -> [(&'static str, u32, u32); 6] {
+        let of = |name, ranges: &Ranges| (name, ranges.used(), ranges.size());
+        [
+            of("frontends", &self.frontend_ids),
+            of("versions", &self.versions),
+            of("backends", self.backends.ranges()),
+            of("slots", &self.slots),
+            of("runs", &self.runs),
+            of("pools", self.pools.ranges()),
+        ]
+    }
+
+    /// Entries that there are, by map.
+    pub fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    /// The writes that lead to `table`, which is all there shall be. Frontends that stay as they are cost none. Those that the table does
+    /// not have are removed; how far that goes for what a former agent has published, `knowledge` says.
+    pub fn update(&mut self, table: &Table, knowledge: Knowledge) -> (Vec<Op>, Vec<Refused>) {
+        let complete = knowledge == Knowledge::Complete;
+        let gone: Vec<_> = self.frontends.keys().filter(|key| !table.frontends.contains_key(key)).copied().collect();
+        let written = self.change(table, &gone, knowledge);
+        if complete && self.inherited() == 0 {
+            self.backends.disinherit(self.round);
+            self.pools.disinherit(self.round);
+        }
+        written
+    }
+
+    /// The writes that bring these frontends to what `table` says, and take the `gone` ones away. All others stay.
+    pub fn change(&mut self, table: &Table, gone: &[FrontendKey], knowledge: Knowledge) -> (Vec<Op>, Vec<Refused>) {
+        let (mut ops, mut refused) = (Vec::new(), Vec::new());
+        let mut freed = Vec::new();
+        let complete = knowledge == Knowledge::Complete;
+        for (key, entry) in &table.frontends {
+            if self.frontends.get(key).is_some_and(|placed| placed.entry.as_ref() == Some(entry)) {
+                continue;
+            }
+            let kept = |placed: &Placed| match knowledge {
+                Knowledge::Complete => false,
+                Knowledge::Partial => placed.inherited && placed.version.period > 0 && entry.schedule.is_empty(),
+                Knowledge::WithoutSettings => placed.inherited,
+            };
+            if self.frontends.get(key).is_some_and(kept) {
+                continue;
+            }
+            let mut placed = self.place(key, entry, &mut ops);
+            if let Err((map, full)) = placed {
+                let known = self.frontends.contains_key(key);
+                if !known {
+                    // A new one that does not fit refuses: its connections must not go past Portolan to somewhere else.
+                    placed = self.place(key, &entry.nobody(), &mut ops);
+                }
+                refused.push(Refused { key: *key, map, full, held: known || placed.is_ok() });
+            }
+            if let Ok(placed) = placed {
+                freed.extend(self.frontends.insert(*key, placed).map(|old| (old, false)));
+            }
+        }
+        for key in gone {
+            // What a former agent has published is removed only by one who knows everything.
+            if self.frontends.get(key).is_some_and(|placed| placed.inherited && !complete) {
+                continue;
+            }
+            if let Some(old) = self.frontends.remove(key) {
+                ops.push(Op::RemoveFrontend(*key));
+                freed.push((old, true));
+            }
+        }
+        // Only now: until the writes above are done, the kernel reads the old places.
+        for (old, whole) in freed {
+            self.free(&old, whole);
+        }
+        (ops, refused)
+    }
+
+    /// Finds room for a frontend and adds its writes, from the bottom up: backends, limits, runs, slots, the version, and last the one
+    /// word that publishes them.
+    fn place(&mut self, key: &FrontendKey, entry: &Entry, ops: &mut Vec<Op>) -> Result<Placed, (&'static str, Full)> {
+        let schedule = &entry.schedule;
+        let turns_of: u32 = schedule.runs.iter().map(|run| run.members.len() as u32).sum();
+        // Who may be come back to, beside the runs.
+        let comes_back = entry.affinity.is_some() || key.protocol() == Protocol::Udp.number();
+        let live: BTreeSet<SocketAddr> = if comes_back && !schedule.is_empty() {
+            let visited = schedule.runs.iter().filter(|run| run.visits > 0);
+            visited.flat_map(|run| run.members.iter().copied()).collect()
+        } else {
+            BTreeSet::new()
+        };
+        let period = schedule.turns.len() as u32;
+        let run_entries = turns_of + 2 * live.len() as u32;
+        let before = self.frontends.get(key).map(|placed| placed.id);
+        let room = self.take_room(before, period, run_entries)?;
+        let taken = self
+            .take_backends(entry, ops)
+            .and_then(|()| self.take_pools(entry, ops).inspect_err(|_| self.untake_backends(entry)));
+        let pools = match taken {
+            Ok(pools) => pools,
+            Err(full) => {
+                self.untake_room(before, period, run_entries, &room);
+                return Err(full);
+            }
+        };
+
+        let mut first = room.runs;
+        let mut slots_of = Vec::with_capacity(schedule.runs.len());
+        let mut ids = Vec::with_capacity(run_entries as usize);
+        for run in &schedule.runs {
+            let len = run.members.len() as u32;
+            let route = run.route as usize;
+            slots_of.push(Slot {
+                first,
+                len,
+                visits: run.visits,
+                visit: 0,
+                pool: pools.get(route).copied().unwrap_or(0),
+                choice: run.choice as u16,
+                strict: u16::from(entry.pools.get(route).is_some_and(|pool| pool.strict)),
+            });
+            ids.extend(run.members.iter().filter_map(|member| self.backend_id(member)));
+            first += len;
+        }
+        let mut members: Vec<u32> = live.iter().filter_map(|member| self.backend_id(member)).collect();
+        members.sort_unstable();
+        // The first route that leads to a backend decides whose limits count for those that come back to it.
+        let mut pool_of: HashMap<u32, u32> = HashMap::new();
+        for run in &schedule.runs {
+            let pool = pools.get(run.route as usize).copied().unwrap_or(0);
+            for id in run.members.iter().filter_map(|member| self.backend_id(member)) {
+                pool_of.entry(id).or_insert(pool);
+            }
+        }
+        ids.extend(&members);
+        ids.extend(members.iter().map(|id| pool_of.get(id).copied().unwrap_or(0)));
+        let slots: Vec<Slot> =
+            schedule.turns.iter().map(|turn| Slot { visit: turn.visit, ..slots_of[turn.run as usize] }).collect();
+        self.generation = self.generation.wrapping_add(1);
+        let flag = |is: bool, flag: u32| if is { flag } else { 0 };
+        let version = Version {
+            key: *key,
+            generation: self.generation,
+            base: room.slots,
+            period,
+            members: first,
+            member_count: members.len() as u32,
+            affinity_seconds: entry.affinity.map_or(0, seconds),
+            flags: flag(entry.is_strict(), VersionFlags::STRICT) | flag(entry.random, VersionFlags::RANDOM),
+            reserved: Default::default(),
+        };
+        if before.is_none() {
+            ops.push(Op::ResetFrontend(room.id));
+        }
+        if run_entries > 0 {
+            ops.push(Op::SetRuns(room.runs, ids));
+        }
+        if period > 0 {
+            ops.push(Op::SetSlots(room.slots, slots));
+        }
+        ops.extend([Op::SetVersion(room.index, version), Op::Publish(room.id, room.index)]);
+        if before.is_none() {
+            ops.push(Op::AddFrontend(*key, room.id));
+        }
+        let runs = (room.runs, run_entries);
+        Ok(Placed { id: room.id, index: room.index, version, entry: Some(entry.clone()), inherited: false, runs })
+    }
+
+    /// Places for all that belongs to one frontend alone, or none at all.
+    fn take_room(&mut self, id: Option<u32>, period: u32, run_entries: u32) -> Result<Room, (&'static str, Full)> {
+        let take = |ranges: &mut Ranges, len, map| match len {
+            0 => Ok(0),
+            len => ranges.take(len).map_err(|full| (map, full)),
+        };
+        let mut room = Room {
+            id: id.map_or_else(|| take(&mut self.frontend_ids, 1, "FRONTENDS"), Ok)?,
+            index: 0,
+            slots: 0,
+            runs: 0,
+        };
+        let taken = take(&mut self.versions, 1, "VERSIONS").and_then(|index| {
+            room.index = index;
+            let slots = take(&mut self.slots, period, "SLOTS").inspect_err(|_| self.versions.untake(index, 1))?;
+            room.slots = slots;
+            room.runs = take(&mut self.runs, run_entries, "RUNS").inspect_err(|_| {
+                self.versions.untake(index, 1);
+                self.slots.untake(slots, period);
+            })?;
+            Ok(())
+        });
+        if taken.is_err() && id.is_none() {
+            self.frontend_ids.untake(room.id, 1);
+        }
+        taken.map(|()| room)
+    }
+
+    fn untake_room(&mut self, id: Option<u32>, period: u32, run_entries: u32, room: &Room) {
+        if id.is_none() {
+            self.frontend_ids.untake(room.id, 1);
+        }
+        self.versions.untake(room.index, 1);
+        self.slots.untake(room.slots, period);
+        self.runs.untake(room.runs, run_entries);
+    }
+
+    /// Ids for all endpoints of an entry, each used once more by it; or for none.
+    fn take_backends(&mut self, entry: &Entry, ops: &mut Vec<Op>) -> Result<(), (&'static str, Full)> {
+        for (i, member) in entry.endpoints.iter().enumerate() {
+            match self.backends.take(*member) {
+                Ok(Id { id, epoch, is_new: true }) => {
+                    ops.push(Op::SetBackend(id, Backend { endpoint: Endpoint::from(*member), epoch }));
+                }
+                Ok(_) => {}
+                Err(full) => {
+                    entry.endpoints[..i].iter().for_each(|member| self.backends.untake(*member));
+                    return Err(("BACKENDS", full));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn untake_backends(&mut self, entry: &Entry) {
+        entry.endpoints.iter().for_each(|member| self.backends.untake(*member));
+    }
+
+    fn give_backends(&mut self, entry: &Entry) {
+        entry.endpoints.iter().for_each(|member| self.backends.give(self.round, *member));
+    }
+
+    /// The place of each pool of an entry, each used once more by it; 0 for a pool without limits.
+    fn take_pools(&mut self, entry: &Entry, ops: &mut Vec<Op>) -> Result<Vec<u32>, (&'static str, Full)> {
+        // All or none: what does not fit changes nothing.
+        let mut places = Vec::with_capacity(entry.pools.len());
+        for (i, pool) in entry.pools.iter().enumerate() {
+            match pool.has_limits().then(|| self.pools.take(name(&pool.key))).transpose() {
+                Ok(place) => places.push(place),
+                Err(full) => {
+                    let before = entry.pools[..i].iter().filter(|pool| pool.has_limits());
+                    before.for_each(|pool| self.pools.untake(name(&pool.key)));
+                    return Err(("POOLS", full));
+                }
+            }
+        }
+        let mut ids = Vec::with_capacity(places.len());
+        for (pool, place) in entry.pools.iter().zip(places) {
+            let Some(place) = place else {
+                ids.push(0);
+                continue;
+            };
+            let wanted = limits(pool, place.epoch);
+            let known = self.limits.insert(place.id, wanted);
+            if place.is_new {
+                ops.push(Op::ResetPool(place.id, wanted));
+            } else if known != Some(wanted) {
+                // Each limit is a word of its own, and holds as soon as it is written.
+                ops.push(Op::SetPool(place.id, wanted));
+            }
+            ids.push(place.id);
+        }
+        Ok(ids)
+    }
+
+    fn give_pools(&mut self, pools: &[PoolEntry]) {
+        for pool in pools.iter().filter(|pool| pool.has_limits()) {
+            self.pools.give(self.round, name(&pool.key));
+        }
+    }
+
+    fn free(&mut self, old: &Placed, whole: bool) {
+        let round = self.round;
+        let now = self.frontends.get(&old.version.key).and_then(|placed| placed.entry.as_ref());
+        let has = |member: &SocketAddr| now.is_some_and(|entry| entry.endpoints.binary_search(member).is_ok());
+        let protocol = if old.version.key.protocol() == Protocol::Udp.number() { Protocol::Udp } else { Protocol::Tcp };
+        let lost = old.entry.as_ref().map(|entry| entry.endpoints.iter().filter(|it| !has(it)).copied().collect());
+        match lost.map_or(Lost::Any, Lost::These) {
+            Lost::These(none) if none.is_empty() => {}
+            lost => self.lost.entry(protocol).or_default().add(lost),
+        }
+        self.slots.release(round, old.version.base, old.version.period);
+        self.runs.release(round, old.runs.0, old.runs.1);
+        self.versions.release(round, old.index, 1);
+        if whole {
+            self.frontend_ids.release(round, old.id, 1);
+        }
+        if let Some(entry) = &old.entry {
+            self.give_backends(entry);
+            self.give_pools(&entry.pools);
+        }
+    }
+}
+
+/// Where one frontend's own parts lie.
+struct Room {
+    id: u32,
+    index: u32,
+    slots: u32,
+    runs: u32,
+}
+
+/// A pool's limits as the kernel has them.
+fn limits(pool: &PoolEntry, epoch: u32) -> Limits {
+    let ConnectionPool { connect_timeout, max_connections, keepalive, .. } = &pool.limits;
+    let of = keepalive.clone().unwrap_or_default();
+    Limits {
+        epoch,
+        max_connections: max_connections.unwrap_or(0),
+        connect_timeout_ms: connect_timeout.map_or(0, milliseconds),
+        keepalive: u32::from(keepalive.is_some()),
+        keepalive_time: of.time.map_or(0, seconds),
+        keepalive_interval: of.interval.map_or(0, seconds),
+        keepalive_probes: of.probes.unwrap_or(0),
+        watch: pool.watch,
+        name: name(&pool.key),
+    }
+}
+
+/// A pool's name as a number, the same in every version of Portolan.
+fn name(key: &PoolKey) -> u64 {
+    let mut hasher = SipHasher13::new();
+    let kind = if key.service.is_entry { "ServiceEntry" } else { "Service" };
+    hasher.write(format!("{kind} {key}").as_bytes());
+    hasher.finish()
+}
+
+/// Whole seconds, at least one.
+fn seconds(time: Duration) -> u32 {
+    u32::try_from(time.as_millis().div_ceil(1000)).unwrap_or(u32::MAX).max(1)
+}
+
+/// As much of it as a socket option takes.
+fn milliseconds(limit: Duration) -> u32 {
+    u32::try_from(limit.as_millis()).unwrap_or(u32::MAX).min(i32::MAX as u32)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,120 @@
+//! Ids of things that several frontends share: given out with the first that uses one, taken back with the last.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    hash::Hash,
+};
+
+use super::range_alloc::{Full, Ranges, Round};
+
+/// Ids by what they stand for.
+#[derive(Clone, Debug)]
+pub(super) struct Shared<K> {
+    ids: Ranges,
+    known: HashMap<K, Use>,
+    /// What a former agent had, and no frontend of this one uses yet.
+    inherited: BTreeSet<K>,
+    /// The last epoch of each id that was ever in use.
+    epochs: HashMap<u32, u32>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Use {
+    id: u32,
+    frontends: u32,
+}
+
+/// An id that somebody uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Id {
+    pub(super) id: u32,
+    pub(super) epoch: u32,
+    /// Whether it stood for nothing, or for something else, before.
+    pub(super) is_new: bool,
+}
+
+impl<K: Copy + Eq + Hash + Ord> Shared<K> {
+    pub(super) fn new(ids: Ranges) -> Self {
+        Self { ids, known: HashMap::new(), inherited: BTreeSet::new(), epochs: HashMap::new() }
+    }
+
+    /// Ids that were ever in use, with their epochs.
+    pub(super) fn remember(&mut self, epochs: impl IntoIterator<Item = (u32, u32)>) {
+        self.epochs.extend(epochs);
+    }
+
+    /// Keeps what a former agent had.
+    pub(super) fn inherit(&mut self, key: K, id: u32) {
+        self.ids.claim(id, 1);
+        self.known.insert(key, Use { id, frontends: 0 });
+        self.inherited.insert(key);
+    }
+
+    /// Lets go of what a former agent had and nobody uses.
+    pub(super) fn disinherit(&mut self, round: Round) {
+        for key in std::mem::take(&mut self.inherited) {
+            self.drop_if_unused(round, key);
+        }
+    }
+
+    /// The id of something.
+    pub(super) fn id(&self, key: &K) -> Option<u32> {
+        self.known.get(key).map(|known| known.id)
+    }
+
+    /// Everything that has an id.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (K, u32)> {
+        self.known.iter().map(|(key, known)| (*key, known.id))
+    }
+
+    /// One more frontend uses it.
+    pub(super) fn take(&mut self, key: K) -> Result<Id, Full> {
+        if let Some(known) = self.known.get_mut(&key) {
+            known.frontends += 1;
+            let epoch = self.epochs.get(&known.id).copied().unwrap_or_default();
+            return Ok(Id { id: known.id, epoch, is_new: false });
+        }
+        let id = self.ids.take(1)?;
+        let epoch = *self.epochs.entry(id).and_modify(|epoch| *epoch = epoch.wrapping_add(1)).or_insert(1);
+        self.known.insert(key, Use { id, frontends: 1 });
+        Ok(Id { id, epoch, is_new: true })
+    }
+
+    /// One frontend fewer uses it.
+    pub(super) fn give(&mut self, round: Round, key: K) {
+        if let Some(known) = self.known.get_mut(&key) {
+            known.frontends = known.frontends.saturating_sub(1);
+        }
+        self.drop_if_unused(round, key);
+    }
+
+    /// Takes a [`Self::take`] back whose id nobody has seen.
+    pub(super) fn untake(&mut self, key: K) {
+        let Some(known) = self.known.get_mut(&key) else { return };
+        known.frontends = known.frontends.saturating_sub(1);
+        let id = known.id;
+        if known.frontends == 0 && !self.inherited.contains(&key) {
+            self.known.remove(&key);
+            self.ids.untake(id, 1);
+        }
+    }
+
+    pub(super) fn ranges(&self) -> &Ranges {
+        &self.ids
+    }
+
+    pub(super) fn ranges_mut(&mut self) -> &mut Ranges {
+        &mut self.ids
+    }
+
+    fn drop_if_unused(&mut self, round: Round, key: K) {
+        // An inherited frontend may use it, and how is not known.
+        if self.inherited.contains(&key) {
+            return;
+        }
+        if let Some(known) = self.known.get(&key).copied().filter(|known| known.frontends == 0) {
+            self.known.remove(&key);
+            self.ids.release(round, known.id, 1);
+        }
+    }
+}

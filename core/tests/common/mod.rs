@@ -1,0 +1,131 @@
+//! Objects as people write them, and what the policy makes of them.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(unreachable_pub, reason = "each test is a crate of its own")]
+#![allow(dead_code, reason = "not every test uses all of it")]
+
+use portolan_core::{
+    decode::{Reader, read_text},
+    model::{Finding, Labels, Scope},
+    policy::{Client, Observed, assign, client::Place},
+    report::{Report, ServiceReport},
+    store::{Changes, Store, Update},
+};
+use serde_json::{Value, json};
+
+/// Objects by cluster, as files hold them.
+pub struct World(pub Store);
+
+impl World {
+    pub fn new(clusters: &[(&str, Vec<Value>)]) -> Self {
+        Self::with_mesh(&[], clusters)
+    }
+
+    pub fn with_mesh(mesh: &[Value], clusters: &[(&str, Vec<Value>)]) -> Self {
+        let join = |objects: &[Value]| objects.iter().map(Value::to_string).collect::<Vec<_>>().join("\n---\n");
+        let texts: Vec<(&str, String)> = clusters.iter().map(|(cluster, objects)| (*cluster, join(objects))).collect();
+        let texts: Vec<(&str, &str)> = texts.iter().map(|(cluster, text)| (*cluster, text.as_str())).collect();
+        Self::read(&join(mesh), &texts)
+    }
+
+    /// From the text of a file for the mesh, and of one for each cluster.
+    pub fn read(mesh: &str, clusters: &[(&str, &str)]) -> Self {
+        let mut world = Self(Store::default());
+        world.put(&Scope::Mesh, "mesh.yaml", mesh);
+        for (cluster, text) in clusters {
+            world.put(&Scope::Cluster((*cluster).to_owned()), &format!("{cluster}/all.yaml"), text);
+        }
+        world
+    }
+
+    /// The file now holds this.
+    pub fn put(&mut self, scope: &Scope, origin: &str, text: &str) -> Changes {
+        let mut changes = Changes::default();
+        let contents = read_text(Reader::default(), scope, origin, text);
+        self.0.apply(Update::Replace { origin: origin.to_owned(), contents }, &mut changes);
+        changes
+    }
+
+    /// A client on a node of a cluster, with further labels.
+    pub fn client(&self, cluster: &str, node: &str, labels: &[(&str, &str)]) -> Client {
+        let labels: Labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let place = Place { node: Some(node.to_owned()), locality: None, labels };
+        place.client(cluster, &self.0, &mut Vec::new())
+    }
+
+    pub fn report(&self, cluster: &str, node: &str) -> Report {
+        self.report_for(&self.client(cluster, node, &[]), &Observed::default())
+    }
+
+    pub fn report_for(&self, client: &Client, observed: &Observed) -> Report {
+        let mut verdict = assign(self.0.snapshot(), client, observed);
+        verdict.findings.extend(self.0.findings());
+        verdict.findings.sort();
+        Report::new(client, String::new(), &verdict)
+    }
+}
+
+/// A text, whatever it is, from the reader to the report. Must not panic, and what comes out must make sense.
+pub fn through(text: &str) {
+    let world = World::read(text, &[("c1", text), ("c2", text)]);
+    let client = world.client("c1", "n1", &[("rack", "a")]);
+    let report = world.report_for(&client, &Observed::default());
+    for service in &report.services {
+        let given: f64 = service.endpoints.iter().map(|endpoint| endpoint.share).sum();
+        assert!((0.0..=1.0 + 1e-9).contains(&given), "{service:?}");
+    }
+    for finding in &report.findings {
+        assert!(!finding.object.is_empty() && !finding.message.is_empty(), "{finding:?}");
+    }
+    serde_json::to_string(&report).unwrap();
+}
+
+/// The only service of this name.
+pub fn named<'a>(report: &'a Report, name: &str) -> &'a ServiceReport {
+    let mut found = report.services.iter().filter(|service| service.name == name);
+    let service = found.next().unwrap_or_else(|| panic!("no {name} in {report:#?}"));
+    assert!(found.next().is_none(), "{name} is there twice");
+    service
+}
+
+/// Last parts of the addresses, with percentages; endpoints that get nothing are left out.
+pub fn shares(service: &ServiceReport) -> Vec<(String, f64)> {
+    let host = |address: &str| address.rsplit_once(':').unwrap().0.rsplit('.').next().unwrap().to_owned();
+    let given = service.endpoints.iter().filter(|endpoint| endpoint.share > 0.0);
+    given.map(|endpoint| (host(&endpoint.address), (endpoint.share * 1e6).round() / 1e4)).collect()
+}
+
+/// The findings of this code, as `object field: message`.
+pub fn findings(report: &Report, code: &str) -> Vec<String> {
+    let text = |finding: &Finding| format!("{} {}: {}", finding.object, finding.field, finding.message);
+    report.findings.iter().filter(|finding| finding.code.to_string() == code).map(text).collect()
+}
+
+pub fn service(more: &Value) -> Value {
+    let mut service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "reviews", "namespace": "default"},
+        "spec": {"clusterIP": "172.16.0.1", "ports": [{"port": 80, "name": "tcp"}]}});
+    for (key, value) in more.as_object().unwrap() {
+        service["spec"][key] = value.clone();
+    }
+    service
+}
+
+pub fn slice(endpoints: &[Value]) -> Value {
+    json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {"name": "reviews-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "reviews"}},
+        "ports": [{"name": "tcp", "port": 80, "protocol": "TCP"}], "endpoints": endpoints})
+}
+
+pub fn node(name: &str, region: &str, zone: &str) -> Value {
+    let mut labels = json!({});
+    for (key, value) in [("topology.kubernetes.io/region", region), ("topology.kubernetes.io/zone", zone)] {
+        if !value.is_empty() {
+            labels[key] = json!(value);
+        }
+    }
+    json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}})
+}
+
+pub fn destination_rule(policy: Value) -> Value {
+    json!({"apiVersion": "networking.istio.io/v1", "kind": "DestinationRule",
+        "metadata": {"name": "reviews", "namespace": "default"}, "spec": {"host": "reviews", "trafficPolicy": policy}})
+}

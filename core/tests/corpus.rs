@@ -1,0 +1,101 @@
+//! Every text that the fuzzer's corpus holds, and every example in `docs/`, goes through from the reader to the report.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::{fs, path::Path};
+
+use common::through;
+use portolan_core::{
+    decode::{Reader, read_text},
+    model::{Code, Scope},
+};
+
+fn texts(folder: &str) -> Vec<(String, String)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
+    let mut texts = Vec::new();
+    for entry in fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        // The fuzzer's own finds need not be text.
+        let text = String::from_utf8_lossy(&fs::read(&path).unwrap()).into_owned();
+        texts.push((path.file_name().unwrap().to_string_lossy().into_owned(), text));
+    }
+    assert!(!texts.is_empty(), "{} is empty", folder.display());
+    texts
+}
+
+#[test]
+fn nothing_in_the_corpus_does_harm() {
+    for (name, text) in texts("fuzz/corpus/readers") {
+        println!("{name}");
+        through(&text);
+    }
+}
+
+/// What begins with `# PTL0002` has just such a finding; what begins otherwise has none.
+#[test]
+fn the_examples_have_the_findings_that_they_show() {
+    let mut shown = 0;
+    for (name, text) in texts("../docs/examples/broken") {
+        through(&text);
+        let world = common::World::read("", &[("c1", &text)]);
+        let report = world.report("c1", "n1");
+        let expected: Vec<&str> = text.lines().next().unwrap().trim_start_matches("# ").split_whitespace().collect();
+        for code in expected {
+            assert!(
+                report.findings.iter().any(|finding| finding.code.to_string() == code),
+                "{name}: {:#?}",
+                report.findings
+            );
+            shown += 1;
+        }
+    }
+    assert!(shown >= 10, "only {shown} codes are shown");
+}
+
+/// One section for each code, in order, with its title; no others.
+#[test]
+fn the_page_of_findings_is_whole() {
+    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/findings.md")).unwrap();
+    let sections: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix("## ")).collect();
+    let codes: Vec<String> = Code::ALL.iter().map(|code| format!("{code}: {}", code.title())).collect();
+    assert_eq!(sections, codes);
+    for (code, text) in Code::ALL.iter().zip(page.split("\n## ").skip(1)) {
+        let severity = format!("{:?}. ", code.severity());
+        assert!(text.contains(&severity), "{code} is {severity}");
+    }
+}
+
+/// Time and memory are bounded by what the parser counts, so these come back at once, as findings.
+#[test]
+fn bombs_are_defused() {
+    let mut laughs = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n".to_owned();
+    for i in 1..12 {
+        let p = i - 1;
+        laughs += &format!("a{i}: &a{i} [*a{p},*a{p},*a{p},*a{p},*a{p},*a{p},*a{p},*a{p},*a{p},*a{p}]\n");
+    }
+    let deep = format!("{}{}", "{a: ".repeat(50_000), "}".repeat(50_000));
+    let indented: String = (0..5_000).map(|i| format!("{}a:\n", " ".repeat(i))).collect();
+    for (what, text) in [("laughs", laughs), ("deep", deep), ("indented", indented)] {
+        let contents = read_text(Reader::default(), &Scope::Mesh, "bomb.yaml", &text);
+        assert_eq!(contents.findings.len(), 1, "{what}");
+        assert_eq!(contents.findings[0].code.to_string(), "PTL0002", "{what}");
+        assert!(contents.objects.is_empty() && !contents.whole);
+    }
+}
+
+/// As `kubectl get -o yaml` prints a large cluster: one List, of more than 100,000 lines.
+#[test]
+fn a_list_of_a_hundred_thousand_lines_is_read() {
+    let mut text = "apiVersion: v1\nkind: List\nitems:\n".to_owned();
+    for i in 0..10_000 {
+        text += &format!(
+            "- apiVersion: v1\n  kind: Pod\n  metadata:\n    name: web-{i}\n    namespace: default\n    labels:\n      \
+             app: web\n      version: v{}\n  spec:\n    nodeName: n1\n    containers: []\n",
+            i % 3
+        );
+    }
+    assert!(text.lines().count() > 100_000);
+    let contents = read_text(Reader::default(), &Scope::Cluster("c1".to_owned()), "c1/pods.yaml", &text);
+    assert_eq!((contents.objects.len(), contents.findings.len()), (10_000, 0));
+}

@@ -1,0 +1,37 @@
+//! Portolan's side of the kernel: loads and attaches the programs, writes their maps, reads what they report.
+//!
+//! The only crate that knows aya.
+
+mod btf;
+pub mod capabilities;
+mod datapath;
+mod error;
+mod helper;
+mod hooks;
+mod inspect;
+mod maps;
+mod mmap_array;
+mod netns;
+mod opt_out_map;
+mod outcomes;
+mod pins;
+mod preflight;
+mod programs;
+mod rcu;
+mod sys;
+mod terminator;
+mod wire;
+
+pub use self::{
+    datapath::{Datapath, Options, ProgramLog},
+    error::Unsupported,
+    helper::{Helper, HelperArgs, VERB as HELPER_VERB, serve as serve_helper},
+    inspect::{Facts, MapFacts, ProgramFacts, inspect},
+    maps::{Counters, Maps},
+    opt_out_map::OptedOut,
+    outcomes::{EventStream, Logs, Outcome},
+    pins::{Pins, cleanup, remove_locks},
+    preflight::cgroup,
+    rcu::{Grace, barrier},
+    terminator::{Closer, GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted, Served},
+};

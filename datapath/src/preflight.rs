@@ -1,0 +1,99 @@
+//! What the machine must have. Each thing that is missing is one clear line.
+
+use std::path::{Path, PathBuf};
+
+use rustix::{
+    fs::statfs,
+    time::{ClockId, clock_getres},
+};
+
+use crate::{
+    btf::{self, Offsets},
+    error::Unsupported,
+};
+
+/// What the check found.
+#[derive(Debug)]
+pub(crate) struct Environment {
+    /// The cgroup to serve.
+    pub(crate) cgroup: PathBuf,
+    /// What the programs read of sockets.
+    pub(crate) offsets: Offsets,
+    /// Nanoseconds of a tick of the kernel's clock (`1 / CONFIG_HZ`).
+    pub(crate) tick_ns: u32,
+}
+
+const CGROUP2_MAGIC: u64 = 0x6367_7270;
+const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
+const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
+
+impl Environment {
+    pub(crate) fn check(given: Option<&Path>, bpffs: &Path) -> Result<Self, Unsupported> {
+        if !rustix::process::geteuid().is_root() {
+            return Err(Unsupported("root is needed to load eBPF programs; start the agent as root".to_owned()));
+        }
+        let cgroup = cgroup(given)?;
+        check_bpffs(bpffs)?;
+        let offsets = btf::offsets(Path::new("/sys/kernel/btf/vmlinux"))?;
+        // The coarse clocks move with each tick.
+        let tick = clock_getres(ClockId::MonotonicCoarse);
+        Ok(Self { cgroup, offsets, tick_ns: u32::try_from(tick.tv_nsec).unwrap_or_default() })
+    }
+}
+
+/// The cgroup to serve: this one, or the root of cgroup v2.
+///
+/// # Errors
+/// It is not there, or is none of version 2.
+pub fn cgroup(given: Option<&Path>) -> Result<PathBuf, Unsupported> {
+    let cgroup = given.map_or_else(cgroup2_root, |path| Ok(path.to_owned()))?;
+    let unsupported = |what: String| Err(Unsupported(what));
+    match filesystem(&cgroup) {
+        Some(CGROUP2_MAGIC) => Ok(cgroup),
+        Some(_) => {
+            unsupported(format!("{} is not on a cgroup v2 file system; give one with --cgroup", cgroup.display()))
+        }
+        None => {
+            unsupported(format!("cgroup {} does not exist; create it, or give another with --cgroup", cgroup.display()))
+        }
+    }
+}
+
+/// The root of cgroup v2, wherever it is mounted.
+fn cgroup2_root() -> Result<PathBuf, Unsupported> {
+    let mounts = procfs::process::Process::myself().and_then(|process| process.mountinfo());
+    let mounts = mounts.map_err(|error| Unsupported(format!("the mount table cannot be read: {error}")))?;
+    let mut roots = mounts.into_iter().filter(|mount| mount.fs_type == "cgroup2" && mount.root == "/");
+    roots.next().map(|mount| mount.mount_point).ok_or_else(|| {
+        Unsupported("no cgroup v2 is mounted; mount it (mount -t cgroup2 none /sys/fs/cgroup) or boot with systemd.unified_cgroup_hierarchy=1".to_owned())
+    })
+}
+
+/// Makes sure that the folder lies on a bpffs; mounts one at the usual place where there is none.
+fn check_bpffs(folder: &Path) -> Result<(), Unsupported> {
+    let existing = folder.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    if filesystem(existing) == Some(BPF_FS_MAGIC) {
+        return Ok(());
+    }
+    if existing == Path::new(DEFAULT_BPFFS) {
+        let flags =
+            rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV | rustix::mount::MountFlags::NOEXEC;
+        if rustix::mount::mount("bpf", DEFAULT_BPFFS, "bpf", flags, None).is_ok() {
+            tracing::info!("mounted a bpffs at {DEFAULT_BPFFS}");
+            return Ok(());
+        }
+    }
+    Err(Unsupported(format!(
+        "{} is not on a bpffs; mount one (mount -t bpf bpf {DEFAULT_BPFFS}) or give another with --bpffs",
+        folder.display()
+    )))
+}
+
+/// Whether a path lies on a bpffs.
+pub(crate) fn is_bpffs(path: &Path) -> bool {
+    filesystem(path) == Some(BPF_FS_MAGIC)
+}
+
+fn filesystem(path: &Path) -> Option<u64> {
+    statfs(path).ok().map(|stat| stat.f_type as u64 & 0xffff_ffff)
+}

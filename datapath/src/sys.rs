@@ -1,0 +1,231 @@
+//! What aya does not do: exchange the program in the link of a cgroup, ask where that is attached, and read what a socket carries. aya keeps
+//! the descriptor of a link to itself, so a pinned one is opened here as well.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+};
+
+use crate::programs::AttachType;
+
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
+const BPF_OBJ_PIN: libc::c_long = 6;
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_PROG_QUERY: libc::c_long = 16;
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
+
+/// Pins a link.
+pub(crate) fn pin(link: impl AsFd, pin: &Path) -> io::Result<()> {
+    object(BPF_OBJ_PIN, pin, link.as_fd().as_raw_fd() as u32).map(drop)
+}
+
+/// Opens a pinned link.
+pub(crate) fn open(pin: &Path) -> io::Result<OwnedFd> {
+    let fd = object(BPF_OBJ_GET, pin, 0)?;
+    // SAFETY: the kernel has just given this descriptor to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A command about a thing and its place in a bpffs.
+fn object(command: libc::c_long, path: &Path, fd: u32) -> io::Result<i32> {
+    #[repr(C)]
+    struct Attr {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = Attr { path: path.as_ptr().addr() as u64, fd, flags: 0 };
+    // SAFETY: the attributes are those of these commands; the path outlives the call.
+    unsafe { bpf(command, &mut attr) }
+}
+
+/// Attaches a program to a cgroup, beside those of others.
+pub(crate) fn attach(cgroup: impl AsFd, program: impl AsFd, attach_type: AttachType) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        prog_fd: u32,
+        target_fd: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let mut attr = Attr {
+        prog_fd: program.as_fd().as_raw_fd() as u32,
+        target_fd: cgroup.as_fd().as_raw_fd() as u32,
+        attach_type: attach_type as u32,
+        flags: 0,
+    };
+    // SAFETY: the attributes are those of this command, and outlive the call.
+    let fd = unsafe { bpf(BPF_LINK_CREATE, &mut attr)? };
+    // SAFETY: the kernel has just given this descriptor to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Takes a link off its cgroup. Where only its pin is removed, the kernel does so some time later.
+pub(crate) fn detach(link: impl AsFd) -> io::Result<()> {
+    let mut fd = link.as_fd().as_raw_fd() as u32;
+    // SAFETY: the command has this one attribute.
+    unsafe { bpf(BPF_LINK_DETACH, &mut fd) }.map(drop)
+}
+
+/// Puts another program into a live link, in one step: no connection sees neither of them.
+pub(crate) fn update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link_fd: u32,
+        new_prog_fd: u32,
+        flags: u32,
+        old_prog_fd: u32,
+    }
+    let mut attr = Attr {
+        link_fd: link.as_fd().as_raw_fd() as u32,
+        new_prog_fd: program.as_fd().as_raw_fd() as u32,
+        flags: 0,
+        old_prog_fd: 0,
+    };
+    // SAFETY: the attributes are those of this command, and outlive the call.
+    unsafe { bpf(BPF_LINK_UPDATE, &mut attr) }.map(drop)
+}
+
+/// `struct bpf_link_info` for a cgroup.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct LinkInfo {
+    kind: u32,
+    id: u32,
+    /// Id of the program in it.
+    pub(crate) program: u32,
+    pad: u32,
+    /// Id of the cgroup that it is attached to; 0 where it no longer is.
+    pub(crate) cgroup: u64,
+    attach_type: u32,
+    tail: u32,
+}
+
+/// The id of the cgroup that a link is attached to; 0 where it no longer is.
+pub(crate) fn cgroup_id(link: impl AsFd) -> io::Result<u64> {
+    Ok(info(link)?.cgroup)
+}
+
+/// What the kernel says of a link.
+pub(crate) fn info(link: impl AsFd) -> io::Result<LinkInfo> {
+    #[repr(C)]
+    struct Attr {
+        fd: u32,
+        info_len: u32,
+        info: u64,
+    }
+    let mut info = LinkInfo::default();
+    let mut attr = Attr {
+        fd: link.as_fd().as_raw_fd() as u32,
+        info_len: size_of::<LinkInfo>() as u32,
+        info: (&raw mut info).addr() as u64,
+    };
+    // SAFETY: the attributes are those of this command; `info` is as long as they say, and outlives the call.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)? };
+    Ok(info)
+}
+
+/// Ids of the programs that run in a cgroup for a hook: those attached to it, or with `effective` those of the cgroups above as well.
+pub(crate) fn programs_of(cgroup: impl AsFd, attach_type: AttachType, effective: bool) -> io::Result<Vec<u32>> {
+    #[repr(C)]
+    struct Attr {
+        target_fd: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        ids: u64,
+        count: u32,
+        pad: u32,
+    }
+    // The kernel allows 64 on one cgroup, and cgroups may be nested.
+    let mut ids = vec![0u32; 1024];
+    let mut attr = Attr {
+        target_fd: cgroup.as_fd().as_raw_fd() as u32,
+        attach_type: attach_type as u32,
+        query_flags: u32::from(effective),
+        attach_flags: 0,
+        ids: ids.as_mut_ptr().addr() as u64,
+        count: ids.len() as u32,
+        pad: 0,
+    };
+    // SAFETY: the attributes are those of this command; the ids have the room that is said, and outlive the call.
+    unsafe { bpf(BPF_PROG_QUERY, &mut attr)? };
+    ids.truncate(attr.count as usize);
+    Ok(ids)
+}
+
+/// What a map of socket storage has for a socket.
+pub(crate) fn lookup_socket<T: aya::Pod>(map: impl AsFd, socket: impl AsFd) -> io::Result<T> {
+    #[repr(C)]
+    struct Attr {
+        map_fd: u32,
+        pad: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let key = socket.as_fd().as_raw_fd();
+    let mut value = std::mem::MaybeUninit::<T>::zeroed();
+    let mut attr = Attr {
+        map_fd: map.as_fd().as_raw_fd() as u32,
+        pad: 0,
+        key: (&raw const key).addr() as u64,
+        value: value.as_mut_ptr().addr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the attributes are those of this command; key and value are as long as those of the map, and outlive the call.
+    unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr)? };
+    // SAFETY: the kernel has written it, and any bytes are a value of plain data.
+    Ok(unsafe { value.assume_init() })
+}
+
+/// How many entries a hash map has, up to `most`: where entries go while they are counted, the kernel begins anew.
+pub(crate) fn count_entries(map: impl AsFd, most: u64) -> io::Result<u64> {
+    #[repr(C)]
+    struct Attr {
+        map_fd: u32,
+        pad: u32,
+        key: u64,
+        next_key: u64,
+    }
+    // Longer than any key of ours.
+    let (mut key, mut next) = ([0u8; 64], [0u8; 64]);
+    let mut count = 0;
+    while count < most {
+        let mut attr = Attr {
+            map_fd: map.as_fd().as_raw_fd() as u32,
+            pad: 0,
+            key: if count == 0 { 0 } else { key.as_mut_ptr().addr() as u64 },
+            next_key: next.as_mut_ptr().addr() as u64,
+        };
+        // SAFETY: the attributes are those of this command; both keys are long enough, and outlive the call.
+        match unsafe { bpf(BPF_MAP_GET_NEXT_KEY, &mut attr) } {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(count),
+            Err(error) => return Err(error),
+            Ok(_) => {}
+        }
+        key = next;
+        count += 1;
+    }
+    Ok(count)
+}
+
+/// # Safety
+/// `attr` must be what the kernel expects for the command, and whatever it points to must be valid.
+unsafe fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
+    // SAFETY: as the caller promises.
+    match unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) } {
+        result if result < 0 => Err(io::Error::last_os_error()),
+        result => Ok(result as i32),
+    }
+}
