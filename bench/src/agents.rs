@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::{
     files::agent_memory,
     progress,
-    served::{ENDPOINTS, Served},
+    served::{ENDPOINTS, ActiveEndpoints},
     world::spent,
 };
 
@@ -27,7 +27,7 @@ pub(crate) struct AgentCost {
 }
 
 /// Of agents that have nothing to do.
-pub(crate) fn run(served: &[(u32, Served)], seconds: f64) -> Result<Vec<AgentCost>> {
+pub(crate) fn run(served: &[(u32, ActiveEndpoints)], seconds: f64) -> Result<Vec<AgentCost>> {
     progress("agents at rest");
     let spent_by_all =
         || -> Result<Vec<f64>> { served.iter().map(|(_, node)| spent(node.agent.process.id())).collect() };
@@ -36,7 +36,7 @@ pub(crate) fn run(served: &[(u32, Served)], seconds: f64) -> Result<Vec<AgentCos
         std::thread::park_timeout(Duration::from_millis(100));
     }
     let (after, took) = (spent_by_all()?, began.elapsed());
-    let cost = |((services, node), (before, after)): (&(u32, Served), (&f64, &f64))| {
+    let cost = |((services, node), (before, after)): (&(u32, ActiveEndpoints), (&f64, &f64))| {
         Ok(AgentCost {
             services: *services,
             endpoints: services * ENDPOINTS,

@@ -14,7 +14,7 @@ use crate::{
     figures::{Arm, Round},
     progress,
     proxies::{self, ENVOY, HAPROXY, Proxy},
-    served::{ALGORITHMS, Served},
+    served::{ALGORITHMS, ActiveEndpoints},
     world::{ENDPOINT_PORT, ENDPOINTS, Port, SERVICE, SERVICE_PORT, Worker, World, client, spent},
 };
 
@@ -51,7 +51,7 @@ struct Running {
 pub(crate) struct Measured {
     pub(crate) arms: Vec<Arm>,
     /// The nodes that Portolan serves, by services.
-    pub(crate) served: Vec<(u32, Served)>,
+    pub(crate) served: Vec<(u32, ActiveEndpoints)>,
     /// What serves, as long as this lives.
     _world: (World, Worker),
 }
@@ -63,7 +63,7 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
     let mut served = Vec::new();
     for services in &effort.services {
         progress(&format!("starting an agent with {services} services"));
-        served.push((*services, Served::start(&world, *services)?));
+        served.push((*services, ActiveEndpoints::start(&world, *services)?));
     }
     let (mut clients, mut running, mut missing) = (Vec::new(), Vec::new(), Vec::new());
     let own_ports = [SERVICE_PORT, SERVICE_PORT + 1, SERVICE_PORT + 2, 53];

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::{
     progress,
-    served::{Served, bpftool},
+    served::{ActiveEndpoints, bpftool},
     world::{SERVICE, SERVICE_PORT, client},
 };
 
@@ -62,7 +62,7 @@ pub(crate) fn run(services: &[u32], connections: u64) -> Result<Vec<InKernel>> {
 }
 
 /// What each program takes on so many requests and datagrams to a service of this node.
-pub(crate) fn programs(node: &Served, count: usize) -> Result<Vec<Program>> {
+pub(crate) fn programs(node: &ActiveEndpoints, count: usize) -> Result<Vec<Program>> {
     progress("in the kernel, program by program");
     let bed = &node.bed;
     let mut client = client(&bed.namespace, Some(&bed.cgroup))?;

@@ -32,7 +32,7 @@ use crate::{connections::Effort, machine::Machine, report::Report};
 struct Options {
     /// Only these parts
     #[arg(long, value_enum, value_delimiter = ',')]
-    only: Vec<Part>,
+    only: Vec<WeightedGroup>,
     /// Few rounds and small tables, under a minute: shows that every arm runs, not how fast anything is
     #[arg(long)]
     quick: bool,
@@ -54,7 +54,7 @@ struct Options {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Part {
+enum WeightedGroup {
     /// Connections, requests and datagrams, by arm and by size of the table; agents at rest
     Connections,
     /// Time inside the kernel's hooks
@@ -89,7 +89,7 @@ fn main() -> Result<()> {
         report.judge();
         report.write(&options.report)
     };
-    if wanted(Part::Connections) {
+    if wanted(WeightedGroup::Connections) {
         let measured = connections::run(&effort, envoy.ok_or(options.no_envoy.as_str()))?;
         report.arms = measured.arms;
         report.agents = agents::run(&measured.served, if quick { 1.0 } else { 10.0 })?;
@@ -97,20 +97,20 @@ fn main() -> Result<()> {
         report.programs = kernel::programs(&measured.served[0].1, if quick { 50 } else { 20_000 })?;
         keep(&mut report)?;
     }
-    if wanted(Part::Kernel) {
+    if wanted(WeightedGroup::Kernel) {
         report.kernel = kernel::run(&services, if quick { 500 } else { 100_000 })?;
         keep(&mut report)?;
     }
-    if wanted(Part::Tables) {
+    if wanted(WeightedGroup::Tables) {
         report.tables = tables::run(&services, if quick { 20 } else { 2_000 })?;
         keep(&mut report)?;
     }
-    if wanted(Part::Api) {
+    if wanted(WeightedGroup::Api) {
         let most = services.iter().copied().max().unwrap_or(1);
         report.on_api = Some(api::run(most, if quick { 20 } else { 2_000 })?);
         keep(&mut report)?;
     }
-    if wanted(Part::Reaction) {
+    if wanted(WeightedGroup::Reaction) {
         report.reaction = reaction::run(if quick { 1 } else { 10 }, envoy)?;
         keep(&mut report)?;
         report.failing = Some(failing::run(if quick { 20 } else { 1_000 })?);
@@ -118,7 +118,7 @@ fn main() -> Result<()> {
         report.away = reaction::away(if quick { 3.0 } else { 12.0 })?;
         keep(&mut report)?;
     }
-    if wanted(Part::Files) {
+    if wanted(WeightedGroup::Files) {
         report.files = files::run(services.iter().copied().max().unwrap_or(1).max(10))?;
         keep(&mut report)?;
     }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use portolan_bench::task::{Answer, Task};
+use portolan_bench::task::{Measurement, Task};
 use portolan_tests::{
     Bed, Directory,
     objects::{destination_rule, node},
@@ -183,7 +183,7 @@ pub(crate) fn away(seconds: f64) -> Result<Vec<Away>> {
             agent = stage.bed.agent_with(&stage.directory, "c1", "node-0", if turn { more } else { &[] })?;
             times += 1;
         }
-        let answer: Answer = client.answer()?;
+        let answer: Measurement = client.answer()?;
         ensure!(times > 0, "the agent was not away");
         let failed = answer.watched.iter().filter(|one| one.answer.is_none()).count();
         all.push(Away { what, requests: answer.count, failed });

@@ -18,7 +18,7 @@ pub(crate) const NODES: u32 = 100;
 const IN_FILE: u32 = 100;
 
 /// The node, with its agent at work.
-pub(crate) struct Served {
+pub(crate) struct ActiveEndpoints {
     pub(crate) agent: Agent,
     _directory: Directory,
     pub(crate) bed: Bed,
@@ -29,7 +29,7 @@ pub(crate) struct Served {
 /// The services that are dialled, by algorithm: the last byte of their addresses.
 pub(crate) const ALGORITHMS: [(&str, u8); 3] = [("ROUND_ROBIN", 10), ("LEAST_REQUEST", 11), ("hash", 12)];
 
-impl Served {
+impl ActiveEndpoints {
     /// A node of a mesh with so many services.
     pub(crate) fn start(world: &World, services: u32) -> Result<Self> {
         let bed = Bed::named(&format!("node{services}"))?;

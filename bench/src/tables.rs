@@ -4,13 +4,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use portolan_core::{
-    decode::{Reader, read_text},
+    decode::{DecodeOptions, read_text},
     model::{
         EndpointSlice, Kind, Locality, NamespacedName, Node, Object, ObjectKey, Protocol, Scope, Service, ServicePort,
         SliceEndpoint, SlicePort, Target,
     },
-    policy::{Client, Compiler, Observed},
-    store::{Changes, Contents, Read, Store, Update},
+    policy::{Client, Compiler, HealthView},
+    store::{Changes, Contents, Decoded, Store, Update},
     table::{Sizes, Table},
 };
 use portolan_tests::{Bed, direct::Direct};
@@ -69,7 +69,7 @@ pub(crate) fn run(services: &[u32], changes: u32) -> Result<Vec<Built>> {
 fn build(services: u32, rules: u32, changes: u32) -> Result<Built> {
     progress(&format!("tables of {services} services, {rules} of them with rules of their own"));
     let mut store = store(services, rules)?;
-    let (client, observed) = (client(), Observed::default());
+    let (client, observed) = (client(), HealthView::default());
     let bed = Bed::named("tables")?;
     let sizes = Sizes { frontends: services.next_power_of_two().max(1 << 14), ..sizes_for(services) };
     let mut direct = Direct::new(&bed, sizes)?;
@@ -86,9 +86,9 @@ fn build(services: u32, rules: u32, changes: u32) -> Result<Built> {
         let began = Instant::now();
         let mut changed = Changes::default();
         store.apply(update, &mut changed);
-        let recompiled = compiler.compile(store.snapshot(), &client, &observed, &changed);
-        ensure!(recompiled.len() == 1, "{} services were computed anew", recompiled.len());
-        direct.change(&Table::new(recompiled.iter().flat_map(|service| &service.after)))?;
+        let changed_services = compiler.compile(store.snapshot(), &client, &observed, &changed);
+        ensure!(changed_services.len() == 1, "{} services were computed anew", changed_services.len());
+        direct.change(&Table::new(changed_services.iter().flat_map(|service| &service.after)))?;
         times.push(began.elapsed().as_secs_f64() * 1e3);
     }
     times.sort_by(f64::total_cmp);
@@ -116,7 +116,7 @@ fn name(i: u32) -> NamespacedName {
 
 fn object(kind: Kind, name: NamespacedName, object: Object) -> Update {
     let key = ObjectKey { scope: Scope::Cluster("c1".to_owned()), kind, name: name.clone() };
-    let contents = Contents { objects: vec![Read { key, object: Some(object) }], whole: true, ..Contents::default() };
+    let contents = Contents { objects: vec![Decoded { key, object: Some(object) }], whole: true, ..Contents::default() };
     Update::Replace { origin: format!("c1/{kind}/{name}"), contents }
 }
 
@@ -155,12 +155,12 @@ fn rule(i: u32) -> String {
 fn store(services: u32, rules: u32) -> Result<Store> {
     let mut store = Store::default();
     let mut apply = |update| store.apply(update, &mut Changes::default());
-    let contents = read_text(Reader::default(), &Scope::Mesh, "rules.yaml", RULES);
+    let contents = read_text(DecodeOptions::default(), &Scope::Mesh, "rules.yaml", RULES);
     ensure!(contents.findings.is_empty(), "{:?}", contents.findings);
     apply(Update::Replace { origin: "rules.yaml".to_owned(), contents });
     for i in 0..rules {
         let origin = format!("rules-{i}.yaml");
-        let contents = read_text(Reader::default(), &Scope::Mesh, &origin, &rule(i));
+        let contents = read_text(DecodeOptions::default(), &Scope::Mesh, &origin, &rule(i));
         ensure!(contents.findings.is_empty(), "{:?}", contents.findings);
         apply(Update::Replace { origin, contents });
     }

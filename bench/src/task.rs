@@ -65,7 +65,7 @@ pub enum Task {
 
 /// What came of it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Answer {
+pub struct Measurement {
     /// Nanoseconds of each: p50, p90, p99, p99.9.
     pub percentiles: [f64; 4],
     /// How many there were.

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use portolan_bench::task::{Answer, Task};
+use portolan_bench::task::{Measurement, Task};
 use portolan_tests::{Cgroup, Namespace, Place, Process, binary, link, unique};
 
 /// The endpoints that serve. Port by port: echo, sink, queue.
@@ -103,7 +103,7 @@ impl Worker {
     }
 
     /// Has it do something, and waits for what came of it.
-    pub(crate) fn ask(&mut self, task: &Task) -> Result<Answer> {
+    pub(crate) fn ask(&mut self, task: &Task) -> Result<Measurement> {
         self.begin(task)?;
         self.answer().with_context(|| format!("{task:?}"))
     }
@@ -115,7 +115,7 @@ impl Worker {
     }
 
     /// What came of it.
-    pub(crate) fn answer(&mut self) -> Result<Answer> {
+    pub(crate) fn answer(&mut self) -> Result<Measurement> {
         let mut line = String::new();
         anyhow::ensure!(self.answers.read_line(&mut line)? > 0, "bench-load has ended");
         Ok(serde_json::from_str(&line)?)

@@ -7,7 +7,7 @@ use std::{fs, path::Path};
 
 use common::through;
 use portolan_core::{
-    decode::{Reader, read_text},
+    decode::{DecodeOptions, read_text},
     model::{Code, Scope},
 };
 
@@ -77,7 +77,7 @@ fn bombs_are_defused() {
     let deep = format!("{}{}", "{a: ".repeat(50_000), "}".repeat(50_000));
     let indented: String = (0..5_000).map(|i| format!("{}a:\n", " ".repeat(i))).collect();
     for (what, text) in [("laughs", laughs), ("deep", deep), ("indented", indented)] {
-        let contents = read_text(Reader::default(), &Scope::Mesh, "bomb.yaml", &text);
+        let contents = read_text(DecodeOptions::default(), &Scope::Mesh, "bomb.yaml", &text);
         assert_eq!(contents.findings.len(), 1, "{what}");
         assert_eq!(contents.findings[0].code.to_string(), "PTL0002", "{what}");
         assert!(contents.objects.is_empty() && !contents.whole);
@@ -96,6 +96,6 @@ fn a_list_of_a_hundred_thousand_lines_is_read() {
         );
     }
     assert!(text.lines().count() > 100_000);
-    let contents = read_text(Reader::default(), &Scope::Cluster("c1".to_owned()), "c1/pods.yaml", &text);
+    let contents = read_text(DecodeOptions::default(), &Scope::Cluster("c1".to_owned()), "c1/pods.yaml", &text);
     assert_eq!((contents.objects.len(), contents.findings.len()), (10_000, 0));
 }

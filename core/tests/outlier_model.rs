@@ -10,8 +10,8 @@ use std::{
 };
 
 use portolan_core::{
-    health::{Detector, EventKind, Sign},
-    model::{JudgedBy, OutlierDetection},
+    health::{Detector, DetectorEventKind, Signal},
+    model::{SuccessCriterion, OutlierDetection},
 };
 use proptest::prelude::*;
 
@@ -32,7 +32,7 @@ struct Host {
 #[derive(Clone, Debug)]
 struct Model {
     settings: OutlierDetection,
-    judged_by: JudgedBy,
+    success_criterion: SuccessCriterion,
     hosts: BTreeMap<u8, Host>,
     overflow: u64,
     next_sweep: u64,
@@ -95,29 +95,29 @@ impl Model {
         }
     }
 
-    fn observe(&mut self, now: u64, name: u8, sign: Sign) {
+    fn observe(&mut self, now: u64, name: u8, sign: Signal) {
         let split = self.settings.local_origin_errors;
         match (sign, split) {
-            (Sign::Status(code), _) => self.code(now, name, code),
+            (Signal::Status(code), _) => self.code(now, name, code),
             // Portolan's own: as a response of 500.
-            (Sign::Broken, _) => self.code(now, name, 500),
-            (Sign::Refused | Sign::TimedOut, Some(threshold)) => {
+            (Signal::Broken, _) => self.code(now, name, 500),
+            (Signal::Refused | Signal::TimedOut, Some(threshold)) => {
                 let Some(host) = self.hosts.get_mut(&name) else { return };
                 host.consecutive_local += 1;
                 if host.consecutive_local == threshold && self.reached(now, name) {
                     self.hosts.get_mut(&name).unwrap().consecutive_local = 0;
                 }
             }
-            (Sign::Refused, None) => self.code(now, name, 503),
-            (Sign::TimedOut, None) => self.code(now, name, 504),
-            (Sign::Connected, Some(_)) => {
+            (Signal::Refused, None) => self.code(now, name, 503),
+            (Signal::TimedOut, None) => self.code(now, name, 504),
+            (Signal::Connected, Some(_)) => {
                 if let Some(host) = self.hosts.get_mut(&name) {
                     host.consecutive_local = 0;
                 }
             }
-            (Sign::Connected, None) if self.judged_by == JudgedBy::Connect => self.code(now, name, 200),
-            (Sign::Answered, _) if self.judged_by == JudgedBy::Answer => self.code(now, name, 200),
-            (Sign::Connected | Sign::Answered, _) => {}
+            (Signal::Connected, None) if self.success_criterion == SuccessCriterion::Connected => self.code(now, name, 200),
+            (Signal::Answered, _) if self.success_criterion == SuccessCriterion::FirstByte => self.code(now, name, 200),
+            (Signal::Connected | Signal::Answered, _) => {}
         }
     }
 
@@ -139,16 +139,16 @@ impl Model {
 
 impl Model {
     /// Portolan's own rule for settings that change: ejections stay, and what was counted under other thresholds is forgotten.
-    fn configure(&mut self, settings: OutlierDetection, judged_by: JudgedBy, now: u64) {
+    fn configure(&mut self, settings: OutlierDetection, success_criterion: SuccessCriterion, now: u64) {
         if settings.interval != self.settings.interval {
             self.next_sweep = now + millis(settings.interval);
         }
-        if settings.counters() != self.settings.counters() || judged_by != self.judged_by {
+        if settings.counters() != self.settings.counters() || success_criterion != self.success_criterion {
             for host in self.hosts.values_mut() {
                 (host.consecutive_5xx, host.consecutive_gateway, host.consecutive_local) = (0, 0, 0);
             }
         }
-        (self.settings, self.judged_by) = (settings, judged_by);
+        (self.settings, self.success_criterion) = (settings, success_criterion);
     }
 
     /// And for another agent that takes over: ejections and multipliers outlive the former one, counters do not; what is over by then is over.
@@ -171,31 +171,31 @@ impl Model {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Sign(u8, Sign),
+    Signal(u8, Signal),
     Wait(u64),
     Hosts(BTreeSet<u8>),
-    Configure(OutlierDetection, JudgedBy),
+    Configure(OutlierDetection, SuccessCriterion),
     Restart,
 }
 
-fn sign() -> impl Strategy<Value = Sign> {
+fn sign() -> impl Strategy<Value = Signal> {
     prop_oneof![
-        3 => Just(Sign::Refused),
-        1 => Just(Sign::TimedOut),
-        2 => Just(Sign::Connected),
-        1 => Just(Sign::Answered),
-        1 => Just(Sign::Broken),
-        2 => prop::sample::select(vec![200u16, 404, 500, 502, 503, 504, 505]).prop_map(Sign::Status),
+        3 => Just(Signal::Refused),
+        1 => Just(Signal::TimedOut),
+        2 => Just(Signal::Connected),
+        1 => Just(Signal::Answered),
+        1 => Just(Signal::Broken),
+        2 => prop::sample::select(vec![200u16, 404, 500, 502, 503, 504, 505]).prop_map(Signal::Status),
     ]
 }
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        16 => (0u8..8, sign()).prop_map(|(host, sign)| Step::Sign(host, sign)),
+        16 => (0u8..8, sign()).prop_map(|(host, sign)| Step::Signal(host, sign)),
         6 => (1u64..5_000).prop_map(Step::Wait),
         2 => (5_000u64..60_000).prop_map(Step::Wait),
         2 => prop::collection::btree_set(0u8..8, 0..8).prop_map(Step::Hosts),
-        1 => (settings(), judged_by()).prop_map(|(settings, judged_by)| Step::Configure(settings, judged_by)),
+        1 => (settings(), success_criterion()).prop_map(|(settings, success_criterion)| Step::Configure(settings, success_criterion)),
         1 => Just(Step::Restart),
     ]
 }
@@ -213,30 +213,30 @@ prop_compose! {
     }
 }
 
-fn judged_by() -> impl Strategy<Value = JudgedBy> {
-    prop::sample::select(vec![JudgedBy::Connect, JudgedBy::Answer, JudgedBy::Status])
+fn success_criterion() -> impl Strategy<Value = SuccessCriterion> {
+    prop::sample::select(vec![SuccessCriterion::Connected, SuccessCriterion::FirstByte, SuccessCriterion::HttpStatus])
 }
 
 fn address(host: u8) -> SocketAddr {
     SocketAddr::from(([10, 0, 0, host], 80))
 }
 
-fn compare(settings: OutlierDetection, judged_by: JudgedBy, steps: Vec<Step>) {
+fn compare(settings: OutlierDetection, success_criterion: SuccessCriterion, steps: Vec<Step>) {
     let start = Instant::now();
     let at = |now: u64| start + Duration::from_millis(now);
-    let mut detector = Detector::new(settings.clone(), judged_by, start);
+    let mut detector = Detector::new(settings.clone(), success_criterion, start);
     let hosts: BTreeMap<u8, Host> = (0..6).map(|name| (name, Host::default())).collect();
     detector.set_hosts(&hosts.keys().copied().map(address).collect());
-    let mut model = Model { settings, judged_by, hosts, overflow: 0, next_sweep: 0 };
+    let mut model = Model { settings, success_criterion, hosts, overflow: 0, next_sweep: 0 };
     model.next_sweep = millis(model.settings.interval);
     let (mut now, mut overflow) = (0, 0);
     for step in steps {
         match &step {
-            Step::Sign(host, sign) => {
+            Step::Signal(host, sign) => {
                 model.observe(now, *host, *sign);
                 for cause in detector.observe(address(*host), *sign) {
                     let event = detector.eject(at(now), address(*host), cause);
-                    overflow += u64::from(event.is_some_and(|event| matches!(event.kind, EventKind::Overflow { .. })));
+                    overflow += u64::from(event.is_some_and(|event| matches!(event.kind, DetectorEventKind::Overflow { .. })));
                 }
             }
             Step::Wait(time) => {
@@ -251,14 +251,14 @@ fn compare(settings: OutlierDetection, judged_by: JudgedBy, steps: Vec<Step>) {
                 }
                 now = end;
             }
-            Step::Configure(settings, judged_by) => {
-                model.configure(settings.clone(), *judged_by, now);
-                detector.configure(settings, *judged_by, at(now));
+            Step::Configure(settings, success_criterion) => {
+                model.configure(settings.clone(), *success_criterion, now);
+                detector.configure(settings, *success_criterion, at(now));
             }
             Step::Restart => {
                 model.restart(now);
                 let saved = detector.saved(at(now));
-                detector = Detector::new(model.settings.clone(), model.judged_by, at(now));
+                detector = Detector::new(model.settings.clone(), model.success_criterion, at(now));
                 detector.set_hosts(&model.hosts.keys().copied().map(address).collect());
                 detector.restore(at(now), Duration::ZERO, saved);
             }
@@ -290,8 +290,8 @@ proptest! {
 
     #[test]
     fn no_sequence_of_events_tells_them_apart(
-        settings in settings(), judged_by in judged_by(), steps in prop::collection::vec(step(), 1..120),
+        settings in settings(), success_criterion in success_criterion(), steps in prop::collection::vec(step(), 1..120),
     ) {
-        compare(settings, judged_by, steps);
+        compare(settings, success_criterion, steps);
     }
 }

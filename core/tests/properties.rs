@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use common::{World, destination_rule, node};
 use portolan_core::{
     model::{Scope, ServiceId},
-    policy::{Compiler, Observed, Verdict, assign},
+    policy::{Compiler, HealthView, PolicyOutput, assign},
     report::Report,
     store::Changes,
 };
@@ -191,9 +191,9 @@ fn world(objects: &[(Option<&'static str>, Value)], count: usize) -> World {
     world
 }
 
-fn everywhere(addresses: impl IntoIterator<Item = String>) -> Observed {
+fn everywhere(addresses: impl IntoIterator<Item = String>) -> HealthView {
     let ejected_everywhere = addresses.into_iter().map(|address| address.parse().unwrap()).collect();
-    Observed { ejected_everywhere, ..Observed::default() }
+    HealthView { ejected_everywhere, ..HealthView::default() }
 }
 
 /// Without what tells where objects came from.
@@ -206,7 +206,7 @@ fn bare(mut report: Report) -> Report {
     report
 }
 
-fn verdict(compiler: &Compiler) -> Verdict {
+fn verdict(compiler: &Compiler) -> PolicyOutput {
     let mut verdict = compiler.verdict();
     verdict.findings.sort();
     verdict
@@ -287,7 +287,7 @@ proptest! {
         let own = Scope::Cluster("c1".to_owned());
         world.put(&own, "c1/copies.yaml", &(copies.join("\n---\n") + "\n"));
         let client = world.client("c1", "c1-r1", &[]);
-        let (mut compiler, mut observed) = (Compiler::default(), Observed::default());
+        let (mut compiler, mut observed) = (Compiler::default(), HealthView::default());
         compiler.compile(world.0.snapshot(), &client, &observed, &Changes::everything());
         let last = [(own, "c1/copies.yaml".to_owned(), "# nothing\n".to_owned())];
         for (scope, origin, text) in files(&to.objects, 3).into_iter().chain(last) {

@@ -12,7 +12,7 @@ use rustix::thread::{
 ///
 /// # Errors
 /// What the kernel said.
-pub fn keep_only(kept: CapabilitySet) -> io::Result<()> {
+pub fn retain_capabilities(kept: CapabilitySet) -> io::Result<()> {
     set_no_new_privs(true)?;
     clear_ambient_capability_set()?;
     let held = capabilities(None)?.permitted & kept;
@@ -26,6 +26,6 @@ pub fn keep_only(kept: CapabilitySet) -> io::Result<()> {
 ///
 /// # Errors
 /// What the kernel said.
-pub fn give_up() -> io::Result<()> {
-    keep_only(CapabilitySet::empty())
+pub fn drop_capabilities() -> io::Result<()> {
+    retain_capabilities(CapabilitySet::empty())
 }

@@ -5,20 +5,20 @@ use std::{fmt, os::fd::OwnedFd, path::PathBuf};
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{Ebpf, EbpfLoader};
 use portolan_common::SCHEMA_VERSION;
-use portolan_core::table::{Held, Sizes};
+use portolan_core::table::{PinnedState, Sizes};
 
 use crate::{
     helper::Helper,
     hooks::Hooks,
     inspect,
     maps::{self, Maps},
-    opt_out_map::OptedOut,
+    opt_out_map::OptOutMap,
     outcomes::{EventStream, Logs},
     pins::{self, Pins, Set},
     preflight::Environment,
     programs::object,
-    rcu::{Grace, barrier},
-    terminator::Closer,
+    rcu::{GracePeriods, barrier},
+    terminator::Terminator,
 };
 
 /// How much the programs tell for debugging; each line costs time on the path of a connection.
@@ -74,11 +74,11 @@ pub struct Datapath {
     /// What the programs tell for debugging, if they were asked to.
     pub logs: Option<Logs>,
     /// When nobody reads any more what was in force a moment ago.
-    pub grace: Grace,
+    pub grace: GracePeriods,
     /// The end of connections that shall not go on.
-    pub closer: Closer,
+    pub closer: Terminator,
     /// Whom the programs leave alone; taken by who keeps it.
-    pub opted_out: Option<OptedOut>,
+    pub opted_out: Option<OptOutMap>,
     /// What needs privileges that the agent gives up.
     pub helper: Helper,
     hooks: Hooks,
@@ -97,7 +97,7 @@ impl Datapath {
     ///
     /// # Errors
     /// [`Unsupported`] where the machine lacks something; otherwise what the kernel said.
-    pub fn open(options: &Options) -> Result<(Self, Held)> {
+    pub fn open(options: &Options) -> Result<(Self, PinnedState)> {
         let environment = Environment::check(options.cgroup.as_deref(), &options.bpffs)?;
         let pins = Pins::new(&options.bpffs);
         let locks = [pins.prepare()?, pins::own_cgroup(&environment.cgroup)?];
@@ -142,11 +142,11 @@ impl Datapath {
         barrier();
         let (maps, held) = Maps::open(&mut bpf, options.sizes)?;
         let events = EventStream::open(&mut bpf)?;
-        let opted_out = Some(OptedOut::open(&mut bpf)?);
+        let opted_out = Some(OptOutMap::open(&mut bpf)?);
         let former = current.filter(|current| *current != set);
-        let grace = Grace::start()?;
+        let grace = GracePeriods::start()?;
         let (helper, orders) = hooks.start_helper(&mut bpf, &options.program, set)?;
-        let closer = Closer::start(&pins, set, orders)?;
+        let closer = Terminator::start(&pins, set, orders)?;
         Ok((
             Self { maps, events, logs, grace, closer, opted_out, helper, hooks, bpf, pins, set, former, _locks: locks },
             held,

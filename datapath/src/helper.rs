@@ -1,7 +1,7 @@
 //! The process that keeps privileges, for what cannot be done without: closing connections in the network namespaces of pods, saying whose such a
 //! namespace is, and attaching the program that sees packets.
 //!
-//! The agent starts it before it gives up its own. It reads no objects and no requests; it is told nothing but [`Order`]s and [`Ask`]s, and it ends with
+//! The agent starts it before it gives up its own. It reads no objects and no requests; it is told nothing but [`SweepRequest`]s and [`HelperRequest`]s, and it ends with
 //! the agent.
 
 use std::{
@@ -27,8 +27,8 @@ use crate::{
     pins::{Pins, Set},
     programs::HTTP_INGRESS,
     sys,
-    terminator::{Order, States, work},
-    wire::{Answer, Ask, read, write},
+    terminator::{SweepRequest, SocketAccounting, work},
+    wire::{HelperResponse, HelperRequest, read, write},
 };
 
 /// The verb by which this program is the helper.
@@ -61,7 +61,7 @@ pub struct Helper(Arc<Inner>);
 
 struct Inner {
     child: Child,
-    asking: Mutex<Asking>,
+    asking: Mutex<HelperChannel>,
 }
 
 impl Helper {
@@ -88,34 +88,34 @@ impl Helper {
             });
         }
         let child = command.spawn().with_context(|| format!("cannot start {} {VERB}", program.display()))?;
-        Ok((Self(Arc::new(Inner { child, asking: Mutex::new(Asking { stream: asking, asked: 0 }) })), orders))
+        Ok((Self(Arc::new(Inner { child, asking: Mutex::new(HelperChannel { stream: asking, asked: 0 }) })), orders))
     }
 
     /// Whose the network namespace with this cookie is, for people: its first process, and the cgroup of that; or its name. `None` where it is
     /// gone, or not to be seen. May take some time.
     pub fn name_namespace(&self, cookie: u64) -> Option<String> {
-        match self.ask(&Ask::Name(cookie)) {
-            Ok(Answer::Named(name)) => name,
+        match self.ask(&HelperRequest::Name(cookie)) {
+            Ok(HelperResponse::Named(name)) => name,
             _ => None,
         }
     }
 
     /// Attaches the program that sees packets, and pins its link.
     pub(crate) fn attach_packets(&self) -> Result<()> {
-        match self.ask(&Ask::Packets)? {
-            Answer::Attached(result) => result.map_err(|error| anyhow!(error)),
-            Answer::Named(_) => Err(anyhow!("the helper answers something else")),
+        match self.ask(&HelperRequest::Packets)? {
+            HelperResponse::Attached(result) => result.map_err(|error| anyhow!(error)),
+            HelperResponse::Named(_) => Err(anyhow!("the helper answers something else")),
         }
     }
 
     /// Each question has a number, for an answer that comes too late is not one to the next question.
-    fn ask(&self, ask: &Ask) -> Result<Answer> {
+    fn ask(&self, ask: &HelperRequest) -> Result<HelperResponse> {
         let mut asking = self.0.asking.lock().unwrap_or_else(PoisonError::into_inner);
-        let Asking { stream, asked } = &mut *asking;
+        let HelperChannel { stream, asked } = &mut *asking;
         *asked += 1;
         write(stream, &(*asked, ask)).context("the helper cannot be asked")?;
         loop {
-            match read::<(u64, Answer)>(stream).context("the helper does not answer")? {
+            match read::<(u64, HelperResponse)>(stream).context("the helper does not answer")? {
                 Some((to, answer)) if to == *asked => return Ok(answer),
                 Some(_) => {}
                 None => bail!("the helper has ended"),
@@ -125,7 +125,7 @@ impl Helper {
 }
 
 /// The way to ask, and how often it was used.
-struct Asking {
+struct HelperChannel {
     stream: UnixStream,
     asked: u64,
 }
@@ -142,7 +142,7 @@ impl Drop for Inner {
 /// # Errors
 /// It was not started by an agent, or nobody listens any more.
 pub fn serve(args: &HelperArgs) -> Result<()> {
-    capabilities::keep_only(kept()).context("cannot give up privileges")?;
+    capabilities::retain_capabilities(kept()).context("cannot give up privileges")?;
     for signal in [libc::SIGINT, libc::SIGTERM] {
         // SAFETY: to ignore a signal runs nothing. They are for the agent, and this process ends with it.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
@@ -152,7 +152,7 @@ pub fn serve(args: &HelperArgs) -> Result<()> {
     ensure!(orders.peer_addr().is_ok(), "{VERB} is for agents to start");
     let pins = Pins::new(&args.bpffs);
     let set = Set::parse(&args.set).with_context(|| format!("{} is no set of maps", args.set))?;
-    let states = States::open(&pins, set).context("cannot open the sockets' states")?;
+    let states = SocketAccounting::open(&pins, set).context("cannot open the sockets' states")?;
     // SAFETY: the agent has left it open for this.
     let packets = unsafe { BorrowedFd::borrow_raw(args.packets) };
 
@@ -164,12 +164,12 @@ pub fn serve(args: &HelperArgs) -> Result<()> {
     })?;
     let cgroup = args.cgroup.clone();
     thread::Builder::new().name("answers".to_owned()).spawn(move || {
-        while let Ok(Some((number, ask))) = read::<(u64, Ask)>(&mut asks) {
+        while let Ok(Some((number, ask))) = read::<(u64, HelperRequest)>(&mut asks) {
             let answer = match ask {
-                Ask::Name(cookie) => Answer::Named(name_namespace(cookie)),
-                Ask::Packets => {
+                HelperRequest::Name(cookie) => HelperResponse::Named(name_namespace(cookie)),
+                HelperRequest::Packets => {
                     let attached = attach(&cgroup, packets, &pins.link(HTTP_INGRESS.name));
-                    Answer::Attached(attached.map_err(|error| error.to_string()))
+                    HelperResponse::Attached(attached.map_err(|error| error.to_string()))
                 }
             };
             if write(&mut asks, &(number, answer)).is_err() {
@@ -178,7 +178,7 @@ pub fn serve(args: &HelperArgs) -> Result<()> {
         }
         end();
     })?;
-    while let Some(order) = read::<Order>(&mut orders)? {
+    while let Some(order) = read::<SweepRequest>(&mut orders)? {
         sender.send(order)?;
     }
     Ok(())

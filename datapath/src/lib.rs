@@ -28,10 +28,10 @@ pub use self::{
     helper::{Helper, HelperArgs, VERB as HELPER_VERB, serve as serve_helper},
     inspect::{Facts, MapFacts, ProgramFacts, inspect},
     maps::{Counters, Maps},
-    opt_out_map::OptedOut,
+    opt_out_map::OptOutMap,
     outcomes::{EventStream, Logs, Outcome},
     pins::{Pins, cleanup, remove_locks},
     preflight::cgroup,
-    rcu::{Grace, barrier},
-    terminator::{Closer, GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted, Served},
+    rcu::{GracePeriods, barrier},
+    terminator::{Terminator, RemovedEndpointTcp, IDLE, Lifetime, SweepRequest, SweepReport, Reason, Reconciled, ActiveEndpoints},
 };

@@ -11,10 +11,10 @@ use portolan_common::{
     Affinity, AffinityKey, Backend, BackendStats, BackendUse, Counter, FrontendKey, FrontendStats, Limits, PoolStats,
     Slot, TIME_BUCKETS, Version,
 };
-use portolan_core::table::{Held, HeldFrontend, Op, Sizes};
+use portolan_core::table::{PinnedState, PinnedFrontend, Op, Sizes};
 
 use crate::{
-    mmap_array::Mapped,
+    mmap_array::MmapArray,
     pins::{Pins, Set},
 };
 
@@ -116,10 +116,10 @@ impl Range {
 pub struct Maps {
     frontends: HashMap<MapData, FrontendKey, u32>,
     /// Frontend id → which version counts. One store publishes.
-    current: Mapped,
+    current: MmapArray,
     versions: Array<MapData, Version>,
     /// Up to 10,000 for one version: a system call for each would take a millisecond.
-    slots: Mapped,
+    slots: MmapArray,
     runs: Array<MapData, u32>,
     backends: Array<MapData, Backend>,
     pools: Array<MapData, Limits>,
@@ -133,7 +133,7 @@ pub struct Maps {
 }
 
 impl Maps {
-    pub(crate) fn open(bpf: &mut Ebpf, sizes: Sizes) -> Result<(Self, Held)> {
+    pub(crate) fn open(bpf: &mut Ebpf, sizes: Sizes) -> Result<(Self, PinnedState)> {
         let maps = Self {
             frontends: HashMap::try_from(take(bpf, "FRONTENDS")?)?,
             current: mapped::<u64>(bpf, "CURRENT", sizes.frontends)?,
@@ -158,8 +158,8 @@ impl Maps {
     ///
     /// # Errors
     /// The kernel does not let a map be read.
-    pub fn held(&self, sizes: Sizes) -> Result<Held> {
-        let mut held = Held::default();
+    pub fn held(&self, sizes: Sizes) -> Result<PinnedState> {
+        let mut held = PinnedState::default();
         let (mut backends, mut pools) = (BTreeSet::new(), BTreeSet::new());
         for entry in self.frontends.iter() {
             let (_, id) = entry?;
@@ -178,7 +178,7 @@ impl Maps {
             // Members are among those of the slots; behind them are their pools.
             range.add(version.members, version.member_count.saturating_mul(2));
             let runs = range.within(sizes.slots);
-            held.frontends.push(HeldFrontend { id, index, version, runs });
+            held.frontends.push(PinnedFrontend { id, index, version, runs });
         }
         for (id, backend) in (0..sizes.backends).zip(self.backends.iter()) {
             let backend = backend?;
@@ -328,9 +328,9 @@ pub(crate) fn take(bpf: &mut Ebpf, name: &str) -> Result<Map> {
     bpf.take_map(name).with_context(|| format!("the embedded object has no map {name}"))
 }
 
-fn mapped<T>(bpf: &mut Ebpf, name: &str, entries: u32) -> Result<Mapped> {
+fn mapped<T>(bpf: &mut Ebpf, name: &str, entries: u32) -> Result<MmapArray> {
     let Map::Array(data) = take(bpf, name)? else { anyhow::bail!("{name} is not an array") };
-    Mapped::open::<T>(data.fd(), entries)
+    MmapArray::open::<T>(data.fd(), entries)
 }
 
 pub(crate) fn array<V: Pod>(bpf: &mut Ebpf, name: &str) -> Result<Array<MapData, V>> {

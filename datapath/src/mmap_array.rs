@@ -13,7 +13,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// Values of eight bytes or a multiple of that, one behind the other.
 #[derive(Debug)]
-pub(crate) struct Mapped {
+pub(crate) struct MmapArray {
     start: NonNull<AtomicU64>,
     entries: u32,
     /// Words of a value.
@@ -21,11 +21,11 @@ pub(crate) struct Mapped {
 }
 
 // SAFETY: the memory is shared with the kernel anyway, and every access to it is atomic or volatile.
-unsafe impl Send for Mapped {}
+unsafe impl Send for MmapArray {}
 // SAFETY: as above.
-unsafe impl Sync for Mapped {}
+unsafe impl Sync for MmapArray {}
 
-impl Mapped {
+impl MmapArray {
     /// Maps an array with values of type `T` into memory.
     ///
     /// # Errors
@@ -82,7 +82,7 @@ impl Mapped {
     }
 }
 
-impl Drop for Mapped {
+impl Drop for MmapArray {
     fn drop(&mut self) {
         // SAFETY: the mapping is this value's own, and nobody has a reference into it any more.
         let unmapped = unsafe { munmap(self.start.as_ptr().cast(), Self::bytes(self.entries, self.words)) };

@@ -12,12 +12,12 @@ use portolan_common::OptOut;
 use crate::maps::{array, take};
 
 /// Cgroups whose processes are left alone. The maps belong to no set: who is left alone stays so while programs are exchanged.
-pub struct OptedOut {
+pub struct OptOutMap {
     cgroups: HashMap<MapData, u64, u32>,
     filter: Array<MapData, u64>,
 }
 
-impl OptedOut {
+impl OptOutMap {
     pub(crate) fn open(bpf: &mut Ebpf) -> Result<Self> {
         Ok(Self { cgroups: HashMap::try_from(take(bpf, "OPTED_OUT")?)?, filter: array(bpf, "OPT_OUT_FILTER")? })
     }

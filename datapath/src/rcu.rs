@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use portolan_core::table::Round;
+use portolan_core::table::GraceEpoch;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::capabilities;
@@ -21,12 +21,12 @@ const GLOBAL: libc::c_int = 1;
 const WITHOUT_BARRIER: Duration = Duration::from_secs(1);
 
 /// Waits on a thread of its own, for the call takes some milliseconds.
-pub struct Grace {
-    rounds: Sender<Round>,
-    settled: UnboundedReceiver<Round>,
+pub struct GracePeriods {
+    rounds: Sender<GraceEpoch>,
+    settled: UnboundedReceiver<GraceEpoch>,
 }
 
-impl Grace {
+impl GracePeriods {
     /// Starts the thread.
     ///
     /// # Errors
@@ -38,7 +38,7 @@ impl Grace {
             .name("grace".to_owned())
             .spawn(move || {
                 // Nothing is lost where that is refused: a thread that waits.
-                let _ = capabilities::give_up();
+                let _ = capabilities::drop_capabilities();
                 wait_for(&wanted, &done);
             })
             .context("cannot start a thread")?;
@@ -46,13 +46,13 @@ impl Grace {
     }
 
     /// Begins to wait for those who may be reading what this round has freed.
-    pub fn begin(&self, round: Round) {
+    pub fn begin(&self, round: GraceEpoch) {
         // It ends with this value only.
         let _ = self.rounds.send(round);
     }
 
     /// The next round whose readers have ended; earlier ones have as well.
-    pub async fn settled(&mut self) -> Round {
+    pub async fn settled(&mut self) -> GraceEpoch {
         match self.settled.recv().await {
             Some(round) => round,
             None => std::future::pending().await,
@@ -60,7 +60,7 @@ impl Grace {
     }
 }
 
-fn wait_for(rounds: &Receiver<Round>, done: &UnboundedSender<Round>) {
+fn wait_for(rounds: &Receiver<GraceEpoch>, done: &UnboundedSender<GraceEpoch>) {
     while let Ok(round) = rounds.recv() {
         // One barrier for all that wait.
         let round = rounds.try_iter().last().unwrap_or(round);
@@ -86,7 +86,7 @@ mod tests {
     #[test]
     fn rounds_settle_in_order() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        let mut grace = Grace::start().unwrap();
+        let mut grace = GracePeriods::start().unwrap();
         (1..=5).for_each(|round| grace.begin(round));
         let mut last = 0;
         while last < 5 {

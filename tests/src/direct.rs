@@ -11,8 +11,8 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use portolan_core::{
     model::Protocol,
-    policy::{Part, Schedule, Share},
-    table::{Entry, Knowledge, Layout, Op, Refused, Round, Sizes, Table, key},
+    policy::{WeightedGroup, Schedule, Share},
+    table::{FrontendSpec, Completeness, Layout, Op, Rejected, GraceEpoch, Sizes, Table, key},
 };
 use portolan_datapath::{Datapath, Options, ProgramLog};
 use tokio::runtime::Runtime;
@@ -24,7 +24,7 @@ pub struct Direct {
     datapath: Datapath,
     layout: Layout,
     /// The last round that has not settled.
-    open: Option<Round>,
+    open: Option<GraceEpoch>,
     runtime: Runtime,
 }
 
@@ -54,7 +54,7 @@ impl Direct {
     /// # Errors
     /// It does not fit, or what the kernel says.
     pub fn publish(&mut self, table: &Table) -> Result<()> {
-        let written = self.layout.update(table, Knowledge::Complete);
+        let written = self.layout.update(table, Completeness::Complete);
         self.write(written)
     }
 
@@ -63,11 +63,11 @@ impl Direct {
     /// # Errors
     /// They do not fit, or what the kernel says.
     pub fn change(&mut self, table: &Table) -> Result<()> {
-        let written = self.layout.change(table, &[], Knowledge::Complete);
+        let written = self.layout.change(table, &[], Completeness::Complete);
         self.write(written)
     }
 
-    fn write(&mut self, (ops, refused): (Vec<Op>, Vec<Refused>)) -> Result<()> {
+    fn write(&mut self, (ops, refused): (Vec<Op>, Vec<Rejected>)) -> Result<()> {
         self.datapath.maps.apply(&ops)?;
         if let Some(round) = self.layout.end_round() {
             self.datapath.grace.begin(round);
@@ -96,12 +96,12 @@ impl Direct {
         Ok(())
     }
 
-    fn poll_settled(&mut self) -> Poll<Round> {
+    fn poll_settled(&mut self) -> Poll<GraceEpoch> {
         let mut settled = pin!(self.datapath.grace.settled());
         self.runtime.block_on(poll_fn(|context| Poll::Ready(settled.as_mut().poll(context))))
     }
 
-    fn settled(&mut self, round: Round) {
+    fn settled(&mut self, round: GraceEpoch) {
         self.layout.settle(round);
         self.open.take_if(|open| *open <= round);
     }
@@ -130,12 +130,12 @@ impl Direct {
 
 /// A table of TCP frontends, each with endpoints that take turns.
 pub fn table(frontends: impl IntoIterator<Item = (SocketAddr, Vec<SocketAddr>)>) -> Table {
-    let entry = |endpoints: Vec<SocketAddr>| Entry {
+    let entry = |endpoints: Vec<SocketAddr>| FrontendSpec {
         schedule: std::sync::Arc::new(if endpoints.is_empty() {
             Schedule::default()
         } else {
             let members = endpoints.iter().map(|endpoint| (*endpoint, 1)).collect();
-            Schedule::new(vec![Part::in_turn(Share::from(1), members)])
+            Schedule::new(vec![WeightedGroup::in_turn(Share::from(1), members)])
         }),
         endpoints: endpoints.into(),
         pools: std::sync::Arc::new([]),

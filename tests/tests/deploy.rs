@@ -163,7 +163,7 @@ fn a_thread_without_privileges_loads_no_program() -> Result<()> {
     assert_eq!(load(), 0);
     let without = std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            portolan_datapath::capabilities::give_up()?;
+            portolan_datapath::capabilities::drop_capabilities()?;
             // Nor does a program that it starts, root or not.
             let held = Command::new("cat").arg("/proc/self/status").output()?;
             ensure!(String::from_utf8_lossy(&held.stdout).contains("CapEff:\t0000000000000000"));

@@ -11,7 +11,7 @@ pub(crate) const BENCH: [(&str, &str); 4] =
     [("ip", "iproute2"), ("bpftool", "bpftool"), ("nginx", "nginx-light"), ("curl", "curl")];
 
 /// Clients and servers that tests put through Service addresses, and their packages.
-pub(crate) const CLIENTS: [(&str, &str); 9] = [
+pub(crate) const CLIENTS: [(&str, &str); 10] = [
     ("javac", "default-jdk-headless"),
     ("python3", "python3"),
     ("redis-server", "redis-server"),
@@ -21,6 +21,7 @@ pub(crate) const CLIENTS: [(&str, &str); 9] = [
     ("dig", "bind9-dnsutils"),
     ("dnsmasq", "dnsmasq-base"),
     ("wrk", "wrk"),
+    ("nft", "nftables"),
 ];
 
 /// What makes containers, and its packages; the profile is no program.

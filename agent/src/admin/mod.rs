@@ -5,4 +5,4 @@ mod client;
 mod server;
 
 pub use client::{Stream, get, post};
-pub use server::{Asked, bind_admin, serve_admin, serve_metrics};
+pub use server::{AdminState, bind_admin, serve_admin, serve_metrics};

@@ -16,7 +16,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use portolan_core::{health::Order, model::NamespacedName};
+use portolan_core::{health::OverrideCommand, model::NamespacedName};
 use rustix::fs::Mode;
 use serde::Deserialize;
 use tokio::{
@@ -26,40 +26,40 @@ use tokio::{
 use tokio_stream::{Stream, StreamExt as _, wrappers::BroadcastStream};
 
 use crate::{
-    controller::{Request, event_log::Record},
+    controller::{Request, event_log::Event},
     metrics,
-    opt_out::Board,
-    source::{Reading, Sources},
+    opt_out::OptOutRegistry,
+    source::{SourcesReport, Sources},
 };
 
 type Questions = mpsc::Sender<Request>;
 
 /// Whom the doors ask.
 #[derive(Clone)]
-pub struct Asked {
+pub struct AdminState {
     /// The one task that knows.
     pub questions: mpsc::Sender<Request>,
     /// Those who read.
     pub sources: Arc<Sources>,
     /// Who is left alone.
-    pub board: Arc<Board>,
+    pub registry: Arc<OptOutRegistry>,
 }
 
-impl FromRef<Asked> for Questions {
-    fn from_ref(asked: &Asked) -> Self {
+impl FromRef<AdminState> for Questions {
+    fn from_ref(asked: &AdminState) -> Self {
         asked.questions.clone()
     }
 }
 
-impl FromRef<Asked> for Arc<Sources> {
-    fn from_ref(asked: &Asked) -> Self {
+impl FromRef<AdminState> for Arc<Sources> {
+    fn from_ref(asked: &AdminState) -> Self {
         Self::clone(&asked.sources)
     }
 }
 
-impl FromRef<Asked> for Arc<Board> {
-    fn from_ref(asked: &Asked) -> Self {
-        Self::clone(&asked.board)
+impl FromRef<AdminState> for Arc<OptOutRegistry> {
+    fn from_ref(asked: &AdminState) -> Self {
+        Self::clone(&asked.registry)
     }
 }
 
@@ -93,7 +93,7 @@ pub fn bind_admin(path: &Path) -> Result<UnixListener> {
 ///
 /// # Errors
 /// The socket fails.
-pub async fn serve_admin(listener: UnixListener, asked: Asked) -> Result<()> {
+pub async fn serve_admin(listener: UnixListener, asked: AdminState) -> Result<()> {
     let router = Router::new()
         .route("/v1/report", get(report))
         .route("/v1/explain", get(explain))
@@ -110,7 +110,7 @@ pub async fn serve_admin(listener: UnixListener, asked: Asked) -> Result<()> {
 ///
 /// # Errors
 /// The socket fails.
-pub async fn serve_metrics(listener: TcpListener, asked: Asked) -> Result<()> {
+pub async fn serve_metrics(listener: TcpListener, asked: AdminState) -> Result<()> {
     let router = Router::new()
         .route("/metrics", get(show_metrics))
         .route("/healthz", get(async || "ok\n"))
@@ -146,8 +146,8 @@ async fn explain(State(questions): State<Questions>, Query(which): Query<Which>)
 }
 
 /// What was done, or why it was not.
-async fn order(State(questions): State<Questions>, Json(order): Json<Order>) -> Result<Response, Response> {
-    Ok(match ask(&questions, |reply| Request::Order(order, reply)).await? {
+async fn order(State(questions): State<Questions>, Json(order): Json<OverrideCommand>) -> Result<Response, Response> {
+    Ok(match ask(&questions, |reply| Request::OverrideCommand(order, reply)).await? {
         Ok(said) => Json(said).into_response(),
         Err(why) => (StatusCode::CONFLICT, format!("{why}\n")).into_response(),
     })
@@ -172,7 +172,7 @@ async fn events(State(questions): State<Questions>, Query(query): Query<Follow>)
     Ok(([("content-type", "application/x-ndjson")], body).into_response())
 }
 
-fn lines(records: impl Stream<Item = Record> + Send + 'static) -> Body {
+fn lines(records: impl Stream<Item = Event> + Send + 'static) -> Body {
     Body::from_stream(records.map(|record| {
         let mut line = serde_json::to_vec(&record).unwrap_or_default();
         line.push(b'\n');
@@ -181,16 +181,16 @@ fn lines(records: impl Stream<Item = Record> + Send + 'static) -> Body {
 }
 
 async fn show_sources(State(sources): State<Arc<Sources>>) -> Response {
-    Json(Reading { sources: sources.report() }).into_response()
+    Json(SourcesReport { sources: sources.report() }).into_response()
 }
 
-async fn show_opt_outs(State(board): State<Arc<Board>>) -> Response {
-    Json(board.report()).into_response()
+async fn show_opt_outs(State(registry): State<Arc<OptOutRegistry>>) -> Response {
+    Json(registry.report()).into_response()
 }
 
-async fn show_metrics(State(asked): State<Asked>) -> Result<Response, Response> {
-    let sample = ask(&asked.questions, Request::Sample).await?;
-    let text = metrics::render(&sample, &asked.sources.report(), &asked.board.report())
+async fn show_metrics(State(asked): State<AdminState>) -> Result<Response, Response> {
+    let sample = ask(&asked.questions, Request::MetricsSnapshot).await?;
+    let text = metrics::render(&sample, &asked.sources.report(), &asked.registry.report())
         .map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response())?;
     Ok(([("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response())
 }

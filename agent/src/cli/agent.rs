@@ -4,8 +4,8 @@ use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use portolan_core::{decode::Reader, table::Sizes};
-use portolan_datapath::{Datapath, GoneTcp, HelperArgs, Options, ProgramLog, capabilities, serve_helper};
+use portolan_core::{decode::DecodeOptions, table::Sizes};
+use portolan_datapath::{Datapath, RemovedEndpointTcp, HelperArgs, Options, ProgramLog, capabilities, serve_helper};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -13,12 +13,12 @@ use tokio::{
 };
 use tracing_subscriber::EnvFilter;
 
-use super::{AdminArgs, PinsArgs, PlaceArgs, ReaderArgs, StateArgs};
+use super::{AdminArgs, PinsArgs, PlaceArgs, DecodeArgs, StateArgs};
 use crate::{
-    admin::{self, Asked},
+    admin::{self, AdminState},
     controller::{
         Reconciler,
-        state_file::{Keeper, Kept},
+        state_file::{StateWriter, PersistedState},
     },
     opt_out,
     probe::{Prober, self_probe::SelfProbe},
@@ -40,7 +40,7 @@ pub(super) struct AgentArgs {
     #[arg(long, value_name = "DIR", env = "PORTOLAN_CONFIG")]
     config: Option<PathBuf>,
     #[command(flatten)]
-    reader: ReaderArgs,
+    reader: DecodeArgs,
     #[command(flatten)]
     kubernetes: KubernetesArgs,
     #[command(flatten)]
@@ -62,7 +62,7 @@ pub(super) struct AgentArgs {
     rescan: Duration,
     /// What becomes of TCP connections to endpoints that are gone (connected UDP is closed)
     #[arg(long, value_enum, default_value_t, env = "PORTOLAN_GONE_CONNECTIONS")]
-    gone_connections: GoneTcp,
+    gone_connections: RemovedEndpointTcp,
     /// Active probes (portolan.io/probe) in a second at the most; 0: none
     #[arg(long, value_name = "COUNT", default_value_t = 100, value_parser = clap::value_parser!(u32).range(..=10_000), env = "PORTOLAN_PROBES_PER_SECOND")]
     probes_per_second: u32,
@@ -118,7 +118,7 @@ fn a_second_or_more(text: &str) -> Result<Duration, String> {
 }
 
 impl KubernetesArgs {
-    fn options(&self, place: &PlaceArgs, reader: Reader) -> kubernetes::Options {
+    fn options(&self, place: &PlaceArgs, reader: DecodeOptions) -> kubernetes::Options {
         kubernetes::Options {
             cluster: place.cluster.clone(),
             node: place.at.node.clone().unwrap_or_default(),
@@ -209,7 +209,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .on_thread_start(|| {
-            if let Err(error) = capabilities::give_up() {
+            if let Err(error) = capabilities::drop_capabilities() {
                 panic!("a thread cannot give up its privileges: {error}");
             }
         })
@@ -239,14 +239,14 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
             .await
             .with_context(|| format!("--metrics: cannot listen on {}", args.metrics))?;
         // All that needs privileges has been done; what may need them later is the helper's.
-        capabilities::give_up().context("cannot give up privileges")?;
+        capabilities::drop_capabilities().context("cannot give up privileges")?;
         let (questions, requests) = mpsc::channel(16);
         let (changes, updates) = mpsc::channel(256);
         let (teller, told) = args.kubernetes.kubernetes_events.then(|| mpsc::channel(FINDINGS)).unzip();
-        let (sources, board) = (Arc::new(Sources::default()), Arc::new(opt_out::Board::default()));
+        let (sources, registry) = (Arc::new(Sources::default()), Arc::new(opt_out::OptOutRegistry::default()));
         let root = datapath.cgroup().to_owned();
         let kernel = datapath.opted_out.take().context("who is left alone is kept twice")?;
-        let enforcer = opt_out::Enforcer { root, kernel, board: Arc::clone(&board), sources: Arc::clone(&sources) };
+        let enforcer = opt_out::Enforcer { root, kernel, registry: Arc::clone(&registry), sources: Arc::clone(&sources) };
         let reconciler = Reconciler::new(
             args.place.cluster.clone(),
             place,
@@ -254,18 +254,18 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
             (probe, Prober::start(args.probes_per_second)),
             options.sizes,
             args.gone_connections,
-            (Kept::read(&args.state.state), Keeper::start(args.state.state)?),
+            (PersistedState::read(&args.state.state), StateWriter::start(args.state.state)?),
         )
         .telling(teller);
-        let asked = Asked { questions, sources: Arc::clone(&sources), board: Arc::clone(&board) };
+        let asked = AdminState { questions, sources: Arc::clone(&sources), registry: Arc::clone(&registry) };
         let source = async {
             match (args.config, link) {
                 (Some(config), _) => {
                     // Files know of no pods.
-                    board.want(opt_out::ByUid::new());
+                    registry.want(opt_out::ByUid::new());
                     file::run(config, reader, args.rescan, sources, changes).await
                 }
-                (None, Some(link)) => kubernetes::run(from_api, link, sources, changes, told, board).await,
+                (None, Some(link)) => kubernetes::run(from_api, link, sources, changes, told, registry).await,
                 // The command line allows no such thing.
                 (None, None) => anyhow::bail!("neither --config nor --kubernetes"),
             }

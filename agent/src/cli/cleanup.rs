@@ -12,7 +12,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{AdminArgs, PinsArgs, StateArgs, block_on};
-use crate::{controller::state_file::Kept, probe::self_probe};
+use crate::{controller::state_file::PersistedState, probe::self_probe};
 
 /// Detaches the programs and removes the maps, and whatever else an agent leaves on the machine, and says what it removed. The agent must have
 /// ended before.
@@ -46,7 +46,7 @@ pub(super) fn run(args: &CleanupArgs) -> Result<ExitCode> {
     } else {
         let is_socket = fs::symlink_metadata(admin).is_ok_and(|metadata| metadata.file_type().is_socket());
         let own = is_socket.then(|| admin.clone());
-        let files: Vec<PathBuf> = own.into_iter().chain(Kept::files(&args.state.state)).collect();
+        let files: Vec<PathBuf> = own.into_iter().chain(PersistedState::files(&args.state.state)).collect();
         for file in files {
             match fs::remove_file(&file) {
                 Ok(()) => tell(&file),

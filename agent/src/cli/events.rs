@@ -9,7 +9,7 @@ use super::{
     AdminArgs, block_on,
     output::{Format, OutputArgs},
 };
-use crate::{admin::Stream, controller::event_log::Record};
+use crate::{admin::Stream, controller::event_log::Event};
 
 /// Shows what has happened on this node, oldest first. JSON is one object on each line.
 #[derive(Debug, Args)]
@@ -31,7 +31,7 @@ pub(super) fn run(args: &EventsArgs) -> Result<ExitCode> {
             match args.output.output {
                 Format::Json => anstream::println!("{line}"),
                 Format::Yaml => {
-                    let record: Record = serde_json::from_str(&line)?;
+                    let record: Event = serde_json::from_str(&line)?;
                     anstream::print!(
                         "---
 {}",
@@ -39,7 +39,7 @@ pub(super) fn run(args: &EventsArgs) -> Result<ExitCode> {
                     );
                 }
                 Format::Table => {
-                    let record: Record = serde_json::from_str(&line)?;
+                    let record: Event = serde_json::from_str(&line)?;
                     anstream::println!("{}  {:<9}  {}", record.time, record.kind, record.message);
                 }
             }

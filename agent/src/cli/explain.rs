@@ -12,7 +12,7 @@ use portolan_core::{
 };
 
 use super::{
-    AdminArgs, At, ReaderArgs, block_on,
+    AdminArgs, At, DecodeArgs, block_on,
     offline::Offline,
     output::{self, Format, OutputArgs},
 };
@@ -33,7 +33,7 @@ pub(super) struct ExplainArgs {
     #[arg(long, value_name = "DIR", requires = "cluster")]
     config: Option<PathBuf>,
     #[command(flatten)]
-    reader: ReaderArgs,
+    reader: DecodeArgs,
     /// With --config: id of the cluster that clients are in
     #[arg(long, value_name = "ID", requires = "config")]
     cluster: Option<String>,

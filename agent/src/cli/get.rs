@@ -14,7 +14,7 @@ use super::{
 use crate::{
     admin,
     opt_out::{self, AskedBy},
-    source::Reading,
+    source::SourcesReport,
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -68,7 +68,7 @@ pub(super) fn run(args: &GetArgs) -> Result<ExitCode> {
 }
 
 fn sources(args: &GetArgs) -> Result<ExitCode> {
-    let reading: Reading = block_on(admin::get(&args.admin.admin, "/v1/sources"))?;
+    let reading: SourcesReport = block_on(admin::get(&args.admin.admin, "/v1/sources"))?;
     if !matches!(args.output.output, output::Format::Table) {
         output::print_value(args.output.output, &reading)?;
         return Ok(ExitCode::SUCCESS);

@@ -17,9 +17,9 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::Result;
 use clap::{Args, CommandFactory as _, Parser, Subcommand, error::ErrorKind};
 use portolan_core::{
-    decode::{ClusterRanges, Reader},
+    decode::{ClusterRanges, DecodeOptions},
     model::{Labels, Locality, NamespacedName},
-    policy::client::Place,
+    policy::client::ClientLocation,
     report::Report,
 };
 use portolan_datapath::{HELPER_VERB, HelperArgs, Unsupported};
@@ -133,12 +133,12 @@ struct ConfigArgs {
     #[arg(long, value_name = "DIR", env = "PORTOLAN_CONFIG")]
     config: PathBuf,
     #[command(flatten)]
-    reader: ReaderArgs,
+    reader: DecodeArgs,
 }
 
 /// How objects are read.
 #[derive(Debug, Args)]
-struct ReaderArgs {
+struct DecodeArgs {
     /// Accept endpoints and Service addresses in loopback and link-local ranges
     #[arg(long, env = "PORTOLAN_ALLOW_LOOPBACK_ENDPOINTS")]
     allow_loopback_endpoints: bool,
@@ -148,11 +148,11 @@ struct ReaderArgs {
     cluster_ranges: Vec<ClusterRanges>,
 }
 
-impl ReaderArgs {
-    fn reader(&self) -> Reader {
+impl DecodeArgs {
+    fn reader(&self) -> DecodeOptions {
         // Once for each process.
         let ranges = Vec::leak(self.cluster_ranges.clone());
-        Reader { allow_loopback: self.allow_loopback_endpoints, ranges }
+        DecodeOptions { allow_loopback: self.allow_loopback_endpoints, ranges }
     }
 }
 
@@ -185,7 +185,7 @@ fn label(text: &str) -> Result<(String, String), String> {
 }
 
 impl At {
-    fn place(&self) -> Place {
+    fn place(&self) -> ClientLocation {
         if self.node.is_none() && self.locality.is_none() {
             let message =
                 "where are the clients? --node or --locality says it (of plan, --all-nodes asks for every node)\n";
@@ -196,7 +196,7 @@ impl At {
             let asked = command.find_subcommand_mut(&verb).cloned();
             asked.unwrap_or(command).error(ErrorKind::MissingRequiredArgument, message).exit();
         }
-        Place { node: self.node.clone(), locality: self.locality.clone(), labels: self.labels() }
+        ClientLocation { node: self.node.clone(), locality: self.locality.clone(), labels: self.labels() }
     }
 
     fn labels(&self) -> Labels {

@@ -8,9 +8,9 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use portolan_core::{
-    decode::Reader,
+    decode::DecodeOptions,
     model::Finding,
-    policy::{Client, Observed, Verdict, assign, client::Place},
+    policy::{Client, HealthView, PolicyOutput, assign, client::ClientLocation},
     report::Report,
     store::{Changes, Store},
 };
@@ -27,7 +27,7 @@ impl Offline {
     ///
     /// # Errors
     /// The directory itself cannot be read.
-    pub(super) fn read(root: &Path, reader: Reader) -> Result<Self> {
+    pub(super) fn read(root: &Path, reader: DecodeOptions) -> Result<Self> {
         let updates = Directory::new(root.to_owned(), reader)
             .scan(&BTreeSet::new())
             .with_context(|| format!("the configuration directory {} cannot be read", root.display()))?;
@@ -39,14 +39,14 @@ impl Offline {
     }
 
     /// The client in a place, and what is wrong with it.
-    pub(super) fn client(&self, cluster: &str, place: &Place) -> (Client, Vec<Finding>) {
+    pub(super) fn client(&self, cluster: &str, place: &ClientLocation) -> (Client, Vec<Finding>) {
         let mut findings = Vec::new();
         (place.client(cluster, &self.store, &mut findings), findings)
     }
 
     /// What connections of a client would find.
-    pub(super) fn report(&self, client: &Client, findings: Vec<Finding>, observed: &Observed) -> Report {
-        let mut verdict: Verdict = assign(self.store.snapshot(), client, observed);
+    pub(super) fn report(&self, client: &Client, findings: Vec<Finding>, observed: &HealthView) -> Report {
+        let mut verdict: PolicyOutput = assign(self.store.snapshot(), client, observed);
         verdict.findings.extend(self.store.findings());
         verdict.findings.extend(findings);
         self.add_sources(client, &mut verdict.findings);
@@ -63,17 +63,17 @@ impl Offline {
     }
 
     /// The places of all nodes of a cluster.
-    pub(super) fn nodes(&self, cluster: &str, labels: &portolan_core::model::Labels) -> Result<Vec<Place>> {
+    pub(super) fn nodes(&self, cluster: &str, labels: &portolan_core::model::Labels) -> Result<Vec<ClientLocation>> {
         let nodes: BTreeMap<_, _> =
             self.store.snapshot().clusters.get(cluster).map(|own| own.nodes.clone()).unwrap_or_default();
         ensure!(!nodes.is_empty(), "--all-nodes: the configuration has no Node of cluster {cluster}");
-        let place = |name: &String| Place { node: Some(name.clone()), locality: None, labels: labels.clone() };
+        let place = |name: &String| ClientLocation { node: Some(name.clone()), locality: None, labels: labels.clone() };
         Ok(nodes.keys().map(place).collect())
     }
 
     /// The endpoints that `--eject` means: one with this port, or with this address and any port.
-    pub(super) fn ejected(&self, client: &Client, texts: &[String]) -> Result<Observed> {
-        let mut observed = Observed::default();
+    pub(super) fn ejected(&self, client: &Client, texts: &[String]) -> Result<HealthView> {
+        let mut observed = HealthView::default();
         if texts.is_empty() {
             return Ok(observed);
         }

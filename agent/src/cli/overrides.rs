@@ -4,7 +4,7 @@ use std::{net::SocketAddr, process::ExitCode, time::Duration};
 
 use anyhow::Result;
 use clap::Args;
-use portolan_core::{health::Order, model::NamespacedName};
+use portolan_core::{health::OverrideCommand, model::NamespacedName};
 
 use super::{AdminArgs, block_on};
 use crate::admin;
@@ -68,19 +68,19 @@ pub(super) struct RestoreArgs {
 
 pub(super) fn eject(args: &EjectArgs) -> Result<ExitCode> {
     let for_ms = args.time.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
-    give(&args.admin, &Order::Eject { endpoint: args.endpoint, for_ms, reason: args.reason.clone() })
+    give(&args.admin, &OverrideCommand::Eject { endpoint: args.endpoint, for_ms, reason: args.reason.clone() })
 }
 
 pub(super) fn drain(args: &DrainArgs) -> Result<ExitCode> {
     let (service, region, reason) = (args.service.clone(), args.region.clone(), args.reason.clone());
-    give(&args.admin, &Order::Drain { service, region, reason })
+    give(&args.admin, &OverrideCommand::Drain { service, region, reason })
 }
 
 pub(super) fn restore(args: &RestoreArgs) -> Result<ExitCode> {
     let order = match &args.region {
         Some(region) => {
             let service = args.what.parse().map_err(anyhow::Error::msg)?;
-            Order::Undrain { service, region: region.clone() }
+            OverrideCommand::Undrain { service, region: region.clone() }
         }
         None => {
             let endpoint = args.what.parse().map_err(|_| {
@@ -89,13 +89,13 @@ pub(super) fn restore(args: &RestoreArgs) -> Result<ExitCode> {
                     args.what
                 )
             })?;
-            Order::Restore { endpoint }
+            OverrideCommand::Restore { endpoint }
         }
     };
     give(&args.admin, &order)
 }
 
-fn give(admin: &AdminArgs, order: &Order) -> Result<ExitCode> {
+fn give(admin: &AdminArgs, order: &OverrideCommand) -> Result<ExitCode> {
     let said: String = block_on(admin::post(&admin.admin, "/v1/orders", order))?;
     anstream::println!("{said}");
     Ok(ExitCode::SUCCESS)

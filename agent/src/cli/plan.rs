@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use portolan_core::report::Report;
 
 use super::{
-    At, FAILED, PlaceArgs, ReaderArgs, SelectArgs, UNSUPPORTED, diff,
+    At, FAILED, PlaceArgs, DecodeArgs, SelectArgs, UNSUPPORTED, diff,
     offline::Offline,
     output::{self, OutputArgs, Rows},
 };
@@ -31,7 +31,7 @@ pub(super) struct PlanArgs {
     #[arg(long, value_name = "DIR", env = "PORTOLAN_CONFIG", required = true)]
     config: Option<PathBuf>,
     #[command(flatten)]
-    reader: ReaderArgs,
+    reader: DecodeArgs,
     /// Id of the cluster that clients are in
     #[arg(long, value_name = "ID", env = "PORTOLAN_CLUSTER", required = true)]
     cluster: Option<String>,
@@ -66,7 +66,7 @@ struct DiffArgs {
     #[arg(value_name = "DIR_B")]
     after: PathBuf,
     #[command(flatten)]
-    reader: ReaderArgs,
+    reader: DecodeArgs,
     #[command(flatten)]
     place: PlaceArgs,
     /// Every node of the cluster in turn

@@ -5,7 +5,7 @@ use portolan_core::{
     model::{Code, Finding},
 };
 
-use super::{Reconciler, event_log::Record};
+use super::{Reconciler, event_log::Event};
 use crate::probe::Probed;
 
 impl Reconciler {
@@ -31,12 +31,12 @@ impl Reconciler {
         for pool in &pools {
             let (kind, message) = match &failing {
                 Some(why) => (
-                    Record::UNHEALTHY,
+                    Event::UNHEALTHY,
                     format!("{endpoint}: {probe} failed {} times in a row, the last time with: {why}", probe.failures),
                 ),
-                None => (Record::HEALTHY, format!("{endpoint}: {probe} passed {} times in a row", probe.successes)),
+                None => (Event::HEALTHY, format!("{endpoint}: {probe} passed {} times in a row", probe.successes)),
             };
-            self.journal.add(Record::of_pool(pool, *endpoint, kind, message));
+            self.events.add(Event::of_pool(pool, *endpoint, kind, message));
             self.changes.services.insert(pool.service.clone());
         }
         !pools.is_empty()

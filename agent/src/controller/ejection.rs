@@ -9,9 +9,9 @@ use std::{
 
 use portolan_common::{BackendStats, OutcomeKind, Spoken};
 use portolan_core::{
-    health::{EventKind, Reached, Sign},
-    model::{Code, Finding, JudgedBy, Probe, ProbeKind, Protocol, ServiceId},
-    policy::{Assignment, PoolKey, Recompiled},
+    health::{DetectorEventKind, ThresholdReached, Signal},
+    model::{Code, Finding, SuccessCriterion, Probe, ProbeKind, Protocol, ServiceId},
+    policy::{Assignment, PoolKey, ServiceChange},
     table,
 };
 use portolan_datapath::Outcome;
@@ -21,8 +21,8 @@ use tokio::sync::{
     oneshot,
 };
 
-use super::{Reconciler, event_log::Record, state_file::Keeper};
-use crate::probe::confirm::{Evidence, LATELY, Witness, dial};
+use super::{Reconciler, event_log::Event, state_file::StateWriter};
+use crate::probe::confirm::{Confirmation, LATELY, Confirmer, dial};
 
 /// How long a finding of this file stays after the last time.
 const REMEMBERED: Duration = Duration::from_secs(600);
@@ -37,11 +37,11 @@ const MADE_UP: u64 = 100;
 type Asked = (SocketAddr, Arc<Probe>);
 
 /// What stands between an outcome and an ejection.
-pub(super) struct Judging {
-    witness: Witness,
-    pub(super) evidence: UnboundedReceiver<Evidence>,
+pub(super) struct EjectionGate {
+    witness: Confirmer,
+    pub(super) evidence: UnboundedReceiver<Confirmation>,
     /// Thresholds that were reached by one network namespace alone, until there is evidence, by what is asked of whom.
-    suspects: HashMap<Asked, Vec<(PoolKey, Reached)>>,
+    suspects: HashMap<Asked, Vec<(PoolKey, ThresholdReached)>>,
     /// What people should know, since when, by pool and endpoint.
     findings: BTreeMap<(PoolKey, SocketAddr, Code), (Instant, Finding)>,
     /// What is told of whom, once it is known who a network namespace is.
@@ -62,7 +62,7 @@ pub(super) struct Judging {
     /// Failures of each backend id that were told, and outcomes that were lost, when it was last looked at.
     pub(super) heard: HashMap<u32, u64>,
     pub(super) lost: u64,
-    pub(super) keeper: Keeper,
+    pub(super) state_writer: StateWriter,
     /// When the first failure happened that has led to an ejection which is not published yet, on CLOCK_MONOTONIC.
     pub(super) failed_at: Option<Duration>,
     /// Whether there is something new to keep, and when the last was given away.
@@ -81,10 +81,10 @@ pub(super) struct Named {
     name: Option<String>,
 }
 
-impl Judging {
+impl EjectionGate {
     /// To be called inside a runtime.
-    pub(super) fn new(keeper: Keeper) -> Self {
-        let (witness, evidence) = Witness::new();
+    pub(super) fn new(state_writer: StateWriter) -> Self {
+        let (witness, evidence) = Confirmer::new();
         let (namer, named) = unbounded_channel();
         let (suspects, heard, spoken) = (HashMap::new(), HashMap::new(), BTreeMap::new());
         Self {
@@ -103,7 +103,7 @@ impl Judging {
             began: monotonic(),
             heard,
             lost: 0,
-            keeper,
+            state_writer,
             failed_at: None,
             dirty: false,
             kept_at: Instant::now(),
@@ -167,34 +167,34 @@ impl Reconciler {
         changed
     }
 
-    fn tell_failure(&mut self, pools: &[PoolKey], outcome: &Outcome, sign: Sign) {
-        if matches!(sign, Sign::Refused | Sign::TimedOut)
+    fn tell_failure(&mut self, pools: &[PoolKey], outcome: &Outcome, sign: Signal) {
+        if matches!(sign, Signal::Refused | Signal::TimedOut)
             && let Some(id) = self.layout.backend_id(&outcome.backend)
         {
             *self.judging.heard.entry(id).or_default() += 1;
         }
         let Some(pool) = pools.first() else { return };
         let message = match sign {
-            Sign::Status(status) => format!("{} answered with status {status}", outcome.backend),
+            Signal::Status(status) => format!("{} answered with status {status}", outcome.backend),
             sign => {
                 let what = std::io::Error::from_raw_os_error(outcome.errno as i32);
-                let when = if sign == Sign::Broken { "broke before an answer, " } else { "failed " };
+                let when = if sign == Signal::Broken { "broke before an answer, " } else { "failed " };
                 format!("connection to {} {when}after {:.1?}: {what}", outcome.backend, outcome.latency)
             }
         };
-        let record = Record::of_pool(pool, outcome.backend, Record::FAILED, message);
-        self.journal.add(Record { client_netns: Some(outcome.netns_cookie), ..record });
+        let record = Event::of_pool(pool, outcome.backend, Event::FAILED, message);
+        self.events.add(Event { client_netns: Some(outcome.netns_cookie), ..record });
     }
 
     /// An endpoint has failed as often as its pool allows. Whether it is ejected at once.
-    fn judge(&mut self, now: Instant, pool: PoolKey, reached: Reached, sign: Sign) -> bool {
+    fn judge(&mut self, now: Instant, pool: PoolKey, reached: ThresholdReached, sign: Signal) -> bool {
         let Some(client) = reached.client else { return self.eject(now, &pool, reached) };
         // A response comes on a connection that is open, which is the client's own.
-        let own_is_open = matches!(sign, Sign::Status(_) | Sign::Broken);
+        let own_is_open = matches!(sign, Signal::Status(_) | Signal::Broken);
         if !self.used_by_others(&reached.address, client, own_is_open) {
             return self.eject(now, &pool, reached);
         }
-        let of_answers = matches!(sign, Sign::Status(_) | Sign::Broken);
+        let of_answers = matches!(sign, Signal::Status(_) | Signal::Broken);
         let asks = |probe: &&Arc<Probe>| of_answers && probe.kind != ProbeKind::Tcp && self.prober.per_second > 0;
         let probe = self.health.probe_of(&pool).filter(asks).cloned();
         if of_answers && probe.is_none() {
@@ -209,7 +209,7 @@ impl Reconciler {
                 "the agent cannot dial it, for its address is a Service's as well",
             );
         } else {
-            let probe = probe.unwrap_or_else(|| Arc::new(dial(self.health.patience_of(&pool))));
+            let probe = probe.unwrap_or_else(|| Arc::new(dial(self.health.connect_timeout_of(&pool))));
             let waiting = self.judging.suspects.entry((reached.address, Arc::clone(&probe))).or_default();
             let first = waiting.is_empty();
             // A pool that reaches the threshold again waits already.
@@ -224,7 +224,7 @@ impl Reconciler {
     }
 
     /// The agent has dialled an endpoint itself.
-    pub(super) fn take_evidence(&mut self, evidence: Evidence) -> bool {
+    pub(super) fn take_evidence(&mut self, evidence: Confirmation) -> bool {
         let now = Instant::now();
         let mut changed = false;
         for (pool, reached) in self.judging.suspects.remove(&(evidence.endpoint, evidence.probe)).unwrap_or_default() {
@@ -237,30 +237,30 @@ impl Reconciler {
         changed
     }
 
-    fn eject(&mut self, now: Instant, pool: &PoolKey, reached: Reached) -> bool {
+    fn eject(&mut self, now: Instant, pool: &PoolKey, reached: ThresholdReached) -> bool {
         let Some(event) = self.health.eject(now, pool, reached.address, reached.cause) else { return false };
-        self.accounts.count_health(pool, &event);
-        let record = Record::of_health(pool, &event);
-        if let EventKind::Overflow { .. } = event.kind {
+        self.collector.count_health(pool, &event);
+        let record = Event::of_health(pool, &event);
+        if let DetectorEventKind::Overflow { .. } = event.kind {
             self.judging.find(now, pool, reached.address, Code::EjectionRefused, record.message.clone());
-            self.journal.add(record);
+            self.events.add(record);
             return false;
         }
-        self.journal.add(record);
+        self.events.add(record);
         self.judging.dirty = true;
         self.changes.services.insert(pool.service.clone());
         true
     }
 
-    fn tell_unconfirmed(&mut self, now: Instant, pool: PoolKey, reached: Reached, why: &str) {
+    fn tell_unconfirmed(&mut self, now: Instant, pool: PoolKey, reached: ThresholdReached, why: &str) {
         let (endpoint, client) = (reached.address, reached.client.unwrap_or_default());
         let said = format!(
             "{endpoint} of {pool} failed {} times in a row, but only for one pod, and others use it; it stays, for {why}",
             reached.cause.failures
         );
-        self.accounts.count_unconfirmed(&pool);
-        let record = Record::of_pool(&pool, endpoint, Record::UNCONFIRMED, said.clone());
-        self.journal.add(Record { client_netns: Some(client), ..record });
+        self.collector.count_unconfirmed(&pool);
+        let record = Event::of_pool(&pool, endpoint, Event::UNCONFIRMED, said.clone());
+        self.events.add(Event { client_netns: Some(client), ..record });
         let named = self.judging.names.get(&client).cloned();
         let whose = named.clone().flatten().map_or_else(
             || format!("the pod has network namespace {client}"),
@@ -328,8 +328,8 @@ impl Reconciler {
             let pools = self.health.pools_of(&address);
             for _ in 0..missing.min(MADE_UP) {
                 // Whose they were is not known, so that they are believed where the agent sees the same.
-                for (pool, reached) in self.health.observe(&pools, address, Sign::Refused, 0) {
-                    changed |= self.judge(now, pool, reached, Sign::Refused);
+                for (pool, reached) in self.health.observe(&pools, address, Signal::Refused, 0) {
+                    changed |= self.judge(now, pool, reached, Signal::Refused);
                 }
             }
         }
@@ -365,11 +365,11 @@ impl Reconciler {
     }
 
     /// What was spoken before this agent began is in the kernel's counters of pools. Whether that changes a service.
-    pub(super) fn recall_spoken(&mut self, recompiled: &[Recompiled]) -> bool {
-        let assignments = recompiled.iter().flat_map(|service| &service.after);
+    pub(super) fn recall_spoken(&mut self, changed_services: &[ServiceChange]) -> bool {
+        let assignments = changed_services.iter().flat_map(|service| &service.after);
         let pools = assignments.flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
         let watched: Vec<PoolKey> =
-            pools.filter(|pool| pool.judged_by == JudgedBy::Status).map(|pool| pool.key.clone()).collect();
+            pools.filter(|pool| pool.success_criterion == SuccessCriterion::HttpStatus).map(|pool| pool.key.clone()).collect();
         let mut changed = false;
         for pool in watched {
             let place = self.layout.pool(&pool).and_then(|(id, _)| self.datapath.maps.pool_stats(id).ok());
@@ -399,7 +399,7 @@ impl Reconciler {
             Finding::new(Code::NotHttp, pool.service.object(), message)
         });
         let lately = self.judging.findings.values().filter(|(at, _)| now.saturating_duration_since(*at) < REMEMBERED);
-        let hand = self.health.by_hand();
+        let hand = self.health.overrides();
         let ejected = hand.ejected().map(|(endpoint, ordered)| {
             let until = ordered.until.map_or_else(
                 || "until it is restored".to_owned(),
@@ -409,7 +409,7 @@ impl Reconciler {
                 "ejected by hand {until}; take it back with: portolan restore {endpoint}{}",
                 because(&ordered.reason)
             );
-            Finding::new(Code::ByHand, format!("Endpoint {endpoint}"), message)
+            Finding::new(Code::Overrides, format!("Endpoint {endpoint}"), message)
         });
         let drained = hand.drained().map(|drain| {
             let message = format!(
@@ -419,7 +419,7 @@ impl Reconciler {
                 drain.region,
                 because(&drain.ordered.reason)
             );
-            Finding::new(Code::ByHand, format!("Service {}", drain.service), message)
+            Finding::new(Code::Overrides, format!("Service {}", drain.service), message)
         });
         let unwatched = self.judging.unwatched.clone();
         of_pools
@@ -432,16 +432,16 @@ impl Reconciler {
     }
 
     /// Attaches the program that sees packets while a pool wants it, and takes it off after.
-    pub(super) fn watch_packets(&mut self, recompiled: &[Recompiled], whole: bool) {
+    pub(super) fn watch_packets(&mut self, changed_services: &[ServiceChange], whole: bool) {
         let is_watched = |assignment: &Arc<Assignment>| {
-            assignment.routes.iter().any(|route| route.pool.judged_by == JudgedBy::Status)
+            assignment.routes.iter().any(|route| route.pool.success_criterion == SuccessCriterion::HttpStatus)
         };
         if whole {
             let all = self.compiler.verdict().assignments;
             let watched = all.iter().filter(|assignment| is_watched(assignment));
             self.judging.watched = watched.map(|assignment| assignment.service.clone()).collect();
         }
-        for service in recompiled {
+        for service in changed_services {
             if service.after.iter().any(is_watched) {
                 self.judging.watched.insert(service.service.clone());
             } else {
@@ -476,14 +476,14 @@ fn because(reason: &str) -> String {
     if reason.is_empty() { String::new() } else { format!(" ({reason})") }
 }
 
-fn sign(outcome: &Outcome) -> Sign {
+fn sign(outcome: &Outcome) -> Signal {
     match outcome.kind {
-        OutcomeKind::Established => Sign::Connected,
-        OutcomeKind::Failed => Sign::Refused,
-        OutcomeKind::TimedOut => Sign::TimedOut,
-        OutcomeKind::Responded => Sign::Status(outcome.errno as u16),
-        OutcomeKind::Broken => Sign::Broken,
+        OutcomeKind::Established => Signal::Connected,
+        OutcomeKind::Failed => Signal::Refused,
+        OutcomeKind::TimedOut => Signal::TimedOut,
+        OutcomeKind::Responded => Signal::Status(outcome.errno as u16),
+        OutcomeKind::Broken => Signal::Broken,
         // Of the last one nobody asks.
-        OutcomeKind::Answered | OutcomeKind::NotHttp => Sign::Answered,
+        OutcomeKind::Answered | OutcomeKind::NotHttp => Signal::Answered,
     }
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use portolan_core::{
-    health::{Cause, Event, EventKind},
+    health::{Cause, DetectorEvent, DetectorEventKind},
     policy::PoolKey,
 };
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,7 @@ const KEPT_FAILURES: usize = 200;
 /// One thing that happened.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Record {
+pub struct Event {
     /// When (RFC 3339).
     pub time: String,
     /// `ejected`, `released`, `overflow`, `failed`, `published`, `closed`, `mended`, `unconfirmed`, `unhealthy`, `healthy` or `by hand`.
@@ -56,48 +56,48 @@ pub struct Record {
 
 /// The records.
 #[derive(Debug)]
-pub struct Journal {
-    recent: Kept,
-    failures: Kept,
+pub struct EventLog {
+    recent: Recent,
+    failures: Recent,
     next: u64,
-    live: broadcast::Sender<Record>,
+    live: broadcast::Sender<Event>,
 }
 
 /// The last records of a sort, with their numbers.
-type Kept = VecDeque<(u64, Record)>;
+type Recent = VecDeque<(u64, Event)>;
 
-impl Default for Journal {
+impl Default for EventLog {
     fn default() -> Self {
-        Self { recent: Kept::new(), failures: Kept::new(), next: 0, live: broadcast::Sender::new(KEPT) }
+        Self { recent: Recent::new(), failures: Recent::new(), next: 0, live: broadcast::Sender::new(KEPT) }
     }
 }
 
-impl Journal {
+impl EventLog {
     /// Adds a record, with the time of now.
-    pub fn add(&mut self, record: Record) {
-        let record = Record { time: rfc3339(SystemTime::now()), ..record };
-        let (service, endpoint) = (record.service.as_deref(), record.endpoint.as_deref());
-        let (kept, most) = if [Record::FAILED, Record::OVERFLOW, Record::UNCONFIRMED].contains(&record.kind.as_str()) {
-            tracing::debug!(kind = record.kind, service, endpoint, "{}", record.message);
+    pub fn add(&mut self, event: Event) {
+        let event = Event { time: rfc3339(SystemTime::now()), ..event };
+        let (service, endpoint) = (event.service.as_deref(), event.endpoint.as_deref());
+        let (kept, most) = if [Event::FAILED, Event::OVERFLOW, Event::UNCONFIRMED].contains(&event.kind.as_str()) {
+            tracing::debug!(kind = event.kind, service, endpoint, "{}", event.message);
             (&mut self.failures, KEPT_FAILURES)
         } else {
-            tracing::info!(kind = record.kind, service, endpoint, "{}", record.message);
+            tracing::info!(kind = event.kind, service, endpoint, "{}", event.message);
             (&mut self.recent, KEPT)
         };
         if kept.len() == most {
             kept.pop_front();
         }
-        kept.push_back((self.next, record.clone()));
+        kept.push_back((self.next, event.clone()));
         self.next += 1;
         // An error means that nobody follows.
-        let _ = self.live.send(record);
+        let _ = self.live.send(event);
     }
 
     /// What is kept, and what comes.
-    pub fn follow(&self) -> (Vec<Record>, broadcast::Receiver<Record>) {
+    pub fn follow(&self) -> (Vec<Event>, broadcast::Receiver<Event>) {
         let mut kept: Vec<_> = self.recent.iter().chain(&self.failures).collect();
         kept.sort_by_key(|(number, _)| *number);
-        (kept.into_iter().map(|(_, record)| record.clone()).collect(), self.live.subscribe())
+        (kept.into_iter().map(|(_, event)| event.clone()).collect(), self.live.subscribe())
     }
 }
 
@@ -109,7 +109,7 @@ pub fn rfc3339(time: SystemTime) -> String {
     humantime::format_rfc3339_millis(time).to_string()
 }
 
-impl Record {
+impl Event {
     /// The kind of a connect that failed.
     pub const FAILED: &str = "failed";
     /// The kind of an ejection that the limit did not allow.
@@ -141,10 +141,10 @@ impl Record {
     }
 
     /// From a verdict of the outlier detection.
-    pub fn of_health(pool: &PoolKey, event: &Event) -> Self {
-        let Event { address, kind, ejected, hosts } = event;
+    pub fn of_health(pool: &PoolKey, event: &DetectorEvent) -> Self {
+        let DetectorEvent { address, kind, ejected, hosts } = event;
         let (kind, message) = match kind {
-            EventKind::Ejected { cause, duration } => (
+            DetectorEventKind::Ejected { cause, duration } => (
                 "ejected",
                 format!(
                     "{address} ejected from {pool} for {} after {} failures in a row ({}); {ejected} of {hosts} are out",
@@ -153,8 +153,8 @@ impl Record {
                     cause.threshold.field()
                 ),
             ),
-            EventKind::Released => ("released", format!("{address} is back in {pool}; {ejected} of {hosts} are out")),
-            EventKind::Overflow { cause } => (
+            DetectorEventKind::Released => ("released", format!("{address} is back in {pool}; {ejected} of {hosts} are out")),
+            DetectorEventKind::Overflow { cause } => (
                 Self::OVERFLOW,
                 format!(
                     "{address} of {pool} failed {} times in a row, but stays: {ejected} of {hosts} are out, \
@@ -164,12 +164,12 @@ impl Record {
             ),
         };
         let duration_seconds = match event.kind {
-            EventKind::Ejected { duration, .. } => Some(duration.as_secs_f64()),
+            DetectorEventKind::Ejected { duration, .. } => Some(duration.as_secs_f64()),
             _ => None,
         };
         let cause = match event.kind {
-            EventKind::Ejected { cause, .. } | EventKind::Overflow { cause } => Some(cause),
-            EventKind::Released => None,
+            DetectorEventKind::Ejected { cause, .. } | DetectorEventKind::Overflow { cause } => Some(cause),
+            DetectorEventKind::Released => None,
         };
         let out = Some([*ejected, *hosts]);
         Self { duration_seconds, cause, out, ..Self::of_pool(pool, *address, kind, message) }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use portolan_core::{
     model::{Code, Finding, Severity},
-    table::{Layout, Refused},
+    table::{Layout, Rejected},
 };
 
 use super::Reconciler;
@@ -70,7 +70,7 @@ pub(super) fn crowded(layout: &Layout) -> Vec<Finding> {
 }
 
 /// A frontend that does not fit.
-pub(super) fn no_room(refused: &Refused) -> Finding {
+pub(super) fn no_room(refused: &Rejected) -> Finding {
     let (address, full) = (refused.key.endpoint().socket_addr(), refused.full);
     let what =
         if refused.held { "it stays as it was, or refuses if it is new" } else { "its connections go past Portolan" };

@@ -18,26 +18,26 @@ use std::{
 use anyhow::Result;
 use portolan_common::FrontendKey;
 use portolan_core::{
-    health::{Health, Order},
+    health::{Health, OverrideCommand},
     model::{Code, Finding, NamespacedName},
-    policy::{Client, Compiler, PoolKey, Recompiled, client::Place},
+    policy::{Client, Compiler, PoolKey, ServiceChange, client::ClientLocation},
     report::{Report, explain::Explanation},
     store::{Changes, Store, Update},
-    table::{self, Held, Knowledge, Layout, Op, Round, Sizes, Table},
+    table::{self, PinnedState, Completeness, Layout, Op, GraceEpoch, Sizes, Table},
 };
-use portolan_datapath::{Datapath, GoneTcp, barrier};
+use portolan_datapath::{Datapath, RemovedEndpointTcp, barrier};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use self::{
-    ejection::Judging,
-    event_log::{Journal, Record},
+    ejection::EjectionGate,
+    event_log::{EventLog, Event},
     findings::{crowded, no_room},
     self_probe::Probe,
-    state_file::{Keeper, Kept},
+    state_file::{StateWriter, PersistedState},
     termination::Closing,
 };
 use crate::{
-    metrics::collect::{Accounts, Sample},
+    metrics::collect::{Collector, MetricsSnapshot},
     probe::{Prober, self_probe::SelfProbe},
 };
 
@@ -57,25 +57,25 @@ pub enum Request {
     /// What `explain` shows, of this service and port.
     Explain(NamespacedName, Option<u16>, oneshot::Sender<Option<Explanation>>),
     /// What `/metrics` shows.
-    Sample(oneshot::Sender<Sample>),
+    MetricsSnapshot(oneshot::Sender<MetricsSnapshot>),
     /// Whether connections are served as they should be; if not, why.
     Ready(oneshot::Sender<Result<(), String>>),
     /// Has something done that was ordered by hand; what was done, or why it was not.
-    Order(Order, oneshot::Sender<Result<String, String>>),
+    OverrideCommand(OverrideCommand, oneshot::Sender<Result<String, String>>),
     /// What has happened, and what will.
-    Events(oneshot::Sender<(Vec<Record>, broadcast::Receiver<Record>)>),
+    Events(oneshot::Sender<(Vec<Event>, broadcast::Receiver<Event>)>),
 }
 
 /// The state of the task.
 pub struct Reconciler {
     cluster: String,
-    place: Place,
+    place: ClientLocation,
     store: Store,
     health: Health,
     datapath: Datapath,
     layout: Layout,
-    journal: Journal,
-    accounts: Accounts,
+    events: EventLog,
+    collector: Collector,
     client: Client,
     /// What is wrong with it.
     client_findings: Vec<Finding>,
@@ -85,14 +85,14 @@ pub struct Reconciler {
     /// What has changed since the last publication.
     changes: Changes,
     /// How much was known then; `None` where the whole table is to be looked at again.
-    knowledge: Option<Knowledge>,
+    completeness: Option<Completeness>,
     /// The pools behind each frontend id.
     pools: HashMap<u32, Vec<PoolKey>>,
     /// The service and port of each frontend id.
     services: HashMap<u32, (NamespacedName, u16)>,
     attached: bool,
     closing: Closing,
-    judging: Judging,
+    judging: EjectionGate,
     probe: Probe,
     prober: Prober,
     retry: Option<Instant>,
@@ -125,17 +125,17 @@ impl Reconciler {
     /// Over a datapath that holds what a former agent left. To be called inside a runtime.
     pub fn new(
         cluster: String,
-        place: Place,
-        (datapath, held): (Datapath, Held),
+        place: ClientLocation,
+        (datapath, held): (Datapath, PinnedState),
         (probe, prober): (SelfProbe, Prober),
         sizes: Sizes,
-        gone_tcp: GoneTcp,
-        (kept, keeper): (Result<Option<Kept>>, Keeper),
+        removed_endpoint_tcp: RemovedEndpointTcp,
+        (kept, state_writer): (Result<Option<PersistedState>>, StateWriter),
     ) -> Self {
-        let inherited = held.frontends.len();
-        if inherited > 0 {
+        let adopted = held.frontends.len();
+        if adopted > 0 {
             tracing::info!(
-                frontends = inherited,
+                frontends = adopted,
                 backends = held.backends.len(),
                 "took over the maps of a former agent"
             );
@@ -147,19 +147,19 @@ impl Reconciler {
             health: Health::default(),
             datapath,
             layout: Layout::from_held(sizes, held),
-            journal: Journal::default(),
-            accounts: Accounts::default(),
+            events: EventLog::default(),
+            collector: Collector::default(),
             client: Client::default(),
             client_findings: Vec::new(),
             start_findings: Vec::new(),
             compiler: Compiler::default(),
             changes: Changes::everything(),
-            knowledge: None,
+            completeness: None,
             pools: HashMap::new(),
             services: HashMap::new(),
             attached: false,
-            closing: Closing::new(gone_tcp),
-            judging: Judging::new(keeper),
+            closing: Closing::new(removed_endpoint_tcp),
+            judging: EjectionGate::new(state_writer),
             probe: Probe::start(probe),
             prober,
             retry: None,
@@ -261,13 +261,13 @@ impl Reconciler {
         self.sweep(now);
         let retry = self.retry.take_if(|at| *at <= now).is_some();
         // All of the table is tried again, for what did not fit may fit now.
-        self.knowledge = self.knowledge.filter(|_| !retry);
+        self.completeness = self.completeness.filter(|_| !retry);
         self.changes.findings |= retry;
         self.expire_orders();
         let (released, warmer) = self.health.handle_timeout(now);
         for (pool, event) in &released {
             self.judging.dirty = true;
-            self.journal.add(Record::of_health(pool, event));
+            self.events.add(Event::of_health(pool, event));
         }
         let pools = released.iter().map(|(pool, _)| pool).chain(&warmer);
         self.changes.services.extend(pools.map(|pool| pool.service.clone()));
@@ -275,12 +275,12 @@ impl Reconciler {
     }
 
     /// What rested is free again. Somebody may have been waiting for it.
-    fn settle(&mut self, round: Round) -> bool {
+    fn settle(&mut self, round: GraceEpoch) -> bool {
         self.layout.settle(round);
         let waited = !self.refused.is_empty() && self.retry.is_some();
         if waited {
             self.retry = None;
-            self.knowledge = None;
+            self.completeness = None;
             self.changes.findings = true;
         }
         waited
@@ -300,18 +300,18 @@ impl Reconciler {
         changes.everything |= client != self.client;
         changes.findings |= findings != self.client_findings;
         (self.client, self.client_findings) = (client, findings);
-        let recompiled = self.compile(started, &changes);
+        let changed_services = self.compile(started, &changes);
         self.probe_wanted();
 
-        let knowledge = self.what_is_known();
-        let whole = self.knowledge != Some(knowledge);
-        let (table, gone) = self.wanted(&recompiled, whole);
+        let completeness = self.what_is_known();
+        let whole = self.completeness != Some(completeness);
+        let (table, gone) = self.wanted(&changed_services, whole);
         // The agent's own is its own, whatever is known of the others'.
-        let (mut ops, _) = self.layout.change(&self.probe.table, &[], Knowledge::Complete);
+        let (mut ops, _) = self.layout.change(&self.probe.table, &[], Completeness::Complete);
         let (rest, refused) =
-            if whole { self.layout.update(&table, knowledge) } else { self.layout.change(&table, &gone, knowledge) };
+            if whole { self.layout.update(&table, completeness) } else { self.layout.change(&table, &gone, completeness) };
         ops.extend(rest);
-        self.knowledge = Some(knowledge);
+        self.completeness = Some(completeness);
         if whole {
             self.refused.clear();
         }
@@ -323,7 +323,7 @@ impl Reconciler {
         if ops.iter().any(|op| matches!(op, Op::RemoveFrontend(_) | Op::ResetFrontend(_))) {
             self.count_frontends();
         }
-        if self.accounts.before(&ops, &self.datapath.maps) {
+        if self.collector.before(&ops, &self.datapath.maps) {
             self.recount_later();
         }
         for op in &ops {
@@ -337,7 +337,7 @@ impl Reconciler {
             // What was written before the failure is not known, so it is read, once nobody reads what is to be free.
             barrier();
             self.layout = self.layout.read_again(self.datapath.maps.held(self.layout.sizes())?);
-            self.knowledge = None;
+            self.completeness = None;
         }
         if let Some(round) = self.layout.end_round() {
             self.datapath.grace.begin(round);
@@ -351,10 +351,10 @@ impl Reconciler {
             self.pools.clear();
             self.services.clear();
         }
-        self.index_pools(&recompiled, whole);
-        self.watch_packets(&recompiled, whole);
+        self.index_pools(&changed_services, whole);
+        self.watch_packets(&changed_services, whole);
         // What changes with it is published next.
-        self.recall_spoken(&recompiled);
+        self.recall_spoken(&changed_services);
         if !self.attached && self.may_attach() {
             let replaces = self.datapath.replaces_another();
             self.datapath.attach()?;
@@ -372,23 +372,23 @@ impl Reconciler {
         self.close_gone();
         let frontends = ops.iter().filter(|op| matches!(op, Op::Publish(..) | Op::RemoveFrontend(_))).count();
         let took = started.elapsed();
-        self.accounts.published(took);
+        self.collector.published(took);
         if let Some(failed) = self.judging.failed_at.take() {
-            self.accounts.ejected(ejection::monotonic().saturating_sub(failed));
+            self.collector.ejected(ejection::monotonic().saturating_sub(failed));
         }
         if first {
             give_back_memory();
         }
         if frontends > 0 {
             let message = format!("{frontends} frontends changed, {} writes, {took:.1?}", ops.len());
-            self.journal.add(Record { kind: "published".to_owned(), message, ..Record::default() });
+            self.events.add(Event { kind: "published".to_owned(), message, ..Event::default() });
         }
         Ok(())
     }
 
     /// Computes what is new, and tells the detectors and the accounts.
-    fn compile(&mut self, now: Instant, changes: &Changes) -> Vec<Recompiled> {
-        let mut recompiled: BTreeMap<_, Recompiled> = BTreeMap::new();
+    fn compile(&mut self, now: Instant, changes: &Changes) -> Vec<ServiceChange> {
+        let mut changed_services: BTreeMap<_, ServiceChange> = BTreeMap::new();
         let mut changes =
             Changes { services: changes.services.clone(), everything: changes.everything, ..Changes::default() };
         // Twice where endpoints begin to warm up, or were ejected by a former agent: only the detectors know.
@@ -396,44 +396,44 @@ impl Reconciler {
             let observed = self.health.observed();
             for next in self.compiler.compile(self.store.snapshot(), &self.client, observed, &changes) {
                 self.health.configure(now, &next.service, &next.after);
-                self.accounts.name(&next.service, &next.before, &next.after);
-                match recompiled.entry(next.service.clone()) {
+                self.collector.name(&next.service, &next.before, &next.after);
+                match changed_services.entry(next.service.clone()) {
                     Entry::Occupied(mut known) => known.get_mut().after = next.after,
                     Entry::Vacant(place) => drop(place.insert(next)),
                 }
             }
-            changes = Changes { services: self.health.again(), ..Changes::default() };
+            changes = Changes { services: self.health.services_to_recompute(), ..Changes::default() };
         }
-        recompiled.into_values().collect()
+        changed_services.into_values().collect()
     }
 
     /// The frontends that shall be: all of them, or those of the services that were computed anew; and those that shall go.
-    fn wanted(&self, recompiled: &[Recompiled], whole: bool) -> (Table, Vec<FrontendKey>) {
+    fn wanted(&self, changed_services: &[ServiceChange], whole: bool) -> (Table, Vec<FrontendKey>) {
         if whole {
             let mut table = Table::new(&self.compiler.verdict().assignments);
             table.frontends.extend(self.probe.table.frontends.clone());
             return (table, Vec::new());
         }
-        let table = Table::new(recompiled.iter().flat_map(|service| &service.after));
-        let before = Table::new(recompiled.iter().flat_map(|service| &service.before));
+        let table = Table::new(changed_services.iter().flat_map(|service| &service.after));
+        let before = Table::new(changed_services.iter().flat_map(|service| &service.before));
         let gone = before.frontends.into_keys().filter(|key| !table.frontends.contains_key(key)).collect();
         (table, gone)
     }
 
     /// How much is known of what should be, and why no more.
-    fn what_is_known(&mut self) -> Knowledge {
+    fn what_is_known(&mut self) -> Completeness {
         let unknown = || format!("the configuration has nothing of cluster {}", self.cluster);
-        let (knowledge, doubt) = match self.store.doubt(&self.cluster) {
-            Some((doubt, true)) => (Knowledge::WithoutSettings, Some(doubt.what.clone())),
+        let (completeness, doubt) = match self.store.doubt(&self.cluster) {
+            Some((doubt, true)) => (Completeness::WithoutSettings, Some(doubt.what.clone())),
             // What another cluster has to add is not waited for.
-            Some((doubt, false)) => (Knowledge::Partial, doubt.concerns(&self.cluster).then(|| doubt.what.clone())),
+            Some((doubt, false)) => (Completeness::Partial, doubt.concerns(&self.cluster).then(|| doubt.what.clone())),
             None if !self.store.snapshot().clusters.contains_key(self.cluster.as_str()) => {
-                (Knowledge::Partial, Some(unknown()))
+                (Completeness::Partial, Some(unknown()))
             }
-            None => (Knowledge::Complete, None),
+            None => (Completeness::Complete, None),
         };
         self.doubt = doubt;
-        knowledge
+        completeness
     }
 
     fn plan_retry(&mut self, now: Instant) {
@@ -446,10 +446,10 @@ impl Reconciler {
     }
 
     /// Takes down what the ids of frontends stand for: of all services, or of those that were computed anew.
-    fn index_pools(&mut self, recompiled: &[Recompiled], whole: bool) {
-        self.closing.forget(recompiled.iter().flat_map(|service| &service.before).map(|assignment| &**assignment));
+    fn index_pools(&mut self, changed_services: &[ServiceChange], whole: bool) {
+        self.closing.forget(changed_services.iter().flat_map(|service| &service.before).map(|assignment| &**assignment));
         let all = if whole { self.compiler.verdict().assignments } else { Vec::new() };
-        for assignment in all.iter().chain(recompiled.iter().flat_map(|service| &service.after)) {
+        for assignment in all.iter().chain(changed_services.iter().flat_map(|service| &service.after)) {
             self.closing.learn(assignment);
             // A route may name a pool twice, which counts once.
             let pools: BTreeSet<PoolKey> = assignment.routes.iter().map(|route| route.pool.key.clone()).collect();
@@ -467,7 +467,7 @@ impl Reconciler {
     fn count_frontends(&mut self) {
         for (id, (service, port)) in &self.services {
             if let Ok(stats) = self.datapath.maps.frontend_stats(*id) {
-                self.accounts.take_frontend(*id, service, *port, stats);
+                self.collector.take_frontend(*id, service, *port, stats);
             }
         }
     }

@@ -4,19 +4,19 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
 use portolan_core::{
-    health::Order,
+    health::OverrideCommand,
     model::{Code, Finding},
 };
 use tokio::sync::oneshot;
 
-use super::{Reconciler, event_log::Record, state_file::Kept};
+use super::{Reconciler, event_log::Event, state_file::PersistedState};
 
 /// Who gave an order waits for it to be kept, but no longer.
 const WRITTEN: Duration = Duration::from_secs(5);
 
 impl Reconciler {
     /// Takes an order by hand; whether it changes anything. Who gave it is told once it is in force and kept.
-    pub(super) fn take_order(&mut self, order: &Order, reply: oneshot::Sender<Result<String, String>>) -> bool {
+    pub(super) fn take_order(&mut self, order: &OverrideCommand, reply: oneshot::Sender<Result<String, String>>) -> bool {
         let said = match self.makes_no_sense(order) {
             Some(wrong) => Err(wrong),
             None => self.health.order(order, SystemTime::now()),
@@ -29,7 +29,7 @@ impl Reconciler {
             }
             Ok(message) => {
                 let endpoint = match order {
-                    Order::Eject { endpoint, .. } | Order::Restore { endpoint } => Some(endpoint.to_string()),
+                    OverrideCommand::Eject { endpoint, .. } | OverrideCommand::Restore { endpoint } => Some(endpoint.to_string()),
                     _ => None,
                 };
                 self.tell_order(message.clone(), endpoint);
@@ -40,13 +40,13 @@ impl Reconciler {
     }
 
     /// Why an order would concern nobody.
-    fn makes_no_sense(&self, order: &Order) -> Option<String> {
+    fn makes_no_sense(&self, order: &OverrideCommand) -> Option<String> {
         match order {
-            Order::Eject { endpoint, .. } => {
+            OverrideCommand::Eject { endpoint, .. } => {
                 let known = self.layout.backend_id(endpoint).is_some();
                 (!known).then(|| format!("no service has an endpoint {endpoint}; portolan get endpoints lists them"))
             }
-            Order::Drain { service, region, .. } => {
+            OverrideCommand::Drain { service, region, .. } => {
                 let verdict = self.compiler.verdict();
                 let of = verdict.assignments.iter().filter(|assignment| assignment.service.name == *service);
                 let pools: Vec<_> = of.flat_map(|assignment| &assignment.routes).map(|route| &route.pool).collect();
@@ -57,12 +57,12 @@ impl Reconciler {
                 let there = endpoints.any(|endpoint| endpoint.locality.region == *region);
                 (!there).then(|| format!("{service} has no endpoint in region {region}"))
             }
-            Order::Restore { .. } | Order::Undrain { .. } => None,
+            OverrideCommand::Restore { .. } | OverrideCommand::Undrain { .. } => None,
         }
     }
 
     fn tell_order(&mut self, message: String, endpoint: Option<String>) {
-        self.journal.add(Record { kind: Record::BY_HAND.to_owned(), message, endpoint, ..Record::default() });
+        self.events.add(Event { kind: Event::BY_HAND.to_owned(), message, endpoint, ..Event::default() });
         self.judging.dirty = true;
         self.changes.everything = true;
         self.changes.findings = true;
@@ -76,11 +76,11 @@ impl Reconciler {
     }
 
     /// Takes what a former agent has left.
-    pub(super) fn take_kept(&mut self, kept: Result<Option<Kept>>) {
+    pub(super) fn take_kept(&mut self, kept: Result<Option<PersistedState>>) {
         match kept {
             Ok(Some(kept)) => {
                 let (now, away) = (Instant::now(), kept.age(SystemTime::now()));
-                self.health.restore(now, away, kept.pools(), kept.by_hand);
+                self.health.restore(now, away, kept.pools(), kept.overrides);
             }
             Ok(None) => {}
             Err(error) => {
@@ -105,7 +105,7 @@ impl Reconciler {
         }
         (self.judging.dirty, self.judging.kept_at) = (false, now);
         let pools = self.health.saved(now);
-        let kept = self.judging.keeper.keep(Kept::new(SystemTime::now(), pools, self.health.by_hand().clone()));
+        let kept = self.judging.state_writer.keep(PersistedState::new(SystemTime::now(), pools, self.health.overrides().clone()));
         let orders = std::mem::take(&mut self.judging.orders);
         if orders.is_empty() {
             return;

@@ -18,7 +18,7 @@ use portolan_core::{
 };
 
 use super::{Reconciler, Request, event_log::rfc3339};
-use crate::metrics::collect::Sample;
+use crate::metrics::collect::MetricsSnapshot;
 
 impl Reconciler {
     /// Whether it changes something.
@@ -27,10 +27,10 @@ impl Reconciler {
         match request {
             Request::Report(reply) => drop(reply.send(self.report())),
             Request::Explain(name, port, reply) => drop(reply.send(self.explain(&name, port))),
-            Request::Sample(reply) => drop(reply.send(self.sample())),
+            Request::MetricsSnapshot(reply) => drop(reply.send(self.sample())),
             Request::Ready(reply) => drop(reply.send(self.ready())),
-            Request::Events(reply) => drop(reply.send(self.journal.follow())),
-            Request::Order(order, reply) => return self.take_order(&order, reply),
+            Request::Events(reply) => drop(reply.send(self.events.follow())),
+            Request::OverrideCommand(order, reply) => return self.take_order(&order, reply),
         }
         false
     }
@@ -46,11 +46,11 @@ impl Reconciler {
             );
             return Err(format!("a former version's programs go on serving until this one's table is whole: {why}"));
         }
-        let inherited = self.layout.inherited();
-        if let Some(doubt) = self.doubt.as_ref().filter(|_| inherited > 0) {
-            return Err(format!("{inherited} frontends are left as a former agent published them, for {doubt}"));
+        let adopted = self.layout.adopted();
+        if let Some(doubt) = self.doubt.as_ref().filter(|_| adopted > 0) {
+            return Err(format!("{adopted} frontends are left as a former agent published them, for {doubt}"));
         }
-        if self.client.confined {
+        if self.client.default_cluster_local {
             return Err("the mesh's settings cannot be read, so connections are kept in their cluster".to_owned());
         }
         if self.passes {
@@ -62,19 +62,19 @@ impl Reconciler {
         self.probe.seen.clone().map_err(|why| format!("the self-probe failed: {why}"))
     }
 
-    fn sample(&mut self) -> Sample {
-        self.accounts.collect(&self.layout, &self.datapath.maps);
+    fn sample(&mut self) -> MetricsSnapshot {
+        self.collector.collect(&self.layout, &self.datapath.maps);
         self.count_frontends();
         let ((targets, failing, _), counts) = (self.health.probes(), &self.prober.counts);
-        Sample {
-            services: self.accounts.services().clone(),
-            totals: self.accounts.totals().clone(),
+        MetricsSnapshot {
+            services: self.collector.services().clone(),
+            totals: self.collector.totals().clone(),
             ejected: self.health.ejected(),
             probed: [targets, failing],
             probes: [&counts.well, &counts.failing, &counts.unknown].map(|count| count.load(Ordering::Relaxed)),
-            health: self.accounts.health().clone(),
-            publish_seconds: self.accounts.publish_seconds(),
-            ejection_seconds: self.accounts.ejection_seconds(),
+            health: self.collector.health().clone(),
+            publish_seconds: self.collector.publish_seconds(),
+            ejection_seconds: self.collector.ejection_seconds(),
             counters: self.datapath.maps.counters().unwrap_or_default(),
             times: self.datapath.maps.times().unwrap_or_default(),
             overflow: self.overflow(),
@@ -163,7 +163,7 @@ impl Reconciler {
 
     /// Why an endpoint is out, and until when.
     fn explain_ejection(&self, pool: &PoolKey, intended: &policy::Endpoint, shown: &mut EndpointReport) {
-        let hand = self.health.by_hand();
+        let hand = self.health.overrides();
         let drain = hand.drain(&pool.service.name, &intended.locality.region).map(|drain| &drain.ordered);
         if let Some(ordered) = hand.ejection(&intended.address).or(drain) {
             shown.ejected_until = ordered.until.map(rfc3339);

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc};
 use portolan_core::table::Table;
 use tokio::sync::{Notify, mpsc};
 
-use super::{Reconciler, event_log::Record};
+use super::{Reconciler, event_log::Event};
 use crate::probe::self_probe::{Seen, SelfProbe};
 
 /// What the agent sees as its own client.
@@ -50,7 +50,7 @@ impl Reconciler {
         };
         for message in &mended {
             let message = format!("{message}: mended");
-            self.journal.add(Record { kind: Record::MENDED.to_owned(), message, ..Record::default() });
+            self.events.add(Event { kind: Event::MENDED.to_owned(), message, ..Event::default() });
         }
         match (&seen, &self.probe.seen) {
             (Err(why), before) if before.as_ref().err() != Some(why) => tracing::error!("the self-probe failed: {why}"),

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use portolan_core::{
-    health::{ByHand, Saved},
+    health::{Overrides, Saved},
     model::{NamespacedName, Protocol, ServiceId},
     policy::PoolKey,
 };
@@ -29,17 +29,18 @@ const UNREADABLE: &str = "unreadable";
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Kept {
+pub struct PersistedState {
     version: u32,
     saved_at: SystemTime,
-    pools: Vec<KeptPool>,
+    pools: Vec<PersistedPool>,
     /// Orders in force.
-    pub by_hand: ByHand,
+    #[serde(rename = "byHand")]
+    pub overrides: Overrides,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct KeptPool {
+struct PersistedPool {
     service: NamespacedName,
     #[serde(default)]
     is_entry: bool,
@@ -52,10 +53,10 @@ struct KeptPool {
     hosts: Vec<(SocketAddr, Saved)>,
 }
 
-impl Kept {
+impl PersistedState {
     /// What is to be kept, as of now.
-    pub fn new(now: SystemTime, pools: BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>, by_hand: ByHand) -> Self {
-        let kept = |(key, hosts): (PoolKey, _)| KeptPool {
+    pub fn new(now: SystemTime, pools: BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>, overrides: Overrides) -> Self {
+        let kept = |(key, hosts): (PoolKey, _)| PersistedPool {
             service: key.service.name,
             is_entry: key.service.is_entry,
             port: key.port,
@@ -64,7 +65,7 @@ impl Kept {
             v6: key.v6,
             hosts,
         };
-        Self { version: VERSION, saved_at: now, pools: pools.into_iter().map(kept).collect(), by_hand }
+        Self { version: VERSION, saved_at: now, pools: pools.into_iter().map(kept).collect(), overrides }
     }
 
     /// The files that may lie where one is kept: itself, one that was being written, one that could not be read.
@@ -79,7 +80,7 @@ impl Kept {
 
     /// By pool.
     pub fn pools(&self) -> BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>> {
-        let of = |pool: &KeptPool| {
+        let of = |pool: &PersistedPool| {
             let service = ServiceId { name: pool.service.clone(), is_entry: pool.is_entry };
             let key =
                 PoolKey { service, port: pool.port, protocol: pool.protocol, subset: pool.subset.clone(), v6: pool.v6 };
@@ -124,11 +125,11 @@ impl Kept {
 
 /// Writes the file on a thread of its own: a disk that hangs holds up nobody.
 #[derive(Debug)]
-pub struct Keeper {
-    wanted: Sender<(Kept, oneshot::Sender<Result<(), String>>)>,
+pub struct StateWriter {
+    wanted: Sender<(PersistedState, oneshot::Sender<Result<(), String>>)>,
 }
 
-impl Keeper {
+impl StateWriter {
     /// Begins to keep what it is given in this file.
     ///
     /// # Errors
@@ -140,7 +141,7 @@ impl Keeper {
     }
 
     /// Has this kept, in the place of what was before; what is given says when, or why not.
-    pub fn keep(&self, kept: Kept) -> oneshot::Receiver<Result<(), String>> {
+    pub fn keep(&self, kept: PersistedState) -> oneshot::Receiver<Result<(), String>> {
         let (written, told) = oneshot::channel();
         // The thread ends with the agent only.
         let _ = self.wanted.send((kept, written));
@@ -148,7 +149,7 @@ impl Keeper {
     }
 }
 
-fn keep(path: &Path, given: &Receiver<(Kept, oneshot::Sender<Result<(), String>>)>) {
+fn keep(path: &Path, given: &Receiver<(PersistedState, oneshot::Sender<Result<(), String>>)>) {
     let mut failing = false;
     while let Ok(first) = given.recv() {
         // Of those that came meanwhile the last one is enough.
@@ -180,7 +181,7 @@ mod tests {
     fn what_is_written_is_read_and_what_is_damaged_is_told() {
         let folder = std::env::temp_dir().join(format!("portolan-kept-{}", std::process::id()));
         let path = folder.join("below/kept.json");
-        assert!(Kept::read(&path).unwrap().is_none());
+        assert!(PersistedState::read(&path).unwrap().is_none());
         let key = PoolKey {
             service: ServiceId::service(NamespacedName::new("default", "web")),
             port: 80,
@@ -192,14 +193,14 @@ mod tests {
         let saved = Saved { ejected: Some((Duration::from_secs(3), cause)), multiplier: 2 };
         let pools = BTreeMap::from([(key, vec![(SocketAddr::from(([10, 0, 0, 1], 80)), saved)])]);
         let now = SystemTime::now();
-        let kept = Kept::new(now, pools.clone(), ByHand::default());
+        let kept = PersistedState::new(now, pools.clone(), Overrides::default());
         kept.write(&path).unwrap();
-        let read = Kept::read(&path).unwrap().unwrap();
+        let read = PersistedState::read(&path).unwrap().unwrap();
         assert_eq!((&read, read.pools()), (&kept, pools));
         assert_eq!(read.age(now + Duration::from_secs(5)), Duration::from_secs(5));
         assert_eq!(read.age(now - Duration::from_secs(5)), Duration::ZERO);
         fs::write(&path, "{").unwrap();
-        assert!(format!("{:#}", Kept::read(&path).unwrap_err()).contains("damaged"));
+        assert!(format!("{:#}", PersistedState::read(&path).unwrap_err()).contains("damaged"));
         fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -11,11 +11,11 @@ use portolan_common::FrontendKey;
 use portolan_core::{
     model::Protocol,
     policy::{Assignment, PoolKey},
-    table::{self, Lost},
+    table::{self, RemovedEndpoints},
 };
-use portolan_datapath::{GoneTcp, IDLE, Lifetime, Order, Pass, Reason, Recounted, Served};
+use portolan_datapath::{RemovedEndpointTcp, IDLE, Lifetime, SweepRequest, SweepReport, Reason, Reconciled, ActiveEndpoints};
 
-use super::{Reconciler, event_log::Record};
+use super::{Reconciler, event_log::Event};
 
 /// Between two looks for connections that have outlived their pool's limits: a quarter of the shortest limit, within these.
 const SWEEP: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(60));
@@ -31,23 +31,23 @@ pub type Closed = BTreeMap<(Reason, Protocol), u64>;
 /// What is to be closed, and what was.
 #[derive(Debug, Default)]
 pub(super) struct Closing {
-    pub(super) gone_tcp: GoneTcp,
+    pub(super) removed_endpoint_tcp: RemovedEndpointTcp,
     pub(super) closed: Closed,
     pub(super) passes: u64,
     /// Endpoints whose connected UDP sockets a pass could not end.
-    unfinished: Option<Lost>,
+    unfinished: Option<RemovedEndpoints>,
     /// How often connections are to be counted anew, at the most, until no count changes meanwhile.
     recounts: u32,
     recount_at: Option<Instant>,
     lifetimes: HashMap<PoolKey, Lifetime>,
     /// The endpoints that get connections, by frontends whose rule wants those to others closed.
-    served: HashMap<FrontendKey, Served>,
+    served: HashMap<FrontendKey, ActiveEndpoints>,
     next: Option<Instant>,
 }
 
 impl Closing {
-    pub(super) fn new(gone_tcp: GoneTcp) -> Self {
-        Self { gone_tcp, ..Self::default() }
+    pub(super) fn new(removed_endpoint_tcp: RemovedEndpointTcp) -> Self {
+        Self { removed_endpoint_tcp, ..Self::default() }
     }
 
     /// When to look next, if nothing changes.
@@ -76,7 +76,7 @@ impl Closing {
         if let Some(idle) = idle.filter(|_| assignment.protocol == Protocol::Tcp && !assignment.schedule.is_empty()) {
             let members = assignment.schedule.runs.iter().flat_map(|run| run.members.iter().copied());
             let endpoints: Arc<[SocketAddr]> = members.collect::<BTreeSet<_>>().into_iter().collect();
-            let served = Served { endpoints, idle };
+            let served = ActiveEndpoints { endpoints, idle };
             for frontend in &assignment.frontends {
                 self.served.insert(table::key(*frontend, assignment.protocol), served.clone());
             }
@@ -111,7 +111,7 @@ impl Closing {
 impl Reconciler {
     /// After another version's or another size's maps were replaced: what went while nobody looked is not known.
     pub(super) fn close_after_replacing(&self) {
-        self.close(self.closing.gone_tcp != GoneTcp::Keep, Some(Lost::Any));
+        self.close(self.closing.removed_endpoint_tcp != RemovedEndpointTcp::Keep, Some(RemovedEndpoints::Any));
     }
 
     /// After a time in which connections may have ended unseen: leads their counts and places to what there is.
@@ -130,8 +130,8 @@ impl Reconciler {
 
     /// After a publication: looks for connections to endpoints that went with it.
     pub(super) fn close_gone(&mut self) {
-        let mut lost = self.layout.take_lost();
-        let tcp = lost.contains_key(&Protocol::Tcp) && self.closing.gone_tcp != GoneTcp::Keep;
+        let mut lost = self.layout.drain_removed();
+        let tcp = lost.contains_key(&Protocol::Tcp) && self.closing.removed_endpoint_tcp != RemovedEndpointTcp::Keep;
         let udp = lost.remove(&Protocol::Udp);
         if self.attached && (tcp || udp.is_some()) {
             self.close(tcp, udp);
@@ -149,18 +149,18 @@ impl Reconciler {
         }
         self.closing.plan(now);
         let unfinished = self.closing.unfinished.take();
-        self.close(self.closing.gone_tcp != GoneTcp::Keep, unfinished);
+        self.close(self.closing.removed_endpoint_tcp != RemovedEndpointTcp::Keep, unfinished);
     }
 
-    fn close(&self, gone_tcp: bool, gone_udp: Option<Lost>) {
-        let gone = gone_tcp || gone_udp.is_some();
-        let mut order = Order { gone_udp, recount: self.closing.recounts > 0, ..Order::default() };
+    fn close(&self, removed_endpoint_tcp: bool, gone_udp: Option<RemovedEndpoints>) {
+        let gone = removed_endpoint_tcp || gone_udp.is_some();
+        let mut order = SweepRequest { gone_udp, recount: self.closing.recounts > 0, ..SweepRequest::default() };
         if gone {
             order.endpoints = self.layout.endpoints();
-            order.complete = self.doubt.is_none() && self.layout.inherited() == 0;
+            order.complete = self.doubt.is_none() && self.layout.adopted() == 0;
         }
-        if gone_tcp {
-            order.gone_tcp = self.closing.gone_tcp;
+        if removed_endpoint_tcp {
+            order.removed_endpoint_tcp = self.closing.removed_endpoint_tcp;
         }
         for (key, lifetime) in &self.closing.lifetimes {
             let Some((id, epoch)) = self.layout.pool(key) else { continue };
@@ -179,7 +179,7 @@ impl Reconciler {
     }
 
     /// What a pass has done.
-    pub(super) fn take_pass(&mut self, pass: &Pass) {
+    pub(super) fn take_pass(&mut self, pass: &SweepReport) {
         self.closing.passes += u64::from(pass.closing);
         for ((reason, protocol, endpoint), count) in &pass.closed {
             *self.closing.closed.entry((*reason, *protocol)).or_default() += count;
@@ -190,8 +190,8 @@ impl Reconciler {
                 Reason::Elsewhere => "it was idle, and the endpoint gets no connections any more",
             };
             let message = format!("{count} {protocol} connections to {endpoint} were closed: {why}");
-            let record = Record { kind: Record::CLOSED.to_owned(), message, ..Record::default() };
-            self.journal.add(Record { endpoint: Some(endpoint.to_string()), ..record });
+            let record = Event { kind: Event::CLOSED.to_owned(), message, ..Event::default() };
+            self.events.add(Event { endpoint: Some(endpoint.to_string()), ..record });
         }
         if let Some(lost) = pass.unfinished.clone() {
             self.closing.unfinished.get_or_insert_default().add(lost);
@@ -206,12 +206,12 @@ impl Reconciler {
         if let Some(wait) = pass.wait {
             self.closing.look_again(wait.max(SWEEP.0));
         }
-        if let Some(Recounted { freed, corrected, .. }) = pass.recounted
+        if let Some(Reconciled { freed, corrected, .. }) = pass.recounted
             && freed + corrected > 0
         {
             let message =
                 format!("connections had ended unseen: {corrected} counts were wrong, {freed} places were not free");
-            self.journal.add(Record { kind: Record::MENDED.to_owned(), message, ..Record::default() });
+            self.events.add(Event { kind: Event::MENDED.to_owned(), message, ..Event::default() });
         }
         if pass.counting {
             let done = pass.recounted.is_some_and(|recounted| recounted.unsettled == 0);

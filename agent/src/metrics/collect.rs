@@ -10,7 +10,7 @@ use std::{
 
 use portolan_common::{BackendStats, FrontendStats};
 use portolan_core::{
-    health::{Event, EventKind},
+    health::{DetectorEvent, DetectorEventKind},
     model::{Finding, Locality, NamespacedName, ServiceId},
     policy::{Assignment, Endpoint, PoolKey},
     table::{Layout, Op},
@@ -53,7 +53,7 @@ pub type HealthCounts = BTreeMap<(NamespacedName, u16, &'static str), u64>;
 pub type ServiceTotals = BTreeMap<(NamespacedName, u16), (u64, u64)>;
 
 /// All that `/metrics` shows, at one moment.
-pub struct Sample {
+pub struct MetricsSnapshot {
     /// By service and port.
     pub services: ServiceTotals,
     /// By destination.
@@ -92,7 +92,7 @@ pub struct Sample {
 
 /// The counts so far.
 #[derive(Debug)]
-pub struct Accounts {
+pub struct Collector {
     names: HashMap<SocketAddr, Vec<Name>>,
     /// Whose each backend id is.
     addresses: Vec<Option<SocketAddr>>,
@@ -116,7 +116,7 @@ struct Name {
     live: bool,
 }
 
-impl Default for Accounts {
+impl Default for Collector {
     fn default() -> Self {
         Self {
             names: HashMap::new(),
@@ -132,7 +132,7 @@ impl Default for Accounts {
     }
 }
 
-impl Accounts {
+impl Collector {
     /// Says what the endpoints of a service belong to. One that serves several services counts for the first by name.
     pub fn name(&mut self, service: &ServiceId, before: &[Arc<Assignment>], after: &[Arc<Assignment>]) {
         for (_, endpoint) in endpoints(before) {
@@ -231,11 +231,11 @@ impl Accounts {
     }
 
     /// Counts a verdict of the outlier detection.
-    pub fn count_health(&mut self, pool: &PoolKey, event: &Event) {
+    pub fn count_health(&mut self, pool: &PoolKey, event: &DetectorEvent) {
         let kind = match event.kind {
-            EventKind::Ejected { .. } => "ejected",
-            EventKind::Overflow { .. } => "overflow",
-            EventKind::Released => return,
+            DetectorEventKind::Ejected { .. } => "ejected",
+            DetectorEventKind::Overflow { .. } => "overflow",
+            DetectorEventKind::Released => return,
         };
         *self.health.entry((pool.service.name.clone(), pool.port, kind)).or_default() += 1;
     }

@@ -12,7 +12,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use self::collect::{Destination, Sample, Total};
+use self::collect::{Destination, MetricsSnapshot, Total};
 use crate::{opt_out, source::SourceReport};
 
 /// Name, help, and which of the totals.
@@ -85,7 +85,7 @@ enum FindingSeverity {
 ///
 /// # Errors
 /// Formatting fails only where memory does.
-pub fn render(sample: &Sample, reading: &[SourceReport], outs: &opt_out::Report) -> Result<String, std::fmt::Error> {
+pub fn render(sample: &MetricsSnapshot, reading: &[SourceReport], outs: &opt_out::Report) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::default();
     connections(&mut registry, sample);
     services(&mut registry, sample);
@@ -97,7 +97,7 @@ pub fn render(sample: &Sample, reading: &[SourceReport], outs: &opt_out::Report)
     Ok(text)
 }
 
-fn connections(registry: &mut Registry, sample: &Sample) {
+fn connections(registry: &mut Registry, sample: &MetricsSnapshot) {
     let metrics: [Metric; 5] = [
         ("istio_tcp_connections_opened", "Connections established", |total| total.opened),
         ("istio_tcp_connections_closed", "Connections closed after they were established", |total| total.closed),
@@ -114,12 +114,12 @@ fn connections(registry: &mut Registry, sample: &Sample) {
     }
 }
 
-fn services(registry: &mut Registry, sample: &Sample) {
+fn services(registry: &mut Registry, sample: &MetricsSnapshot) {
     let (picks, refused) = (Counters::<ServiceLabels>::default(), Counters::<ServiceLabels>::default());
-    for ((service, port), (given, refusals)) in &sample.services {
+    for ((service, port), (given, report_refusals)) in &sample.services {
         let labels = ServiceLabels { namespace: service.namespace.clone(), service: service.name.clone(), port: *port };
         picks.get_or_create(&labels).inc_by(*given);
-        refused.get_or_create(&labels).inc_by(*refusals);
+        refused.get_or_create(&labels).inc_by(*report_refusals);
     }
     registry.register("portolan_picks", "Connections to the service that were given an endpoint", picks);
     let overflow = Counters::<ServiceLabels>::default();
@@ -146,7 +146,7 @@ fn services(registry: &mut Registry, sample: &Sample) {
     registry.register("portolan_ejections_unconfirmed", about, unconfirmed);
 }
 
-fn agent(registry: &mut Registry, sample: &Sample) {
+fn agent(registry: &mut Registry, sample: &MetricsSnapshot) {
     let gauge = |value: i64| {
         let gauge = Gauge::<i64>::default();
         gauge.set(value);

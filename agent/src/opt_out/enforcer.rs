@@ -15,10 +15,10 @@ use std::{
 
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 use portolan_core::model::{Code, Finding};
-use portolan_datapath::OptedOut;
+use portolan_datapath::OptOutMap;
 use tokio::{sync::Notify, task::block_in_place, time::sleep};
 
-use super::registry::{Board, ByUid, LABEL};
+use super::registry::{OptOutRegistry, ByUid, LABEL};
 use crate::source::Sources;
 
 /// While somebody is to be left alone, cgroups are looked through so often, whatever was told of them.
@@ -35,9 +35,9 @@ pub struct Enforcer {
     /// The cgroup that is served.
     pub root: PathBuf,
     /// The kernel's side.
-    pub kernel: OptedOut,
+    pub kernel: OptOutMap,
     /// Who is wanted.
-    pub board: Arc<Board>,
+    pub registry: Arc<OptOutRegistry>,
     /// Where what is wrong is noted.
     pub sources: Arc<Sources>,
 }
@@ -46,7 +46,7 @@ impl Enforcer {
     /// Works until nobody can want anything any more.
     pub async fn run(mut self) {
         let mut watch = Watch::default();
-        let mut wanted = self.board.wanted.subscribe();
+        let mut wanted = self.registry.wanted.subscribe();
         loop {
             let pods = wanted.borrow_and_update().clone();
             let idle = pods.as_ref().is_none_or(ByUid::is_empty);
@@ -87,7 +87,7 @@ impl Enforcer {
         match self.kernel.set(&ids) {
             Ok(()) => {
                 self.sources.note("opt-out/kernel", None);
-                let mut shown = self.board.done();
+                let mut shown = self.registry.done();
                 if *shown != done {
                     tracing::info!(pods = done.len(), cgroups = ids.len(), "pods that are left alone ({LABEL})");
                     *shown = done;

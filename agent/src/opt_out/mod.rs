@@ -5,5 +5,5 @@ mod registry;
 
 pub use self::{
     enforcer::Enforcer,
-    registry::{AskedBy, Board, ByUid, LABEL, Pod, Report},
+    registry::{AskedBy, OptOutRegistry, ByUid, LABEL, Pod, Report},
 };

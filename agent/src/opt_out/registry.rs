@@ -48,13 +48,13 @@ pub type ByUid = BTreeMap<String, Pod>;
 
 /// Who is to be left alone, and who is. The source writes, the [`Enforcer`] does it, everybody may look.
 #[derive(Debug, Default)]
-pub struct Board {
+pub struct OptOutRegistry {
     pub(super) wanted: watch::Sender<Option<ByUid>>,
     /// As far as it was done.
     done: Mutex<ByUid>,
 }
 
-impl Board {
+impl OptOutRegistry {
     /// These are to be left alone, and no others. Until this is said for the first time, whom a former agent left alone stays so.
     pub fn want(&self, pods: ByUid) {
         self.wanted.send_if_modified(|wanted| {

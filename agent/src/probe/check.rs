@@ -17,7 +17,7 @@ use tower::service_fn;
 
 /// What came of a probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum ProbeResult {
     /// The endpoint is well.
     Well,
     /// It is not, and why.
@@ -27,7 +27,7 @@ pub enum Verdict {
 }
 
 /// Probes an endpoint. It is not rewritten, for it goes to an endpoint and not to a Service.
-pub async fn check(endpoint: SocketAddr, probe: &Probe) -> Verdict {
+pub async fn check(endpoint: SocketAddr, probe: &Probe) -> ProbeResult {
     let address = probe.dialled(endpoint);
     let asked = async {
         match &probe.kind {
@@ -37,29 +37,29 @@ pub async fn check(endpoint: SocketAddr, probe: &Probe) -> Verdict {
         }
     };
     match timeout(probe.timeout, asked).await {
-        Ok(Ok(())) => Verdict::Well,
+        Ok(Ok(())) => ProbeResult::Well,
         Ok(Err(verdict)) => verdict,
-        Err(_) => Verdict::Failing(format!("no answer within {}", humantime::format_duration(probe.timeout))),
+        Err(_) => ProbeResult::Failing(format!("no answer within {}", humantime::format_duration(probe.timeout))),
     }
 }
 
-async fn connect(address: SocketAddr) -> Result<TcpStream, Verdict> {
+async fn connect(address: SocketAddr) -> Result<TcpStream, ProbeResult> {
     TcpStream::connect(address).await.map_err(|error| refused(&error))
 }
 
 /// What this agent lacks (a route, a descriptor, a permission) says nothing of the endpoint.
-fn refused(error: &io::Error) -> Verdict {
+fn refused(error: &io::Error) -> ProbeResult {
     let of_endpoint =
         matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset | ErrorKind::TimedOut);
-    if of_endpoint { Verdict::Failing(error.to_string()) } else { Verdict::Unknown(error.to_string()) }
+    if of_endpoint { ProbeResult::Failing(error.to_string()) } else { ProbeResult::Unknown(error.to_string()) }
 }
 
-fn failing(error: impl std::fmt::Display) -> Verdict {
-    Verdict::Failing(error.to_string())
+fn failing(error: impl std::fmt::Display) -> ProbeResult {
+    ProbeResult::Failing(error.to_string())
 }
 
 /// As the kubelet judges it: any status from 200 to 399 is well. Redirects are not followed.
-async fn http(address: SocketAddr, path: &str, headers: &[(String, String)]) -> Result<(), Verdict> {
+async fn http(address: SocketAddr, path: &str, headers: &[(String, String)]) -> Result<(), ProbeResult> {
     let stream = connect(address).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(failing)?;
     let mut request =
@@ -70,17 +70,17 @@ async fn http(address: SocketAddr, path: &str, headers: &[(String, String)]) -> 
     for (name, value) in headers {
         request = request.header(name, value);
     }
-    let request = request.body(Empty::<Bytes>::new()).map_err(|error| Verdict::Unknown(error.to_string()))?;
+    let request = request.body(Empty::<Bytes>::new()).map_err(|error| ProbeResult::Unknown(error.to_string()))?;
     // Does its work while the response is waited for, and ends with this.
     let mut driver = JoinSet::new();
     driver.spawn(connection);
     let status = sender.send_request(request).await.map_err(failing)?.status();
     let well = status >= StatusCode::OK && status < StatusCode::BAD_REQUEST;
-    if well { Ok(()) } else { Err(Verdict::Failing(format!("status {}", status.as_u16()))) }
+    if well { Ok(()) } else { Err(ProbeResult::Failing(format!("status {}", status.as_u16()))) }
 }
 
 /// gRPC's own health service.
-async fn grpc(address: SocketAddr, service: &str) -> Result<(), Verdict> {
+async fn grpc(address: SocketAddr, service: &str) -> Result<(), ProbeResult> {
     // Of what makes a connection fail, the library keeps no more than that it did: it is given one.
     let mut stream = Some(TokioIo::new(connect(address).await?));
     let once = service_fn(move |_| {
@@ -91,6 +91,6 @@ async fn grpc(address: SocketAddr, service: &str) -> Result<(), Verdict> {
     let channel = channel.connect_with_connector(once).await.map_err(failing)?;
     let request = HealthCheckRequest { service: service.to_owned() };
     let answer = HealthClient::new(channel).check(request).await;
-    let status = answer.map_err(|status| Verdict::Failing(format!("gRPC: {}", status.code())))?.into_inner().status();
-    if status == ServingStatus::Serving { Ok(()) } else { Err(Verdict::Failing(status.as_str_name().to_owned())) }
+    let status = answer.map_err(|status| ProbeResult::Failing(format!("gRPC: {}", status.code())))?.into_inner().status();
+    if status == ServingStatus::Serving { Ok(()) } else { Err(ProbeResult::Failing(status.as_str_name().to_owned())) }
 }

@@ -9,14 +9,14 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use portolan_core::model::{Probe, ProbeKind};
 use tokio::sync::{Semaphore, mpsc};
 
-use super::check::{Verdict, check};
+use super::check::{ProbeResult, check};
 
 /// A connection is waited for so long at the most: long enough for a SYN that was lost to be repeated once.
 const LIMIT: Duration = Duration::from_millis(2_500);
 
 /// A connection of the agent's own, which fails no later than those of the pods do by their `connectTimeout`.
-pub fn dial(patience: Option<Duration>) -> Probe {
-    let timeout = patience.map_or(LIMIT, |patience| patience.min(LIMIT));
+pub fn dial(connect_timeout: Option<Duration>) -> Probe {
+    let timeout = connect_timeout.map_or(LIMIT, |connect_timeout| connect_timeout.min(LIMIT));
     Probe { kind: ProbeKind::Tcp, port: None, period: Duration::MAX, timeout, failures: 1, successes: 1 }
 }
 /// Connections at once; further ones wait for their turn.
@@ -26,7 +26,7 @@ pub const LATELY: Duration = Duration::from_secs(300);
 
 /// What came of a connection of the agent's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Evidence {
+pub struct Confirmation {
     /// Where it went.
     pub endpoint: SocketAddr,
     /// What was asked.
@@ -37,14 +37,14 @@ pub struct Evidence {
 
 /// The one who dials.
 #[derive(Clone, Debug)]
-pub struct Witness {
+pub struct Confirmer {
     turns: Arc<Semaphore>,
-    seen: mpsc::UnboundedSender<Evidence>,
+    seen: mpsc::UnboundedSender<Confirmation>,
 }
 
-impl Witness {
+impl Confirmer {
     /// A new one, and what it will have seen.
-    pub fn new() -> (Self, mpsc::UnboundedReceiver<Evidence>) {
+    pub fn new() -> (Self, mpsc::UnboundedReceiver<Confirmation>) {
         let (seen, results) = mpsc::unbounded_channel();
         (Self { turns: Arc::new(Semaphore::new(AT_ONCE)), seen }, results)
     }
@@ -55,9 +55,9 @@ impl Witness {
         tokio::spawn(async move {
             // The semaphore is never closed.
             let _turn = turns.acquire().await;
-            let failed = matches!(check(endpoint, &probe).await, Verdict::Failing(_));
+            let failed = matches!(check(endpoint, &probe).await, ProbeResult::Failing(_));
             // An error means that nobody wants to know any more.
-            let _ = seen.send(Evidence { endpoint, probe, failed });
+            let _ = seen.send(Confirmation { endpoint, probe, failed });
         });
     }
 }
@@ -72,13 +72,13 @@ mod tests {
     async fn a_listener_answers_and_a_closed_port_does_not() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = listener.local_addr().unwrap();
-        let (witness, mut results) = Witness::new();
+        let (witness, mut results) = Confirmer::new();
         let probe = Arc::new(dial(None));
         witness.ask(endpoint, Arc::clone(&probe));
-        let expected = Evidence { endpoint, probe: Arc::clone(&probe), failed: false };
+        let expected = Confirmation { endpoint, probe: Arc::clone(&probe), failed: false };
         assert_eq!(results.recv().await, Some(expected.clone()));
         drop(listener);
         witness.ask(endpoint, probe);
-        assert_eq!(results.recv().await, Some(Evidence { failed: true, ..expected }));
+        assert_eq!(results.recv().await, Some(Confirmation { failed: true, ..expected }));
     }
 }

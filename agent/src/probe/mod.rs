@@ -7,6 +7,6 @@ pub mod self_probe;
 mod self_probe_client;
 
 pub use self::{
-    check::{Verdict, check},
+    check::{ProbeResult, check},
     prober::{Counts, Probed, Prober},
 };

@@ -20,7 +20,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::check::{Verdict, check};
+use super::check::{ProbeResult, check};
 
 /// Probes at once; each holds a descriptor.
 const AT_ONCE: usize = 256;
@@ -159,18 +159,18 @@ impl Schedule {
     }
 
     /// Takes an answer, and plans the next probe; what has changed.
-    fn take(&mut self, (target, number): (Target, u64), verdict: Verdict, now: Instant) -> Option<Probed> {
+    fn take(&mut self, (target, number): (Target, u64), verdict: ProbeResult, now: Instant) -> Option<Probed> {
         let fraction = self.fraction(now.elapsed().as_nanos() as u64 ^ number.rotate_left(32));
         let row = self.rows.get_mut(&target).filter(|row| row.number == number)?;
         let changed = match &verdict {
-            Verdict::Well => row.take(&target.probe, false),
-            Verdict::Failing(_) => row.take(&target.probe, true),
-            Verdict::Unknown(_) => false,
+            ProbeResult::Well => row.take(&target.probe, false),
+            ProbeResult::Failing(_) => row.take(&target.probe, true),
+            ProbeResult::Unknown(_) => false,
         };
         let jitter = f64::from(100 - JITTER) + f64::from(2 * JITTER) * fraction;
         let at = now + row.wait(&target.probe).mul_f64(jitter / 100.0);
         self.due.push(Reverse((at, number, target.clone())));
-        let failing = if let Verdict::Failing(why) = verdict { Some(why) } else { None };
+        let failing = if let ProbeResult::Failing(why) = verdict { Some(why) } else { None };
         changed.then_some(Probed { target, number, failing })
     }
 
@@ -216,14 +216,14 @@ async fn run(
                 let Some((target, wanted)) = wanted else { return };
                 schedule.set(target, wanted, Instant::now());
             }
-            Some(checked) = checks.join_next() => {
+            Some(frame_len) = checks.join_next() => {
                 // A check does not panic, and nobody ends one.
-                let Ok((asked, was_failing, verdict)) = checked else { continue };
+                let Ok((asked, was_failing, verdict)) = frame_len else { continue };
                 of_failing -= usize::from(was_failing);
                 let count = match &verdict {
-                    Verdict::Well => &counts.well,
-                    Verdict::Failing(_) => &counts.failing,
-                    Verdict::Unknown(_) => &counts.unknown,
+                    ProbeResult::Well => &counts.well,
+                    ProbeResult::Failing(_) => &counts.failing,
+                    ProbeResult::Unknown(_) => &counts.unknown,
                 };
                 count.fetch_add(1, Ordering::Relaxed);
                 if let Some(probed) = schedule.take(asked, verdict, Instant::now())
@@ -284,23 +284,23 @@ mod tests {
         let first = schedule.next().unwrap();
         assert!(first <= began + Duration::from_secs(1));
         let mut now = first;
-        let mut answer = |schedule: &mut Schedule, verdict: Verdict| {
+        let mut answer = |schedule: &mut Schedule, verdict: ProbeResult| {
             now = now.max(schedule.next().unwrap());
             let asked = schedule.take_due(now).unwrap();
             assert_eq!(schedule.take_due(now), None, "nobody is asked twice at once");
             let probed = schedule.take(asked, verdict, now);
             (probed, schedule.next().unwrap() - now)
         };
-        let failing = || Verdict::Failing("no".to_owned());
+        let failing = || ProbeResult::Failing("no".to_owned());
         let (probed, wait) = answer(&mut schedule, failing());
         assert_eq!(probed, None);
         assert!((0.9..=1.1).contains(&wait.as_secs_f64()), "{wait:?}");
-        assert_eq!(answer(&mut schedule, Verdict::Unknown("no route".to_owned())).0, None);
+        assert_eq!(answer(&mut schedule, ProbeResult::Unknown("no route".to_owned())).0, None);
         let (probed, wait) = answer(&mut schedule, failing());
         assert_eq!(probed, Some(Probed { target: target.clone(), number: 1, failing: Some("no".to_owned()) }));
         assert!((9.0..=11.0).contains(&wait.as_secs_f64()), "{wait:?}");
         assert_eq!(
-            answer(&mut schedule, Verdict::Well).0,
+            answer(&mut schedule, ProbeResult::Well).0,
             Some(Probed { target: target.clone(), number: 1, failing: None })
         );
         // One that is under way when it is wanted no more, and then again, is not the new one's.
@@ -320,7 +320,7 @@ mod tests {
         let mut now = schedule.next().unwrap();
         let (asked, was_failing) = schedule.begin(now, AT_ONCE).unwrap();
         assert!(!was_failing, "of one that is not, nobody asks how many of the others there are");
-        schedule.take(asked, Verdict::Failing("no".to_owned()), now);
+        schedule.take(asked, ProbeResult::Failing("no".to_owned()), now);
         now = schedule.next().unwrap();
         assert_eq!(schedule.begin(now, AT_ONCE / 2), None);
         assert_eq!(schedule.next(), Some(now + PUT_OFF));

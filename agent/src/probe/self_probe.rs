@@ -15,8 +15,8 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use portolan_core::{
     model::Protocol,
-    policy::{Part, Schedule, Share},
-    table::{Entry, Table, key},
+    policy::{WeightedGroup, Schedule, Share},
+    table::{FrontendSpec, Table, key},
 };
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},
@@ -75,8 +75,8 @@ impl SelfProbe {
     /// What the kernel has to hold for it.
     pub fn table(&self) -> Table {
         let members = vec![(self.endpoint, 1)];
-        let entry = Entry {
-            schedule: Arc::new(Schedule::new(vec![Part::in_turn(Share::from(1), members)])),
+        let entry = FrontendSpec {
+            schedule: Arc::new(Schedule::new(vec![WeightedGroup::in_turn(Share::from(1), members)])),
             endpoints: Arc::new([self.endpoint]),
             pools: Arc::new([]),
             affinity: None,

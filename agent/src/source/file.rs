@@ -17,7 +17,7 @@ use notify::{
     event::{AccessKind, AccessMode, ModifyKind},
 };
 use portolan_core::{
-    decode::{Reader, fingerprint, read_text},
+    decode::{DecodeOptions, fingerprint, read_text},
     model::{Code, Finding, Scope},
     store::{Contents, Update},
 };
@@ -43,7 +43,7 @@ const FILES: &str = "files";
 #[derive(Debug)]
 pub struct Directory {
     root: PathBuf,
-    reader: Reader,
+    reader: DecodeOptions,
     seen: BTreeMap<String, Seen>,
     /// What was known of files before the last scan, as far as it found them changed.
     before: BTreeMap<String, Option<Seen>>,
@@ -63,7 +63,7 @@ struct Seen {
 
 impl Directory {
     /// A directory that was not looked at yet.
-    pub fn new(root: PathBuf, reader: Reader) -> Self {
+    pub fn new(root: PathBuf, reader: DecodeOptions) -> Self {
         Self {
             root,
             reader,
@@ -303,7 +303,7 @@ pub fn check(root: &Path) -> anyhow::Result<()> {
 /// The directory cannot be read or watched at the start.
 pub async fn run(
     root: PathBuf,
-    reader: Reader,
+    reader: DecodeOptions,
     every: Duration,
     sources: Arc<Sources>,
     updates: mpsc::Sender<Vec<Update>>,

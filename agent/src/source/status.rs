@@ -38,7 +38,7 @@ pub struct SourceReport {
 
 /// The answer of `get sources`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Reading {
+pub struct SourcesReport {
     /// Each kind of objects of each cluster.
     pub sources: Vec<SourceReport>,
 }

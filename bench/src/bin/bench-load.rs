@@ -18,7 +18,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use portolan_bench::task::{Answer, Task, Watched};
+use portolan_bench::task::{Measurement, Task, Watched};
 use rustix::{
     event::epoll,
     thread::{CpuSet, sched_setaffinity},
@@ -55,7 +55,7 @@ fn pin(cpu: &str) -> Result<()> {
     Ok(sched_setaffinity(None, &set)?)
 }
 
-fn tasks(mut work: impl FnMut(Task) -> Result<Answer>) -> Result<()> {
+fn tasks(mut work: impl FnMut(Task) -> Result<Measurement>) -> Result<()> {
     for line in io::stdin().lock().lines() {
         let answer = work(serde_json::from_str(&line?)?)?;
         let mut out = io::stdout().lock();
@@ -66,7 +66,7 @@ fn tasks(mut work: impl FnMut(Task) -> Result<Answer>) -> Result<()> {
     Ok(())
 }
 
-fn client(task: Task) -> Result<Answer> {
+fn client(task: Task) -> Result<Measurement> {
     let (began, spent_before) = (Instant::now(), spent());
     let mut answer = match task {
         Task::Connect { to, count, rate } => connects(to, count, rate)?,
@@ -92,7 +92,7 @@ fn client(task: Task) -> Result<Answer> {
         }
         Task::Watch { to, rate, seconds, threads } => watch(to, rate, seconds, threads)?,
         Task::Empty => bail!("only a server has a queue"),
-        Task::Spent => return Ok(Answer { spent: spent(), ..Answer::default() }),
+        Task::Spent => return Ok(Measurement { spent: spent(), ..Measurement::default() }),
     };
     answer.seconds = began.elapsed().as_secs_f64();
     answer.spent = spent() - spent_before;
@@ -106,7 +106,7 @@ fn spent() -> f64 {
 }
 
 /// Times each of so many.
-fn each(count: usize, mut one: impl FnMut(usize) -> Result<()>) -> Result<Answer> {
+fn each(count: usize, mut one: impl FnMut(usize) -> Result<()>) -> Result<Measurement> {
     let mut times = Vec::with_capacity(count);
     for i in 0..count {
         let began = Instant::now();
@@ -116,11 +116,11 @@ fn each(count: usize, mut one: impl FnMut(usize) -> Result<()>) -> Result<Answer
     Ok(of(times))
 }
 
-fn of(mut times: Vec<Duration>) -> Answer {
+fn of(mut times: Vec<Duration>) -> Measurement {
     times.sort_unstable();
     let last = times.len().saturating_sub(1) as f64;
     let at = |part: f64| times.get((last * part).round() as usize).map_or(f64::NAN, |time| time.as_nanos() as f64);
-    Answer { percentiles: [0.5, 0.9, 0.99, 0.999].map(at), count: times.len(), ..Answer::default() }
+    Measurement { percentiles: [0.5, 0.9, 0.99, 0.999].map(at), count: times.len(), ..Measurement::default() }
 }
 
 /// A socket that is closed with a reset: no port waits for anything.
@@ -136,7 +136,7 @@ fn datagram_socket() -> Result<UdpSocket> {
     Ok(socket)
 }
 
-fn connects(to: SocketAddr, count: usize, rate: Option<f64>) -> Result<Answer> {
+fn connects(to: SocketAddr, count: usize, rate: Option<f64>) -> Result<Measurement> {
     ensure!(count <= QUEUE as usize, "{count} connections do not fit into the server's queue of {QUEUE}");
     let to = to.into();
     let mut times = Vec::with_capacity(count);
@@ -174,7 +174,7 @@ fn round_trip(stream: &mut TcpStream) -> Result<u8> {
     Ok(byte[0])
 }
 
-fn bulk(to: SocketAddr, bytes: usize) -> Result<Answer> {
+fn bulk(to: SocketAddr, bytes: usize) -> Result<Measurement> {
     let mut stream = TcpStream::connect(to)?;
     let chunk = vec![7; MIB];
     each(bytes / MIB, |_| {
@@ -184,7 +184,7 @@ fn bulk(to: SocketAddr, bytes: usize) -> Result<Answer> {
 }
 
 /// Open loop: requests begin when they should, whatever becomes of the others.
-fn watch(to: SocketAddr, rate: f64, seconds: f64, threads: usize) -> Result<Answer> {
+fn watch(to: SocketAddr, rate: f64, seconds: f64, threads: usize) -> Result<Measurement> {
     let total = (rate * seconds) as usize;
     let (next, watched) = (AtomicUsize::new(0), Mutex::new(Vec::with_capacity(total)));
     let start = Instant::now() + START;
@@ -214,7 +214,7 @@ fn watch(to: SocketAddr, rate: f64, seconds: f64, threads: usize) -> Result<Answ
     })?;
     let mut watched = watched.into_inner().unwrap_or_default();
     watched.sort_by_key(|one| one.began);
-    Ok(Answer { count: watched.len(), watched, ..Answer::default() })
+    Ok(Measurement { count: watched.len(), watched, ..Measurement::default() })
 }
 
 fn monotonic() -> u64 {
@@ -262,7 +262,7 @@ fn server(cpu: &str, addresses: &[&str], answer: Option<u8>) -> Result<()> {
             Task::Spent => {}
             _ => bail!("a server does not dial"),
         }
-        Ok(Answer { spent: spent(), ..Answer::default() })
+        Ok(Measurement { spent: spent(), ..Measurement::default() })
     })
 }
 

@@ -13,7 +13,7 @@ use crate::model::{Code, Finding, NamespacedName, Scope, Subnet};
 
 /// How objects are read.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Reader {
+pub struct DecodeOptions {
     /// Accept endpoints and Service addresses in loopback and link-local ranges.
     pub allow_loopback: bool,
     /// Where the endpoints of a cluster may be; anywhere, for one that is not named.
@@ -41,7 +41,7 @@ impl FromStr for ClusterRanges {
     }
 }
 
-impl Reader {
+impl DecodeOptions {
     /// Whether an object of this scope may name an endpoint there.
     pub(super) fn is_in_range(self, scope: &Scope, address: IpAddr) -> bool {
         let of = |ranges: &&ClusterRanges| matches!(scope, Scope::Cluster(id) if *id == ranges.cluster);
@@ -68,7 +68,7 @@ pub(super) struct Invalid {
 
 /// What the readers of the kinds have at hand.
 pub(super) struct Context<'a> {
-    pub(super) reader: Reader,
+    pub(super) reader: DecodeOptions,
     pub(super) scope: &'a Scope,
     pub(super) name: NamespacedName,
     pub(super) object: String,
@@ -82,12 +82,12 @@ impl Context<'_> {
     }
 
     /// A part cannot be used; the rest is.
-    pub(super) fn part(&mut self, broken: Invalid) {
+    pub(super) fn invalid_part(&mut self, broken: Invalid) {
         self.finding(Code::InvalidPart, broken.field, broken.message);
     }
 
     /// The switch that an annotation is, which is off where it is absent.
-    pub(super) fn switch(&mut self, value: &Value, annotation: &str) -> bool {
+    pub(super) fn bool_annotation(&mut self, value: &Value, annotation: &str) -> bool {
         let field = format!("metadata.annotations[\"{annotation}\"]");
         let set = value.pointer("/metadata/annotations").and_then(|map| map.get(annotation));
         match set.map(|set| (set, set.as_str())) {
@@ -102,7 +102,7 @@ impl Context<'_> {
     }
 
     /// Whether clients of all namespaces are meant. A node serves all of them alike, so an object for some of them only is left out.
-    pub(super) fn is_for_all(&mut self, export_to: &[String]) -> bool {
+    pub(super) fn exported_to_all(&mut self, export_to: &[String]) -> bool {
         let all = export_to.is_empty() || export_to.iter().any(|to| to == "*");
         if !all {
             let message = format!(
@@ -124,7 +124,7 @@ impl Context<'_> {
 
     /// Into a type that holds the honoured fields only: each other field becomes a finding, but for those
     /// that `silent` knows.
-    pub(super) fn honoured<T: DeserializeOwned>(
+    pub(super) fn deserialize_reporting_ignored<T: DeserializeOwned>(
         &mut self,
         at: &str,
         value: Value,

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::{
     annotations::{ALWAYS_EJECT_ONE, CLOSE_IDLE_ELSEWHERE, COUNT_EARLY_RESETS, DISTRIBUTE_WITH_FAILOVER},
     context::{Context, Invalid, invalid},
-    locality_lb::{LocalitySpec, duration, locality_setting, maybe_duration, nullable},
+    locality_lb::{LocalitySpec, duration, locality_setting, maybe_duration, null_as_default},
 };
 use crate::model::{
     Algorithm, Code, ConnectionPool, DestinationRule, Keepalive, LoadBalancer, OutlierDetection, Subset, TrafficPolicy,
@@ -21,11 +21,11 @@ struct DestinationRuleSpec {
     host: String,
     #[serde(default)]
     traffic_policy: Option<PolicySpec>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     subsets: Vec<SubsetSpec>,
     #[serde(default)]
     workload_selector: Option<Value>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     export_to: Vec<String>,
 }
 
@@ -33,7 +33,7 @@ struct DestinationRuleSpec {
 #[serde(rename_all = "camelCase")]
 struct SubsetSpec {
     name: String,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     labels: BTreeMap<String, String>,
     #[serde(default)]
     traffic_policy: Option<PolicySpec>,
@@ -48,7 +48,7 @@ struct PolicySpec {
     outlier_detection: Option<OutlierSpec>,
     #[serde(default)]
     connection_pool: Option<PoolSpec>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     port_level_settings: Vec<PortSpec>,
 }
 
@@ -173,19 +173,19 @@ pub(super) fn destination_rule(
     mut value: Value,
 ) -> Result<Option<DestinationRule>, Invalid> {
     let own = Own {
-        distribute_with_failover: context.switch(&value, DISTRIBUTE_WITH_FAILOVER),
-        always_eject_one: context.switch(&value, ALWAYS_EJECT_ONE),
-        count_early_resets: context.switch(&value, COUNT_EARLY_RESETS),
+        distribute_with_failover: context.bool_annotation(&value, DISTRIBUTE_WITH_FAILOVER),
+        always_eject_one: context.bool_annotation(&value, ALWAYS_EJECT_ONE),
+        count_early_resets: context.bool_annotation(&value, COUNT_EARLY_RESETS),
     };
     let close_idle_elsewhere = close_idle_elsewhere(context, &value);
     let probe = super::probe::probe(context, &value);
-    let spec: DestinationRuleSpec = context.honoured("spec", value["spec"].take(), |_| false)?;
+    let spec: DestinationRuleSpec = context.deserialize_reporting_ignored("spec", value["spec"].take(), |_| false)?;
     if spec.workload_selector.is_some() {
         let message = "is not honoured: the rule is for some clients only, which a node cannot tell from others, so it is left out";
         context.finding(Code::LeftOut, "spec.workloadSelector", message);
         return Ok(None);
     }
-    if !context.is_for_all(&spec.export_to) {
+    if !context.exported_to_all(&spec.export_to) {
         return Ok(None);
     }
     if spec.host.is_empty() || spec.host.trim_start_matches('*').contains('*') {
@@ -248,7 +248,7 @@ fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec, own: Ow
     for (i, port) in spec.port_level_settings.into_iter().enumerate() {
         let at = format!("{at}.portLevelSettings[{i}]");
         let number = port.port.number;
-        let spec: PolicySpec = context.honoured(&at, Value::Object(port.policy), |_| false)?;
+        let spec: PolicySpec = context.deserialize_reporting_ignored(&at, Value::Object(port.policy), |_| false)?;
         if !spec.port_level_settings.is_empty() {
             return Err(invalid(format!("{at}.portLevelSettings"), "a port has no ports"));
         }

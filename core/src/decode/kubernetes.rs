@@ -11,7 +11,7 @@ use k8s_openapi::{
 };
 use serde_json::Value;
 
-use super::context::{Context, Invalid, Reader, invalid};
+use super::context::{Context, Invalid, DecodeOptions, invalid};
 use crate::model::{
     Code, EndpointSlice, Hints, Labels, Locality, Namespace, NamespacedName, Node, Pod, Protocol, Service, ServicePort,
     SliceEndpoint, SlicePort, Target, TrafficDistribution,
@@ -27,7 +27,7 @@ const DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
 const AFFINITY: u64 = 10_800;
 
 pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<Service>, Invalid> {
-    let service: ApiService = context.honoured("", value, |_| false)?;
+    let service: ApiService = context.deserialize_reporting_ignored("", value, |_| false)?;
     let spec = service.spec.unwrap_or_default();
     if spec.type_.as_deref() == Some("ExternalName") {
         let message = "ExternalName is a name in DNS, which has no endpoints to choose from: it is not used";
@@ -141,7 +141,7 @@ fn addresses(context: &mut Context<'_>, spec: &ServiceSpec) -> Result<Vec<IpAddr
 }
 
 pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<Option<EndpointSlice>, Invalid> {
-    let slice: ApiSlice = context.honoured("", value, |_| false)?;
+    let slice: ApiSlice = context.deserialize_reporting_ignored("", value, |_| false)?;
     if slice.address_type == "FQDN" {
         let message = "FQDN: names cannot be dialled in the kernel; it is not used";
         context.finding(Code::NotHonoured, "addressType", message);
@@ -261,7 +261,7 @@ fn port_number(port: i32) -> Option<u16> {
 
 /// The range that an address lies in, if nothing may be sent there: a Service must not become a way to the
 /// node's own services or to the metadata service of a cloud. v4-mapped forms are IPv4.
-pub(super) fn forbidden(reader: Reader, address: IpAddr) -> Option<&'static str> {
+pub(super) fn forbidden(reader: DecodeOptions, address: IpAddr) -> Option<&'static str> {
     let address = address.to_canonical();
     let link_local = match address {
         IpAddr::V4(v4) => v4.is_link_local(),
@@ -301,12 +301,12 @@ mod tests {
             "255.255.255.255",
         ];
         for text in denied {
-            assert!(forbidden(Reader::default(), text.parse().unwrap()).is_some(), "{text}");
+            assert!(forbidden(DecodeOptions::default(), text.parse().unwrap()).is_some(), "{text}");
         }
         for text in ["10.0.0.1", "20.0.0.1", "fd00::1", "2001:db8::1"] {
-            assert!(forbidden(Reader::default(), text.parse().unwrap()).is_none(), "{text}");
+            assert!(forbidden(DecodeOptions::default(), text.parse().unwrap()).is_none(), "{text}");
         }
-        let allow = Reader { allow_loopback: true, ..Reader::default() };
+        let allow = DecodeOptions { allow_loopback: true, ..DecodeOptions::default() };
         assert!(forbidden(allow, "127.0.0.1".parse().unwrap()).is_none());
         assert!(forbidden(allow, "224.0.0.1".parse().unwrap()).is_some());
     }

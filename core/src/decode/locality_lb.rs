@@ -8,7 +8,7 @@ use super::context::{Context, Invalid, invalid};
 use crate::model::{Code, Distribute, Failover, LabelPreference, LocalityPattern, LocalitySetting};
 
 /// A list or map that may be written as `null`, which means that it is empty.
-pub(super) fn nullable<'de, T, D>(deserializer: D) -> Result<T, D::Error>
+pub(super) fn null_as_default<'de, T, D>(deserializer: D) -> Result<T, D::Error>
 where
     T: Default + Deserialize<'de>,
     D: Deserializer<'de>,
@@ -22,11 +22,11 @@ where
 pub(super) struct LocalitySpec {
     #[serde(default)]
     enabled: Option<bool>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     distribute: Vec<DistributeSpec>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     failover: Vec<FailoverSpec>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     failover_priority: Vec<String>,
 }
 
@@ -34,7 +34,7 @@ pub(super) struct LocalitySpec {
 struct DistributeSpec {
     #[serde(default)]
     from: String,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     to: BTreeMap<String, u32>,
 }
 

@@ -6,10 +6,10 @@ use serde_json::Value;
 use super::{
     annotations::{DISTRIBUTE_WITH_FAILOVER, PREFER_CLUSTER_LOCAL},
     context::{Context, Invalid, invalid},
-    locality_lb::{LocalitySpec, locality_setting, maybe_duration, nullable},
+    locality_lb::{LocalitySpec, locality_setting, maybe_duration, null_as_default},
     yaml,
 };
-use crate::model::{Code, LocalitySetting, MeshConfig, Retention, RetentionRule};
+use crate::model::{Code, LocalitySetting, MeshConfig, ClusterLocal, ClusterLocalRule};
 
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -20,7 +20,7 @@ struct MeshSpec {
     connect_timeout: Option<String>,
     #[serde(default)]
     locality_lb_setting: Option<LocalitySpec>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     service_settings: Vec<ServiceSettingSpec>,
 }
 
@@ -28,7 +28,7 @@ struct MeshSpec {
 struct ServiceSettingSpec {
     #[serde(default)]
     settings: SettingsSpec,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     hosts: Vec<String>,
 }
 
@@ -83,20 +83,20 @@ pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<Mes
     let spec = match config {
         Value::Null => MeshSpec::default(),
         config => context
-            .honoured("data.mesh", config, |path| OF_OTHERS.contains(&path.split('.').next().unwrap_or_default()))?,
+            .deserialize_reporting_ignored("data.mesh", config, |path| OF_OTHERS.contains(&path.split('.').next().unwrap_or_default()))?,
     };
     let default = MeshConfig::default();
-    let together = context.switch(&value, DISTRIBUTE_WITH_FAILOVER);
+    let together = context.bool_annotation(&value, DISTRIBUTE_WITH_FAILOVER);
     let locality = match spec.locality_lb_setting {
         Some(setting) => locality_setting(context, "data.mesh.localityLbSetting", setting, together)?,
         None => LocalitySetting::default(),
     };
-    let mut retention = Vec::new();
+    let mut cluster_local = Vec::new();
     for (i, setting) in spec.service_settings.into_iter().enumerate() {
         for host in setting.hosts {
             check_host(&format!("data.mesh.serviceSettings[{i}].hosts"), &host)?;
-            let strict = if setting.settings.cluster_local { Retention::Strict } else { Retention::Off };
-            retention.push(RetentionRule { host, retention: strict });
+            let strict = if setting.settings.cluster_local { ClusterLocal::Strict } else { ClusterLocal::Off };
+            cluster_local.push(ClusterLocalRule { host, cluster_local: strict });
         }
     }
     let preferred = value.pointer("/metadata/annotations").and_then(|map| map.get(PREFER_CLUSTER_LOCAL));
@@ -108,13 +108,13 @@ pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<Mes
     let preferred = preferred.into_iter().flat_map(|list| list.split(',')).map(str::trim);
     for host in preferred.filter(|host| !host.is_empty()) {
         check_host(&format!("metadata.annotations[\"{PREFER_CLUSTER_LOCAL}\"]"), host)?;
-        retention.push(RetentionRule { host: host.to_owned(), retention: Retention::Prefer });
+        cluster_local.push(ClusterLocalRule { host: host.to_owned(), cluster_local: ClusterLocal::Prefer });
     }
     Ok(MeshConfig {
         root_namespace: spec.root_namespace.unwrap_or(default.root_namespace),
         domain: default.domain,
         locality,
-        retention,
+        cluster_local,
         connect_timeout: maybe_duration("data.mesh.connectTimeout", spec.connect_timeout)?,
     })
 }

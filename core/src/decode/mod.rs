@@ -18,16 +18,16 @@ use serde_json::Value;
 use self::context::{Context, Invalid};
 use crate::{
     model::{Code, Finding, Kind, NamespacedName, Object, ObjectKey, Position, Scope},
-    store::{Contents, Read},
+    store::{Contents, Decoded},
 };
 
-pub use self::context::{ClusterRanges, Reader, fingerprint};
+pub use self::context::{ClusterRanges, DecodeOptions, fingerprint};
 
 /// Bytes that are read again in one file in order to find positions: each one that is looked up reads its document up to there.
 const READ_AGAIN: usize = 16 << 20;
 
 /// Reads all objects of a file. Nothing in it can make this fail: what is wrong becomes a finding.
-pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Contents {
+pub fn read_text(reader: DecodeOptions, scope: &Scope, origin: &str, text: &str) -> Contents {
     let mut contents = Contents { whole: true, fingerprint: fingerprint(text), ..Contents::default() };
     let documents = yaml::split(text);
     contents.blank = documents.is_empty();
@@ -73,7 +73,7 @@ pub fn read_text(reader: Reader, scope: &Scope, origin: &str, text: &str) -> Con
 }
 
 /// Reads one object, as an API gives it. Nothing in it can make this fail: what is wrong becomes a finding.
-pub fn read_value(reader: Reader, scope: &Scope, origin: &str, value: Value) -> Contents {
+pub fn read_value(reader: DecodeOptions, scope: &Scope, origin: &str, value: Value) -> Contents {
     let mut contents = Contents { whole: true, ..Contents::default() };
     // Keys are in order, so that equal objects have equal texts.
     contents.fingerprint = fingerprint(&value.to_string());
@@ -88,7 +88,7 @@ pub fn read_value(reader: Reader, scope: &Scope, origin: &str, value: Value) -> 
 pub const MESH_NAMESPACE: &str = "istio-system";
 
 fn read_object(
-    reader: Reader,
+    reader: DecodeOptions,
     scope: &Scope,
     origin: &str,
     value: Value,
@@ -145,7 +145,7 @@ fn read_object(
     if !seen.insert(key.clone()) {
         contents.findings.push(Finding::new(Code::Repeated, &key, "is in this file twice; the last one counts"));
     }
-    contents.objects.push(Read { key, object });
+    contents.objects.push(Decoded { key, object });
 }
 
 fn object(context: &mut Context<'_>, kind: Kind, value: Value) -> Result<Option<Object>, Invalid> {

@@ -26,7 +26,7 @@ pub(super) fn probe(context: &mut Context<'_>, object: &Value) -> Option<Arc<Pro
 
 fn read(context: &mut Context<'_>, at: &str, text: &str) -> Result<Probe, Invalid> {
     let value: Value = serde_saphyr::from_str(text).map_err(|error| invalid(at, format!("is no YAML: {error}")))?;
-    let spec: api::Probe = context.honoured(at, value, |_| false)?;
+    let spec: api::Probe = context.deserialize_reporting_ignored(at, value, |_| false)?;
     let unused = [
         ("initialDelaySeconds", spec.initial_delay_seconds.is_some()),
         ("terminationGracePeriodSeconds", spec.termination_grace_period_seconds.is_some()),

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::{
     context::{Context, Invalid, invalid},
     kubernetes::forbidden,
-    locality_lb::nullable,
+    locality_lb::null_as_default,
 };
 use crate::model::{
     Code, Labels, Locality, NamespacedName, Protocol, ServiceEntry, ServicePort, Subnet, Target, Workload,
@@ -18,22 +18,22 @@ use crate::model::{
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct ServiceEntrySpec {
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     hosts: Vec<String>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     addresses: Vec<String>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     ports: Vec<PortSpec>,
     /// Inside the mesh or not: it makes no difference for the choice of an endpoint.
     #[serde(default, rename = "location")]
     _location: Option<String>,
     #[serde(default)]
     resolution: Option<String>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     endpoints: Vec<WorkloadSpec>,
     #[serde(default)]
     workload_selector: Option<SelectorSpec>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     export_to: Vec<String>,
 }
 
@@ -51,7 +51,7 @@ struct PortSpec {
 
 #[derive(Deserialize)]
 struct SelectorSpec {
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     labels: Labels,
 }
 
@@ -59,9 +59,9 @@ struct SelectorSpec {
 struct WorkloadSpec {
     #[serde(default)]
     address: String,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     ports: BTreeMap<String, u16>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     labels: Labels,
     #[serde(default)]
     network: String,
@@ -77,8 +77,8 @@ fn is_identity(path: &str) -> bool {
 }
 
 pub(super) fn service_entry(context: &mut Context<'_>, mut value: Value) -> Result<Option<ServiceEntry>, Invalid> {
-    let spec: ServiceEntrySpec = context.honoured("spec", value["spec"].take(), is_identity)?;
-    if !context.is_for_all(&spec.export_to) {
+    let spec: ServiceEntrySpec = context.deserialize_reporting_ignored("spec", value["spec"].take(), is_identity)?;
+    if !context.exported_to_all(&spec.export_to) {
         return Ok(None);
     }
     let resolution = spec.resolution.as_deref().unwrap_or("NONE");
@@ -121,7 +121,7 @@ pub(super) fn service_entry(context: &mut Context<'_>, mut value: Value) -> Resu
     for (i, text) in spec.addresses.iter().enumerate() {
         match address(context, text) {
             Ok(address) => addresses.push(address),
-            Err(message) => context.part(invalid(format!("spec.addresses[{i}]"), message)),
+            Err(message) => context.invalid_part(invalid(format!("spec.addresses[{i}]"), message)),
         }
     }
     if addresses.is_empty() {
@@ -132,7 +132,7 @@ pub(super) fn service_entry(context: &mut Context<'_>, mut value: Value) -> Resu
     for (i, spec) in spec.endpoints.into_iter().enumerate() {
         match workload(context, &format!("spec.endpoints[{i}]"), spec) {
             Ok(endpoint) => endpoints.push(endpoint),
-            Err(broken) => context.part(broken),
+            Err(broken) => context.invalid_part(broken),
         }
     }
     Ok(Some(ServiceEntry {
@@ -197,7 +197,7 @@ fn workload(context: &Context<'_>, at: &str, spec: WorkloadSpec) -> Result<Workl
 pub(super) fn workload_entry(context: &mut Context<'_>, mut value: Value) -> Result<WorkloadEntry, Invalid> {
     let of_object: Labels =
         context.typed::<Option<_>>("metadata.labels", value["metadata"]["labels"].take())?.unwrap_or_default();
-    let spec: WorkloadSpec = context.honoured("spec", value["spec"].take(), is_identity)?;
+    let spec: WorkloadSpec = context.deserialize_reporting_ignored("spec", value["spec"].take(), is_identity)?;
     let mut workload = workload(context, "spec", spec)?;
     // Labels of the object count where the spec has none of that name.
     for (key, value) in of_object {

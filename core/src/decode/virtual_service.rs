@@ -7,31 +7,31 @@ use serde_json::Value;
 
 use super::{
     context::{Context, Invalid, invalid},
-    locality_lb::nullable,
+    locality_lb::null_as_default,
 };
 use crate::model::{Code, Match, Route, VirtualService, WeightedDestination};
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct VirtualServiceSpec {
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     hosts: Vec<String>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     gateways: Vec<String>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     export_to: Vec<String>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     tcp: Vec<RouteSpec>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     http: Vec<RouteSpec>,
 }
 
 /// A `tcp` or `http` route.
 #[derive(Deserialize)]
 struct RouteSpec {
-    #[serde(default, rename = "match", deserialize_with = "nullable")]
+    #[serde(default, rename = "match", deserialize_with = "null_as_default")]
     matches: Vec<MatchSpec>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     route: Vec<DestinationSpec>,
     #[serde(default)]
     redirect: Option<Value>,
@@ -46,13 +46,13 @@ struct RouteSpec {
 struct MatchSpec {
     #[serde(default)]
     port: Option<u16>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     destination_subnets: Vec<String>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     source_labels: BTreeMap<String, String>,
     #[serde(default)]
     source_namespace: Option<String>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "null_as_default")]
     gateways: Vec<String>,
     #[serde(default, rename = "name")]
     _name: Option<String>,
@@ -87,7 +87,7 @@ const MESH: &str = "mesh";
 
 pub(super) fn virtual_service(context: &mut Context<'_>, mut value: Value) -> Result<Option<VirtualService>, Invalid> {
     let is_name = |path: &str| path.starts_with("http.") && path.ends_with(".name");
-    let spec: VirtualServiceSpec = context.honoured("spec", value["spec"].take(), is_name)?;
+    let spec: VirtualServiceSpec = context.deserialize_reporting_ignored("spec", value["spec"].take(), is_name)?;
     if !spec.gateways.is_empty() && !spec.gateways.iter().any(|gateway| gateway == MESH) {
         let message = "does not name \"mesh\": its routes are for gateways, not for connections on a node";
         context.finding(Code::NotHonoured, "spec.gateways", message);
@@ -99,7 +99,7 @@ pub(super) fn virtual_service(context: &mut Context<'_>, mut value: Value) -> Re
     if let Some(host) = spec.hosts.iter().find(|host| host.is_empty() || host.trim_start_matches('*').contains('*')) {
         return Err(invalid("spec.hosts", format!("{host:?} is no host name; a `*` may only lead")));
     }
-    if !context.is_for_all(&spec.export_to) {
+    if !context.exported_to_all(&spec.export_to) {
         return Ok(None);
     }
     let tcp = routes(context, "spec.tcp", spec.tcp)?;

@@ -16,13 +16,13 @@ use std::{
 use self::{active::Probing, warmup::Warming};
 use crate::{
     model::{Probe, ServiceId},
-    policy::{Assignment, Observed, Pool, PoolKey},
+    policy::{Assignment, HealthView, Pool, PoolKey},
 };
 
 pub use self::{
     active::{Target, Wanted},
-    outlier::{Cause, Detector, Ejection, Event, EventKind, Saved, Sign, Threshold},
-    overrides::{ByHand, Drain, Order, Ordered},
+    outlier::{Cause, Detector, Ejection, DetectorEvent, DetectorEventKind, Saved, Signal, Threshold},
+    overrides::{Overrides, Drain, OverrideCommand, Override},
 };
 
 /// What a former agent has left of a pool that is not seen is kept for so long after the ejection.
@@ -31,40 +31,40 @@ const FORGOTTEN: Duration = Duration::from_secs(24 * 3_600);
 /// All pools.
 #[derive(Clone, Debug, Default)]
 pub struct Health {
-    pools: BTreeMap<PoolKey, Watched>,
+    pools: BTreeMap<PoolKey, PoolState>,
     /// The pools that the assignments of a service use.
     used: HashMap<ServiceId, Box<[PoolKey]>>,
     /// Pools in which something is under way: failures that count, ejections, endpoints that warm up.
     busy: BTreeSet<PoolKey>,
     /// Pools that count failures of an endpoint.
     counting: HashMap<SocketAddr, BTreeSet<PoolKey>>,
-    observed: Observed,
+    observed: HealthView,
     /// Services of which the policy has to be asked once more: endpoints have begun to warm up, or a former agent had ejected some.
-    again: BTreeSet<ServiceId>,
+    services_to_recompute: BTreeSet<ServiceId>,
     /// What a former agent has left, for pools that have not been seen yet, and how long ago.
     left: BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>,
     left_at: Option<(Instant, Duration)>,
-    by_hand: ByHand,
+    overrides: Overrides,
     probing: Probing,
 }
 
 /// A pool that somebody looks after.
 #[derive(Clone, Debug, Default)]
-struct Watched {
+struct PoolState {
     /// The endpoints in order, by the service whose assignments use the pool: it may be reached by several frontends, in both families.
     hosts: Vec<(ServiceId, Box<[SocketAddr]>)>,
     detector: Option<Detector>,
     warming: Option<Warming>,
     probe: Option<Arc<Probe>>,
     /// The pool's `connectTimeout`.
-    patience: Option<Duration>,
+    connect_timeout: Option<Duration>,
     /// Whose connections have failed since the last success.
-    clients: HashMap<SocketAddr, Clients>,
+    clients: HashMap<SocketAddr, FailingClients>,
 }
 
 /// Network namespaces whose connections to an endpoint have failed in a row.
 #[derive(Clone, Copy, Debug)]
-struct Clients {
+struct FailingClients {
     /// Cookie of the first of them; 0 where it is not known.
     first: u64,
     /// Whether there was another.
@@ -73,7 +73,7 @@ struct Clients {
 
 /// A threshold that an endpoint has reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Reached {
+pub struct ThresholdReached {
     /// Which endpoint.
     pub address: SocketAddr,
     /// Which threshold.
@@ -112,10 +112,10 @@ impl Health {
                 Some((_, known)) => *known = hosts.into(),
                 None => watched.hosts.push((service.clone(), hosts.into())),
             }
-            let judged_by = pools[0].judged_by;
+            let success_criterion = pools[0].success_criterion;
             match (pools[0].outlier.as_ref(), &mut watched.detector) {
-                (Some(settings), Some(detector)) => detector.configure(settings, judged_by, now),
-                (Some(settings), none) => *none = Some(Detector::new(settings.clone(), judged_by, now)),
+                (Some(settings), Some(detector)) => detector.configure(settings, success_criterion, now),
+                (Some(settings), none) => *none = Some(Detector::new(settings.clone(), success_criterion, now)),
                 (None, some) => *some = None,
             }
             match (pools[0].warmup.as_ref(), &mut watched.warming) {
@@ -124,7 +124,7 @@ impl Health {
                 (None, some) => *some = None,
             }
             watched.probe.clone_from(&pools[0].probe);
-            watched.patience = pools[0].limits.connect_timeout;
+            watched.connect_timeout = pools[0].limits.connect_timeout;
             self.settle(now, key);
         }
     }
@@ -135,7 +135,7 @@ impl Health {
         if watched.hosts.is_empty() {
             let gone = self.pools.remove(key);
             let counted: Vec<SocketAddr> = gone.map(|gone| gone.clients.into_keys().collect()).unwrap_or_default();
-            self.note_counting(key, &counted);
+            self.index_counting(key, &counted);
             self.probing.set(key, &BTreeSet::new(), None);
             self.observe_pool(now, key);
             return;
@@ -148,15 +148,15 @@ impl Health {
             {
                 detector.restore(now, away + now.saturating_duration_since(at), left);
                 if detector.ejections().next().is_some() {
-                    self.again.insert(key.service.clone());
-                    self.again.extend(watched.hosts.iter().map(|(service, _)| service.clone()));
+                    self.services_to_recompute.insert(key.service.clone());
+                    self.services_to_recompute.extend(watched.hosts.iter().map(|(service, _)| service.clone()));
                 }
             }
         }
         if let Some(warming) = &mut watched.warming
             && warming.set_hosts(now, &hosts)
         {
-            self.again.insert(key.service.clone());
+            self.services_to_recompute.insert(key.service.clone());
         }
         self.probing.set(key, &hosts, watched.probe.as_ref());
         self.forget_clients(key);
@@ -169,11 +169,11 @@ impl Health {
         let detector = watched.detector.as_ref();
         let counts = |host: &SocketAddr| detector.is_some_and(|detector| detector.counts(host));
         let over: Vec<SocketAddr> = watched.clients.extract_if(|host, _| !counts(host)).map(|(host, _)| host).collect();
-        self.note_counting(key, &over);
+        self.index_counting(key, &over);
     }
 
     /// Takes down of these endpoints whether the pool counts failures of them.
-    fn note_counting(&mut self, key: &PoolKey, hosts: &[SocketAddr]) {
+    fn index_counting(&mut self, key: &PoolKey, hosts: &[SocketAddr]) {
         let detector = self.pools.get(key).and_then(|watched| watched.detector.as_ref());
         for host in hosts {
             if detector.is_some_and(|detector| detector.counts(host)) {
@@ -225,8 +225,8 @@ impl Health {
     }
 
     /// How long connects to endpoints of a pool are waited for, where that is limited.
-    pub fn patience_of(&self, key: &PoolKey) -> Option<Duration> {
-        self.pools.get(key)?.patience
+    pub fn connect_timeout_of(&self, key: &PoolKey) -> Option<Duration> {
+        self.pools.get(key)?.connect_timeout
     }
 
     /// How endpoints of a pool are probed.
@@ -240,9 +240,9 @@ impl Health {
         &mut self,
         pools: &[PoolKey],
         address: SocketAddr,
-        sign: Sign,
+        sign: Signal,
         client: u64,
-    ) -> Vec<(PoolKey, Reached)> {
+    ) -> Vec<(PoolKey, ThresholdReached)> {
         let mut all = Vec::new();
         for key in pools {
             let Some(watched) = self.pools.get_mut(key) else { continue };
@@ -251,7 +251,7 @@ impl Health {
             let causes = detector.observe(address, sign);
             let counts = detector.counts(&address);
             if counts || !causes.is_empty() {
-                let known = watched.clients.entry(address).or_insert(Clients { first: client, several: false });
+                let known = watched.clients.entry(address).or_insert(FailingClients { first: client, several: false });
                 if known.first == 0 {
                     known.first = client;
                 }
@@ -260,20 +260,20 @@ impl Health {
             if !causes.is_empty() {
                 let clients = watched.clients.get(&address).copied();
                 let client = clients.filter(|clients| !clients.several).map(|clients| clients.first);
-                all.extend(causes.into_iter().map(|cause| (key.clone(), Reached { address, cause, client })));
+                all.extend(causes.into_iter().map(|cause| (key.clone(), ThresholdReached { address, cause, client })));
             }
             if !counts {
                 watched.clients.remove(&address);
             }
             if counted != counts {
-                self.note_counting(key, &[address]);
+                self.index_counting(key, &[address]);
             }
         }
         all
     }
 
     /// Ejects an endpoint that has reached a threshold, where the limit allows it; nothing where it is out already, or not there any more.
-    pub fn eject(&mut self, now: Instant, key: &PoolKey, address: SocketAddr, cause: Cause) -> Option<Event> {
+    pub fn eject(&mut self, now: Instant, key: &PoolKey, address: SocketAddr, cause: Cause) -> Option<DetectorEvent> {
         let event = self.pools.get_mut(key)?.detector.as_mut()?.eject(now, address, cause)?;
         self.observe_pool(now, key);
         Some(event)
@@ -286,7 +286,7 @@ impl Health {
 
     /// The pools that may eject an endpoint. Looks at all of them.
     pub fn pools_of(&self, address: &SocketAddr) -> Vec<PoolKey> {
-        let has = |watched: &Watched| {
+        let has = |watched: &PoolState| {
             watched.detector.is_some() && watched.hosts.iter().any(|(_, hosts)| hosts.binary_search(address).is_ok())
         };
         self.pools.iter().filter(|(_, watched)| has(watched)).map(|(key, _)| key.clone()).collect()
@@ -295,12 +295,12 @@ impl Health {
     /// When [`Self::handle_timeout`] wants to be called, if nothing changes. Overrides expire by the wall clock.
     pub fn poll_timeout(&self, now: Instant, wall: SystemTime) -> Option<Instant> {
         let pools = self.busy.iter().filter_map(|key| self.pools.get(key)?.poll_timeout()).min();
-        let by_hand = self.by_hand.left(wall).map(|left| now + left);
-        [pools, by_hand].into_iter().flatten().min()
+        let overrides = self.overrides.left(wall).map(|left| now + left);
+        [pools, overrides].into_iter().flatten().min()
     }
 
     /// The sweeps that are due, and the pools whose endpoints are to get more by now.
-    pub fn handle_timeout(&mut self, now: Instant) -> (Vec<(PoolKey, Event)>, BTreeSet<PoolKey>) {
+    pub fn handle_timeout(&mut self, now: Instant) -> (Vec<(PoolKey, DetectorEvent)>, BTreeSet<PoolKey>) {
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let (mut events, mut warmer) = (Vec::new(), BTreeSet::new());
         for key in self.busy.clone() {
@@ -321,12 +321,12 @@ impl Health {
 
     /// The services of which the policy has to be asked once more: in whose pools endpoints have begun to warm up, or were ejected by a former
     /// agent.
-    pub fn again(&mut self) -> BTreeSet<ServiceId> {
-        std::mem::take(&mut self.again)
+    pub fn services_to_recompute(&mut self) -> BTreeSet<ServiceId> {
+        std::mem::take(&mut self.services_to_recompute)
     }
 
     /// The ejections in force and the ages of new endpoints, for the policy.
-    pub fn observed(&self) -> &Observed {
+    pub fn observed(&self) -> &HealthView {
         &self.observed
     }
 
@@ -337,7 +337,7 @@ impl Health {
 
     /// The endpoints of a pool.
     pub fn hosts_of(&self, key: &PoolKey) -> Vec<SocketAddr> {
-        self.pools.get(key).into_iter().flat_map(Watched::all_hosts).collect()
+        self.pools.get(key).into_iter().flat_map(PoolState::all_hosts).collect()
     }
 
     /// Whether somebody looks after the pool, in either family.
@@ -351,23 +351,23 @@ impl Health {
     }
 
     /// What was ordered by hand.
-    pub fn by_hand(&self) -> &ByHand {
-        &self.by_hand
+    pub fn overrides(&self) -> &Overrides {
+        &self.overrides
     }
 
     /// Takes an order by hand.
     ///
     /// # Errors
     /// It says why there is nothing to be done.
-    pub fn order(&mut self, order: &Order, now: SystemTime) -> Result<String, String> {
-        let said = self.by_hand.take(order, now)?;
+    pub fn order(&mut self, order: &OverrideCommand, now: SystemTime) -> Result<String, String> {
+        let said = self.overrides.take(order, now)?;
         self.observe_by_hand();
         Ok(said)
     }
 
     /// The orders whose time is up; they are in force no longer.
     pub fn expire_orders(&mut self, now: SystemTime) -> Vec<String> {
-        let ended = self.by_hand.expire(now);
+        let ended = self.overrides.expire(now);
         if !ended.is_empty() {
             self.observe_by_hand();
         }
@@ -375,9 +375,9 @@ impl Health {
     }
 
     fn observe_by_hand(&mut self) {
-        self.observed.ejected_everywhere = self.by_hand.ejected().map(|(address, _)| *address).collect();
+        self.observed.ejected_everywhere = self.overrides.ejected().map(|(address, _)| *address).collect();
         self.observed.drained =
-            self.by_hand.drained().map(|drain| (drain.service.clone(), drain.region.clone())).collect();
+            self.overrides.drained().map(|drain| (drain.service.clone(), drain.region.clone())).collect();
     }
 
     /// What the next agent shall know of each pool.
@@ -405,9 +405,9 @@ impl Health {
         now: Instant,
         away: Duration,
         pools: BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>,
-        by_hand: ByHand,
+        overrides: Overrides,
     ) {
-        (self.left, self.left_at, self.by_hand) = (pools, Some((now, away)), by_hand);
+        (self.left, self.left_at, self.overrides) = (pools, Some((now, away)), overrides);
         self.observe_by_hand();
     }
 
@@ -425,7 +425,7 @@ fn set<T>(map: &mut BTreeMap<PoolKey, T>, key: &PoolKey, value: T, is_empty: imp
     }
 }
 
-impl Watched {
+impl PoolState {
     /// The endpoints of all services that use the pool; one may be there more than once.
     fn all_hosts(&self) -> impl Iterator<Item = SocketAddr> {
         self.hosts.iter().flat_map(|(_, hosts)| hosts.iter().copied())

@@ -13,11 +13,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{JudgedBy, OutlierDetection};
+use crate::model::{SuccessCriterion, OutlierDetection};
 
 /// What a connection says of its endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sign {
+pub enum Signal {
     /// It was established.
     Connected,
     /// It was not: refused, reset or unreachable. Envoy counts it as status 503.
@@ -32,7 +32,7 @@ pub enum Sign {
     Status(u16),
 }
 
-impl Sign {
+impl Signal {
     /// Whether it says something against the endpoint.
     pub fn is_failure(self) -> bool {
         match self {
@@ -79,11 +79,11 @@ pub struct Cause {
 
 /// A change of an endpoint's state.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Event {
+pub struct DetectorEvent {
     /// Which endpoint.
     pub address: SocketAddr,
     /// What happened to it.
-    pub kind: EventKind,
+    pub kind: DetectorEventKind,
     /// Endpoints of the pool that are ejected now.
     pub ejected: usize,
     /// Endpoints of the pool.
@@ -92,7 +92,7 @@ pub struct Event {
 
 /// What happened to an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum EventKind {
+pub enum DetectorEventKind {
     /// It is out.
     Ejected {
         /// Why.
@@ -153,7 +153,7 @@ impl Host {
 #[derive(Clone, Debug)]
 pub struct Detector {
     settings: OutlierDetection,
-    judged_by: JudgedBy,
+    success_criterion: SuccessCriterion,
     /// In order.
     hosts: Arc<[SocketAddr]>,
     /// Those that are not blank: of a large mesh, a few.
@@ -163,21 +163,21 @@ pub struct Detector {
 
 impl Detector {
     /// A detector for a pool without endpoints yet.
-    pub fn new(settings: OutlierDetection, judged_by: JudgedBy, now: Instant) -> Self {
+    pub fn new(settings: OutlierDetection, success_criterion: SuccessCriterion, now: Instant) -> Self {
         let next_sweep = now + settings.interval;
-        Self { settings, judged_by, hosts: Arc::default(), marked: BTreeMap::new(), next_sweep }
+        Self { settings, success_criterion, hosts: Arc::default(), marked: BTreeMap::new(), next_sweep }
     }
 
     /// Takes new settings; what is ejected stays so.
-    pub fn configure(&mut self, settings: &OutlierDetection, judged_by: JudgedBy, now: Instant) {
+    pub fn configure(&mut self, settings: &OutlierDetection, success_criterion: SuccessCriterion, now: Instant) {
         if self.settings.interval != settings.interval {
             self.next_sweep = now + settings.interval;
         }
-        if self.settings.counters() != settings.counters() || self.judged_by != judged_by {
+        if self.settings.counters() != settings.counters() || self.success_criterion != success_criterion {
             // Counted under another rule.
             self.marked.values_mut().for_each(|host| host.failures = [0; 3]);
         }
-        self.judged_by = judged_by;
+        self.success_criterion = success_criterion;
         if self.settings != *settings {
             self.settings = settings.clone();
         }
@@ -202,27 +202,27 @@ impl Detector {
 
     /// Takes a sign of an endpoint; the thresholds that it reaches, in the order in which Envoy looks at them. Each begins anew, whatever comes
     /// of it.
-    pub fn observe(&mut self, address: SocketAddr, sign: Sign) -> Vec<Cause> {
+    pub fn observe(&mut self, address: SocketAddr, sign: Signal) -> Vec<Cause> {
         let counters = self.settings.counters();
         let split = self.settings.local_origin_errors.is_some();
         // What the sign does to each counter: one more, back to zero, or nothing.
         const UP: Option<bool> = Some(true);
         const ZERO: Option<bool> = Some(false);
-        let is_proof = match self.judged_by {
-            JudgedBy::Connect => sign == Sign::Connected,
-            JudgedBy::Answer => sign == Sign::Answered,
-            JudgedBy::Status => false,
+        let is_proof = match self.success_criterion {
+            SuccessCriterion::Connected => sign == Signal::Connected,
+            SuccessCriterion::FirstByte => sign == Signal::Answered,
+            SuccessCriterion::HttpStatus => false,
         };
         let effect = match sign {
-            Sign::Connected if split => [None, None, ZERO],
-            Sign::Refused | Sign::TimedOut if split => [None, None, UP],
-            Sign::Refused | Sign::TimedOut => [UP, UP, None],
-            Sign::Broken => [ZERO, UP, None],
-            Sign::Status(502..=504) => [UP, UP, None],
-            Sign::Status(500..) => [ZERO, UP, None],
-            Sign::Status(_) => [ZERO, ZERO, None],
-            Sign::Connected | Sign::Answered if is_proof => [ZERO, ZERO, None],
-            Sign::Connected | Sign::Answered => [None; 3],
+            Signal::Connected if split => [None, None, ZERO],
+            Signal::Refused | Signal::TimedOut if split => [None, None, UP],
+            Signal::Refused | Signal::TimedOut => [UP, UP, None],
+            Signal::Broken => [ZERO, UP, None],
+            Signal::Status(502..=504) => [UP, UP, None],
+            Signal::Status(500..) => [ZERO, UP, None],
+            Signal::Status(_) => [ZERO, ZERO, None],
+            Signal::Connected | Signal::Answered if is_proof => [ZERO, ZERO, None],
+            Signal::Connected | Signal::Answered => [None; 3],
         };
         if !effect.contains(&UP) {
             if let Some(host) = self.marked.get_mut(&address) {
@@ -263,7 +263,7 @@ impl Detector {
     }
 
     /// Ejects an endpoint, where the limit allows it; nothing, where it is ejected or not one of the pool's.
-    pub fn eject(&mut self, now: Instant, address: SocketAddr, cause: Cause) -> Option<Event> {
+    pub fn eject(&mut self, now: Instant, address: SocketAddr, cause: Cause) -> Option<DetectorEvent> {
         let (ejected, hosts) = (self.ejected_count(), self.hosts.len());
         if !self.has(&address) || self.marked.get(&address).is_some_and(|host| host.ejected.is_some()) {
             return None;
@@ -271,7 +271,7 @@ impl Detector {
         let within = 100.0 * (ejected + 1) as f64 / hosts as f64 <= f64::from(self.settings.max_ejection_percent);
         let first = self.settings.always_eject_one && ejected == 0;
         if !(within || first) {
-            return Some(Event { address, kind: EventKind::Overflow { cause }, ejected, hosts });
+            return Some(DetectorEvent { address, kind: DetectorEventKind::Overflow { cause }, ejected, hosts });
         }
         // Sweeps that had nothing to do were skipped; the beat goes on as if they had been.
         if let Some(late) = now.checked_duration_since(self.next_sweep) {
@@ -285,7 +285,7 @@ impl Detector {
             host.multiplier += 1;
         }
         let duration = time(&self.settings, host);
-        Some(Event { address, kind: EventKind::Ejected { cause, duration }, ejected: ejected + 1, hosts })
+        Some(DetectorEvent { address, kind: DetectorEventKind::Ejected { cause, duration }, ejected: ejected + 1, hosts })
     }
 
     /// When [`Self::handle_timeout`] wants to be called; `None` while there is nothing to release or to forgive.
@@ -294,7 +294,7 @@ impl Detector {
     }
 
     /// The sweep: releases those whose time is up, and forgives those that have been well for an interval.
-    pub fn handle_timeout(&mut self, now: Instant) -> Vec<Event> {
+    pub fn handle_timeout(&mut self, now: Instant) -> Vec<DetectorEvent> {
         if now < self.next_sweep {
             return Vec::new();
         }
@@ -319,7 +319,7 @@ impl Detector {
         }
         self.tidy();
         let (ejected, hosts) = (self.ejected_count(), self.hosts.len());
-        released.into_iter().map(|address| Event { address, kind: EventKind::Released, ejected, hosts }).collect()
+        released.into_iter().map(|address| DetectorEvent { address, kind: DetectorEventKind::Released, ejected, hosts }).collect()
     }
 
     /// Whether failures of the endpoint are being counted, so that a success would change something.

@@ -20,7 +20,7 @@ const LONGEST: Duration = Duration::from_secs(365 * 24 * 3_600);
 /// An order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum Order {
+pub enum OverrideCommand {
     /// No new connections to an endpoint, in any pool.
     Eject {
         /// Which one.
@@ -59,7 +59,7 @@ pub enum Order {
 /// An order in force.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Ordered {
+pub struct Override {
     /// Since when.
     pub since: SystemTime,
     /// Until when; absent: until it is taken back.
@@ -77,24 +77,24 @@ pub struct Drain {
     /// The region.
     pub region: String,
     /// Since when, and why.
-    pub ordered: Ordered,
+    pub ordered: Override,
 }
 
 /// All orders in force.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ByHand {
-    ejected: BTreeMap<SocketAddr, Ordered>,
+pub struct Overrides {
+    ejected: BTreeMap<SocketAddr, Override>,
     drained: BTreeSet<Drain>,
 }
 
-impl ByHand {
+impl Overrides {
     /// Endpoints that get no connections.
-    pub fn ejected(&self) -> impl Iterator<Item = (&SocketAddr, &Ordered)> {
+    pub fn ejected(&self) -> impl Iterator<Item = (&SocketAddr, &Override)> {
         self.ejected.iter()
     }
 
     /// What was ordered of an endpoint.
-    pub fn ejection(&self, endpoint: &SocketAddr) -> Option<&Ordered> {
+    pub fn ejection(&self, endpoint: &SocketAddr) -> Option<&Override> {
         self.ejected.get(endpoint)
     }
 
@@ -114,32 +114,32 @@ impl ByHand {
     }
 
     /// Takes an order; what was done, for people.
-    pub(super) fn take(&mut self, order: &Order, now: SystemTime) -> Result<String, String> {
+    pub(super) fn take(&mut self, order: &OverrideCommand, now: SystemTime) -> Result<String, String> {
         match order {
-            Order::Eject { for_ms: Some(time), .. } if *time > LONGEST.as_millis() as u64 => Err(format!(
+            OverrideCommand::Eject { for_ms: Some(time), .. } if *time > LONGEST.as_millis() as u64 => Err(format!(
                 "that is longer than {}; without --for it holds until it is restored",
                 humantime::format_duration(LONGEST)
             )),
-            Order::Eject { endpoint, for_ms, reason } => {
+            OverrideCommand::Eject { endpoint, for_ms, reason } => {
                 let until = for_ms.and_then(|time| now.checked_add(Duration::from_millis(time)));
-                self.ejected.insert(*endpoint, Ordered { since: now, until, reason: reason.clone() });
+                self.ejected.insert(*endpoint, Override { since: now, until, reason: reason.clone() });
                 let time = for_ms.map_or_else(
                     || "until it is restored".to_owned(),
                     |time| format!("for {}", humantime::format_duration(Duration::from_millis(time))),
                 );
                 Ok(format!("{endpoint} ejected by hand {time}{}", because(reason)))
             }
-            Order::Restore { endpoint } => match self.ejected.remove(endpoint) {
+            OverrideCommand::Restore { endpoint } => match self.ejected.remove(endpoint) {
                 Some(_) => Ok(format!("{endpoint} restored by hand")),
                 None => Err(format!("{endpoint} was not ejected by hand")),
             },
-            Order::Drain { service, region, reason } => {
+            OverrideCommand::Drain { service, region, reason } => {
                 self.drained.retain(|drain| !(drain.service == *service && drain.region == *region));
-                let ordered = Ordered { since: now, until: None, reason: reason.clone() };
+                let ordered = Override { since: now, until: None, reason: reason.clone() };
                 self.drained.insert(Drain { service: service.clone(), region: region.clone(), ordered });
                 Ok(format!("{service} leaves region {region} by hand{}", because(reason)))
             }
-            Order::Undrain { service, region } => {
+            OverrideCommand::Undrain { service, region } => {
                 let before = self.drained.len();
                 self.drained.retain(|drain| !(drain.service == *service && drain.region == *region));
                 if self.drained.len() < before {
@@ -178,8 +178,8 @@ mod tests {
     fn orders_hold_until_their_time_is_up_or_they_are_taken_back() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
         let [a, b] = [1, 2].map(|i| SocketAddr::from(([10, 0, 0, i], 80)));
-        let mut hand = ByHand::default();
-        let eject = |endpoint, for_ms| Order::Eject { endpoint, for_ms, reason: "maintenance".to_owned() };
+        let mut hand = Overrides::default();
+        let eject = |endpoint, for_ms| OverrideCommand::Eject { endpoint, for_ms, reason: "maintenance".to_owned() };
         hand.take(&eject(a, Some(60_000)), now).unwrap();
         assert_eq!(
             hand.take(&eject(b, None), now).unwrap(),
@@ -189,23 +189,23 @@ mod tests {
         assert_eq!(hand.expire(now + Duration::from_secs(59)), Vec::<String>::new());
         assert_eq!(hand.expire(now + Duration::from_secs(60)).len(), 1);
         assert_eq!((hand.ejection(&a), hand.left(now)), (None, None));
-        let kept: ByHand = serde_json::from_str(&serde_json::to_string(&hand).unwrap()).unwrap();
+        let kept: Overrides = serde_json::from_str(&serde_json::to_string(&hand).unwrap()).unwrap();
         assert_eq!(kept, hand);
-        assert!(hand.take(&Order::Restore { endpoint: b }, now).is_ok());
-        assert!(hand.take(&Order::Restore { endpoint: b }, now).is_err() && hand.is_empty());
+        assert!(hand.take(&OverrideCommand::Restore { endpoint: b }, now).is_ok());
+        assert!(hand.take(&OverrideCommand::Restore { endpoint: b }, now).is_err() && hand.is_empty());
     }
 
     #[test]
     fn a_region_is_drained_of_one_service() {
         let (now, service) = (SystemTime::UNIX_EPOCH, NamespacedName::new("default", "web"));
         let drain =
-            |region: &str| Order::Drain { service: service.clone(), region: region.to_owned(), reason: String::new() };
-        let mut hand = ByHand::default();
+            |region: &str| OverrideCommand::Drain { service: service.clone(), region: region.to_owned(), reason: String::new() };
+        let mut hand = Overrides::default();
         hand.take(&drain("r1"), now).unwrap();
         hand.take(&drain("r1"), now).unwrap();
         assert_eq!(hand.drained().count(), 1);
         assert!(hand.drain(&service, "r1").is_some() && hand.drain(&service, "r2").is_none());
-        let back = Order::Undrain { service: service.clone(), region: "r1".to_owned() };
+        let back = OverrideCommand::Undrain { service: service.clone(), region: "r1".to_owned() };
         assert!(hand.take(&back, now).is_ok() && hand.take(&back, now).is_err());
     }
 }

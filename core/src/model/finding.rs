@@ -73,7 +73,7 @@ codes! {
     AddressTaken = 40, Error, "Two services have the same address";
     SliceWithoutService = 41, Warning, "Endpoints of a service that is not there";
     ProtocolNotHandled = 42, Warning, "A port of a protocol that is not handled";
-    NobodyToTake = 43, Warning, "Connections are refused: nobody can take them";
+    NoUsableEndpoint = 43, Warning, "Connections are refused: nobody can take them";
     NoAddress = 44, Warning, "A ServiceEntry that nobody can dial";
     ServiceWins = 45, Error, "A ServiceEntry claims what belongs to a Service";
     ExternalAddresses = 46, Warning, "External addresses of a Service are ignored";
@@ -84,7 +84,7 @@ codes! {
     UnknownDestination = 63, Error, "A route leads to a host that no service has";
     UnknownSubset = 64, Error, "A route leads to a subset that no rule defines";
     NeedsOutlierDetection = 65, Warning, "Failover without outlierDetection has no effect";
-    EjectsNobody = 66, Warning, "The limit on ejections allows none";
+    EjectionLimitZero = 66, Warning, "The limit on ejections allows none";
     PortPolicyDrops = 68, Warning, "The settings of a port drop those of its host";
     NeedsHttp = 69, Warning, "A route looks into requests";
     NotTogether = 70, Warning, "Two settings exclude each other";
@@ -96,7 +96,7 @@ codes! {
     NotConfirmed = 100, Warning, "An endpoint is not ejected, for only one pod says that it fails";
     EjectionRefused = 101, Warning, "An endpoint fails, and the limit keeps it";
     NotHttp = 102, Warning, "A port that is HTTP carries something else";
-    ByHand = 103, Warning, "Endpoints get no connections because somebody ordered it";
+    Overrides = 103, Warning, "Endpoints get no connections because somebody ordered it";
     KeptUnreadable = 104, Warning, "What a former agent has left cannot be read";
     ProbesBounded = 105, Warning, "More active probes are asked for than the agent makes";
     // API servers.

@@ -6,7 +6,7 @@ use super::istio::LocalitySetting;
 
 /// Whether connections to a service stay in the client's cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Retention {
+pub enum ClusterLocal {
     /// They go where the other rules say.
     Off,
     /// Endpoints of the client's cluster come first, the others after them (Portolan's own).
@@ -17,11 +17,11 @@ pub enum Retention {
 
 /// What is said of the hosts of one pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RetentionRule {
+pub struct ClusterLocalRule {
     /// A host name, `*.namespace.svc.domain`, or `*`.
     pub host: String,
     /// Whether traffic to it stays in its cluster.
-    pub retention: Retention,
+    pub cluster_local: ClusterLocal,
 }
 
 /// Istio's MeshConfig, as far as it matters for the choice of an endpoint.
@@ -34,7 +34,7 @@ pub struct MeshConfig {
     /// Locality setting for destinations without one of their own.
     pub locality: LocalitySetting,
     /// In the order in which they were written.
-    pub retention: Vec<RetentionRule>,
+    pub cluster_local: Vec<ClusterLocalRule>,
     /// Connect timeout for destinations without one of their own.
     pub connect_timeout: Option<Duration>,
 }
@@ -46,7 +46,7 @@ impl Default for MeshConfig {
             root_namespace: "istio-system".to_owned(),
             domain: "cluster.local".to_owned(),
             locality: LocalitySetting::default(),
-            retention: Vec::new(),
+            cluster_local: Vec::new(),
             connect_timeout: None,
         }
     }

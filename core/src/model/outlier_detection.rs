@@ -29,14 +29,14 @@ pub struct OutlierDetection {
 
 /// What proves that an endpoint is well, and ends a row of failures.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum JudgedBy {
+pub enum SuccessCriterion {
     /// A connection that is established.
     #[default]
-    Connect,
+    Connected,
     /// A byte that comes back (`portolan.io/count-early-resets`).
-    Answer,
+    FirstByte,
     /// An HTTP response with a status below 500.
-    Status,
+    HttpStatus,
 }
 
 impl OutlierDetection {

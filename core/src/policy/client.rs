@@ -8,7 +8,7 @@ use crate::{
 
 /// The clients of a node, or of a place that is none.
 #[derive(Clone, Debug, Default)]
-pub struct Place {
+pub struct ClientLocation {
     /// The node, whose Node object says where it is.
     pub node: Option<String>,
     /// Where it is, whatever the Node object says.
@@ -17,7 +17,7 @@ pub struct Place {
     pub labels: Labels,
 }
 
-impl Place {
+impl ClientLocation {
     /// The client that the policy is asked for.
     pub fn client(&self, cluster: &str, store: &Store, findings: &mut Vec<Finding>) -> Client {
         let snapshot = store.snapshot();
@@ -53,6 +53,6 @@ impl Place {
             labels.insert(label.to_owned(), value.to_owned());
         }
         labels.extend(self.labels.clone());
-        Client { cluster: cluster.into(), node: self.node.clone(), locality, labels, confined: unknown.is_some() }
+        Client { cluster: cluster.into(), node: self.node.clone(), locality, labels, default_cluster_local: unknown.is_some() }
     }
 }

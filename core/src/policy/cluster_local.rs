@@ -1,24 +1,24 @@
 //! Traffic that stays in its cluster (Istio's `clusterLocal`), or prefers it.
 
-use crate::model::{MeshConfig, Retention};
+use crate::model::{MeshConfig, ClusterLocal};
 
 /// Whether connections to this host may only go to endpoints in the client's own cluster, and the pattern that says so.
 ///
 /// The exact host comes first, then the longest pattern that matches; of two identical ones the last. Istio's own
 /// defaults are the first in the list, so that settings may override them.
-pub fn retention(mesh: &MeshConfig, host: &str) -> (Retention, Option<String>) {
+pub fn cluster_local(mesh: &MeshConfig, host: &str) -> (ClusterLocal, Option<String>) {
     let domain = &mesh.domain;
     let defaults =
         ["*.kube-system", "kubernetes.default", "istiod.istio-system"].map(|name| format!("{name}.svc.{domain}"));
-    let defaults = defaults.iter().map(|pattern| (pattern.as_str(), Retention::Strict));
-    let settings = mesh.retention.iter().map(|rule| (rule.host.as_str(), rule.retention));
-    let mut best: Option<(bool, &str, Retention)> = None;
-    for (pattern, retention) in defaults.chain(settings) {
+    let defaults = defaults.iter().map(|pattern| (pattern.as_str(), ClusterLocal::Strict));
+    let settings = mesh.cluster_local.iter().map(|rule| (rule.host.as_str(), rule.cluster_local));
+    let mut best: Option<(bool, &str, ClusterLocal)> = None;
+    for (pattern, cluster_local) in defaults.chain(settings) {
         let exact = pattern == host;
         let matches = exact || pattern.strip_prefix('*').is_some_and(|suffix| host.ends_with(suffix));
         if matches && best.is_none_or(|(before, other, _)| (exact, pattern.len()) >= (before, other.len())) {
-            best = Some((exact, pattern, retention));
+            best = Some((exact, pattern, cluster_local));
         }
     }
-    best.map_or((Retention::Off, None), |(_, pattern, retention)| (retention, Some(pattern.to_owned())))
+    best.map_or((ClusterLocal::Off, None), |(_, pattern, cluster_local)| (cluster_local, Some(pattern.to_owned())))
 }

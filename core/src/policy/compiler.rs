@@ -8,13 +8,13 @@ use std::{
 };
 
 use super::{
-    context::Scene,
+    context::PolicyContext,
     diagnose, pool,
-    rule_index::RuleBook,
-    schedule::{Part, Schedule},
+    rule_index::RuleIndex,
+    schedule::{WeightedGroup, Schedule},
     service_view::{self, ServiceView},
     share::{Group, Share},
-    types::{Assignment, Client, Observed, Pool, Route, Verdict},
+    types::{Assignment, Client, HealthView, Pool, Route, PolicyOutput},
 };
 use crate::{
     model::{Algorithm, Code, Finding, Locality, NamespacedName, Protocol, ServiceId, ServicePort},
@@ -22,14 +22,14 @@ use crate::{
 };
 
 /// Everything for one client, from nothing.
-pub fn assign(snapshot: &Snapshot, client: &Client, observed: &Observed) -> Verdict {
+pub fn assign(snapshot: &Snapshot, client: &Client, observed: &HealthView) -> PolicyOutput {
     let mut compiler = Compiler::default();
     compiler.compile(snapshot, client, observed, &Changes::everything());
     compiler.verdict()
 }
 
 /// The same for one service, with what left endpoints out.
-pub fn explain(snapshot: &Snapshot, client: &Client, observed: &Observed, service: &ServiceId) -> Verdict {
+pub fn explain(snapshot: &Snapshot, client: &Client, observed: &HealthView, service: &ServiceId) -> PolicyOutput {
     let mut compiler = Compiler { explain: Some(service.clone()), ..Compiler::default() };
     compiler.compile(snapshot, client, observed, &Changes::everything());
     compiler.verdict()
@@ -44,7 +44,7 @@ struct Compiled {
 
 /// A service that was computed anew.
 #[derive(Debug)]
-pub struct Recompiled {
+pub struct ServiceChange {
     /// Which one.
     pub service: ServiceId,
     /// What it was assigned before.
@@ -56,7 +56,7 @@ pub struct Recompiled {
 /// The verdict, kept so that a change costs what it concerns.
 #[derive(Debug, Default)]
 pub struct Compiler {
-    rules: RuleBook,
+    rules: RuleIndex,
     /// What is wrong with rules and places.
     findings: Vec<Finding>,
     services: BTreeMap<ServiceId, Compiled>,
@@ -64,7 +64,7 @@ pub struct Compiler {
     owners: BTreeMap<(IpAddr, u16, Protocol), ServiceId>,
     /// Services whose routes lead to a service, beside itself.
     dependents: BTreeMap<ServiceId, BTreeSet<ServiceId>>,
-    nowhere: Arc<Locality>,
+    unknown_locality: Arc<Locality>,
     /// Findings that were not there before, since somebody asked.
     fresh: Vec<Finding>,
     /// The service that somebody wants explained.
@@ -77,9 +77,9 @@ impl Compiler {
         &mut self,
         snapshot: &Snapshot,
         client: &Client,
-        observed: &Observed,
+        observed: &HealthView,
         changes: &Changes,
-    ) -> Vec<Recompiled> {
+    ) -> Vec<ServiceChange> {
         let mut concerned = BTreeSet::new();
         if changes.everything {
             self.prepare(snapshot, client);
@@ -88,7 +88,7 @@ impl Compiler {
             concerned.insert(service.clone());
         } else if changes.everything {
             concerned.extend(self.services.keys().cloned());
-            concerned.extend(of_client(snapshot, client));
+            concerned.extend(visible_services(snapshot, client));
             let slices = snapshot.clusters.values().flat_map(|objects| objects.slices.keys());
             concerned.extend(slices.map(|service| ServiceId::service(service.clone())));
         } else {
@@ -101,9 +101,9 @@ impl Compiler {
     }
 
     /// The verdict as it is now, without what is wrong with the objects themselves.
-    pub fn verdict(&self) -> Verdict {
+    pub fn verdict(&self) -> PolicyOutput {
         let assignments = self.services.values().flat_map(|compiled| &compiled.assignments).cloned().collect();
-        Verdict { assignments, findings: self.findings().cloned().collect() }
+        PolicyOutput { assignments, findings: self.findings().cloned().collect() }
     }
 
     /// What people should know of rules, places and services.
@@ -121,7 +121,7 @@ impl Compiler {
         let before = std::mem::take(&mut self.findings);
         self.owners.clear();
         self.dependents.clear();
-        self.rules = RuleBook::new(snapshot, client, &mut self.findings);
+        self.rules = RuleIndex::new(snapshot, client, &mut self.findings);
         if !snapshot.clusters.contains_key(&client.cluster) {
             let message = format!(
                 "the configuration has no cluster {:?}: there is nothing to do for its clients",
@@ -135,7 +135,7 @@ impl Compiler {
         let services = own.into_iter().flat_map(|objects| objects.services.values());
         let of_services: BTreeMap<IpAddr, &NamespacedName> =
             services.flat_map(|service| service.addresses.iter().map(|address| (*address, &service.name))).collect();
-        for id in of_client(snapshot, client) {
+        for id in visible_services(snapshot, client) {
             let Some(view) = service_view::find(snapshot, &client.cluster, &id) else { continue };
             for (i, address) in view.addresses.iter().enumerate() {
                 if let Some(service) = of_services.get(address).filter(|_| id.is_entry) {
@@ -167,9 +167,9 @@ impl Compiler {
         &mut self,
         snapshot: &Snapshot,
         client: &Client,
-        observed: &Observed,
+        observed: &HealthView,
         id: ServiceId,
-    ) -> Option<Recompiled> {
+    ) -> Option<ServiceChange> {
         let mut compiled = Compiled::default();
         diagnose::check(snapshot, &client.cluster, &id, &mut compiled.findings);
         // Services of other clusters have no frontends here.
@@ -203,12 +203,12 @@ impl Compiler {
             self.services.insert(id.clone(), compiled)
         };
         let before = before.map(|before| before.assignments).unwrap_or_default();
-        (before != after).then_some(Recompiled { service: id, before, after })
+        (before != after).then_some(ServiceChange { service: id, before, after })
     }
 
     fn compile_port(
         &self,
-        (snapshot, client, observed): (&Snapshot, &Client, &Observed),
+        (snapshot, client, observed): (&Snapshot, &Client, &HealthView),
         view: &ServiceView<'_>,
         host: &str,
         port: &ServicePort,
@@ -223,13 +223,13 @@ impl Compiler {
         let own =
             view.addresses.iter().filter(|address| self.owners.get(&(**address, port.port, port.protocol)) == Some(id));
         for family in [IpAddr::is_ipv4 as fn(&IpAddr) -> bool, IpAddr::is_ipv6] {
-            let scene = Scene {
+            let context = PolicyContext {
                 snapshot,
                 client,
                 rules: &self.rules,
                 observed,
                 family,
-                nowhere: &self.nowhere,
+                unknown_locality: &self.unknown_locality,
                 explain: self.explain.as_ref() == Some(id),
             };
             // Addresses may be told apart by routes; as a rule they are not.
@@ -258,13 +258,13 @@ impl Compiler {
                 let mut routes = Vec::with_capacity(destinations.len());
                 let mut groups = Vec::with_capacity(destinations.len());
                 for destination in destinations {
-                    let (pool, own) = pool::build(&scene, destination.key, destination.by_rule, &mut compiled.findings);
+                    let (pool, own) = pool::build(&context, destination.key, destination.via_route, &mut compiled.findings);
                     groups.push(own);
                     routes.push(Route { weight: destination.weight, pool });
                 }
                 if let [_, _, ..] = routes.as_slice() {
                     for pool in routes.iter_mut().map(|route| &mut route.pool) {
-                        whole_connections(pool, id, &mut compiled.findings);
+                        reject_partial_passthrough(pool, id, &mut compiled.findings);
                     }
                 }
                 let assignment = Assignment {
@@ -279,7 +279,7 @@ impl Compiler {
                     affinity: affinity(view, &routes, &mut compiled.findings),
                     routes,
                 };
-                refusals(&scene, &assignment, &mut compiled.findings);
+                report_refusals(&context, &assignment, &mut compiled.findings);
                 compiled.assignments.push(Arc::new(assignment));
             }
         }
@@ -288,12 +288,12 @@ impl Compiler {
 
 /// The service of this name that the client can dial: a Service, or else a ServiceEntry.
 pub fn service_named(snapshot: &Snapshot, client: &Client, name: &NamespacedName) -> Option<ServiceId> {
-    let all = of_client(snapshot, client);
+    let all = visible_services(snapshot, client);
     [ServiceId::service(name.clone()), ServiceId::entry(name.clone())].into_iter().find(|id| all.contains(id))
 }
 
 /// The services that clients can dial: those of their own cluster, and entries of it and of the mesh.
-fn of_client(snapshot: &Snapshot, client: &Client) -> BTreeSet<ServiceId> {
+fn visible_services(snapshot: &Snapshot, client: &Client) -> BTreeSet<ServiceId> {
     let own = snapshot.clusters.get(&client.cluster);
     let services = own.into_iter().flat_map(|objects| objects.services.keys()).cloned().map(ServiceId::service);
     let entries = [own, Some(&snapshot.mesh)].into_iter().flatten().flat_map(|objects| objects.service_entries.keys());
@@ -301,19 +301,19 @@ fn of_client(snapshot: &Snapshot, client: &Client) -> BTreeSet<ServiceId> {
 }
 
 /// Says which connections are refused, and why.
-fn refusals(scene: &Scene<'_>, assignment: &Assignment, findings: &mut Vec<Finding>) {
+fn report_refusals(context: &PolicyContext<'_>, assignment: &Assignment, findings: &mut Vec<Finding>) {
     for pool in assignment.routes.iter().map(|route| &route.pool).filter(|pool| pool.groups == 0) {
         if assignment.passthrough {
             continue;
         }
-        let why = diagnose::why_nobody(scene, pool);
+        let why = diagnose::explain_empty(context, pool);
         let message = format!("port {}: connections to {} are refused: {why}", assignment.port, pool.key);
-        findings.push(Finding::new(Code::NobodyToTake, assignment.service.object(), message));
+        findings.push(Finding::new(Code::NoUsableEndpoint, assignment.service.object(), message));
     }
 }
 
 /// A part of a service's connections cannot be left alone while others are given endpoints.
-fn whole_connections(pool: &mut Pool, id: &ServiceId, findings: &mut Vec<Finding>) {
+fn reject_partial_passthrough(pool: &mut Pool, id: &ServiceId, findings: &mut Vec<Finding>) {
     if pool.algorithm == Algorithm::Passthrough {
         let message =
             format!("PASSTHROUGH of {} has no effect where a route splits connections; ROUND_ROBIN is used", pool.key);
@@ -345,9 +345,9 @@ fn schedule(routes: &[Route], groups: Vec<Vec<Group>>) -> Schedule {
         let share = Share::new(u128::from(route.weight), total.max(1));
         let choice = route.pool.choice();
         if groups.is_empty() {
-            parts.push(Part { share, members: Vec::new(), choice, route: i as u32 });
+            parts.push(WeightedGroup { share, members: Vec::new(), choice, route: i as u32 });
         }
-        parts.extend(groups.into_iter().map(|group| Part {
+        parts.extend(groups.into_iter().map(|group| WeightedGroup {
             share: group.share * share,
             members: group.members,
             choice,

@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use super::{
     locality::Labelled,
-    rule_index::RuleBook,
-    types::{Client, Endpoint, Observed},
+    rule_index::RuleIndex,
+    types::{Client, Endpoint, HealthView},
 };
 use crate::{
     model::{Hints, Labels, Locality},
@@ -30,14 +30,14 @@ pub(super) struct Candidate<'a> {
 impl Labelled for Candidate<'_> {
     /// A label of the workload, or one of those that Istio adds to each.
     fn label(&self, key: &str) -> &str {
-        let place = &self.endpoint.locality;
+        let locality = &self.endpoint.locality;
         let own = || self.labels.and_then(|labels| labels.get(key)).map(String::as_str).unwrap_or_default();
         match key {
             "topology.istio.io/cluster" => &self.endpoint.cluster,
             // Places come from the node and the network from the cluster, whatever the pod claims.
-            "topology.kubernetes.io/region" => &place.region,
-            "topology.kubernetes.io/zone" => &place.zone,
-            "topology.istio.io/subzone" => &place.subzone,
+            "topology.kubernetes.io/region" => &locality.region,
+            "topology.kubernetes.io/zone" => &locality.zone,
+            "topology.istio.io/subzone" => &locality.subzone,
             "kubernetes.io/hostname" => self.node.unwrap_or_default(),
             NETWORK => self.network,
             _ => own(),
@@ -46,15 +46,15 @@ impl Labelled for Candidate<'_> {
 }
 
 /// Everything that a pool is computed from.
-pub(super) struct Scene<'a> {
+pub(super) struct PolicyContext<'a> {
     pub(super) snapshot: &'a Snapshot,
     pub(super) client: &'a Client,
-    pub(super) rules: &'a RuleBook,
-    pub(super) observed: &'a Observed,
+    pub(super) rules: &'a RuleIndex,
+    pub(super) observed: &'a HealthView,
     /// Which address family the frontend has; endpoints of the other one cannot be dialled from it.
     pub(super) family: fn(&IpAddr) -> bool,
     /// The place of what is nowhere.
-    pub(super) nowhere: &'a Arc<Locality>,
+    pub(super) unknown_locality: &'a Arc<Locality>,
     /// Whether somebody wants to know what was left out.
     pub(super) explain: bool,
 }

@@ -2,18 +2,18 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use super::{context::Scene, service_view::find, types::Pool};
+use super::{context::PolicyContext, service_view::find, types::Pool};
 use crate::{
-    model::{Code, EndpointSlice, Finding, Retention, ServiceId},
+    model::{Code, EndpointSlice, Finding, ClusterLocal, ServiceId},
     store::Snapshot,
 };
 
 /// Why a pool has nobody to take.
-pub(super) fn why_nobody(scene: &Scene<'_>, pool: &Pool) -> String {
+pub(super) fn explain_empty(context: &PolicyContext<'_>, pool: &Pool) -> String {
     if !pool.endpoints.is_empty() {
         return format!("none of its {} endpoints is healthy", pool.endpoints.len());
     }
-    let Some(view) = find(scene.snapshot, &scene.client.cluster, &pool.key.service) else {
+    let Some(view) = find(context.snapshot, &context.client.cluster, &pool.key.service) else {
         return "there is no such service".to_owned();
     };
     let Some(port) = view.port(&pool.key) else {
@@ -22,7 +22,7 @@ pub(super) fn why_nobody(scene: &Scene<'_>, pool: &Pool) -> String {
     if view.id.is_entry {
         return "no endpoint of it can be dialled from here".to_owned();
     }
-    let clusters = scene.snapshot.clusters.values();
+    let clusters = context.snapshot.clusters.values();
     let slices: Vec<_> =
         clusters.filter_map(|objects| objects.slices.get(&view.id.name)).flat_map(|slices| slices.values()).collect();
     let all = || slices.iter().flat_map(|slice| &slice.endpoints);
@@ -33,11 +33,11 @@ pub(super) fn why_nobody(scene: &Scene<'_>, pool: &Pool) -> String {
         "it has no endpoints".to_owned()
     } else if !slices.iter().any(|slice| serves(slice)) {
         format!("no EndpointSlice has a {} port named {:?}, as this port of the Service is", port.protocol, port.name)
-    } else if !all().any(|endpoint| (scene.family)(&endpoint.address)) {
+    } else if !all().any(|endpoint| (context.family)(&endpoint.address)) {
         "its endpoints are of the other address family".to_owned()
     } else if pool.key.subset.is_some() {
         "no Pod behind its endpoints has the labels of the subset".to_owned()
-    } else if pool.retention == Retention::Strict {
+    } else if pool.cluster_local == ClusterLocal::Strict {
         "it is kept in its cluster, which has no endpoint of it".to_owned()
     } else {
         "none of its endpoints is left: they are terminating, in clusters without the Service, or not on this node"

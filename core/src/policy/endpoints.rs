@@ -7,13 +7,13 @@ use std::{
 };
 
 use super::{
-    context::{Candidate, Scene},
+    context::{Candidate, PolicyContext},
     locality::Labelled,
     service_view::{ServiceView, find},
-    types::{Endpoint, EndpointHealth, LeftOut, PoolKey},
+    types::{Endpoint, EndpointHealth, Excluded, PoolKey},
 };
 use crate::{
-    model::{EndpointSlice, Hints, Labels, Locality, Retention, SliceEndpoint, Target, Workload},
+    model::{EndpointSlice, Hints, Labels, Locality, ClusterLocal, SliceEndpoint, Target, Workload},
     store::Objects,
 };
 
@@ -22,9 +22,9 @@ pub(super) struct Filter<'a> {
     pub(super) key: &'a PoolKey,
     /// The subset's labels.
     pub(super) labels: Option<&'a Labels>,
-    pub(super) retention: Retention,
+    pub(super) cluster_local: ClusterLocal,
     /// Whether an Istio rule is in force for the service.
-    pub(super) ruled: bool,
+    pub(super) has_istio_rule: bool,
     /// Whether endpoints that are not ready stay out altogether, and do not count as unhealthy ones.
     pub(super) ready_only: bool,
     /// Whether ejections count: nobody is ejected from a pool that asks for no outlier detection.
@@ -32,17 +32,17 @@ pub(super) struct Filter<'a> {
 }
 
 /// What has been found so far.
-struct Found<'a> {
+struct EndpointSearch<'a> {
     candidates: Vec<Candidate<'a>>,
     /// Where in the list an address is.
     seen: HashMap<SocketAddr, usize>,
-    left_out: Option<Vec<LeftOut>>,
+    left_out: Option<Vec<Excluded>>,
 }
 
-impl Found<'_> {
+impl EndpointSearch<'_> {
     fn leave_out(&mut self, address: IpAddr, cluster: &Arc<str>, why: &'static str) {
         if let Some(left_out) = &mut self.left_out {
-            left_out.push(LeftOut { address, cluster: Arc::clone(cluster), why });
+            left_out.push(Excluded { address, cluster: Arc::clone(cluster), why });
         }
     }
 }
@@ -55,27 +55,27 @@ pub(super) struct Selected<'a> {
     /// Those that it would have, were they not going away or not ready: they get no connection, and those that they have go on.
     pub(super) leaving: Vec<SocketAddr>,
     /// Where somebody wants to know, those that it does not have, with the reason.
-    pub(super) left_out: Vec<LeftOut>,
+    pub(super) left_out: Vec<Excluded>,
 }
 
 /// The endpoints of the pool.
-pub(super) fn select<'a>(scene: &Scene<'a>, filter: &Filter<'_>) -> Selected<'a> {
-    let mut found = Found { candidates: Vec::new(), seen: HashMap::new(), left_out: scene.explain.then(Vec::new) };
-    let Some(view) = find(scene.snapshot, &scene.client.cluster, &filter.key.service) else {
+pub(super) fn select<'a>(context: &PolicyContext<'a>, filter: &Filter<'_>) -> Selected<'a> {
+    let mut found = EndpointSearch { candidates: Vec::new(), seen: HashMap::new(), left_out: context.explain.then(Vec::new) };
+    let Some(view) = find(context.snapshot, &context.client.cluster, &filter.key.service) else {
         return Default::default();
     };
     let Some(port) = view.port(filter.key) else { return Default::default() };
     if !view.id.is_entry {
-        slices(scene, filter, &view, &port.name, &mut found);
+        slices(context, filter, &view, &port.name, &mut found);
     }
-    workloads(scene, filter, &view, port, &mut found);
-    by_hints(scene, filter, &view, &mut found);
-    let Found { candidates, mut left_out, .. } = found;
+    workloads(context, filter, &view, port, &mut found);
+    by_hints(context, filter, &view, &mut found);
+    let EndpointSearch { candidates, mut left_out, .. } = found;
     // kube-proxy: where nothing is ready, what is going away but still serves is better than nothing.
     let is_ready =
         |candidate: &Candidate<'_>| candidate.ready && !candidate.lost && candidate.terminating != Some(true);
     let last_resort =
-        !filter.ruled && !candidates.iter().any(|candidate| view.publish_not_ready || is_ready(candidate));
+        !filter.has_istio_rule && !candidates.iter().any(|candidate| view.publish_not_ready || is_ready(candidate));
     let mut chosen = Vec::with_capacity(candidates.len());
     let mut leaving = Vec::new();
     for mut candidate in candidates {
@@ -87,17 +87,17 @@ pub(super) fn select<'a>(scene: &Scene<'a>, filter: &Filter<'_>) -> Selected<'a>
                 leaving.push(candidate.endpoint.address);
                 if let Some(left_out) = &mut left_out {
                     let Endpoint { address, cluster, .. } = &candidate.endpoint;
-                    left_out.push(LeftOut { address: address.ip(), cluster: Arc::clone(cluster), why });
+                    left_out.push(Excluded { address: address.ip(), cluster: Arc::clone(cluster), why });
                 }
                 continue;
             }
         }
         let Endpoint { address, locality, .. } = &candidate.endpoint;
-        let out = scene.observed.is_ejected(filter.key, address, filter.ejects)
-            || scene.observed.is_drained(&filter.key.service.name, &locality.region);
+        let out = context.observed.is_ejected(filter.key, address, filter.ejects)
+            || context.observed.is_drained(&filter.key.service.name, &locality.region);
         if candidate.endpoint.health.is_usable() && out {
             candidate.endpoint.health = EndpointHealth::Ejected;
-        } else if candidate.endpoint.health.is_usable() && scene.observed.is_failing(filter.key, address) {
+        } else if candidate.endpoint.health.is_usable() && context.observed.is_failing(filter.key, address) {
             candidate.endpoint.health = EndpointHealth::Failing;
         }
         chosen.push(candidate);
@@ -115,7 +115,7 @@ fn health(
 ) -> Result<EndpointHealth, &'static str> {
     let ready = candidate.ready || view.publish_not_ready;
     // Absent means "no" to Kubernetes, and to Istio "yes" for what is not ready.
-    let going = candidate.terminating.unwrap_or(filter.ruled && !ready);
+    let going = candidate.terminating.unwrap_or(filter.has_istio_rule && !ready);
     match (ready, going) {
         (true, _) if view.publish_not_ready => Ok(EndpointHealth::Healthy),
         (_, true) if last_resort && candidate.serving => Ok(EndpointHealth::Draining),
@@ -128,15 +128,15 @@ fn health(
     }
 }
 
-fn slices<'a>(scene: &Scene<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, port: &str, found: &mut Found<'a>) {
+fn slices<'a>(context: &PolicyContext<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, port: &str, found: &mut EndpointSearch<'a>) {
     // The own cluster first: what it says of an address counts, whatever another one says of the same.
-    let own = scene.snapshot.clusters.get_key_value(&scene.client.cluster);
-    let others = scene.snapshot.clusters.iter().filter(|(cluster, _)| **cluster != scene.client.cluster);
+    let own = context.snapshot.clusters.get_key_value(&context.client.cluster);
+    let others = context.snapshot.clusters.iter().filter(|(cluster, _)| **cluster != context.client.cluster);
     for (cluster, objects) in own.into_iter().chain(others) {
         let Some(slices) = objects.slices.get(&view.id.name) else { continue };
-        let own = *cluster == scene.client.cluster;
+        let own = *cluster == context.client.cluster;
         // A cluster adds endpoints to services that it has itself.
-        let outside = if !own && filter.retention == Retention::Strict {
+        let outside = if !own && filter.cluster_local == ClusterLocal::Strict {
             Some("it is in another cluster, and clusterLocal keeps connections in the client's")
         } else if !own && view.node_local {
             Some("it is on another node, and internalTrafficPolicy is Local")
@@ -146,7 +146,7 @@ fn slices<'a>(scene: &Scene<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, po
             None
         };
         let network = objects.network();
-        let lost = !own && scene.snapshot.lost.contains(cluster);
+        let lost = !own && context.snapshot.lost.contains(cluster);
         for slice in slices.values() {
             let serves = slice.ports.iter().find(|own| own.name == port && own.protocol == filter.key.protocol);
             for endpoint in &slice.endpoints {
@@ -160,7 +160,7 @@ fn slices<'a>(scene: &Scene<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, po
                     endpoint: Endpoint {
                         address: SocketAddr::new(endpoint.address, number),
                         cluster: Arc::clone(cluster),
-                        locality: locality_of(scene, objects, endpoint),
+                        locality: locality_of(context, objects, endpoint),
                         weight: 1,
                         health: EndpointHealth::Healthy,
                         priority: 0,
@@ -174,7 +174,7 @@ fn slices<'a>(scene: &Scene<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, po
                     network,
                     node: endpoint.node.as_deref(),
                 };
-                add(scene, filter, view, candidate, why, found);
+                add(context, filter, view, candidate, why, found);
             }
         }
     }
@@ -182,20 +182,20 @@ fn slices<'a>(scene: &Scene<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, po
 
 /// Endpoints that are described by hand: those of a ServiceEntry, and WorkloadEntries that it or a Service selects.
 fn workloads<'a>(
-    scene: &Scene<'a>,
+    context: &PolicyContext<'a>,
     filter: &Filter<'_>,
     view: &ServiceView<'a>,
     port: &crate::model::ServicePort,
-    found: &mut Found<'a>,
+    found: &mut EndpointSearch<'a>,
 ) {
-    let own = scene.snapshot.clusters.get(&scene.client.cluster);
+    let own = context.snapshot.clusters.get(&context.client.cluster);
     let namespace = &view.id.name.namespace;
     let selected = |workload: &Workload| {
         view.selector
             .is_some_and(|selector| selector.iter().all(|(key, value)| workload.labels.get(key) == Some(value)))
     };
     let entries =
-        [Some(&scene.snapshot.mesh), own].into_iter().flatten().flat_map(|objects| objects.workload_entries.values());
+        [Some(&context.snapshot.mesh), own].into_iter().flatten().flat_map(|objects| objects.workload_entries.values());
     let entries = entries.filter(|entry| entry.name.namespace == *namespace && selected(&entry.workload));
     let network = own.map(Objects::network).unwrap_or_default();
     for workload in view.workloads.iter().chain(entries.map(|entry| &entry.workload)) {
@@ -211,7 +211,7 @@ fn workloads<'a>(
             endpoint: Endpoint {
                 address: SocketAddr::new(workload.address, number),
                 // Each control plane takes what is described by hand for its own.
-                cluster: Arc::clone(&scene.client.cluster),
+                cluster: Arc::clone(&context.client.cluster),
                 locality: Arc::clone(&workload.locality),
                 weight: workload.weight,
                 health: EndpointHealth::Healthy,
@@ -226,23 +226,23 @@ fn workloads<'a>(
             network: if workload.network.is_empty() { network } else { &workload.network },
             node: None,
         };
-        add(scene, filter, view, candidate, why, found);
+        add(context, filter, view, candidate, why, found);
     }
 }
 
 /// Adds a candidate, unless something speaks against it.
 fn add<'a>(
-    scene: &Scene<'_>,
+    context: &PolicyContext<'_>,
     filter: &Filter<'_>,
     view: &ServiceView<'_>,
     candidate: Candidate<'a>,
     why: Option<&'static str>,
-    found: &mut Found<'a>,
+    found: &mut EndpointSearch<'a>,
 ) {
     let Endpoint { address, cluster, .. } = &candidate.endpoint;
-    let on_node = || candidate.node.is_some() && candidate.node == scene.client.node.as_deref();
+    let on_node = || candidate.node.is_some() && candidate.node == context.client.node.as_deref();
     let has = |labels: &Labels| labels.iter().all(|(key, value)| candidate.label(key) == value);
-    let why = if !(scene.family)(&address.ip()) {
+    let why = if !(context.family)(&address.ip()) {
         Some("it is of the other address family")
     } else if why.is_some() {
         why
@@ -256,13 +256,13 @@ fn add<'a>(
     match why {
         Some(why) => found.leave_out(address.ip(), &Arc::clone(cluster), why),
         None => match found.seen.entry(*address) {
-            Entry::Vacant(place) => {
-                place.insert(found.candidates.len());
+            Entry::Vacant(entry) => {
+                entry.insert(found.candidates.len());
                 found.candidates.push(candidate);
             }
             // During a rollout of slices an endpoint may be in two of them, and be ready in one only.
-            Entry::Occupied(place) => {
-                let first = &mut found.candidates[*place.get()];
+            Entry::Occupied(entry) => {
+                let first = &mut found.candidates[*entry.get()];
                 let (address, cluster) = (address.ip(), Arc::clone(cluster));
                 if first.endpoint.cluster == cluster && candidate.ready && !first.ready {
                     *first = candidate;
@@ -275,12 +275,12 @@ fn add<'a>(
 
 /// Kubernetes' topology hints: if every ready endpoint has one, and one of them is for this node or zone, those of others are left out.
 /// Istio's rules and `trafficDistribution` say the same by other means.
-fn by_hints(scene: &Scene<'_>, filter: &Filter<'_>, view: &ServiceView<'_>, found: &mut Found<'_>) {
-    if filter.ruled || view.distribution.is_some() || view.node_local {
+fn by_hints(context: &PolicyContext<'_>, filter: &Filter<'_>, view: &ServiceView<'_>, found: &mut EndpointSearch<'_>) {
+    if filter.has_istio_rule || view.traffic_distribution.is_some() || view.node_local {
         return;
     }
-    let zone = &scene.client.locality.zone;
-    let node = scene.client.node.as_deref();
+    let zone = &context.client.locality.zone;
+    let node = context.client.node.as_deref();
     let for_node = |hints: &Hints| hints.nodes.iter().any(|name| Some(name.as_str()) == node);
     let for_zone = |hints: &Hints| !zone.is_empty() && hints.zones.contains(zone);
     let counts = |given: &dyn Fn(&Hints) -> bool, meant: &dyn Fn(&Hints) -> bool| {
@@ -308,9 +308,9 @@ fn by_hints(scene: &Scene<'_>, filter: &Filter<'_>, view: &ServiceView<'_>, foun
 }
 
 /// Locality comes from the Node only: pods cannot make themselves look near.
-fn locality_of(scene: &Scene<'_>, objects: &Objects, endpoint: &SliceEndpoint) -> Arc<Locality> {
+fn locality_of(context: &PolicyContext<'_>, objects: &Objects, endpoint: &SliceEndpoint) -> Arc<Locality> {
     let node = endpoint.node.as_deref().and_then(|name| objects.nodes.get(name));
-    node.map_or_else(|| Arc::clone(scene.nowhere), |node| Arc::clone(&node.locality))
+    node.map_or_else(|| Arc::clone(context.unknown_locality), |node| Arc::clone(&node.locality))
 }
 
 fn pod_labels<'a>(objects: &'a Objects, slice: &EndpointSlice, endpoint: &SliceEndpoint) -> Option<&'a Labels> {

@@ -4,35 +4,35 @@ use std::sync::Arc;
 
 use super::{
     context::{Candidate, Weights},
-    locality::{compacted, distribute_weights, levels},
-    types::{Client, Endpoint, Mode},
+    locality::{densify, distribute_weights, levels},
+    types::{Client, Endpoint, LocalityMode},
 };
-use crate::model::{Locality, LocalitySetting, Retention};
+use crate::model::{Locality, LocalitySetting, ClusterLocal};
 
 /// Gives each endpoint its level, drops those that `distribute` leaves out, and returns the weight of each locality.
-pub(super) fn place(
+pub(super) fn assign_levels(
     client: &Client,
-    mode: Mode,
+    mode: LocalityMode,
     setting: &LocalitySetting,
     by_distance: bool,
-    retention: Retention,
+    cluster_local: ClusterLocal,
     candidates: &mut Vec<Candidate<'_>>,
 ) -> Weights {
-    if mode == Mode::Failover {
+    if mode == LocalityMode::Failover {
         let mut levels = if by_distance { failover(client, setting, candidates) } else { vec![0; candidates.len()] };
-        if retention == Retention::Prefer {
+        if cluster_local == ClusterLocal::Prefer {
             // However far inside the own cluster, it is nearer than any other.
             let outside = levels.iter().max().map_or(0, |level| level + 1);
             for (level, candidate) in levels.iter_mut().zip(&*candidates) {
                 *level += if candidate.endpoint.cluster == client.cluster { 0 } else { outside };
             }
         }
-        for (candidate, level) in candidates.iter_mut().zip(compacted(levels)) {
+        for (candidate, level) in candidates.iter_mut().zip(densify(levels)) {
             candidate.endpoint.priority = level;
         }
     }
-    let mut weights = own_weights(candidates);
-    if mode == Mode::Distribute {
+    let mut weights = endpoint_weights(candidates);
+    if mode == LocalityMode::Distribute {
         let own: Vec<(&Locality, u64)> = weights.iter().map(|((_, locality), weight)| (&**locality, *weight)).collect();
         if let Some(given) = distribute_weights(&client.locality, &own, &setting.distribute) {
             let keys: Vec<_> = weights.keys().cloned().collect();
@@ -50,7 +50,7 @@ pub(super) fn failover(client: &Client, setting: &LocalitySetting, candidates: &
 }
 
 /// The weight of each locality: the sum of its endpoints'.
-pub(super) fn own_weights(candidates: &[Candidate<'_>]) -> Weights {
+pub(super) fn endpoint_weights(candidates: &[Candidate<'_>]) -> Weights {
     let mut weights = Weights::new();
     for Endpoint { priority, locality, weight, .. } in candidates.iter().map(|candidate| &candidate.endpoint) {
         *weights.entry((*priority, Arc::clone(locality))).or_default() += u64::from(*weight);

@@ -5,9 +5,9 @@ use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 use num_integer::Integer as _;
 
 use super::{
-    context::{Candidate, Scene, Weights},
-    levels::{failover, own_weights},
-    locality::{compacted, distribute_weights, failover_levels},
+    context::{Candidate, PolicyContext, Weights},
+    levels::{failover, endpoint_weights},
+    locality::{densify, distribute_weights, failover_levels},
     priority_load::{Level, OVERPROVISIONING_FACTOR, loads},
     share::{Group, Share},
     types::{Endpoint, EndpointHealth, PoolKey, Priority},
@@ -16,15 +16,15 @@ use super::{
 use crate::model::{Locality, LocalitySetting, Warmup};
 
 /// Divides the connections among the endpoints of a pool.
-pub(super) struct Spread<'a> {
-    pub(super) scene: &'a Scene<'a>,
+pub(super) struct LoadSplit<'a> {
+    pub(super) context: &'a PolicyContext<'a>,
     pub(super) warmup: Option<&'a Warmup>,
     /// Panic threshold in percent.
     pub(super) threshold: u32,
     pub(super) key: &'a PoolKey,
 }
 
-impl Spread<'_> {
+impl LoadSplit<'_> {
     /// Over the levels by their health, inside a level by locality (where that is asked for) or evenly.
     pub(super) fn by_level(
         &self,
@@ -109,13 +109,13 @@ impl Spread<'_> {
         setting: &LocalitySetting,
         candidates: &mut [Candidate<'_>],
     ) -> (Vec<Priority>, Weights, Vec<Group>) {
-        let client = self.scene.client;
+        let client = self.context.client;
         let from_client = failover(client, setting, candidates);
         let Some(rule) = setting.distribute.iter().find(|rule| rule.from.matches(&client.locality)) else {
             for (candidate, level) in candidates.iter_mut().zip(from_client) {
                 candidate.endpoint.priority = level;
             }
-            let weights = own_weights(candidates);
+            let weights = endpoint_weights(candidates);
             let (priorities, groups) = self.by_level(candidates, &weights, false);
             return (priorities, weights, groups);
         };
@@ -128,14 +128,14 @@ impl Spread<'_> {
         // For people; the groups have the exact ones.
         let mut shares = [0.0; 2];
         let (mut groups, mut panics) = (Vec::new(), [false; 2]);
-        for (i, (place, percent)) in rule.to.iter().enumerate() {
+        for (i, (pattern, percent)) in rule.to.iter().enumerate() {
             // From here: the target itself, then all others in the order of failover.
-            let by_place = |endpoints: &[&Locality]| failover_levels(&place.place(), endpoints, &setting.failover);
+            let by_place = |endpoints: &[&Locality]| failover_levels(&pattern.place(), endpoints, &setting.failover);
             let others: Vec<usize> = (0..candidates.len()).filter(|&at| targets[at] != Some(i)).collect();
             let order = if setting.failover_priority.is_empty() {
                 by_place(&others.iter().map(|&at| &*candidates[at].endpoint.locality).collect::<Vec<_>>())
             } else {
-                compacted(others.iter().map(|&at| from_client[at]).collect())
+                densify(others.iter().map(|&at| from_client[at]).collect())
             };
             let mut on = vec![Vec::new(); 1 + order.iter().max().map_or(0, |level| *level as usize + 1)];
             on[0].extend(
@@ -158,7 +158,7 @@ impl Spread<'_> {
                 groups.push(Group { share, members: self.members(chosen) });
             }
         }
-        let own = own_weights(candidates);
+        let own = endpoint_weights(candidates);
         let given: Vec<(&Locality, u64)> = own.iter().map(|((_, locality), weight)| (&**locality, *weight)).collect();
         let given = distribute_weights(&client.locality, &given, &setting.distribute).unwrap_or_default();
         let weights: Weights =
@@ -180,7 +180,7 @@ impl Spread<'_> {
     fn members<'e>(&self, endpoints: impl IntoIterator<Item = &'e Endpoint>) -> Vec<(SocketAddr, u32)> {
         let endpoints: Vec<&Endpoint> = endpoints.into_iter().collect();
         let factor = |endpoint: &Endpoint| {
-            let age = self.scene.observed.age(self.key, &endpoint.address)?;
+            let age = self.context.observed.age(self.key, &endpoint.address)?;
             Some(warmup_factor(self.warmup?, age)).filter(|factor| *factor < 1.0)
         };
         if self.warmup.is_none() || !endpoints.iter().any(|endpoint| factor(endpoint).is_some()) {

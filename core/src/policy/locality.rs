@@ -38,7 +38,7 @@ fn preferring(distribution: TrafficDistribution) -> LocalitySetting {
 /// zone, the same region, and then the other regions, of which a failover rule prefers one. Levels that nobody is on
 /// vanish.
 pub fn failover_levels(client: &Locality, endpoints: &[&Locality], rules: &[Failover]) -> Vec<u32> {
-    compacted(distances(client, endpoints, rules))
+    densify(distances(client, endpoints, rules))
 }
 
 /// The same with the levels that nobody is on.
@@ -110,14 +110,14 @@ pub fn levels(
     }
     let by_label = label_levels(client.0, labels, keys);
     if setting.failover.is_empty() {
-        return compacted(by_label);
+        return densify(by_label);
     }
     let by_place = distances(client.1, localities, &setting.failover);
-    compacted(compacted(by_label).iter().zip(by_place).map(|(label, place)| 5 * label + place).collect())
+    densify(densify(by_label).iter().zip(by_place).map(|(label, distance)| 5 * label + distance).collect())
 }
 
 /// The same order without gaps.
-pub(super) fn compacted(levels: Vec<u32>) -> Vec<u32> {
+pub(super) fn densify(levels: Vec<u32>) -> Vec<u32> {
     let mut used = levels.clone();
     used.sort_unstable();
     used.dedup();

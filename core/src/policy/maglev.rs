@@ -69,9 +69,9 @@ pub(super) fn table(quotas: &[(SocketAddr, u32)]) -> Vec<SocketAddr> {
             if taken[i] >= *quota || u64::from(taken[i]) * most >= u64::from(*quota) * round {
                 continue;
             }
-            for place in own[i].by_ref() {
-                if table[place].is_none() {
-                    table[place] = Some(*address);
+            for slot in own[i].by_ref() {
+                if table[slot].is_none() {
+                    table[slot] = Some(*address);
                     break;
                 }
             }
@@ -106,9 +106,9 @@ impl Iterator for Preference {
     type Item = usize;
 
     fn next(&mut self) -> Option<usize> {
-        let place = self.next;
+        let slot = self.next;
         self.next = (self.next + self.skip) % self.places;
-        Some(place)
+        Some(slot)
     }
 }
 

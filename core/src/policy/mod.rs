@@ -35,17 +35,17 @@ mod types;
 mod warmup;
 
 pub use self::{
-    cluster_local::retention,
-    compiler::{Compiler, Recompiled, assign, explain, service_named},
+    cluster_local::cluster_local,
+    compiler::{Compiler, ServiceChange, assign, explain, service_named},
     load_split::effective_weights,
     locality::{Labelled, distribute_weights, effective_setting, failover_levels, label_levels, levels},
     priority_load::{Level, Loads, OVERPROVISIONING_FACTOR, loads},
-    rule_index::RuleBook,
-    schedule::{Part, Run, Schedule, Turn, edf_order},
+    rule_index::RuleIndex,
+    schedule::{WeightedGroup, Run, Schedule, ScheduleSlot, edf_order},
     share::{Group, Share},
     types::{
-        Assignment, Client, Endpoint, EndpointHealth, LeftOut, LocalityShare, Mode, Observed, Pool, PoolKey, Priority,
-        Route, SettingSource, Verdict,
+        Assignment, Client, Endpoint, EndpointHealth, Excluded, LocalityShare, LocalityMode, HealthView, Pool, PoolKey, Priority,
+        Route, SettingSource, PolicyOutput,
     },
     warmup::warmup_factor,
 };

@@ -3,18 +3,18 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{
-    cluster_local::retention,
-    context::Scene,
+    cluster_local::cluster_local,
+    context::PolicyContext,
     endpoints::{self, Filter, Selected},
-    levels::place,
-    load_split::Spread,
+    levels::assign_levels,
+    load_split::LoadSplit,
     locality::effective_setting,
     maglev, service_view,
     share::Group,
-    types::{Endpoint, LocalityShare, Mode, Pool, PoolKey, SettingSource},
+    types::{Endpoint, LocalityShare, LocalityMode, Pool, PoolKey, SettingSource},
 };
 use crate::model::{
-    Algorithm, Code, Finding, JudgedBy, LocalitySetting, OutlierDetection, Probe, Protocol, Retention, ServiceId,
+    Algorithm, Code, Finding, SuccessCriterion, LocalitySetting, OutlierDetection, Probe, Protocol, ClusterLocal, ServiceId,
 };
 
 /// Whether it is the service by which pods reach their API server.
@@ -23,16 +23,16 @@ fn is_api_server(service: &ServiceId) -> bool {
 }
 
 /// The pool, and who gets which share of its connections; nobody: refuse.
-pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mut Vec<Finding>) -> (Pool, Vec<Group>) {
-    let rule = scene.rules.destination_rule(&key.service);
-    let policy = rule.map(|rule| scene.rules.traffic_policy(rule, &key)).unwrap_or_default();
-    let view = service_view::find(scene.snapshot, &scene.client.cluster, &key.service);
-    let distribution = view.as_ref().and_then(|view| view.distribution);
-    let effective = effective_setting(policy.locality(), distribution, &scene.rules.mesh.locality);
+pub(super) fn build(context: &PolicyContext<'_>, key: PoolKey, routed: bool, findings: &mut Vec<Finding>) -> (Pool, Vec<Group>) {
+    let rule = context.rules.destination_rule(&key.service);
+    let policy = rule.map(|rule| context.rules.traffic_policy(rule, &key)).unwrap_or_default();
+    let view = service_view::find(context.snapshot, &context.client.cluster, &key.service);
+    let traffic_distribution = view.as_ref().and_then(|view| view.traffic_distribution);
+    let effective = effective_setting(policy.locality(), traffic_distribution, &context.rules.mesh.locality);
     // Nor do shares by region leave any of them out: nothing says where they are.
     let effective = effective.filter(|_| !is_api_server(&key.service));
-    let host = scene.rules.host_of(&key.service).unwrap_or_default();
-    let (retention, retained_by) = retention(&scene.rules.mesh, &host);
+    let host = context.rules.host_of(&key.service).unwrap_or_default();
+    let (cluster_local, cluster_local_by) = cluster_local(&context.rules.mesh, &host);
     let threshold = policy.outlier.as_ref().map_or(0, |outlier| outlier.min_health_percent);
     // Whatever ejects its endpoints, the API server's own service keeps them: without it nobody would learn of others.
     let threshold = if is_api_server(&key.service) { threshold.max(1) } else { threshold };
@@ -42,9 +42,9 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
     let filter = Filter {
         key: &key,
         labels: subset.map(|subset| &subset.labels),
-        retention,
-        ruled: rule.is_some() || routed,
-        ready_only: threshold > 0 && distribution.is_none(),
+        cluster_local,
+        has_istio_rule: rule.is_some() || routed,
+        ready_only: threshold > 0 && traffic_distribution.is_none(),
         ejects: policy.outlier.is_some(),
     };
     let Selected { mut candidates, leaving, left_out } = if let (Some(name), None) = (&key.subset, subset) {
@@ -53,7 +53,7 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
         findings.push(Finding::new(Code::UnknownSubset, key.service.object(), message));
         Default::default()
     } else {
-        endpoints::select(scene, &filter)
+        endpoints::select(context, &filter)
     };
     check_ejection_limit(&key, policy.outlier.as_ref(), candidates.len(), findings);
 
@@ -65,25 +65,25 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
     let probe = rule.and_then(|rule| rule.probe.clone()).filter(own);
     // Whoever finds out that endpoints fail lets others take over.
     let judged = policy.outlier.is_some() || probe.is_some();
-    let mode = mode(setting.as_ref(), source, judged, retention);
-    let spread = Spread { scene, warmup, threshold, key: &key };
+    let mode = mode(setting.as_ref(), source, judged, cluster_local);
+    let spread = LoadSplit { context, warmup, threshold, key: &key };
     let (priorities, weights, groups) = match (&setting, mode) {
-        (Some(setting), Mode::Distribute) if setting.distribute_with_failover => {
+        (Some(setting), LocalityMode::Distribute) if setting.distribute_with_failover => {
             spread.distribute_with_failover(setting, &mut candidates)
         }
         _ => {
             let default = LocalitySetting::default();
             let setting = setting.as_ref().unwrap_or(&default);
-            let distribution = source == Some(SettingSource::TrafficDistribution);
-            let by_distance = distribution || (source.is_some() && judged);
-            let weights = place(scene.client, mode, setting, by_distance, retention, &mut candidates);
+            let traffic_distribution = source == Some(SettingSource::TrafficDistribution);
+            let by_distance = traffic_distribution || (source.is_some() && judged);
+            let weights = assign_levels(context.client, mode, setting, by_distance, cluster_local, &mut candidates);
             let explicit = !(setting.failover.is_empty() && setting.failover_priority.is_empty());
-            let by_locality = mode == Mode::Distribute || (mode == Mode::Failover && explicit && judged);
+            let by_locality = mode == LocalityMode::Distribute || (mode == LocalityMode::Failover && explicit && judged);
             let (priorities, groups) = spread.by_level(&candidates, &weights, by_locality);
             (priorities, weights, groups)
         }
     };
-    if mode == Mode::Distribute && retention == Retention::Prefer {
+    if mode == LocalityMode::Distribute && cluster_local == ClusterLocal::Prefer {
         let message = format!(
             "port {}: distribute says where connections go; that the own cluster is preferred has no effect",
             key.port
@@ -97,22 +97,22 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
     let mut limits = policy.pool.unwrap_or_default();
     let ejects = policy.outlier.is_some();
     limits.connect_timeout =
-        limits.connect_timeout.or(scene.rules.mesh.connect_timeout).or(ejects.then_some(DEFAULT_CONNECT_TIMEOUT));
-    let algorithm = algorithm(balancer.algorithm, &key, retention, findings);
+        limits.connect_timeout.or(context.rules.mesh.connect_timeout).or(ejects.then_some(DEFAULT_CONNECT_TIMEOUT));
+    let algorithm = algorithm(balancer.algorithm, &key, cluster_local, findings);
     let groups = if algorithm == Algorithm::ConsistentHash { maglev::quotas(groups) } else { groups };
     let http = view.as_ref().and_then(|view| view.port(&key)).is_some_and(|port| port.http1);
-    let judged_by = judged_by(policy.outlier.as_ref(), http && !scene.observed.not_http.contains(&key.both_families()));
+    let success_criterion = success_criterion(policy.outlier.as_ref(), http && !context.observed.not_http.contains(&key.both_families()));
     // Made in the place of the candidates, which are larger.
     let mut endpoints: Vec<Endpoint> = candidates.into_iter().map(|candidate| candidate.endpoint).collect();
     endpoints.shrink_to_fit();
     let pool = Pool {
         mode,
-        judged_by,
+        success_criterion,
         setting: source,
-        distributes_with_failover: mode == Mode::Distribute
+        distributes_with_failover: mode == LocalityMode::Distribute
             && setting.as_ref().is_some_and(|setting| setting.distribute_with_failover),
-        retention,
-        retained_by,
+        cluster_local,
+        cluster_local_by,
         rule: rule.cloned(),
         algorithm,
         outlier: policy.outlier,
@@ -136,16 +136,16 @@ pub(super) fn build(scene: &Scene<'_>, key: PoolKey, routed: bool, findings: &mu
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// On a port that is HTTP/1 the responses say how an endpoint is, where a threshold counts them.
-fn judged_by(outlier: Option<&OutlierDetection>, http: bool) -> JudgedBy {
+fn success_criterion(outlier: Option<&OutlierDetection>, http: bool) -> SuccessCriterion {
     match outlier {
-        Some(outlier) if http && (outlier.consecutive_errors > 0 || outlier.gateway_errors > 0) => JudgedBy::Status,
-        Some(outlier) if outlier.count_early_resets => JudgedBy::Answer,
-        _ => JudgedBy::Connect,
+        Some(outlier) if http && (outlier.consecutive_errors > 0 || outlier.gateway_errors > 0) => SuccessCriterion::HttpStatus,
+        Some(outlier) if outlier.count_early_resets => SuccessCriterion::FirstByte,
+        _ => SuccessCriterion::Connected,
     }
 }
 
 /// Who decides among the endpoints.
-fn algorithm(asked: Option<Algorithm>, key: &PoolKey, retention: Retention, findings: &mut Vec<Finding>) -> Algorithm {
+fn algorithm(asked: Option<Algorithm>, key: &PoolKey, cluster_local: ClusterLocal, findings: &mut Vec<Finding>) -> Algorithm {
     // Istio's own default is LEAST_REQUEST, which has to be asked for here: plain Services go round.
     let asked = asked.unwrap_or(Algorithm::RoundRobin);
     if asked == Algorithm::LeastRequest && key.protocol == Protocol::Udp {
@@ -156,7 +156,7 @@ fn algorithm(asked: Option<Algorithm>, key: &PoolKey, retention: Retention, find
     if asked != Algorithm::Passthrough {
         return asked;
     }
-    if retention == Retention::Strict {
+    if cluster_local == ClusterLocal::Strict {
         let message =
             "PASSTHROUGH would let connections leave their cluster, which clusterLocal forbids; ROUND_ROBIN is used";
         findings.push(Finding::new(Code::NotTogether, key.service.object(), message));
@@ -167,12 +167,12 @@ fn algorithm(asked: Option<Algorithm>, key: &PoolKey, retention: Retention, find
 
 /// `distribute` needs nothing else; failover, whether asked for or Istio's default, needs outlier detection, unless it is Kubernetes'
 /// `trafficDistribution` or a preference for the own cluster.
-fn mode(setting: Option<&LocalitySetting>, source: Option<SettingSource>, ejects: bool, retention: Retention) -> Mode {
+fn mode(setting: Option<&LocalitySetting>, source: Option<SettingSource>, ejects: bool, cluster_local: ClusterLocal) -> LocalityMode {
     match setting {
-        Some(setting) if !setting.distribute.is_empty() => Mode::Distribute,
-        Some(_) if ejects || source == Some(SettingSource::TrafficDistribution) => Mode::Failover,
-        _ if retention == Retention::Prefer => Mode::Failover,
-        _ => Mode::None,
+        Some(setting) if !setting.distribute.is_empty() => LocalityMode::Distribute,
+        Some(_) if ejects || source == Some(SettingSource::TrafficDistribution) => LocalityMode::Failover,
+        _ if cluster_local == ClusterLocal::Prefer => LocalityMode::Failover,
+        _ => LocalityMode::None,
     }
 }
 
@@ -187,7 +187,7 @@ fn check_ejection_limit(key: &PoolKey, outlier: Option<&OutlierDetection>, hosts
             key.port,
             100usize.div_ceil(hosts)
         );
-        let finding = Finding::new(Code::EjectsNobody, key.service.object(), message);
+        let finding = Finding::new(Code::EjectionLimitZero, key.service.object(), message);
         findings.push(finding.at("outlierDetection.maxEjectionPercent"));
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use super::types::{Client, PoolKey};
 use crate::{
     model::{
-        Code, DestinationRule, Finding, MeshConfig, NamespacedName, Protocol, Retention, RetentionRule, Route,
+        Code, DestinationRule, Finding, MeshConfig, NamespacedName, Protocol, ClusterLocal, ClusterLocalRule, Route,
         ServiceId, ServicePort, TrafficPolicy, VirtualService,
     },
     store::{Objects, Snapshot},
@@ -17,7 +17,7 @@ use crate::{
 
 /// The rules that are in force for a client: the mesh's and its own cluster's.
 #[derive(Debug, Default)]
-pub struct RuleBook {
+pub struct RuleIndex {
     /// The mesh's settings.
     pub mesh: MeshConfig,
     destination_rules: ByHost<DestinationRule>,
@@ -39,13 +39,13 @@ pub struct Destination {
     /// The pool.
     pub key: PoolKey,
     /// Whether a route led here.
-    pub by_rule: bool,
+    pub via_route: bool,
 }
 
 /// A route and the rule that it is in.
-type Taken<'a> = (&'a VirtualService, &'a Route);
+type MatchedRoute<'a> = (&'a VirtualService, &'a Route);
 
-impl RuleBook {
+impl RuleIndex {
     /// Collects the rules for the client.
     pub fn new(snapshot: &Snapshot, client: &Client, findings: &mut Vec<Finding>) -> Self {
         let own = snapshot.clusters.get(&client.cluster);
@@ -58,8 +58,8 @@ impl RuleBook {
                 format!("cluster {} has settings of its own, which count; those of the mesh do not", client.cluster);
             findings.push(Finding::new(Code::NotTogether, "ConfigMap istio-system/istio", message));
         }
-        if client.confined {
-            mesh.retention.insert(0, RetentionRule { host: "*".to_owned(), retention: Retention::Strict });
+        if client.default_cluster_local {
+            mesh.cluster_local.insert(0, ClusterLocalRule { host: "*".to_owned(), cluster_local: ClusterLocal::Strict });
         }
         let mut book = Self { mesh, ..Self::default() };
         for name in snapshot.clusters.values().flat_map(|objects| objects.services.keys()) {
@@ -84,7 +84,7 @@ impl RuleBook {
             }
             book.entries.insert(entry.name.clone(), host.clone());
         }
-        book.check_retention(findings);
+        book.check_cluster_local(findings);
         for objects in scopes {
             for rule in objects.destination_rules.values() {
                 let host = book.full_name(&rule.host, &rule.name.namespace);
@@ -106,8 +106,8 @@ impl RuleBook {
     }
 
     /// A host that nobody has stays in its cluster in vain, and one that is mistyped does not at all.
-    fn check_retention(&self, findings: &mut Vec<Finding>) {
-        for rule in self.mesh.retention.iter().filter(|rule| rule.host != "*") {
+    fn check_cluster_local(&self, findings: &mut Vec<Finding>) {
+        for rule in self.mesh.cluster_local.iter().filter(|rule| rule.host != "*") {
             let pattern = rule.host.starts_with('*');
             let known = if pattern {
                 self.hosts.keys().any(|host| matches(&rule.host, host))
@@ -188,7 +188,7 @@ impl RuleBook {
     }
 
     /// The route that a connection to this address of a service takes.
-    pub fn route(&self, service: &ServiceId, port: &ServicePort, address: IpAddr) -> Option<Taken<'_>> {
+    pub fn route(&self, service: &ServiceId, port: &ServicePort, address: IpAddr) -> Option<MatchedRoute<'_>> {
         // Istio's routes are for connections.
         let rule = self.find(&self.virtual_services, service).filter(|_| port.protocol == Protocol::Tcp)?;
         // What a port speaks decides which routes are for it; where it does not say, those for connections come first.
@@ -202,13 +202,13 @@ impl RuleBook {
         &self,
         service: &ServiceId,
         (port, protocol, v6): (u16, Protocol, bool),
-        route: Option<Taken<'_>>,
+        route: Option<MatchedRoute<'_>>,
         ports: &dyn Fn(&ServiceId) -> Vec<u16>,
         findings: &mut Vec<Finding>,
     ) -> Vec<Destination> {
         let Some((rule, route)) = route else {
             let key = PoolKey { service: service.clone(), port, protocol, subset: None, v6 };
-            return vec![Destination { weight: 1, key, by_rule: false }];
+            return vec![Destination { weight: 1, key, via_route: false }];
         };
         let object = || format!("VirtualService {}", rule.name);
         let mut destinations = Vec::new();
@@ -229,7 +229,7 @@ impl RuleBook {
                 findings.push(Finding::new(Code::UnknownDestination, object(), message).at("route.destination.port"));
             }
             let key = PoolKey { service: id, port, protocol, subset: destination.subset.clone(), v6 };
-            destinations.push(Destination { weight: destination.weight, key, by_rule: true });
+            destinations.push(Destination { weight: destination.weight, key, via_route: true });
         }
         destinations
     }
@@ -252,10 +252,10 @@ impl RuleBook {
     /// `mergeDestinationRule`).
     fn add_destination_rule(&mut self, host: String, rule: &Arc<DestinationRule>, findings: &mut Vec<Finding>) {
         match self.destination_rules.entry(rule.name.namespace.clone()).or_default().entry(host) {
-            Entry::Vacant(place) => drop(place.insert(Arc::clone(rule))),
-            Entry::Occupied(mut place) => {
-                let host = place.key().clone();
-                let merged = Arc::make_mut(place.get_mut());
+            Entry::Vacant(entry) => drop(entry.insert(Arc::clone(rule))),
+            Entry::Occupied(mut entry) => {
+                let host = entry.key().clone();
+                let merged = Arc::make_mut(entry.get_mut());
                 let mut lost = Vec::new();
                 if merged.policy == TrafficPolicy::default() {
                     merged.policy = rule.policy.clone();
@@ -284,9 +284,9 @@ impl RuleBook {
     /// Adds a rule, unless its namespace has another one for the same host.
     fn add_virtual_service(&mut self, host: String, rule: &Arc<VirtualService>, findings: &mut Vec<Finding>) {
         match self.virtual_services.entry(rule.name.namespace.clone()).or_default().entry(host) {
-            Entry::Vacant(place) => drop(place.insert(Arc::clone(rule))),
-            Entry::Occupied(place) => {
-                let (host, other) = (place.key(), &place.get().name);
+            Entry::Vacant(entry) => drop(entry.insert(Arc::clone(rule))),
+            Entry::Occupied(entry) => {
+                let (host, other) = (entry.key(), &entry.get().name);
                 let message =
                     format!("{host:?} has a rule already, VirtualService {other}, which counts; make one of them");
                 let finding = Finding::new(Code::SecondRule, format!("VirtualService {}", rule.name), message);

@@ -35,7 +35,7 @@ pub struct Run {
 
 /// What a run is made from.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Part {
+pub struct WeightedGroup {
     /// Fraction of all connections, relative to the sum over the parts.
     pub share: Share,
     /// Endpoints and their weights; nobody: its turns refuse.
@@ -46,7 +46,7 @@ pub struct Part {
     pub route: u32,
 }
 
-impl Part {
+impl WeightedGroup {
     /// One whose endpoints take their turns, of the only route.
     pub fn in_turn(share: Share, members: Vec<(SocketAddr, u32)>) -> Self {
         Self { share, members, choice: Choice::RoundRobin, route: 0 }
@@ -55,7 +55,7 @@ impl Part {
 
 /// One place in the cycle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Turn {
+pub struct ScheduleSlot {
     /// Index of the run.
     pub run: u32,
     /// Which of the run's visits it is.
@@ -66,14 +66,14 @@ pub struct Turn {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Schedule {
     /// The cycle.
-    pub turns: Vec<Turn>,
+    pub turns: Vec<ScheduleSlot>,
     /// What the turns name.
     pub runs: Vec<Run>,
 }
 
 impl Schedule {
     /// From the groups of endpoints.
-    pub fn new(parts_of: Vec<Part>) -> Self {
+    pub fn new(parts_of: Vec<WeightedGroup>) -> Self {
         let shares: Vec<Share> = parts_of.iter().map(|part| part.share).collect();
         let visits = parts(&shares, MAX_TURNS);
         let mut seen = vec![0; visits.len()];
@@ -81,7 +81,7 @@ impl Schedule {
             .into_iter()
             .map(|run| {
                 seen[run] += 1;
-                Turn { run: run as u32, visit: seen[run] - 1 }
+                ScheduleSlot { run: run as u32, visit: seen[run] - 1 }
             })
             .collect();
         let runs = parts_of.into_iter().zip(visits).map(|(part, visits)| Run {
@@ -217,8 +217,8 @@ mod tests {
     #[test]
     fn ninety_ten_is_exact_in_every_ten() {
         for (near, far) in [(1, 1), (3, 2), (7, 5), (100, 1)] {
-            let near_part = Part::in_turn(Share::new(9, 10), equal(0..near));
-            let groups = vec![near_part, Part::in_turn(Share::new(1, 10), equal(near..near + far))];
+            let near_part = WeightedGroup::in_turn(Share::new(9, 10), equal(0..near));
+            let groups = vec![near_part, WeightedGroup::in_turn(Share::new(1, 10), equal(near..near + far))];
             let schedule = Schedule::new(groups);
             let picks: Vec<_> = (0..1000).map(|i| take(&schedule, i)).collect();
             let far: Vec<_> = (near..near + far).map(address).collect();
@@ -232,9 +232,9 @@ mod tests {
     fn weight_zero_gets_nothing() {
         // An off-by-one in a percentage draw gives every destination one percent more, and weight 0 its share of that.
         let schedule =
-            Schedule::new(vec![Part::in_turn(Share::from(0), equal(0..1)), Part::in_turn(Share::from(1), equal(1..2))]);
+            Schedule::new(vec![WeightedGroup::in_turn(Share::from(0), equal(0..1)), WeightedGroup::in_turn(Share::from(1), equal(1..2))]);
         assert!((0..10_000).all(|i| take(&schedule, i) == address(1)));
-        let members = Schedule::new(vec![Part::in_turn(Share::from(1), vec![(address(0), 0), (address(1), 5)])]);
+        let members = Schedule::new(vec![WeightedGroup::in_turn(Share::from(1), vec![(address(0), 0), (address(1), 5)])]);
         assert!((0..100).all(|i| take(&members, i) == address(1)));
     }
 
@@ -252,7 +252,7 @@ mod tests {
             let mut next = 0;
             let schedule = Schedule::new(groups.iter().map(|&(share, hosts)| {
                 next += hosts;
-                Part::in_turn(Share::from(share), equal(next - hosts..next))
+                WeightedGroup::in_turn(Share::from(share), equal(next - hosts..next))
             }).collect());
             let rounds: usize = schedule.runs.iter().fold(1, |rounds, run| rounds.lcm(&run.members.len()));
             let picks = rounds * schedule.turns.len();

@@ -12,8 +12,8 @@ use portolan_common::{Choice, Watch};
 
 use super::schedule::Schedule;
 use crate::model::{
-    Algorithm, ConnectionPool, DestinationRule, Finding, JudgedBy, Labels, Locality, NamespacedName, OutlierDetection,
-    Probe, Protocol, Retention, ServiceId, Warmup,
+    Algorithm, ConnectionPool, DestinationRule, Finding, SuccessCriterion, Labels, Locality, NamespacedName, OutlierDetection,
+    Probe, Protocol, ClusterLocal, ServiceId, Warmup,
 };
 
 /// Whether an endpoint may be chosen, and if not, why.
@@ -67,7 +67,7 @@ pub struct Endpoint {
 
 /// An endpoint that the pool does not have, and why; for `explain`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct LeftOut {
+pub struct Excluded {
     /// The endpoint.
     pub address: IpAddr,
     /// Its cluster.
@@ -99,7 +99,7 @@ pub struct Client {
     /// Its labels: those of the node, with its place, cluster and network among them.
     pub labels: Labels,
     /// Whether the settings are not known that say what must stay in its cluster, so that everything does of which nothing else is said.
-    pub confined: bool,
+    pub default_cluster_local: bool,
 }
 
 impl Default for Client {
@@ -109,7 +109,7 @@ impl Default for Client {
             node: None,
             locality: Locality::default(),
             labels: Labels::new(),
-            confined: false,
+            default_cluster_local: false,
         }
     }
 }
@@ -149,7 +149,7 @@ impl fmt::Display for PoolKey {
 
 /// What has been seen of endpoints.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Observed {
+pub struct HealthView {
     /// Those that are ejected, by the pool that ejected them.
     pub ejected: BTreeMap<PoolKey, BTreeSet<SocketAddr>>,
     /// Those that count as ejected in every pool (`plan --eject`, `portolan eject`).
@@ -164,7 +164,7 @@ pub struct Observed {
     pub ages: BTreeMap<PoolKey, HashMap<SocketAddr, Duration>>,
 }
 
-impl Observed {
+impl HealthView {
     /// Whether an endpoint of the pool is ejected; `counts` says whether the pool ejects at all.
     pub fn is_ejected(&self, pool: &PoolKey, address: &SocketAddr, counts: bool) -> bool {
         let by_pool = || self.ejected.get(pool).is_some_and(|ejected| ejected.contains(address));
@@ -223,7 +223,7 @@ pub struct Assignment {
 
 /// The whole verdict.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Verdict {
+pub struct PolicyOutput {
     /// In order of service, port, family.
     pub assignments: Vec<Arc<Assignment>>,
     /// What people should know.
@@ -232,7 +232,7 @@ pub struct Verdict {
 
 /// How localities count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
+pub enum LocalityMode {
     /// They do not: all endpoints are one pool.
     None,
     /// Nearest first.
@@ -241,7 +241,7 @@ pub enum Mode {
     Distribute,
 }
 
-impl Mode {
+impl LocalityMode {
     /// As the contract names it.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -282,15 +282,15 @@ pub struct Pool {
     /// Which pool.
     pub key: PoolKey,
     /// How localities count.
-    pub mode: Mode,
+    pub mode: LocalityMode,
     /// Where the locality setting comes from; none counts where it is absent.
     pub setting: Option<SettingSource>,
     /// Whether what a locality in `distribute` cannot carry goes where failover leads.
     pub distributes_with_failover: bool,
     /// Whether connections stay in the client's own cluster.
-    pub retention: Retention,
+    pub cluster_local: ClusterLocal,
     /// The pattern that says so.
-    pub retained_by: Option<String>,
+    pub cluster_local_by: Option<String>,
     /// The DestinationRule in force.
     pub rule: Option<Arc<DestinationRule>>,
     /// Host choice, as the kernel makes it.
@@ -302,7 +302,7 @@ pub struct Pool {
     /// How the agent probes its endpoints by itself.
     pub probe: Option<Arc<Probe>>,
     /// What proves that an endpoint is well.
-    pub judged_by: JudgedBy,
+    pub success_criterion: SuccessCriterion,
     /// What new endpoints get.
     pub warmup: Option<Warmup>,
     /// Limits on connections.
@@ -318,7 +318,7 @@ pub struct Pool {
     /// How many groups share the connections; 0: refuse.
     pub groups: usize,
     /// Endpoints that it does not have, where somebody wants to know.
-    pub left_out: Vec<LeftOut>,
+    pub left_out: Vec<Excluded>,
 }
 
 impl Pool {
@@ -337,7 +337,7 @@ impl Pool {
         let Some(outlier) = &self.outlier else { return 0 };
         let bits = [
             (Watch::USE, true),
-            (Watch::STATUS, self.judged_by == JudgedBy::Status),
+            (Watch::STATUS, self.success_criterion == SuccessCriterion::HttpStatus),
             (Watch::ANSWER, outlier.count_early_resets),
         ];
         bits.into_iter().filter(|(_, on)| *on).map(|(bit, _)| bit).sum()
@@ -351,7 +351,7 @@ impl Pool {
             ("distribute-with-failover", self.distributes_with_failover),
             ("always-eject-one", one),
             ("count-early-resets", early),
-            ("prefer-cluster-local", self.retention == Retention::Prefer),
+            ("prefer-cluster-local", self.cluster_local == ClusterLocal::Prefer),
             ("probe", self.probe.is_some()),
             ("close-idle-elsewhere", self.close_idle_elsewhere.is_some()),
         ];

@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{ClientReport, EndpointReport, route_shares};
 use crate::{
-    model::{Algorithm, Code, Finding, JudgedBy, Locality, MeshConfig, Retention, ServiceId},
+    model::{Algorithm, Code, Finding, SuccessCriterion, Locality, MeshConfig, ClusterLocal, ServiceId},
     policy::{
-        Assignment, Client, Endpoint, EndpointHealth, Mode, OVERPROVISIONING_FACTOR, Pool, Priority, Route,
-        SettingSource, Verdict,
+        Assignment, Client, Endpoint, EndpointHealth, LocalityMode, OVERPROVISIONING_FACTOR, Pool, Priority, Route,
+        SettingSource, PolicyOutput,
     },
 };
 
@@ -51,7 +51,7 @@ pub struct RouteExplanation {
     /// Endpoints, by address.
     pub endpoints: Vec<EndpointExplanation>,
     /// Endpoints of the service that the pool does not have.
-    pub left_out: Vec<LeftOutExplanation>,
+    pub left_out: Vec<ExcludedExplanation>,
 }
 
 /// One step of the policy.
@@ -78,7 +78,7 @@ pub struct EndpointExplanation {
 
 /// An endpoint that the pool does not have.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct LeftOutExplanation {
+pub struct ExcludedExplanation {
     /// Its address.
     pub address: String,
     /// Its cluster.
@@ -89,7 +89,7 @@ pub struct LeftOutExplanation {
 
 impl Explanation {
     /// From a verdict that was asked for with reasons.
-    pub fn new(client: &Client, verdict: &Verdict, port: Option<u16>) -> Self {
+    pub fn new(client: &Client, verdict: &PolicyOutput, port: Option<u16>) -> Self {
         let assignments =
             verdict.assignments.iter().filter(|assignment| port.is_none_or(|port| port == assignment.port));
         Self {
@@ -129,7 +129,7 @@ fn explain_route(
         endpoint: EndpointReport::new(endpoint, share(endpoint)),
         why: why(client, pool, endpoint, share(endpoint)),
     });
-    let left_out = pool.left_out.iter().map(|left_out| LeftOutExplanation {
+    let left_out = pool.left_out.iter().map(|left_out| ExcludedExplanation {
         address: left_out.address.to_string(),
         cluster: left_out.cluster.to_string(),
         why: left_out.why.to_owned(),
@@ -149,7 +149,7 @@ fn step(step: &str, object: Option<String>, says: impl Into<String>) -> Step {
 fn steps(client: &Client, assignment: &Assignment, route: &Route) -> Vec<Step> {
     let pool = &route.pool;
     let rule = pool.rule.as_ref().map(|rule| format!("DestinationRule {}", rule.name));
-    let mut steps = vec![routing(assignment, route), retention(client, pool)];
+    let mut steps = vec![routing(assignment, route), cluster_local(client, pool)];
     steps.push(match &rule {
         None => step("policy", None, "no DestinationRule is for this host: the mesh's settings count"),
         Some(object) => step("policy", Some(object.clone()), policy(pool)),
@@ -187,10 +187,10 @@ fn steps(client: &Client, assignment: &Assignment, route: &Route) -> Vec<Step> {
         let says =
             if outlier.always_eject_one { says + "; one always may (portolan.io/always-eject-one)" } else { says };
         let says = says
-            + match pool.judged_by {
-                JudgedBy::Status => "; HTTP responses with a status of 500 and more are failures as well",
-                JudgedBy::Answer => "; so are connections that break before an answer (portolan.io/count-early-resets)",
-                JudgedBy::Connect => "",
+            + match pool.success_criterion {
+                SuccessCriterion::HttpStatus => "; HTTP responses with a status of 500 and more are failures as well",
+                SuccessCriterion::FirstByte => "; so are connections that break before an answer (portolan.io/count-early-resets)",
+                SuccessCriterion::Connected => "",
             };
         steps.push(step("ejection", rule, says));
     }
@@ -218,12 +218,12 @@ fn routing(assignment: &Assignment, route: &Route) -> Step {
     step("route", Some(format!("VirtualService {rule}")), says)
 }
 
-fn retention(client: &Client, pool: &Pool) -> Step {
-    let object = pool.retained_by.as_ref().map(|pattern| format!("serviceSettings {pattern:?}"));
-    let says = match pool.retention {
-        Retention::Off => "connections may go to all clusters".to_owned(),
-        Retention::Prefer => format!("endpoints in {} come first, the others after them", client.cluster),
-        Retention::Strict => {
+fn cluster_local(client: &Client, pool: &Pool) -> Step {
+    let object = pool.cluster_local_by.as_ref().map(|pattern| format!("serviceSettings {pattern:?}"));
+    let says = match pool.cluster_local {
+        ClusterLocal::Off => "connections may go to all clusters".to_owned(),
+        ClusterLocal::Prefer => format!("endpoints in {} come first, the others after them", client.cluster),
+        ClusterLocal::Strict => {
             format!("connections stay in {}; without an endpoint there, they are refused", client.cluster)
         }
     };
@@ -255,22 +255,22 @@ fn locality(pool: &Pool, rule: Option<&str>) -> Step {
         None => None,
     };
     let says = match (pool.mode, pool.setting) {
-        (Mode::Distribute, _) if pool.distributes_with_failover => {
+        (LocalityMode::Distribute, _) if pool.distributes_with_failover => {
             "distribute with failover: each locality gets its percentage; what it cannot carry goes where failover leads from there"
         }
-        (Mode::Distribute, _) => "distribute: each locality gets its percentage; those that are not named get nothing",
-        (Mode::Failover, Some(SettingSource::TrafficDistribution)) => {
+        (LocalityMode::Distribute, _) => "distribute: each locality gets its percentage; those that are not named get nothing",
+        (LocalityMode::Failover, Some(SettingSource::TrafficDistribution)) => {
             "trafficDistribution: nearest first, the next level as far as the nearer ones cannot carry all"
         }
-        (Mode::Failover, None) => "locality load balancing is off; the own cluster comes first",
-        (Mode::Failover, Some(SettingSource::Mesh)) => {
+        (LocalityMode::Failover, None) => "locality load balancing is off; the own cluster comes first",
+        (LocalityMode::Failover, Some(SettingSource::Mesh)) => {
             "failover: nearest first, the next level as far as the nearer ones cannot carry all. It is on because outlierDetection is"
         }
-        (Mode::Failover, Some(SettingSource::DestinationRule)) => {
+        (LocalityMode::Failover, Some(SettingSource::DestinationRule)) => {
             "failover: nearest first, the next level as far as the nearer ones cannot carry all"
         }
-        (Mode::None, None) => "locality load balancing is off: all endpoints are alike",
-        (Mode::None, Some(_)) => {
+        (LocalityMode::None, None) => "locality load balancing is off: all endpoints are alike",
+        (LocalityMode::None, Some(_)) => {
             "all endpoints are alike: without outlierDetection there is no failover, and no distribute is set"
         }
     };
@@ -326,8 +326,8 @@ fn order(assignment: &Assignment, pool: &Pool) -> Step {
 /// One sentence on an endpoint.
 fn why(client: &Client, pool: &Pool, endpoint: &Endpoint, share: f64) -> String {
     let place = match pool.mode {
-        Mode::None => String::new(),
-        Mode::Failover | Mode::Distribute => format!("{}; ", distance(client, endpoint)),
+        LocalityMode::None => String::new(),
+        LocalityMode::Failover | LocalityMode::Distribute => format!("{}; ", distance(client, endpoint)),
     };
     let priority = pool.priorities.get(endpoint.priority as usize);
     let load = priority.map_or(0, |priority| priority.load);

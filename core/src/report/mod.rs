@@ -8,8 +8,8 @@ use std::{collections::BTreeMap, net::SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    model::{Finding, Retention, Severity},
-    policy::{Assignment, Client, Endpoint, Route, Verdict},
+    model::{Finding, ClusterLocal, Severity},
+    policy::{Assignment, Client, Endpoint, Route, PolicyOutput},
 };
 
 /// The answer of `plan` and `get`.
@@ -215,7 +215,7 @@ fn is_zero(count: &u64) -> bool {
 
 impl Report {
     /// From the policy's verdict.
-    pub fn new(client: &Client, config: String, verdict: &Verdict) -> Self {
+    pub fn new(client: &Client, config: String, verdict: &PolicyOutput) -> Self {
         Self {
             client: ClientReport::new(client),
             config,
@@ -301,7 +301,7 @@ fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) ->
         destination: elsewhere.then(|| format!("{}:{}", pool.key.service, pool.key.port)),
         frontends: assignment.frontends.iter().map(SocketAddr::to_string).collect(),
         mode: pool.mode.as_str().to_owned(),
-        cluster_local: pool.retention == Retention::Strict,
+        cluster_local: pool.cluster_local == ClusterLocal::Strict,
         extensions: pool.extensions().into_iter().map(str::to_owned).collect(),
         algorithm: pool.algorithm.to_string(),
         on_empty: if assignment.passthrough { "pass" } else { "refuse" }.to_owned(),

@@ -14,12 +14,12 @@ use crate::model::{Code, Finding, Kind, Labels, NamespacedName, Object, ObjectKe
 
 pub use self::{
     snapshot::{NETWORK, Objects, Snapshot},
-    update::{Contents, Read, Update},
+    update::{Contents, Decoded, Update},
 };
 
 /// Something that could not be read, and never was.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Doubt {
+pub struct UnreadInput {
     /// What, for people.
     pub what: String,
     /// Whose objects may be in it.
@@ -30,7 +30,7 @@ pub struct Doubt {
     pub anything: bool,
 }
 
-impl Doubt {
+impl UnreadInput {
     /// Whether it is about the cluster itself, or the mesh: other clusters add endpoints, and decide nothing.
     pub fn concerns(&self, cluster: &str) -> bool {
         match &self.scope {
@@ -77,7 +77,7 @@ pub struct Store {
     /// Origins that have been read in full.
     good: BTreeSet<Arc<str>>,
     /// Origins of which something could not be read, and never was.
-    doubtful: BTreeMap<String, Doubt>,
+    doubtful: BTreeMap<String, UnreadInput>,
     fingerprints: BTreeMap<Arc<str>, u64>,
     /// The sets of labels that pods have: those of one workload share theirs.
     labels: BTreeSet<Arc<Labels>>,
@@ -96,8 +96,8 @@ impl Store {
 
     /// What could not be read, and never was, so that nothing is known of what it says; and whether the settings that count for a cluster may
     /// be in it. Those first, for they say what must never happen; then what is of the cluster itself.
-    pub fn doubt(&self, cluster: &str) -> Option<(&Doubt, bool)> {
-        let settings = |doubt: &Doubt| {
+    pub fn doubt(&self, cluster: &str) -> Option<(&UnreadInput, bool)> {
+        let settings = |doubt: &UnreadInput| {
             let own = Scope::Cluster(cluster.to_owned());
             let of = |scope: &Scope| match scope {
                 Scope::Mesh => self.snapshot.mesh.mesh_config.is_some(),
@@ -159,13 +159,13 @@ impl Store {
         };
         let lost = contents.objects.iter().find(|read| read.object.is_none() && vital(&read.key) && !known(&read.key));
         let doubt = match lost {
-            Some(read) => Some(Doubt {
+            Some(read) => Some(UnreadInput {
                 what: format!("{} in {origin} is broken", read.key),
                 scope: read.key.scope.clone(),
                 settings: read.key.kind == Kind::MeshConfig,
                 anything: !contents.whole,
             }),
-            None if !contents.whole => Some(Doubt {
+            None if !contents.whole => Some(UnreadInput {
                 what: format!("{origin} cannot be read"),
                 // The mesh's objects are in no folder.
                 scope: origin.split_once('/').map_or(Scope::Mesh, |(cluster, _)| Scope::Cluster(cluster.to_owned())),

@@ -6,7 +6,7 @@ use crate::model::{Finding, Kind, Object, ObjectKey};
 
 /// What was read of one object.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Read {
+pub struct Decoded {
     /// Which object it is.
     pub key: ObjectKey,
     /// The object; `None` where it is broken, in which case its last good state stays.
@@ -17,7 +17,7 @@ pub struct Read {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Contents {
     /// Its objects.
-    pub objects: Vec<Read>,
+    pub objects: Vec<Decoded>,
     /// What is wrong with them.
     pub findings: Vec<Finding>,
     /// Fingerprint of all that was read, sound or not.

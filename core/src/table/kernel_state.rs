@@ -4,7 +4,7 @@ use portolan_common::{Backend, Limits, Version};
 
 /// A frontend that a former agent left.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HeldFrontend {
+pub struct PinnedFrontend {
     /// Its id.
     pub id: u32,
     /// Where its version lies.
@@ -17,9 +17,9 @@ pub struct HeldFrontend {
 
 /// What a former agent left in the maps.
 #[derive(Clone, Debug, Default)]
-pub struct Held {
+pub struct PinnedState {
     /// Its frontends.
-    pub frontends: Vec<HeldFrontend>,
+    pub frontends: Vec<PinnedFrontend>,
     /// Backends that these frontends use.
     pub backends: Vec<(u32, Backend)>,
     /// The last epoch of every backend id that was ever given out.

@@ -12,11 +12,11 @@ use portolan_common::{Backend, Endpoint, FrontendKey, Limits, Slot, Version, Ver
 use siphasher::sip::SipHasher13;
 
 use super::{
-    Entry, PoolEntry, Table,
-    kernel_state::{Held, HeldFrontend},
-    ops::{Knowledge, Lost, Op, Refused, Sizes},
-    range_alloc::{Full, Ranges, Round},
-    refcounted_ids::{Id, Shared},
+    FrontendSpec, PoolSpec, Table,
+    kernel_state::{PinnedState, PinnedFrontend},
+    ops::{Completeness, RemovedEndpoints, Op, Rejected, Sizes},
+    range_alloc::{OutOfCapacity, RangeAllocator, GraceEpoch},
+    refcounted_ids::{Id, RefcountedIds},
 };
 use crate::{
     model::{ConnectionPool, Protocol},
@@ -25,15 +25,15 @@ use crate::{
 
 /// A frontend as the kernel holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Placed {
+struct PlacedFrontend {
     id: u32,
     /// Where its version lies.
     index: u32,
     version: Version,
     /// `None` where a former agent wrote it and its schedule was not read back.
-    entry: Option<Entry>,
+    entry: Option<FrontendSpec>,
     /// Whether a former agent wrote it, and this one has not since.
-    inherited: bool,
+    adopted: bool,
     runs: (u32, u32),
 }
 
@@ -41,38 +41,38 @@ struct Placed {
 #[derive(Clone, Debug)]
 pub struct Layout {
     sizes: Sizes,
-    frontends: BTreeMap<FrontendKey, Placed>,
-    frontend_ids: Ranges,
-    versions: Ranges,
-    slots: Ranges,
-    runs: Ranges,
-    backends: Shared<SocketAddr>,
+    frontends: BTreeMap<FrontendKey, PlacedFrontend>,
+    frontend_ids: RangeAllocator,
+    versions: RangeAllocator,
+    slots: RangeAllocator,
+    runs: RangeAllocator,
+    backends: RefcountedIds<SocketAddr>,
     /// By a hash of their names.
-    pools: Shared<u64>,
+    pools: RefcountedIds<u64>,
     /// What the kernel has of each.
     limits: HashMap<u32, Limits>,
     /// Generation of the last version that was published.
     generation: u32,
     /// What is freed now may be given out again once this round has settled.
-    round: Round,
+    round: GraceEpoch,
     /// Endpoints that a frontend has lost since somebody asked.
-    lost: BTreeMap<Protocol, Lost>,
+    lost: BTreeMap<Protocol, RemovedEndpoints>,
 }
 
 impl Layout {
     /// Empty maps.
     pub fn new(sizes: Sizes) -> Self {
-        let mut pools = Ranges::new(sizes.pools());
+        let mut pools = RangeAllocator::new(sizes.pools());
         pools.claim(0, 1);
         Self {
             sizes,
             frontends: BTreeMap::new(),
-            frontend_ids: Ranges::new(sizes.frontends),
-            versions: Ranges::new(sizes.versions()),
-            slots: Ranges::new(sizes.slots),
-            runs: Ranges::new(sizes.slots),
-            backends: Shared::new(Ranges::new(sizes.backends)),
-            pools: Shared::new(pools),
+            frontend_ids: RangeAllocator::new(sizes.frontends),
+            versions: RangeAllocator::new(sizes.versions()),
+            slots: RangeAllocator::new(sizes.slots),
+            runs: RangeAllocator::new(sizes.slots),
+            backends: RefcountedIds::new(RangeAllocator::new(sizes.backends)),
+            pools: RefcountedIds::new(pools),
             limits: HashMap::new(),
             generation: 0,
             round: 1,
@@ -82,24 +82,24 @@ impl Layout {
 
     /// Maps that a former agent has filled. Its frontends stay until the first table is published, and their backends keep
     /// their ids, so that open connections go on being counted.
-    pub fn from_held(sizes: Sizes, held: Held) -> Self {
+    pub fn from_held(sizes: Sizes, held: PinnedState) -> Self {
         let mut layout = Self::new(sizes);
         layout.backends.remember(held.epochs);
         layout.pools.remember(held.pool_epochs);
         for (id, backend) in held.backends {
-            layout.backends.inherit(backend.endpoint.socket_addr(), id);
+            layout.backends.adopt(backend.endpoint.socket_addr(), id);
         }
         for (id, limits) in held.pools {
-            layout.pools.inherit(limits.name, id);
+            layout.pools.adopt(limits.name, id);
             layout.limits.insert(id, limits);
         }
-        for HeldFrontend { id, index, version, runs } in held.frontends {
+        for PinnedFrontend { id, index, version, runs } in held.frontends {
             layout.frontend_ids.claim(id, 1);
             layout.versions.claim(index, 1);
             layout.slots.claim(version.base, version.period);
             layout.runs.claim(runs.0, runs.1);
             layout.generation = layout.generation.max(version.generation);
-            let placed = Placed { id, index, version, entry: None, inherited: true, runs };
+            let placed = PlacedFrontend { id, index, version, entry: None, adopted: true, runs };
             layout.frontends.insert(version.key, placed);
         }
         layout
@@ -108,22 +108,22 @@ impl Layout {
     /// The same maps, read once more, for what was written last is not known. What this agent has published is its own still. No program
     /// may be running any more that ran before the maps were read: what rested is free.
     #[must_use]
-    pub fn read_again(&self, held: Held) -> Self {
+    pub fn read_again(&self, held: PinnedState) -> Self {
         let mut layout = Self::from_held(self.sizes, held);
         layout.round = self.round;
         for (key, placed) in &mut layout.frontends {
-            placed.inherited = self.frontends.get(key).is_none_or(|before| before.inherited);
+            placed.adopted = self.frontends.get(key).is_none_or(|before| before.adopted);
         }
         layout
     }
 
     /// Ends a publication whose writes are done. What it has freed is kept back until [`Self::settle`] is called with the number that is
     /// returned; `None` where it has freed nothing.
-    pub fn end_round(&mut self) -> Option<Round> {
+    pub fn end_round(&mut self) -> Option<GraceEpoch> {
         let round = self.round;
         let ranges =
             [&self.frontend_ids, &self.versions, &self.slots, &self.runs, self.backends.ranges(), self.pools.ranges()];
-        if !ranges.into_iter().any(|ranges| ranges.rests(round)) {
+        if !ranges.into_iter().any(|ranges| ranges.has_deferred(round)) {
             return None;
         }
         self.round += 1;
@@ -131,7 +131,7 @@ impl Layout {
     }
 
     /// No program runs any more that ran when this round ended: what was freed up to it may be given out again.
-    pub fn settle(&mut self, round: Round) {
+    pub fn settle(&mut self, round: GraceEpoch) {
         let ranges = [
             &mut self.frontend_ids,
             &mut self.versions,
@@ -144,8 +144,8 @@ impl Layout {
     }
 
     /// How many frontends are still as a former agent has published them.
-    pub fn inherited(&self) -> usize {
-        self.frontends.values().filter(|placed| placed.inherited).count()
+    pub fn adopted(&self) -> usize {
+        self.frontends.values().filter(|placed| placed.adopted).count()
     }
 
     /// The id of a frontend.
@@ -165,7 +165,7 @@ impl Layout {
     }
 
     /// Endpoints that a frontend has lost since this was asked before, by its protocol.
-    pub fn take_lost(&mut self) -> BTreeMap<Protocol, Lost> {
+    pub fn drain_removed(&mut self) -> BTreeMap<Protocol, RemovedEndpoints> {
         std::mem::take(&mut self.lost)
     }
 
@@ -182,7 +182,7 @@ impl Layout {
 
     /// Each map that ranges are given out of, with the entries in use and those that there are.
     pub fn occupancy(&self) -> [(&'static str, u32, u32); 6] {
-        let of = |name, ranges: &Ranges| (name, ranges.used(), ranges.size());
+        let of = |name, ranges: &RangeAllocator| (name, ranges.used(), ranges.size());
         [
             of("frontends", &self.frontend_ids),
             of("versions", &self.versions),
@@ -199,31 +199,31 @@ impl Layout {
     }
 
     /// The writes that lead to `table`, which is all there shall be. Frontends that stay as they are cost none. Those that the table does
-    /// not have are removed; how far that goes for what a former agent has published, `knowledge` says.
-    pub fn update(&mut self, table: &Table, knowledge: Knowledge) -> (Vec<Op>, Vec<Refused>) {
-        let complete = knowledge == Knowledge::Complete;
+    /// not have are removed; how far that goes for what a former agent has published, `completeness` says.
+    pub fn update(&mut self, table: &Table, completeness: Completeness) -> (Vec<Op>, Vec<Rejected>) {
+        let complete = completeness == Completeness::Complete;
         let gone: Vec<_> = self.frontends.keys().filter(|key| !table.frontends.contains_key(key)).copied().collect();
-        let written = self.change(table, &gone, knowledge);
-        if complete && self.inherited() == 0 {
-            self.backends.disinherit(self.round);
-            self.pools.disinherit(self.round);
+        let written = self.change(table, &gone, completeness);
+        if complete && self.adopted() == 0 {
+            self.backends.drop_adopted(self.round);
+            self.pools.drop_adopted(self.round);
         }
         written
     }
 
     /// The writes that bring these frontends to what `table` says, and take the `gone` ones away. All others stay.
-    pub fn change(&mut self, table: &Table, gone: &[FrontendKey], knowledge: Knowledge) -> (Vec<Op>, Vec<Refused>) {
+    pub fn change(&mut self, table: &Table, gone: &[FrontendKey], completeness: Completeness) -> (Vec<Op>, Vec<Rejected>) {
         let (mut ops, mut refused) = (Vec::new(), Vec::new());
         let mut freed = Vec::new();
-        let complete = knowledge == Knowledge::Complete;
+        let complete = completeness == Completeness::Complete;
         for (key, entry) in &table.frontends {
             if self.frontends.get(key).is_some_and(|placed| placed.entry.as_ref() == Some(entry)) {
                 continue;
             }
-            let kept = |placed: &Placed| match knowledge {
-                Knowledge::Complete => false,
-                Knowledge::Partial => placed.inherited && placed.version.period > 0 && entry.schedule.is_empty(),
-                Knowledge::WithoutSettings => placed.inherited,
+            let kept = |placed: &PlacedFrontend| match completeness {
+                Completeness::Complete => false,
+                Completeness::Partial => placed.adopted && placed.version.period > 0 && entry.schedule.is_empty(),
+                Completeness::WithoutSettings => placed.adopted,
             };
             if self.frontends.get(key).is_some_and(kept) {
                 continue;
@@ -233,9 +233,9 @@ impl Layout {
                 let known = self.frontends.contains_key(key);
                 if !known {
                     // A new one that does not fit refuses: its connections must not go past Portolan to somewhere else.
-                    placed = self.place(key, &entry.nobody(), &mut ops);
+                    placed = self.place(key, &entry.refusing(), &mut ops);
                 }
-                refused.push(Refused { key: *key, map, full, held: known || placed.is_ok() });
+                refused.push(Rejected { key: *key, map, full, held: known || placed.is_ok() });
             }
             if let Ok(placed) = placed {
                 freed.extend(self.frontends.insert(*key, placed).map(|old| (old, false)));
@@ -243,7 +243,7 @@ impl Layout {
         }
         for key in gone {
             // What a former agent has published is removed only by one who knows everything.
-            if self.frontends.get(key).is_some_and(|placed| placed.inherited && !complete) {
+            if self.frontends.get(key).is_some_and(|placed| placed.adopted && !complete) {
                 continue;
             }
             if let Some(old) = self.frontends.remove(key) {
@@ -260,7 +260,7 @@ impl Layout {
 
     /// Finds room for a frontend and adds its writes, from the bottom up: backends, limits, runs, slots, the version, and last the one
     /// word that publishes them.
-    fn place(&mut self, key: &FrontendKey, entry: &Entry, ops: &mut Vec<Op>) -> Result<Placed, (&'static str, Full)> {
+    fn place(&mut self, key: &FrontendKey, entry: &FrontendSpec, ops: &mut Vec<Op>) -> Result<PlacedFrontend, (&'static str, OutOfCapacity)> {
         let schedule = &entry.schedule;
         let turns_of: u32 = schedule.runs.iter().map(|run| run.members.len() as u32).sum();
         // Who may be come back to, beside the runs.
@@ -274,14 +274,14 @@ impl Layout {
         let period = schedule.turns.len() as u32;
         let run_entries = turns_of + 2 * live.len() as u32;
         let before = self.frontends.get(key).map(|placed| placed.id);
-        let room = self.take_room(before, period, run_entries)?;
+        let room = self.reserve(before, period, run_entries)?;
         let taken = self
             .take_backends(entry, ops)
             .and_then(|()| self.take_pools(entry, ops).inspect_err(|_| self.untake_backends(entry)));
         let pools = match taken {
             Ok(pools) => pools,
             Err(full) => {
-                self.untake_room(before, period, run_entries, &room);
+                self.release_reservation(before, period, run_entries, &room);
                 return Err(full);
             }
         };
@@ -345,16 +345,16 @@ impl Layout {
             ops.push(Op::AddFrontend(*key, room.id));
         }
         let runs = (room.runs, run_entries);
-        Ok(Placed { id: room.id, index: room.index, version, entry: Some(entry.clone()), inherited: false, runs })
+        Ok(PlacedFrontend { id: room.id, index: room.index, version, entry: Some(entry.clone()), adopted: false, runs })
     }
 
     /// Places for all that belongs to one frontend alone, or none at all.
-    fn take_room(&mut self, id: Option<u32>, period: u32, run_entries: u32) -> Result<Room, (&'static str, Full)> {
-        let take = |ranges: &mut Ranges, len, map| match len {
+    fn reserve(&mut self, id: Option<u32>, period: u32, run_entries: u32) -> Result<Reservation, (&'static str, OutOfCapacity)> {
+        let take = |ranges: &mut RangeAllocator, len, map| match len {
             0 => Ok(0),
             len => ranges.take(len).map_err(|full| (map, full)),
         };
-        let mut room = Room {
+        let mut room = Reservation {
             id: id.map_or_else(|| take(&mut self.frontend_ids, 1, "FRONTENDS"), Ok)?,
             index: 0,
             slots: 0,
@@ -362,31 +362,31 @@ impl Layout {
         };
         let taken = take(&mut self.versions, 1, "VERSIONS").and_then(|index| {
             room.index = index;
-            let slots = take(&mut self.slots, period, "SLOTS").inspect_err(|_| self.versions.untake(index, 1))?;
+            let slots = take(&mut self.slots, period, "SLOTS").inspect_err(|_| self.versions.unalloc(index, 1))?;
             room.slots = slots;
             room.runs = take(&mut self.runs, run_entries, "RUNS").inspect_err(|_| {
-                self.versions.untake(index, 1);
-                self.slots.untake(slots, period);
+                self.versions.unalloc(index, 1);
+                self.slots.unalloc(slots, period);
             })?;
             Ok(())
         });
         if taken.is_err() && id.is_none() {
-            self.frontend_ids.untake(room.id, 1);
+            self.frontend_ids.unalloc(room.id, 1);
         }
         taken.map(|()| room)
     }
 
-    fn untake_room(&mut self, id: Option<u32>, period: u32, run_entries: u32, room: &Room) {
+    fn release_reservation(&mut self, id: Option<u32>, period: u32, run_entries: u32, room: &Reservation) {
         if id.is_none() {
-            self.frontend_ids.untake(room.id, 1);
+            self.frontend_ids.unalloc(room.id, 1);
         }
-        self.versions.untake(room.index, 1);
-        self.slots.untake(room.slots, period);
-        self.runs.untake(room.runs, run_entries);
+        self.versions.unalloc(room.index, 1);
+        self.slots.unalloc(room.slots, period);
+        self.runs.unalloc(room.runs, run_entries);
     }
 
     /// Ids for all endpoints of an entry, each used once more by it; or for none.
-    fn take_backends(&mut self, entry: &Entry, ops: &mut Vec<Op>) -> Result<(), (&'static str, Full)> {
+    fn take_backends(&mut self, entry: &FrontendSpec, ops: &mut Vec<Op>) -> Result<(), (&'static str, OutOfCapacity)> {
         for (i, member) in entry.endpoints.iter().enumerate() {
             match self.backends.take(*member) {
                 Ok(Id { id, epoch, is_new: true }) => {
@@ -394,7 +394,7 @@ impl Layout {
                 }
                 Ok(_) => {}
                 Err(full) => {
-                    entry.endpoints[..i].iter().for_each(|member| self.backends.untake(*member));
+                    entry.endpoints[..i].iter().for_each(|member| self.backends.unalloc(*member));
                     return Err(("BACKENDS", full));
                 }
             }
@@ -402,16 +402,16 @@ impl Layout {
         Ok(())
     }
 
-    fn untake_backends(&mut self, entry: &Entry) {
-        entry.endpoints.iter().for_each(|member| self.backends.untake(*member));
+    fn untake_backends(&mut self, entry: &FrontendSpec) {
+        entry.endpoints.iter().for_each(|member| self.backends.unalloc(*member));
     }
 
-    fn give_backends(&mut self, entry: &Entry) {
+    fn give_backends(&mut self, entry: &FrontendSpec) {
         entry.endpoints.iter().for_each(|member| self.backends.give(self.round, *member));
     }
 
     /// The place of each pool of an entry, each used once more by it; 0 for a pool without limits.
-    fn take_pools(&mut self, entry: &Entry, ops: &mut Vec<Op>) -> Result<Vec<u32>, (&'static str, Full)> {
+    fn take_pools(&mut self, entry: &FrontendSpec, ops: &mut Vec<Op>) -> Result<Vec<u32>, (&'static str, OutOfCapacity)> {
         // All or none: what does not fit changes nothing.
         let mut places = Vec::with_capacity(entry.pools.len());
         for (i, pool) in entry.pools.iter().enumerate() {
@@ -419,7 +419,7 @@ impl Layout {
                 Ok(place) => places.push(place),
                 Err(full) => {
                     let before = entry.pools[..i].iter().filter(|pool| pool.has_limits());
-                    before.for_each(|pool| self.pools.untake(name(&pool.key)));
+                    before.for_each(|pool| self.pools.unalloc(name(&pool.key)));
                     return Err(("POOLS", full));
                 }
             }
@@ -443,20 +443,20 @@ impl Layout {
         Ok(ids)
     }
 
-    fn give_pools(&mut self, pools: &[PoolEntry]) {
+    fn give_pools(&mut self, pools: &[PoolSpec]) {
         for pool in pools.iter().filter(|pool| pool.has_limits()) {
             self.pools.give(self.round, name(&pool.key));
         }
     }
 
-    fn free(&mut self, old: &Placed, whole: bool) {
+    fn free(&mut self, old: &PlacedFrontend, whole: bool) {
         let round = self.round;
         let now = self.frontends.get(&old.version.key).and_then(|placed| placed.entry.as_ref());
         let has = |member: &SocketAddr| now.is_some_and(|entry| entry.endpoints.binary_search(member).is_ok());
         let protocol = if old.version.key.protocol() == Protocol::Udp.number() { Protocol::Udp } else { Protocol::Tcp };
         let lost = old.entry.as_ref().map(|entry| entry.endpoints.iter().filter(|it| !has(it)).copied().collect());
-        match lost.map_or(Lost::Any, Lost::These) {
-            Lost::These(none) if none.is_empty() => {}
+        match lost.map_or(RemovedEndpoints::Any, RemovedEndpoints::These) {
+            RemovedEndpoints::These(none) if none.is_empty() => {}
             lost => self.lost.entry(protocol).or_default().add(lost),
         }
         self.slots.release(round, old.version.base, old.version.period);
@@ -473,7 +473,7 @@ impl Layout {
 }
 
 /// Where one frontend's own parts lie.
-struct Room {
+struct Reservation {
     id: u32,
     index: u32,
     slots: u32,
@@ -481,7 +481,7 @@ struct Room {
 }
 
 /// A pool's limits as the kernel has them.
-fn limits(pool: &PoolEntry, epoch: u32) -> Limits {
+fn limits(pool: &PoolSpec, epoch: u32) -> Limits {
     let ConnectionPool { connect_timeout, max_connections, keepalive, .. } = &pool.limits;
     let of = keepalive.clone().unwrap_or_default();
     Limits {

@@ -19,24 +19,24 @@ use std::{
 use portolan_common::{Endpoint, FrontendKey};
 
 use crate::{
-    model::{Algorithm, ConnectionPool, Protocol, Retention},
+    model::{Algorithm, ConnectionPool, Protocol, ClusterLocal},
     policy::{Assignment, PoolKey, Schedule},
 };
 
-pub use kernel_state::{Held, HeldFrontend};
+pub use kernel_state::{PinnedState, PinnedFrontend};
 pub use layout::Layout;
-pub use ops::{Knowledge, Lost, Op, Refused, Sizes};
-pub use range_alloc::{Full, Round};
+pub use ops::{Completeness, RemovedEndpoints, Op, Rejected, Sizes};
+pub use range_alloc::{OutOfCapacity, GraceEpoch};
 
 /// What one frontend shall do.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct FrontendSpec {
     /// Turns and runs; empty: refuse.
     pub schedule: Arc<Schedule>,
     /// All endpoints, in order, those without a turn as well: the kernel goes on counting their connections.
     pub endpoints: Arc<[SocketAddr]>,
     /// The pools of its routes, in their order.
-    pub pools: Arc<[PoolEntry]>,
+    pub pools: Arc<[PoolSpec]>,
     /// How long a client comes back to its endpoint; `None`: it does not.
     pub affinity: Option<Duration>,
     /// Whether turns are drawn instead of taken in order.
@@ -45,7 +45,7 @@ pub struct Entry {
 
 /// What counts for all connections to a pool, whichever frontend they come through.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PoolEntry {
+pub struct PoolSpec {
     /// Which pool; both address families are one.
     pub key: PoolKey,
     /// Its limits.
@@ -56,7 +56,7 @@ pub struct PoolEntry {
     pub watch: u32,
 }
 
-impl PoolEntry {
+impl PoolSpec {
     /// Whether the kernel has anything to do for it.
     fn has_limits(&self) -> bool {
         self.limits != ConnectionPool::default() || self.watch != 0
@@ -67,7 +67,7 @@ impl PoolEntry {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
     /// By Service address, port and protocol.
-    pub frontends: BTreeMap<FrontendKey, Entry>,
+    pub frontends: BTreeMap<FrontendKey, FrontendSpec>,
 }
 
 impl Table {
@@ -75,7 +75,7 @@ impl Table {
     pub fn new<'a>(assignments: impl IntoIterator<Item = &'a Arc<Assignment>>) -> Self {
         let mut frontends = BTreeMap::new();
         for assignment in assignments.into_iter().filter(|assignment| !assignment.passthrough) {
-            let entry = Entry::new(assignment);
+            let entry = FrontendSpec::new(assignment);
             for frontend in &assignment.frontends {
                 frontends.insert(key(*frontend, assignment.protocol), entry.clone());
             }
@@ -84,16 +84,16 @@ impl Table {
     }
 }
 
-impl Entry {
+impl FrontendSpec {
     fn new(assignment: &Assignment) -> Self {
         let pools = || assignment.routes.iter().map(|route| &route.pool);
         let listed = pools().flat_map(|pool| &pool.endpoints).map(|endpoint| endpoint.address);
         let endpoints: BTreeSet<SocketAddr> = listed.chain(pools().flat_map(|pool| &pool.leaving).copied()).collect();
-        let entries = pools().map(|pool| PoolEntry {
+        let entries = pools().map(|pool| PoolSpec {
             key: pool.key.both_families(),
             // All of them are of TCP.
             limits: if assignment.protocol == Protocol::Tcp { pool.limits.clone() } else { ConnectionPool::default() },
-            strict: pool.retention == Retention::Strict,
+            strict: pool.cluster_local == ClusterLocal::Strict,
             watch: if assignment.protocol == Protocol::Tcp { pool.watch() } else { 0 },
         });
         Self {
@@ -107,9 +107,9 @@ impl Entry {
     }
 
     /// The same, without anybody to take.
-    fn nobody(&self) -> Self {
+    fn refusing(&self) -> Self {
         let without_limits =
-            |pool: &PoolEntry| PoolEntry { limits: ConnectionPool::default(), watch: 0, ..pool.clone() };
+            |pool: &PoolSpec| PoolSpec { limits: ConnectionPool::default(), watch: 0, ..pool.clone() };
         let pools = self.pools.iter().map(without_limits).collect();
         Self { schedule: Arc::default(), endpoints: Arc::default(), pools, affinity: None, random: false }
     }

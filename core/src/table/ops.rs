@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::SocketAddr};
 use portolan_common::{Backend, FrontendKey, Limits, Slot, Version};
 use serde::{Deserialize, Serialize};
 
-use super::range_alloc::Full;
+use super::range_alloc::OutOfCapacity;
 
 /// One write to the kernel's maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,7 +66,7 @@ impl Sizes {
 
 /// How much is known of what should be. It matters for what a former agent has published, while this one has not read everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Knowledge {
+pub enum Completeness {
     /// Everything: the table is the truth.
     Complete,
     /// Some services or endpoints are not known: what the former agent has published is not removed, and where it has published somebody,
@@ -78,33 +78,33 @@ pub enum Knowledge {
 
 /// A frontend that does not fit: it stays as it was.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refused {
+pub struct Rejected {
     /// Which one.
     pub key: FrontendKey,
     /// The map that is full.
     pub map: &'static str,
     /// By how much.
-    pub full: Full,
+    pub full: OutOfCapacity,
     /// Whether its address is a frontend's all the same: with what it had before, or refusing. If not, its connections go past Portolan.
     pub held: bool,
 }
 
 /// Endpoints that a frontend has lost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Lost {
+pub enum RemovedEndpoints {
     /// These.
     These(BTreeSet<SocketAddr>),
     /// Any: what a former agent had published is not known in full.
     Any,
 }
 
-impl Default for Lost {
+impl Default for RemovedEndpoints {
     fn default() -> Self {
         Self::These(BTreeSet::new())
     }
 }
 
-impl Lost {
+impl RemovedEndpoints {
     /// These as well.
     pub fn add(&mut self, more: Self) {
         match (&mut *self, more) {

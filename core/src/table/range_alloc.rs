@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, VecDeque};
 
 /// Number of a publication. What is freed in one may be given out again once every program that ran then has ended.
-pub type Round = u64;
+pub type GraceEpoch = u64;
 
 /// No room for this many entries in one piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Full {
+pub struct OutOfCapacity {
     /// Entries that were asked for.
     pub wanted: u32,
     /// Entries that the map has.
@@ -16,21 +16,21 @@ pub struct Full {
 
 /// Ranges of an array map.
 #[derive(Clone, Debug)]
-pub(super) struct Ranges {
+pub(super) struct RangeAllocator {
     size: u32,
     free: BTreeMap<u32, u32>,
-    resting: VecDeque<(Round, u32, u32)>,
+    deferred: VecDeque<(GraceEpoch, u32, u32)>,
 }
 
-impl Ranges {
+impl RangeAllocator {
     pub(super) fn new(size: u32) -> Self {
-        Self { size, free: BTreeMap::from([(0, size)]), resting: VecDeque::new() }
+        Self { size, free: BTreeMap::from([(0, size)]), deferred: VecDeque::new() }
     }
 
     /// A range of `len` entries.
-    pub(super) fn take(&mut self, len: u32) -> Result<u32, Full> {
+    pub(super) fn take(&mut self, len: u32) -> Result<u32, OutOfCapacity> {
         let hole = self.free.iter().find(|(_, free)| **free >= len).map(|(start, free)| (*start, *free));
-        let (start, free) = hole.ok_or(Full { wanted: len, size: self.size })?;
+        let (start, free) = hole.ok_or(OutOfCapacity { wanted: len, size: self.size })?;
         self.free.remove(&start);
         if free > len {
             self.free.insert(start + len, free - len);
@@ -54,20 +54,20 @@ impl Ranges {
     }
 
     /// Gives a range back that was never published.
-    pub(super) fn untake(&mut self, start: u32, len: u32) {
+    pub(super) fn unalloc(&mut self, start: u32, len: u32) {
         self.put(start, len);
     }
 
     /// Gives a range back that the kernel may still be reading.
-    pub(super) fn release(&mut self, round: Round, start: u32, len: u32) {
+    pub(super) fn release(&mut self, round: GraceEpoch, start: u32, len: u32) {
         if len > 0 {
-            self.resting.push_back((round, start, len));
+            self.deferred.push_back((round, start, len));
         }
     }
 
     /// Whether something is kept back that was freed in this round.
-    pub(super) fn rests(&self, round: Round) -> bool {
-        self.resting.back().is_some_and(|(since, ..)| *since == round)
+    pub(super) fn has_deferred(&self, round: GraceEpoch) -> bool {
+        self.deferred.back().is_some_and(|(since, ..)| *since == round)
     }
 
     /// Entries that there are.
@@ -81,8 +81,8 @@ impl Ranges {
     }
 
     /// What was freed up to this round may be given out again.
-    pub(super) fn settle(&mut self, round: Round) {
-        while let Some((_, start, len)) = self.resting.pop_front_if(|(since, ..)| *since <= round) {
+    pub(super) fn settle(&mut self, round: GraceEpoch) {
+        while let Some((_, start, len)) = self.deferred.pop_front_if(|(since, ..)| *since <= round) {
             self.put(start, len);
         }
     }
@@ -107,7 +107,7 @@ mod tests {
 
     #[test]
     fn a_freed_range_rests_before_it_is_given_out_again() {
-        let mut ranges = Ranges::new(10);
+        let mut ranges = RangeAllocator::new(10);
         assert_eq!((ranges.take(6), ranges.take(4)), (Ok(0), Ok(6)));
         ranges.release(7, 0, 6);
         ranges.settle(6);
@@ -118,7 +118,7 @@ mod tests {
 
     #[test]
     fn neighbours_grow_together() {
-        let mut ranges = Ranges::new(9);
+        let mut ranges = RangeAllocator::new(9);
         for _ in 0..3 {
             ranges.take(3).unwrap();
         }
@@ -131,10 +131,10 @@ mod tests {
 
     #[test]
     fn a_claimed_range_is_not_given_out() {
-        let mut ranges = Ranges::new(10);
+        let mut ranges = RangeAllocator::new(10);
         ranges.claim(2, 3);
         ranges.claim(9, 1);
-        assert_eq!((ranges.take(4), ranges.take(2), ranges.take(1)), (Ok(5), Ok(0), Err(Full { wanted: 1, size: 10 })));
+        assert_eq!((ranges.take(4), ranges.take(2), ranges.take(1)), (Ok(5), Ok(0), Err(OutOfCapacity { wanted: 1, size: 10 })));
         assert_eq!(ranges.used(), 10);
     }
 }

@@ -5,15 +5,15 @@ use std::{
     hash::Hash,
 };
 
-use super::range_alloc::{Full, Ranges, Round};
+use super::range_alloc::{OutOfCapacity, RangeAllocator, GraceEpoch};
 
 /// Ids by what they stand for.
 #[derive(Clone, Debug)]
-pub(super) struct Shared<K> {
-    ids: Ranges,
+pub(super) struct RefcountedIds<K> {
+    ids: RangeAllocator,
     known: HashMap<K, Use>,
     /// What a former agent had, and no frontend of this one uses yet.
-    inherited: BTreeSet<K>,
+    adopted: BTreeSet<K>,
     /// The last epoch of each id that was ever in use.
     epochs: HashMap<u32, u32>,
 }
@@ -33,9 +33,9 @@ pub(super) struct Id {
     pub(super) is_new: bool,
 }
 
-impl<K: Copy + Eq + Hash + Ord> Shared<K> {
-    pub(super) fn new(ids: Ranges) -> Self {
-        Self { ids, known: HashMap::new(), inherited: BTreeSet::new(), epochs: HashMap::new() }
+impl<K: Copy + Eq + Hash + Ord> RefcountedIds<K> {
+    pub(super) fn new(ids: RangeAllocator) -> Self {
+        Self { ids, known: HashMap::new(), adopted: BTreeSet::new(), epochs: HashMap::new() }
     }
 
     /// Ids that were ever in use, with their epochs.
@@ -44,15 +44,15 @@ impl<K: Copy + Eq + Hash + Ord> Shared<K> {
     }
 
     /// Keeps what a former agent had.
-    pub(super) fn inherit(&mut self, key: K, id: u32) {
+    pub(super) fn adopt(&mut self, key: K, id: u32) {
         self.ids.claim(id, 1);
         self.known.insert(key, Use { id, frontends: 0 });
-        self.inherited.insert(key);
+        self.adopted.insert(key);
     }
 
     /// Lets go of what a former agent had and nobody uses.
-    pub(super) fn disinherit(&mut self, round: Round) {
-        for key in std::mem::take(&mut self.inherited) {
+    pub(super) fn drop_adopted(&mut self, round: GraceEpoch) {
+        for key in std::mem::take(&mut self.adopted) {
             self.drop_if_unused(round, key);
         }
     }
@@ -68,7 +68,7 @@ impl<K: Copy + Eq + Hash + Ord> Shared<K> {
     }
 
     /// One more frontend uses it.
-    pub(super) fn take(&mut self, key: K) -> Result<Id, Full> {
+    pub(super) fn take(&mut self, key: K) -> Result<Id, OutOfCapacity> {
         if let Some(known) = self.known.get_mut(&key) {
             known.frontends += 1;
             let epoch = self.epochs.get(&known.id).copied().unwrap_or_default();
@@ -81,7 +81,7 @@ impl<K: Copy + Eq + Hash + Ord> Shared<K> {
     }
 
     /// One frontend fewer uses it.
-    pub(super) fn give(&mut self, round: Round, key: K) {
+    pub(super) fn give(&mut self, round: GraceEpoch, key: K) {
         if let Some(known) = self.known.get_mut(&key) {
             known.frontends = known.frontends.saturating_sub(1);
         }
@@ -89,27 +89,27 @@ impl<K: Copy + Eq + Hash + Ord> Shared<K> {
     }
 
     /// Takes a [`Self::take`] back whose id nobody has seen.
-    pub(super) fn untake(&mut self, key: K) {
+    pub(super) fn unalloc(&mut self, key: K) {
         let Some(known) = self.known.get_mut(&key) else { return };
         known.frontends = known.frontends.saturating_sub(1);
         let id = known.id;
-        if known.frontends == 0 && !self.inherited.contains(&key) {
+        if known.frontends == 0 && !self.adopted.contains(&key) {
             self.known.remove(&key);
-            self.ids.untake(id, 1);
+            self.ids.unalloc(id, 1);
         }
     }
 
-    pub(super) fn ranges(&self) -> &Ranges {
+    pub(super) fn ranges(&self) -> &RangeAllocator {
         &self.ids
     }
 
-    pub(super) fn ranges_mut(&mut self) -> &mut Ranges {
+    pub(super) fn ranges_mut(&mut self) -> &mut RangeAllocator {
         &mut self.ids
     }
 
-    fn drop_if_unused(&mut self, round: Round, key: K) {
+    fn drop_if_unused(&mut self, round: GraceEpoch, key: K) {
         // An inherited frontend may use it, and how is not known.
-        if self.inherited.contains(&key) {
+        if self.adopted.contains(&key) {
             return;
         }
         if let Some(known) = self.known.get(&key).copied().filter(|known| known.frontends == 0) {

@@ -4,9 +4,9 @@
 #![allow(dead_code, reason = "not every test uses all of it")]
 
 use portolan_core::{
-    decode::{Reader, read_text},
+    decode::{DecodeOptions, read_text},
     model::{Finding, Labels, Scope},
-    policy::{Client, Observed, assign, client::Place},
+    policy::{Client, HealthView, assign, client::ClientLocation},
     report::{Report, ServiceReport},
     store::{Changes, Store, Update},
 };
@@ -40,7 +40,7 @@ impl World {
     /// The file now holds this.
     pub fn put(&mut self, scope: &Scope, origin: &str, text: &str) -> Changes {
         let mut changes = Changes::default();
-        let contents = read_text(Reader::default(), scope, origin, text);
+        let contents = read_text(DecodeOptions::default(), scope, origin, text);
         self.0.apply(Update::Replace { origin: origin.to_owned(), contents }, &mut changes);
         changes
     }
@@ -48,15 +48,15 @@ impl World {
     /// A client on a node of a cluster, with further labels.
     pub fn client(&self, cluster: &str, node: &str, labels: &[(&str, &str)]) -> Client {
         let labels: Labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        let place = Place { node: Some(node.to_owned()), locality: None, labels };
+        let place = ClientLocation { node: Some(node.to_owned()), locality: None, labels };
         place.client(cluster, &self.0, &mut Vec::new())
     }
 
     pub fn report(&self, cluster: &str, node: &str) -> Report {
-        self.report_for(&self.client(cluster, node, &[]), &Observed::default())
+        self.report_for(&self.client(cluster, node, &[]), &HealthView::default())
     }
 
-    pub fn report_for(&self, client: &Client, observed: &Observed) -> Report {
+    pub fn report_for(&self, client: &Client, observed: &HealthView) -> Report {
         let mut verdict = assign(self.0.snapshot(), client, observed);
         verdict.findings.extend(self.0.findings());
         verdict.findings.sort();
@@ -68,7 +68,7 @@ impl World {
 pub fn through(text: &str) {
     let world = World::read(text, &[("c1", text), ("c2", text)]);
     let client = world.client("c1", "n1", &[("rack", "a")]);
-    let report = world.report_for(&client, &Observed::default());
+    let report = world.report_for(&client, &HealthView::default());
     for service in &report.services {
         let given: f64 = service.endpoints.iter().map(|endpoint| endpoint.share).sum();
         assert!((0.0..=1.0 + 1e-9).contains(&given), "{service:?}");

@@ -71,7 +71,7 @@ fn while_settings_cannot_be_read_everything_stays_in_its_cluster() {
         let web = named(&report, "web");
         assert!(web.cluster_local && web.endpoints.iter().all(|endpoint| endpoint.cluster == "c1"), "{web:?}");
         let world = World::read(mesh, &[("c1", WEB), ("c2", &far)]);
-        assert!(world.client("c1", "a", &[]).confined);
+        assert!(world.client("c1", "a", &[]).default_cluster_local);
     }
     let sound = broken.replace("soon", "1s");
     let report = World::read(&sound, &[("c1", WEB), ("c2", &far)]).report("c1", "a");

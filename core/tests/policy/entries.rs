@@ -19,9 +19,9 @@ fn a_service_entry_is_a_service() {
     // Rules are found by its host, in its namespace.
     let policy = "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: bank, namespace: shop}\n\
                   spec: {host: bank.example.com, trafficPolicy: {outlierDetection: {}}}\n";
-    let ruled = World::read(&format!("{ENTRY}---\n{policy}"), &[("c1", WEB)]);
-    assert_eq!(shares(named(&ruled.report("c1", "a"), "bank")), given(&[("1", 75.0), ("2", 25.0)]));
-    assert_eq!(shares(named(&ruled.report("c1", "b"), "bank")), given(&[("3", 100.0)]));
+    let has_istio_rule = World::read(&format!("{ENTRY}---\n{policy}"), &[("c1", WEB)]);
+    assert_eq!(shares(named(&has_istio_rule.report("c1", "a"), "bank")), given(&[("1", 75.0), ("2", 25.0)]));
+    assert_eq!(shares(named(&has_istio_rule.report("c1", "b"), "bank")), given(&[("3", 100.0)]));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Objects that the tests share.
 
-use portolan_core::policy::Observed;
+use portolan_core::policy::HealthView;
 
 /// Nodes in three regions, and a Service `web` whose endpoints 10.0.0.1 to .3 are in one each.
 pub const WEB: &str = r#"
@@ -72,7 +72,7 @@ pub fn given(pairs: &[(&str, f64)]) -> Vec<(String, f64)> {
     pairs.iter().map(|(host, share)| ((*host).to_owned(), *share)).collect()
 }
 
-pub fn ejected(addresses: &[&str]) -> Observed {
+pub fn ejected(addresses: &[&str]) -> HealthView {
     let everywhere = addresses.iter().map(|address| format!("{address}:80").parse().unwrap());
-    Observed { ejected_everywhere: everywhere.collect(), ..Observed::default() }
+    HealthView { ejected_everywhere: everywhere.collect(), ..HealthView::default() }
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use portolan_core::policy::{Observed, PoolKey};
+use portolan_core::policy::{HealthView, PoolKey};
 
 use crate::{
     common::{World, findings, named, shares},
@@ -13,17 +13,17 @@ use crate::{
 fn labels_decide_who_comes_first() {
     let setting = "{outlierDetection: {}, loadBalancer: {localityLbSetting: {failoverPriority: [rack, topology.kubernetes.io/region]}}}";
     let world = World::read(&rule(setting), &[("c1", WEB)]);
-    let at = |labels: &[(&str, &str)], observed: &Observed| {
+    let at = |labels: &[(&str, &str)], observed: &HealthView| {
         shares(named(&world.report_for(&world.client("c1", "c", labels), observed), "web"))
     };
     // The same rack, and of those the same region.
-    assert_eq!(at(&[("rack", "right")], &Observed::default()), given(&[("3", 100.0)]));
+    assert_eq!(at(&[("rack", "right")], &HealthView::default()), given(&[("3", 100.0)]));
     assert_eq!(at(&[("rack", "right")], &ejected(&["10.0.0.3"])), given(&[("2", 100.0)]));
     assert_eq!(at(&[("rack", "right")], &ejected(&["10.0.0.2", "10.0.0.3"])), given(&[("1", 100.0)]));
-    assert_eq!(at(&[("rack", "left")], &Observed::default()), given(&[("1", 100.0)]));
+    assert_eq!(at(&[("rack", "left")], &HealthView::default()), given(&[("1", 100.0)]));
     // A value in the rule counts, whatever the client has.
     let fixed = World::read(&rule(&setting.replace("rack,", "rack=left,")), &[("c1", WEB)]);
-    let report = fixed.report_for(&fixed.client("c1", "c", &[("rack", "right")]), &Observed::default());
+    let report = fixed.report_for(&fixed.client("c1", "c", &[("rack", "right")]), &HealthView::default());
     assert_eq!(shares(named(&report, "web")), given(&[("1", 100.0)]));
 }
 
@@ -44,11 +44,11 @@ fn traffic_distribution_prefers_and_falls_back() {
         );
         let world = World::read("", &[("c1", &text)]);
         let client = world.client("c1", "a", &[]);
-        let of = |observed: &Observed| shares(named(&world.report_for(&client, observed), "web"));
+        let of = |observed: &HealthView| shares(named(&world.report_for(&client, observed), "web"));
         let zone = if same_node { given(&[("1", 100.0)]) } else { given(&[("1", 50.0), ("3", 50.0)]) };
-        assert_eq!(of(&Observed::default()), zone, "{value}");
+        assert_eq!(of(&HealthView::default()), zone, "{value}");
         assert_eq!(of(&ejected(&["10.0.0.1", "10.0.0.3"])), given(&[("2", 100.0)]), "{value}");
-        assert_eq!(named(&world.report_for(&client, &Observed::default()), "web").mode, "failover");
+        assert_eq!(named(&world.report_for(&client, &HealthView::default()), "web").mode, "failover");
     }
     // The DestinationRule's own setting comes first, and may turn it off.
     let world =
@@ -76,8 +76,8 @@ fn hints_count_where_no_rule_does() {
     });
     let world = World::read("", &[("c1", &hinted)]);
     assert_eq!(shares(named(&world.report("c1", "b"), "web")), given(&[("2", 100.0)]));
-    let ruled = World::read(&rule("{connectionPool: {tcp: {connectTimeout: 1s}}}"), &[("c1", &hinted)]);
-    assert_eq!(shares(named(&ruled.report("c1", "b"), "web")).len(), 3);
+    let has_istio_rule = World::read(&rule("{connectionPool: {tcp: {connectTimeout: 1s}}}"), &[("c1", &hinted)]);
+    assert_eq!(shares(named(&has_istio_rule.report("c1", "b"), "web")).len(), 3);
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn new_endpoints_warm_up() {
     };
     let of = |age: u64| {
         let ages = HashMap::from([("10.0.0.3:80".parse().unwrap(), Duration::from_secs(age))]);
-        let observed = Observed { ages: [(key.clone(), ages)].into(), ..Observed::default() };
+        let observed = HealthView { ages: [(key.clone(), ages)].into(), ..HealthView::default() };
         shares(named(&world.report_for(&world.client("c1", "a", &[]), &observed), "web"))
     };
     // 1 : 1 : 0.1, then 1 : 1 : 0.5, then all alike.

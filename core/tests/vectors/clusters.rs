@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use portolan_core::{
-    decode::{Reader, read_text},
-    model::{Object, Retention, Scope, Severity},
-    policy::retention,
+    decode::{DecodeOptions, read_text},
+    model::{Object, ClusterLocal, Scope, Severity},
+    policy::cluster_local,
     report::Report,
 };
 use serde_json::{Value, json};
@@ -15,15 +15,15 @@ use crate::{
     values::{ip, list, number, text, texts},
 };
 
-pub fn cluster_local(input: &Value, expect: &Value) {
+pub fn cluster_local_setting(input: &Value, expect: &Value) {
     let setting = |it: &Value| json!({"settings": {"clusterLocal": it["clusterLocal"]}, "hosts": it["hosts"]});
     let settings: Vec<Value> = list(&input["service_settings"]).iter().map(setting).collect();
     let config = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"},
         "data": {"mesh": json!({"serviceSettings": settings}).to_string()}});
-    let contents = read_text(Reader::default(), &Scope::Mesh, "mesh.yaml", &config.to_string());
+    let contents = read_text(DecodeOptions::default(), &Scope::Mesh, "mesh.yaml", &config.to_string());
     let Some(Object::MeshConfig(mesh)) = &contents.objects[0].object else { panic!("{:?}", contents.findings) };
-    let (retention, _) = retention(mesh, &text(&input["host"]));
-    assert_eq!(json!(retention == Retention::Strict), expect["cluster_local"]);
+    let (cluster_local, _) = cluster_local(mesh, &text(&input["host"]));
+    assert_eq!(json!(cluster_local == ClusterLocal::Strict), expect["cluster_local"]);
 }
 
 pub fn cluster_local_endpoints(input: &Value, expect: &Value) {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use portolan_core::{
     model::Warmup,
-    policy::{Level, OVERPROVISIONING_FACTOR, Part, Schedule, Share, effective_weights, loads, warmup_factor},
+    policy::{Level, OVERPROVISIONING_FACTOR, WeightedGroup, Schedule, Share, effective_weights, loads, warmup_factor},
 };
 use serde_json::{Value, json};
 
@@ -51,7 +51,7 @@ pub fn locality_schedule(input: &Value) -> Schedule {
         .map(|locality| (number(&locality["weight"]), number(&locality["hosts"]), number(&locality["healthy"])))
         .collect();
     let groups = effective_weights(&localities, factor).into_iter().zip(0..);
-    Schedule::new(groups.map(|(weight, i)| Part::in_turn(Share::from(weight), vec![(host(i), 1)])).collect())
+    Schedule::new(groups.map(|(weight, i)| WeightedGroup::in_turn(Share::from(weight), vec![(host(i), 1)])).collect())
 }
 
 pub fn picks(schedule: &Schedule, count: usize) -> Vec<u32> {

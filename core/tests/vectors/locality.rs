@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use portolan_core::{
-    decode::{Reader, read_text},
+    decode::{DecodeOptions, read_text},
     model::{
         Distribute, Failover, Finding, LabelPreference, Labels, Locality, LocalityPattern, LocalitySetting, Object,
         Scope, TrafficDistribution, TrafficPolicy,
@@ -100,7 +100,7 @@ pub fn read_policy(policy: Value) -> (Option<TrafficPolicy>, Vec<Finding>) {
         "metadata": {"name": "rule", "namespace": "default"},
         "spec": {"host": "reviews", "trafficPolicy": policy},
     });
-    let contents = read_text(Reader::default(), &Scope::Mesh, "rule.yaml", &rule.to_string());
+    let contents = read_text(DecodeOptions::default(), &Scope::Mesh, "rule.yaml", &rule.to_string());
     let rule = contents.objects.into_iter().next().and_then(|read| read.object);
     let policy = match rule {
         Some(Object::DestinationRule(rule)) => Some(rule.policy.clone()),
@@ -167,10 +167,10 @@ pub fn preferences(input: &Value) -> Vec<LabelPreference> {
 
 pub fn failover_labels(input: &Value, expect: &Value) {
     let endpoints: Vec<Labels> = list(&input["endpoint_labels"]).iter().map(labels).collect();
-    let nowhere = Locality::default();
+    let unknown_locality = Locality::default();
     let setting = LocalitySetting { failover_priority: preferences(input), ..LocalitySetting::default() };
     let client = labels(&input["proxy_labels"]);
-    let ours = levels((&client, &nowhere), &setting, &vec![&nowhere; endpoints.len()], &endpoints);
+    let ours = levels((&client, &unknown_locality), &setting, &vec![&unknown_locality; endpoints.len()], &endpoints);
     assert_eq!(json!(ours), expect["priorities"]);
 }
 

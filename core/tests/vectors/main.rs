@@ -21,7 +21,7 @@ type Check = fn(&Value, &Value);
 /// Every kind, and what checks it.
 const KINDS: [(&str, Check); 32] = [
     ("acceptance", clusters::acceptance),
-    ("cluster_local", clusters::cluster_local),
+    ("cluster_local", clusters::cluster_local_setting),
     ("cluster_local_endpoints", clusters::cluster_local_endpoints),
     ("ejection_growth", outlier::ejection_growth),
     ("ejection_limit", outlier::ejection_limit),

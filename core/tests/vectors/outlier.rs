@@ -7,8 +7,8 @@ use std::{
 };
 
 use portolan_core::{
-    health::{Detector, Event, EventKind, Sign},
-    model::{JudgedBy, OutlierDetection},
+    health::{Detector, DetectorEvent, DetectorEventKind, Signal},
+    model::{SuccessCriterion, OutlierDetection},
 };
 use serde_json::{Value, json};
 
@@ -18,13 +18,13 @@ use crate::{
 };
 
 pub fn detector(hosts: u64, settings: OutlierDetection, now: Instant) -> Detector {
-    let mut detector = Detector::new(settings, JudgedBy::Connect, now);
+    let mut detector = Detector::new(settings, SuccessCriterion::Connected, now);
     detector.set_hosts(&(0..hosts).map(host).collect::<BTreeSet<_>>());
     detector
 }
 
 /// A sign, and whatever it leads to: the agent asks for evidence in between.
-pub fn take(detector: &mut Detector, now: Instant, host: SocketAddr, sign: Sign) -> Option<Event> {
+pub fn take(detector: &mut Detector, now: Instant, host: SocketAddr, sign: Signal) -> Option<DetectorEvent> {
     let causes = detector.observe(host, sign);
     causes.into_iter().filter_map(|cause| detector.eject(now, host, cause)).next()
 }
@@ -53,7 +53,7 @@ pub fn ejection_limit(input: &Value, expect: &Value) {
         let now = Instant::now();
         let mut detector = detector(hosts, settings, now);
         for i in 0..hosts {
-            take(&mut detector, now, host(i), Sign::Refused);
+            take(&mut detector, now, host(i), Signal::Refused);
         }
         detector.ejections().count()
     };
@@ -94,7 +94,7 @@ pub fn ejection_timeline(input: &Value, expect: &Value) {
     for event in list(&input["events"]) {
         let now = start + Duration::from_secs_f64(event["t"].as_f64().unwrap());
         match text(&event["op"]).as_str() {
-            "eject" => drop(take(&mut detector, now, host(0), Sign::Refused)),
+            "eject" => drop(take(&mut detector, now, host(0), Signal::Refused)),
             "tick" => drop(detector.handle_timeout(now)),
             other => panic!("{other} is no event"),
         }
@@ -114,8 +114,8 @@ pub fn durations(input: &Value) -> Vec<u64> {
     let mut detector = detector(1, OutlierDetection { interval, ..timing(input) }, now);
     let mut durations = Vec::new();
     for _ in 0..number(&input["consecutive_ejections"]) {
-        let event = take(&mut detector, now, host(0), Sign::Refused).unwrap();
-        let EventKind::Ejected { duration, .. } = event.kind else { panic!("{event:?}") };
+        let event = take(&mut detector, now, host(0), Signal::Refused).unwrap();
+        let DetectorEventKind::Ejected { duration, .. } = event.kind else { panic!("{event:?}") };
         durations.push(duration.as_secs());
         now += duration;
         assert_eq!(detector.handle_timeout(now.max(detector.poll_timeout().unwrap())).len(), 1);
@@ -143,7 +143,7 @@ pub fn consecutive(input: &Value, expect: &Value) {
     let mut detector = detector(1, settings(number(&input["threshold"]) as u32, percent), now);
     for event in list(&input["events"]) {
         // A refused and a timed-out connect count alike.
-        let sign = if event == "S" { Sign::Connected } else { Sign::Refused };
+        let sign = if event == "S" { Signal::Connected } else { Signal::Refused };
         take(&mut detector, now, host(0), sign);
     }
     assert_eq!(json!(detector.ejections().count() == 1), expect["ejected"]);
@@ -200,18 +200,18 @@ pub fn tcp_mapping(input: &Value, expect: &Value) {
     for (event, result) in list(&input["events"]).iter().zip(reports) {
         // What the kernel tells of each; of the others it tells nothing.
         let sign = match text(event).as_str() {
-            "connect_timeout" => Some(Sign::TimedOut),
-            "connect_refused_or_reset" => Some(Sign::Refused),
-            "connected" => Some(Sign::Connected),
+            "connect_timeout" => Some(Signal::TimedOut),
+            "connect_refused_or_reset" => Some(Signal::Refused),
+            "connected" => Some(Signal::Connected),
             _ => None,
         };
         let result = text(result);
         let fails = result.contains("->50");
-        assert_eq!(sign.map(Sign::is_failure), (fails || result.contains("->200")).then_some(fails), "{event}");
+        assert_eq!(sign.map(Signal::is_failure), (fails || result.contains("->200")).then_some(fails), "{event}");
         // One failure short of the threshold: a failure ejects, a success starts the count again, all else changes nothing.
         let now = Instant::now();
         let mut detector = detector(1, settings(2, 100), now);
-        take(&mut detector, now, host(0), Sign::Refused);
+        take(&mut detector, now, host(0), Signal::Refused);
         if let Some(sign) = sign {
             take(&mut detector, now, host(0), sign);
         }
@@ -233,7 +233,7 @@ pub fn success_rate(input: &Value, expect: &Value) {
         for request in 0..100 {
             // Half of them, one after another: never five in a row.
             let fails = *rate < 100.0 && request % 2 == 0;
-            take(&mut detector, now, host(i), if fails { Sign::Refused } else { Sign::Connected });
+            take(&mut detector, now, host(i), if fails { Signal::Refused } else { Signal::Connected });
         }
     }
     assert_eq!(detector.ejections().count(), 0);
@@ -252,9 +252,9 @@ pub fn failure_percentage(input: &Value, expect: &Value) {
         let (good, bad) = (number(&of["success"]), number(&of["fail"]));
         for _ in 0..good {
             for _ in 0..bad / good {
-                take(&mut detector, now, host(i), Sign::Refused);
+                take(&mut detector, now, host(i), Signal::Refused);
             }
-            take(&mut detector, now, host(i), Sign::Connected);
+            take(&mut detector, now, host(i), Signal::Connected);
         }
     }
     assert_eq!(detector.ejections().count(), 0);

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::socket::Seen;
 use crate::{
     maps,
-    mmap_array::Mapped,
+    mmap_array::MmapArray,
     pins::{Pins, Set},
 };
 
@@ -30,18 +30,18 @@ const OWNER: usize = offset_of!(Connection, owner) / 8;
 const ABANDONED: Duration = Duration::from_secs(600);
 
 /// The maps that say so.
-pub(crate) struct States {
+pub(crate) struct SocketAccounting {
     pub(super) storage: MapData,
-    connections: Mapped,
-    backends: Mapped,
-    pools: Mapped,
+    connections: MmapArray,
+    backends: MmapArray,
+    pools: MmapArray,
     limits: aya::maps::Array<MapData, portolan_common::Limits>,
     set: u32,
 }
 
 /// What a recount has put right.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Recounted {
+pub struct Reconciled {
     /// Places that belonged to connections that there are not.
     pub freed: usize,
     /// Counts of connections, of endpoints and of pools, that were wrong.
@@ -57,7 +57,7 @@ pub(super) struct Counts {
     pools: Vec<u64>,
 }
 
-impl States {
+impl SocketAccounting {
     pub(crate) fn open(pins: &Pins, set: Set) -> Result<Self> {
         let mapped = |name: &str| -> Result<(MapData, u32)> {
             let pin = pins.map(set, name);
@@ -68,9 +68,9 @@ impl States {
         let (pools, of_pools) = mapped("POOL_STATS")?;
         Ok(Self {
             storage: MapData::from_pin(pins.socket_map(maps::SOCKETS))?,
-            connections: Mapped::open::<Connection>(connections.fd(), Connection::PLACES)?,
-            backends: Mapped::open::<BackendStats>(backends.fd(), of_backends)?,
-            pools: Mapped::open::<PoolStats>(pools.fd(), of_pools)?,
+            connections: MmapArray::open::<Connection>(connections.fd(), Connection::PLACES)?,
+            backends: MmapArray::open::<BackendStats>(backends.fd(), of_backends)?,
+            pools: MmapArray::open::<PoolStats>(pools.fd(), of_pools)?,
             limits: aya::maps::Array::try_from(aya::maps::Map::Array(mapped("POOLS")?.0))?,
             set: set.id,
         })
@@ -123,7 +123,7 @@ impl States {
                 owners.push((place, connection.owner));
             }
         }
-        let all = |of: &Mapped, word| -> Result<Vec<u64>> {
+        let all = |of: &MmapArray, word| -> Result<Vec<u64>> {
             (0..of.len()).map(|id| Ok(of.word(id, word)?.load(Ordering::SeqCst))).collect()
         };
         Ok(Counts { owners, backends: all(&self.backends, BACKEND_ACTIVE)?, pools: all(&self.pools, POOL_ACTIVE)? })
@@ -131,7 +131,7 @@ impl States {
 
     /// Leads places and counts to what was seen of all sockets since `before`. What is found for the first time is only remembered: a socket that came
     /// or went while others were looked at may explain it.
-    pub(super) fn recount(&self, before: &Counts, seen: &Seen, doubts: &mut Doubts) -> Result<Recounted> {
+    pub(super) fn recount(&self, before: &Counts, seen: &Seen, doubts: &mut Doubts) -> Result<Reconciled> {
         let (mut backends, mut pools): (HashMap<u32, u64>, HashMap<u32, u64>) = Default::default();
         for state in seen.states.iter().filter(|state| state.set == self.set && state.stage != SocketStage::None as u32)
         {
@@ -143,7 +143,7 @@ impl States {
                 *pools.entry(state.pool).or_default() += 1;
             }
         }
-        let mut recounted = Recounted::default();
+        let mut recounted = Reconciled::default();
         let former = std::mem::take(doubts);
         let of_backends = (&self.backends, BACKEND_ACTIVE, before.backends.as_slice(), &backends);
         doubts.backends = correct(of_backends, &former.backends, &mut recounted)?;
@@ -174,9 +174,9 @@ pub(super) struct Doubts {
 
 /// Takes off what counts are too high by twice in a row, where nobody changed them while it was looked. Gives back what looked wrong for the first time.
 fn correct(
-    (of, word, before, seen): (&Mapped, usize, &[u64], &HashMap<u32, u64>),
+    (of, word, before, seen): (&MmapArray, usize, &[u64], &HashMap<u32, u64>),
     former: &Drifts,
-    recounted: &mut Recounted,
+    recounted: &mut Reconciled,
 ) -> Result<Drifts> {
     let mut drifts = Drifts::new();
     for (id, before) in (0..).zip(before) {

@@ -25,7 +25,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use portolan_common::SocketState;
-use portolan_core::{model::Protocol, table::Lost};
+use portolan_core::{model::Protocol, table::RemovedEndpoints};
 use rustix::{
     process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
     thread::{LinkNameSpaceType, move_into_link_name_space},
@@ -38,7 +38,7 @@ use tokio::{
 
 use self::{
     accounting::{Doubts, Waiting},
-    request::Verdict,
+    request::Action,
     sock_diag::Diag,
     socket::{Connected, Seen},
 };
@@ -46,13 +46,13 @@ use crate::{
     netns::namespaces,
     pins::{Pins, Set},
     sys,
-    wire::{checked, framed},
+    wire::{frame_len, encode_frame},
 };
 
-pub(super) use self::accounting::States;
+pub(super) use self::accounting::SocketAccounting;
 pub use self::{
-    accounting::Recounted,
-    request::{GoneTcp, Lifetime, Order, Served},
+    accounting::Reconciled,
+    request::{RemovedEndpointTcp, Lifetime, SweepRequest, ActiveEndpoints},
 };
 
 /// A connection is idle when nothing was sent or received for so long.
@@ -92,7 +92,7 @@ impl Reason {
 
 /// What a pass has done.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Pass {
+pub struct SweepReport {
     /// Whether it looked for connections to end, and not only counted them.
     pub closing: bool,
     /// Whether it was to count.
@@ -104,33 +104,33 @@ pub struct Pass {
     /// How many more may be ended because their endpoints get no connections any more.
     moves: u64,
     /// What was put right.
-    pub recounted: Option<Recounted>,
+    pub recounted: Option<Reconciled>,
     /// Network namespaces that were looked into.
     pub namespaces: usize,
     /// What did not work.
     pub trouble: Vec<String>,
     /// Endpoints whose connected UDP sockets may not all have been ended, for that reason.
-    pub unfinished: Option<Lost>,
+    pub unfinished: Option<RemovedEndpoints>,
 }
 
 /// The helper that does it, from outside.
-pub struct Closer {
-    states: States,
-    orders: UnboundedSender<Order>,
-    passes: UnboundedReceiver<Pass>,
+pub struct Terminator {
+    states: SocketAccounting,
+    orders: UnboundedSender<SweepRequest>,
+    passes: UnboundedReceiver<SweepReport>,
 }
 
-impl Closer {
+impl Terminator {
     /// Speaks with the helper on this way, of the sockets whose states are pinned here, with ids of this set. To be called inside a runtime.
     pub(super) fn start(pins: &Pins, set: Set, helper: UnixStream) -> Result<Self> {
-        let states = States::open(pins, set).context("cannot open the sockets' states")?;
+        let states = SocketAccounting::open(pins, set).context("cannot open the sockets' states")?;
         helper.set_nonblocking(true)?;
         let (mut answers, mut asks) = tokio::net::UnixStream::from_std(helper)?.into_split();
         let (orders, mut wanted) = unbounded_channel();
         let (done, passes) = unbounded_channel();
         tokio::spawn(async move {
             while let Some(order) = wanted.recv().await {
-                match framed(&order) {
+                match encode_frame(&order) {
                     Ok(frame) => asks.write_all(&frame).await?,
                     Err(error) => tracing::warn!("connections that should end go on: the order to end them: {error}"),
                 }
@@ -141,7 +141,7 @@ impl Closer {
             loop {
                 let mut length = [0; 4];
                 answers.read_exact(&mut length).await?;
-                let mut bytes = vec![0; checked(length)?];
+                let mut bytes = vec![0; frame_len(length)?];
                 answers.read_exact(&mut bytes).await?;
                 if done.send(postcard::from_bytes(&bytes).map_err(io::Error::other)?).is_err() {
                     return io::Result::Ok(());
@@ -152,7 +152,7 @@ impl Closer {
     }
 
     /// Asks for a pass. Where one is under way, the next one follows, and of several that wait the last one counts.
-    pub fn begin(&self, order: Order) {
+    pub fn begin(&self, order: SweepRequest) {
         // It ends with this value only, or with the helper, which `done` tells.
         let _ = self.orders.send(order);
     }
@@ -166,7 +166,7 @@ impl Closer {
     ///
     /// # Errors
     /// The helper has ended.
-    pub async fn done(&mut self) -> Result<Pass> {
+    pub async fn done(&mut self) -> Result<SweepReport> {
         self.passes.recv().await.context("the helper, which closes connections, has ended")
     }
 }
@@ -181,7 +181,7 @@ pub(super) fn check() -> Result<(), String> {
 }
 
 /// Does what it is told, until nobody tells it anything or takes what it has done. It moves this thread from namespace to namespace.
-pub(super) fn work(states: &States, set: u32, orders: &Receiver<Order>, mut done: impl FnMut(Pass) -> bool) {
+pub(super) fn work(states: &SocketAccounting, set: u32, orders: &Receiver<SweepRequest>, mut done: impl FnMut(SweepReport) -> bool) {
     let own = File::open("/proc/thread-self/ns/net");
     let (mut waiting, mut tidied) = (Waiting::default(), Instant::now());
     let mut doubts = Doubts::default();
@@ -189,7 +189,7 @@ pub(super) fn work(states: &States, set: u32, orders: &Receiver<Order>, mut done
     loop {
         if tidied.elapsed() >= TIDY {
             tidied = Instant::now();
-            if let Err(error) = tidy(states, &mut waiting, tidied) {
+            if let Err(error) = reap_abandoned(states, &mut waiting, tidied) {
                 tracing::warn!("places of connections cannot be freed: {error:#}");
             }
         }
@@ -198,9 +198,9 @@ pub(super) fn work(states: &States, set: u32, orders: &Receiver<Order>, mut done
             Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => return,
         };
-        let order = orders.try_iter().fold(order, Order::followed_by);
+        let order = orders.try_iter().fold(order, SweepRequest::followed_by);
         let closing = order.is_about_gone() || order.is_about_living();
-        let mut pass = Pass { closing, counting: order.recount, ..Pass::default() };
+        let mut pass = SweepReport { closing, counting: order.recount, ..SweepReport::default() };
         if moves_since.elapsed() >= MOVES_IN {
             (moves, moves_since) = (MOVES, Instant::now());
         }
@@ -251,7 +251,7 @@ pub(super) fn work(states: &States, set: u32, orders: &Receiver<Order>, mut done
 }
 
 /// Frees the places of connects that failed before they began: no hook hears of those.
-fn tidy(states: &States, waiting: &mut Waiting, now: Instant) -> Result<()> {
+fn reap_abandoned(states: &SocketAccounting, waiting: &mut Waiting, now: Instant) -> Result<()> {
     let abandoned = states.abandoned(waiting, now)?;
     if abandoned.is_empty() {
         return Ok(());
@@ -284,30 +284,30 @@ type Datagrams = (Rc<Diag>, Connected);
 /// Ends the TCP connections of a namespace that the order is about, and finds the UDP sockets that it may be about.
 fn one_namespace(
     namespace: &File,
-    states: &States,
+    states: &SocketAccounting,
     set: u32,
-    order: &Order,
+    order: &SweepRequest,
     seen: Option<&mut Seen>,
-    pass: &mut Pass,
+    pass: &mut SweepReport,
 ) -> Result<Vec<Datagrams>> {
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).context("cannot get in")?;
     let diag = Rc::new(Diag::open()?);
     if let Some(seen) = seen {
         diag.count(states, seen).context("cannot list TCP connections")?;
     }
-    if order.gone_tcp != GoneTcp::Keep || order.is_about_living() {
+    if order.removed_endpoint_tcp != RemovedEndpointTcp::Keep || order.is_about_living() {
         for connection in diag.connections(states).context("cannot list TCP connections")? {
             let reason = match order.verdict(&connection, set) {
-                Verdict::Keep => continue,
-                Verdict::Wait(left) => {
+                Action::Keep => continue,
+                Action::Wait(left) => {
                     pass.wait = Some(pass.wait.map_or(left, |wait| wait.min(left)));
                     continue;
                 }
-                Verdict::Close(Reason::Elsewhere) if pass.moves == 0 => {
+                Action::Close(Reason::Elsewhere) if pass.moves == 0 => {
                     pass.wait = Some(pass.wait.map_or(MOVES_IN, |wait| wait.min(MOVES_IN)));
                     continue;
                 }
-                Verdict::Close(reason) => reason,
+                Action::Close(reason) => reason,
             };
             pass.moves -= u64::from(reason == Reason::Elsewhere);
             if diag.destroy(Protocol::Tcp, &connection.socket).context("cannot close TCP connections")? {
@@ -322,7 +322,7 @@ fn one_namespace(
 }
 
 /// Ends those UDP sockets that carry a state of ours. sock_diag does not show it for UDP, so each is borrowed from a process that has it.
-fn close_datagrams(sockets: Vec<Datagrams>, states: &States, order: &Order, pass: &mut Pass) -> Result<()> {
+fn close_datagrams(sockets: Vec<Datagrams>, states: &SocketAccounting, order: &SweepRequest, pass: &mut SweepReport) -> Result<()> {
     sees_all_processes()?;
     let mut by_inode: HashMap<u64, Datagrams> =
         sockets.into_iter().map(|(diag, socket)| (socket.inode.into(), (diag, socket))).collect();
@@ -372,7 +372,7 @@ fn borrow(process: i32, descriptor: i32) -> Result<OwnedFd> {
     Ok(pidfd_getfd(process, descriptor, PidfdGetfdFlags::empty())?)
 }
 
-impl Pass {
+impl SweepReport {
     fn count(&mut self, reason: Reason, protocol: Protocol, state: &SocketState) {
         *self.closed.entry((reason, protocol, state.backend.socket_addr())).or_default() += 1;
     }

@@ -14,7 +14,7 @@ use portolan_common::{Endpoint, SocketState};
 use portolan_core::model::Protocol;
 
 use super::{
-    accounting::States,
+    accounting::SocketAccounting,
     socket::{Connected, Connection, Seen, peer},
 };
 
@@ -62,7 +62,7 @@ impl Diag {
     }
 
     /// The TCP connections with a state of ours whose peer is the endpoint that they were given.
-    pub(super) fn connections(&self, states: &States) -> io::Result<Vec<Connection>> {
+    pub(super) fn connections(&self, states: &SocketAccounting) -> io::Result<Vec<Connection>> {
         let mut found = Vec::new();
         // Half closed ones are read from still.
         let wanted = [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT];
@@ -73,7 +73,7 @@ impl Diag {
     }
 
     /// TCP sockets in these states, each with what is in its storage.
-    fn streams(&self, wanted: &[u32], states: &States, take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    fn streams(&self, wanted: &[u32], states: &SocketAccounting, take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
         let mut map = Vec::new();
         attribute(&mut map, REQ_MAP_FD, &(states.storage.fd().as_fd().as_raw_fd() as u32).to_ne_bytes());
         let mut storage = Vec::new();
@@ -82,7 +82,7 @@ impl Diag {
     }
 
     /// Adds all TCP sockets of the namespace that have a peer, and what is remembered of them.
-    pub(super) fn count(&self, states: &States, seen: &mut Seen) -> io::Result<()> {
+    pub(super) fn count(&self, states: &SocketAccounting, seen: &mut Seen) -> io::Result<()> {
         let wanted =
             [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING];
         self.streams(&wanted, states, &mut |body| {
@@ -128,8 +128,8 @@ impl Diag {
 
     /// Whether sockets of a protocol can be ended: by ending one that there is not.
     pub(super) fn check(&self, protocol: Protocol) -> io::Result<()> {
-        let nowhere = Endpoint::from_words([0; 4], 0);
-        let socket = Connected { peer: nowhere, inode: 0, family: libc::AF_INET as u8, identity: [0; 48] };
+        let unknown_locality = Endpoint::from_words([0; 4], 0);
+        let socket = Connected { peer: unknown_locality, inode: 0, family: libc::AF_INET as u8, identity: [0; 48] };
         self.destroy(protocol, &socket).map(drop)
     }
 

@@ -7,11 +7,11 @@ use portolan_core::{
     store::Update,
 };
 
-use super::Feed;
+use super::WatchContext;
 
 /// Holds back what would leave `default/kubernetes` without an endpoint.
 pub(super) struct Guard {
-    feed: Feed,
+    context: WatchContext,
     name: NamespacedName,
     /// Endpoints by slice, as far as they were passed on.
     passed: BTreeMap<String, Vec<SocketAddr>>,
@@ -20,21 +20,21 @@ pub(super) struct Guard {
 }
 
 impl Guard {
-    pub(super) fn new(feed: &Feed) -> Self {
+    pub(super) fn new(context: &WatchContext) -> Self {
         let name = NamespacedName::new("default", "kubernetes");
-        Self { feed: feed.clone(), name, passed: BTreeMap::new(), held: BTreeMap::new() }
+        Self { context: context.clone(), name, passed: BTreeMap::new(), held: BTreeMap::new() }
     }
 
     /// What may go on of an update, and of those that were held back.
     pub(super) fn pass(&mut self, update: Update) -> Vec<Update> {
-        let service = format!("{}/services/{}", self.feed.cluster, self.name);
+        let service = format!("{}/services/{}", self.context.cluster, self.name);
         match &update {
             Update::Remove { origin } if *origin == service => {
                 self.note("is not there any more: it stays as it was");
                 return Vec::new();
             }
             Update::Replace { origin, .. } if *origin == service => {
-                self.feed.sources.note("guard", None);
+                self.context.sources.note("guard", None);
                 return vec![update];
             }
             _ => {}
@@ -73,9 +73,9 @@ impl Guard {
                 self.passed.remove(&origin);
                 updates.push(update);
             }
-            self.feed.sources.note("guard", None);
+            self.context.sources.note("guard", None);
         }
-        self.feed.direct.set(self.passed.values().flatten().copied().collect());
+        self.context.direct.set(self.passed.values().flatten().copied().collect());
         updates
     }
 }
@@ -85,7 +85,7 @@ impl Guard {
         let message =
             format!("the API says that {} {what}, for without it nobody would learn that there are others", self.name);
         let finding = Finding::new(Code::ApiServerHeld, format!("Service {}", self.name), message);
-        self.feed.sources.note("guard", Some(finding));
+        self.context.sources.note("guard", Some(finding));
     }
 }
 

@@ -30,9 +30,9 @@ type Taken = Pin<Box<dyn Body<Data = Bytes, Error = BoxError> + Send>>;
 
 /// Makes it so for all that a client asks.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Bound;
+pub(super) struct BodyLimit;
 
-impl<S> Layer<S> for Bound {
+impl<S> Layer<S> for BodyLimit {
     type Service = Bounding<S>;
 
     fn layer(&self, inner: S) -> Bounding<S> {

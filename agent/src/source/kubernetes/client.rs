@@ -24,7 +24,7 @@ use rustix::net::sockopt;
 use tokio::net::TcpStream;
 use tower::{BoxError, Service, ServiceBuilder};
 
-use super::{body_limit::Bound, list_watch::describe};
+use super::{body_limit::BodyLimit, list_watch::describe};
 
 /// How long to wait for a connection.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -128,7 +128,7 @@ fn build(config: Config, direct: Direct) -> Result<Client> {
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)
-        .layer(Bound)
+        .layer(BodyLimit)
         .map_err(BoxError::from)
         .service(legacy::Client::builder(TokioExecutor::new()).build(https));
     Ok(Client::new(service, config.default_namespace))

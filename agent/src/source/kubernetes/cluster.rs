@@ -7,15 +7,15 @@ use portolan_core::store::Update;
 use tokio::task::JoinSet;
 
 use super::{
-    Feed,
-    list_watch::{Follower, Only},
+    WatchContext,
+    list_watch::{ListWatcher, Only},
     resources::{PODS, RESOURCES, Resource},
     sink::{Known, Objects, doubt},
 };
 
 /// A cluster whose objects are followed, as long as this lives.
 pub(super) struct Cluster {
-    feed: Feed,
+    context: WatchContext,
     id: String,
     tasks: JoinSet<()>,
     known: HashMap<&'static str, Known>,
@@ -23,8 +23,8 @@ pub(super) struct Cluster {
 
 impl Cluster {
     /// Begins to follow a cluster.
-    pub(super) fn start(feed: &Feed, id: &str, client: &Client) -> Self {
-        let mut cluster = Self { feed: feed.clone(), id: id.to_owned(), tasks: JoinSet::new(), known: HashMap::new() };
+    pub(super) fn start(context: &WatchContext, id: &str, client: &Client) -> Self {
+        let mut cluster = Self { context: context.clone(), id: id.to_owned(), tasks: JoinSet::new(), known: HashMap::new() };
         cluster.follow(client);
         cluster
     }
@@ -38,17 +38,17 @@ impl Cluster {
     /// Stops, and has everything of the cluster forgotten.
     pub(super) async fn end(mut self) {
         self.tasks.shutdown().await;
-        self.feed.sources.forget(&self.id, None);
+        self.context.sources.forget(&self.id, None);
         // An error means that the agent is ending.
         let _ =
-            self.feed.updates.send(vec![Update::Forget { below: format!("{}/", self.id), but: HashSet::new() }]).await;
+            self.context.updates.send(vec![Update::Forget { below: format!("{}/", self.id), but: HashSet::new() }]).await;
     }
 
     fn follow(&mut self, client: &Client) {
-        let own = self.id == self.feed.cluster;
+        let own = self.id == self.context.cluster;
         let wanted: Vec<_> = RESOURCES.iter().filter(|resource| own || resource.of_all).collect();
         for resource in wanted {
-            self.feed.sources.expect(&self.id, &resource.name());
+            self.context.sources.expect(&self.id, &resource.name());
             let work = self.follower(resource, client);
             self.tasks.spawn(work);
         }
@@ -58,27 +58,27 @@ impl Cluster {
 
     fn follower(&mut self, resource: &'static Resource, client: &Client) -> impl Future<Output = ()> + Send + use<> {
         let known = Known::clone(self.known.entry(resource.plural).or_default());
-        let (feed, id, client) = (self.feed.clone(), self.id.clone(), client.clone());
+        let (context, id, client) = (self.context.clone(), self.id.clone(), client.clone());
         async move {
-            let sink = Objects::new(&feed, resource, &id, client.clone(), known).await;
-            Follower { feed, cluster: id, resource, only: Only::default(), client, sink }.run().await;
+            let sink = Objects::new(&context, resource, &id, client.clone(), known).await;
+            ListWatcher { context, cluster: id, resource, only: Only::default(), client, sink }.run().await;
         }
     }
 
     /// Pods, while a rule asks for their labels.
     fn pods(&mut self, client: &Client) -> impl Future<Output = ()> + Send + use<> {
         let known = Known::clone(self.known.entry(PODS.plural).or_default());
-        let (feed, id, client) = (self.feed.clone(), self.id.clone(), client.clone());
+        let (context, id, client) = (self.context.clone(), self.id.clone(), client.clone());
         async move {
-            let mut wanted = feed.wants.follow();
+            let mut wanted = context.wants.follow();
             loop {
                 if wanted.wait_for(|wanted| *wanted).await.is_err() {
                     return;
                 }
-                let sink = Objects::new(&feed, &PODS, &id, client.clone(), Known::clone(&known)).await;
-                let (feed, cluster, client) = (feed.clone(), id.clone(), client.clone());
+                let sink = Objects::new(&context, &PODS, &id, client.clone(), Known::clone(&known)).await;
+                let (context, cluster, client) = (context.clone(), id.clone(), client.clone());
                 let follower =
-                    Follower { feed: feed.clone(), cluster, resource: &PODS, only: Only::default(), client, sink };
+                    ListWatcher { context: context.clone(), cluster, resource: &PODS, only: Only::default(), client, sink };
                 tokio::select! {
                     () = follower.run() => return,
                     gone = wanted.wait_for(|wanted| !*wanted) => {
@@ -88,14 +88,14 @@ impl Cluster {
                     }
                 }
                 known.lock().await.clear();
-                feed.sources.forget(&id, Some(&PODS.name()));
+                context.sources.forget(&id, Some(&PODS.name()));
                 let below = format!("{id}/{}/", PODS.plural);
                 let news = vec![
                     Update::Forget { below, but: HashSet::new() },
                     // If they could not be read, that matters no more.
                     Update::Remove { origin: doubt(&id, &PODS) },
                 ];
-                if feed.updates.send(news).await.is_err() {
+                if context.updates.send(news).await.is_err() {
                     return;
                 }
             }

@@ -30,13 +30,13 @@ const ANSWER: Duration = Duration::from_secs(10);
 const MOST: usize = 1_000;
 
 /// Who tells.
-pub(super) struct Teller {
+pub(super) struct EventRecorder {
     pub(super) client: Client,
     pub(super) cluster: String,
     pub(super) node: String,
 }
 
-impl Teller {
+impl EventRecorder {
     /// Tells of what comes, one after the other.
     pub(super) async fn run(self, mut findings: mpsc::Receiver<Finding>) {
         while let Some(finding) = findings.recv().await {

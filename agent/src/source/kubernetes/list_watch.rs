@@ -14,7 +14,7 @@ use kube::{
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::{
-    Feed,
+    WatchContext,
     body_limit::{MOST as MOST_BYTES, TooLong},
     raw_object::Raw,
     resources::{RESOURCES, Resource},
@@ -96,8 +96,8 @@ pub(super) struct Only {
 }
 
 /// Follows one resource of one cluster.
-pub(super) struct Follower<S> {
-    pub(super) feed: Feed,
+pub(super) struct ListWatcher<S> {
+    pub(super) context: WatchContext,
     pub(super) cluster: String,
     pub(super) resource: &'static Resource,
     /// Which of them.
@@ -106,7 +106,7 @@ pub(super) struct Follower<S> {
     pub(super) sink: S,
 }
 
-impl<S: Sink> Follower<S> {
+impl<S: Sink> ListWatcher<S> {
     /// Works until nobody listens any more.
     pub(super) async fn run(mut self) {
         let name = self.resource.name();
@@ -118,10 +118,10 @@ impl<S: Sink> Follower<S> {
         let (mut missing, mut forbidden): (Option<Instant>, Option<Instant>) = (None, None);
         // Whether it was tried at once because something else got through, in vain.
         let mut hurried = false;
-        let (mut refusals, mut listed_at) = (0, Instant::now());
+        let (mut report_refusals, mut listed_at) = (0, Instant::now());
         // Whether what came last was silence: that a watch begins says nothing then.
         let mut stalled = false;
-        self.feed.sources.expect(&self.cluster, &name);
+        self.context.sources.expect(&self.cluster, &name);
         loop {
             let (api, _) = self.resource.api(self.client.clone(), version);
             let began = Instant::now();
@@ -134,7 +134,7 @@ impl<S: Sink> Follower<S> {
                     (missing, forbidden, hurried) = (None, None, false);
                     if listed.is_some() {
                         (at, again, tried) = (listed, self.next_resync(), 0);
-                        (refusals, listed_at, stalled) = (0, Instant::now(), false);
+                        (report_refusals, listed_at, stalled) = (0, Instant::now(), false);
                     } else if began.elapsed() < SHORTEST {
                         sleep(backoff.next().unwrap_or(SHORTEST)).await;
                     } else {
@@ -144,7 +144,7 @@ impl<S: Sink> Follower<S> {
                 }
                 Err(broken) => broken,
             };
-            let later = LATER.min(self.feed.resync);
+            let later = LATER.min(self.context.resync);
             let error = match broken {
                 Broken::Over => return,
                 Broken::Resync => {
@@ -161,12 +161,12 @@ impl<S: Sink> Follower<S> {
                 Broken::Stalled => {
                     stalled = true;
                     let why =
-                        format!("nothing came for {:?}, though the connection stands", self.feed.watch_timeout + SLACK);
-                    self.feed.sources.trouble(&self.cluster, &name, Trouble::Unreachable(why));
+                        format!("nothing came for {:?}, though the connection stands", self.context.watch_timeout + SLACK);
+                    self.context.sources.trouble(&self.cluster, &name, Trouble::Unreachable(why));
                     continue;
                 }
                 Broken::TooMuch(why) => {
-                    self.feed.sources.trouble(&self.cluster, &name, Trouble::Unreachable(why));
+                    self.context.sources.trouble(&self.cluster, &name, Trouble::Unreachable(why));
                     sleep(jittered(later)).await;
                     continue;
                 }
@@ -177,9 +177,9 @@ impl<S: Sink> Follower<S> {
                 _ => 0,
             };
             // A server that refuses a watch again and again may have another history by now.
-            refusals += u32::from(!matches!(status, 0 | 401 | 403 | 429));
-            if status == 400 || refusals >= REFUSALS || Instant::now() >= again {
-                (at, refusals) = (None, 0);
+            report_refusals += u32::from(!matches!(status, 0 | 401 | 403 | 429));
+            if status == 400 || report_refusals >= REFUSALS || Instant::now() >= again {
+                (at, report_refusals) = (None, 0);
             }
             let optional = self.resource.versions.len() > 1;
             let trouble = match status {
@@ -192,7 +192,7 @@ impl<S: Sink> Follower<S> {
                     }
                     let since = *missing.get_or_insert_with(Instant::now);
                     // Who answers so to everything is not the API server.
-                    let itself = self.feed.sources.is_well(&self.cluster, &RESOURCES[0].name());
+                    let itself = self.context.sources.is_well(&self.cluster, &RESOURCES[0].name());
                     if self.sink.held() == 0 || (since.elapsed() > PATIENCE && itself) {
                         self.sink.begin();
                         self.sink.end();
@@ -222,13 +222,13 @@ impl<S: Sink> Follower<S> {
                 Trouble::Unreachable(_) => backoff.next().unwrap_or(later).min(later),
             };
             tracing::debug!(cluster = self.cluster, resource = name, ?wait, "{error}");
-            self.feed.sources.trouble(&self.cluster, &name, trouble);
+            self.context.sources.trouble(&self.cluster, &name, trouble);
             if !self.sink.flush().await {
                 return;
             }
             // Where one gets through, all try, but once.
             let soon = wait.min(jittered(SHORTEST));
-            let recovered = self.feed.sources.recovered(&self.cluster);
+            let recovered = self.context.sources.recovered(&self.cluster);
             sleep(soon).await;
             tokio::select! {
                 () = sleep(wait - soon) => {}
@@ -238,7 +238,7 @@ impl<S: Sink> Follower<S> {
     }
 
     fn next_resync(&self) -> Instant {
-        Instant::now() + jittered(self.feed.resync)
+        Instant::now() + jittered(self.context.resync)
     }
 
     /// Reads everything; the moment in the server's history that this was.
@@ -283,7 +283,7 @@ impl<S: Sink> Follower<S> {
         if !self.sink.flush().await {
             return Err(Broken::Over);
         }
-        self.feed.sources.synced(&self.cluster, &self.resource.name(), self.sink.held(), Some(&at));
+        self.context.sources.synced(&self.cluster, &self.resource.name(), self.sink.held(), Some(&at));
         Ok(at)
     }
 
@@ -297,12 +297,12 @@ impl<S: Sink> Follower<S> {
     ) -> Result<(), Broken> {
         let name = self.resource.name();
         let params = WatchParams {
-            timeout: Some(u32::try_from(self.feed.watch_timeout.as_secs()).unwrap_or(u32::MAX).max(1)),
+            timeout: Some(u32::try_from(self.context.watch_timeout.as_secs()).unwrap_or(u32::MAX).max(1)),
             field_selector: self.only.fields.clone().or(self.resource.fields.map(str::to_owned)),
             label_selector: self.only.labels.map(str::to_owned),
             ..WatchParams::default()
         };
-        let silence = self.feed.watch_timeout + SLACK;
+        let silence = self.context.watch_timeout + SLACK;
         let begun = async {
             Ok::<BoxStream<'_, kube::Result<WatchEvent<Raw>>>, kube::Error>(if self.resource.metadata_only {
                 api.watch_metadata(&params, at).await?.map_ok(of_metadata).boxed()
@@ -314,20 +314,20 @@ impl<S: Sink> Follower<S> {
         // Once nothing has broken for a while; after silence, that says nothing either.
         let mut proven = (!*stalled).then(|| Instant::now() + SHORTEST);
         if !*stalled {
-            self.feed.sources.heard(&self.cluster, &name, self.sink.held(), at);
+            self.context.sources.heard(&self.cluster, &name, self.sink.held(), at);
         }
         loop {
             let until = again.min(Instant::now() + silence);
             let Ok(next) = timeout_at(proven.map_or(until, |at| until.min(at)), events.next()).await else {
                 if proven.take().is_some_and(|at| at < until) {
-                    self.feed.sources.proven(&self.cluster);
+                    self.context.sources.proven(&self.cluster);
                     continue;
                 }
                 return Err(if until == again { Broken::Resync } else { Broken::Stalled });
             };
             let Some(event) = next else {
                 *stalled = false;
-                self.feed.sources.heard(&self.cluster, &name, self.sink.held(), at);
+                self.context.sources.heard(&self.cluster, &name, self.sink.held(), at);
                 return Ok(());
             };
             match event? {
@@ -346,7 +346,7 @@ impl<S: Sink> Follower<S> {
                 return Err(Broken::Over);
             }
             *stalled = false;
-            self.feed.sources.heard(&self.cluster, &name, self.sink.held(), at);
+            self.context.sources.heard(&self.cluster, &name, self.sink.held(), at);
         }
     }
 }

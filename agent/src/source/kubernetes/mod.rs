@@ -24,7 +24,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use kube::Client;
 use portolan_core::{
-    decode::Reader,
+    decode::DecodeOptions,
     model::{Code, Finding, Kind},
     store::{Contents, Update},
 };
@@ -37,14 +37,14 @@ use tokio::{
 use self::{
     client::Direct,
     cluster::Cluster,
-    event_recorder::Teller,
-    list_watch::{Follower, Only},
+    event_recorder::EventRecorder,
+    list_watch::{ListWatcher, Only},
     opt_out::Lists,
     remote_clusters::{LABEL, SecretSink},
     resources::{LABELLED_NAMESPACES, OWN_PODS, PODS, SECRETS},
 };
 use super::status::{Sources, Trouble};
-use crate::opt_out::{self as opted_out, Board};
+use crate::opt_out::{self as opted_out, OptOutRegistry};
 
 /// Other clusters that cannot be reached hold up the beginning for no longer than this.
 const FIRST: Duration = Duration::from_secs(30);
@@ -71,14 +71,14 @@ pub struct Options {
     /// How long the endpoints of another cluster that is out of reach are believed.
     pub remote_grace: Duration,
     /// How objects are read.
-    pub reader: Reader,
+    pub reader: DecodeOptions,
 }
 
 /// What all who follow something have at hand.
 #[derive(Clone)]
-struct Feed {
+struct WatchContext {
     cluster: String,
-    reader: Reader,
+    reader: DecodeOptions,
     resync: Duration,
     watch_timeout: Duration,
     updates: mpsc::Sender<Vec<Update>>,
@@ -136,7 +136,7 @@ pub async fn connect(options: &Options) -> Result<Link> {
 
 /// Follows the own cluster and all others, until the receiver is gone.
 ///
-/// `told`: findings that are to become Events on their objects; `board`: where pods are named that are to be left alone.
+/// `told`: findings that are to become Events on their objects; `registry`: where pods are named that are to be left alone.
 ///
 /// # Errors
 /// A part of it has ended.
@@ -146,9 +146,9 @@ pub async fn run(
     sources: Arc<Sources>,
     updates: mpsc::Sender<Vec<Update>>,
     told: Option<mpsc::Receiver<Finding>>,
-    board: Arc<Board>,
+    registry: Arc<OptOutRegistry>,
 ) -> Result<()> {
-    let feed = Feed {
+    let context = WatchContext {
         cluster: options.cluster.clone(),
         reader: options.reader,
         resync: options.resync,
@@ -159,42 +159,42 @@ pub async fn run(
         direct,
     };
     tracing::info!(cluster = options.cluster, "reading from the API server");
-    let _own = Cluster::start(&feed, &options.cluster, &client);
+    let _own = Cluster::start(&context, &options.cluster, &client);
     let mut others = JoinSet::new();
     if let Some(told) = told {
         let (client, cluster, node) = (client.clone(), options.cluster.clone(), options.node.clone());
-        others.spawn(Teller { client, cluster, node }.run(told));
+        others.spawn(EventRecorder { client, cluster, node }.run(told));
     }
     if options.others {
-        let (sink, secrets) = SecretSink::new(&feed);
+        let (sink, secrets) = SecretSink::new(&context);
         let cluster = options.cluster.clone();
         sources.expect(&cluster, &SECRETS.name());
         let only = Only { labels: Some(LABEL), ..Only::default() };
         let client = client.clone();
-        others.spawn(Follower { feed: feed.clone(), cluster, resource: &SECRETS, only, client, sink }.run());
-        others.spawn(remote_clusters::run(feed.clone(), secrets));
+        others.spawn(ListWatcher { context: context.clone(), cluster, resource: &SECRETS, only, client, sink }.run());
+        others.spawn(remote_clusters::run(context.clone(), secrets));
     }
 
     if options.node.is_empty() {
         // Clients are in a place, and on no node that could have pods.
-        board.want(opted_out::ByUid::new());
+        registry.want(opted_out::ByUid::new());
     } else {
-        let lists = Lists::new(board, Arc::clone(&sources));
+        let lists = Lists::new(registry, Arc::clone(&sources));
         let own_pods = Only { fields: Some(format!("spec.nodeName={}", options.node)), ..Only::default() };
         let labelled = Only { labels: Some(opted_out::LABEL), ..Only::default() };
         for (resource, only, sink) in
             [(&OWN_PODS, own_pods, lists.pods()), (&LABELLED_NAMESPACES, labelled, lists.namespaces())]
         {
-            let (feed, cluster, client) = (feed.clone(), options.cluster.clone(), client.clone());
+            let (context, cluster, client) = (context.clone(), options.cluster.clone(), client.clone());
             sources.expect(&cluster, &resource.name());
-            others.spawn(Follower { feed, cluster, resource, only, client, sink }.run());
+            others.spawn(ListWatcher { context, cluster, resource, only, client, sink }.run());
         }
     }
 
     let mut overseer = Overseer {
         options,
         sources,
-        feed,
+        context,
         began: Instant::now(),
         own: None,
         unknown: BTreeSet::new(),
@@ -245,7 +245,7 @@ fn aside() -> [String; 3] {
 struct Overseer {
     options: Options,
     sources: Arc<Sources>,
-    feed: Feed,
+    context: WatchContext,
     began: Instant,
     /// When all of the own cluster was read.
     own: Option<Instant>,
@@ -296,7 +296,7 @@ impl Overseer {
 
     /// Whether all of a cluster was read that its services are made of.
     fn is_settled(&self, id: &str) -> bool {
-        let pods = !self.feed.wants.any() || self.sources.knows(id, &PODS.name());
+        let pods = !self.context.wants.any() || self.sources.knows(id, &PODS.name());
         self.sources.is_settled(id, &aside()) && pods
     }
 

@@ -9,7 +9,7 @@ use portolan_core::model::{Code, Finding};
 
 use super::{list_watch::Sink, raw_object::Raw};
 use crate::{
-    opt_out::{AskedBy, Board, ByUid, LABEL, Pod},
+    opt_out::{AskedBy, OptOutRegistry, ByUid, LABEL, Pod},
     source::Sources,
 };
 
@@ -93,13 +93,13 @@ impl Known {
 #[derive(Clone)]
 pub(super) struct Lists {
     known: Arc<Mutex<Known>>,
-    board: Arc<Board>,
+    registry: Arc<OptOutRegistry>,
     sources: Arc<Sources>,
 }
 
 impl Lists {
-    pub(super) fn new(board: Arc<Board>, sources: Arc<Sources>) -> Self {
-        Self { known: Arc::default(), board, sources }
+    pub(super) fn new(registry: Arc<OptOutRegistry>, sources: Arc<Sources>) -> Self {
+        Self { known: Arc::default(), registry, sources }
     }
 
     /// Takes the pods of this node.
@@ -118,7 +118,7 @@ impl Lists {
 
     fn publish(&self, known: &Known) {
         let Some((wanted, strange)) = known.wanted() else { return };
-        self.board.want(wanted);
+        self.registry.want(wanted);
         let finding = (!strange.is_empty())
             .then(|| Finding::new(Code::OptOutLabel, format!("Label {LABEL}"), strange.join("; ")));
         self.sources.note("opt-out/labels", finding);

@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::{
-    Feed, client,
+    WatchContext, client,
     cluster::Cluster,
     list_watch::{Sink, describe},
     raw_object::Raw,
@@ -37,16 +37,16 @@ pub(super) type Secrets = BTreeMap<String, BTreeMap<String, String>>;
 
 /// Takes the Secrets.
 pub(super) struct SecretSink {
-    feed: Feed,
+    context: WatchContext,
     secrets: Secrets,
     listed: Option<HashSet<String>>,
     wanted: watch::Sender<Secrets>,
 }
 
 impl SecretSink {
-    pub(super) fn new(feed: &Feed) -> (Self, watch::Receiver<Secrets>) {
+    pub(super) fn new(context: &WatchContext) -> (Self, watch::Receiver<Secrets>) {
         let (wanted, told) = watch::channel(Secrets::new());
-        (Self { feed: feed.clone(), secrets: Secrets::new(), listed: None, wanted }, told)
+        (Self { context: context.clone(), secrets: Secrets::new(), listed: None, wanted }, told)
     }
 
     fn take(&mut self, object: Raw) {
@@ -57,11 +57,11 @@ impl SecretSink {
                 let data = data.unwrap_or_default().into_iter();
                 let kubeconfigs = data.map(|(id, text)| (id, String::from_utf8_lossy(&text.0).into_owned())).collect();
                 self.secrets.insert(name, kubeconfigs);
-                self.feed.sources.note(&note, None);
+                self.context.sources.note(&note, None);
             }
             Err(error) => {
                 let message = format!("cannot be read: {error}. The clusters that it last named stay");
-                self.feed
+                self.context
                     .sources
                     .note(&note, Some(Finding::new(Code::RemoteCluster, format!("Secret {name}"), message)));
             }
@@ -103,8 +103,8 @@ impl Sink for SecretSink {
 
     async fn flush(&mut self) -> bool {
         // Before anybody asks whether all of them were read.
-        for id in self.secrets.values().flat_map(BTreeMap::keys).filter(|id| **id != self.feed.cluster) {
-            self.feed.sources.expect(id, &RESOURCES[0].name());
+        for id in self.secrets.values().flat_map(BTreeMap::keys).filter(|id| **id != self.context.cluster) {
+            self.context.sources.expect(id, &RESOURCES[0].name());
         }
         self.wanted.send_if_modified(|before| {
             let new = *before != self.secrets;
@@ -126,10 +126,10 @@ struct Remote {
 }
 
 /// Follows other clusters, as Secrets name them.
-pub(super) async fn run(feed: Feed, mut secrets: watch::Receiver<Secrets>) {
+pub(super) async fn run(context: WatchContext, mut secrets: watch::Receiver<Secrets>) {
     let mut running: BTreeMap<String, Remote> = BTreeMap::new();
     loop {
-        let wanted = choose(&feed, &running, &secrets.borrow_and_update());
+        let wanted = choose(&context, &running, &secrets.borrow_and_update());
         let gone: Vec<String> = running.keys().filter(|id| !wanted.contains_key(*id)).cloned().collect();
         for id in gone {
             let Some(Remote { task, kubeconfig, .. }) = running.remove(&id) else { continue };
@@ -139,9 +139,9 @@ pub(super) async fn run(feed: Feed, mut secrets: watch::Receiver<Secrets>) {
             let _ = task.await;
         }
         // Those that were named so shortly that nobody has followed them.
-        let is_known = |id: &String| *id == feed.cluster || wanted.contains_key(id);
-        for id in feed.sources.clusters().into_iter().filter(|id| !is_known(id)) {
-            feed.sources.forget(&id, None);
+        let is_known = |id: &String| *id == context.cluster || wanted.contains_key(id);
+        for id in context.sources.clusters().into_iter().filter(|id| !is_known(id)) {
+            context.sources.forget(&id, None);
         }
         for (id, (secret, text)) in wanted {
             match running.get_mut(&id) {
@@ -158,7 +158,7 @@ pub(super) async fn run(feed: Feed, mut secrets: watch::Receiver<Secrets>) {
                 None => {
                     tracing::info!(cluster = id, secret, "another cluster");
                     let (kubeconfig, told) = watch::channel(Some(text));
-                    let task = tokio::spawn(follow(feed.clone(), id.clone(), secret.clone(), told));
+                    let task = tokio::spawn(follow(context.clone(), id.clone(), secret.clone(), told));
                     running.insert(id, Remote { secret, kubeconfig, task });
                 }
             }
@@ -170,14 +170,14 @@ pub(super) async fn run(feed: Feed, mut secrets: watch::Receiver<Secrets>) {
 }
 
 /// Whose kubeconfig counts for each cluster: who has named it already, or else the first by name.
-fn choose(feed: &Feed, running: &BTreeMap<String, Remote>, secrets: &Secrets) -> BTreeMap<String, (String, String)> {
+fn choose(context: &WatchContext, running: &BTreeMap<String, Remote>, secrets: &Secrets) -> BTreeMap<String, (String, String)> {
     let mut chosen: BTreeMap<String, (String, String)> = BTreeMap::new();
     let mut doubles = Vec::new();
     let all = || secrets.iter().flat_map(|(secret, of)| of.iter().map(move |(id, text)| (secret, id, text)));
     let holds = |id: &String, secret: &String| running.get(id).is_some_and(|remote| remote.secret == *secret);
     let (first, then): (Vec<_>, Vec<_>) = all().partition(|(secret, id, _)| holds(id, secret));
     for (secret, id, text) in first.into_iter().chain(then) {
-        if *id == feed.cluster {
+        if *id == context.cluster {
             continue;
         }
         match chosen.get(id) {
@@ -189,12 +189,12 @@ fn choose(feed: &Feed, running: &BTreeMap<String, Remote>, secrets: &Secrets) ->
     }
     let finding = (!doubles.is_empty())
         .then(|| Finding::new(Code::RemoteCluster, format!("Secrets of {MESH_NAMESPACE}"), doubles.join("; ")));
-    feed.sources.note("double", finding);
+    context.sources.note("double", finding);
     chosen
 }
 
 /// Follows one cluster, until nobody names it any more.
-async fn follow(feed: Feed, id: String, secret: String, mut kubeconfig: watch::Receiver<Option<String>>) {
+async fn follow(context: WatchContext, id: String, secret: String, mut kubeconfig: watch::Receiver<Option<String>>) {
     let note = format!("remote/{id}");
     let find = |message: String| {
         Finding::new(Code::RemoteCluster, format!("Secret {secret}"), format!("cluster {id} {message}"))
@@ -214,7 +214,7 @@ async fn follow(feed: Feed, id: String, secret: String, mut kubeconfig: watch::R
                 Err(error) => Some((find(format!("cannot be followed: its kubeconfig {error:#}{stays}")), false)),
                 Ok(client) => match &mut cluster {
                     None => {
-                        cluster = Some(Cluster::start(&feed, &id, &client));
+                        cluster = Some(Cluster::start(&context, &id, &client));
                         in_force = print;
                         None
                     }
@@ -234,11 +234,11 @@ async fn follow(feed: Feed, id: String, secret: String, mut kubeconfig: watch::R
         };
         let again = found.as_ref().is_some_and(|(_, again)| *again);
         if cluster.is_none() {
-            feed.sources.trouble(&id, &RESOURCES[0].name(), Trouble::Noted);
+            context.sources.trouble(&id, &RESOURCES[0].name(), Trouble::Noted);
         }
-        feed.sources.note(&note, found.map(|(finding, _)| finding));
+        context.sources.note(&note, found.map(|(finding, _)| finding));
         let wait = async {
-            if again { sleep(backoff.next().unwrap_or(feed.resync)).await } else { std::future::pending().await }
+            if again { sleep(backoff.next().unwrap_or(context.resync)).await } else { std::future::pending().await }
         };
         tokio::select! {
             changed = kubeconfig.changed() => {
@@ -249,10 +249,10 @@ async fn follow(feed: Feed, id: String, secret: String, mut kubeconfig: watch::R
             () = wait => {}
         }
     }
-    feed.sources.note(&note, None);
+    context.sources.note(&note, None);
     match cluster {
         Some(cluster) => cluster.end().await,
-        None => feed.sources.forget(&id, None),
+        None => context.sources.forget(&id, None),
     }
 }
 

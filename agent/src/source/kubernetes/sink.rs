@@ -13,14 +13,14 @@ use portolan_core::{
 };
 use tokio::sync::OwnedMutexGuard;
 
-use super::{Feed, apiserver_guard::Guard, list_watch::Sink, raw_object::Raw, resources::Resource};
+use super::{WatchContext, apiserver_guard::Guard, list_watch::Sink, raw_object::Raw, resources::Resource};
 
 /// What is in the store of one resource of a cluster: where each object came from, and what it said. It outlives who follows.
 pub(super) type Known = Arc<tokio::sync::Mutex<HashMap<String, u64>>>;
 
 /// Takes the objects of one resource.
 pub(super) struct Objects {
-    feed: Feed,
+    context: WatchContext,
     resource: &'static Resource,
     cluster: String,
     scope: Scope,
@@ -38,20 +38,20 @@ pub(super) struct Objects {
 
 impl Objects {
     pub(super) async fn new(
-        feed: &Feed,
+        context: &WatchContext,
         resource: &'static Resource,
         cluster: &str,
         client: kube::Client,
         known: Known,
     ) -> Self {
         let guarded = matches!(resource.kind, Some(Kind::EndpointSlice | Kind::Service));
-        let guard = (cluster == feed.cluster && guarded).then(|| Guard::new(feed));
+        let guard = (cluster == context.cluster && guarded).then(|| Guard::new(context));
         let mut known = known.lock_owned().await;
         // All that is known is said once more, and the store compares.
         known.values_mut().for_each(|print| *print = 0);
         let stale = !known.is_empty();
         Self {
-            feed: feed.clone(),
+            context: context.clone(),
             resource,
             cluster: cluster.to_owned(),
             scope: Scope::Cluster(cluster.to_owned()),
@@ -70,11 +70,11 @@ impl Objects {
     }
 
     fn take(&mut self, origin: String, object: Raw) {
-        let contents = read_value(self.feed.reader, &self.scope, &origin, object.into_value(&self.api));
+        let contents = read_value(self.context.reader, &self.scope, &origin, object.into_value(&self.api));
         if self.known.insert(origin.clone(), contents.fingerprint) != Some(contents.fingerprint) {
             // Of a broken one, the last good state stays in force, and with it what that asks for.
-            if self.cluster == self.feed.cluster && contents.objects.iter().all(|read| read.object.is_some()) {
-                self.feed.wants.note(&origin, asks_for_labels(&contents));
+            if self.cluster == self.context.cluster && contents.objects.iter().all(|read| read.object.is_some()) {
+                self.context.wants.note(&origin, asks_for_labels(&contents));
             }
             self.push(Update::Replace { origin, contents });
         }
@@ -82,7 +82,7 @@ impl Objects {
 
     fn remove(&mut self, origin: String) {
         if self.known.remove(&origin).is_some() {
-            self.feed.wants.note(&origin, false);
+            self.context.wants.note(&origin, false);
             self.push(Update::Remove { origin });
         }
     }
@@ -135,7 +135,7 @@ impl Sink for Objects {
 
     fn unknown(&mut self) {
         // Other clusters decide nothing: what is not known of them leaves nothing open.
-        if self.cluster == self.feed.cluster && !std::mem::replace(&mut self.doubted, true) {
+        if self.cluster == self.context.cluster && !std::mem::replace(&mut self.doubted, true) {
             let contents = Contents { only: self.resource.kind, ..Contents::default() };
             let origin = self.doubt();
             self.out.push(Update::Replace { origin, contents });
@@ -148,7 +148,7 @@ impl Sink for Objects {
 
     async fn flush(&mut self) -> bool {
         let updates = std::mem::take(&mut self.out);
-        updates.is_empty() || self.feed.updates.send(updates).await.is_ok()
+        updates.is_empty() || self.context.updates.send(updates).await.is_ok()
     }
 }
 

@@ -2,14 +2,14 @@
 
 use super::*;
 
-const DOWN: Sign = Sign::Refused;
+const DOWN: Signal = Signal::Refused;
 
 fn new(settings: OutlierDetection, now: Instant) -> Detector {
-    Detector::new(settings, JudgedBy::Connect, now)
+    Detector::new(settings, SuccessCriterion::Connected, now)
 }
 
 /// A sign, and whatever it leads to.
-fn take(detector: &mut Detector, now: Instant, host: SocketAddr, sign: Sign) -> Option<Event> {
+fn take(detector: &mut Detector, now: Instant, host: SocketAddr, sign: Signal) -> Option<DetectorEvent> {
     let causes = detector.observe(host, sign);
     causes.into_iter().filter_map(|cause| detector.eject(now, host, cause)).next()
 }
@@ -71,7 +71,7 @@ fn another_threshold_counts_anew() {
     for _ in 0..4 {
         assert_eq!(take(&mut detector, now, host, DOWN), None);
     }
-    detector.configure(&settings(2), JudgedBy::Connect, now);
+    detector.configure(&settings(2), SuccessCriterion::Connected, now);
     assert_eq!(take(&mut detector, now, host, DOWN), None);
     assert!(take(&mut detector, now, host, DOWN).is_some());
 }
@@ -81,44 +81,44 @@ fn a_host_that_goes_takes_its_ejection_with_it() {
     let (now, [a, b]) = (Instant::now(), [1, 2].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
     let mut detector = new(OutlierDetection { max_ejection_percent: 50, ..settings(1) }, now);
     detector.set_hosts(&BTreeSet::from([a, b]));
-    assert!(matches!(take(&mut detector, now, a, DOWN), Some(Event { kind: EventKind::Ejected { .. }, .. })));
-    assert!(matches!(take(&mut detector, now, b, DOWN), Some(Event { kind: EventKind::Overflow { .. }, .. })));
+    assert!(matches!(take(&mut detector, now, a, DOWN), Some(DetectorEvent { kind: DetectorEventKind::Ejected { .. }, .. })));
+    assert!(matches!(take(&mut detector, now, b, DOWN), Some(DetectorEvent { kind: DetectorEventKind::Overflow { .. }, .. })));
     let c = SocketAddr::from(([10, 0, 0, 3], 80));
     detector.set_hosts(&BTreeSet::from([b, c]));
     assert_eq!(detector.ejections().count(), 0);
-    assert!(matches!(take(&mut detector, now, b, DOWN), Some(Event { kind: EventKind::Ejected { .. }, .. })));
+    assert!(matches!(take(&mut detector, now, b, DOWN), Some(DetectorEvent { kind: DetectorEventKind::Ejected { .. }, .. })));
 }
 
 #[test]
 fn a_status_counts_where_the_port_is_http() {
     let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
-    let ejects = |signs: &[Sign], settings: OutlierDetection| {
-        let mut detector = Detector::new(settings, JudgedBy::Status, now);
+    let ejects = |signs: &[Signal], settings: OutlierDetection| {
+        let mut detector = Detector::new(settings, SuccessCriterion::HttpStatus, now);
         detector.set_hosts(&BTreeSet::from([host]));
         signs.iter().any(|sign| take(&mut detector, now, host, *sign).is_some())
     };
-    let [up, bad, gone] = [Sign::Connected, Sign::Status(500), Sign::Status(503)];
+    let [up, bad, gone] = [Signal::Connected, Signal::Status(500), Signal::Status(503)];
     assert!(ejects(&[bad, up, bad, up, gone], settings(3)), "that a connection stands proves nothing");
     assert!(ejects(&[bad, DOWN, gone], settings(3)), "a refused one counts as 503");
-    assert!(!ejects(&[bad, bad, Sign::Status(404), bad, bad], settings(3)));
+    assert!(!ejects(&[bad, bad, Signal::Status(404), bad, bad], settings(3)));
     let gateway = || OutlierDetection { gateway_errors: 2, ..settings(0) };
-    assert!(ejects(&[gone, Sign::TimedOut], gateway()));
-    assert!(!ejects(&[gone, bad, gone, Sign::Status(200), gone], gateway()), "500 is no gateway's error");
+    assert!(ejects(&[gone, Signal::TimedOut], gateway()));
+    assert!(!ejects(&[gone, bad, gone, Signal::Status(200), gone], gateway()), "500 is no gateway's error");
     let split = || OutlierDetection { local_origin_errors: Some(2), ..settings(2) };
-    assert!(!ejects(&[DOWN, bad, up, DOWN, Sign::Status(200)], split()), "each counts for itself");
+    assert!(!ejects(&[DOWN, bad, up, DOWN, Signal::Status(200)], split()), "each counts for itself");
     assert!(ejects(&[bad, DOWN, up, bad], split()));
-    assert!(ejects(&[DOWN, bad, Sign::Status(200), DOWN], split()));
+    assert!(ejects(&[DOWN, bad, Signal::Status(200), DOWN], split()));
 }
 
 #[test]
 fn what_breaks_before_an_answer_counts_where_that_is_asked_for() {
     let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
-    let mut detector = Detector::new(settings(2), JudgedBy::Answer, now);
+    let mut detector = Detector::new(settings(2), SuccessCriterion::FirstByte, now);
     detector.set_hosts(&BTreeSet::from([host]));
-    for sign in [Sign::Connected, Sign::Broken, Sign::Connected, Sign::Answered, Sign::Broken, Sign::Connected] {
+    for sign in [Signal::Connected, Signal::Broken, Signal::Connected, Signal::Answered, Signal::Broken, Signal::Connected] {
         assert_eq!(take(&mut detector, now, host, sign), None, "{sign:?}");
     }
-    assert!(take(&mut detector, now, host, Sign::Broken).is_some());
+    assert!(take(&mut detector, now, host, Signal::Broken).is_some());
 }
 
 #[test]
@@ -145,7 +145,7 @@ fn a_restart_changes_nothing_and_what_is_over_is_over() {
     let mut soon = fresh();
     soon.restore(start + seconds(40), seconds(30), saved.iter().copied());
     let event = take(&mut soon, start + seconds(40), hosts[0], DOWN);
-    assert!(matches!(event, Some(Event { kind: EventKind::Ejected { duration, .. }, .. }) if duration == seconds(30)));
+    assert!(matches!(event, Some(DetectorEvent { kind: DetectorEventKind::Ejected { duration, .. }, .. }) if duration == seconds(30)));
     // One that is not there any more is forgotten.
     let mut other = new(settings(1), start);
     other.set_hosts(&BTreeSet::from([hosts[1]]));

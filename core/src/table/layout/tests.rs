@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     model::{NamespacedName, ServiceId},
-    policy::{Part, Schedule, Share},
+    policy::{WeightedGroup, Schedule, Share},
     table::key,
 };
 
@@ -70,7 +70,7 @@ impl Maps {
     }
 
     /// What a new agent would find.
-    fn held(&self, layout: &Layout) -> Held {
+    fn held(&self, layout: &Layout) -> PinnedState {
         let of = |key: &FrontendKey| {
             let version = self.version(key);
             let slots = || (version.base..version.base + version.period).map(|i| self.slots[&i]);
@@ -79,11 +79,11 @@ impl Maps {
             let start = used().map(|(first, _)| first).min().unwrap_or(0);
             let end = used().map(|(first, len)| first + len).max().unwrap_or(0);
             let id = self.frontends[key];
-            HeldFrontend { id, index: self.current[&id], version, runs: (start, end - start) }
+            PinnedFrontend { id, index: self.current[&id], version, runs: (start, end - start) }
         };
         let used: BTreeSet<u32> = self.runs.values().copied().collect();
         let is_current = |id: &u32| layout.backend_id(&self.backends[id].endpoint.socket_addr()) == Some(*id);
-        Held {
+        PinnedState {
             frontends: self.frontends.keys().map(of).collect(),
             backends: used.into_iter().filter(is_current).map(|id| (id, self.backends[&id])).collect(),
             epochs: self.backends.iter().map(|(id, backend)| (*id, backend.epoch)).collect(),
@@ -134,11 +134,11 @@ fn table(spec: &[Spec]) -> Table {
     let frontends = spec.iter().map(|(i, groups)| {
         let groups = groups.iter().map(|(share, members)| {
             let members = members.iter().map(|member| (address(*member), 1)).collect();
-            Part::in_turn(Share::from(u128::from(*share)), members)
+            WeightedGroup::in_turn(Share::from(u128::from(*share)), members)
         });
         let schedule = Schedule::new(groups.collect());
         let endpoints: BTreeSet<_> = schedule.runs.iter().flat_map(|run| run.members.iter().copied()).collect();
-        let entry = Entry {
+        let entry = FrontendSpec {
             schedule: Arc::new(schedule),
             endpoints: endpoints.into_iter().collect(),
             pools: Arc::new([]),
@@ -171,7 +171,7 @@ proptest! {
             for key in maps.frontends.keys() {
                 read.push((maps.version(key), maps.picks(key, PICKS)));
             }
-            let (ops, refused) = layout.update(table, Knowledge::Complete);
+            let (ops, refused) = layout.update(table, Completeness::Complete);
             // With no time to rest, places run out; that is told, and nothing else is harmed.
             prop_assume!(refused.is_empty());
             for op in &ops {
@@ -194,7 +194,7 @@ proptest! {
                 let members = entry.schedule.runs.iter().flat_map(|run| run.members.iter().copied()).collect();
                 prop_assert_eq!(maps.members(key), members);
             }
-            let again = layout.update(table, Knowledge::Complete);
+            let again = layout.update(table, Completeness::Complete);
             prop_assert_eq!(again, (Vec::new(), Vec::new()), "what is unchanged is not written");
             before = table.clone();
             if settles {
@@ -217,7 +217,7 @@ proptest! {
                 let set = own.iter().filter_map(|key| Some((*key, table.frontends.get(key)?.clone())));
                 let set = Table { frontends: set.collect() };
                 let gone: Vec<_> = own.into_iter().filter(|key| !table.frontends.contains_key(key)).collect();
-                let (ops, refused) = layout.change(&set, &gone, Knowledge::Complete);
+                let (ops, refused) = layout.change(&set, &gone, Completeness::Complete);
                 prop_assert!(refused.is_empty());
                 maps.write_all(&ops);
             }
@@ -226,7 +226,7 @@ proptest! {
                 prop_assert_eq!(maps.picks(key, PICKS), expected(&entry.schedule));
             }
             // And nothing is left to do.
-            prop_assert_eq!(layout.update(table, Knowledge::Complete), (Vec::new(), Vec::new()));
+            prop_assert_eq!(layout.update(table, Completeness::Complete), (Vec::new(), Vec::new()));
             before = table.clone();
         }
     }
@@ -235,18 +235,18 @@ proptest! {
     fn a_new_agent_takes_over_what_it_finds(first in tables(), second in tables()) {
         let (mut layout, mut maps) = (Layout::new(Sizes::default()), Maps::default());
         for table in &first {
-            layout.update(table, Knowledge::Complete).0.iter().for_each(|op| maps.write(op));
+            layout.update(table, Completeness::Complete).0.iter().for_each(|op| maps.write(op));
         }
         let former = maps.clone();
         let held = maps.held(&layout);
         let mut layout = Layout::from_held(Sizes::default(), held);
         // Nothing is known yet: nothing may go.
-        layout.update(&Table::default(), Knowledge::Partial).0.iter().for_each(|op| maps.write(op));
+        layout.update(&Table::default(), Completeness::Partial).0.iter().for_each(|op| maps.write(op));
         for key in former.frontends.keys() {
             prop_assert_eq!(maps.picks(key, PICKS), former.picks(key, PICKS));
         }
         let last = second.last().unwrap();
-        for op in layout.update(last, Knowledge::Complete).0 {
+        for op in layout.update(last, Completeness::Complete).0 {
             maps.write(&op);
             for key in maps.frontends.keys() {
                 let picks = maps.picks(key, PICKS);
@@ -262,11 +262,11 @@ proptest! {
 fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
     let sizes = Sizes { frontends: 4, backends: 3, slots: 100, affinities: 1 };
     let mut layout = Layout::new(sizes);
-    let (_, refused) = layout.update(&table(&[(1, vec![(1, vec![1, 2])])]), Knowledge::Complete);
+    let (_, refused) = layout.update(&table(&[(1, vec![(1, vec![1, 2])])]), Completeness::Complete);
     assert_eq!(refused, []);
     // Two backends more than there is room for, in the first of two frontends.
     let wanted = table(&[(1, vec![(1, vec![1, 2, 3, 4, 5])]), (2, vec![(1, vec![6])])]);
-    let (ops, refused) = layout.update(&wanted, Knowledge::Complete);
+    let (ops, refused) = layout.update(&wanted, Completeness::Complete);
     assert_eq!(
         refused.iter().map(|refused| (refused.key, refused.map)).collect::<Vec<_>>(),
         [(frontend(1), "BACKENDS")]
@@ -275,12 +275,12 @@ fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
     assert!(!ops.iter().any(|op| matches!(op, Op::SetVersion(_, it) if it.key == frontend(1))));
     // A new one that does not fit refuses, rather than not be there.
     let (ops, refused) =
-        layout.update(&table(&[(1, vec![(1, vec![1, 2])]), (3, vec![(1, vec![6, 7, 8])])]), Knowledge::Complete);
+        layout.update(&table(&[(1, vec![(1, vec![1, 2])]), (3, vec![(1, vec![6, 7, 8])])]), Completeness::Complete);
     assert_eq!(refused.iter().map(|refused| refused.key).collect::<Vec<_>>(), [frontend(3)]);
     assert!(ops.iter().any(|op| matches!(op, Op::SetVersion(_, it) if it.key == frontend(3) && it.period == 0)));
     // Nothing that was set aside for the refused one is lost.
     settle(&mut layout);
-    let (_, refused) = layout.update(&table(&[(1, vec![(1, vec![1, 2, 6])])]), Knowledge::Complete);
+    let (_, refused) = layout.update(&table(&[(1, vec![(1, vec![1, 2, 6])])]), Completeness::Complete);
     assert_eq!(refused, []);
 }
 
@@ -289,7 +289,7 @@ fn limits_of_a_frontend_that_does_not_fit_are_as_they_were() {
     // Three places for pools, of which the first is nobody's.
     let sizes = Sizes { frontends: 1, backends: 4, slots: 10, affinities: 1 };
     let mut layout = Layout::new(sizes);
-    let pool = |port, max| PoolEntry {
+    let pool = |port, max| PoolSpec {
         key: PoolKey {
             service: ServiceId::service(NamespacedName::new("default", "web")),
             port,
@@ -301,20 +301,20 @@ fn limits_of_a_frontend_that_does_not_fit_are_as_they_were() {
         strict: false,
         watch: 0,
     };
-    let with = |pools: Vec<PoolEntry>| {
+    let with = |pools: Vec<PoolSpec>| {
         let mut table = table(&[(1, vec![(1, vec![1])])]);
         table.frontends.values_mut().for_each(|entry| entry.pools = pools.clone().into());
         table
     };
-    let (ops, refused) = layout.update(&with(vec![pool(80, 5), pool(81, 5)]), Knowledge::Complete);
+    let (ops, refused) = layout.update(&with(vec![pool(80, 5), pool(81, 5)]), Completeness::Complete);
     assert_eq!((ops.iter().filter(|op| matches!(op, Op::ResetPool(..))).count(), refused.len()), (2, 0));
     let before = layout.limits.clone();
-    let (ops, refused) = layout.update(&with(vec![pool(80, 6), pool(82, 6), pool(83, 6)]), Knowledge::Complete);
+    let (ops, refused) = layout.update(&with(vec![pool(80, 6), pool(82, 6), pool(83, 6)]), Completeness::Complete);
     assert_eq!(refused.iter().map(|refused| refused.map).collect::<Vec<_>>(), ["POOLS"]);
     assert!(ops.is_empty() && layout.limits == before, "{ops:?}");
     // And nothing that was set aside for it is lost.
     settle(&mut layout);
-    let (ops, refused) = layout.update(&with(vec![pool(80, 7), pool(81, 5)]), Knowledge::Complete);
+    let (ops, refused) = layout.update(&with(vec![pool(80, 7), pool(81, 5)]), Completeness::Complete);
     assert_eq!((ops.iter().filter(|op| matches!(op, Op::SetPool(..))).count(), refused.len()), (1, 0));
 }
 
@@ -323,19 +323,19 @@ fn limits_of_a_frontend_that_does_not_fit_are_as_they_were() {
 fn backends_of_an_inherited_frontend_that_is_refused_are_not_given_away() {
     let sizes = Sizes { frontends: 4, backends: 4, slots: 10, affinities: 1 };
     let (mut former, mut maps) = (Layout::new(sizes), Maps::default());
-    let ops = former.update(&table(&[(1, vec![(1, vec![1, 2])])]), Knowledge::Complete).0;
+    let ops = former.update(&table(&[(1, vec![(1, vec![1, 2])])]), Completeness::Complete).0;
     ops.iter().for_each(|op| maps.write(op));
     let held =
-        Held { backends: maps.backends.iter().map(|(id, backend)| (*id, *backend)).collect(), ..maps.held(&former) };
+        PinnedState { backends: maps.backends.iter().map(|(id, backend)| (*id, *backend)).collect(), ..maps.held(&former) };
     let mut layout = Layout::from_held(sizes, held);
     // Three entries do not fit beside the two that are in use.
     let too_much = (1, vec![(1, vec![1, 2, 3])]);
-    let (_, refused) = layout.update(&table(std::slice::from_ref(&too_much)), Knowledge::Complete);
+    let (_, refused) = layout.update(&table(std::slice::from_ref(&too_much)), Completeness::Complete);
     assert_eq!(refused.len(), 1);
     for member in [7, 8] {
         settle(&mut layout);
         let wanted = table(&[too_much.clone(), (2, vec![(1, vec![member])])]);
-        let (ops, _) = layout.update(&wanted, Knowledge::Complete);
+        let (ops, _) = layout.update(&wanted, Completeness::Complete);
         for op in &ops {
             maps.write(op);
         }
@@ -347,7 +347,7 @@ fn backends_of_an_inherited_frontend_that_is_refused_are_not_given_away() {
 fn taken_over() -> (Layout, Maps) {
     let sizes = Sizes { frontends: 8, backends: 8, slots: 40, affinities: 1 };
     let (mut former, mut maps) = (Layout::new(sizes), Maps::default());
-    let ops = former.update(&table(&[(1, vec![(1, vec![1])]), (2, vec![(1, vec![1, 2])])]), Knowledge::Complete).0;
+    let ops = former.update(&table(&[(1, vec![(1, vec![1])]), (2, vec![(1, vec![1, 2])])]), Completeness::Complete).0;
     maps.write_all(&ops);
     (Layout::from_held(sizes, maps.held(&former)), maps)
 }
@@ -359,23 +359,23 @@ fn what_a_former_agent_shares_among_frontends_is_not_given_away() {
     for members in [vec![1], vec![3], vec![4, 5], vec![6, 7]] {
         settle(&mut layout);
         let wanted = table(&[(1, vec![(1, members)])]);
-        let (ops, refused) = layout.change(&wanted, &[], Knowledge::Partial);
+        let (ops, refused) = layout.change(&wanted, &[], Completeness::Partial);
         assert_eq!(refused, []);
         maps.write_all(&ops);
         assert_eq!(maps.picks(&frontend(2), 2), [Some(address(1)), Some(address(2))]);
     }
     // Once everything is known, it may go.
     let last = table(&[(1, vec![(1, vec![6])])]);
-    maps.write_all(&layout.update(&last, Knowledge::Complete).0);
-    assert_eq!((layout.backend_id(&address(1)), layout.inherited()), (None, 0));
+    maps.write_all(&layout.update(&last, Completeness::Complete).0);
+    assert_eq!((layout.backend_id(&address(1)), layout.adopted()), (None, 0));
 }
 
 #[test]
 fn what_is_not_known_for_sure_takes_nothing_away_bit_by_bit_either() {
-    for knowledge in [Knowledge::Partial, Knowledge::WithoutSettings] {
+    for completeness in [Completeness::Partial, Completeness::WithoutSettings] {
         let (mut layout, _) = taken_over();
-        let nobody = table(&[(1, vec![])]);
-        assert_eq!(layout.change(&nobody, &[frontend(2)], knowledge), (Vec::new(), Vec::new()), "{knowledge:?}");
+        let refusing = table(&[(1, vec![])]);
+        assert_eq!(layout.change(&refusing, &[frontend(2)], completeness), (Vec::new(), Vec::new()), "{completeness:?}");
     }
 }
 
@@ -383,12 +383,12 @@ fn what_is_not_known_for_sure_takes_nothing_away_bit_by_bit_either() {
 fn what_this_agent_has_published_stays_its_own_when_the_maps_are_read_again() {
     let (mut layout, mut maps) = taken_over();
     let own = table(&[(3, vec![(1, vec![3])])]);
-    maps.write_all(&layout.change(&own, &[], Knowledge::WithoutSettings).0);
+    maps.write_all(&layout.change(&own, &[], Completeness::WithoutSettings).0);
     let mut layout = layout.read_again(maps.held(&layout));
-    assert_eq!(layout.inherited(), 2);
+    assert_eq!(layout.adopted(), 2);
     settle(&mut layout);
     let moved = table(&[(3, vec![(1, vec![4])]), (2, vec![(1, vec![4])])]);
-    maps.write_all(&layout.update(&moved, Knowledge::WithoutSettings).0);
+    maps.write_all(&layout.update(&moved, Completeness::WithoutSettings).0);
     assert_eq!(maps.picks(&frontend(3), 1), [Some(address(4))], "its own follows");
     assert_eq!(maps.picks(&frontend(2), 2), [Some(address(1)), Some(address(2))], "the former agent's stays");
 }
