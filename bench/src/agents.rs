@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::{
     files::agent_memory,
     progress,
-    served::{ENDPOINTS, ActiveEndpoints},
+    served::{ActiveEndpoints, ENDPOINTS},
     world::spent,
 };
 

@@ -77,8 +77,8 @@ fn build(services: u32, rules: u32, changes: u32) -> Result<Built> {
     let mut compiler = Compiler::default();
     compiler.compile(store.snapshot(), &client, &observed, &Changes::everything());
     let policy = began.elapsed();
-    direct.publish(&Table::new(&compiler.verdict().assignments))?;
-    let whole = began.elapsed();
+    direct.publish(&Table::new(&compiler.output().assignments))?;
+    let complete = began.elapsed();
     let mut times: Vec<f64> = Vec::with_capacity(changes as usize);
     for turn in 0..changes {
         // Every service has its turn, and every other time its endpoint comes back.
@@ -99,7 +99,7 @@ fn build(services: u32, rules: u32, changes: u32) -> Result<Built> {
         endpoints: services * ENDPOINTS,
         rules: rules + OF_ALL,
         policy: seconds(policy),
-        written: seconds(whole.saturating_sub(policy)),
+        written: seconds(complete.saturating_sub(policy)),
         change: [at(0.5), at(0.99)],
     })
 }
@@ -116,7 +116,8 @@ fn name(i: u32) -> NamespacedName {
 
 fn object(kind: Kind, name: NamespacedName, object: Object) -> Update {
     let key = ObjectKey { scope: Scope::Cluster("c1".to_owned()), kind, name: name.clone() };
-    let contents = Contents { objects: vec![Decoded { key, object: Some(object) }], whole: true, ..Contents::default() };
+    let contents =
+        Contents { objects: vec![Decoded { key, object: Some(object) }], complete: true, ..Contents::default() };
     Update::Replace { origin: format!("c1/{kind}/{name}"), contents }
 }
 

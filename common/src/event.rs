@@ -18,7 +18,7 @@ pub enum OutcomeKind {
     Broken = 4,
     /// The connection is closed, and something had come back. Told only while failures of the backend are counted.
     Answered = 5,
-    /// HTTP/1 was expected of the pool, and a connection speaks something else; `errno` says what (`Spoken`). Told once for each pool.
+    /// HTTP/1 was expected of the pool, and a connection speaks something else; `errno` says what (`DetectedProtocol`). Told once for each pool.
     NotHttp = 6,
 }
 

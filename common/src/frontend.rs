@@ -112,7 +112,7 @@ impl FrontendKey {
 /// next version lies elsewhere, and one word in `CURRENT` says which of them counts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Version {
+pub struct FrontendVersion {
     /// Whose version it is. A program that finds another's has been overtaken by a change of `FRONTENDS`, and looks again.
     pub key: FrontendKey,
     /// Goes up with each version that is published, of whichever frontend.
@@ -133,9 +133,9 @@ pub struct Version {
     /// Zero: a version is one cache line.
     pub reserved: [u32; 3],
 }
-plain!(Version, 64, 4);
+plain!(FrontendVersion, 64, 4);
 
-/// Bits of [`Version::flags`].
+/// Bits of [`FrontendVersion::flags`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VersionFlags;
 
@@ -149,7 +149,7 @@ impl VersionFlags {
 /// How a slot's run gives one of its backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
-pub enum Choice {
+pub enum LbPolicy {
     /// The next one.
     RoundRobin = 0,
     /// A random one.
@@ -176,7 +176,7 @@ pub struct Slot {
     pub visit: u32,
     /// The pool's place in `POOLS`, where its limits are; 0: it has none.
     pub pool: u32,
-    /// See [`Choice`].
+    /// See [`LbPolicy`].
     pub choice: u16,
     /// Not zero where a turn that refuses does so because connections must not leave their cluster.
     pub strict: u16,

@@ -14,11 +14,11 @@ mod stats;
 
 pub use backend::Backend;
 pub use event::{Outcome, OutcomeKind};
-pub use frontend::{Choice, Endpoint, FrontendKey, Slot, Version, VersionFlags};
+pub use frontend::{Endpoint, FrontendKey, FrontendVersion, LbPolicy, Slot, VersionFlags};
 pub use opt_out::OptOut;
-pub use pool::{Affinity, AffinityKey, Limits, PoolStats, Spoken, Watch};
-pub use socket::{Connection, FLOWS, Flow, Flows, Response, SocketStage, SocketState};
-pub use stats::{BackendStats, BackendUse, Budget, Counter, FrontendStats, TIME_BUCKETS};
+pub use pool::{Affinity, AffinityKey, DetectedProtocol, PoolLimits, PoolStats, TrackFlags};
+pub use socket::{Connection, DatagramFlows, FLOWS, Flow, Response, SocketStage, SocketState};
+pub use stats::{BackendStats, BackendUse, Counter, EventBudget, FrontendStats, TIME_BUCKETS};
 
 /// The layout of the maps. It is part of the pin path, so that two layouts never share a map.
 pub const SCHEMA_VERSION: u32 = if cfg!(feature = "next-schema") { 5 } else { 4 };

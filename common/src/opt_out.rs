@@ -6,7 +6,7 @@ pub struct OptOut;
 
 impl OptOut {
     /// How many cgroups there may be: more pods than Kubernetes has on a node.
-    pub const PLACES: u32 = 4_096;
+    pub const CAPACITY: u32 = 4_096;
     /// Cgroups are looked for so far below the root of all.
     pub const LEVELS: i32 = 16;
 

@@ -5,7 +5,7 @@ use crate::{FrontendKey, plain};
 /// Value of `POOLS`: what `connectionPool.tcp` asks for. Place 0 belongs to nobody: a pool without limits.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Limits {
+pub struct PoolLimits {
     /// Goes up when the place is given to another pool, so that a socket of the former one is not counted for the new one.
     pub epoch: u32,
     /// Connections at once; 0: no limit.
@@ -20,18 +20,18 @@ pub struct Limits {
     pub keepalive_interval: u32,
     /// Probes without an answer; 0: the system's own.
     pub keepalive_probes: u32,
-    /// What the kernel has to look at, see [`Watch`].
+    /// What the kernel has to look at, see [`TrackFlags`].
     pub watch: u32,
     /// A hash of the pool's name, by which the next agent knows it again.
     pub name: u64,
 }
-plain!(Limits, 40, 8);
+plain!(PoolLimits, 40, 8);
 
-/// Bits of [`Limits::watch`].
+/// Bits of [`PoolLimits::watch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Watch;
+pub struct TrackFlags;
 
-impl Watch {
+impl TrackFlags {
     /// Endpoints are ejected: who uses each of them is taken down.
     pub const USE: u32 = 1;
     /// The status of HTTP/1 responses says how an endpoint is.
@@ -48,16 +48,16 @@ pub struct PoolStats {
     pub active: u64,
     /// Connections refused because there were as many as there may be.
     pub overflow: u64,
-    /// What was spoken in place of HTTP/1 where that was expected, see [`Spoken`].
+    /// What was spoken in place of HTTP/1 where that was expected, see [`DetectedProtocol`].
     pub spoken: u64,
 }
 plain!(PoolStats, 24, 8);
 
 /// Bits of [`PoolStats::spoken`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Spoken;
+pub struct DetectedProtocol;
 
-impl Spoken {
+impl DetectedProtocol {
     /// TLS.
     pub const TLS: u64 = 1;
     /// HTTP/2.

@@ -24,7 +24,7 @@ pub struct SocketState {
     pub frontend_id: u32,
     /// The pool's place in `POOLS`; 0: none.
     pub pool: u32,
-    /// Epoch of that place, see `Limits::epoch`.
+    /// Epoch of that place, see `PoolLimits::epoch`.
     pub pool_epoch: u32,
     /// See [`SocketStage`].
     pub stage: u32,
@@ -110,7 +110,7 @@ impl Response {
 impl Connection {
     /// How many there are: a power of two. Cookies come in batches of 4,096 for each CPU, so on a large machine two connections may be meant
     /// for the same place long before all are taken; the later one has its state in its storage.
-    pub const PLACES: u32 = 0x1_0000;
+    pub const CAPACITY: u32 = 0x1_0000;
 }
 
 /// How far a TCP connection has come, as far as it has been counted.
@@ -152,7 +152,7 @@ plain!(Flow, 64, 8);
 /// Value of `DATAGRAMS` (socket storage).
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Flows {
+pub struct DatagramFlows {
     /// The set of maps that the ids belong to.
     pub set: u32,
     /// Zero.
@@ -160,7 +160,7 @@ pub struct Flows {
     /// The destinations.
     pub flows: [Flow; FLOWS],
 }
-plain!(Flows, 8 + 64 * FLOWS, 8);
+plain!(DatagramFlows, 8 + 64 * FLOWS, 8);
 
 #[cfg(test)]
 mod tests {

@@ -83,11 +83,11 @@ const RESERVED: usize = if cfg!(feature = "next-schema") { 12 } else { 4 };
 /// Value of `BUDGETS`: what a network namespace may tell while the agent is behind, so that one that floods leaves room for what the others have to
 /// tell. The upper half of the word is the window, the lower half counts.
 #[derive(Clone, Copy, Debug)]
-pub struct Budget;
+pub struct EventBudget;
 
-impl Budget {
+impl EventBudget {
     /// How many there are: a power of two. Namespaces get cookies one after the other.
-    pub const PLACES: u32 = 4_096;
+    pub const CAPACITY: u32 = 4_096;
     /// Outcomes in a window.
     pub const OUTCOMES: u32 = 256;
     /// A window is so many bits of nanoseconds long: a second.
@@ -144,13 +144,13 @@ mod tests {
     fn a_budget_is_for_a_window() {
         let mut budget = 0;
         let mut spend = |now: u64| {
-            let (left, may) = Budget::spend(budget, now);
+            let (left, may) = EventBudget::spend(budget, now);
             budget = left;
             may
         };
         let told = |spend: &mut dyn FnMut(u64) -> bool, now: u64| (0..1_000).filter(|_| spend(now)).count();
-        assert_eq!(told(&mut spend, 5 << 30), Budget::OUTCOMES as usize);
+        assert_eq!(told(&mut spend, 5 << 30), EventBudget::OUTCOMES as usize);
         assert_eq!(told(&mut spend, (6 << 30) - 1), 0);
-        assert_eq!(told(&mut spend, 6 << 30), Budget::OUTCOMES as usize);
+        assert_eq!(told(&mut spend, 6 << 30), EventBudget::OUTCOMES as usize);
     }
 }

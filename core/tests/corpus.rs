@@ -80,7 +80,7 @@ fn bombs_are_defused() {
         let contents = read_text(DecodeOptions::default(), &Scope::Mesh, "bomb.yaml", &text);
         assert_eq!(contents.findings.len(), 1, "{what}");
         assert_eq!(contents.findings[0].code.to_string(), "PTL0002", "{what}");
-        assert!(contents.objects.is_empty() && !contents.whole);
+        assert!(contents.objects.is_empty() && !contents.complete);
     }
 }
 

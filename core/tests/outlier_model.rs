@@ -11,7 +11,7 @@ use std::{
 
 use portolan_core::{
     health::{Detector, DetectorEventKind, Signal},
-    model::{SuccessCriterion, OutlierDetection},
+    model::{OutlierDetection, SuccessCriterion},
 };
 use proptest::prelude::*;
 
@@ -95,9 +95,9 @@ impl Model {
         }
     }
 
-    fn observe(&mut self, now: u64, name: u8, sign: Signal) {
+    fn observe(&mut self, now: u64, name: u8, signal: Signal) {
         let split = self.settings.local_origin_errors;
-        match (sign, split) {
+        match (signal, split) {
             (Signal::Status(code), _) => self.code(now, name, code),
             // Portolan's own: as a response of 500.
             (Signal::Broken, _) => self.code(now, name, 500),
@@ -115,7 +115,9 @@ impl Model {
                     host.consecutive_local = 0;
                 }
             }
-            (Signal::Connected, None) if self.success_criterion == SuccessCriterion::Connected => self.code(now, name, 200),
+            (Signal::Connected, None) if self.success_criterion == SuccessCriterion::Connected => {
+                self.code(now, name, 200)
+            }
             (Signal::Answered, _) if self.success_criterion == SuccessCriterion::FirstByte => self.code(now, name, 200),
             (Signal::Connected | Signal::Answered, _) => {}
         }
@@ -178,7 +180,7 @@ enum Step {
     Restart,
 }
 
-fn sign() -> impl Strategy<Value = Signal> {
+fn signal() -> impl Strategy<Value = Signal> {
     prop_oneof![
         3 => Just(Signal::Refused),
         1 => Just(Signal::TimedOut),
@@ -191,7 +193,7 @@ fn sign() -> impl Strategy<Value = Signal> {
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        16 => (0u8..8, sign()).prop_map(|(host, sign)| Step::Signal(host, sign)),
+        16 => (0u8..8, signal()).prop_map(|(host, signal)| Step::Signal(host, signal)),
         6 => (1u64..5_000).prop_map(Step::Wait),
         2 => (5_000u64..60_000).prop_map(Step::Wait),
         2 => prop::collection::btree_set(0u8..8, 0..8).prop_map(Step::Hosts),
@@ -232,11 +234,12 @@ fn compare(settings: OutlierDetection, success_criterion: SuccessCriterion, step
     let (mut now, mut overflow) = (0, 0);
     for step in steps {
         match &step {
-            Step::Signal(host, sign) => {
-                model.observe(now, *host, *sign);
-                for cause in detector.observe(address(*host), *sign) {
+            Step::Signal(host, signal) => {
+                model.observe(now, *host, *signal);
+                for cause in detector.observe(address(*host), *signal) {
                     let event = detector.eject(at(now), address(*host), cause);
-                    overflow += u64::from(event.is_some_and(|event| matches!(event.kind, DetectorEventKind::Overflow { .. })));
+                    overflow +=
+                        u64::from(event.is_some_and(|event| matches!(event.kind, DetectorEventKind::Overflow { .. })));
                 }
             }
             Step::Wait(time) => {
@@ -257,7 +260,7 @@ fn compare(settings: OutlierDetection, success_criterion: SuccessCriterion, step
             }
             Step::Restart => {
                 model.restart(now);
-                let saved = detector.saved(at(now));
+                let saved = detector.snapshot(at(now));
                 detector = Detector::new(model.settings.clone(), model.success_criterion, at(now));
                 detector.set_hosts(&model.hosts.keys().copied().map(address).collect());
                 detector.restore(at(now), Duration::ZERO, saved);

@@ -207,7 +207,7 @@ fn bare(mut report: Report) -> Report {
 }
 
 fn verdict(compiler: &Compiler) -> PolicyOutput {
-    let mut verdict = compiler.verdict();
+    let mut verdict = compiler.output();
     verdict.findings.sort();
     verdict
 }
@@ -298,7 +298,7 @@ proptest! {
             prop_assert_eq!(verdict(&compiler), anew);
         }
         for (cluster, i) in ejections {
-            let pools: Vec<_> = compiler.verdict().assignments.iter().flat_map(|it| &it.routes).map(|it| it.pool.key.clone()).collect();
+            let pools: Vec<_> = compiler.output().assignments.iter().flat_map(|it| &it.routes).map(|it| it.pool.key.clone()).collect();
             for pool in pools {
                 let mut changes = Changes::default();
                 changes.services.insert(ServiceId::clone(&pool.service));

@@ -174,7 +174,7 @@ impl Datapath {
     /// # Errors
     /// What the kernel said.
     pub fn watch_responses(&mut self, wanted: bool) -> Result<bool> {
-        self.hooks.set_packets(&mut self.bpf, wanted)
+        self.hooks.set_http_sniffing(&mut self.bpf, wanted)
     }
 
     /// Whether every hook is attached to the cgroup that it should be on; if not, which one is not, and why.
@@ -194,8 +194,8 @@ impl Datapath {
     ///
     /// # Errors
     /// One cannot be put back.
-    pub fn mend_hooks(&mut self) -> Result<Vec<String>> {
-        self.hooks.mend(&mut self.bpf)
+    pub fn repair_hooks(&mut self) -> Result<Vec<String>> {
+        self.hooks.repair(&mut self.bpf)
     }
 
     /// The cgroup that is served.

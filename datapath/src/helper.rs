@@ -27,8 +27,8 @@ use crate::{
     pins::{Pins, Set},
     programs::HTTP_INGRESS,
     sys,
-    terminator::{SweepRequest, SocketAccounting, work},
-    wire::{HelperResponse, HelperRequest, read, write},
+    terminator::{SocketAccounting, SweepRequest, work},
+    wire::{HelperRequest, HelperResponse, read, write},
 };
 
 /// The verb by which this program is the helper.

@@ -110,7 +110,7 @@ impl Hooks {
     }
 
     /// Attaches the program that sees packets, or takes it off; whether it was not so before.
-    pub(crate) fn set_packets(&mut self, bpf: &mut Ebpf, wanted: bool) -> Result<bool> {
+    pub(crate) fn set_http_sniffing(&mut self, bpf: &mut Ebpf, wanted: bool) -> Result<bool> {
         let name = HTTP_INGRESS.name;
         let attached = self.links.iter().position(|(own, _)| *own == name);
         let pin = self.pins.link(name);
@@ -162,15 +162,15 @@ impl Hooks {
     }
 
     /// Puts every program back that is not where it should be, and tells what was wrong with it.
-    pub(crate) fn mend(&mut self, bpf: &mut Ebpf) -> Result<Vec<String>> {
-        let mut mended = Vec::new();
+    pub(crate) fn repair(&mut self, bpf: &mut Ebpf) -> Result<Vec<String>> {
+        let mut repaired = Vec::new();
         if self.links.len() < PROGRAMS.len() {
-            return Ok(mended);
+            return Ok(repaired);
         }
         if let Err(error) = self.check_cgroup() {
             // It was removed, and made anew: its pods are below the new one.
             let now = fs::metadata(&self.cgroup).with_context(|| format!("{error:#}"))?.ino();
-            mended.push(format!("{error:#}"));
+            repaired.push(format!("{error:#}"));
             self.cgroup_id = now;
         }
         for i in 0..self.links.len() {
@@ -183,16 +183,16 @@ impl Hooks {
             if sys::cgroup_id(link).is_ok_and(|id| id == self.cgroup_id) {
                 sys::pin(link, &pin)
                     .with_context(|| format!("{error:#}, and cannot be pinned at {}", pin.display()))?;
-                mended.push(format!("{error:#}"));
+                repaired.push(format!("{error:#}"));
                 continue;
             }
             let link = self
                 .attach_one(bpf, name)
                 .with_context(|| format!("{error:#}, and cannot be attached to {}", self.cgroup.display()))?;
-            mended.push(format!("{error:#}"));
+            repaired.push(format!("{error:#}"));
             self.links[i] = (name, link);
         }
-        Ok(mended)
+        Ok(repaired)
     }
 
     pub(crate) fn cgroup(&self) -> &Path {

@@ -33,5 +33,7 @@ pub use self::{
     pins::{Pins, cleanup, remove_locks},
     preflight::cgroup,
     rcu::{GracePeriods, barrier},
-    terminator::{Terminator, RemovedEndpointTcp, IDLE, Lifetime, SweepRequest, SweepReport, Reason, Reconciled, ActiveEndpoints},
+    terminator::{
+        ActiveEndpoints, IDLE, Lifetime, Reason, Reconciled, RemovedEndpointTcp, SweepReport, SweepRequest, Terminator,
+    },
 };

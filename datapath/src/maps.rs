@@ -8,10 +8,10 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapInfo, PerCpuArray},
 };
 use portolan_common::{
-    Affinity, AffinityKey, Backend, BackendStats, BackendUse, Counter, FrontendKey, FrontendStats, Limits, PoolStats,
-    Slot, TIME_BUCKETS, Version,
+    Affinity, AffinityKey, Backend, BackendStats, BackendUse, Counter, FrontendKey, FrontendStats, FrontendVersion,
+    PoolLimits, PoolStats, Slot, TIME_BUCKETS,
 };
-use portolan_core::table::{PinnedState, PinnedFrontend, Op, Sizes};
+use portolan_core::table::{Op, PinnedFrontend, PinnedState, Sizes};
 
 use crate::{
     mmap_array::MmapArray,
@@ -49,11 +49,11 @@ pub(crate) fn shapes(sizes: Sizes) -> [Shape; 13] {
     [
         hash("FRONTENDS", size_of::<FrontendKey>(), size_of::<u32>(), sizes.frontends),
         mapped("CURRENT", size_of::<u64>(), sizes.frontends),
-        mapped("VERSIONS", size_of::<Version>(), sizes.versions()),
+        mapped("VERSIONS", size_of::<FrontendVersion>(), sizes.versions()),
         mapped("SLOTS", size_of::<Slot>(), sizes.slots),
         array("RUNS", size_of::<u32>(), sizes.slots),
         array("BACKENDS", size_of::<Backend>(), sizes.backends),
-        array("POOLS", size_of::<Limits>(), sizes.pools()),
+        array("POOLS", size_of::<PoolLimits>(), sizes.pools()),
         mapped("FRONTEND_STATS", size_of::<FrontendStats>(), sizes.frontends),
         mapped("BACKEND_STATS", size_of::<BackendStats>(), sizes.backends),
         mapped("BACKEND_USE", size_of::<BackendUse>(), sizes.backends),
@@ -117,17 +117,17 @@ pub struct Maps {
     frontends: HashMap<MapData, FrontendKey, u32>,
     /// Frontend id → which version counts. One store publishes.
     current: MmapArray,
-    versions: Array<MapData, Version>,
+    versions: Array<MapData, FrontendVersion>,
     /// Up to 10,000 for one version: a system call for each would take a millisecond.
     slots: MmapArray,
     runs: Array<MapData, u32>,
     backends: Array<MapData, Backend>,
-    pools: Array<MapData, Limits>,
+    pools: Array<MapData, PoolLimits>,
     frontend_stats: Array<MapData, FrontendStats>,
     backend_stats: Array<MapData, BackendStats>,
     backend_use: Array<MapData, BackendUse>,
     pool_stats: Array<MapData, PoolStats>,
-    troubled: Array<MapData, u32>,
+    report_success: Array<MapData, u32>,
     counters: PerCpuArray<MapData, u64>,
     times: PerCpuArray<MapData, u64>,
 }
@@ -146,11 +146,11 @@ impl Maps {
             backend_stats: array(bpf, "BACKEND_STATS")?,
             backend_use: array(bpf, "BACKEND_USE")?,
             pool_stats: array(bpf, "POOL_STATS")?,
-            troubled: array(bpf, "TROUBLED")?,
+            report_success: array(bpf, "TROUBLED")?,
             counters: PerCpuArray::try_from(take(bpf, "COUNTERS")?)?,
             times: PerCpuArray::try_from(take(bpf, "TIMES")?)?,
         };
-        let held = maps.held(sizes).context("cannot read what a former agent left")?;
+        let held = maps.read_back(sizes).context("cannot read what a former agent left")?;
         Ok((maps, held))
     }
 
@@ -158,7 +158,7 @@ impl Maps {
     ///
     /// # Errors
     /// The kernel does not let a map be read.
-    pub fn held(&self, sizes: Sizes) -> Result<PinnedState> {
+    pub fn read_back(&self, sizes: Sizes) -> Result<PinnedState> {
         let mut held = PinnedState::default();
         let (mut backends, mut pools) = (BTreeSet::new(), BTreeSet::new());
         for entry in self.frontends.iter() {
@@ -219,7 +219,7 @@ impl Maps {
                 let stats = BackendStats { epoch: backend.epoch, ..BackendStats::default() };
                 self.backend_stats.set(*id, stats, 0)?;
                 self.backend_use.set(*id, BackendUse::default(), 0)?;
-                self.troubled.set(*id, 0, 0)?;
+                self.report_success.set(*id, 0, 0)?;
                 self.backends.set(*id, *backend, 0)?;
             }
             Op::ResetPool(id, limits) => {
@@ -252,8 +252,8 @@ impl Maps {
     ///
     /// # Errors
     /// There is no such id.
-    pub fn set_troubled(&mut self, id: u32, troubled: bool) -> Result<()> {
-        Ok(self.troubled.set(id, u32::from(troubled), 0)?)
+    pub fn set_report_success(&mut self, id: u32, report_success: bool) -> Result<()> {
+        Ok(self.report_success.set(id, u32::from(report_success), 0)?)
     }
 
     /// The counters of a frontend.
@@ -301,7 +301,7 @@ impl Maps {
     }
 
     /// The frontend as the kernel holds it now: its id, and the version that counts.
-    pub fn frontend(&self, key: &FrontendKey) -> Option<(u32, Version)> {
+    pub fn frontend(&self, key: &FrontendKey) -> Option<(u32, FrontendVersion)> {
         let id = self.frontends.get(key, 0).ok()?;
         Some((id, self.versions.get(&self.current_version(id).ok()?, 0).ok()?))
     }

@@ -25,7 +25,7 @@ impl OptOutMap {
     /// Leaves these alone, by their ids, and no others.
     ///
     /// # Errors
-    /// There are more than [`OptOut::PLACES`], or the kernel does not take them; the others are as they were.
+    /// There are more than [`OptOut::CAPACITY`], or the kernel does not take them; the others are as they were.
     pub fn set(&mut self, cgroups: &BTreeSet<u64>) -> Result<()> {
         let held: BTreeSet<u64> = self.cgroups.keys().collect::<Result<_, _>>()?;
         for gone in held.difference(cgroups) {

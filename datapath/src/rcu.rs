@@ -22,8 +22,8 @@ const WITHOUT_BARRIER: Duration = Duration::from_secs(1);
 
 /// Waits on a thread of its own, for the call takes some milliseconds.
 pub struct GracePeriods {
-    rounds: Sender<GraceEpoch>,
-    settled: UnboundedReceiver<GraceEpoch>,
+    epochs: Sender<GraceEpoch>,
+    elapsed: UnboundedReceiver<GraceEpoch>,
 }
 
 impl GracePeriods {
@@ -32,8 +32,8 @@ impl GracePeriods {
     /// # Errors
     /// There is none to be had.
     pub fn start() -> Result<Self> {
-        let (rounds, wanted) = channel();
-        let (done, settled) = unbounded_channel();
+        let (epochs, wanted) = channel();
+        let (done, elapsed) = unbounded_channel();
         thread::Builder::new()
             .name("grace".to_owned())
             .spawn(move || {
@@ -42,30 +42,30 @@ impl GracePeriods {
                 wait_for(&wanted, &done);
             })
             .context("cannot start a thread")?;
-        Ok(Self { rounds, settled })
+        Ok(Self { epochs, elapsed })
     }
 
     /// Begins to wait for those who may be reading what this round has freed.
-    pub fn begin(&self, round: GraceEpoch) {
+    pub fn begin(&self, epoch: GraceEpoch) {
         // It ends with this value only.
-        let _ = self.rounds.send(round);
+        let _ = self.epochs.send(epoch);
     }
 
     /// The next round whose readers have ended; earlier ones have as well.
-    pub async fn settled(&mut self) -> GraceEpoch {
-        match self.settled.recv().await {
-            Some(round) => round,
+    pub async fn elapsed(&mut self) -> GraceEpoch {
+        match self.elapsed.recv().await {
+            Some(epoch) => epoch,
             None => std::future::pending().await,
         }
     }
 }
 
-fn wait_for(rounds: &Receiver<GraceEpoch>, done: &UnboundedSender<GraceEpoch>) {
-    while let Ok(round) = rounds.recv() {
+fn wait_for(epochs: &Receiver<GraceEpoch>, done: &UnboundedSender<GraceEpoch>) {
+    while let Ok(epoch) = epochs.recv() {
         // One barrier for all that wait.
-        let round = rounds.try_iter().last().unwrap_or(round);
+        let epoch = epochs.try_iter().last().unwrap_or(epoch);
         barrier();
-        if done.send(round).is_err() {
+        if done.send(epoch).is_err() {
             return;
         }
     }
@@ -87,10 +87,10 @@ mod tests {
     fn rounds_settle_in_order() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let mut grace = GracePeriods::start().unwrap();
-        (1..=5).for_each(|round| grace.begin(round));
+        (1..=5).for_each(|epoch| grace.begin(epoch));
         let mut last = 0;
         while last < 5 {
-            let next = runtime.block_on(grace.settled());
+            let next = runtime.block_on(grace.elapsed());
             assert!(next > last);
             last = next;
         }

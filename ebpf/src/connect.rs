@@ -11,7 +11,7 @@ use crate::{
     addr,
     maps::{BACKEND_STATS, POOLS, SET, count},
     opt_out::is_opted_out,
-    select::{Found, Lookup, Pick, Taken, add, find, pick},
+    select::{Found, Lookup, Pick, Selected, add, lookup_frontend, pick},
     state,
 };
 
@@ -85,33 +85,33 @@ pub(crate) struct Refused;
 /// The endpoint to connect to in place of what was dialled; `None`: what was dialled.
 #[inline(always)]
 fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Refused> {
-    let found = match find(&key) {
+    let found = match lookup_frontend(&key) {
         Lookup::Found(found) => found,
         Lookup::Miss => {
-            forget(ctx, key.protocol());
+            clear_state(ctx, key.protocol());
             return Ok(None);
         }
         Lookup::Broken => {
-            forget_stream(ctx, &key);
+            clear_tcp_state(ctx, &key);
             return Err(refuse(ctx, &key, false));
         }
     };
     if is_opted_out() {
-        forget(ctx, key.protocol());
+        clear_state(ctx, key.protocol());
         return Ok(None);
     }
     // MPTCP is left alone: its further subflows would be connections of their own. But strict is strict.
     if key.protocol() == IPPROTO_TCP && is_mptcp(ctx) {
-        forget(ctx, key.protocol());
+        clear_state(ctx, key.protocol());
         return if found.is_strict() { Err(refuse(ctx, &key, true)) } else { Ok(None) };
     }
     match pick(ctx, &found) {
         Pick::Refuse { strict } => {
-            forget_stream(ctx, &key);
+            clear_tcp_state(ctx, &key);
             Err(refuse(ctx, &key, strict))
         }
         Pick::Take(taken) => {
-            remember(ctx, &key, &found, &taken);
+            save_state(ctx, &key, &found, &taken);
             Ok(Some(taken.backend.endpoint))
         }
     }
@@ -145,8 +145,8 @@ pub(crate) fn refuse(ctx: &SockAddrContext, key: &FrontendKey, strict: bool) -> 
 
 /// Takes back what an earlier connect of this socket left on it.
 #[inline(always)]
-fn forget(ctx: &SockAddrContext, protocol: u32) {
-    if let Some(state) = state::find(ctx, protocol) {
+fn clear_state(ctx: &SockAddrContext, protocol: u32) {
+    if let Some(state) = state::lookup(ctx, protocol) {
         // SAFETY: the value is this socket's, which is locked.
         unsafe { (*state).backend = Endpoint::from_words([0; 4], 0) };
     }
@@ -154,19 +154,19 @@ fn forget(ctx: &SockAddrContext, protocol: u32) {
 
 /// The same of TCP only: a UDP socket whose connect is refused stays connected to where it was.
 #[inline(always)]
-fn forget_stream(ctx: &SockAddrContext, key: &FrontendKey) {
+fn clear_tcp_state(ctx: &SockAddrContext, key: &FrontendKey) {
     if key.protocol() == IPPROTO_TCP {
-        forget(ctx, IPPROTO_TCP);
+        clear_state(ctx, IPPROTO_TCP);
     }
 }
 
 /// Writes on the socket what it dialled and what it was given. Where there is no memory for it, the
 /// connection still goes where it should; only its outcome stays unknown.
 #[inline(always)]
-fn remember(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &Taken) {
+fn save_state(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &Selected) {
     // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
     unsafe {
-        let Some(state) = state::make(ctx, key.protocol()) else {
+        let Some(state) = state::get_or_create(ctx, key.protocol()) else {
             count(Counter::NoMemory);
             return;
         };
@@ -204,7 +204,7 @@ fn remember(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &Tak
 
 /// Counts a UDP socket that was given a backend.
 #[inline(always)]
-pub(crate) fn count_flow(taken: &Taken) {
+pub(crate) fn count_flow(taken: &Selected) {
     if let Some(stats) = BACKEND_STATS.get_ptr_mut(taken.backend_id) {
         // SAFETY: a live map value; the field is only ever added to.
         unsafe { add(&raw mut (*stats).flows, 1) };

@@ -4,14 +4,14 @@
 //! socket has been silent for a while. What is remembered is kept on the socket, so that nobody else's traffic can push it out.
 
 use aya_ebpf::{helpers::generated::bpf_ktime_get_ns, programs::SockAddrContext};
-use portolan_common::{Counter, Endpoint, FLOWS, Flow, Flows, FrontendKey};
+use portolan_common::{Counter, DatagramFlows, Endpoint, FLOWS, Flow, FrontendKey};
 
 use crate::{
     addr,
     connect::{IPPROTO_UDP, PROCEED, Refused, count_flow, protocol, refuse, rewrite4, rewrite6},
     maps::{DATAGRAMS, SET, SOCKETS, count},
     opt_out::is_opted_out,
-    select::{Found, Lookup, Pick, find, live, pick},
+    select::{Found, Lookup, Pick, current_backend, lookup_frontend, pick},
 };
 
 /// A conversation that has been silent for so long may go on elsewhere.
@@ -46,10 +46,10 @@ pub(crate) fn recvmsg6(ctx: &SockAddrContext) -> i32 {
 /// The endpoint to send to in place of what was dialled; `None`: what was dialled.
 #[inline(always)]
 fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Refused> {
-    let found = match find(&key) {
+    let found = match lookup_frontend(&key) {
         Lookup::Found(found) => found,
         Lookup::Miss => {
-            forget(ctx, &key.endpoint());
+            clear_state(ctx, &key.endpoint());
             return Ok(None);
         }
         Lookup::Broken => return Err(refuse(ctx, &key, false)),
@@ -61,7 +61,7 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Ref
         return Ok(None);
     }
     if is_opted_out() {
-        forget(ctx, &key.endpoint());
+        clear_state(ctx, &key.endpoint());
         return Ok(None);
     }
     // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
@@ -78,7 +78,7 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Ref
     let flows = unsafe { &mut *flows };
     // SAFETY: a helper call without pointers.
     let now = unsafe { bpf_ktime_get_ns() };
-    if let Some(endpoint) = go_on(flows, &found, now) {
+    if let Some(endpoint) = continue_flow(flows, &found, now) {
         return Ok(Some(endpoint));
     }
     match pick(ctx, &found) {
@@ -94,7 +94,7 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Ref
                 forward: 1,
                 last_ns: now,
             };
-            begin(flows, flow);
+            start_flow(flows, flow);
             Ok(Some(taken.backend.endpoint))
         }
     }
@@ -128,7 +128,7 @@ fn is_peer(ctx: &SockAddrContext, dialled: &Endpoint) -> bool {
 
 /// The endpoint of the conversation with this frontend, if there is one and it may go on.
 #[inline(always)]
-fn go_on(flows: &mut Flows, found: &Found, now: u64) -> Option<Endpoint> {
+fn continue_flow(flows: &mut DatagramFlows, found: &Found, now: u64) -> Option<Endpoint> {
     if flows.set != SET.load() {
         return None;
     }
@@ -140,7 +140,7 @@ fn go_on(flows: &mut Flows, found: &Found, now: u64) -> Option<Endpoint> {
         if now.saturating_sub(flow.last_ns) > SILENCE_NS {
             return None;
         }
-        let taken = live(&found.version, flow.backend_id, flow.epoch)?;
+        let taken = current_backend(&found.version, flow.backend_id, flow.epoch)?;
         flow.last_ns = now;
         return Some(taken.backend.endpoint);
     }
@@ -150,7 +150,7 @@ fn go_on(flows: &mut Flows, found: &Found, now: u64) -> Option<Endpoint> {
 /// Remembers a new conversation in the place of the one that has been silent longest. The former one with the same frontend is kept for
 /// late answers.
 #[inline(always)]
-fn begin(flows: &mut Flows, new: Flow) {
+fn start_flow(flows: &mut DatagramFlows, new: Flow) {
     // Ids of other maps mean nothing here; what came from whom still does.
     let foreign = flows.set != SET.load();
     flows.set = SET.load();
@@ -170,7 +170,7 @@ fn begin(flows: &mut Flows, new: Flow) {
 
 /// A datagram goes to this address itself: what comes from there is not a Service's answer any more.
 #[inline(always)]
-fn forget(ctx: &SockAddrContext, dialled: &Endpoint) {
+fn clear_state(ctx: &SockAddrContext, dialled: &Endpoint) {
     // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
     let flows = unsafe { DATAGRAMS.get_ptr_mut(ctx) };
     if flows.is_null() {

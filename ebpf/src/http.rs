@@ -5,7 +5,7 @@
 //! something more (docs/adr/0013-http-status.md). Whatever does not look like a response is none; no packet is ever held up.
 
 use aya_ebpf::programs::SkBuffContext;
-use portolan_common::{Connection, OutcomeKind, Response, SocketState, Spoken};
+use portolan_common::{Connection, DetectedProtocol, OutcomeKind, Response, SocketState};
 
 use crate::{
     maps::{BACKEND_USE, POOL_STATS, TCP_WRITE_SEQ_OFFSET, TROUBLED},
@@ -25,7 +25,7 @@ const SETTINGS: u8 = 4;
 
 /// A packet has come for a socket below the cgroup.
 #[inline(always)]
-pub(crate) fn received(ctx: &SkBuffContext) {
+pub(crate) fn inspect_response(ctx: &SkBuffContext) {
     // SAFETY: the kernel gives a valid context.
     let Some(tcp) = state::tcp_sock(unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk }) else { return };
     let Some(connection) = state::connection(tcp) else { return };
@@ -33,7 +33,7 @@ pub(crate) fn received(ctx: &SkBuffContext) {
     if unsafe { (*connection).response.flags } & Response::ON == 0 {
         return;
     }
-    let _ = payload(ctx).map(|(sequence, start, len)| follow(ctx, tcp, connection, sequence, start, len));
+    let _ = payload(ctx).map(|(sequence, start, len)| track_response(ctx, tcp, connection, sequence, start, len));
 }
 
 /// What the packet carries: the sequence number of its first byte, where that is, and how many there are.
@@ -56,7 +56,14 @@ fn payload(ctx: &SkBuffContext) -> Option<(u32, usize, u32)> {
 
 /// Follows the responses on a connection by one packet.
 #[inline(always)]
-fn follow(ctx: &SkBuffContext, tcp: *const u8, connection: *mut Connection, sequence: u32, start: usize, len: u32) {
+fn track_response(
+    ctx: &SkBuffContext,
+    tcp: *const u8,
+    connection: *mut Connection,
+    sequence: u32,
+    start: usize,
+    len: u32,
+) {
     // SAFETY: a live map value; a read through a BTF pointer cannot fault, and the offset comes from the kernel's own BTF.
     let (response, written) = unsafe {
         (&mut (*connection).response, tcp.add(TCP_WRITE_SEQ_OFFSET.load() as usize).cast::<u32>().read_volatile())
@@ -101,7 +108,7 @@ fn follow(ctx: &SkBuffContext, tcp: *const u8, connection: *mut Connection, sequ
         if !response.feed(byte) {
             if response.flags & Response::BEGUN == 0 {
                 // SAFETY: a live map value.
-                unsafe { something_else(ctx, &raw const (*connection).state, response.netns, start, (byte, place)) };
+                unsafe { detect_protocol(ctx, &raw const (*connection).state, response.netns, start, (byte, place)) };
                 response.flags = 0;
             }
             response.place = 0;
@@ -125,13 +132,13 @@ fn follow(ctx: &SkBuffContext, tcp: *const u8, connection: *mut Connection, sequ
         response.flags &= !Response::AWAITED;
         let netns = response.netns;
         // SAFETY: a live map value.
-        unsafe { responded(&raw const (*connection).state, netns, status) };
+        unsafe { on_status(&raw const (*connection).state, netns, status) };
     }
 }
 
 /// Counts a response, and tells of it where it matters.
 #[inline(always)]
-unsafe fn responded(state: *const SocketState, netns: u64, status: u32) {
+unsafe fn on_status(state: *const SocketState, netns: u64, status: u32) {
     // SAFETY: `state` is a live value; so are those of the maps.
     unsafe {
         if outcome::stats(state).is_none() {
@@ -150,13 +157,13 @@ unsafe fn responded(state: *const SocketState, netns: u64, status: u32) {
         } else if *troubled == 0 {
             return;
         }
-        outcome::tell(netns, state, OutcomeKind::Responded, status);
+        outcome::emit_outcome(netns, state, OutcomeKind::Responded, status);
     }
 }
 
 /// The connection carries something else than HTTP/1: takes down what.
 #[inline(always)]
-unsafe fn something_else(
+unsafe fn detect_protocol(
     ctx: &SkBuffContext,
     state: *const SocketState,
     netns: u64,
@@ -164,18 +171,19 @@ unsafe fn something_else(
     (byte, place): (u8, u32),
 ) {
     let spoken = if place == 0 && (byte == TLS[0] || byte == TLS[1]) {
-        Spoken::TLS
+        DetectedProtocol::TLS
     } else if place == 0 && byte == 0 && ctx.load::<u8>(start + 3).is_ok_and(|kind| kind == SETTINGS) {
-        Spoken::HTTP2
+        DetectedProtocol::HTTP2
     } else {
-        Spoken::OTHER
+        DetectedProtocol::OTHER
     };
     // SAFETY: `state` is a live value; so is that of the map. Bits are only ever added.
     unsafe {
         if outcome::pool_stats(state).is_some()
             && let Some(pool) = POOL_STATS.get_ptr_mut((*state).pool)
         {
-            if (*pool).spoken & spoken == 0 && outcome::tell(netns, state, OutcomeKind::NotHttp, spoken as u32) {
+            if (*pool).spoken & spoken == 0 && outcome::emit_outcome(netns, state, OutcomeKind::NotHttp, spoken as u32)
+            {
                 (*pool).spoken |= spoken;
             }
         }

@@ -88,7 +88,7 @@ pub fn sock_ops(ctx: SockOpsContext) -> u32 {
 /// A packet for a socket. It always goes on.
 #[cgroup_skb(ingress)]
 pub fn received(ctx: SkBuffContext) -> i32 {
-    http::received(&ctx);
+    http::inspect_response(&ctx);
     1
 }
 

@@ -13,8 +13,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use portolan_common::{
-    Affinity, AffinityKey, Backend, BackendStats, BackendUse, Budget, Connection, Counter, Flows, FrontendKey,
-    FrontendStats, Limits, OptOut, Outcome, PoolStats, Slot, SocketState, TIME_BUCKETS, Version,
+    Affinity, AffinityKey, Backend, BackendStats, BackendUse, Connection, Counter, DatagramFlows, EventBudget,
+    FrontendKey, FrontendStats, FrontendVersion, OptOut, Outcome, PoolLimits, PoolStats, Slot, SocketState,
+    TIME_BUCKETS,
 };
 
 /// Service address, port, protocol → frontend id. An entry never changes: replacing one would let a reader of its bucket miss it.
@@ -27,7 +28,7 @@ pub(crate) static CURRENT: Array<u64, 1, { BPF_F_MMAPABLE as usize }> = Array::n
 
 /// Versions of frontends.
 #[btf_map]
-pub(crate) static VERSIONS: Array<Version, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+pub(crate) static VERSIONS: Array<FrontendVersion, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Places in schedules: each names a run of backends. The agent has it in its memory: a schedule may have 10,000 of them.
 #[btf_map]
@@ -43,7 +44,7 @@ pub(crate) static BACKENDS: Array<Backend, 1> = Array::new();
 
 /// Limits of pools.
 #[btf_map]
-pub(crate) static POOLS: Array<Limits, 1> = Array::new();
+pub(crate) static POOLS: Array<PoolLimits, 1> = Array::new();
 
 /// Frontend id → shared cursor and counters.
 #[btf_map]
@@ -76,7 +77,7 @@ pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, 1> = LruHashMap::n
 
 /// Connected TCP sockets → what they dialled and what they were given, in the place that the socket's cookie names.
 #[btf_map]
-pub(crate) static CONNECTIONS: Array<Connection, { Connection::PLACES as usize }, { BPF_F_MMAPABLE as usize }> =
+pub(crate) static CONNECTIONS: Array<Connection, { Connection::CAPACITY as usize }, { BPF_F_MMAPABLE as usize }> =
     Array::new();
 
 /// Socket → the same, for all that have no place in `CONNECTIONS`.
@@ -85,7 +86,7 @@ pub(crate) static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 
 /// Unconnected UDP socket → where its datagrams go, and whose the answers are.
 #[btf_map]
-pub(crate) static DATAGRAMS: SkStorage<Flows> = SkStorage::new();
+pub(crate) static DATAGRAMS: SkStorage<DatagramFlows> = SkStorage::new();
 
 /// Outcomes for the agent: 1 MiB holds 14,500 that were not read yet.
 #[btf_map]
@@ -94,13 +95,13 @@ pub(crate) static EVENTS: RingBuf<Outcome, { EVENTS_BYTES as usize }> = RingBuf:
 /// See [`EVENTS`].
 pub(crate) const EVENTS_BYTES: u64 = 0x10_0000;
 
-/// Network namespace (the lower bits of its cookie) → what it has told while the agent was behind, see [`Budget`].
+/// Network namespace (the lower bits of its cookie) → what it has told while the agent was behind, see [`EventBudget`].
 #[btf_map]
-pub(crate) static BUDGETS: Array<u64, { Budget::PLACES as usize }> = Array::new();
+pub(crate) static BUDGETS: Array<u64, { EventBudget::CAPACITY as usize }> = Array::new();
 
 /// Cgroup → whatever is there: who is in it or below it is left alone, see [`OptOut`].
 #[btf_map]
-pub(crate) static OPTED_OUT: HashMap<u64, u32, { OptOut::PLACES as usize }> = HashMap::new();
+pub(crate) static OPTED_OUT: HashMap<u64, u32, { OptOut::CAPACITY as usize }> = HashMap::new();
 
 /// The bits of all that are in `OPTED_OUT`: nearly always none.
 #[btf_map]

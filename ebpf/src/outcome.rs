@@ -18,7 +18,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use portolan_common::{
-    BackendStats, Budget, Counter, Outcome, OutcomeKind, PoolStats, Response, SocketStage, SocketState, Watch,
+    BackendStats, Counter, EventBudget, Outcome, OutcomeKind, PoolStats, Response, SocketStage, SocketState, TrackFlags,
 };
 
 use crate::{
@@ -27,7 +27,7 @@ use crate::{
         BACKEND_STATS, BACKEND_USE, BUDGETS, EVENTS, EVENTS_BYTES, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, TICK_NS,
         TROUBLED, count, time,
     },
-    select::{add, take_one},
+    select::{add, decrement},
     state,
 };
 
@@ -56,22 +56,22 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
             if let Some(state) = state(ctx) {
-                connecting(ctx, state);
+                on_connect(ctx, state);
             }
         }
         BPF_SOCK_OPS_TIMEOUT_INIT => {
             if let Some(state) = state(ctx) {
-                first_wait(ctx, state);
+                initial_rto(ctx, state);
             }
         }
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
             if let Some(state) = state(ctx) {
-                established(ctx, state);
+                on_established(ctx, state);
             }
         }
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == TCP_CLOSE => {
             if let Some(state) = state(ctx) {
-                closed(ctx, state);
+                on_close(ctx, state);
             }
             state::release(ctx);
         }
@@ -82,14 +82,14 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
 /// What Portolan left on this socket, if its peer still is the backend that it was given.
 #[inline(always)]
 fn state(ctx: &SockOpsContext) -> Option<*mut SocketState> {
-    let state = state::of_event(ctx)?;
+    let state = state::for_sock_ops(ctx)?;
     // SAFETY: the value is this socket's, which is locked.
     unsafe { ((*state).backend == addr::remote(ctx)).then_some(state) }
 }
 
 /// The SYN is about to leave.
 #[inline(always)]
-fn connecting(ctx: &SockOpsContext, state: *mut SocketState) {
+fn on_connect(ctx: &SockOpsContext, state: *mut SocketState) {
     // SAFETY: `state` is a live value of this socket, which is locked.
     unsafe {
         (*state).started_ns = bpf_ktime_get_ns();
@@ -101,10 +101,10 @@ fn connecting(ctx: &SockOpsContext, state: *mut SocketState) {
             if let Some(pool) = pool_stats(state) {
                 add(&raw mut (*pool).active, 1);
             }
-            keep_alive(ctx, state);
+            set_keepalive(ctx, state);
         }
         if (*state).connect_timeout_ms != 0 {
-            limit_connect(ctx, state);
+            set_connect_timeout(ctx, state);
         }
     }
     let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
@@ -113,7 +113,7 @@ fn connecting(ctx: &SockOpsContext, state: *mut SocketState) {
 /// Has the kernel look after a connection that is silent, as its pool's limits say. An application that has asked for that itself keeps
 /// what it asked for.
 #[inline(always)]
-unsafe fn keep_alive(ctx: &SockOpsContext, state: *const SocketState) {
+unsafe fn set_keepalive(ctx: &SockOpsContext, state: *const SocketState) {
     // SAFETY: `state` is a live value of this socket.
     let (pool, epoch, set) = unsafe { ((*state).pool, (*state).pool_epoch, (*state).set) };
     let Some(limits) = POOLS.get(pool).copied() else { return };
@@ -147,7 +147,7 @@ unsafe fn keep_alive(ctx: &SockOpsContext, state: *const SocketState) {
 /// Has the kernel give up an unanswered connect: TCP_USER_TIMEOUT counts in SYN_SENT as well. An application
 /// that set a shorter one keeps it.
 #[inline(always)]
-unsafe fn limit_connect(ctx: &SockOpsContext, state: *mut SocketState) {
+unsafe fn set_connect_timeout(ctx: &SockOpsContext, state: *mut SocketState) {
     let mut own = 0u32;
     let own_pointer = (&raw mut own).cast();
     // SAFETY: `state` is a live value of this socket; the option's buffer is four bytes of the stack.
@@ -166,7 +166,7 @@ unsafe fn limit_connect(ctx: &SockOpsContext, state: *mut SocketState) {
 
 /// Has the kernel look after an unanswered SYN at the limit, where that is before it would repeat it.
 #[inline(always)]
-fn first_wait(ctx: &SockOpsContext, state: *const SocketState) {
+fn initial_rto(ctx: &SockOpsContext, state: *const SocketState) {
     // SAFETY: `state` is a live value of this socket, which is locked.
     let limit = unsafe { (*state).connect_timeout_ms };
     if limit == 0 || limit >= FIRST_REPETITION_MS {
@@ -180,7 +180,7 @@ fn first_wait(ctx: &SockOpsContext, state: *const SocketState) {
 
 /// Puts the application's own limit back, unless it has set another one meanwhile.
 #[inline(always)]
-unsafe fn unlimit_connect(ctx: &SockOpsContext, state: *mut SocketState) {
+unsafe fn restore_connect_timeout(ctx: &SockOpsContext, state: *mut SocketState) {
     // SAFETY: `state` is a live value of this socket; the option's buffer is four bytes of the stack.
     unsafe {
         let limit = (*state).connect_timeout_ms;
@@ -199,25 +199,25 @@ unsafe fn unlimit_connect(ctx: &SockOpsContext, state: *mut SocketState) {
 
 /// The connection stands.
 #[inline(always)]
-fn established(ctx: &SockOpsContext, state: *mut SocketState) {
+fn on_established(ctx: &SockOpsContext, state: *mut SocketState) {
     // SAFETY: `state` is a live value of this socket, which is locked.
     unsafe {
-        unlimit_connect(ctx, state);
+        restore_connect_timeout(ctx, state);
         (*state).stage = SocketStage::Established as u32;
         let Some(stats) = stats(state) else { return };
         add(&raw mut (*stats).opened, 1);
         let watch = watch(state);
         if watch != 0 {
-            watch_use(ctx, state);
+            track_use(ctx, state);
         }
-        let unseen = watch & Watch::STATUS != 0 && !watch_responses(ctx);
+        let unseen = watch & TrackFlags::STATUS != 0 && !watch_responses(ctx);
         // In quiet times nobody has to be told: a success only matters after a failure.
         if TROUBLED.get((*state).backend_id).is_some_and(|troubled| *troubled != 0) {
             let netns = bpf_get_netns_cookie(ctx.as_ptr());
-            tell(netns, state, OutcomeKind::Established, 0);
+            emit_outcome(netns, state, OutcomeKind::Established, 0);
             if unseen {
                 // Nobody will see its responses, so that it stands is all the proof there will be.
-                tell(netns, state, OutcomeKind::Responded, 200);
+                emit_outcome(netns, state, OutcomeKind::Responded, 200);
             }
         }
     }
@@ -225,32 +225,32 @@ fn established(ctx: &SockOpsContext, state: *mut SocketState) {
 
 /// The socket is closed: after a connection, or instead of one.
 #[inline(always)]
-fn closed(ctx: &SockOpsContext, state: *mut SocketState) {
+fn on_close(ctx: &SockOpsContext, state: *mut SocketState) {
     // SAFETY: `state` is a live value of this socket, which is locked; the context is the kernel's.
     unsafe {
         // A connect that failed: the socket may be connected once more.
-        unlimit_connect(ctx, state);
+        restore_connect_timeout(ctx, state);
         let stage = core::mem::replace(&mut (*state).stage, SocketStage::None as u32);
         if stage != SocketStage::None as u32
             && (*state).pool != 0
             && let Some(pool) = pool_stats(state)
         {
-            take_one(&raw mut (*pool).active);
+            decrement(&raw mut (*pool).active);
         }
         let Some(stats) = stats(state) else { return };
         if stage != SocketStage::None as u32 {
-            take_one(&raw mut (*stats).active);
+            decrement(&raw mut (*stats).active);
         }
         if stage == SocketStage::Established as u32 {
             add(&raw mut (*stats).closed, 1);
             let received = count_bytes(ctx, stats);
             let watch = watch(state);
-            if watch & Watch::USE != 0 {
+            if watch & TrackFlags::USE != 0 {
                 // The kernel keeps it in eighths.
                 time(1, addr_of!((*ctx.ops).srtt_us).read_volatile() >> 3);
             }
-            if watch & Watch::ANSWER != 0 {
-                proved(ctx, state, received);
+            if watch & TrackFlags::ANSWER != 0 {
+                check_first_byte(ctx, state, received);
             }
             return;
         }
@@ -269,11 +269,11 @@ fn closed(ctx: &SockOpsContext, state: *mut SocketState) {
             *troubled = 1;
         }
         let kind = if errno == ETIMEDOUT { OutcomeKind::TimedOut } else { OutcomeKind::Failed };
-        tell(bpf_get_netns_cookie(ctx.as_ptr()), state, kind, errno);
+        emit_outcome(bpf_get_netns_cookie(ctx.as_ptr()), state, kind, errno);
     }
 }
 
-/// What the socket's pool has looked at, see [`Watch`].
+/// What the socket's pool has looked at, see [`TrackFlags`].
 #[inline(always)]
 unsafe fn watch(state: *const SocketState) -> u32 {
     // SAFETY: `state` is a live value.
@@ -286,7 +286,7 @@ unsafe fn watch(state: *const SocketState) -> u32 {
 
 /// Takes down who uses the endpoint, and how long it took to connect.
 #[inline(always)]
-unsafe fn watch_use(ctx: &SockOpsContext, state: *const SocketState) {
+unsafe fn track_use(ctx: &SockOpsContext, state: *const SocketState) {
     // SAFETY: `state` is a live value, and so is that of the map. Of two connections at once one may be lost: either is a use.
     unsafe {
         let Some(uses) = BACKEND_USE.get_ptr_mut((*state).backend_id) else { return };
@@ -307,7 +307,7 @@ unsafe fn watch_use(ctx: &SockOpsContext, state: *const SocketState) {
 /// Has the responses on a new connection looked at; not on one that has no place of its own.
 #[inline(always)]
 unsafe fn watch_responses(ctx: &SockOpsContext) -> bool {
-    let Some(connection) = state::place_of_event(ctx) else { return false };
+    let Some(connection) = state::slot_for_sock_ops(ctx) else { return false };
     // SAFETY: a live map value; the context is the kernel's.
     unsafe {
         (*connection).response = Response {
@@ -322,14 +322,14 @@ unsafe fn watch_responses(ctx: &SockOpsContext) -> bool {
 
 /// The end of a connection that had to prove itself: something has come back, or it broke before.
 #[inline(always)]
-unsafe fn proved(ctx: &SockOpsContext, state: *const SocketState, received: u64) {
+unsafe fn check_first_byte(ctx: &SockOpsContext, state: *const SocketState, received: u64) {
     // SAFETY: `state` is a live value; the context is the kernel's.
     unsafe {
         let Some(troubled) = TROUBLED.get_ptr_mut((*state).backend_id) else { return };
         let netns = bpf_get_netns_cookie(ctx.as_ptr());
         if received > 0 {
             if *troubled != 0 {
-                tell(netns, state, OutcomeKind::Answered, 0);
+                emit_outcome(netns, state, OutcomeKind::Answered, 0);
             }
             return;
         }
@@ -337,7 +337,7 @@ unsafe fn proved(ctx: &SockOpsContext, state: *const SocketState, received: u64)
         // Closed by the application, or by Portolan: no verdict.
         if errno == ECONNRESET || errno == ETIMEDOUT {
             *troubled = 1;
-            tell(netns, state, OutcomeKind::Broken, errno);
+            emit_outcome(netns, state, OutcomeKind::Broken, errno);
         }
     }
 }
@@ -403,13 +403,13 @@ fn socket_error(ctx: &SockOpsContext) -> u32 {
     }
 }
 
-/// Sends an outcome to the agent; whether there was room for it. A pod that floods takes the room of nobody else: see [`Budget`].
+/// Sends an outcome to the agent; whether there was room for it. A pod that floods takes the room of nobody else: see [`EventBudget`].
 #[inline(always)]
-pub(crate) unsafe fn tell(netns: u64, state: *const SocketState, kind: OutcomeKind, errno: u32) -> bool {
+pub(crate) unsafe fn emit_outcome(netns: u64, state: *const SocketState, kind: OutcomeKind, errno: u32) -> bool {
     // SAFETY: `state` is a live value.
     unsafe {
         let now = bpf_ktime_get_ns();
-        let room = if is_behind() && !may_tell(netns, now) { None } else { EVENTS.reserve(0) };
+        let room = if is_behind() && !may_emit(netns, now) { None } else { EVENTS.reserve(0) };
         let Some(mut record) = room else {
             count(Counter::EventsLost);
             return false;
@@ -440,11 +440,11 @@ fn is_behind() -> bool {
 
 /// Whether a network namespace may tell something while the agent is behind: what is left of the ring buffer is for all of them.
 #[inline(always)]
-fn may_tell(netns: u64, now: u64) -> bool {
-    let Some(place) = BUDGETS.get_ptr_mut(netns as u32 & (Budget::PLACES - 1)) else { return false };
+fn may_emit(netns: u64, now: u64) -> bool {
+    let Some(place) = BUDGETS.get_ptr_mut(netns as u32 & (EventBudget::CAPACITY - 1)) else { return false };
     // SAFETY: a live map value. Of two at the same moment one may go uncounted.
     unsafe {
-        let (budget, may) = Budget::spend(place.read_volatile(), now);
+        let (budget, may) = EventBudget::spend(place.read_volatile(), now);
         place.write_volatile(budget);
         may
     }

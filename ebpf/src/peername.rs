@@ -28,7 +28,7 @@ pub(crate) fn getpeername6(ctx: &SockAddrContext) -> i32 {
 /// The Service address behind this socket, if its peer still is the backend that it was given.
 #[inline(always)]
 fn dialled(ctx: &SockAddrContext, peer: Endpoint) -> Option<Endpoint> {
-    let state = state::find(ctx, protocol(ctx))?;
+    let state = state::lookup(ctx, protocol(ctx))?;
     // SAFETY: the value is this socket's, which is locked.
     unsafe { ((*state).backend == peer).then(|| (*state).frontend) }
 }

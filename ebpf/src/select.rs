@@ -7,7 +7,7 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use portolan_common::{
-    Affinity, AffinityKey, Backend, Choice, Counter, FrontendKey, FrontendStats, Slot, Version, VersionFlags,
+    Affinity, AffinityKey, Backend, Counter, FrontendKey, FrontendStats, FrontendVersion, LbPolicy, Slot, VersionFlags,
 };
 
 use crate::maps::{
@@ -18,7 +18,7 @@ use crate::maps::{
 /// A frontend that somebody dials.
 pub(crate) struct Found {
     pub(crate) id: u32,
-    pub(crate) version: Version,
+    pub(crate) version: FrontendVersion,
 }
 
 impl Found {
@@ -44,11 +44,11 @@ pub(crate) enum Pick {
     Refuse {
         strict: bool,
     },
-    Take(Taken),
+    Take(Selected),
 }
 
 /// The endpoint for one connection.
-pub(crate) struct Taken {
+pub(crate) struct Selected {
     pub(crate) backend_id: u32,
     pub(crate) backend: Backend,
     pub(crate) pool: u32,
@@ -63,7 +63,7 @@ const AFFINITY_STEPS: u64 = 16;
 
 /// Looks an address up.
 #[inline(always)]
-pub(crate) fn find(key: &FrontendKey) -> Lookup {
+pub(crate) fn lookup_frontend(key: &FrontendKey) -> Lookup {
     for _ in 0..TRIES {
         // SAFETY: the value is copied out at once.
         let Some(id) = (unsafe { FRONTENDS.get(key) }).copied() else { return Lookup::Miss };
@@ -84,7 +84,7 @@ pub(crate) fn find(key: &FrontendKey) -> Lookup {
 #[inline(always)]
 pub(crate) fn pick(ctx: &SockAddrContext, found: &Found) -> Pick {
     let version = &found.version;
-    let Some(stats) = FRONTEND_STATS.get_ptr_mut(found.id) else { return broken() };
+    let Some(stats) = FRONTEND_STATS.get_ptr_mut(found.id) else { return inconsistent() };
     if version.period == 0 {
         // SAFETY: a live map value; the field is only ever added to.
         unsafe { add(&raw mut (*stats).refused, 1) };
@@ -94,8 +94,8 @@ pub(crate) fn pick(ctx: &SockAddrContext, found: &Found) -> Pick {
         return next(ctx, found, stats);
     }
     let key = AffinityKey { client: client(ctx), frontend: version.key };
-    if let Some(taken) = come_back(&key, version) {
-        if is_full(taken.pool) {
+    if let Some(taken) = affinity_backend(&key, version) {
+        if at_connection_limit(taken.pool) {
             // SAFETY: a live map value; the field is only ever added to.
             unsafe { add(&raw mut (*stats).refused, 1) };
             return Pick::Refuse { strict: false };
@@ -120,7 +120,7 @@ pub(crate) fn pick(ctx: &SockAddrContext, found: &Found) -> Pick {
 
 /// The backend that the client had, if it still has turns and the client has not been away for too long.
 #[inline(always)]
-fn come_back(key: &AffinityKey, version: &Version) -> Option<Taken> {
+fn affinity_backend(key: &AffinityKey, version: &FrontendVersion) -> Option<Selected> {
     let affinity = AFFINITY.get_ptr_mut(key)?;
     // SAFETY: a live map value. The entry may become another client's while it is read; whatever is read is looked for among the frontend's
     // own backends. A helper call without pointers.
@@ -131,7 +131,7 @@ fn come_back(key: &AffinityKey, version: &Version) -> Option<Taken> {
         if idle > timeout {
             return None;
         }
-        let taken = live(version, (*affinity).backend_id, (*affinity).epoch)?;
+        let taken = current_backend(version, (*affinity).backend_id, (*affinity).epoch)?;
         if idle > timeout / AFFINITY_STEPS {
             (*affinity).last_ns = now;
         }
@@ -141,16 +141,16 @@ fn come_back(key: &AffinityKey, version: &Version) -> Option<Taken> {
 
 /// The backend, if it is the one of this epoch and has turns in this version.
 #[inline(always)]
-pub(crate) fn live(version: &Version, backend_id: u32, epoch: u32) -> Option<Taken> {
-    let place = member(version, backend_id)?;
+pub(crate) fn current_backend(version: &FrontendVersion, backend_id: u32, epoch: u32) -> Option<Selected> {
+    let place = find_member(version, backend_id)?;
     let pool = *RUNS.get(version.members.wrapping_add(version.member_count).wrapping_add(place))?;
     let backend = BACKENDS.get(backend_id).copied()?;
-    (backend.epoch == epoch).then_some(Taken { backend_id, backend, pool })
+    (backend.epoch == epoch).then_some(Selected { backend_id, backend, pool })
 }
 
 /// The place of a backend among those that have turns in this version: a binary search.
 #[inline(always)]
-fn member(version: &Version, backend_id: u32) -> Option<u32> {
+fn find_member(version: &FrontendVersion, backend_id: u32) -> Option<u32> {
     let (mut low, mut len) = (0u32, version.member_count);
     for _ in 0..SEARCH_STEPS {
         if len == 0 {
@@ -182,28 +182,30 @@ fn next(ctx: &SockAddrContext, found: &Found, stats: *mut FrontendStats) -> Pick
     let turn = if drawn { u64::from(random()) } else { cursor };
     // Checked, for a program has no way to panic, and the compiler does not see that there is a period.
     let period = u64::from(version.period);
-    let (Some(place), Some(round)) = (turn.checked_rem(period), turn.checked_div(period)) else { return broken() };
-    let Some(slot) = SLOTS.get(version.base.wrapping_add(place as u32)).copied() else { return broken() };
+    let (Some(place), Some(round)) = (turn.checked_rem(period), turn.checked_div(period)) else {
+        return inconsistent();
+    };
+    let Some(slot) = SLOTS.get(version.base.wrapping_add(place as u32)).copied() else { return inconsistent() };
     let nobody = slot.len == 0;
-    if nobody || is_full(slot.pool) {
+    if nobody || at_connection_limit(slot.pool) {
         // SAFETY: as above.
         unsafe { add(&raw mut (*stats).refused_slots, 1) };
         return Pick::Refuse { strict: nobody && slot.strict != 0 };
     }
-    let entry = if slot.choice == Choice::RoundRobin as u16 { slot.entry(round) } else { chosen(ctx, &slot) };
-    let Some(&backend_id) = RUNS.get(entry) else { return broken() };
-    let Some(backend) = BACKENDS.get(backend_id).copied() else { return broken() };
-    Pick::Take(Taken { backend_id, backend, pool: slot.pool })
+    let entry = if slot.choice == LbPolicy::RoundRobin as u16 { slot.entry(round) } else { pick_in_run(ctx, &slot) };
+    let Some(&backend_id) = RUNS.get(entry) else { return inconsistent() };
+    let Some(backend) = BACKENDS.get(backend_id).copied() else { return inconsistent() };
+    Pick::Take(Selected { backend_id, backend, pool: slot.pool })
 }
 
 /// The entry of `RUNS` that a slot gives that does not go in turn.
 #[inline(always)]
-fn chosen(ctx: &SockAddrContext, slot: &Slot) -> u32 {
-    if slot.choice == Choice::Hash as u16 {
-        return slot.at(mix(client(ctx)));
+fn pick_in_run(ctx: &SockAddrContext, slot: &Slot) -> u32 {
+    if slot.choice == LbPolicy::Hash as u16 {
+        return slot.at(splitmix64(client(ctx)));
     }
     let first = u64::from(random());
-    if slot.choice == Choice::Random as u16 {
+    if slot.choice == LbPolicy::Random as u16 {
         return slot.at(first);
     }
     // Of two different ones.
@@ -216,18 +218,18 @@ fn chosen(ctx: &SockAddrContext, slot: &Slot) -> u32 {
 #[inline(always)]
 fn active(entry: u32) -> u64 {
     let stats = RUNS.get(entry).and_then(|id| BACKEND_STATS.get(*id));
-    stats.map_or(u64::MAX, |stats| standing(stats.active))
+    stats.map_or(u64::MAX, |stats| clamp_negative(stats.active))
 }
 
 /// A count of what comes and goes. One that was taken off while its counter began anew for somebody else leaves it below zero for a while.
 #[inline(always)]
-fn standing(count: u64) -> u64 {
+fn clamp_negative(count: u64) -> u64 {
     if (count as i64) < 0 { 0 } else { count }
 }
 
 /// Whether a pool has as many connections as it may have; if so, it is counted.
 #[inline(always)]
-fn is_full(pool: u32) -> bool {
+fn at_connection_limit(pool: u32) -> bool {
     if pool == 0 {
         return false;
     }
@@ -238,7 +240,7 @@ fn is_full(pool: u32) -> bool {
     let Some(stats) = POOL_STATS.get_ptr_mut(pool) else { return false };
     // SAFETY: a live map value; the fields are only ever added to.
     unsafe {
-        if standing((*stats).active) < u64::from(max) {
+        if clamp_negative((*stats).active) < u64::from(max) {
             return false;
         }
         add(&raw mut (*stats).overflow, 1);
@@ -261,7 +263,7 @@ fn random() -> u32 {
 
 /// Spreads numbers that are close together over all there are (the finalizer of SplitMix64).
 #[inline(always)]
-fn mix(number: u64) -> u64 {
+fn splitmix64(number: u64) -> u64 {
     let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     number ^ (number >> 31)
@@ -269,7 +271,7 @@ fn mix(number: u64) -> u64 {
 
 /// The table contradicts itself, which the agent's order of writing rules out: refuse rather than guess.
 #[inline(always)]
-fn broken() -> Pick {
+fn inconsistent() -> Pick {
     count(Counter::Inconsistent);
     Pick::Refuse { strict: false }
 }
@@ -289,7 +291,7 @@ pub(crate) unsafe fn add(value: *mut u64, amount: u64) -> u64 {
 /// # Safety
 /// `value` points into a live map value.
 #[inline(always)]
-pub(crate) unsafe fn take_one(value: *mut u64) {
+pub(crate) unsafe fn decrement(value: *mut u64) {
     // SAFETY: as the caller promises.
     unsafe { add(value, u64::MAX) };
 }

@@ -22,12 +22,12 @@ use crate::{
 
 /// What Portolan left on the socket that makes a call.
 #[inline(always)]
-pub(crate) fn find(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketState> {
+pub(crate) fn lookup(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketState> {
     if protocol == IPPROTO_TCP {
         // One that nobody has asked for its cookie has no place; and storage is only for want of a place.
         // SAFETY: the kernel gives a valid context.
         let cookie = known_cookie(unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk })?;
-        if let Some(state) = own(cookie) {
+        if let Some(state) = owned(cookie) {
             return Some(state);
         }
     }
@@ -38,9 +38,9 @@ pub(crate) fn find(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketSt
 
 /// The same, and where there is nothing yet, a new one; `None` where there is no memory for it.
 #[inline(always)]
-pub(crate) fn make(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketState> {
+pub(crate) fn get_or_create(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketState> {
     if protocol == IPPROTO_TCP
-        && let Some(state) = take(cookie(ctx))
+        && let Some(state) = claim(cookie(ctx))
     {
         return Some(state);
     }
@@ -51,11 +51,11 @@ pub(crate) fn make(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketSt
 
 /// What Portolan left on the TCP socket that something happens to.
 #[inline(always)]
-pub(crate) fn of_event(ctx: &SockOpsContext) -> Option<*mut SocketState> {
+pub(crate) fn for_sock_ops(ctx: &SockOpsContext) -> Option<*mut SocketState> {
     // SAFETY: the kernel gives a valid context.
     unsafe {
         let sk = (*ctx.ops).__bindgen_anon_2.sk;
-        if let Some(state) = own(known_cookie(sk)?) {
+        if let Some(state) = owned(known_cookie(sk)?) {
             return Some(state);
         }
         if sk.is_null() {
@@ -72,7 +72,7 @@ pub(crate) fn of_event(ctx: &SockOpsContext) -> Option<*mut SocketState> {
 pub(crate) fn release(ctx: &SockOpsContext) {
     // SAFETY: the kernel gives a valid context.
     let Some(cookie) = known_cookie(unsafe { (*ctx.ops).__bindgen_anon_2.sk }) else { return };
-    let Some(place) = place(cookie) else { return };
+    let Some(place) = slot(cookie) else { return };
     // SAFETY: a live map value. The exchange comes after all that was written before, on every machine.
     unsafe {
         let owner = &raw mut (*place).owner;
@@ -82,7 +82,7 @@ pub(crate) fn release(ctx: &SockOpsContext) {
 
 /// The place of the socket that something happens to, if it has one.
 #[inline(always)]
-pub(crate) fn place_of_event(ctx: &SockOpsContext) -> Option<*mut Connection> {
+pub(crate) fn slot_for_sock_ops(ctx: &SockOpsContext) -> Option<*mut Connection> {
     // SAFETY: the kernel gives a valid context.
     connection(tcp_sock(unsafe { (*ctx.ops).__bindgen_anon_2.sk })?)
 }
@@ -91,7 +91,7 @@ pub(crate) fn place_of_event(ctx: &SockOpsContext) -> Option<*mut Connection> {
 #[inline(always)]
 pub(crate) fn connection(tcp: *const u8) -> Option<*mut Connection> {
     let cookie = read_cookie(tcp)?;
-    let place = place(cookie)?;
+    let place = slot(cookie)?;
     // SAFETY: a live map value.
     unsafe { ((&raw const (*place).owner).read_volatile() == cookie).then_some(place) }
 }
@@ -128,22 +128,22 @@ fn read_cookie(tcp: *const u8) -> Option<u64> {
 
 /// The place that a cookie names. A CPU gives the cookies of a batch of 4,096 one after the other, so that neighbours in time are neighbours here.
 #[inline(always)]
-fn place(cookie: u64) -> Option<*mut Connection> {
-    CONNECTIONS.get_ptr_mut(cookie as u32 & (Connection::PLACES - 1))
+fn slot(cookie: u64) -> Option<*mut Connection> {
+    CONNECTIONS.get_ptr_mut(cookie as u32 & (Connection::CAPACITY - 1))
 }
 
 /// The state in the place that the cookie names, if it is this socket's.
 #[inline(always)]
-fn own(cookie: u64) -> Option<*mut SocketState> {
-    let place = place(cookie)?;
+fn owned(cookie: u64) -> Option<*mut SocketState> {
+    let place = slot(cookie)?;
     // SAFETY: a live map value.
     unsafe { ((&raw const (*place).owner).read_volatile() == cookie).then_some(&raw mut (*place).state) }
 }
 
 /// The same, and where the place is free it becomes this socket's.
 #[inline(always)]
-fn take(cookie: u64) -> Option<*mut SocketState> {
-    let place = place(cookie)?;
+fn claim(cookie: u64) -> Option<*mut SocketState> {
+    let place = slot(cookie)?;
     // SAFETY: a live map value; who changes the owner from nobody has the place for itself.
     unsafe {
         let owner = &raw mut (*place).owner;

@@ -11,8 +11,8 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use portolan_core::{
     model::Protocol,
-    policy::{WeightedGroup, Schedule, Share},
-    table::{FrontendSpec, Completeness, Layout, Op, Rejected, GraceEpoch, Sizes, Table, key},
+    policy::{Schedule, Share, WeightedGroup},
+    table::{Completeness, FrontendSpec, GraceEpoch, Layout, Op, Rejected, Sizes, Table, key},
 };
 use portolan_datapath::{Datapath, Options, ProgramLog};
 use tokio::runtime::Runtime;
@@ -69,13 +69,13 @@ impl Direct {
 
     fn write(&mut self, (ops, refused): (Vec<Op>, Vec<Rejected>)) -> Result<()> {
         self.datapath.maps.apply(&ops)?;
-        if let Some(round) = self.layout.end_round() {
-            self.datapath.grace.begin(round);
-            self.open = Some(round);
+        if let Some(epoch) = self.layout.end_epoch() {
+            self.datapath.grace.begin(epoch);
+            self.open = Some(epoch);
         }
         // Those that have settled by now.
-        while let Poll::Ready(round) = self.poll_settled() {
-            self.settled(round);
+        while let Poll::Ready(epoch) = self.poll_settled() {
+            self.elapsed(epoch);
         }
         ensure!(refused.is_empty(), "{refused:?} do not fit");
         Ok(())
@@ -85,25 +85,25 @@ impl Direct {
     ///
     /// # Errors
     /// It takes too long.
-    pub fn settle(&mut self) -> Result<()> {
+    pub fn reclaim(&mut self) -> Result<()> {
         if self.open.is_none() {
             return Ok(());
         }
-        let settled =
-            async { tokio::time::timeout(std::time::Duration::from_secs(10), self.datapath.grace.settled()).await };
-        let round = self.runtime.block_on(settled).context("nothing settles")?;
-        self.settled(round);
+        let elapsed =
+            async { tokio::time::timeout(std::time::Duration::from_secs(10), self.datapath.grace.elapsed()).await };
+        let epoch = self.runtime.block_on(elapsed).context("nothing settles")?;
+        self.elapsed(epoch);
         Ok(())
     }
 
     fn poll_settled(&mut self) -> Poll<GraceEpoch> {
-        let mut settled = pin!(self.datapath.grace.settled());
-        self.runtime.block_on(poll_fn(|context| Poll::Ready(settled.as_mut().poll(context))))
+        let mut elapsed = pin!(self.datapath.grace.elapsed());
+        self.runtime.block_on(poll_fn(|context| Poll::Ready(elapsed.as_mut().poll(context))))
     }
 
-    fn settled(&mut self, round: GraceEpoch) {
-        self.layout.settle(round);
-        self.open.take_if(|open| *open <= round);
+    fn elapsed(&mut self, epoch: GraceEpoch) {
+        self.layout.reclaim(epoch);
+        self.open.take_if(|open| *open <= epoch);
     }
 
     /// Leaves these cgroups alone, by their ids, and no others.

@@ -113,12 +113,12 @@ fn connections_that_are_idle_or_old_are_ended() -> Result<()> {
         client.run(&Task::Hold { to: WEB.parse()?, times: 4 })?;
         client.run(&Task::Hold { to: "10.0.0.1:9080".parse()?, times: 1 })?;
         wait_until("the connections to be ended", BOUND, || {
-            let errnos = client.run(&Task::PinnedState)?.errnos();
+            let errnos = client.run(&Task::Held)?.errnos();
             // The greeting that was not read is there before the end is.
             ensure!(errnos[..4] == [ECONNABORTED; 4], "{reason}: {errnos:?}\n{}", agent.log());
             Ok(())
         })?;
-        assert_ne!(client.run(&Task::PinnedState)?.errnos()[4], ECONNABORTED, "one that dialled directly is left alone");
+        assert_ne!(client.run(&Task::Held)?.errnos()[4], ECONNABORTED, "one that dialled directly is left alone");
         let labels = format!("portolan_closed_connections_total{{reason=\"{reason}\",protocol=\"TCP\"}}");
         wait_until("the metric", BOUND, || {
             let count = metric(&agent, &labels)?;
@@ -149,11 +149,11 @@ fn tcp_connections_to_what_is_gone_go_on_or_end_as_the_setting_says() -> Result<
         })?;
         let aborted = |errnos: &[i32]| errnos.iter().filter(|errno| **errno == ECONNABORTED).count();
         if setting == "keep" {
-            assert_eq!(aborted(&client.run(&Task::PinnedState)?.errnos()), 0);
+            assert_eq!(aborted(&client.run(&Task::Held)?.errnos()), 0);
             continue;
         }
         wait_until("the connections to be ended", BOUND, || {
-            let errnos = client.run(&Task::PinnedState)?.errnos();
+            let errnos = client.run(&Task::Held)?.errnos();
             ensure!(aborted(&errnos) == 2, "{setting}: {errnos:?}\n{}", agent.log());
             Ok(())
         })?;
@@ -251,7 +251,7 @@ fn connections_to_what_is_draining_go_on_until_it_is_gone() -> Result<()> {
         Ok(())
     })?;
     let aborted = |client: &mut portolan_tests::Dialler| -> Result<usize> {
-        Ok(client.run(&Task::PinnedState)?.errnos().iter().filter(|errno| **errno == ECONNABORTED).count())
+        Ok(client.run(&Task::Held)?.errnos().iter().filter(|errno| **errno == ECONNABORTED).count())
     };
     assert_eq!(aborted(&mut client)?, 0);
     assert_eq!(metric(&agent, "portolan_closing_passes_total")?, 0, "nobody has even looked");
@@ -336,7 +336,7 @@ fn idle_connections_come_home_after_a_failover() -> Result<()> {
     let mut client = bed.dialler()?;
     let to = WEB.parse()?;
     let open = |client: &mut Dialler| -> Result<usize> {
-        Ok(client.run(&Task::PinnedState)?.errnos().iter().filter(|errno| **errno != ECONNABORTED).count())
+        Ok(client.run(&Task::Held)?.errnos().iter().filter(|errno| **errno != ECONNABORTED).count())
     };
     client.run(&Task::Hold { to, times: 30 })?;
     // Without the annotation they stay.

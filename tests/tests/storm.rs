@@ -91,7 +91,7 @@ fn storm(count: u64, pace: Duration) -> Result<()> {
         // Where places have run out, they are waited for.
         while let Err(error) = direct.publish(&wanted(&masks)) {
             ensure!(error.to_string().contains("do not fit"), "{error:#}");
-            direct.settle().with_context(|| format!("{error:#}"))?;
+            direct.reclaim().with_context(|| format!("{error:#}"))?;
         }
         published.push(Published { from, sure: now(), masks });
         Ok(())
@@ -119,7 +119,7 @@ fn storm(count: u64, pace: Duration) -> Result<()> {
     // As it was at the start.
     publish(&mut direct, [0b1; SERVICES as usize])?;
     wait_until("the maps to hold what they held", Duration::from_secs(20), || {
-        direct.settle()?;
+        direct.reclaim()?;
         let after = (direct.occupancy(), descriptors()?, places.taken());
         ensure!(after == before, "{after:?}, before {before:?}");
         Ok(())

@@ -29,7 +29,7 @@ use crate::{
     controller::{Request, event_log::Event},
     metrics,
     opt_out::OptOutRegistry,
-    source::{SourcesReport, Sources},
+    source::{Sources, SourcesReport},
 };
 
 type Questions = mpsc::Sender<Request>;

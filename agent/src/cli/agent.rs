@@ -5,7 +5,7 @@ use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode
 use anyhow::{Context as _, Result};
 use clap::Args;
 use portolan_core::{decode::DecodeOptions, table::Sizes};
-use portolan_datapath::{Datapath, RemovedEndpointTcp, HelperArgs, Options, ProgramLog, capabilities, serve_helper};
+use portolan_datapath::{Datapath, HelperArgs, Options, ProgramLog, RemovedEndpointTcp, capabilities, serve_helper};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -13,12 +13,12 @@ use tokio::{
 };
 use tracing_subscriber::EnvFilter;
 
-use super::{AdminArgs, PinsArgs, PlaceArgs, DecodeArgs, StateArgs};
+use super::{AdminArgs, DecodeArgs, PinsArgs, PlaceArgs, StateArgs};
 use crate::{
     admin::{self, AdminState},
     controller::{
         Reconciler,
-        state_file::{StateWriter, PersistedState},
+        state_file::{PersistedState, StateWriter},
     },
     opt_out,
     probe::{Prober, self_probe::SelfProbe},
@@ -246,7 +246,8 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         let (sources, registry) = (Arc::new(Sources::default()), Arc::new(opt_out::OptOutRegistry::default()));
         let root = datapath.cgroup().to_owned();
         let kernel = datapath.opted_out.take().context("who is left alone is kept twice")?;
-        let enforcer = opt_out::Enforcer { root, kernel, registry: Arc::clone(&registry), sources: Arc::clone(&sources) };
+        let enforcer =
+            opt_out::Enforcer { root, kernel, registry: Arc::clone(&registry), sources: Arc::clone(&sources) };
         let reconciler = Reconciler::new(
             args.place.cluster.clone(),
             place,

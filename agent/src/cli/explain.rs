@@ -78,14 +78,14 @@ pub(super) fn run(args: &ExplainArgs) -> Result<ExitCode> {
             let service = policy::service_named(snapshot, &client, name)
                 .with_context(|| format!("clients of cluster {cluster} have no service {name}"))?;
             let observed = offline.ejected(&client, &args.eject)?;
-            let mut verdict = policy::explain(snapshot, &client, &observed, &service);
-            verdict.findings.extend(offline.store.findings());
-            verdict.findings.extend(findings);
-            verdict.findings.retain(|finding| concerns(finding, &service));
-            offline.add_sources(&client, &mut verdict.findings);
-            verdict.findings.sort();
-            verdict.findings.dedup();
-            Explanation::new(&client, &verdict, *port)
+            let mut output = policy::explain(snapshot, &client, &observed, &service);
+            output.findings.extend(offline.store.findings());
+            output.findings.extend(findings);
+            output.findings.retain(|finding| concerns(finding, &service));
+            offline.add_sources(&client, &mut output.findings);
+            output.findings.sort();
+            output.findings.dedup();
+            Explanation::new(&client, &output, *port)
         }
         _ => {
             let port = port.map(|port| format!("&port={port}")).unwrap_or_default();

@@ -72,7 +72,7 @@ enum Command {
     #[command(name = HELPER_VERB, hide = true)]
     Helper(HelperArgs),
     /// Shows the version
-    Version,
+    FrontendVersion,
     /// Prints a completion script for a shell
     Completions {
         /// The shell
@@ -114,7 +114,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Cleanup(args) => cleanup::run(&args),
         Command::SelfProbe { cgroup } => self_probe::run_client(&cgroup).map(|()| ExitCode::SUCCESS),
         Command::Helper(args) => agent::run_helper(&args),
-        Command::Version => {
+        Command::FrontendVersion => {
             let schema = portolan_common::SCHEMA_VERSION;
             anstream::println!("portolan {} (map schema v{schema})", env!("CARGO_PKG_VERSION"));
             Ok(ExitCode::SUCCESS)

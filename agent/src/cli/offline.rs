@@ -46,13 +46,13 @@ impl Offline {
 
     /// What connections of a client would find.
     pub(super) fn report(&self, client: &Client, findings: Vec<Finding>, observed: &HealthView) -> Report {
-        let mut verdict: PolicyOutput = assign(self.store.snapshot(), client, observed);
-        verdict.findings.extend(self.store.findings());
-        verdict.findings.extend(findings);
-        self.add_sources(client, &mut verdict.findings);
-        verdict.findings.sort();
-        verdict.findings.dedup();
-        Report::new(client, self.store.fingerprint(), &verdict)
+        let mut output: PolicyOutput = assign(self.store.snapshot(), client, observed);
+        output.findings.extend(self.store.findings());
+        output.findings.extend(findings);
+        self.add_sources(client, &mut output.findings);
+        output.findings.sort();
+        output.findings.dedup();
+        Report::new(client, self.store.fingerprint(), &output)
     }
 
     /// Adds to findings the files that their objects are in.
@@ -77,8 +77,8 @@ impl Offline {
         if texts.is_empty() {
             return Ok(observed);
         }
-        let verdict = assign(self.store.snapshot(), client, &observed);
-        let routes = verdict.assignments.iter().flat_map(|assignment| &assignment.routes);
+        let output = assign(self.store.snapshot(), client, &observed);
+        let routes = output.assignments.iter().flat_map(|assignment| &assignment.routes);
         let known: BTreeSet<SocketAddr> =
             routes.flat_map(|route| &route.pool.endpoints).map(|endpoint| endpoint.address).collect();
         for text in texts {

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use portolan_core::report::Report;
 
 use super::{
-    At, FAILED, PlaceArgs, DecodeArgs, SelectArgs, UNSUPPORTED, diff,
+    At, DecodeArgs, FAILED, PlaceArgs, SelectArgs, UNSUPPORTED, diff,
     offline::Offline,
     output::{self, OutputArgs, Rows},
 };

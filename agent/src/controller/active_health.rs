@@ -17,7 +17,7 @@ impl Reconciler {
     }
 
     /// An endpoint is found to be otherwise than before. Whether that changes a service.
-    pub(super) fn take_probed(&mut self, probed: Probed) -> bool {
+    pub(super) fn record_probe(&mut self, probed: Probed) -> bool {
         let Probed { target, number, failing } = probed;
         let Target { endpoint, probe } = &target;
         // What is a Service's address as well is rewritten: who answered is not known.
@@ -27,7 +27,7 @@ impl Reconciler {
             );
             return false;
         }
-        let pools = self.health.take_probed(&target, number, failing.clone());
+        let pools = self.health.record_probe(&target, number, failing.clone());
         for pool in &pools {
             let (kind, message) = match &failing {
                 Some(why) => (

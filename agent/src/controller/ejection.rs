@@ -7,10 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use portolan_common::{BackendStats, OutcomeKind, Spoken};
+use portolan_common::{BackendStats, DetectedProtocol, OutcomeKind};
 use portolan_core::{
-    health::{DetectorEventKind, ThresholdReached, Signal},
-    model::{Code, Finding, SuccessCriterion, Probe, ProbeKind, Protocol, ServiceId},
+    health::{DetectorEventKind, Signal, ThresholdReached},
+    model::{Code, Finding, Probe, ProbeKind, Protocol, ServiceId, SuccessCriterion},
     policy::{Assignment, PoolKey, ServiceChange},
     table,
 };
@@ -22,7 +22,7 @@ use tokio::sync::{
 };
 
 use super::{Reconciler, event_log::Event, state_file::StateWriter};
-use crate::probe::confirm::{Confirmation, LATELY, Confirmer, dial};
+use crate::probe::confirm::{Confirmation, Confirmer, LATELY, dial};
 
 /// How long a finding of this file stays after the last time.
 const REMEMBERED: Duration = Duration::from_secs(600);
@@ -50,7 +50,7 @@ pub(super) struct EjectionGate {
     /// What is spoken in place of HTTP/1, by pool.
     spoken: BTreeMap<PoolKey, u64>,
     /// Services whose responses are looked at, and whether the program that does it is attached.
-    watched: HashSet<ServiceId>,
+    pool_state: HashSet<ServiceId>,
     watching: Option<bool>,
     /// Why it is not.
     unwatched: Option<Finding>,
@@ -95,7 +95,7 @@ impl EjectionGate {
             namer,
             named,
             spoken,
-            watched: HashSet::new(),
+            pool_state: HashSet::new(),
             watching: None,
             unwatched: None,
             names: HashMap::new(),
@@ -140,12 +140,12 @@ impl Reconciler {
                 changed |= self.take_spoken(&pools, outcome);
                 continue;
             }
-            let sign = sign(outcome);
-            if sign.is_failure() {
-                self.tell_failure(&pools, outcome, sign);
+            let signal = signal(outcome);
+            if signal.is_failure() {
+                self.tell_failure(&pools, outcome, signal);
             }
-            for (pool, reached) in self.health.observe(&pools, outcome.backend, sign, outcome.netns_cookie) {
-                if self.judge(now, pool, reached, sign) {
+            for (pool, reached) in self.health.observe(&pools, outcome.backend, signal, outcome.netns_cookie) {
+                if self.judge(now, pool, reached, signal) {
                     self.judging.failed_at.get_or_insert(outcome.at);
                     changed = true;
                 }
@@ -159,7 +159,8 @@ impl Reconciler {
         let endpoints: HashSet<SocketAddr> = outcomes.iter().map(|outcome| outcome.backend).collect();
         for endpoint in endpoints {
             if let Some(id) = self.layout.backend_id(&endpoint)
-                && let Err(error) = self.datapath.maps.set_troubled(id, self.health.counts(&endpoint))
+                && let Err(error) =
+                    self.datapath.maps.set_report_success(id, self.health.is_counting_failures(&endpoint))
             {
                 tracing::warn!("cannot mark backend {endpoint}: {error:#}");
             }
@@ -167,18 +168,18 @@ impl Reconciler {
         changed
     }
 
-    fn tell_failure(&mut self, pools: &[PoolKey], outcome: &Outcome, sign: Signal) {
-        if matches!(sign, Signal::Refused | Signal::TimedOut)
+    fn tell_failure(&mut self, pools: &[PoolKey], outcome: &Outcome, signal: Signal) {
+        if matches!(signal, Signal::Refused | Signal::TimedOut)
             && let Some(id) = self.layout.backend_id(&outcome.backend)
         {
             *self.judging.heard.entry(id).or_default() += 1;
         }
         let Some(pool) = pools.first() else { return };
-        let message = match sign {
+        let message = match signal {
             Signal::Status(status) => format!("{} answered with status {status}", outcome.backend),
-            sign => {
+            signal => {
                 let what = std::io::Error::from_raw_os_error(outcome.errno as i32);
-                let when = if sign == Signal::Broken { "broke before an answer, " } else { "failed " };
+                let when = if signal == Signal::Broken { "broke before an answer, " } else { "failed " };
                 format!("connection to {} {when}after {:.1?}: {what}", outcome.backend, outcome.latency)
             }
         };
@@ -187,14 +188,14 @@ impl Reconciler {
     }
 
     /// An endpoint has failed as often as its pool allows. Whether it is ejected at once.
-    fn judge(&mut self, now: Instant, pool: PoolKey, reached: ThresholdReached, sign: Signal) -> bool {
+    fn judge(&mut self, now: Instant, pool: PoolKey, reached: ThresholdReached, signal: Signal) -> bool {
         let Some(client) = reached.client else { return self.eject(now, &pool, reached) };
         // A response comes on a connection that is open, which is the client's own.
-        let own_is_open = matches!(sign, Signal::Status(_) | Signal::Broken);
+        let own_is_open = matches!(signal, Signal::Status(_) | Signal::Broken);
         if !self.used_by_others(&reached.address, client, own_is_open) {
             return self.eject(now, &pool, reached);
         }
-        let of_answers = matches!(sign, Signal::Status(_) | Signal::Broken);
+        let of_answers = matches!(signal, Signal::Status(_) | Signal::Broken);
         let asks = |probe: &&Arc<Probe>| of_answers && probe.kind != ProbeKind::Tcp && self.prober.per_second > 0;
         let probe = self.health.probe_of(&pool).filter(asks).cloned();
         if of_answers && probe.is_none() {
@@ -368,10 +369,12 @@ impl Reconciler {
     pub(super) fn recall_spoken(&mut self, changed_services: &[ServiceChange]) -> bool {
         let assignments = changed_services.iter().flat_map(|service| &service.after);
         let pools = assignments.flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
-        let watched: Vec<PoolKey> =
-            pools.filter(|pool| pool.success_criterion == SuccessCriterion::HttpStatus).map(|pool| pool.key.clone()).collect();
+        let pool_state: Vec<PoolKey> = pools
+            .filter(|pool| pool.success_criterion == SuccessCriterion::HttpStatus)
+            .map(|pool| pool.key.clone())
+            .collect();
         let mut changed = false;
-        for pool in watched {
+        for pool in pool_state {
             let place = self.layout.pool(&pool).and_then(|(id, _)| self.datapath.maps.pool_stats(id).ok());
             if let Some(stats) = place.filter(|stats| stats.spoken != 0) {
                 changed |= self.note_spoken(&pool, stats.spoken);
@@ -384,9 +387,9 @@ impl Reconciler {
     pub(super) fn findings_of_health(&self) -> Vec<Finding> {
         let now = Instant::now();
         let of_pools = self.judging.spoken.iter().filter(|(pool, _)| self.health.knows(pool)).map(|(pool, spoken)| {
-            let what = if spoken & Spoken::TLS != 0 {
+            let what = if spoken & DetectedProtocol::TLS != 0 {
                 "TLS"
-            } else if spoken & Spoken::HTTP2 != 0 {
+            } else if spoken & DetectedProtocol::HTTP2 != 0 {
                 "HTTP/2"
             } else {
                 "no HTTP/1"
@@ -437,18 +440,18 @@ impl Reconciler {
             assignment.routes.iter().any(|route| route.pool.success_criterion == SuccessCriterion::HttpStatus)
         };
         if whole {
-            let all = self.compiler.verdict().assignments;
-            let watched = all.iter().filter(|assignment| is_watched(assignment));
-            self.judging.watched = watched.map(|assignment| assignment.service.clone()).collect();
+            let all = self.compiler.output().assignments;
+            let pool_state = all.iter().filter(|assignment| is_watched(assignment));
+            self.judging.pool_state = pool_state.map(|assignment| assignment.service.clone()).collect();
         }
         for service in changed_services {
             if service.after.iter().any(is_watched) {
-                self.judging.watched.insert(service.service.clone());
+                self.judging.pool_state.insert(service.service.clone());
             } else {
-                self.judging.watched.remove(&service.service);
+                self.judging.pool_state.remove(&service.service);
             }
         }
-        let wanted = !self.judging.watched.is_empty();
+        let wanted = !self.judging.pool_state.is_empty();
         if self.attached && self.judging.watching != Some(wanted) {
             match self.datapath.watch_responses(wanted) {
                 Ok(_) => (self.judging.watching, self.judging.unwatched) = (Some(wanted), None),
@@ -476,7 +479,7 @@ fn because(reason: &str) -> String {
     if reason.is_empty() { String::new() } else { format!(" ({reason})") }
 }
 
-fn sign(outcome: &Outcome) -> Signal {
+fn signal(outcome: &Outcome) -> Signal {
     match outcome.kind {
         OutcomeKind::Established => Signal::Connected,
         OutcomeKind::Failed => Signal::Refused,

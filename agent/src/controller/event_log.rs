@@ -24,7 +24,7 @@ const KEPT_FAILURES: usize = 200;
 pub struct Event {
     /// When (RFC 3339).
     pub time: String,
-    /// `ejected`, `released`, `overflow`, `failed`, `published`, `closed`, `mended`, `unconfirmed`, `unhealthy`, `healthy` or `by hand`.
+    /// `ejected`, `released`, `overflow`, `failed`, `published`, `closed`, `repaired`, `unconfirmed`, `unhealthy`, `healthy` or `by hand`.
     pub kind: String,
     /// The service, as `namespace/name`, where it is about one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -125,7 +125,7 @@ impl Event {
     /// The kind of connections that were ended.
     pub const CLOSED: &str = "closed";
     /// The kind of a repair: a hook was not in its place.
-    pub const MENDED: &str = "mended";
+    pub const REPAIRED: &str = "mended";
 
     /// A record about an endpoint of a pool.
     pub fn of_pool(pool: &PoolKey, endpoint: std::net::SocketAddr, kind: &str, message: String) -> Self {
@@ -153,7 +153,9 @@ impl Event {
                     cause.threshold.field()
                 ),
             ),
-            DetectorEventKind::Released => ("released", format!("{address} is back in {pool}; {ejected} of {hosts} are out")),
+            DetectorEventKind::Released => {
+                ("released", format!("{address} is back in {pool}; {ejected} of {hosts} are out"))
+            }
             DetectorEventKind::Overflow { cause } => (
                 Self::OVERFLOW,
                 format!(

@@ -23,17 +23,17 @@ use portolan_core::{
     policy::{Client, Compiler, PoolKey, ServiceChange, client::ClientLocation},
     report::{Report, explain::Explanation},
     store::{Changes, Store, Update},
-    table::{self, PinnedState, Completeness, Layout, Op, GraceEpoch, Sizes, Table},
+    table::{self, Completeness, GraceEpoch, Layout, Op, PinnedState, Sizes, Table},
 };
 use portolan_datapath::{Datapath, RemovedEndpointTcp, barrier};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use self::{
     ejection::EjectionGate,
-    event_log::{EventLog, Event},
+    event_log::{Event, EventLog},
     findings::{crowded, no_room},
     self_probe::Probe,
-    state_file::{StateWriter, PersistedState},
+    state_file::{PersistedState, StateWriter},
     termination::Closing,
 };
 use crate::{
@@ -134,11 +134,7 @@ impl Reconciler {
     ) -> Self {
         let adopted = held.frontends.len();
         if adopted > 0 {
-            tracing::info!(
-                frontends = adopted,
-                backends = held.backends.len(),
-                "took over the maps of a former agent"
-            );
+            tracing::info!(frontends = adopted, backends = held.backends.len(), "took over the maps of a former agent");
         }
         let mut reconciler = Self {
             cluster,
@@ -215,7 +211,7 @@ impl Reconciler {
                 }
                 outcomes = self.datapath.events.next(OUTCOMES_AT_ONCE) => self.take_outcomes(&outcomes?),
                 Some(evidence) = self.judging.evidence.recv() => self.take_evidence(evidence),
-                Some(probed) = self.prober.found.recv() => self.take_probed(probed),
+                Some(probed) = self.prober.found.recv() => self.record_probe(probed),
                 Some(named) = self.judging.named.recv() => {
                     self.take_name(named);
                     false
@@ -225,7 +221,7 @@ impl Reconciler {
                     let Some(request) = request else { return Ok(()) };
                     self.answer(request)
                 }
-                round = self.datapath.grace.settled() => self.settle(round),
+                epoch = self.datapath.grace.elapsed() => self.reclaim(epoch),
                 pass = self.datapath.closer.done() => {
                     self.take_pass(&pass?);
                     false
@@ -263,7 +259,7 @@ impl Reconciler {
         // All of the table is tried again, for what did not fit may fit now.
         self.completeness = self.completeness.filter(|_| !retry);
         self.changes.findings |= retry;
-        self.expire_orders();
+        self.expire_overrides();
         let (released, warmer) = self.health.handle_timeout(now);
         for (pool, event) in &released {
             self.judging.dirty = true;
@@ -275,8 +271,8 @@ impl Reconciler {
     }
 
     /// What rested is free again. Somebody may have been waiting for it.
-    fn settle(&mut self, round: GraceEpoch) -> bool {
-        self.layout.settle(round);
+    fn reclaim(&mut self, epoch: GraceEpoch) -> bool {
+        self.layout.reclaim(epoch);
         let waited = !self.refused.is_empty() && self.retry.is_some();
         if waited {
             self.retry = None;
@@ -308,8 +304,11 @@ impl Reconciler {
         let (table, gone) = self.wanted(&changed_services, whole);
         // The agent's own is its own, whatever is known of the others'.
         let (mut ops, _) = self.layout.change(&self.probe.table, &[], Completeness::Complete);
-        let (rest, refused) =
-            if whole { self.layout.update(&table, completeness) } else { self.layout.change(&table, &gone, completeness) };
+        let (rest, refused) = if whole {
+            self.layout.update(&table, completeness)
+        } else {
+            self.layout.change(&table, &gone, completeness)
+        };
         ops.extend(rest);
         self.completeness = Some(completeness);
         if whole {
@@ -336,11 +335,11 @@ impl Reconciler {
             self.trouble.push(Finding::new(Code::KernelWrite, "Kernel", message));
             // What was written before the failure is not known, so it is read, once nobody reads what is to be free.
             barrier();
-            self.layout = self.layout.read_again(self.datapath.maps.held(self.layout.sizes())?);
+            self.layout = self.layout.read_again(self.datapath.maps.read_back(self.layout.sizes())?);
             self.completeness = None;
         }
-        if let Some(round) = self.layout.end_round() {
-            self.datapath.grace.begin(round);
+        if let Some(epoch) = self.layout.end_epoch() {
+            self.datapath.grace.begin(epoch);
         }
         let crowded = crowded(&self.layout);
         changes.findings |= crowded != self.crowded;
@@ -410,7 +409,7 @@ impl Reconciler {
     /// The frontends that shall be: all of them, or those of the services that were computed anew; and those that shall go.
     fn wanted(&self, changed_services: &[ServiceChange], whole: bool) -> (Table, Vec<FrontendKey>) {
         if whole {
-            let mut table = Table::new(&self.compiler.verdict().assignments);
+            let mut table = Table::new(&self.compiler.output().assignments);
             table.frontends.extend(self.probe.table.frontends.clone());
             return (table, Vec::new());
         }
@@ -447,8 +446,9 @@ impl Reconciler {
 
     /// Takes down what the ids of frontends stand for: of all services, or of those that were computed anew.
     fn index_pools(&mut self, changed_services: &[ServiceChange], whole: bool) {
-        self.closing.forget(changed_services.iter().flat_map(|service| &service.before).map(|assignment| &**assignment));
-        let all = if whole { self.compiler.verdict().assignments } else { Vec::new() };
+        self.closing
+            .forget(changed_services.iter().flat_map(|service| &service.before).map(|assignment| &**assignment));
+        let all = if whole { self.compiler.output().assignments } else { Vec::new() };
         for assignment in all.iter().chain(changed_services.iter().flat_map(|service| &service.after)) {
             self.closing.learn(assignment);
             // A route may name a pool twice, which counts once.

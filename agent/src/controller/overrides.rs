@@ -16,10 +16,14 @@ const WRITTEN: Duration = Duration::from_secs(5);
 
 impl Reconciler {
     /// Takes an order by hand; whether it changes anything. Who gave it is told once it is in force and kept.
-    pub(super) fn take_order(&mut self, order: &OverrideCommand, reply: oneshot::Sender<Result<String, String>>) -> bool {
+    pub(super) fn take_order(
+        &mut self,
+        order: &OverrideCommand,
+        reply: oneshot::Sender<Result<String, String>>,
+    ) -> bool {
         let said = match self.makes_no_sense(order) {
             Some(wrong) => Err(wrong),
-            None => self.health.order(order, SystemTime::now()),
+            None => self.health.execute(order, SystemTime::now()),
         };
         match said {
             Err(wrong) => {
@@ -29,7 +33,9 @@ impl Reconciler {
             }
             Ok(message) => {
                 let endpoint = match order {
-                    OverrideCommand::Eject { endpoint, .. } | OverrideCommand::Restore { endpoint } => Some(endpoint.to_string()),
+                    OverrideCommand::Eject { endpoint, .. } | OverrideCommand::Restore { endpoint } => {
+                        Some(endpoint.to_string())
+                    }
                     _ => None,
                 };
                 self.tell_order(message.clone(), endpoint);
@@ -47,8 +53,8 @@ impl Reconciler {
                 (!known).then(|| format!("no service has an endpoint {endpoint}; portolan get endpoints lists them"))
             }
             OverrideCommand::Drain { service, region, .. } => {
-                let verdict = self.compiler.verdict();
-                let of = verdict.assignments.iter().filter(|assignment| assignment.service.name == *service);
+                let output = self.compiler.output();
+                let of = output.assignments.iter().filter(|assignment| assignment.service.name == *service);
                 let pools: Vec<_> = of.flat_map(|assignment| &assignment.routes).map(|route| &route.pool).collect();
                 if pools.is_empty() {
                     return Some(format!("clients of this node have no service {service}"));
@@ -69,8 +75,8 @@ impl Reconciler {
     }
 
     /// Ends the orders whose time is up.
-    pub(super) fn expire_orders(&mut self) {
-        for message in self.health.expire_orders(SystemTime::now()) {
+    pub(super) fn expire_overrides(&mut self) {
+        for message in self.health.expire_overrides(SystemTime::now()) {
             self.tell_order(message, None);
         }
     }
@@ -104,8 +110,12 @@ impl Reconciler {
             return;
         }
         (self.judging.dirty, self.judging.kept_at) = (false, now);
-        let pools = self.health.saved(now);
-        let kept = self.judging.state_writer.keep(PersistedState::new(SystemTime::now(), pools, self.health.overrides().clone()));
+        let pools = self.health.snapshot(now);
+        let kept = self.judging.state_writer.keep(PersistedState::new(
+            SystemTime::now(),
+            pools,
+            self.health.overrides().clone(),
+        ));
         let orders = std::mem::take(&mut self.judging.orders);
         if orders.is_empty() {
             return;

@@ -118,10 +118,10 @@ impl Reconciler {
 
     /// The verdict, with what the kernel holds beside it.
     fn report(&self) -> Report {
-        let mut verdict = self.compiler.verdict();
-        verdict.findings = self.findings();
-        let mut report = Report::new(&self.client, self.store.fingerprint(), &verdict);
-        let routes = verdict
+        let mut output = self.compiler.output();
+        output.findings = self.findings();
+        let mut report = Report::new(&self.client, self.store.fingerprint(), &output);
+        let routes = output
             .assignments
             .iter()
             .flat_map(|assignment| assignment.routes.iter().map(move |route| (assignment, route)));
@@ -141,17 +141,17 @@ impl Reconciler {
     fn explain(&self, name: &NamespacedName, port: Option<u16>) -> Option<Explanation> {
         let snapshot = self.store.snapshot();
         let service = policy::service_named(snapshot, &self.client, name)?;
-        let mut verdict = policy::explain(snapshot, &self.client, self.health.observed(), &service);
-        verdict.findings.extend(self.store.findings());
-        verdict.findings.extend(self.client_findings.clone());
-        verdict.findings.retain(|finding| concerns(finding, &service));
-        verdict.findings.sort();
-        verdict.findings.dedup();
-        let mut explanation = Explanation::new(&self.client, &verdict, port);
+        let mut output = policy::explain(snapshot, &self.client, self.health.observed(), &service);
+        output.findings.extend(self.store.findings());
+        output.findings.extend(self.client_findings.clone());
+        output.findings.retain(|finding| concerns(finding, &service));
+        output.findings.sort();
+        output.findings.dedup();
+        let mut explanation = Explanation::new(&self.client, &output, port);
         for finding in &mut explanation.findings {
             self.store.add_source(&self.cluster, finding);
         }
-        let routes = verdict.assignments.iter().filter(|assignment| port.is_none_or(|port| port == assignment.port));
+        let routes = output.assignments.iter().filter(|assignment| port.is_none_or(|port| port == assignment.port));
         let pools = routes.flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
         for (route, pool) in explanation.routes_mut().zip(pools) {
             for (endpoint, intended) in route.endpoints.iter_mut().zip(&pool.endpoints) {

@@ -41,16 +41,16 @@ impl Reconciler {
         let uncounted = || Err("sock_ops does not do its work: the connection was not counted".to_owned());
         let seen = seen.and_then(|()| if opened > self.probe.counted { Ok(()) } else { uncounted() });
         self.probe.counted = opened;
-        let mended = match self.datapath.mend_hooks() {
-            Ok(mended) => mended,
+        let repaired = match self.datapath.repair_hooks() {
+            Ok(repaired) => repaired,
             Err(error) => {
                 tracing::error!("{error:#}");
                 Vec::new()
             }
         };
-        for message in &mended {
+        for message in &repaired {
             let message = format!("{message}: mended");
-            self.events.add(Event { kind: Event::MENDED.to_owned(), message, ..Event::default() });
+            self.events.add(Event { kind: Event::REPAIRED.to_owned(), message, ..Event::default() });
         }
         match (&seen, &self.probe.seen) {
             (Err(why), before) if before.as_ref().err() != Some(why) => tracing::error!("the self-probe failed: {why}"),
@@ -58,7 +58,7 @@ impl Reconciler {
             _ => {}
         }
         self.probe.seen = seen;
-        if !mended.is_empty() {
+        if !repaired.is_empty() {
             self.recount();
             self.probe.wanted.notify_one();
         }

@@ -13,7 +13,9 @@ use portolan_core::{
     policy::{Assignment, PoolKey},
     table::{self, RemovedEndpoints},
 };
-use portolan_datapath::{RemovedEndpointTcp, IDLE, Lifetime, SweepRequest, SweepReport, Reason, Reconciled, ActiveEndpoints};
+use portolan_datapath::{
+    ActiveEndpoints, IDLE, Lifetime, Reason, Reconciled, RemovedEndpointTcp, SweepReport, SweepRequest,
+};
 
 use super::{Reconciler, event_log::Event};
 
@@ -83,7 +85,7 @@ impl Closing {
             self.look_again(idle);
         }
         for pool in assignment.routes.iter().map(|route| &route.pool) {
-            let lifetime = Lifetime { idle: pool.limits.idle_timeout, whole: pool.limits.max_duration };
+            let lifetime = Lifetime { idle: pool.limits.idle_timeout, max_age: pool.limits.max_duration };
             if lifetime == Lifetime::default() {
                 self.lifetimes.remove(&pool.key);
             } else {
@@ -99,7 +101,7 @@ impl Closing {
     }
 
     fn plan(&mut self, now: Instant) {
-        let limits = self.lifetimes.values().flat_map(|lifetime| [lifetime.idle, lifetime.whole]).flatten();
+        let limits = self.lifetimes.values().flat_map(|lifetime| [lifetime.idle, lifetime.max_age]).flatten();
         let sweep = limits.min().map(|shortest| now + (shortest / 4).clamp(SWEEP.0, SWEEP.1));
         self.next = match (self.next, sweep) {
             (Some(planned), Some(sweep)) => Some(planned.min(sweep)),
@@ -187,7 +189,7 @@ impl Reconciler {
                 Reason::Gone => "the endpoint is gone",
                 Reason::Idle => "idleTimeout",
                 Reason::Age => "maxConnectionDuration",
-                Reason::Elsewhere => "it was idle, and the endpoint gets no connections any more",
+                Reason::Inactive => "it was idle, and the endpoint gets no connections any more",
             };
             let message = format!("{count} {protocol} connections to {endpoint} were closed: {why}");
             let record = Event { kind: Event::CLOSED.to_owned(), message, ..Event::default() };
@@ -211,7 +213,7 @@ impl Reconciler {
         {
             let message =
                 format!("connections had ended unseen: {corrected} counts were wrong, {freed} places were not free");
-            self.events.add(Event { kind: Event::MENDED.to_owned(), message, ..Event::default() });
+            self.events.add(Event { kind: Event::REPAIRED.to_owned(), message, ..Event::default() });
         }
         if pass.counting {
             let done = pass.recounted.is_some_and(|recounted| recounted.unsettled == 0);

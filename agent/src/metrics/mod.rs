@@ -85,7 +85,11 @@ enum FindingSeverity {
 ///
 /// # Errors
 /// Formatting fails only where memory does.
-pub fn render(sample: &MetricsSnapshot, reading: &[SourceReport], outs: &opt_out::Report) -> Result<String, std::fmt::Error> {
+pub fn render(
+    sample: &MetricsSnapshot,
+    reading: &[SourceReport],
+    outs: &opt_out::Report,
+) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::default();
     connections(&mut registry, sample);
     services(&mut registry, sample);

@@ -18,7 +18,7 @@ use portolan_core::model::{Code, Finding};
 use portolan_datapath::OptOutMap;
 use tokio::{sync::Notify, task::block_in_place, time::sleep};
 
-use super::registry::{OptOutRegistry, ByUid, LABEL};
+use super::registry::{ByUid, LABEL, OptOutRegistry};
 use crate::source::Sources;
 
 /// While somebody is to be left alone, cgroups are looked through so often, whatever was told of them.

@@ -5,5 +5,5 @@ mod registry;
 
 pub use self::{
     enforcer::Enforcer,
-    registry::{AskedBy, OptOutRegistry, ByUid, LABEL, Pod, Report},
+    registry::{AskedBy, ByUid, LABEL, OptOutRegistry, Pod, Report},
 };

@@ -91,6 +91,7 @@ async fn grpc(address: SocketAddr, service: &str) -> Result<(), ProbeResult> {
     let channel = channel.connect_with_connector(once).await.map_err(failing)?;
     let request = HealthCheckRequest { service: service.to_owned() };
     let answer = HealthClient::new(channel).check(request).await;
-    let status = answer.map_err(|status| ProbeResult::Failing(format!("gRPC: {}", status.code())))?.into_inner().status();
+    let status =
+        answer.map_err(|status| ProbeResult::Failing(format!("gRPC: {}", status.code())))?.into_inner().status();
     if status == ServingStatus::Serving { Ok(()) } else { Err(ProbeResult::Failing(status.as_str_name().to_owned())) }
 }

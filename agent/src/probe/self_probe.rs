@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use portolan_core::{
     model::Protocol,
-    policy::{WeightedGroup, Schedule, Share},
+    policy::{Schedule, Share, WeightedGroup},
     table::{FrontendSpec, Table, key},
 };
 use tokio::{

@@ -141,7 +141,7 @@ impl Directory {
             }
         }
         updates.extend(read);
-        updates.push(Update::Trouble(troubles));
+        updates.push(Update::SourceFindings(troubles));
         Ok(updates)
     }
 
@@ -169,14 +169,14 @@ impl Directory {
         }
         let mut contents = read_text(self.reader, scope, &origin, text);
         let held = before.is_some_and(|before| before.holds);
-        if held && contents.blank {
+        if held && contents.empty {
             contents.findings.clear();
-            contents.whole = false;
+            contents.complete = false;
             let message =
                 "the file is empty all of a sudden: what it held stays in force; delete the file if it shall go";
             contents.findings.push(Finding::new(Code::Emptied, &origin, message).from_source(&origin));
         }
-        let holds = !contents.objects.is_empty() || (held && !contents.whole);
+        let holds = !contents.objects.is_empty() || (held && !contents.complete);
         self.seen.insert(origin.clone(), Seen { fingerprint: contents.fingerprint, holds });
         self.before.insert(origin.clone(), before);
         Some(Update::Replace { origin, contents })
@@ -353,7 +353,7 @@ pub async fn run(
             }
             Err(error) => {
                 sources.trouble("", FILES, Trouble::Unreachable(error.to_string()));
-                vec![Update::Trouble(vec![Finding::new(
+                vec![Update::SourceFindings(vec![Finding::new(
                     Code::Unreadable,
                     root.display(),
                     format!("cannot be read: {error}. All that it last said stays in force"),

@@ -4,4 +4,4 @@ pub mod file;
 pub mod kubernetes;
 mod status;
 
-pub use status::{SourcesReport, SourceReport, Sources, Status, Trouble};
+pub use status::{SourceReport, Sources, SourcesReport, Status, Trouble};

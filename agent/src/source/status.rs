@@ -49,7 +49,7 @@ pub enum Trouble {
     /// The resource is not there: nothing is wrong.
     Missing,
     /// It is not read, for a reason that was noted.
-    Noted,
+    Skipped,
     /// It may not be read.
     Forbidden(String),
     /// It cannot be reached, or what comes from there makes no sense.
@@ -62,7 +62,7 @@ pub struct Status {
     objects: usize,
     version: Option<String>,
     synced: Option<SystemTime>,
-    heard: Option<Instant>,
+    touch: Option<Instant>,
     lists: u64,
     /// What is wrong now, and since when.
     pub trouble: Option<(Trouble, Instant)>,
@@ -71,7 +71,7 @@ pub struct Status {
 impl Status {
     /// Whether all has been said that there is to say for now.
     fn is_settled(&self) -> bool {
-        let known = |trouble: &Trouble| matches!(trouble, Trouble::Missing | Trouble::Noted | Trouble::Forbidden(_));
+        let known = |trouble: &Trouble| matches!(trouble, Trouble::Missing | Trouble::Skipped | Trouble::Forbidden(_));
         self.synced.is_some() || self.trouble.as_ref().is_some_and(|(trouble, _)| known(trouble))
     }
 }
@@ -152,9 +152,9 @@ impl Sources {
     }
 
     /// Something came from there, up to this version; so many objects are held now.
-    pub fn heard(&self, cluster: &str, resource: &str, objects: usize, version: &str) {
+    pub fn touch(&self, cluster: &str, resource: &str, objects: usize, version: &str) {
         self.status(cluster, resource, |status| {
-            (status.objects, status.heard, status.trouble) = (objects, Some(Instant::now()), None);
+            (status.objects, status.touch, status.trouble) = (objects, Some(Instant::now()), None);
             status.version = Some(version.to_owned());
         });
     }
@@ -162,7 +162,7 @@ impl Sources {
     /// Everything was read as a whole.
     pub fn synced(&self, cluster: &str, resource: &str, objects: usize, version: Option<&str>) {
         self.status(cluster, resource, |status| {
-            (status.objects, status.heard, status.trouble) = (objects, Some(Instant::now()), None);
+            (status.objects, status.touch, status.trouble) = (objects, Some(Instant::now()), None);
             status.version = version.map(str::to_owned);
             status.synced = Some(SystemTime::now());
             status.lists += 1;
@@ -181,12 +181,12 @@ impl Sources {
     }
 
     /// A cluster's server does what it is asked: who waits for it need not wait any longer.
-    pub fn proven(&self, cluster: &str) {
+    pub fn mark_healthy(&self, cluster: &str) {
         self.recoveries.send_modify(|of| *of.entry(cluster.to_owned()).or_default() += 1);
     }
 
     /// Waits until something of a cluster is proven to be well, from this call on.
-    pub fn recovered(&self, cluster: &str) -> impl Future<Output = ()> + Send + use<> {
+    pub fn recoveries(&self, cluster: &str) -> impl Future<Output = ()> + Send + use<> {
         let mut recoveries = self.recoveries.subscribe();
         let before = recoveries.borrow().get(cluster).copied();
         let cluster = cluster.to_owned();
@@ -231,7 +231,7 @@ impl Sources {
     /// Whether something of a cluster may not be read, and never was.
     pub fn is_refused(&self, cluster: &str) -> bool {
         let refused = |status: &Status| {
-            status.synced.is_none() && matches!(status.trouble, Some((Trouble::Forbidden(_) | Trouble::Noted, _)))
+            status.synced.is_none() && matches!(status.trouble, Some((Trouble::Forbidden(_) | Trouble::Skipped, _)))
         };
         self.with(|all| all.iter().any(|((of, _), status)| of == cluster && refused(status)))
     }
@@ -265,11 +265,11 @@ impl Sources {
             objects: status.objects,
             version: status.version,
             synced: status.synced.map(|at| humantime::format_rfc3339_millis(at).to_string()),
-            lag_seconds: status.heard.map(|heard| heard.elapsed().as_secs_f64()),
+            lag_seconds: status.touch.map(|touch| touch.elapsed().as_secs_f64()),
             lists: status.lists,
             error: status.trouble.map(|(trouble, _)| match trouble {
                 Trouble::Missing => "is not installed".to_owned(),
-                Trouble::Noted => "cannot be followed: see the findings".to_owned(),
+                Trouble::Skipped => "cannot be followed: see the findings".to_owned(),
                 Trouble::Forbidden(why) | Trouble::Unreachable(why) => why,
             }),
         };
@@ -322,12 +322,12 @@ mod tests {
     #[test]
     fn who_waits_for_a_cluster_hears_that_it_is_proven_and_of_no_other() {
         let sources = Sources::default();
-        sources.proven("c2");
-        let mut waiting = std::pin::pin!(sources.recovered("c2"));
-        sources.proven("c3");
-        sources.heard("c2", "services", 1, "8");
+        sources.mark_healthy("c2");
+        let mut waiting = std::pin::pin!(sources.recoveries("c2"));
+        sources.mark_healthy("c3");
+        sources.touch("c2", "services", 1, "8");
         assert_eq!(waiting.as_mut().now_or_never(), None);
-        sources.proven("c2");
+        sources.mark_healthy("c2");
         assert_eq!(waiting.as_mut().now_or_never(), Some(()));
     }
 
@@ -340,7 +340,7 @@ mod tests {
         assert_eq!(sources.out_of_reach("c2"), None);
         sources.trouble("c2", "services", Trouble::Unreachable("refused".to_owned()));
         assert!(sources.out_of_reach("c2").is_some());
-        sources.heard("c2", "services", 1, "8");
+        sources.touch("c2", "services", 1, "8");
         assert_eq!(sources.out_of_reach("c2"), None);
     }
 }

@@ -136,14 +136,24 @@ impl Report {
         // The most services, with rules for all of them.
         if let Some(last) = self.tables.iter().rev().find(|row| row.rules < row.services) {
             let what = format!("one endpoint changed to published, p99, {} services", last.services);
-            add(what, "≤ 1 ms".to_owned(), format!("{:.3} ms", last.change[1]), PolicyOutput::of(last.change[1] <= 1.0));
+            add(
+                what,
+                "≤ 1 ms".to_owned(),
+                format!("{:.3} ms", last.change[1]),
+                PolicyOutput::of(last.change[1] <= 1.0),
+            );
             let what = format!("full table from empty, {} services, {} endpoints", last.services, last.endpoints);
             let whole = last.policy + last.written;
             add(what, "≤ 1 s".to_owned(), format!("{whole:.2} s"), PolicyOutput::of(whole <= 1.0));
         }
         if let Some(own) = self.reaction.iter().find(|one| one.who == "Portolan" && one.death == Death::Refused) {
             let what = "an endpoint refuses: until the last request to it begins".to_owned();
-            add(what, "≤ 5 ms".to_owned(), format!("{} ms", of_median(own.last, 1)), PolicyOutput::at_most(own.last, 5.0));
+            add(
+                what,
+                "≤ 5 ms".to_owned(),
+                format!("{} ms", of_median(own.last, 1)),
+                PolicyOutput::at_most(own.last, 5.0),
+            );
         }
         if let Some(failing) = &self.failing {
             let what = format!("from a failure to the table without the endpoint, p99 of {}", failing.single);
@@ -154,11 +164,21 @@ impl Report {
             let what = format!("agent's memory, {} endpoints", last.endpoints);
             add(what, "≤ 150 MiB".to_owned(), format!("{:.0} MiB", last.mib), PolicyOutput::of(last.mib <= 150.0));
             let what = "agent's processor time while nothing changes".to_owned();
-            add(what, "≈ 0".to_owned(), format!("{:.2} % of one", last.idle * 100.0), PolicyOutput::of(last.idle <= 0.01));
+            add(
+                what,
+                "≈ 0".to_owned(),
+                format!("{:.2} % of one", last.idle * 100.0),
+                PolicyOutput::of(last.idle <= 0.01),
+            );
         }
         for away in &self.away {
             let what = format!("failed requests while the agent is {}", away.what);
-            add(what, "0".to_owned(), format!("{} of {}", away.failed, away.requests), PolicyOutput::of(away.failed == 0));
+            add(
+                what,
+                "0".to_owned(),
+                format!("{} of {}", away.failed, away.requests),
+                PolicyOutput::of(away.failed == 0),
+            );
         }
         self.budgets = budgets;
     }

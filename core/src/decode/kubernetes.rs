@@ -11,7 +11,7 @@ use k8s_openapi::{
 };
 use serde_json::Value;
 
-use super::context::{Context, Invalid, DecodeOptions, invalid};
+use super::context::{Context, DecodeOptions, Invalid, invalid};
 use crate::model::{
     Code, EndpointSlice, Hints, Labels, Locality, Namespace, NamespacedName, Node, Pod, Protocol, Service, ServicePort,
     SliceEndpoint, SlicePort, Target, TrafficDistribution,

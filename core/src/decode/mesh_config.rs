@@ -9,7 +9,7 @@ use super::{
     locality_lb::{LocalitySpec, locality_setting, maybe_duration, null_as_default},
     yaml,
 };
-use crate::model::{Code, LocalitySetting, MeshConfig, ClusterLocal, ClusterLocalRule};
+use crate::model::{ClusterLocal, ClusterLocalRule, Code, LocalitySetting, MeshConfig};
 
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -82,8 +82,9 @@ pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<Mes
     })?;
     let spec = match config {
         Value::Null => MeshSpec::default(),
-        config => context
-            .deserialize_reporting_ignored("data.mesh", config, |path| OF_OTHERS.contains(&path.split('.').next().unwrap_or_default()))?,
+        config => context.deserialize_reporting_ignored("data.mesh", config, |path| {
+            OF_OTHERS.contains(&path.split('.').next().unwrap_or_default())
+        })?,
     };
     let default = MeshConfig::default();
     let together = context.bool_annotation(&value, DISTRIBUTE_WITH_FAILOVER);

@@ -28,12 +28,12 @@ const READ_AGAIN: usize = 16 << 20;
 
 /// Reads all objects of a file. Nothing in it can make this fail: what is wrong becomes a finding.
 pub fn read_text(reader: DecodeOptions, scope: &Scope, origin: &str, text: &str) -> Contents {
-    let mut contents = Contents { whole: true, fingerprint: fingerprint(text), ..Contents::default() };
+    let mut contents = Contents { complete: true, fingerprint: fingerprint(text), ..Contents::default() };
     let documents = yaml::split(text);
-    contents.blank = documents.is_empty();
+    contents.empty = documents.is_empty();
     if text.is_empty() {
         // Nobody writes such a file on purpose: more likely its writer was cut off.
-        contents.whole = false;
+        contents.complete = false;
         let message = "the file is empty; delete it if nothing belongs into it";
         contents.findings.push(Finding::new(Code::EmptyFile, origin, message));
     }
@@ -47,7 +47,7 @@ pub fn read_text(reader: DecodeOptions, scope: &Scope, origin: &str, text: &str)
         let value = match yaml::parse(&document) {
             Ok(value) => value,
             Err(error) => {
-                contents.whole = false;
+                contents.complete = false;
                 let message = format!("{}. What this file last said well stays in force", error.message);
                 let mut finding = Finding::new(Code::Syntax, origin, message);
                 finding.position = error.at.and_then(position);
@@ -74,7 +74,7 @@ pub fn read_text(reader: DecodeOptions, scope: &Scope, origin: &str, text: &str)
 
 /// Reads one object, as an API gives it. Nothing in it can make this fail: what is wrong becomes a finding.
 pub fn read_value(reader: DecodeOptions, scope: &Scope, origin: &str, value: Value) -> Contents {
-    let mut contents = Contents { whole: true, ..Contents::default() };
+    let mut contents = Contents { complete: true, ..Contents::default() };
     // Keys are in order, so that equal objects have equal texts.
     contents.fingerprint = fingerprint(&value.to_string());
     read_object(reader, scope, origin, value, &mut BTreeSet::new(), &mut contents);
@@ -100,7 +100,7 @@ fn read_object(
     let group = group.split_once('/').map_or("", |(group, _)| group);
     let name = NamespacedName::new(field("/metadata/namespace"), field("/metadata/name"));
     if kind.is_empty() || name.name.is_empty() {
-        contents.whole = false;
+        contents.complete = false;
         let message = "a document without `kind` or `metadata.name` is no Kubernetes object";
         contents.findings.push(Finding::new(Code::NotAnObject, origin, message));
         return;

@@ -21,12 +21,12 @@ use crate::{
 
 pub use self::{
     active::{Target, Wanted},
-    outlier::{Cause, Detector, Ejection, DetectorEvent, DetectorEventKind, Saved, Signal, Threshold},
-    overrides::{Overrides, Drain, OverrideCommand, Override},
+    outlier::{Cause, Detector, DetectorEvent, DetectorEventKind, Ejection, Saved, Signal, Threshold},
+    overrides::{Drain, Override, OverrideCommand, Overrides},
 };
 
 /// What a former agent has left of a pool that is not seen is kept for so long after the ejection.
-const FORGOTTEN: Duration = Duration::from_secs(24 * 3_600);
+const RESTORE_WINDOW: Duration = Duration::from_secs(24 * 3_600);
 
 /// All pools.
 #[derive(Clone, Debug, Default)]
@@ -42,8 +42,8 @@ pub struct Health {
     /// Services of which the policy has to be asked once more: endpoints have begun to warm up, or a former agent had ejected some.
     services_to_recompute: BTreeSet<ServiceId>,
     /// What a former agent has left, for pools that have not been seen yet, and how long ago.
-    left: BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>,
-    left_at: Option<(Instant, Duration)>,
+    restored: BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>,
+    restored_at: Option<(Instant, Duration)>,
     overrides: Overrides,
     probing: Probing,
 }
@@ -97,42 +97,42 @@ impl Health {
         let before =
             if keys.is_empty() { self.used.remove(service) } else { self.used.insert(service.clone(), keys.clone()) };
         for key in before.iter().flatten().filter(|key| keys.binary_search(key).is_err()) {
-            if let Some(watched) = self.pools.get_mut(key) {
-                watched.hosts.retain(|(of, _)| of != service);
+            if let Some(pool_state) = self.pools.get_mut(key) {
+                pool_state.hosts.retain(|(of, _)| of != service);
             }
-            self.settle(now, key);
+            self.sync_pool(now, key);
         }
         for (key, pools) in wanted {
             let mut hosts: Vec<SocketAddr> =
                 pools.iter().flat_map(|pool| &pool.endpoints).map(|endpoint| endpoint.address).collect();
             hosts.sort_unstable();
             hosts.dedup();
-            let watched = self.pools.entry(key.clone()).or_default();
-            match watched.hosts.iter_mut().find(|(of, _)| of == service) {
+            let pool_state = self.pools.entry(key.clone()).or_default();
+            match pool_state.hosts.iter_mut().find(|(of, _)| of == service) {
                 Some((_, known)) => *known = hosts.into(),
-                None => watched.hosts.push((service.clone(), hosts.into())),
+                None => pool_state.hosts.push((service.clone(), hosts.into())),
             }
             let success_criterion = pools[0].success_criterion;
-            match (pools[0].outlier.as_ref(), &mut watched.detector) {
+            match (pools[0].outlier.as_ref(), &mut pool_state.detector) {
                 (Some(settings), Some(detector)) => detector.configure(settings, success_criterion, now),
                 (Some(settings), none) => *none = Some(Detector::new(settings.clone(), success_criterion, now)),
                 (None, some) => *some = None,
             }
-            match (pools[0].warmup.as_ref(), &mut watched.warming) {
+            match (pools[0].warmup.as_ref(), &mut pool_state.warming) {
                 (Some(warmup), Some(warming)) => warming.window = warmup.window,
                 (Some(warmup), none) => *none = Some(Warming::new(warmup.window)),
                 (None, some) => *some = None,
             }
-            watched.probe.clone_from(&pools[0].probe);
-            watched.connect_timeout = pools[0].limits.connect_timeout;
-            self.settle(now, key);
+            pool_state.probe.clone_from(&pools[0].probe);
+            pool_state.connect_timeout = pools[0].limits.connect_timeout;
+            self.sync_pool(now, key);
         }
     }
 
     /// Brings everything that is kept about a pool into line with its endpoints.
-    fn settle(&mut self, now: Instant, key: &PoolKey) {
-        let Some(watched) = self.pools.get_mut(key) else { return };
-        if watched.hosts.is_empty() {
+    fn sync_pool(&mut self, now: Instant, key: &PoolKey) {
+        let Some(pool_state) = self.pools.get_mut(key) else { return };
+        if pool_state.hosts.is_empty() {
             let gone = self.pools.remove(key);
             let counted: Vec<SocketAddr> = gone.map(|gone| gone.clients.into_keys().collect()).unwrap_or_default();
             self.index_counting(key, &counted);
@@ -140,43 +140,44 @@ impl Health {
             self.observe_pool(now, key);
             return;
         }
-        let hosts: BTreeSet<SocketAddr> = watched.all_hosts().collect();
-        if let Some(detector) = &mut watched.detector {
+        let hosts: BTreeSet<SocketAddr> = pool_state.all_hosts().collect();
+        if let Some(detector) = &mut pool_state.detector {
             detector.set_hosts(&hosts);
-            if let Some(left) = self.left.remove(key)
-                && let Some((at, away)) = self.left_at
+            if let Some(left) = self.restored.remove(key)
+                && let Some((at, away)) = self.restored_at
             {
                 detector.restore(now, away + now.saturating_duration_since(at), left);
                 if detector.ejections().next().is_some() {
                     self.services_to_recompute.insert(key.service.clone());
-                    self.services_to_recompute.extend(watched.hosts.iter().map(|(service, _)| service.clone()));
+                    self.services_to_recompute.extend(pool_state.hosts.iter().map(|(service, _)| service.clone()));
                 }
             }
         }
-        if let Some(warming) = &mut watched.warming
+        if let Some(warming) = &mut pool_state.warming
             && warming.set_hosts(now, &hosts)
         {
             self.services_to_recompute.insert(key.service.clone());
         }
-        self.probing.set(key, &hosts, watched.probe.as_ref());
-        self.forget_clients(key);
+        self.probing.set(key, &hosts, pool_state.probe.as_ref());
+        self.reset_clients(key);
         self.observe_pool(now, key);
     }
 
     /// Forgets whose connections have failed to endpoints of which nothing is counted any more.
-    fn forget_clients(&mut self, key: &PoolKey) {
-        let Some(watched) = self.pools.get_mut(key) else { return };
-        let detector = watched.detector.as_ref();
-        let counts = |host: &SocketAddr| detector.is_some_and(|detector| detector.counts(host));
-        let over: Vec<SocketAddr> = watched.clients.extract_if(|host, _| !counts(host)).map(|(host, _)| host).collect();
+    fn reset_clients(&mut self, key: &PoolKey) {
+        let Some(pool_state) = self.pools.get_mut(key) else { return };
+        let detector = pool_state.detector.as_ref();
+        let counts = |host: &SocketAddr| detector.is_some_and(|detector| detector.is_counting_failures(host));
+        let over: Vec<SocketAddr> =
+            pool_state.clients.extract_if(|host, _| !counts(host)).map(|(host, _)| host).collect();
         self.index_counting(key, &over);
     }
 
     /// Takes down of these endpoints whether the pool counts failures of them.
     fn index_counting(&mut self, key: &PoolKey, hosts: &[SocketAddr]) {
-        let detector = self.pools.get(key).and_then(|watched| watched.detector.as_ref());
+        let detector = self.pools.get(key).and_then(|pool_state| pool_state.detector.as_ref());
         for host in hosts {
-            if detector.is_some_and(|detector| detector.counts(host)) {
+            if detector.is_some_and(|detector| detector.is_counting_failures(host)) {
                 self.counting.entry(*host).or_default().insert(key.clone());
             } else if let Some(pools) = self.counting.get_mut(host) {
                 pools.remove(key);
@@ -189,13 +190,15 @@ impl Health {
 
     /// Takes down what a pool has to say.
     fn observe_pool(&mut self, now: Instant, key: &PoolKey) {
-        let watched = self.pools.get(key);
-        let detector = watched.and_then(|watched| watched.detector.as_ref());
+        let pool_state = self.pools.get(key);
+        let detector = pool_state.and_then(|pool_state| pool_state.detector.as_ref());
         let ejected: BTreeSet<SocketAddr> =
             detector.into_iter().flat_map(Detector::ejections).map(|(address, _)| address).collect();
-        let ages =
-            watched.and_then(|watched| watched.warming.as_ref()).map(|warming| warming.ages(now)).unwrap_or_default();
-        if watched.is_some_and(|watched| watched.poll_timeout().is_some()) {
+        let ages = pool_state
+            .and_then(|pool_state| pool_state.warming.as_ref())
+            .map(|warming| warming.ages(now))
+            .unwrap_or_default();
+        if pool_state.is_some_and(|pool_state| pool_state.poll_timeout().is_some()) {
             self.busy.insert(key.clone());
         } else {
             self.busy.remove(key);
@@ -211,7 +214,7 @@ impl Health {
     }
 
     /// What probes have found of an endpoint: why it fails, or that it is well again. The pools that it is for.
-    pub fn take_probed(&mut self, target: &Target, number: u64, failing: Option<String>) -> BTreeSet<PoolKey> {
+    pub fn record_probe(&mut self, target: &Target, number: u64, failing: Option<String>) -> BTreeSet<PoolKey> {
         let pools = self.probing.take(target, number, failing);
         for key in &pools {
             set(&mut self.observed.failing, key, self.probing.failing(key), BTreeSet::is_empty);
@@ -240,30 +243,31 @@ impl Health {
         &mut self,
         pools: &[PoolKey],
         address: SocketAddr,
-        sign: Signal,
+        signal: Signal,
         client: u64,
     ) -> Vec<(PoolKey, ThresholdReached)> {
         let mut all = Vec::new();
         for key in pools {
-            let Some(watched) = self.pools.get_mut(key) else { continue };
-            let Some(detector) = watched.detector.as_mut() else { continue };
-            let counted = detector.counts(&address);
-            let causes = detector.observe(address, sign);
-            let counts = detector.counts(&address);
+            let Some(pool_state) = self.pools.get_mut(key) else { continue };
+            let Some(detector) = pool_state.detector.as_mut() else { continue };
+            let counted = detector.is_counting_failures(&address);
+            let causes = detector.observe(address, signal);
+            let counts = detector.is_counting_failures(&address);
             if counts || !causes.is_empty() {
-                let known = watched.clients.entry(address).or_insert(FailingClients { first: client, several: false });
+                let known =
+                    pool_state.clients.entry(address).or_insert(FailingClients { first: client, several: false });
                 if known.first == 0 {
                     known.first = client;
                 }
-                known.several |= sign.is_failure() && client != 0 && known.first != client;
+                known.several |= signal.is_failure() && client != 0 && known.first != client;
             }
             if !causes.is_empty() {
-                let clients = watched.clients.get(&address).copied();
+                let clients = pool_state.clients.get(&address).copied();
                 let client = clients.filter(|clients| !clients.several).map(|clients| clients.first);
                 all.extend(causes.into_iter().map(|cause| (key.clone(), ThresholdReached { address, cause, client })));
             }
             if !counts {
-                watched.clients.remove(&address);
+                pool_state.clients.remove(&address);
             }
             if counted != counts {
                 self.index_counting(key, &[address]);
@@ -280,16 +284,17 @@ impl Health {
     }
 
     /// Whether some pool counts failures of the endpoint, so that a success would change something.
-    pub fn counts(&self, address: &SocketAddr) -> bool {
+    pub fn is_counting_failures(&self, address: &SocketAddr) -> bool {
         self.counting.contains_key(address)
     }
 
     /// The pools that may eject an endpoint. Looks at all of them.
     pub fn pools_of(&self, address: &SocketAddr) -> Vec<PoolKey> {
-        let has = |watched: &PoolState| {
-            watched.detector.is_some() && watched.hosts.iter().any(|(_, hosts)| hosts.binary_search(address).is_ok())
+        let has = |pool_state: &PoolState| {
+            pool_state.detector.is_some()
+                && pool_state.hosts.iter().any(|(_, hosts)| hosts.binary_search(address).is_ok())
         };
-        self.pools.iter().filter(|(_, watched)| has(watched)).map(|(key, _)| key.clone()).collect()
+        self.pools.iter().filter(|(_, pool_state)| has(pool_state)).map(|(key, _)| key.clone()).collect()
     }
 
     /// When [`Self::handle_timeout`] wants to be called, if nothing changes. Overrides expire by the wall clock.
@@ -304,16 +309,16 @@ impl Health {
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let (mut events, mut warmer) = (Vec::new(), BTreeSet::new());
         for key in self.busy.clone() {
-            let Some(watched) = self.pools.get_mut(&key) else { continue };
-            if let Some(detector) = watched.detector.as_mut().filter(|detector| is_due(detector.poll_timeout())) {
+            let Some(pool_state) = self.pools.get_mut(&key) else { continue };
+            if let Some(detector) = pool_state.detector.as_mut().filter(|detector| is_due(detector.poll_timeout())) {
                 events.extend(detector.handle_timeout(now).into_iter().map(|event| (key.clone(), event)));
             }
-            if let Some(warming) = watched.warming.as_mut().filter(|warming| is_due(warming.next)) {
+            if let Some(warming) = pool_state.warming.as_mut().filter(|warming| is_due(warming.next)) {
                 warming.next = warming.next_step(now);
                 warmer.insert(key.clone());
             }
             // Whoever is released begins anew.
-            self.forget_clients(&key);
+            self.reset_clients(&key);
             self.observe_pool(now, &key);
         }
         (events, warmer)
@@ -359,39 +364,41 @@ impl Health {
     ///
     /// # Errors
     /// It says why there is nothing to be done.
-    pub fn order(&mut self, order: &OverrideCommand, now: SystemTime) -> Result<String, String> {
+    pub fn execute(&mut self, order: &OverrideCommand, now: SystemTime) -> Result<String, String> {
         let said = self.overrides.take(order, now)?;
-        self.observe_by_hand();
+        self.apply_overrides();
         Ok(said)
     }
 
     /// The orders whose time is up; they are in force no longer.
-    pub fn expire_orders(&mut self, now: SystemTime) -> Vec<String> {
+    pub fn expire_overrides(&mut self, now: SystemTime) -> Vec<String> {
         let ended = self.overrides.expire(now);
         if !ended.is_empty() {
-            self.observe_by_hand();
+            self.apply_overrides();
         }
         ended
     }
 
-    fn observe_by_hand(&mut self) {
+    fn apply_overrides(&mut self) {
         self.observed.ejected_everywhere = self.overrides.ejected().map(|(address, _)| *address).collect();
         self.observed.drained =
             self.overrides.drained().map(|drain| (drain.service.clone(), drain.region.clone())).collect();
     }
 
     /// What the next agent shall know of each pool.
-    pub fn saved(&self, now: Instant) -> BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>> {
-        let mut all = self.left.clone();
-        let since = self.left_at.map_or(Duration::ZERO, |(at, away)| away + now.saturating_duration_since(at));
+    pub fn snapshot(&self, now: Instant) -> BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>> {
+        let mut all = self.restored.clone();
+        let since = self.restored_at.map_or(Duration::ZERO, |(at, away)| away + now.saturating_duration_since(at));
         for (_, saved) in all.values_mut().flatten() {
             saved.ejected = saved.ejected.map(|(ago, cause)| (ago.saturating_add(since), cause));
         }
         // Of pools that have not come back for so long nothing is known any more.
-        all.retain(|_, hosts| hosts.iter().any(|(_, saved)| saved.ejected.is_some_and(|(ago, _)| ago < FORGOTTEN)));
+        all.retain(|_, hosts| {
+            hosts.iter().any(|(_, saved)| saved.ejected.is_some_and(|(ago, _)| ago < RESTORE_WINDOW))
+        });
         for key in &self.busy {
-            let detector = self.pools.get(key).and_then(|watched| watched.detector.as_ref());
-            let saved = detector.map(|detector| detector.saved(now)).unwrap_or_default();
+            let detector = self.pools.get(key).and_then(|pool_state| pool_state.detector.as_ref());
+            let saved = detector.map(|detector| detector.snapshot(now)).unwrap_or_default();
             if !saved.is_empty() {
                 all.insert(key.clone(), saved);
             }
@@ -407,8 +414,8 @@ impl Health {
         pools: BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>,
         overrides: Overrides,
     ) {
-        (self.left, self.left_at, self.overrides) = (pools, Some((now, away)), overrides);
-        self.observe_by_hand();
+        (self.restored, self.restored_at, self.overrides) = (pools, Some((now, away)), overrides);
+        self.apply_overrides();
     }
 
     /// How many endpoints are ejected.

@@ -13,7 +13,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{SuccessCriterion, OutlierDetection};
+use crate::model::{OutlierDetection, SuccessCriterion};
 
 /// What a connection says of its endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,18 +202,18 @@ impl Detector {
 
     /// Takes a sign of an endpoint; the thresholds that it reaches, in the order in which Envoy looks at them. Each begins anew, whatever comes
     /// of it.
-    pub fn observe(&mut self, address: SocketAddr, sign: Signal) -> Vec<Cause> {
+    pub fn observe(&mut self, address: SocketAddr, signal: Signal) -> Vec<Cause> {
         let counters = self.settings.counters();
         let split = self.settings.local_origin_errors.is_some();
         // What the sign does to each counter: one more, back to zero, or nothing.
         const UP: Option<bool> = Some(true);
         const ZERO: Option<bool> = Some(false);
         let is_proof = match self.success_criterion {
-            SuccessCriterion::Connected => sign == Signal::Connected,
-            SuccessCriterion::FirstByte => sign == Signal::Answered,
+            SuccessCriterion::Connected => signal == Signal::Connected,
+            SuccessCriterion::FirstByte => signal == Signal::Answered,
             SuccessCriterion::HttpStatus => false,
         };
-        let effect = match sign {
+        let effect = match signal {
             Signal::Connected if split => [None, None, ZERO],
             Signal::Refused | Signal::TimedOut if split => [None, None, UP],
             Signal::Refused | Signal::TimedOut => [UP, UP, None],
@@ -285,7 +285,12 @@ impl Detector {
             host.multiplier += 1;
         }
         let duration = time(&self.settings, host);
-        Some(DetectorEvent { address, kind: DetectorEventKind::Ejected { cause, duration }, ejected: ejected + 1, hosts })
+        Some(DetectorEvent {
+            address,
+            kind: DetectorEventKind::Ejected { cause, duration },
+            ejected: ejected + 1,
+            hosts,
+        })
     }
 
     /// When [`Self::handle_timeout`] wants to be called; `None` while there is nothing to release or to forgive.
@@ -319,11 +324,14 @@ impl Detector {
         }
         self.tidy();
         let (ejected, hosts) = (self.ejected_count(), self.hosts.len());
-        released.into_iter().map(|address| DetectorEvent { address, kind: DetectorEventKind::Released, ejected, hosts }).collect()
+        released
+            .into_iter()
+            .map(|address| DetectorEvent { address, kind: DetectorEventKind::Released, ejected, hosts })
+            .collect()
     }
 
     /// Whether failures of the endpoint are being counted, so that a success would change something.
-    pub fn counts(&self, address: &SocketAddr) -> bool {
+    pub fn is_counting_failures(&self, address: &SocketAddr) -> bool {
         self.marked.get(address).is_some_and(|host| host.failures != [0; 3])
     }
 
@@ -343,7 +351,7 @@ impl Detector {
     }
 
     /// What the next agent shall know.
-    pub fn saved(&self, now: Instant) -> Vec<(SocketAddr, Saved)> {
+    pub fn snapshot(&self, now: Instant) -> Vec<(SocketAddr, Saved)> {
         let kept = self.marked.iter().filter(|(_, host)| host.multiplier > 0);
         kept.map(|(address, host)| {
             let ejected = host.ejected.map(|(since, cause)| (now.saturating_duration_since(since), cause));

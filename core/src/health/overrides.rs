@@ -198,8 +198,11 @@ mod tests {
     #[test]
     fn a_region_is_drained_of_one_service() {
         let (now, service) = (SystemTime::UNIX_EPOCH, NamespacedName::new("default", "web"));
-        let drain =
-            |region: &str| OverrideCommand::Drain { service: service.clone(), region: region.to_owned(), reason: String::new() };
+        let drain = |region: &str| OverrideCommand::Drain {
+            service: service.clone(),
+            region: region.to_owned(),
+            reason: String::new(),
+        };
         let mut hand = Overrides::default();
         hand.take(&drain("r1"), now).unwrap();
         hand.take(&drain("r1"), now).unwrap();

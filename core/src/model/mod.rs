@@ -20,9 +20,9 @@ pub use istio::{
     LocalitySetting, Match, Route, Subnet, Subset, TrafficPolicy, VirtualService, Warmup, WeightedDestination,
 };
 pub use locality::{Locality, LocalityPattern};
-pub use mesh_config::{MeshConfig, ClusterLocal, ClusterLocalRule};
+pub use mesh_config::{ClusterLocal, ClusterLocalRule, MeshConfig};
 pub use name::NamespacedName;
 pub use object::{Kind, Object, ObjectKey, Scope};
-pub use outlier_detection::{SuccessCriterion, OutlierDetection};
+pub use outlier_detection::{OutlierDetection, SuccessCriterion};
 pub use probe::{Probe, ProbeKind};
 pub use service::{Protocol, Service, ServiceEntry, ServiceId, ServicePort, Target, TrafficDistribution};

@@ -53,6 +53,12 @@ impl ClientLocation {
             labels.insert(label.to_owned(), value.to_owned());
         }
         labels.extend(self.labels.clone());
-        Client { cluster: cluster.into(), node: self.node.clone(), locality, labels, default_cluster_local: unknown.is_some() }
+        Client {
+            cluster: cluster.into(),
+            node: self.node.clone(),
+            locality,
+            labels,
+            default_cluster_local: unknown.is_some(),
+        }
     }
 }

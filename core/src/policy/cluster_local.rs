@@ -1,6 +1,6 @@
 //! Traffic that stays in its cluster (Istio's `clusterLocal`), or prefers it.
 
-use crate::model::{MeshConfig, ClusterLocal};
+use crate::model::{ClusterLocal, MeshConfig};
 
 /// Whether connections to this host may only go to endpoints in the client's own cluster, and the pattern that says so.
 ///

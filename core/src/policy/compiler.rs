@@ -11,10 +11,10 @@ use super::{
     context::PolicyContext,
     diagnose, pool,
     rule_index::RuleIndex,
-    schedule::{WeightedGroup, Schedule},
+    schedule::{Schedule, WeightedGroup},
     service_view::{self, ServiceView},
     share::{Group, Share},
-    types::{Assignment, Client, HealthView, Pool, Route, PolicyOutput},
+    types::{Assignment, Client, HealthView, PolicyOutput, Pool, Route},
 };
 use crate::{
     model::{Algorithm, Code, Finding, Locality, NamespacedName, Protocol, ServiceId, ServicePort},
@@ -25,14 +25,14 @@ use crate::{
 pub fn assign(snapshot: &Snapshot, client: &Client, observed: &HealthView) -> PolicyOutput {
     let mut compiler = Compiler::default();
     compiler.compile(snapshot, client, observed, &Changes::everything());
-    compiler.verdict()
+    compiler.output()
 }
 
 /// The same for one service, with what left endpoints out.
 pub fn explain(snapshot: &Snapshot, client: &Client, observed: &HealthView, service: &ServiceId) -> PolicyOutput {
     let mut compiler = Compiler { explain: Some(service.clone()), ..Compiler::default() };
     compiler.compile(snapshot, client, observed, &Changes::everything());
-    compiler.verdict()
+    compiler.output()
 }
 
 /// What a service was assigned, and what is wrong with it.
@@ -101,7 +101,7 @@ impl Compiler {
     }
 
     /// The verdict as it is now, without what is wrong with the objects themselves.
-    pub fn verdict(&self) -> PolicyOutput {
+    pub fn output(&self) -> PolicyOutput {
         let assignments = self.services.values().flat_map(|compiled| &compiled.assignments).cloned().collect();
         PolicyOutput { assignments, findings: self.findings().cloned().collect() }
     }
@@ -258,7 +258,8 @@ impl Compiler {
                 let mut routes = Vec::with_capacity(destinations.len());
                 let mut groups = Vec::with_capacity(destinations.len());
                 for destination in destinations {
-                    let (pool, own) = pool::build(&context, destination.key, destination.via_route, &mut compiled.findings);
+                    let (pool, own) =
+                        pool::build(&context, destination.key, destination.via_route, &mut compiled.findings);
                     groups.push(own);
                     routes.push(Route { weight: destination.weight, pool });
                 }

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use super::{context::PolicyContext, service_view::find, types::Pool};
 use crate::{
-    model::{Code, EndpointSlice, Finding, ClusterLocal, ServiceId},
+    model::{ClusterLocal, Code, EndpointSlice, Finding, ServiceId},
     store::Snapshot,
 };
 

@@ -13,7 +13,7 @@ use super::{
     types::{Endpoint, EndpointHealth, Excluded, PoolKey},
 };
 use crate::{
-    model::{EndpointSlice, Hints, Labels, Locality, ClusterLocal, SliceEndpoint, Target, Workload},
+    model::{ClusterLocal, EndpointSlice, Hints, Labels, Locality, SliceEndpoint, Target, Workload},
     store::Objects,
 };
 
@@ -60,7 +60,8 @@ pub(super) struct Selected<'a> {
 
 /// The endpoints of the pool.
 pub(super) fn select<'a>(context: &PolicyContext<'a>, filter: &Filter<'_>) -> Selected<'a> {
-    let mut found = EndpointSearch { candidates: Vec::new(), seen: HashMap::new(), left_out: context.explain.then(Vec::new) };
+    let mut found =
+        EndpointSearch { candidates: Vec::new(), seen: HashMap::new(), left_out: context.explain.then(Vec::new) };
     let Some(view) = find(context.snapshot, &context.client.cluster, &filter.key.service) else {
         return Default::default();
     };
@@ -128,7 +129,13 @@ fn health(
     }
 }
 
-fn slices<'a>(context: &PolicyContext<'a>, filter: &Filter<'_>, view: &ServiceView<'a>, port: &str, found: &mut EndpointSearch<'a>) {
+fn slices<'a>(
+    context: &PolicyContext<'a>,
+    filter: &Filter<'_>,
+    view: &ServiceView<'a>,
+    port: &str,
+    found: &mut EndpointSearch<'a>,
+) {
     // The own cluster first: what it says of an address counts, whatever another one says of the same.
     let own = context.snapshot.clusters.get_key_value(&context.client.cluster);
     let others = context.snapshot.clusters.iter().filter(|(cluster, _)| **cluster != context.client.cluster);

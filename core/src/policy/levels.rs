@@ -7,7 +7,7 @@ use super::{
     locality::{densify, distribute_weights, levels},
     types::{Client, Endpoint, LocalityMode},
 };
-use crate::model::{Locality, LocalitySetting, ClusterLocal};
+use crate::model::{ClusterLocal, Locality, LocalitySetting};
 
 /// Gives each endpoint its level, drops those that `distribute` leaves out, and returns the weight of each locality.
 pub(super) fn assign_levels(

@@ -6,7 +6,7 @@ use num_integer::Integer as _;
 
 use super::{
     context::{Candidate, PolicyContext, Weights},
-    levels::{failover, endpoint_weights},
+    levels::{endpoint_weights, failover},
     locality::{densify, distribute_weights, failover_levels},
     priority_load::{Level, OVERPROVISIONING_FACTOR, loads},
     share::{Group, Share},

@@ -12,7 +12,7 @@ use super::share::{Group, Share};
 
 /// Places for pools of few endpoints, and for those of many: primes. Where a pool grows from the one to the other, every client moves, so
 /// there are but two.
-const PLACES: [usize; 2] = [4_099, 65_537];
+const CAPACITY: [usize; 2] = [4_099, 65_537];
 /// What counts as few: with this many, shares are off by a thirty-second at the most.
 const FEW: usize = 128;
 
@@ -30,7 +30,7 @@ pub(super) fn quotas(groups: Vec<Group>) -> Vec<Group> {
     if shares.is_empty() {
         return Vec::new();
     }
-    let places = if shares.len() <= FEW { PLACES[0] } else { PLACES[1] };
+    let places = if shares.len() <= FEW { CAPACITY[0] } else { CAPACITY[1] };
     let total: Share = shares.values().sum();
     let exact = |share: Share| share / total * Share::from(places as u128);
     let mut quotas: Vec<(SocketAddr, u32)> =

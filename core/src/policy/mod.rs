@@ -41,11 +41,11 @@ pub use self::{
     locality::{Labelled, distribute_weights, effective_setting, failover_levels, label_levels, levels},
     priority_load::{Level, Loads, OVERPROVISIONING_FACTOR, loads},
     rule_index::RuleIndex,
-    schedule::{WeightedGroup, Run, Schedule, ScheduleSlot, edf_order},
+    schedule::{Run, Schedule, ScheduleSlot, WeightedGroup, edf_order},
     share::{Group, Share},
     types::{
-        Assignment, Client, Endpoint, EndpointHealth, Excluded, LocalityShare, LocalityMode, HealthView, Pool, PoolKey, Priority,
-        Route, SettingSource, PolicyOutput,
+        Assignment, Client, Endpoint, EndpointHealth, Excluded, HealthView, LocalityMode, LocalityShare, PolicyOutput,
+        Pool, PoolKey, Priority, Route, SettingSource,
     },
     warmup::warmup_factor,
 };

@@ -11,10 +11,11 @@ use super::{
     locality::effective_setting,
     maglev, service_view,
     share::Group,
-    types::{Endpoint, LocalityShare, LocalityMode, Pool, PoolKey, SettingSource},
+    types::{Endpoint, LocalityMode, LocalityShare, Pool, PoolKey, SettingSource},
 };
 use crate::model::{
-    Algorithm, Code, Finding, SuccessCriterion, LocalitySetting, OutlierDetection, Probe, Protocol, ClusterLocal, ServiceId,
+    Algorithm, ClusterLocal, Code, Finding, LocalitySetting, OutlierDetection, Probe, Protocol, ServiceId,
+    SuccessCriterion,
 };
 
 /// Whether it is the service by which pods reach their API server.
@@ -23,7 +24,12 @@ fn is_api_server(service: &ServiceId) -> bool {
 }
 
 /// The pool, and who gets which share of its connections; nobody: refuse.
-pub(super) fn build(context: &PolicyContext<'_>, key: PoolKey, routed: bool, findings: &mut Vec<Finding>) -> (Pool, Vec<Group>) {
+pub(super) fn build(
+    context: &PolicyContext<'_>,
+    key: PoolKey,
+    routed: bool,
+    findings: &mut Vec<Finding>,
+) -> (Pool, Vec<Group>) {
     let rule = context.rules.destination_rule(&key.service);
     let policy = rule.map(|rule| context.rules.traffic_policy(rule, &key)).unwrap_or_default();
     let view = service_view::find(context.snapshot, &context.client.cluster, &key.service);
@@ -78,7 +84,8 @@ pub(super) fn build(context: &PolicyContext<'_>, key: PoolKey, routed: bool, fin
             let by_distance = traffic_distribution || (source.is_some() && judged);
             let weights = assign_levels(context.client, mode, setting, by_distance, cluster_local, &mut candidates);
             let explicit = !(setting.failover.is_empty() && setting.failover_priority.is_empty());
-            let by_locality = mode == LocalityMode::Distribute || (mode == LocalityMode::Failover && explicit && judged);
+            let by_locality =
+                mode == LocalityMode::Distribute || (mode == LocalityMode::Failover && explicit && judged);
             let (priorities, groups) = spread.by_level(&candidates, &weights, by_locality);
             (priorities, weights, groups)
         }
@@ -101,7 +108,8 @@ pub(super) fn build(context: &PolicyContext<'_>, key: PoolKey, routed: bool, fin
     let algorithm = algorithm(balancer.algorithm, &key, cluster_local, findings);
     let groups = if algorithm == Algorithm::ConsistentHash { maglev::quotas(groups) } else { groups };
     let http = view.as_ref().and_then(|view| view.port(&key)).is_some_and(|port| port.http1);
-    let success_criterion = success_criterion(policy.outlier.as_ref(), http && !context.observed.not_http.contains(&key.both_families()));
+    let success_criterion =
+        success_criterion(policy.outlier.as_ref(), http && !context.observed.not_http.contains(&key.both_families()));
     // Made in the place of the candidates, which are larger.
     let mut endpoints: Vec<Endpoint> = candidates.into_iter().map(|candidate| candidate.endpoint).collect();
     endpoints.shrink_to_fit();
@@ -125,7 +133,7 @@ pub(super) fn build(context: &PolicyContext<'_>, key: PoolKey, routed: bool, fin
         endpoints,
         leaving,
         groups: groups.len(),
-        left_out,
+        excluded: left_out,
         key,
     };
     (pool, groups)
@@ -138,14 +146,21 @@ const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// On a port that is HTTP/1 the responses say how an endpoint is, where a threshold counts them.
 fn success_criterion(outlier: Option<&OutlierDetection>, http: bool) -> SuccessCriterion {
     match outlier {
-        Some(outlier) if http && (outlier.consecutive_errors > 0 || outlier.gateway_errors > 0) => SuccessCriterion::HttpStatus,
+        Some(outlier) if http && (outlier.consecutive_errors > 0 || outlier.gateway_errors > 0) => {
+            SuccessCriterion::HttpStatus
+        }
         Some(outlier) if outlier.count_early_resets => SuccessCriterion::FirstByte,
         _ => SuccessCriterion::Connected,
     }
 }
 
 /// Who decides among the endpoints.
-fn algorithm(asked: Option<Algorithm>, key: &PoolKey, cluster_local: ClusterLocal, findings: &mut Vec<Finding>) -> Algorithm {
+fn algorithm(
+    asked: Option<Algorithm>,
+    key: &PoolKey,
+    cluster_local: ClusterLocal,
+    findings: &mut Vec<Finding>,
+) -> Algorithm {
     // Istio's own default is LEAST_REQUEST, which has to be asked for here: plain Services go round.
     let asked = asked.unwrap_or(Algorithm::RoundRobin);
     if asked == Algorithm::LeastRequest && key.protocol == Protocol::Udp {
@@ -167,7 +182,12 @@ fn algorithm(asked: Option<Algorithm>, key: &PoolKey, cluster_local: ClusterLoca
 
 /// `distribute` needs nothing else; failover, whether asked for or Istio's default, needs outlier detection, unless it is Kubernetes'
 /// `trafficDistribution` or a preference for the own cluster.
-fn mode(setting: Option<&LocalitySetting>, source: Option<SettingSource>, ejects: bool, cluster_local: ClusterLocal) -> LocalityMode {
+fn mode(
+    setting: Option<&LocalitySetting>,
+    source: Option<SettingSource>,
+    ejects: bool,
+    cluster_local: ClusterLocal,
+) -> LocalityMode {
     match setting {
         Some(setting) if !setting.distribute.is_empty() => LocalityMode::Distribute,
         Some(_) if ejects || source == Some(SettingSource::TrafficDistribution) => LocalityMode::Failover,

@@ -9,7 +9,7 @@ use std::{
 use super::types::{Client, PoolKey};
 use crate::{
     model::{
-        Code, DestinationRule, Finding, MeshConfig, NamespacedName, Protocol, ClusterLocal, ClusterLocalRule, Route,
+        ClusterLocal, ClusterLocalRule, Code, DestinationRule, Finding, MeshConfig, NamespacedName, Protocol, Route,
         ServiceId, ServicePort, TrafficPolicy, VirtualService,
     },
     store::{Objects, Snapshot},
@@ -59,7 +59,8 @@ impl RuleIndex {
             findings.push(Finding::new(Code::NotTogether, "ConfigMap istio-system/istio", message));
         }
         if client.default_cluster_local {
-            mesh.cluster_local.insert(0, ClusterLocalRule { host: "*".to_owned(), cluster_local: ClusterLocal::Strict });
+            mesh.cluster_local
+                .insert(0, ClusterLocalRule { host: "*".to_owned(), cluster_local: ClusterLocal::Strict });
         }
         let mut book = Self { mesh, ..Self::default() };
         for name in snapshot.clusters.values().flat_map(|objects| objects.services.keys()) {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use num_integer::Integer;
-use portolan_common::Choice;
+use portolan_common::LbPolicy;
 
 use super::{maglev, share::Share};
 
@@ -28,7 +28,7 @@ pub struct Run {
     /// Its endpoints; one that weighs more stands here more often. Empty: its turns refuse.
     pub members: Vec<SocketAddr>,
     /// How one of them is taken.
-    pub choice: Choice,
+    pub choice: LbPolicy,
     /// The route that it belongs to.
     pub route: u32,
 }
@@ -41,7 +41,7 @@ pub struct WeightedGroup {
     /// Endpoints and their weights; nobody: its turns refuse.
     pub members: Vec<(SocketAddr, u32)>,
     /// How one of them is taken.
-    pub choice: Choice,
+    pub choice: LbPolicy,
     /// Index of the route that it belongs to.
     pub route: u32,
 }
@@ -49,7 +49,7 @@ pub struct WeightedGroup {
 impl WeightedGroup {
     /// One whose endpoints take their turns, of the only route.
     pub fn in_turn(share: Share, members: Vec<(SocketAddr, u32)>) -> Self {
-        Self { share, members, choice: Choice::RoundRobin, route: 0 }
+        Self { share, members, choice: LbPolicy::RoundRobin, route: 0 }
     }
 }
 
@@ -86,7 +86,7 @@ impl Schedule {
             .collect();
         let runs = parts_of.into_iter().zip(visits).map(|(part, visits)| Run {
             visits: visits as u32,
-            members: if part.choice == Choice::Hash { maglev::table(&part.members) } else { run(&part.members) },
+            members: if part.choice == LbPolicy::Hash { maglev::table(&part.members) } else { run(&part.members) },
             choice: part.choice,
             route: part.route,
         });
@@ -231,10 +231,13 @@ mod tests {
     #[test]
     fn weight_zero_gets_nothing() {
         // An off-by-one in a percentage draw gives every destination one percent more, and weight 0 its share of that.
-        let schedule =
-            Schedule::new(vec![WeightedGroup::in_turn(Share::from(0), equal(0..1)), WeightedGroup::in_turn(Share::from(1), equal(1..2))]);
+        let schedule = Schedule::new(vec![
+            WeightedGroup::in_turn(Share::from(0), equal(0..1)),
+            WeightedGroup::in_turn(Share::from(1), equal(1..2)),
+        ]);
         assert!((0..10_000).all(|i| take(&schedule, i) == address(1)));
-        let members = Schedule::new(vec![WeightedGroup::in_turn(Share::from(1), vec![(address(0), 0), (address(1), 5)])]);
+        let members =
+            Schedule::new(vec![WeightedGroup::in_turn(Share::from(1), vec![(address(0), 0), (address(1), 5)])]);
         assert!((0..100).all(|i| take(&members, i) == address(1)));
     }
 

@@ -8,12 +8,12 @@ use std::{
     time::Duration,
 };
 
-use portolan_common::{Choice, Watch};
+use portolan_common::{LbPolicy, TrackFlags};
 
 use super::schedule::Schedule;
 use crate::model::{
-    Algorithm, ConnectionPool, DestinationRule, Finding, SuccessCriterion, Labels, Locality, NamespacedName, OutlierDetection,
-    Probe, Protocol, ClusterLocal, ServiceId, Warmup,
+    Algorithm, ClusterLocal, ConnectionPool, DestinationRule, Finding, Labels, Locality, NamespacedName,
+    OutlierDetection, Probe, Protocol, ServiceId, SuccessCriterion, Warmup,
 };
 
 /// Whether an endpoint may be chosen, and if not, why.
@@ -318,27 +318,27 @@ pub struct Pool {
     /// How many groups share the connections; 0: refuse.
     pub groups: usize,
     /// Endpoints that it does not have, where somebody wants to know.
-    pub left_out: Vec<Excluded>,
+    pub excluded: Vec<Excluded>,
 }
 
 impl Pool {
     /// How the kernel takes one of its endpoints.
-    pub fn choice(&self) -> Choice {
+    pub fn choice(&self) -> LbPolicy {
         match self.algorithm {
-            Algorithm::RoundRobin | Algorithm::Passthrough => Choice::RoundRobin,
-            Algorithm::LeastRequest => Choice::LeastRequest,
-            Algorithm::Random => Choice::Random,
-            Algorithm::ConsistentHash => Choice::Hash,
+            Algorithm::RoundRobin | Algorithm::Passthrough => LbPolicy::RoundRobin,
+            Algorithm::LeastRequest => LbPolicy::LeastRequest,
+            Algorithm::Random => LbPolicy::Random,
+            Algorithm::ConsistentHash => LbPolicy::Hash,
         }
     }
 
-    /// What the kernel looks at for it (bits of `Watch`).
+    /// What the kernel looks at for it (bits of `TrackFlags`).
     pub fn watch(&self) -> u32 {
         let Some(outlier) = &self.outlier else { return 0 };
         let bits = [
-            (Watch::USE, true),
-            (Watch::STATUS, self.success_criterion == SuccessCriterion::HttpStatus),
-            (Watch::ANSWER, outlier.count_early_resets),
+            (TrackFlags::USE, true),
+            (TrackFlags::STATUS, self.success_criterion == SuccessCriterion::HttpStatus),
+            (TrackFlags::ANSWER, outlier.count_early_resets),
         ];
         bits.into_iter().filter(|(_, on)| *on).map(|(bit, _)| bit).sum()
     }

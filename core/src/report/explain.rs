@@ -2,15 +2,15 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr};
 
-use portolan_common::Choice;
+use portolan_common::LbPolicy;
 use serde::{Deserialize, Serialize};
 
 use super::{ClientReport, EndpointReport, route_shares};
 use crate::{
-    model::{Algorithm, Code, Finding, SuccessCriterion, Locality, MeshConfig, ClusterLocal, ServiceId},
+    model::{Algorithm, ClusterLocal, Code, Finding, Locality, MeshConfig, ServiceId, SuccessCriterion},
     policy::{
-        Assignment, Client, Endpoint, EndpointHealth, LocalityMode, OVERPROVISIONING_FACTOR, Pool, Priority, Route,
-        SettingSource, PolicyOutput,
+        Assignment, Client, Endpoint, EndpointHealth, LocalityMode, OVERPROVISIONING_FACTOR, PolicyOutput, Pool,
+        Priority, Route, SettingSource,
     },
 };
 
@@ -89,13 +89,13 @@ pub struct ExcludedExplanation {
 
 impl Explanation {
     /// From a verdict that was asked for with reasons.
-    pub fn new(client: &Client, verdict: &PolicyOutput, port: Option<u16>) -> Self {
+    pub fn new(client: &Client, output: &PolicyOutput, port: Option<u16>) -> Self {
         let assignments =
-            verdict.assignments.iter().filter(|assignment| port.is_none_or(|port| port == assignment.port));
+            output.assignments.iter().filter(|assignment| port.is_none_or(|port| port == assignment.port));
         Self {
             client: ClientReport::new(client),
             ports: assignments.map(|assignment| explain_port(client, assignment)).collect(),
-            findings: verdict.findings.clone(),
+            findings: output.findings.clone(),
         }
     }
 
@@ -129,7 +129,7 @@ fn explain_route(
         endpoint: EndpointReport::new(endpoint, share(endpoint)),
         why: why(client, pool, endpoint, share(endpoint)),
     });
-    let left_out = pool.left_out.iter().map(|left_out| ExcludedExplanation {
+    let left_out = pool.excluded.iter().map(|left_out| ExcludedExplanation {
         address: left_out.address.to_string(),
         cluster: left_out.cluster.to_string(),
         why: left_out.why.to_owned(),
@@ -164,7 +164,7 @@ fn steps(client: &Client, assignment: &Assignment, route: &Route) -> Vec<Step> {
         ));
     }
     let healthy = pool.endpoints.iter().filter(|endpoint| endpoint.health.is_usable()).count();
-    let of = format!("{} endpoints, {healthy} of them healthy; {} left out", pool.endpoints.len(), pool.left_out.len());
+    let of = format!("{} endpoints, {healthy} of them healthy; {} left out", pool.endpoints.len(), pool.excluded.len());
     steps.push(step("endpoints", None, of));
     steps.push(locality(pool, rule.as_deref()));
     steps.extend(pool.priorities.iter().zip(0..).map(|(priority, level)| load(pool, priority, level)));
@@ -189,7 +189,9 @@ fn steps(client: &Client, assignment: &Assignment, route: &Route) -> Vec<Step> {
         let says = says
             + match pool.success_criterion {
                 SuccessCriterion::HttpStatus => "; HTTP responses with a status of 500 and more are failures as well",
-                SuccessCriterion::FirstByte => "; so are connections that break before an answer (portolan.io/count-early-resets)",
+                SuccessCriterion::FirstByte => {
+                    "; so are connections that break before an answer (portolan.io/count-early-resets)"
+                }
                 SuccessCriterion::Connected => "",
             };
         steps.push(step("ejection", rule, says));
@@ -258,7 +260,9 @@ fn locality(pool: &Pool, rule: Option<&str>) -> Step {
         (LocalityMode::Distribute, _) if pool.distributes_with_failover => {
             "distribute with failover: each locality gets its percentage; what it cannot carry goes where failover leads from there"
         }
-        (LocalityMode::Distribute, _) => "distribute: each locality gets its percentage; those that are not named get nothing",
+        (LocalityMode::Distribute, _) => {
+            "distribute: each locality gets its percentage; those that are not named get nothing"
+        }
         (LocalityMode::Failover, Some(SettingSource::TrafficDistribution)) => {
             "trafficDistribution: nearest first, the next level as far as the nearer ones cannot carry all"
         }
@@ -300,7 +304,7 @@ fn order(assignment: &Assignment, pool: &Pool) -> Step {
         let (turns, groups) = (schedule.turns.len(), schedule.runs.len());
         let cycle = format!("a cycle of {turns} turns over {groups} groups, earliest deadline first");
         let places = || {
-            schedule.runs.iter().filter(|run| run.choice == Choice::Hash).map(|run| run.members.len()).sum::<usize>()
+            schedule.runs.iter().filter(|run| run.choice == LbPolicy::Hash).map(|run| run.members.len()).sum::<usize>()
         };
         match pool.algorithm {
             Algorithm::RoundRobin | Algorithm::Passthrough => format!("{cycle}; shares are exact in every cycle"),

@@ -8,8 +8,8 @@ use std::{collections::BTreeMap, net::SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    model::{Finding, ClusterLocal, Severity},
-    policy::{Assignment, Client, Endpoint, Route, PolicyOutput},
+    model::{ClusterLocal, Finding, Severity},
+    policy::{Assignment, Client, Endpoint, PolicyOutput, Route},
 };
 
 /// The answer of `plan` and `get`.
@@ -215,12 +215,12 @@ fn is_zero(count: &u64) -> bool {
 
 impl Report {
     /// From the policy's verdict.
-    pub fn new(client: &Client, config: String, verdict: &PolicyOutput) -> Self {
+    pub fn new(client: &Client, config: String, output: &PolicyOutput) -> Self {
         Self {
             client: ClientReport::new(client),
             config,
-            services: verdict.assignments.iter().flat_map(|assignment| services(assignment)).collect(),
-            findings: verdict.findings.clone(),
+            services: output.assignments.iter().flat_map(|assignment| services(assignment)).collect(),
+            findings: output.findings.clone(),
         }
     }
 

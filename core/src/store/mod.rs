@@ -126,21 +126,21 @@ impl Store {
             Update::Remove { origin } => {
                 let origin: Arc<str> = Arc::from(origin);
                 self.fingerprints.remove(&origin);
-                self.replace(&origin, Contents { whole: true, ..Contents::default() }, changes);
+                self.replace(&origin, Contents { complete: true, ..Contents::default() }, changes);
                 self.good.remove(&origin);
             }
-            Update::Forget { below, but } => {
-                let gone = |origin: &&Arc<str>| origin.starts_with(&below) && !but.contains(&***origin);
+            Update::Prune { prefix, except } => {
+                let gone = |origin: &&Arc<str>| origin.starts_with(&prefix) && !except.contains(&***origin);
                 let gone: Vec<Arc<str>> = self.fingerprints.keys().filter(gone).cloned().collect();
                 for origin in gone {
                     self.apply(Update::Remove { origin: origin.as_ref().to_owned() }, changes);
                 }
             }
-            Update::Lost { cluster, lost } => {
+            Update::ClusterUnreachable { cluster, unreachable } => {
                 let of = &mut self.snapshot.lost;
-                changes.everything |= if lost { of.insert(cluster.into()) } else { of.remove(cluster.as_str()) };
+                changes.everything |= if unreachable { of.insert(cluster.into()) } else { of.remove(cluster.as_str()) };
             }
-            Update::Trouble(findings) => {
+            Update::SourceFindings(findings) => {
                 changes.findings |= self.troubles != findings;
                 self.troubles = findings;
             }
@@ -163,14 +163,14 @@ impl Store {
                 what: format!("{} in {origin} is broken", read.key),
                 scope: read.key.scope.clone(),
                 settings: read.key.kind == Kind::MeshConfig,
-                anything: !contents.whole,
+                anything: !contents.complete,
             }),
-            None if !contents.whole => Some(UnreadInput {
+            None if !contents.complete => Some(UnreadInput {
                 what: format!("{origin} cannot be read"),
                 // The mesh's objects are in no folder.
                 scope: origin.split_once('/').map_or(Scope::Mesh, |(cluster, _)| Scope::Cluster(cluster.to_owned())),
-                settings: contents.only == Some(Kind::MeshConfig),
-                anything: contents.only.is_none(),
+                settings: contents.sole_kind == Some(Kind::MeshConfig),
+                anything: contents.sole_kind.is_none(),
             }),
             None => None,
         };
@@ -183,7 +183,7 @@ impl Store {
             Some(doubt) if !self.good.contains(origin) => drop(self.doubtful.insert(origin.as_ref().to_owned(), doubt)),
             Some(_) => {}
         }
-        if contents.whole {
+        if contents.complete {
             let listed: BTreeSet<_> = contents.objects.iter().map(|read| &read.key).collect();
             let gone = self.held.get(origin).into_iter().flatten().filter(|key| !listed.contains(&***key));
             let gone: Vec<Arc<ObjectKey>> = gone.cloned().collect();

@@ -23,12 +23,12 @@ pub struct Contents {
     /// Fingerprint of all that was read, sound or not.
     pub fingerprint: u64,
     /// Whether there is nothing at all in it but comments.
-    pub blank: bool,
+    pub empty: bool,
     /// Whether everything could at least be told apart. Where not, an object that is missing may be in the
     /// broken part, and stays.
-    pub whole: bool,
+    pub complete: bool,
     /// The only kind of objects that it can hold, where that is known.
-    pub only: Option<Kind>,
+    pub sole_kind: Option<Kind>,
 }
 
 /// A change that a source reports.
@@ -47,21 +47,21 @@ pub enum Update {
         origin: String,
     },
     /// All origins whose names begin so are gone but for some, and their objects with them.
-    Forget {
+    Prune {
         /// How they begin.
-        below: String,
+        prefix: String,
         /// Those that are not gone.
-        but: HashSet<String>,
+        except: HashSet<String>,
     },
     /// A cluster has been out of reach for so long that its endpoints are not believed any more; or no longer is.
-    Lost {
+    ClusterUnreachable {
         /// Its id.
         cluster: String,
         /// Whether it is.
-        lost: bool,
+        unreachable: bool,
     },
     /// The source itself is in trouble (or, with an empty list, no longer is).
-    Trouble(Vec<Finding>),
+    SourceFindings(Vec<Finding>),
     /// All that there is has been reported once.
     Synced,
 }

@@ -1,6 +1,6 @@
 //! What the pinned maps hold when an agent starts.
 
-use portolan_common::{Backend, Limits, Version};
+use portolan_common::{Backend, FrontendVersion, PoolLimits};
 
 /// A frontend that a former agent left.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -10,7 +10,7 @@ pub struct PinnedFrontend {
     /// Where its version lies.
     pub index: u32,
     /// That version.
-    pub version: Version,
+    pub version: FrontendVersion,
     /// The range of `RUNS` that it uses.
     pub runs: (u32, u32),
 }
@@ -25,7 +25,7 @@ pub struct PinnedState {
     /// The last epoch of every backend id that was ever given out.
     pub epochs: Vec<(u32, u32)>,
     /// Pools with limits that these frontends use.
-    pub pools: Vec<(u32, Limits)>,
+    pub pools: Vec<(u32, PoolLimits)>,
     /// The last epoch of every pool's place that was ever given out.
     pub pool_epochs: Vec<(u32, u32)>,
 }

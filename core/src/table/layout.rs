@@ -8,14 +8,14 @@ use std::{
     time::Duration,
 };
 
-use portolan_common::{Backend, Endpoint, FrontendKey, Limits, Slot, Version, VersionFlags};
+use portolan_common::{Backend, Endpoint, FrontendKey, FrontendVersion, PoolLimits, Slot, VersionFlags};
 use siphasher::sip::SipHasher13;
 
 use super::{
     FrontendSpec, PoolSpec, Table,
-    kernel_state::{PinnedState, PinnedFrontend},
-    ops::{Completeness, RemovedEndpoints, Op, Rejected, Sizes},
-    range_alloc::{OutOfCapacity, RangeAllocator, GraceEpoch},
+    kernel_state::{PinnedFrontend, PinnedState},
+    ops::{Completeness, Op, Rejected, RemovedEndpoints, Sizes},
+    range_alloc::{GraceEpoch, OutOfCapacity, RangeAllocator},
     refcounted_ids::{Id, RefcountedIds},
 };
 use crate::{
@@ -29,7 +29,7 @@ struct PlacedFrontend {
     id: u32,
     /// Where its version lies.
     index: u32,
-    version: Version,
+    version: FrontendVersion,
     /// `None` where a former agent wrote it and its schedule was not read back.
     entry: Option<FrontendSpec>,
     /// Whether a former agent wrote it, and this one has not since.
@@ -50,11 +50,11 @@ pub struct Layout {
     /// By a hash of their names.
     pools: RefcountedIds<u64>,
     /// What the kernel has of each.
-    limits: HashMap<u32, Limits>,
+    limits: HashMap<u32, PoolLimits>,
     /// Generation of the last version that was published.
     generation: u32,
     /// What is freed now may be given out again once this round has settled.
-    round: GraceEpoch,
+    epoch: GraceEpoch,
     /// Endpoints that a frontend has lost since somebody asked.
     lost: BTreeMap<Protocol, RemovedEndpoints>,
 }
@@ -75,7 +75,7 @@ impl Layout {
             pools: RefcountedIds::new(pools),
             limits: HashMap::new(),
             generation: 0,
-            round: 1,
+            epoch: 1,
             lost: BTreeMap::new(),
         }
     }
@@ -84,8 +84,8 @@ impl Layout {
     /// their ids, so that open connections go on being counted.
     pub fn from_held(sizes: Sizes, held: PinnedState) -> Self {
         let mut layout = Self::new(sizes);
-        layout.backends.remember(held.epochs);
-        layout.pools.remember(held.pool_epochs);
+        layout.backends.restore_epochs(held.epochs);
+        layout.pools.restore_epochs(held.pool_epochs);
         for (id, backend) in held.backends {
             layout.backends.adopt(backend.endpoint.socket_addr(), id);
         }
@@ -110,28 +110,28 @@ impl Layout {
     #[must_use]
     pub fn read_again(&self, held: PinnedState) -> Self {
         let mut layout = Self::from_held(self.sizes, held);
-        layout.round = self.round;
+        layout.epoch = self.epoch;
         for (key, placed) in &mut layout.frontends {
             placed.adopted = self.frontends.get(key).is_none_or(|before| before.adopted);
         }
         layout
     }
 
-    /// Ends a publication whose writes are done. What it has freed is kept back until [`Self::settle`] is called with the number that is
+    /// Ends a publication whose writes are done. What it has freed is kept back until [`Self::reclaim`] is called with the number that is
     /// returned; `None` where it has freed nothing.
-    pub fn end_round(&mut self) -> Option<GraceEpoch> {
-        let round = self.round;
+    pub fn end_epoch(&mut self) -> Option<GraceEpoch> {
+        let epoch = self.epoch;
         let ranges =
             [&self.frontend_ids, &self.versions, &self.slots, &self.runs, self.backends.ranges(), self.pools.ranges()];
-        if !ranges.into_iter().any(|ranges| ranges.has_deferred(round)) {
+        if !ranges.into_iter().any(|ranges| ranges.has_deferred(epoch)) {
             return None;
         }
-        self.round += 1;
-        Some(round)
+        self.epoch += 1;
+        Some(epoch)
     }
 
     /// No program runs any more that ran when this round ended: what was freed up to it may be given out again.
-    pub fn settle(&mut self, round: GraceEpoch) {
+    pub fn reclaim(&mut self, epoch: GraceEpoch) {
         let ranges = [
             &mut self.frontend_ids,
             &mut self.versions,
@@ -140,7 +140,7 @@ impl Layout {
             self.backends.ranges_mut(),
             self.pools.ranges_mut(),
         ];
-        ranges.into_iter().for_each(|ranges| ranges.settle(round));
+        ranges.into_iter().for_each(|ranges| ranges.reclaim(epoch));
     }
 
     /// How many frontends are still as a former agent has published them.
@@ -205,14 +205,19 @@ impl Layout {
         let gone: Vec<_> = self.frontends.keys().filter(|key| !table.frontends.contains_key(key)).copied().collect();
         let written = self.change(table, &gone, completeness);
         if complete && self.adopted() == 0 {
-            self.backends.drop_adopted(self.round);
-            self.pools.drop_adopted(self.round);
+            self.backends.drop_adopted(self.epoch);
+            self.pools.drop_adopted(self.epoch);
         }
         written
     }
 
     /// The writes that bring these frontends to what `table` says, and take the `gone` ones away. All others stay.
-    pub fn change(&mut self, table: &Table, gone: &[FrontendKey], completeness: Completeness) -> (Vec<Op>, Vec<Rejected>) {
+    pub fn change(
+        &mut self,
+        table: &Table,
+        gone: &[FrontendKey],
+        completeness: Completeness,
+    ) -> (Vec<Op>, Vec<Rejected>) {
         let (mut ops, mut refused) = (Vec::new(), Vec::new());
         let mut freed = Vec::new();
         let complete = completeness == Completeness::Complete;
@@ -260,7 +265,12 @@ impl Layout {
 
     /// Finds room for a frontend and adds its writes, from the bottom up: backends, limits, runs, slots, the version, and last the one
     /// word that publishes them.
-    fn place(&mut self, key: &FrontendKey, entry: &FrontendSpec, ops: &mut Vec<Op>) -> Result<PlacedFrontend, (&'static str, OutOfCapacity)> {
+    fn place(
+        &mut self,
+        key: &FrontendKey,
+        entry: &FrontendSpec,
+        ops: &mut Vec<Op>,
+    ) -> Result<PlacedFrontend, (&'static str, OutOfCapacity)> {
         let schedule = &entry.schedule;
         let turns_of: u32 = schedule.runs.iter().map(|run| run.members.len() as u32).sum();
         // Who may be come back to, beside the runs.
@@ -320,7 +330,7 @@ impl Layout {
             schedule.turns.iter().map(|turn| Slot { visit: turn.visit, ..slots_of[turn.run as usize] }).collect();
         self.generation = self.generation.wrapping_add(1);
         let flag = |is: bool, flag: u32| if is { flag } else { 0 };
-        let version = Version {
+        let version = FrontendVersion {
             key: *key,
             generation: self.generation,
             base: room.slots,
@@ -349,10 +359,15 @@ impl Layout {
     }
 
     /// Places for all that belongs to one frontend alone, or none at all.
-    fn reserve(&mut self, id: Option<u32>, period: u32, run_entries: u32) -> Result<Reservation, (&'static str, OutOfCapacity)> {
+    fn reserve(
+        &mut self,
+        id: Option<u32>,
+        period: u32,
+        run_entries: u32,
+    ) -> Result<Reservation, (&'static str, OutOfCapacity)> {
         let take = |ranges: &mut RangeAllocator, len, map| match len {
             0 => Ok(0),
-            len => ranges.take(len).map_err(|full| (map, full)),
+            len => ranges.alloc(len).map_err(|full| (map, full)),
         };
         let mut room = Reservation {
             id: id.map_or_else(|| take(&mut self.frontend_ids, 1, "FRONTENDS"), Ok)?,
@@ -388,7 +403,7 @@ impl Layout {
     /// Ids for all endpoints of an entry, each used once more by it; or for none.
     fn take_backends(&mut self, entry: &FrontendSpec, ops: &mut Vec<Op>) -> Result<(), (&'static str, OutOfCapacity)> {
         for (i, member) in entry.endpoints.iter().enumerate() {
-            match self.backends.take(*member) {
+            match self.backends.acquire(*member) {
                 Ok(Id { id, epoch, is_new: true }) => {
                     ops.push(Op::SetBackend(id, Backend { endpoint: Endpoint::from(*member), epoch }));
                 }
@@ -407,15 +422,19 @@ impl Layout {
     }
 
     fn give_backends(&mut self, entry: &FrontendSpec) {
-        entry.endpoints.iter().for_each(|member| self.backends.give(self.round, *member));
+        entry.endpoints.iter().for_each(|member| self.backends.release(self.epoch, *member));
     }
 
     /// The place of each pool of an entry, each used once more by it; 0 for a pool without limits.
-    fn take_pools(&mut self, entry: &FrontendSpec, ops: &mut Vec<Op>) -> Result<Vec<u32>, (&'static str, OutOfCapacity)> {
+    fn take_pools(
+        &mut self,
+        entry: &FrontendSpec,
+        ops: &mut Vec<Op>,
+    ) -> Result<Vec<u32>, (&'static str, OutOfCapacity)> {
         // All or none: what does not fit changes nothing.
         let mut places = Vec::with_capacity(entry.pools.len());
         for (i, pool) in entry.pools.iter().enumerate() {
-            match pool.has_limits().then(|| self.pools.take(name(&pool.key))).transpose() {
+            match pool.has_limits().then(|| self.pools.acquire(name(&pool.key))).transpose() {
                 Ok(place) => places.push(place),
                 Err(full) => {
                     let before = entry.pools[..i].iter().filter(|pool| pool.has_limits());
@@ -445,12 +464,12 @@ impl Layout {
 
     fn give_pools(&mut self, pools: &[PoolSpec]) {
         for pool in pools.iter().filter(|pool| pool.has_limits()) {
-            self.pools.give(self.round, name(&pool.key));
+            self.pools.release(self.epoch, name(&pool.key));
         }
     }
 
     fn free(&mut self, old: &PlacedFrontend, whole: bool) {
-        let round = self.round;
+        let epoch = self.epoch;
         let now = self.frontends.get(&old.version.key).and_then(|placed| placed.entry.as_ref());
         let has = |member: &SocketAddr| now.is_some_and(|entry| entry.endpoints.binary_search(member).is_ok());
         let protocol = if old.version.key.protocol() == Protocol::Udp.number() { Protocol::Udp } else { Protocol::Tcp };
@@ -459,11 +478,11 @@ impl Layout {
             RemovedEndpoints::These(none) if none.is_empty() => {}
             lost => self.lost.entry(protocol).or_default().add(lost),
         }
-        self.slots.release(round, old.version.base, old.version.period);
-        self.runs.release(round, old.runs.0, old.runs.1);
-        self.versions.release(round, old.index, 1);
+        self.slots.defer_free(epoch, old.version.base, old.version.period);
+        self.runs.defer_free(epoch, old.runs.0, old.runs.1);
+        self.versions.defer_free(epoch, old.index, 1);
         if whole {
-            self.frontend_ids.release(round, old.id, 1);
+            self.frontend_ids.defer_free(epoch, old.id, 1);
         }
         if let Some(entry) = &old.entry {
             self.give_backends(entry);
@@ -481,10 +500,10 @@ struct Reservation {
 }
 
 /// A pool's limits as the kernel has them.
-fn limits(pool: &PoolSpec, epoch: u32) -> Limits {
+fn limits(pool: &PoolSpec, epoch: u32) -> PoolLimits {
     let ConnectionPool { connect_timeout, max_connections, keepalive, .. } = &pool.limits;
     let of = keepalive.clone().unwrap_or_default();
-    Limits {
+    PoolLimits {
         epoch,
         max_connections: max_connections.unwrap_or(0),
         connect_timeout_ms: connect_timeout.map_or(0, milliseconds),

@@ -19,14 +19,14 @@ use std::{
 use portolan_common::{Endpoint, FrontendKey};
 
 use crate::{
-    model::{Algorithm, ConnectionPool, Protocol, ClusterLocal},
+    model::{Algorithm, ClusterLocal, ConnectionPool, Protocol},
     policy::{Assignment, PoolKey, Schedule},
 };
 
-pub use kernel_state::{PinnedState, PinnedFrontend};
+pub use kernel_state::{PinnedFrontend, PinnedState};
 pub use layout::Layout;
-pub use ops::{Completeness, RemovedEndpoints, Op, Rejected, Sizes};
-pub use range_alloc::{OutOfCapacity, GraceEpoch};
+pub use ops::{Completeness, Op, Rejected, RemovedEndpoints, Sizes};
+pub use range_alloc::{GraceEpoch, OutOfCapacity};
 
 /// What one frontend shall do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,7 +52,7 @@ pub struct PoolSpec {
     pub limits: ConnectionPool,
     /// Whether its connections must not leave their cluster.
     pub strict: bool,
-    /// What the kernel has to look at (bits of `Watch`).
+    /// What the kernel has to look at (bits of `TrackFlags`).
     pub watch: u32,
 }
 
@@ -108,8 +108,7 @@ impl FrontendSpec {
 
     /// The same, without anybody to take.
     fn refusing(&self) -> Self {
-        let without_limits =
-            |pool: &PoolSpec| PoolSpec { limits: ConnectionPool::default(), watch: 0, ..pool.clone() };
+        let without_limits = |pool: &PoolSpec| PoolSpec { limits: ConnectionPool::default(), watch: 0, ..pool.clone() };
         let pools = self.pools.iter().map(without_limits).collect();
         Self { schedule: Arc::default(), endpoints: Arc::default(), pools, affinity: None, random: false }
     }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
-use portolan_common::{Backend, FrontendKey, Limits, Slot, Version};
+use portolan_common::{Backend, FrontendKey, FrontendVersion, PoolLimits, Slot};
 use serde::{Deserialize, Serialize};
 
 use super::range_alloc::OutOfCapacity;
@@ -13,15 +13,15 @@ pub enum Op {
     /// A backend id gets an endpoint, and counters at zero.
     SetBackend(u32, Backend),
     /// A place for a pool's limits gets a pool, and counters at zero.
-    ResetPool(u32, Limits),
+    ResetPool(u32, PoolLimits),
     /// A pool has other limits.
-    SetPool(u32, Limits),
+    SetPool(u32, PoolLimits),
     /// Backend ids of runs, from this entry on.
     SetRuns(u32, Vec<u32>),
     /// Slots of a schedule, from this entry on.
     SetSlots(u32, Vec<Slot>),
     /// A version of a frontend, which nobody reads yet.
-    SetVersion(u32, Version),
+    SetVersion(u32, FrontendVersion),
     /// A frontend id's cursor and counters start at zero.
     ResetFrontend(u32),
     /// Publishes: from here on connections to this frontend id use this version.

@@ -28,7 +28,7 @@ impl RangeAllocator {
     }
 
     /// A range of `len` entries.
-    pub(super) fn take(&mut self, len: u32) -> Result<u32, OutOfCapacity> {
+    pub(super) fn alloc(&mut self, len: u32) -> Result<u32, OutOfCapacity> {
         let hole = self.free.iter().find(|(_, free)| **free >= len).map(|(start, free)| (*start, *free));
         let (start, free) = hole.ok_or(OutOfCapacity { wanted: len, size: self.size })?;
         self.free.remove(&start);
@@ -59,15 +59,15 @@ impl RangeAllocator {
     }
 
     /// Gives a range back that the kernel may still be reading.
-    pub(super) fn release(&mut self, round: GraceEpoch, start: u32, len: u32) {
+    pub(super) fn defer_free(&mut self, epoch: GraceEpoch, start: u32, len: u32) {
         if len > 0 {
-            self.deferred.push_back((round, start, len));
+            self.deferred.push_back((epoch, start, len));
         }
     }
 
     /// Whether something is kept back that was freed in this round.
-    pub(super) fn has_deferred(&self, round: GraceEpoch) -> bool {
-        self.deferred.back().is_some_and(|(since, ..)| *since == round)
+    pub(super) fn has_deferred(&self, epoch: GraceEpoch) -> bool {
+        self.deferred.back().is_some_and(|(since, ..)| *since == epoch)
     }
 
     /// Entries that there are.
@@ -81,8 +81,8 @@ impl RangeAllocator {
     }
 
     /// What was freed up to this round may be given out again.
-    pub(super) fn settle(&mut self, round: GraceEpoch) {
-        while let Some((_, start, len)) = self.deferred.pop_front_if(|(since, ..)| *since <= round) {
+    pub(super) fn reclaim(&mut self, epoch: GraceEpoch) {
+        while let Some((_, start, len)) = self.deferred.pop_front_if(|(since, ..)| *since <= epoch) {
             self.put(start, len);
         }
     }
@@ -108,25 +108,25 @@ mod tests {
     #[test]
     fn a_freed_range_rests_before_it_is_given_out_again() {
         let mut ranges = RangeAllocator::new(10);
-        assert_eq!((ranges.take(6), ranges.take(4)), (Ok(0), Ok(6)));
-        ranges.release(7, 0, 6);
-        ranges.settle(6);
-        assert!(ranges.take(1).is_err());
-        ranges.settle(7);
-        assert_eq!(ranges.take(6), Ok(0));
+        assert_eq!((ranges.alloc(6), ranges.alloc(4)), (Ok(0), Ok(6)));
+        ranges.defer_free(7, 0, 6);
+        ranges.reclaim(6);
+        assert!(ranges.alloc(1).is_err());
+        ranges.reclaim(7);
+        assert_eq!(ranges.alloc(6), Ok(0));
     }
 
     #[test]
     fn neighbours_grow_together() {
         let mut ranges = RangeAllocator::new(9);
         for _ in 0..3 {
-            ranges.take(3).unwrap();
+            ranges.alloc(3).unwrap();
         }
         for start in [0, 6, 3] {
-            ranges.release(1, start, 3);
+            ranges.defer_free(1, start, 3);
         }
-        ranges.settle(1);
-        assert_eq!(ranges.take(9), Ok(0));
+        ranges.reclaim(1);
+        assert_eq!(ranges.alloc(9), Ok(0));
     }
 
     #[test]
@@ -134,7 +134,10 @@ mod tests {
         let mut ranges = RangeAllocator::new(10);
         ranges.claim(2, 3);
         ranges.claim(9, 1);
-        assert_eq!((ranges.take(4), ranges.take(2), ranges.take(1)), (Ok(5), Ok(0), Err(OutOfCapacity { wanted: 1, size: 10 })));
+        assert_eq!(
+            (ranges.alloc(4), ranges.alloc(2), ranges.alloc(1)),
+            (Ok(5), Ok(0), Err(OutOfCapacity { wanted: 1, size: 10 }))
+        );
         assert_eq!(ranges.used(), 10);
     }
 }

@@ -5,7 +5,7 @@ use std::{
     hash::Hash,
 };
 
-use super::range_alloc::{OutOfCapacity, RangeAllocator, GraceEpoch};
+use super::range_alloc::{GraceEpoch, OutOfCapacity, RangeAllocator};
 
 /// Ids by what they stand for.
 #[derive(Clone, Debug)]
@@ -39,7 +39,7 @@ impl<K: Copy + Eq + Hash + Ord> RefcountedIds<K> {
     }
 
     /// Ids that were ever in use, with their epochs.
-    pub(super) fn remember(&mut self, epochs: impl IntoIterator<Item = (u32, u32)>) {
+    pub(super) fn restore_epochs(&mut self, epochs: impl IntoIterator<Item = (u32, u32)>) {
         self.epochs.extend(epochs);
     }
 
@@ -51,9 +51,9 @@ impl<K: Copy + Eq + Hash + Ord> RefcountedIds<K> {
     }
 
     /// Lets go of what a former agent had and nobody uses.
-    pub(super) fn drop_adopted(&mut self, round: GraceEpoch) {
+    pub(super) fn drop_adopted(&mut self, epoch: GraceEpoch) {
         for key in std::mem::take(&mut self.adopted) {
-            self.drop_if_unused(round, key);
+            self.drop_if_unused(epoch, key);
         }
     }
 
@@ -68,24 +68,24 @@ impl<K: Copy + Eq + Hash + Ord> RefcountedIds<K> {
     }
 
     /// One more frontend uses it.
-    pub(super) fn take(&mut self, key: K) -> Result<Id, OutOfCapacity> {
+    pub(super) fn acquire(&mut self, key: K) -> Result<Id, OutOfCapacity> {
         if let Some(known) = self.known.get_mut(&key) {
             known.frontends += 1;
             let epoch = self.epochs.get(&known.id).copied().unwrap_or_default();
             return Ok(Id { id: known.id, epoch, is_new: false });
         }
-        let id = self.ids.take(1)?;
+        let id = self.ids.alloc(1)?;
         let epoch = *self.epochs.entry(id).and_modify(|epoch| *epoch = epoch.wrapping_add(1)).or_insert(1);
         self.known.insert(key, Use { id, frontends: 1 });
         Ok(Id { id, epoch, is_new: true })
     }
 
     /// One frontend fewer uses it.
-    pub(super) fn give(&mut self, round: GraceEpoch, key: K) {
+    pub(super) fn release(&mut self, epoch: GraceEpoch, key: K) {
         if let Some(known) = self.known.get_mut(&key) {
             known.frontends = known.frontends.saturating_sub(1);
         }
-        self.drop_if_unused(round, key);
+        self.drop_if_unused(epoch, key);
     }
 
     /// Takes a [`Self::take`] back whose id nobody has seen.
@@ -107,14 +107,14 @@ impl<K: Copy + Eq + Hash + Ord> RefcountedIds<K> {
         &mut self.ids
     }
 
-    fn drop_if_unused(&mut self, round: GraceEpoch, key: K) {
+    fn drop_if_unused(&mut self, epoch: GraceEpoch, key: K) {
         // An inherited frontend may use it, and how is not known.
         if self.adopted.contains(&key) {
             return;
         }
         if let Some(known) = self.known.get(&key).copied().filter(|known| known.frontends == 0) {
             self.known.remove(&key);
-            self.ids.release(round, known.id, 1);
+            self.ids.defer_free(epoch, known.id, 1);
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use portolan_core::{
     decode::{DecodeOptions, read_text},
-    model::{Object, ClusterLocal, Scope, Severity},
+    model::{ClusterLocal, Object, Scope, Severity},
     policy::cluster_local,
     report::Report,
 };

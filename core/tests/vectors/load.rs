@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use portolan_core::{
     model::Warmup,
-    policy::{Level, OVERPROVISIONING_FACTOR, WeightedGroup, Schedule, Share, effective_weights, loads, warmup_factor},
+    policy::{Level, OVERPROVISIONING_FACTOR, Schedule, Share, WeightedGroup, effective_weights, loads, warmup_factor},
 };
 use serde_json::{Value, json};
 

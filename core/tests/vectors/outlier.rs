@@ -8,7 +8,7 @@ use std::{
 
 use portolan_core::{
     health::{Detector, DetectorEvent, DetectorEventKind, Signal},
-    model::{SuccessCriterion, OutlierDetection},
+    model::{OutlierDetection, SuccessCriterion},
 };
 use serde_json::{Value, json};
 
@@ -24,8 +24,8 @@ pub fn detector(hosts: u64, settings: OutlierDetection, now: Instant) -> Detecto
 }
 
 /// A sign, and whatever it leads to: the agent asks for evidence in between.
-pub fn take(detector: &mut Detector, now: Instant, host: SocketAddr, sign: Signal) -> Option<DetectorEvent> {
-    let causes = detector.observe(host, sign);
+pub fn take(detector: &mut Detector, now: Instant, host: SocketAddr, signal: Signal) -> Option<DetectorEvent> {
+    let causes = detector.observe(host, signal);
     causes.into_iter().filter_map(|cause| detector.eject(now, host, cause)).next()
 }
 
@@ -143,8 +143,8 @@ pub fn consecutive(input: &Value, expect: &Value) {
     let mut detector = detector(1, settings(number(&input["threshold"]) as u32, percent), now);
     for event in list(&input["events"]) {
         // A refused and a timed-out connect count alike.
-        let sign = if event == "S" { Signal::Connected } else { Signal::Refused };
-        take(&mut detector, now, host(0), sign);
+        let signal = if event == "S" { Signal::Connected } else { Signal::Refused };
+        take(&mut detector, now, host(0), signal);
     }
     assert_eq!(json!(detector.ejections().count() == 1), expect["ejected"]);
 }
@@ -199,7 +199,7 @@ pub fn tcp_mapping(input: &Value, expect: &Value) {
     let reports = list(&expect["result"]);
     for (event, result) in list(&input["events"]).iter().zip(reports) {
         // What the kernel tells of each; of the others it tells nothing.
-        let sign = match text(event).as_str() {
+        let signal = match text(event).as_str() {
             "connect_timeout" => Some(Signal::TimedOut),
             "connect_refused_or_reset" => Some(Signal::Refused),
             "connected" => Some(Signal::Connected),
@@ -207,16 +207,16 @@ pub fn tcp_mapping(input: &Value, expect: &Value) {
         };
         let result = text(result);
         let fails = result.contains("->50");
-        assert_eq!(sign.map(Signal::is_failure), (fails || result.contains("->200")).then_some(fails), "{event}");
+        assert_eq!(signal.map(Signal::is_failure), (fails || result.contains("->200")).then_some(fails), "{event}");
         // One failure short of the threshold: a failure ejects, a success starts the count again, all else changes nothing.
         let now = Instant::now();
         let mut detector = detector(1, settings(2, 100), now);
         take(&mut detector, now, host(0), Signal::Refused);
-        if let Some(sign) = sign {
-            take(&mut detector, now, host(0), sign);
+        if let Some(signal) = signal {
+            take(&mut detector, now, host(0), signal);
         }
         assert_eq!(detector.ejections().count() == 1, fails, "{event}");
-        assert_eq!(detector.counts(&host(0)), sign.is_none(), "{event}");
+        assert_eq!(detector.is_counting_failures(&host(0)), signal.is_none(), "{event}");
     }
 }
 

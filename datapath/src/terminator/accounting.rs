@@ -35,7 +35,7 @@ pub(crate) struct SocketAccounting {
     connections: MmapArray,
     backends: MmapArray,
     pools: MmapArray,
-    limits: aya::maps::Array<MapData, portolan_common::Limits>,
+    limits: aya::maps::Array<MapData, portolan_common::PoolLimits>,
     set: u32,
 }
 
@@ -68,7 +68,7 @@ impl SocketAccounting {
         let (pools, of_pools) = mapped("POOL_STATS")?;
         Ok(Self {
             storage: MapData::from_pin(pins.socket_map(maps::SOCKETS))?,
-            connections: MmapArray::open::<Connection>(connections.fd(), Connection::PLACES)?,
+            connections: MmapArray::open::<Connection>(connections.fd(), Connection::CAPACITY)?,
             backends: MmapArray::open::<BackendStats>(backends.fd(), of_backends)?,
             pools: MmapArray::open::<PoolStats>(pools.fd(), of_pools)?,
             limits: aya::maps::Array::try_from(aya::maps::Map::Array(mapped("POOLS")?.0))?,
@@ -78,7 +78,7 @@ impl SocketAccounting {
 
     /// What is remembered of the TCP connection with this cookie, if it has a place of its own.
     pub(super) fn connection(&self, cookie: u64) -> Option<SocketState> {
-        let connection: Connection = self.connections.read(cookie as u32 & (Connection::PLACES - 1)).ok()?;
+        let connection: Connection = self.connections.read(cookie as u32 & (Connection::CAPACITY - 1)).ok()?;
         (connection.owner == cookie).then_some(connection.state)
     }
 

@@ -46,13 +46,13 @@ use crate::{
     netns::namespaces,
     pins::{Pins, Set},
     sys,
-    wire::{frame_len, encode_frame},
+    wire::{encode_frame, frame_len},
 };
 
 pub(super) use self::accounting::SocketAccounting;
 pub use self::{
     accounting::Reconciled,
-    request::{RemovedEndpointTcp, Lifetime, SweepRequest, ActiveEndpoints},
+    request::{ActiveEndpoints, Lifetime, RemovedEndpointTcp, SweepRequest},
 };
 
 /// A connection is idle when nothing was sent or received for so long.
@@ -75,7 +75,7 @@ pub enum Reason {
     /// It lasted longer than `maxConnectionDuration`.
     Age,
     /// It was idle, and its endpoint gets no connections any more.
-    Elsewhere,
+    Inactive,
 }
 
 impl Reason {
@@ -85,7 +85,7 @@ impl Reason {
             Self::Gone => "gone",
             Self::Idle => "idle",
             Self::Age => "age",
-            Self::Elsewhere => "elsewhere",
+            Self::Inactive => "elsewhere",
         }
     }
 }
@@ -159,7 +159,7 @@ impl Terminator {
 
     /// Connections that have a place of their own for what is remembered, and how many may.
     pub fn places(&self) -> (u32, u32) {
-        (self.states.taken(), portolan_common::Connection::PLACES)
+        (self.states.taken(), portolan_common::Connection::CAPACITY)
     }
 
     /// What the next pass has done.
@@ -181,7 +181,12 @@ pub(super) fn check() -> Result<(), String> {
 }
 
 /// Does what it is told, until nobody tells it anything or takes what it has done. It moves this thread from namespace to namespace.
-pub(super) fn work(states: &SocketAccounting, set: u32, orders: &Receiver<SweepRequest>, mut done: impl FnMut(SweepReport) -> bool) {
+pub(super) fn work(
+    states: &SocketAccounting,
+    set: u32,
+    orders: &Receiver<SweepRequest>,
+    mut done: impl FnMut(SweepReport) -> bool,
+) {
     let own = File::open("/proc/thread-self/ns/net");
     let (mut waiting, mut tidied) = (Waiting::default(), Instant::now());
     let mut doubts = Doubts::default();
@@ -297,19 +302,19 @@ fn one_namespace(
     }
     if order.removed_endpoint_tcp != RemovedEndpointTcp::Keep || order.is_about_living() {
         for connection in diag.connections(states).context("cannot list TCP connections")? {
-            let reason = match order.verdict(&connection, set) {
+            let reason = match order.action_for(&connection, set) {
                 Action::Keep => continue,
                 Action::Wait(left) => {
                     pass.wait = Some(pass.wait.map_or(left, |wait| wait.min(left)));
                     continue;
                 }
-                Action::Close(Reason::Elsewhere) if pass.moves == 0 => {
+                Action::Close(Reason::Inactive) if pass.moves == 0 => {
                     pass.wait = Some(pass.wait.map_or(MOVES_IN, |wait| wait.min(MOVES_IN)));
                     continue;
                 }
                 Action::Close(reason) => reason,
             };
-            pass.moves -= u64::from(reason == Reason::Elsewhere);
+            pass.moves -= u64::from(reason == Reason::Inactive);
             if diag.destroy(Protocol::Tcp, &connection.socket).context("cannot close TCP connections")? {
                 pass.count(reason, Protocol::Tcp, &connection.state);
             }
@@ -322,7 +327,12 @@ fn one_namespace(
 }
 
 /// Ends those UDP sockets that carry a state of ours. sock_diag does not show it for UDP, so each is borrowed from a process that has it.
-fn close_datagrams(sockets: Vec<Datagrams>, states: &SocketAccounting, order: &SweepRequest, pass: &mut SweepReport) -> Result<()> {
+fn close_datagrams(
+    sockets: Vec<Datagrams>,
+    states: &SocketAccounting,
+    order: &SweepRequest,
+    pass: &mut SweepReport,
+) -> Result<()> {
     sees_all_processes()?;
     let mut by_inode: HashMap<u64, Datagrams> =
         sockets.into_iter().map(|(diag, socket)| (socket.inode.into(), (diag, socket))).collect();

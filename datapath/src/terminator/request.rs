@@ -27,7 +27,7 @@ pub struct Lifetime {
     /// Without traffic.
     pub idle: Option<Duration>,
     /// In all.
-    pub whole: Option<Duration>,
+    pub max_age: Option<Duration>,
 }
 
 /// Who gets the connections of a frontend.
@@ -69,7 +69,11 @@ impl SweepRequest {
     /// Both in one.
     pub(super) fn followed_by(self, next: Self) -> Self {
         let about_gone = next.is_about_gone();
-        let removed_endpoint_tcp = if next.removed_endpoint_tcp == RemovedEndpointTcp::Keep { self.removed_endpoint_tcp } else { next.removed_endpoint_tcp };
+        let removed_endpoint_tcp = if next.removed_endpoint_tcp == RemovedEndpointTcp::Keep {
+            self.removed_endpoint_tcp
+        } else {
+            next.removed_endpoint_tcp
+        };
         let gone_udp = match (self.gone_udp, next.gone_udp) {
             (Some(mut all), Some(more)) => {
                 all.add(more);
@@ -81,7 +85,15 @@ impl SweepRequest {
         let (endpoints, complete) =
             if about_gone { (next.endpoints, next.complete) } else { (self.endpoints, self.complete) };
         let recount = self.recount || next.recount;
-        Self { endpoints, complete, gone_udp, removed_endpoint_tcp, lifetimes: next.lifetimes, served: next.served, recount }
+        Self {
+            endpoints,
+            complete,
+            gone_udp,
+            removed_endpoint_tcp,
+            lifetimes: next.lifetimes,
+            served: next.served,
+            recount,
+        }
     }
 
     /// Whether connections to endpoints are looked for that are there.
@@ -95,7 +107,7 @@ impl SweepRequest {
     }
 
     /// What becomes of a TCP connection.
-    pub(super) fn verdict(&self, connection: &Connection, set: u32) -> Action {
+    pub(super) fn action_for(&self, connection: &Connection, set: u32) -> Action {
         let Connection { state, idle, .. } = connection;
         if self.removed_endpoint_tcp != RemovedEndpointTcp::Keep && self.is_gone(Protocol::Tcp, state) {
             let waits = self.removed_endpoint_tcp == RemovedEndpointTcp::Idle && *idle < IDLE;
@@ -108,7 +120,7 @@ impl SweepRequest {
             && state.pool != 0
             && let Some(lifetime) = self.lifetimes.get(&(state.pool, state.pool_epoch))
         {
-            if lifetime.whole.is_some_and(|most| age(state) > most) {
+            if lifetime.max_age.is_some_and(|most| age(state) > most) {
                 return Action::Close(Reason::Age);
             }
             if lifetime.idle.is_some_and(|most| *idle > most) {
@@ -122,7 +134,7 @@ impl SweepRequest {
             return Action::Keep;
         }
         match served.idle.checked_sub(*idle) {
-            None if stands => Action::Close(Reason::Elsewhere),
+            None if stands => Action::Close(Reason::Inactive),
             // Busy ones are not looked at all the time.
             left => Action::Wait(left.unwrap_or_default().max(MOVES_IN)),
         }
@@ -166,12 +178,19 @@ mod tests {
             gone_udp: Some(RemovedEndpoints::Any),
             ..SweepRequest::default()
         };
-        let sweep = SweepRequest { lifetimes: HashMap::from([((1, 1), Lifetime::default())]), ..SweepRequest::default() };
-        let reset = SweepRequest { removed_endpoint_tcp: RemovedEndpointTcp::Reset, recount: true, ..SweepRequest::default() };
+        let sweep =
+            SweepRequest { lifetimes: HashMap::from([((1, 1), Lifetime::default())]), ..SweepRequest::default() };
+        let reset =
+            SweepRequest { removed_endpoint_tcp: RemovedEndpointTcp::Reset, recount: true, ..SweepRequest::default() };
         let both = udp.clone().followed_by(sweep.clone());
         assert!(both.complete && both.gone_udp.is_some() && both.endpoints.len() == 1 && both.lifetimes.len() == 1);
         let both = reset.clone().followed_by(udp.clone()).followed_by(sweep);
-        assert!(both.removed_endpoint_tcp == RemovedEndpointTcp::Reset && both.gone_udp.is_some() && both.recount && both.complete);
+        assert!(
+            both.removed_endpoint_tcp == RemovedEndpointTcp::Reset
+                && both.gone_udp.is_some()
+                && both.recount
+                && both.complete
+        );
         // The later one knows better what there is.
         assert!(!udp.followed_by(reset).complete);
     }

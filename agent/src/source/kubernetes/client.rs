@@ -37,9 +37,9 @@ const UNHEARD: Duration = Duration::from_secs(10);
 /// The own API server's endpoints, once they are known: then its Service address is not needed to reach it, and so not the programs that this
 /// agent keeps.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Direct(Arc<RwLock<Vec<SocketAddr>>>);
+pub(super) struct DirectAddress(Arc<RwLock<Vec<SocketAddr>>>);
 
-impl Direct {
+impl DirectAddress {
     pub(super) fn set(&self, addresses: Vec<SocketAddr>) {
         *self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner) = addresses;
     }
@@ -59,7 +59,7 @@ impl Direct {
 ///
 /// # Errors
 /// Nothing says how to reach it, or what does makes no sense.
-pub(super) async fn own(kubeconfig: Option<&Path>, server: Option<&Uri>, direct: &Direct) -> Result<Client> {
+pub(super) async fn own(kubeconfig: Option<&Path>, server: Option<&Uri>, direct: &DirectAddress) -> Result<Client> {
     // Their errors name their causes themselves.
     let told = |error: &dyn std::error::Error| anyhow::anyhow!("{}", describe(error));
     let mut config = match kubeconfig {
@@ -74,7 +74,7 @@ pub(super) async fn own(kubeconfig: Option<&Path>, server: Option<&Uri>, direct:
         )?,
     };
     // Whoever names a server means that one.
-    let direct = if kubeconfig.is_none() && server.is_none() { direct.clone() } else { Direct::default() };
+    let direct = if kubeconfig.is_none() && server.is_none() { direct.clone() } else { DirectAddress::default() };
     if let Some(server) = server {
         let host = config.cluster_url.host().map(|host| host.trim_matches(['[', ']']).to_owned());
         config.tls_server_name = config.tls_server_name.or(host);
@@ -114,10 +114,10 @@ pub(super) async fn of_secret(kubeconfig: &str) -> Result<Client> {
         let server = own.server.as_deref().unwrap_or_default();
         ensure!(server.starts_with("https://"), "its server is {server:?}, which is no https:// address");
     }
-    build(Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?, Direct::default())
+    build(Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?, DirectAddress::default())
 }
 
-fn build(config: Config, direct: Direct) -> Result<Client> {
+fn build(config: Config, direct: DirectAddress) -> Result<Client> {
     let mut http = HttpConnector::new();
     http.enforce_http(false);
     http.set_connect_timeout(Some(CONNECT));
@@ -138,7 +138,7 @@ fn build(config: Config, direct: Direct) -> Result<Client> {
 #[derive(Clone)]
 struct Dialler {
     http: HttpConnector,
-    direct: Direct,
+    direct: DirectAddress,
 }
 
 impl Service<Uri> for Dialler {

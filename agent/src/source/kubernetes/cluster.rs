@@ -24,7 +24,8 @@ pub(super) struct Cluster {
 impl Cluster {
     /// Begins to follow a cluster.
     pub(super) fn start(context: &WatchContext, id: &str, client: &Client) -> Self {
-        let mut cluster = Self { context: context.clone(), id: id.to_owned(), tasks: JoinSet::new(), known: HashMap::new() };
+        let mut cluster =
+            Self { context: context.clone(), id: id.to_owned(), tasks: JoinSet::new(), known: HashMap::new() };
         cluster.follow(client);
         cluster
     }
@@ -36,12 +37,15 @@ impl Cluster {
     }
 
     /// Stops, and has everything of the cluster forgotten.
-    pub(super) async fn end(mut self) {
+    pub(super) async fn init_done(mut self) {
         self.tasks.shutdown().await;
         self.context.sources.forget(&self.id, None);
         // An error means that the agent is ending.
-        let _ =
-            self.context.updates.send(vec![Update::Forget { below: format!("{}/", self.id), but: HashSet::new() }]).await;
+        let _ = self
+            .context
+            .updates
+            .send(vec![Update::Prune { prefix: format!("{}/", self.id), except: HashSet::new() }])
+            .await;
     }
 
     fn follow(&mut self, client: &Client) {
@@ -49,19 +53,19 @@ impl Cluster {
         let wanted: Vec<_> = RESOURCES.iter().filter(|resource| own || resource.of_all).collect();
         for resource in wanted {
             self.context.sources.expect(&self.id, &resource.name());
-            let work = self.follower(resource, client);
+            let work = self.list_watch(resource, client);
             self.tasks.spawn(work);
         }
         let pods = self.pods(client);
         self.tasks.spawn(pods);
     }
 
-    fn follower(&mut self, resource: &'static Resource, client: &Client) -> impl Future<Output = ()> + Send + use<> {
+    fn list_watch(&mut self, resource: &'static Resource, client: &Client) -> impl Future<Output = ()> + Send + use<> {
         let known = Known::clone(self.known.entry(resource.plural).or_default());
         let (context, id, client) = (self.context.clone(), self.id.clone(), client.clone());
         async move {
             let sink = Objects::new(&context, resource, &id, client.clone(), known).await;
-            ListWatcher { context, cluster: id, resource, only: Only::default(), client, sink }.run().await;
+            ListWatcher { context, cluster: id, resource, sole_kind: Only::default(), client, sink }.run().await;
         }
     }
 
@@ -77,10 +81,16 @@ impl Cluster {
                 }
                 let sink = Objects::new(&context, &PODS, &id, client.clone(), Known::clone(&known)).await;
                 let (context, cluster, client) = (context.clone(), id.clone(), client.clone());
-                let follower =
-                    ListWatcher { context: context.clone(), cluster, resource: &PODS, only: Only::default(), client, sink };
+                let list_watch = ListWatcher {
+                    context: context.clone(),
+                    cluster,
+                    resource: &PODS,
+                    sole_kind: Only::default(),
+                    client,
+                    sink,
+                };
                 tokio::select! {
-                    () = follower.run() => return,
+                    () = list_watch.run() => return,
                     gone = wanted.wait_for(|wanted| !*wanted) => {
                         if gone.is_err() {
                             return;
@@ -89,9 +99,9 @@ impl Cluster {
                 }
                 known.lock().await.clear();
                 context.sources.forget(&id, Some(&PODS.name()));
-                let below = format!("{id}/{}/", PODS.plural);
+                let prefix = format!("{id}/{}/", PODS.plural);
                 let news = vec![
-                    Update::Forget { below, but: HashSet::new() },
+                    Update::Prune { prefix, except: HashSet::new() },
                     // If they could not be read, that matters no more.
                     Update::Remove { origin: doubt(&id, &PODS) },
                 ];

@@ -46,25 +46,25 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// What takes the objects.
 pub(super) trait Sink: Send {
     /// A list begins.
-    fn begin(&mut self);
+    fn init(&mut self);
     /// An object of it.
-    fn item(&mut self, object: Raw);
+    fn init_apply(&mut self, object: Raw);
     /// It has ended: what was not in it is gone.
-    fn end(&mut self);
+    fn init_done(&mut self);
     /// An object is new, or not as it was.
-    fn changed(&mut self, object: Raw);
+    fn apply(&mut self, object: Raw);
     /// An object is gone.
-    fn gone(&mut self, object: &Raw);
+    fn delete(&mut self, object: &Raw);
     /// Nothing is known, for it may not be read, and never was.
-    fn unknown(&mut self);
+    fn unavailable(&mut self);
     /// How many objects are held.
-    fn held(&self) -> usize;
+    fn len(&self) -> usize;
     /// Passes on what has come; whether somebody still wants it.
     fn flush(&mut self) -> impl Future<Output = bool> + Send;
 }
 
 /// Why following has to begin again.
-enum Broken {
+enum WatchEnd {
     /// What is asked for is too long ago.
     Gone,
     /// It is time to read everything again.
@@ -78,7 +78,7 @@ enum Broken {
     Over,
 }
 
-impl From<kube::Error> for Broken {
+impl From<kube::Error> for WatchEnd {
     fn from(error: kube::Error) -> Self {
         match &error {
             kube::Error::Api(status) if status.code == 410 => Self::Gone,
@@ -101,7 +101,7 @@ pub(super) struct ListWatcher<S> {
     pub(super) cluster: String,
     pub(super) resource: &'static Resource,
     /// Which of them.
-    pub(super) only: Only,
+    pub(super) sole_kind: Only,
     pub(super) client: kube::Client,
     pub(super) sink: S,
 }
@@ -146,31 +146,33 @@ impl<S: Sink> ListWatcher<S> {
             };
             let later = LATER.min(self.context.resync);
             let error = match broken {
-                Broken::Over => return,
-                Broken::Resync => {
+                WatchEnd::Over => return,
+                WatchEnd::Resync => {
                     at = None;
                     continue;
                 }
                 // At once, but not in a circle: of a list, the next page may be too long ago, and of a server everything.
-                Broken::Gone => {
+                WatchEnd::Gone => {
                     if at.take().is_none() || listed_at.elapsed() < SLACK {
                         sleep(backoff.next().unwrap_or(later)).await;
                     }
                     continue;
                 }
-                Broken::Stalled => {
+                WatchEnd::Stalled => {
                     stalled = true;
-                    let why =
-                        format!("nothing came for {:?}, though the connection stands", self.context.watch_timeout + SLACK);
+                    let why = format!(
+                        "nothing came for {:?}, though the connection stands",
+                        self.context.watch_timeout + SLACK
+                    );
                     self.context.sources.trouble(&self.cluster, &name, Trouble::Unreachable(why));
                     continue;
                 }
-                Broken::TooMuch(why) => {
+                WatchEnd::TooMuch(why) => {
                     self.context.sources.trouble(&self.cluster, &name, Trouble::Unreachable(why));
                     sleep(jittered(later)).await;
                     continue;
                 }
-                Broken::Api(error) => error,
+                WatchEnd::Api(error) => error,
             };
             let status = match &error {
                 kube::Error::Api(status) => status.code,
@@ -193,17 +195,17 @@ impl<S: Sink> ListWatcher<S> {
                     let since = *missing.get_or_insert_with(Instant::now);
                     // Who answers so to everything is not the API server.
                     let itself = self.context.sources.is_well(&self.cluster, &RESOURCES[0].name());
-                    if self.sink.held() == 0 || (since.elapsed() > PATIENCE && itself) {
-                        self.sink.begin();
-                        self.sink.end();
+                    if self.sink.len() == 0 || (since.elapsed() > PATIENCE && itself) {
+                        self.sink.init();
+                        self.sink.init_done();
                         Trouble::Missing
                     } else {
                         Trouble::Unreachable("is not there any more".to_owned())
                     }
                 }
                 403 => {
-                    if at.is_none() && self.sink.held() == 0 {
-                        self.sink.unknown();
+                    if at.is_none() && self.sink.len() == 0 {
+                        self.sink.unavailable();
                     }
                     (missing, forbidden) = (None, forbidden.or_else(|| Some(Instant::now())));
                     let verb = if at.is_some() { "watch" } else { "list" };
@@ -218,7 +220,7 @@ impl<S: Sink> ListWatcher<S> {
             let for_long = forbidden.is_some_and(|since| since.elapsed() > PATIENCE);
             let wait = match &trouble {
                 Trouble::Forbidden(_) if !for_long => backoff.next().unwrap_or(later).min(later),
-                Trouble::Missing | Trouble::Noted | Trouble::Forbidden(_) => jittered(later),
+                Trouble::Missing | Trouble::Skipped | Trouble::Forbidden(_) => jittered(later),
                 Trouble::Unreachable(_) => backoff.next().unwrap_or(later).min(later),
             };
             tracing::debug!(cluster = self.cluster, resource = name, ?wait, "{error}");
@@ -228,11 +230,11 @@ impl<S: Sink> ListWatcher<S> {
             }
             // Where one gets through, all try, but once.
             let soon = wait.min(jittered(SHORTEST));
-            let recovered = self.context.sources.recovered(&self.cluster);
+            let recoveries = self.context.sources.recoveries(&self.cluster);
             sleep(soon).await;
             tokio::select! {
                 () = sleep(wait - soon) => {}
-                () = recovered, if !hurried => hurried = true,
+                () = recoveries, if !hurried => hurried = true,
             }
         }
     }
@@ -242,14 +244,14 @@ impl<S: Sink> ListWatcher<S> {
     }
 
     /// Reads everything; the moment in the server's history that this was.
-    async fn list(&mut self, api: &Api<Raw>) -> Result<String, Broken> {
+    async fn list(&mut self, api: &Api<Raw>) -> Result<String, WatchEnd> {
         let mut params = ListParams {
             limit: Some(PAGE),
-            field_selector: self.only.fields.clone().or(self.resource.fields.map(str::to_owned)),
-            label_selector: self.only.labels.map(str::to_owned),
+            field_selector: self.sole_kind.fields.clone().or(self.resource.fields.map(str::to_owned)),
+            label_selector: self.sole_kind.labels.map(str::to_owned),
             ..ListParams::default()
         };
-        self.sink.begin();
+        self.sink.init();
         let (mut objects, mut pages) = (0, 0);
         let at = loop {
             let page = async {
@@ -261,9 +263,9 @@ impl<S: Sink> ListWatcher<S> {
                     Ok::<_, kube::Error>((list.items, list.metadata))
                 }
             };
-            let page = timeout(ANSWER, page).await.map_err(|_| Broken::Stalled)?.map_err(Broken::from);
+            let page = timeout(ANSWER, page).await.map_err(|_| WatchEnd::Stalled)?.map_err(WatchEnd::from);
             let (items, list): (Vec<Raw>, _) = match (page, params.limit) {
-                (Err(Broken::TooMuch(_)), Some(limit @ 2..)) => {
+                (Err(WatchEnd::TooMuch(_)), Some(limit @ 2..)) => {
                     params.limit = Some((limit / SMALLER).max(1));
                     continue;
                 }
@@ -271,19 +273,19 @@ impl<S: Sink> ListWatcher<S> {
             };
             (objects, pages) = (objects + items.len(), pages + 1);
             if objects > MOST || pages > objects + MOST / PAGE as usize {
-                return Err(Broken::TooMuch(format!("it says that there are more than {MOST} of them")));
+                return Err(WatchEnd::TooMuch(format!("it says that there are more than {MOST} of them")));
             }
-            items.into_iter().for_each(|object| self.sink.item(object));
+            items.into_iter().for_each(|object| self.sink.init_apply(object));
             match list.continue_.filter(|token| !token.is_empty()) {
                 Some(token) => params.continue_token = Some(token),
                 None => break list.resource_version.unwrap_or_default(),
             }
         };
-        self.sink.end();
+        self.sink.init_done();
         if !self.sink.flush().await {
-            return Err(Broken::Over);
+            return Err(WatchEnd::Over);
         }
-        self.context.sources.synced(&self.cluster, &self.resource.name(), self.sink.held(), Some(&at));
+        self.context.sources.synced(&self.cluster, &self.resource.name(), self.sink.len(), Some(&at));
         Ok(at)
     }
 
@@ -294,12 +296,12 @@ impl<S: Sink> ListWatcher<S> {
         at: &mut String,
         again: Instant,
         stalled: &mut bool,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), WatchEnd> {
         let name = self.resource.name();
         let params = WatchParams {
             timeout: Some(u32::try_from(self.context.watch_timeout.as_secs()).unwrap_or(u32::MAX).max(1)),
-            field_selector: self.only.fields.clone().or(self.resource.fields.map(str::to_owned)),
-            label_selector: self.only.labels.map(str::to_owned),
+            field_selector: self.sole_kind.fields.clone().or(self.resource.fields.map(str::to_owned)),
+            label_selector: self.sole_kind.labels.map(str::to_owned),
             ..WatchParams::default()
         };
         let silence = self.context.watch_timeout + SLACK;
@@ -310,43 +312,43 @@ impl<S: Sink> ListWatcher<S> {
                 api.watch(&params, at).await?.boxed()
             })
         };
-        let mut events = timeout(silence, begun).await.map_err(|_| Broken::Stalled)??;
+        let mut events = timeout(silence, begun).await.map_err(|_| WatchEnd::Stalled)??;
         // Once nothing has broken for a while; after silence, that says nothing either.
-        let mut proven = (!*stalled).then(|| Instant::now() + SHORTEST);
+        let mut mark_healthy = (!*stalled).then(|| Instant::now() + SHORTEST);
         if !*stalled {
-            self.context.sources.heard(&self.cluster, &name, self.sink.held(), at);
+            self.context.sources.touch(&self.cluster, &name, self.sink.len(), at);
         }
         loop {
             let until = again.min(Instant::now() + silence);
-            let Ok(next) = timeout_at(proven.map_or(until, |at| until.min(at)), events.next()).await else {
-                if proven.take().is_some_and(|at| at < until) {
-                    self.context.sources.proven(&self.cluster);
+            let Ok(next) = timeout_at(mark_healthy.map_or(until, |at| until.min(at)), events.next()).await else {
+                if mark_healthy.take().is_some_and(|at| at < until) {
+                    self.context.sources.mark_healthy(&self.cluster);
                     continue;
                 }
-                return Err(if until == again { Broken::Resync } else { Broken::Stalled });
+                return Err(if until == again { WatchEnd::Resync } else { WatchEnd::Stalled });
             };
             let Some(event) = next else {
                 *stalled = false;
-                self.context.sources.heard(&self.cluster, &name, self.sink.held(), at);
+                self.context.sources.touch(&self.cluster, &name, self.sink.len(), at);
                 return Ok(());
             };
             match event? {
                 WatchEvent::Added(object) | WatchEvent::Modified(object) => {
                     advance(at, object.version());
-                    self.sink.changed(object);
+                    self.sink.apply(object);
                 }
                 WatchEvent::Deleted(object) => {
                     advance(at, object.version());
-                    self.sink.gone(&object);
+                    self.sink.delete(&object);
                 }
                 WatchEvent::Bookmark(bookmark) => advance(at, Some(&bookmark.metadata.resource_version)),
                 WatchEvent::Error(status) => return Err(kube::Error::Api(status).into()),
             }
             if !self.sink.flush().await {
-                return Err(Broken::Over);
+                return Err(WatchEnd::Over);
             }
             *stalled = false;
-            self.context.sources.heard(&self.cluster, &name, self.sink.held(), at);
+            self.context.sources.touch(&self.cluster, &name, self.sink.len(), at);
         }
     }
 }

@@ -35,7 +35,7 @@ use tokio::{
 };
 
 use self::{
-    client::Direct,
+    client::DirectAddress,
     cluster::Cluster,
     event_recorder::EventRecorder,
     list_watch::{ListWatcher, Only},
@@ -83,18 +83,18 @@ struct WatchContext {
     watch_timeout: Duration,
     updates: mpsc::Sender<Vec<Update>>,
     sources: Arc<Sources>,
-    wants: Arc<Wants>,
-    direct: Direct,
+    wants: Arc<PodLabelDemand>,
+    direct: DirectAddress,
 }
 
 /// Who asks for the labels of pods: nobody reads pods for nothing.
 #[derive(Debug)]
-struct Wants {
+struct PodLabelDemand {
     asking: Mutex<HashSet<String>>,
     wanted: watch::Sender<bool>,
 }
 
-impl Wants {
+impl PodLabelDemand {
     fn new() -> Self {
         Self { asking: Mutex::default(), wanted: watch::Sender::new(false) }
     }
@@ -119,19 +119,19 @@ impl Wants {
 }
 
 /// The way to the own API server.
-pub struct Link {
+pub struct ApiServer {
     client: Client,
-    direct: Direct,
+    direct: DirectAddress,
 }
 
 /// Finds the way to the own API server; nothing is asked of it yet.
 ///
 /// # Errors
 /// Nothing says how to reach it, or what does makes no sense.
-pub async fn connect(options: &Options) -> Result<Link> {
-    let direct = Direct::default();
+pub async fn connect(options: &Options) -> Result<ApiServer> {
+    let direct = DirectAddress::default();
     let client = client::own(options.kubeconfig.as_deref(), options.server.as_ref(), &direct).await?;
-    Ok(Link { client, direct })
+    Ok(ApiServer { client, direct })
 }
 
 /// Follows the own cluster and all others, until the receiver is gone.
@@ -142,7 +142,7 @@ pub async fn connect(options: &Options) -> Result<Link> {
 /// A part of it has ended.
 pub async fn run(
     options: Options,
-    Link { client, direct }: Link,
+    ApiServer { client, direct }: ApiServer,
     sources: Arc<Sources>,
     updates: mpsc::Sender<Vec<Update>>,
     told: Option<mpsc::Receiver<Finding>>,
@@ -155,7 +155,7 @@ pub async fn run(
         watch_timeout: options.watch_timeout,
         updates: updates.clone(),
         sources: Arc::clone(&sources),
-        wants: Arc::new(Wants::new()),
+        wants: Arc::new(PodLabelDemand::new()),
         direct,
     };
     tracing::info!(cluster = options.cluster, "reading from the API server");
@@ -169,9 +169,11 @@ pub async fn run(
         let (sink, secrets) = SecretSink::new(&context);
         let cluster = options.cluster.clone();
         sources.expect(&cluster, &SECRETS.name());
-        let only = Only { labels: Some(LABEL), ..Only::default() };
+        let sole_kind = Only { labels: Some(LABEL), ..Only::default() };
         let client = client.clone();
-        others.spawn(ListWatcher { context: context.clone(), cluster, resource: &SECRETS, only, client, sink }.run());
+        others.spawn(
+            ListWatcher { context: context.clone(), cluster, resource: &SECRETS, sole_kind, client, sink }.run(),
+        );
         others.spawn(remote_clusters::run(context.clone(), secrets));
     }
 
@@ -182,12 +184,12 @@ pub async fn run(
         let lists = Lists::new(registry, Arc::clone(&sources));
         let own_pods = Only { fields: Some(format!("spec.nodeName={}", options.node)), ..Only::default() };
         let labelled = Only { labels: Some(opted_out::LABEL), ..Only::default() };
-        for (resource, only, sink) in
+        for (resource, sole_kind, sink) in
             [(&OWN_PODS, own_pods, lists.pods()), (&LABELLED_NAMESPACES, labelled, lists.namespaces())]
         {
             let (context, cluster, client) = (context.clone(), options.cluster.clone(), client.clone());
             sources.expect(&cluster, &resource.name());
-            others.spawn(ListWatcher { context, cluster, resource, only, client, sink }.run());
+            others.spawn(ListWatcher { context, cluster, resource, sole_kind, client, sink }.run());
         }
     }
 
@@ -229,7 +231,7 @@ fn doubt(id: &str) -> String {
 
 /// What the store is told: it may have endpoints.
 fn doubted(id: &str) -> Update {
-    let contents = Contents { only: Some(Kind::EndpointSlice), ..Contents::default() };
+    let contents = Contents { sole_kind: Some(Kind::EndpointSlice), ..Contents::default() };
     Update::Replace { origin: doubt(id), contents }
 }
 
@@ -273,11 +275,11 @@ impl Overseer {
                     tracing::info!(cluster = id, "within reach again");
                     self.lost.remove(id);
                 }
-                news.push(Update::Lost { cluster: id.clone(), lost: away });
+                news.push(Update::ClusterUnreachable { cluster: id.clone(), unreachable: away });
             }
         }
         for id in self.lost.extract_if(.., |id| !others.contains(id)) {
-            news.push(Update::Lost { cluster: id, lost: false });
+            news.push(Update::ClusterUnreachable { cluster: id, unreachable: false });
         }
         let findings = self.findings(others);
         if findings != self.said {
@@ -288,9 +290,9 @@ impl Overseer {
                 }
             }
             self.said.clone_from(&findings);
-            news.push(Update::Trouble(findings));
+            news.push(Update::SourceFindings(findings));
         }
-        self.begin(others, &mut news);
+        self.init(others, &mut news);
         news
     }
 
@@ -322,7 +324,7 @@ impl Overseer {
     }
 
     /// Says once that everything was read; and what of it was not, and when it is after all.
-    fn begin(&mut self, others: &[String], news: &mut Vec<Update>) {
+    fn init(&mut self, others: &[String], news: &mut Vec<Update>) {
         if self.own.is_none() && self.is_settled(&self.options.cluster) {
             self.own = Some(Instant::now());
         }
@@ -400,7 +402,7 @@ mod tests {
 
     #[test]
     fn pods_are_wanted_while_somebody_asks() {
-        let wants = Wants::new();
+        let wants = PodLabelDemand::new();
         wants.note("a", true);
         wants.note("b", true);
         wants.note("a", false);

@@ -9,7 +9,7 @@ use portolan_core::model::{Code, Finding};
 
 use super::{list_watch::Sink, raw_object::Raw};
 use crate::{
-    opt_out::{AskedBy, OptOutRegistry, ByUid, LABEL, Pod},
+    opt_out::{AskedBy, ByUid, LABEL, OptOutRegistry, Pod},
     source::Sources,
 };
 
@@ -113,7 +113,7 @@ impl Lists {
     }
 
     fn sink(&self, place: fn(&mut Known) -> &mut Option<All>) -> ListSink {
-        ListSink { all: All::new(), listed: HashSet::new(), whole: false, place, to: self.clone() }
+        ListSink { all: All::new(), listed: HashSet::new(), complete: false, place, to: self.clone() }
     }
 
     fn publish(&self, known: &Known) {
@@ -130,44 +130,44 @@ pub(super) struct ListSink {
     all: All,
     listed: HashSet<String>,
     /// Whether there was a whole list.
-    whole: bool,
+    complete: bool,
     place: fn(&mut Known) -> &mut Option<All>,
     to: Lists,
 }
 
 impl Sink for ListSink {
-    fn begin(&mut self) {
+    fn init(&mut self) {
         self.listed.clear();
     }
 
-    fn item(&mut self, object: Raw) {
+    fn init_apply(&mut self, object: Raw) {
         self.listed.insert(object.name());
-        self.changed(object);
+        self.apply(object);
     }
 
-    fn end(&mut self) {
+    fn init_done(&mut self) {
         let listed = std::mem::take(&mut self.listed);
         self.all.retain(|name, _| listed.contains(name));
-        self.whole = true;
+        self.complete = true;
     }
 
-    fn changed(&mut self, object: Raw) {
+    fn apply(&mut self, object: Raw) {
         self.all.insert(object.name(), Labelled::of(&object));
     }
 
-    fn gone(&mut self, object: &Raw) {
+    fn delete(&mut self, object: &Raw) {
         self.all.remove(&object.name());
     }
 
     /// Whom a former agent left alone stays so.
-    fn unknown(&mut self) {}
+    fn unavailable(&mut self) {}
 
-    fn held(&self) -> usize {
+    fn len(&self) -> usize {
         self.all.len()
     }
 
     async fn flush(&mut self) -> bool {
-        if self.whole {
+        if self.complete {
             let mut known = self.to.known.lock().unwrap_or_else(PoisonError::into_inner);
             let place = (self.place)(&mut known);
             if place.as_ref() != Some(&self.all) {

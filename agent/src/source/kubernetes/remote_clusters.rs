@@ -70,34 +70,34 @@ impl SecretSink {
 }
 
 impl Sink for SecretSink {
-    fn begin(&mut self) {
+    fn init(&mut self) {
         self.listed = Some(HashSet::new());
     }
 
-    fn item(&mut self, object: Raw) {
+    fn init_apply(&mut self, object: Raw) {
         if let Some(listed) = &mut self.listed {
             listed.insert(object.name());
         }
         self.take(object);
     }
 
-    fn end(&mut self) {
+    fn init_done(&mut self) {
         if let Some(listed) = self.listed.take() {
             self.secrets.retain(|name, _| listed.contains(name));
         }
     }
 
-    fn changed(&mut self, object: Raw) {
+    fn apply(&mut self, object: Raw) {
         self.take(object);
     }
 
-    fn gone(&mut self, object: &Raw) {
+    fn delete(&mut self, object: &Raw) {
         self.secrets.remove(&object.name());
     }
 
-    fn unknown(&mut self) {}
+    fn unavailable(&mut self) {}
 
-    fn held(&self) -> usize {
+    fn len(&self) -> usize {
         self.secrets.len()
     }
 
@@ -170,7 +170,11 @@ pub(super) async fn run(context: WatchContext, mut secrets: watch::Receiver<Secr
 }
 
 /// Whose kubeconfig counts for each cluster: who has named it already, or else the first by name.
-fn choose(context: &WatchContext, running: &BTreeMap<String, Remote>, secrets: &Secrets) -> BTreeMap<String, (String, String)> {
+fn choose(
+    context: &WatchContext,
+    running: &BTreeMap<String, Remote>,
+    secrets: &Secrets,
+) -> BTreeMap<String, (String, String)> {
     let mut chosen: BTreeMap<String, (String, String)> = BTreeMap::new();
     let mut doubles = Vec::new();
     let all = || secrets.iter().flat_map(|(secret, of)| of.iter().map(move |(id, text)| (secret, id, text)));
@@ -234,7 +238,7 @@ async fn follow(context: WatchContext, id: String, secret: String, mut kubeconfi
         };
         let again = found.as_ref().is_some_and(|(_, again)| *again);
         if cluster.is_none() {
-            context.sources.trouble(&id, &RESOURCES[0].name(), Trouble::Noted);
+            context.sources.trouble(&id, &RESOURCES[0].name(), Trouble::Skipped);
         }
         context.sources.note(&note, found.map(|(finding, _)| finding));
         let wait = async {
@@ -251,7 +255,7 @@ async fn follow(context: WatchContext, id: String, secret: String, mut kubeconfi
     }
     context.sources.note(&note, None);
     match cluster {
-        Some(cluster) => cluster.end().await,
+        Some(cluster) => cluster.init_done().await,
         None => context.sources.forget(&id, None),
     }
 }

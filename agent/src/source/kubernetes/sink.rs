@@ -100,23 +100,23 @@ impl Objects {
 }
 
 impl Sink for Objects {
-    fn begin(&mut self) {
+    fn init(&mut self) {
         self.listed.clear();
     }
 
-    fn item(&mut self, object: Raw) {
+    fn init_apply(&mut self, object: Raw) {
         let origin = self.origin(&object);
         self.listed.insert(origin.clone());
         self.take(origin, object);
     }
 
-    fn end(&mut self) {
+    fn init_done(&mut self) {
         let gone: Vec<String> = self.known.keys().filter(|origin| !self.listed.contains(*origin)).cloned().collect();
         gone.into_iter().for_each(|origin| self.remove(origin));
         let listed = std::mem::take(&mut self.listed);
         if std::mem::take(&mut self.stale) {
-            let below = format!("{}/{}/", self.cluster, self.resource.plural);
-            self.out.push(Update::Forget { below, but: listed });
+            let prefix = format!("{}/{}/", self.cluster, self.resource.plural);
+            self.out.push(Update::Prune { prefix, except: listed });
         }
         if std::mem::take(&mut self.doubted) {
             let origin = self.doubt();
@@ -124,25 +124,25 @@ impl Sink for Objects {
         }
     }
 
-    fn changed(&mut self, object: Raw) {
+    fn apply(&mut self, object: Raw) {
         let origin = self.origin(&object);
         self.take(origin, object);
     }
 
-    fn gone(&mut self, object: &Raw) {
+    fn delete(&mut self, object: &Raw) {
         self.remove(self.origin(object));
     }
 
-    fn unknown(&mut self) {
+    fn unavailable(&mut self) {
         // Other clusters decide nothing: what is not known of them leaves nothing open.
         if self.cluster == self.context.cluster && !std::mem::replace(&mut self.doubted, true) {
-            let contents = Contents { only: self.resource.kind, ..Contents::default() };
+            let contents = Contents { sole_kind: self.resource.kind, ..Contents::default() };
             let origin = self.doubt();
             self.out.push(Update::Replace { origin, contents });
         }
     }
 
-    fn held(&self) -> usize {
+    fn len(&self) -> usize {
         self.known.len()
     }
 

@@ -9,8 +9,8 @@ fn new(settings: OutlierDetection, now: Instant) -> Detector {
 }
 
 /// A sign, and whatever it leads to.
-fn take(detector: &mut Detector, now: Instant, host: SocketAddr, sign: Signal) -> Option<DetectorEvent> {
-    let causes = detector.observe(host, sign);
+fn take(detector: &mut Detector, now: Instant, host: SocketAddr, signal: Signal) -> Option<DetectorEvent> {
+    let causes = detector.observe(host, signal);
     causes.into_iter().filter_map(|cause| detector.eject(now, host, cause)).next()
 }
 
@@ -81,12 +81,21 @@ fn a_host_that_goes_takes_its_ejection_with_it() {
     let (now, [a, b]) = (Instant::now(), [1, 2].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
     let mut detector = new(OutlierDetection { max_ejection_percent: 50, ..settings(1) }, now);
     detector.set_hosts(&BTreeSet::from([a, b]));
-    assert!(matches!(take(&mut detector, now, a, DOWN), Some(DetectorEvent { kind: DetectorEventKind::Ejected { .. }, .. })));
-    assert!(matches!(take(&mut detector, now, b, DOWN), Some(DetectorEvent { kind: DetectorEventKind::Overflow { .. }, .. })));
+    assert!(matches!(
+        take(&mut detector, now, a, DOWN),
+        Some(DetectorEvent { kind: DetectorEventKind::Ejected { .. }, .. })
+    ));
+    assert!(matches!(
+        take(&mut detector, now, b, DOWN),
+        Some(DetectorEvent { kind: DetectorEventKind::Overflow { .. }, .. })
+    ));
     let c = SocketAddr::from(([10, 0, 0, 3], 80));
     detector.set_hosts(&BTreeSet::from([b, c]));
     assert_eq!(detector.ejections().count(), 0);
-    assert!(matches!(take(&mut detector, now, b, DOWN), Some(DetectorEvent { kind: DetectorEventKind::Ejected { .. }, .. })));
+    assert!(matches!(
+        take(&mut detector, now, b, DOWN),
+        Some(DetectorEvent { kind: DetectorEventKind::Ejected { .. }, .. })
+    ));
 }
 
 #[test]
@@ -95,7 +104,7 @@ fn a_status_counts_where_the_port_is_http() {
     let ejects = |signs: &[Signal], settings: OutlierDetection| {
         let mut detector = Detector::new(settings, SuccessCriterion::HttpStatus, now);
         detector.set_hosts(&BTreeSet::from([host]));
-        signs.iter().any(|sign| take(&mut detector, now, host, *sign).is_some())
+        signs.iter().any(|signal| take(&mut detector, now, host, *signal).is_some())
     };
     let [up, bad, gone] = [Signal::Connected, Signal::Status(500), Signal::Status(503)];
     assert!(ejects(&[bad, up, bad, up, gone], settings(3)), "that a connection stands proves nothing");
@@ -115,8 +124,10 @@ fn what_breaks_before_an_answer_counts_where_that_is_asked_for() {
     let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
     let mut detector = Detector::new(settings(2), SuccessCriterion::FirstByte, now);
     detector.set_hosts(&BTreeSet::from([host]));
-    for sign in [Signal::Connected, Signal::Broken, Signal::Connected, Signal::Answered, Signal::Broken, Signal::Connected] {
-        assert_eq!(take(&mut detector, now, host, sign), None, "{sign:?}");
+    for signal in
+        [Signal::Connected, Signal::Broken, Signal::Connected, Signal::Answered, Signal::Broken, Signal::Connected]
+    {
+        assert_eq!(take(&mut detector, now, host, signal), None, "{signal:?}");
     }
     assert!(take(&mut detector, now, host, Signal::Broken).is_some());
 }
@@ -133,7 +144,7 @@ fn a_restart_changes_nothing_and_what_is_over_is_over() {
     };
     let mut before = fresh();
     take(&mut before, start, hosts[0], DOWN);
-    let saved = before.saved(start + seconds(10));
+    let saved = before.snapshot(start + seconds(10));
     let after = |away: u64| {
         let mut detector = fresh();
         let now = start + seconds(10 + away);
@@ -145,7 +156,9 @@ fn a_restart_changes_nothing_and_what_is_over_is_over() {
     let mut soon = fresh();
     soon.restore(start + seconds(40), seconds(30), saved.iter().copied());
     let event = take(&mut soon, start + seconds(40), hosts[0], DOWN);
-    assert!(matches!(event, Some(DetectorEvent { kind: DetectorEventKind::Ejected { duration, .. }, .. }) if duration == seconds(30)));
+    assert!(
+        matches!(event, Some(DetectorEvent { kind: DetectorEventKind::Ejected { duration, .. }, .. }) if duration == seconds(30))
+    );
     // One that is not there any more is forgotten.
     let mut other = new(settings(1), start);
     other.set_hosts(&BTreeSet::from([hosts[1]]));

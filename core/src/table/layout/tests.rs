@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     model::{NamespacedName, ServiceId},
-    policy::{WeightedGroup, Schedule, Share},
+    policy::{Schedule, Share, WeightedGroup},
     table::key,
 };
 
@@ -16,11 +16,11 @@ use crate::{
 struct Maps {
     frontends: BTreeMap<FrontendKey, u32>,
     current: BTreeMap<u32, u32>,
-    versions: BTreeMap<u32, Version>,
+    versions: BTreeMap<u32, FrontendVersion>,
     slots: BTreeMap<u32, Slot>,
     runs: BTreeMap<u32, u32>,
     backends: BTreeMap<u32, Backend>,
-    pools: BTreeMap<u32, Limits>,
+    pools: BTreeMap<u32, PoolLimits>,
 }
 
 impl Maps {
@@ -39,7 +39,7 @@ impl Maps {
     }
 
     /// The version of a frontend that counts; panics where it is another's.
-    fn version(&self, key: &FrontendKey) -> Version {
+    fn version(&self, key: &FrontendKey) -> FrontendVersion {
         let version = self.versions[&self.current[&self.frontends[key]]];
         assert_eq!(version.key, *key);
         version
@@ -51,7 +51,7 @@ impl Maps {
         self.picks_of(&self.version(key), count)
     }
 
-    fn picks_of(&self, version: &Version, count: u64) -> Vec<Option<SocketAddr>> {
+    fn picks_of(&self, version: &FrontendVersion, count: u64) -> Vec<Option<SocketAddr>> {
         let period = u64::from(version.period);
         (0..if period == 0 { 0 } else { count })
             .map(|turn| {
@@ -98,9 +98,9 @@ impl Maps {
 }
 
 /// Ends a round, and waits until nobody reads any more.
-fn settle(layout: &mut Layout) {
-    if let Some(round) = layout.end_round() {
-        layout.settle(round);
+fn reclaim(layout: &mut Layout) {
+    if let Some(epoch) = layout.end_epoch() {
+        layout.reclaim(epoch);
     }
 }
 
@@ -166,7 +166,7 @@ proptest! {
         let (mut layout, mut maps) = (Layout::new(SMALL), Maps::default());
         let mut before = Table::default();
         // Versions that a program may still be reading, and what they gave.
-        let mut read: Vec<(Version, Vec<Option<SocketAddr>>)> = Vec::new();
+        let mut read: Vec<(FrontendVersion, Vec<Option<SocketAddr>>)> = Vec::new();
         for (table, settles) in tables.iter().zip(settles) {
             for key in maps.frontends.keys() {
                 read.push((maps.version(key), maps.picks(key, PICKS)));
@@ -198,7 +198,7 @@ proptest! {
             prop_assert_eq!(again, (Vec::new(), Vec::new()), "what is unchanged is not written");
             before = table.clone();
             if settles {
-                settle(&mut layout);
+                reclaim(&mut layout);
                 read.clear();
             }
         }
@@ -210,7 +210,7 @@ proptest! {
         let (mut layout, mut maps) = (Layout::new(Sizes::default()), Maps::default());
         let mut before = Table::default();
         for table in &tables {
-            settle(&mut layout);
+            reclaim(&mut layout);
             let keys: BTreeSet<_> = before.frontends.keys().chain(table.frontends.keys()).copied().collect();
             for part in 0..parts {
                 let own: Vec<_> = keys.iter().skip(part).step_by(parts).copied().collect();
@@ -279,7 +279,7 @@ fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
     assert_eq!(refused.iter().map(|refused| refused.key).collect::<Vec<_>>(), [frontend(3)]);
     assert!(ops.iter().any(|op| matches!(op, Op::SetVersion(_, it) if it.key == frontend(3) && it.period == 0)));
     // Nothing that was set aside for the refused one is lost.
-    settle(&mut layout);
+    reclaim(&mut layout);
     let (_, refused) = layout.update(&table(&[(1, vec![(1, vec![1, 2, 6])])]), Completeness::Complete);
     assert_eq!(refused, []);
 }
@@ -313,7 +313,7 @@ fn limits_of_a_frontend_that_does_not_fit_are_as_they_were() {
     assert_eq!(refused.iter().map(|refused| refused.map).collect::<Vec<_>>(), ["POOLS"]);
     assert!(ops.is_empty() && layout.limits == before, "{ops:?}");
     // And nothing that was set aside for it is lost.
-    settle(&mut layout);
+    reclaim(&mut layout);
     let (ops, refused) = layout.update(&with(vec![pool(80, 7), pool(81, 5)]), Completeness::Complete);
     assert_eq!((ops.iter().filter(|op| matches!(op, Op::SetPool(..))).count(), refused.len()), (1, 0));
 }
@@ -325,15 +325,17 @@ fn backends_of_an_inherited_frontend_that_is_refused_are_not_given_away() {
     let (mut former, mut maps) = (Layout::new(sizes), Maps::default());
     let ops = former.update(&table(&[(1, vec![(1, vec![1, 2])])]), Completeness::Complete).0;
     ops.iter().for_each(|op| maps.write(op));
-    let held =
-        PinnedState { backends: maps.backends.iter().map(|(id, backend)| (*id, *backend)).collect(), ..maps.held(&former) };
+    let held = PinnedState {
+        backends: maps.backends.iter().map(|(id, backend)| (*id, *backend)).collect(),
+        ..maps.held(&former)
+    };
     let mut layout = Layout::from_held(sizes, held);
     // Three entries do not fit beside the two that are in use.
     let too_much = (1, vec![(1, vec![1, 2, 3])]);
     let (_, refused) = layout.update(&table(std::slice::from_ref(&too_much)), Completeness::Complete);
     assert_eq!(refused.len(), 1);
     for member in [7, 8] {
-        settle(&mut layout);
+        reclaim(&mut layout);
         let wanted = table(&[too_much.clone(), (2, vec![(1, vec![member])])]);
         let (ops, _) = layout.update(&wanted, Completeness::Complete);
         for op in &ops {
@@ -357,7 +359,7 @@ fn what_a_former_agent_shares_among_frontends_is_not_given_away() {
     let (mut layout, mut maps) = taken_over();
     // The first is this agent's by now, the second is still as it was found; then endpoint 1 leaves the first.
     for members in [vec![1], vec![3], vec![4, 5], vec![6, 7]] {
-        settle(&mut layout);
+        reclaim(&mut layout);
         let wanted = table(&[(1, vec![(1, members)])]);
         let (ops, refused) = layout.change(&wanted, &[], Completeness::Partial);
         assert_eq!(refused, []);
@@ -375,7 +377,11 @@ fn what_is_not_known_for_sure_takes_nothing_away_bit_by_bit_either() {
     for completeness in [Completeness::Partial, Completeness::WithoutSettings] {
         let (mut layout, _) = taken_over();
         let refusing = table(&[(1, vec![])]);
-        assert_eq!(layout.change(&refusing, &[frontend(2)], completeness), (Vec::new(), Vec::new()), "{completeness:?}");
+        assert_eq!(
+            layout.change(&refusing, &[frontend(2)], completeness),
+            (Vec::new(), Vec::new()),
+            "{completeness:?}"
+        );
     }
 }
 
@@ -386,7 +392,7 @@ fn what_this_agent_has_published_stays_its_own_when_the_maps_are_read_again() {
     maps.write_all(&layout.change(&own, &[], Completeness::WithoutSettings).0);
     let mut layout = layout.read_again(maps.held(&layout));
     assert_eq!(layout.adopted(), 2);
-    settle(&mut layout);
+    reclaim(&mut layout);
     let moved = table(&[(3, vec![(1, vec![4])]), (2, vec![(1, vec![4])])]);
     maps.write_all(&layout.update(&moved, Completeness::WithoutSettings).0);
     assert_eq!(maps.picks(&frontend(3), 1), [Some(address(4))], "its own follows");
