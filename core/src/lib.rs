@@ -1,4 +1,4 @@
-//! Portolan's pure core.
+//! Portolan's pure core: decoding, health, policy and table computation, without I/O or system calls.
 #![forbid(unsafe_code)]
 
 pub mod decode;

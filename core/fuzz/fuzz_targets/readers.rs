@@ -1,6 +1,6 @@
-//! Any text as a file of the mesh and of a cluster: it is read, and the policy makes of it what it can.
+//! Feeds arbitrary text to the readers, as a mesh file and as a cluster file, and runs the policy on the result.
 //!
-//! `RUSTC_BOOTSTRAP=1 cargo fuzz run --sanitizer none readers` in `core/`.
+//! Run it in `core/`: `RUSTC_BOOTSTRAP=1 cargo fuzz run --sanitizer none readers`.
 #![no_main]
 
 #[path = "../../tests/common/mod.rs"]

@@ -1,11 +1,10 @@
-//! Portolan's own annotations: their names, and the kinds on which each has an effect.
+//! Portolan's annotations, and the kinds on which each has an effect.
 
 use serde_json::Value;
 
 use super::context::Context;
 use crate::model::{Code, Kind};
 
-/// Annotations of Portolan's own, by the kind that they mean something on.
 pub(super) const DISTRIBUTE_WITH_FAILOVER: &str = "portolan.io/distribute-with-failover";
 
 pub(super) const ALWAYS_EJECT_ONE: &str = "portolan.io/always-eject-one";
@@ -23,7 +22,7 @@ const ANNOTATIONS: [(&str, &[Kind]); 6] = [
     (CLOSE_IDLE_ELSEWHERE, &[Kind::DestinationRule]),
 ];
 
-/// Portolan's own annotations are not for mistyping.
+/// Reports annotations with the prefix `portolan.io/` that are unknown or have no effect on this kind.
 pub(super) fn check(context: &mut Context<'_>, kind: Kind, value: &Value) {
     let annotations = value.pointer("/metadata/annotations").and_then(Value::as_object);
     for key in annotations.into_iter().flat_map(|map| map.keys()).filter(|key| key.starts_with("portolan.io/")) {
@@ -32,7 +31,7 @@ pub(super) fn check(context: &mut Context<'_>, kind: Kind, value: &Value) {
             let here: Vec<_> =
                 ANNOTATIONS.iter().filter(|(_, kinds)| kinds.contains(&kind)).map(|(name, _)| *name).collect();
             let here = if here.is_empty() { "none".to_owned() } else { here.join(", ") };
-            let message = format!("means nothing on a {kind}; those that do: {here}");
+            let message = format!("unknown annotation on a {kind}; supported: {here}");
             context.finding(Code::UnknownAnnotation, format!("metadata.annotations[\"{key}\"]"), message);
         }
     }

@@ -1,4 +1,4 @@
-//! What every reader has at hand: the options, the object that is being read, and its findings.
+//! The state that all decoders share: the options, the identity of the object, and its findings.
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -11,38 +11,38 @@ use serde_json::Value;
 
 use crate::model::{Code, Finding, NamespacedName, Scope, Subnet};
 
-/// How objects are read.
+/// Options for decoding objects.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DecodeOptions {
-    /// Accept endpoints and Service addresses in loopback and link-local ranges.
+    /// Accepts endpoints and Service addresses in loopback and link-local ranges.
     pub allow_loopback: bool,
-    /// Where the endpoints of a cluster may be; anywhere, for one that is not named.
+    /// The allowed endpoint ranges by cluster. A cluster that is not listed may use any address.
     pub ranges: &'static [ClusterRanges],
 }
 
-/// The ranges of addresses that a cluster has for its endpoints.
+/// The address ranges that the endpoints of a cluster may use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClusterRanges {
-    /// Its id.
+    /// The ID of the cluster.
     pub cluster: String,
-    /// The ranges.
+    /// The allowed CIDR ranges; at least one.
     pub ranges: Vec<Subnet>,
 }
 
 impl FromStr for ClusterRanges {
     type Err = String;
 
-    /// `CLUSTER=CIDR[,CIDR…]`
+    /// Parses `CLUSTER=CIDR[,CIDR…]`.
     fn from_str(text: &str) -> Result<Self, String> {
-        let (cluster, ranges) = text.split_once('=').ok_or("not CLUSTER=CIDR[,CIDR…]")?;
-        let range = |text: &str| text.parse().map_err(|_| format!("{text:?} is no range of addresses"));
+        let (cluster, ranges) = text.split_once('=').ok_or("not of the form CLUSTER=CIDR[,CIDR…]")?;
+        let range = |text: &str| text.parse().map_err(|_| format!("{text:?} is not a CIDR range"));
         let ranges = ranges.split(',').map(range).collect::<Result<Vec<_>, _>>()?;
         Ok(Self { cluster: cluster.to_owned(), ranges })
     }
 }
 
 impl DecodeOptions {
-    /// Whether an object of this scope may name an endpoint there.
+    /// Returns whether an object of this scope may contain an endpoint with this address.
     pub(super) fn is_in_range(self, scope: &Scope, address: IpAddr) -> bool {
         let of = |ranges: &&ClusterRanges| matches!(scope, Scope::Cluster(id) if *id == ranges.cluster);
         let mut own = self.ranges.iter().filter(of).peekable();
@@ -50,23 +50,23 @@ impl DecodeOptions {
     }
 }
 
-/// Tells texts apart.
+/// Returns a hash of the text, to detect changes.
 pub fn fingerprint(text: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
     hasher.finish()
 }
 
-/// Why an object cannot be used.
+/// The reason why an object or a part of it is invalid.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Invalid {
-    /// The field.
+    /// The path of the field.
     pub(super) field: String,
-    /// What is wrong with it.
+    /// What is wrong, and how to fix it.
     pub(super) message: String,
 }
 
-/// What the readers of the kinds have at hand.
+/// The state that all decoders share.
 pub(super) struct Context<'a> {
     pub(super) reader: DecodeOptions,
     pub(super) scope: &'a Scope,
@@ -76,17 +76,17 @@ pub(super) struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// Something that people should know of a field of the object.
+    /// Adds a finding about a field of the object.
     pub(super) fn finding(&mut self, code: Code, field: impl Into<String>, message: impl Into<String>) {
         self.findings.push(Finding::new(code, &self.object, message).at(field));
     }
 
-    /// A part cannot be used; the rest is.
+    /// Reports that a part of the object is invalid and ignored.
     pub(super) fn invalid_part(&mut self, broken: Invalid) {
         self.finding(Code::InvalidPart, broken.field, broken.message);
     }
 
-    /// The switch that an annotation is, which is off where it is absent.
+    /// Parses a boolean annotation. An absent or invalid one is false; an invalid one is also a finding.
     pub(super) fn bool_annotation(&mut self, value: &Value, annotation: &str) -> bool {
         let field = format!("metadata.annotations[\"{annotation}\"]");
         let set = value.pointer("/metadata/annotations").and_then(|map| map.get(annotation));
@@ -94,27 +94,29 @@ impl Context<'_> {
             None | Some((_, Some("false"))) => false,
             Some((_, Some("true"))) => true,
             Some((other, _)) => {
-                let message = format!("{other} is neither \"true\" nor \"false\", in quotes: it stays off");
+                let message =
+                    format!("{other} is not valid; use \"true\" or \"false\", in quotes. The annotation is ignored");
                 self.finding(Code::UnknownAnnotation, field, message);
                 false
             }
         }
     }
 
-    /// Whether clients of all namespaces are meant. A node serves all of them alike, so an object for some of them only is left out.
+    /// Returns whether `exportTo` includes all namespaces.
+    /// A node applies one policy to all of its pods, so an object with a narrower scope is ignored and reported.
     pub(super) fn exported_to_all(&mut self, export_to: &[String]) -> bool {
         let all = export_to.is_empty() || export_to.iter().any(|to| to == "*");
         if !all {
             let message = format!(
-                "{export_to:?}: a node cannot tell clients of one namespace from those of another, so the object is left out; \
-                 export it to \"*\""
+                "{export_to:?}: the policy of a node cannot depend on the namespace of the client, \
+                 so the object is ignored; export it to \"*\""
             );
             self.finding(Code::LeftOut, "spec.exportTo", message);
         }
         all
     }
 
-    /// Into a type, with the path of the field in the error.
+    /// Deserializes a value; an error contains the path of the field.
     pub(super) fn typed<T: DeserializeOwned>(&self, at: &str, value: Value) -> Result<T, Invalid> {
         serde_path_to_error::deserialize(value).map_err(|error| {
             let path = error.path().to_string();
@@ -122,8 +124,8 @@ impl Context<'_> {
         })
     }
 
-    /// Into a type that holds the honoured fields only: each other field becomes a finding, but for those
-    /// that `silent` knows.
+    /// Deserializes a value into a type that has the supported fields only.
+    /// Reports every other field as a finding unless `silent` returns true for its path.
     pub(super) fn deserialize_reporting_ignored<T: DeserializeOwned>(
         &mut self,
         at: &str,
@@ -136,7 +138,7 @@ impl Context<'_> {
         let typed = serde_ignored::deserialize(tracked, |path| ignored.push(path.to_string().replace(".?", "")));
         let typed = typed.map_err(|error| invalid(join(at, &track.path().to_string()), error.to_string()))?;
         for path in ignored.iter().filter(|path| !silent(path)) {
-            self.finding(Code::NotHonoured, join(at, path), "is not honoured");
+            self.finding(Code::NotHonoured, join(at, path), "is not supported and has no effect");
         }
         Ok(typed)
     }

@@ -1,4 +1,4 @@
-//! Reader of DestinationRules. The types hold what is honoured; every other field becomes a finding.
+//! Decoder for DestinationRules. The types have the supported fields only; every other field becomes a finding.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -99,7 +99,7 @@ struct WarmupSpec {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct OutlierSpec {
-    // Wrapped integers may be null; the deprecated name counts where the current one is absent.
+    // Wrapped integers may be null. The deprecated name applies if the current one is absent.
     #[serde(default, rename = "consecutive5xxErrors")]
     consecutive_5xx_errors: Option<u32>,
     #[serde(default)]
@@ -160,7 +160,7 @@ struct HttpPoolSpec {
     max_requests_per_connection: Option<u32>,
 }
 
-/// Settings of Portolan's own, from the rule's annotations.
+/// Portolan extensions, from the annotations of the rule.
 #[derive(Clone, Copy)]
 struct Own {
     distribute_with_failover: bool,
@@ -181,7 +181,7 @@ pub(super) fn destination_rule(
     let probe = super::probe::probe(context, &value);
     let spec: DestinationRuleSpec = context.deserialize_reporting_ignored("spec", value["spec"].take(), |_| false)?;
     if spec.workload_selector.is_some() {
-        let message = "is not honoured: the rule is for some clients only, which a node cannot tell from others, so it is left out";
+        let message = "is not supported: the policy of a node cannot depend on the client, so the rule is ignored";
         context.finding(Code::LeftOut, "spec.workloadSelector", message);
         return Ok(None);
     }
@@ -189,13 +189,16 @@ pub(super) fn destination_rule(
         return Ok(None);
     }
     if spec.host.is_empty() || spec.host.trim_start_matches('*').contains('*') {
-        return Err(invalid("spec.host", format!("{:?} is no host name; a `*` may only lead", spec.host)));
+        return Err(invalid(
+            "spec.host",
+            format!("{:?} is not a valid host name; `*` is allowed only at the start", spec.host),
+        ));
     }
     let mut subsets: Vec<Subset> = Vec::new();
     for (i, subset) in spec.subsets.into_iter().enumerate() {
         let at = format!("spec.subsets[{i}]");
         if subsets.iter().any(|other| other.name == subset.name) {
-            return Err(invalid(format!("{at}.name"), format!("{:?} is the name of another subset", subset.name)));
+            return Err(invalid(format!("{at}.name"), format!("duplicate subset name {:?}", subset.name)));
         }
         let policy =
             subset.traffic_policy.map(|policy| traffic_policy(context, &format!("{at}.trafficPolicy"), policy, own));
@@ -207,7 +210,7 @@ pub(super) fn destination_rule(
     for (i, subset) in subsets.iter().enumerate() {
         for (port, own) in &subset.policy.ports {
             let at = format!("spec.subsets[{i}].trafficPolicy.portLevelSettings");
-            tell_losses(context, &at, *port, &policy, own);
+            report_dropped_blocks(context, &at, *port, &policy, own);
         }
     }
     Ok(Some(DestinationRule {
@@ -220,14 +223,16 @@ pub(super) fn destination_rule(
     }))
 }
 
-/// The time in `portolan.io/close-idle-elsewhere`.
+/// Parses `portolan.io/close-idle-elsewhere`. An invalid value is reported and ignored.
 fn close_idle_elsewhere(context: &mut Context<'_>, value: &Value) -> Option<Duration> {
     let text = value.pointer("/metadata/annotations")?.get(CLOSE_IDLE_ELSEWHERE)?;
     let at = format!("metadata.annotations[\"{CLOSE_IDLE_ELSEWHERE}\"]");
     match text.as_str().map(|text| duration(at.clone(), text)) {
         Some(Ok(idle)) if idle >= Duration::from_secs(1) => Some(idle),
         _ => {
-            let message = format!("{text} is no duration of a second or more, in quotes (as \"30s\"): it stays off");
+            let message = format!(
+                "{text} is not valid; use a duration of at least 1s, in quotes (\"30s\"). The annotation is ignored"
+            );
             context.finding(Code::UnknownAnnotation, at, message);
             None
         }
@@ -250,27 +255,26 @@ fn traffic_policy(context: &mut Context<'_>, at: &str, spec: PolicySpec, own: Ow
         let number = port.port.number;
         let spec: PolicySpec = context.deserialize_reporting_ignored(&at, Value::Object(port.policy), |_| false)?;
         if !spec.port_level_settings.is_empty() {
-            return Err(invalid(format!("{at}.portLevelSettings"), "a port has no ports"));
+            return Err(invalid(format!("{at}.portLevelSettings"), "is not allowed inside port-level settings"));
         }
         let settings = traffic_policy(context, &at, spec, own)?;
-        tell_losses(context, &at, number, &policy, &settings);
+        report_dropped_blocks(context, &at, number, &policy, &settings);
         if policy.ports.insert(number, settings).is_some() {
-            return Err(invalid(format!("{at}.port.number"), format!("{number} has settings already")));
+            return Err(invalid(format!("{at}.port.number"), format!("duplicate settings for port {number}")));
         }
     }
     Ok(policy)
 }
 
-/// Settings of a port inherit nothing, which people do not expect.
-fn tell_losses(context: &mut Context<'_>, at: &str, port: u16, above: &TrafficPolicy, own: &TrafficPolicy) {
-    let lost = [
+/// Reports blocks that port-level settings drop: they inherit nothing, which users do not expect.
+fn report_dropped_blocks(context: &mut Context<'_>, at: &str, port: u16, above: &TrafficPolicy, own: &TrafficPolicy) {
+    let dropped = [
         ("outlierDetection", above.outlier.is_some() && own.outlier.is_none()),
         ("loadBalancer", above.balancer.is_some() && own.balancer.is_none()),
         ("connectionPool", above.pool.is_some() && own.pool.is_none()),
     ];
-    for (block, _) in lost.iter().filter(|(_, lost)| *lost) {
-        let message =
-            format!("replaces everything for port {port}: the {block} above does not count there; repeat it here");
+    for (block, _) in dropped.iter().filter(|(_, dropped)| *dropped) {
+        let message = format!("replaces all settings for port {port} and does not inherit {block}; repeat it here");
         context.finding(Code::PortPolicyDrops, at, message);
     }
 }
@@ -298,7 +302,7 @@ fn load_balancer(
         context.finding(
             Code::NotTogether,
             format!("{at}.warmup"),
-            "has an effect with ROUND_ROBIN and LEAST_REQUEST only",
+            "has an effect only with ROUND_ROBIN and LEAST_REQUEST",
         );
         return Ok(LoadBalancer { algorithm, locality, warmup: None });
     }
@@ -308,11 +312,11 @@ fn load_balancer(
 fn warmup(at: &str, spec: WarmupSpec) -> Result<Warmup, Invalid> {
     let minimum_percent = spec.minimum_percent.unwrap_or(10.0);
     if !(0.0..=100.0).contains(&minimum_percent) {
-        return Err(invalid(format!("{at}.minimumPercent"), format!("{minimum_percent} is not within 0 and 100")));
+        return Err(invalid(format!("{at}.minimumPercent"), format!("{minimum_percent} is not between 0 and 100")));
     }
     let aggression = spec.aggression.unwrap_or(1.0);
     if !(1.0..=1000.0).contains(&aggression) {
-        return Err(invalid(format!("{at}.aggression"), format!("{aggression} is not within 1 and 1000")));
+        return Err(invalid(format!("{at}.aggression"), format!("{aggression} is not between 1 and 1000")));
     }
     Ok(Warmup { window: duration(format!("{at}.duration"), &spec.duration)?, minimum_percent, aggression })
 }
@@ -326,7 +330,7 @@ fn algorithm(
     Ok(match (hash, simple) {
         (Some(HashSpec { use_source_ip: true }), _) => Some(Algorithm::ConsistentHash),
         (Some(_), _) => {
-            let message = "useSourceIp is the only key that a connection has; ROUND_ROBIN is used";
+            let message = "only useSourceIp is supported, because requests are not inspected; ROUND_ROBIN is used";
             context.finding(Code::NotHonoured, format!("{at}.consistentHash"), message);
             None
         }
@@ -335,7 +339,9 @@ fn algorithm(
         (None, Some("PASSTHROUGH")) => Some(Algorithm::Passthrough),
         (None, Some("LEAST_REQUEST" | "LEAST_CONN")) => Some(Algorithm::LeastRequest),
         (None, Some("RANDOM")) => Some(Algorithm::Random),
-        (None, Some(other)) => return Err(invalid(format!("{at}.simple"), format!("{other:?} is no algorithm"))),
+        (None, Some(other)) => {
+            return Err(invalid(format!("{at}.simple"), format!("{other:?} is not a supported algorithm")));
+        }
     })
 }
 
@@ -353,9 +359,9 @@ fn outlier_detection(
     ];
     for (field, _) in unused.iter().filter(|(_, set)| *set) {
         let message = if split {
-            "has no effect on connections while splitExternalLocalOriginErrors is on: it counts responses, of ports that are HTTP"
+            "has no effect on connections with splitExternalLocalOriginErrors; it counts only HTTP responses"
         } else {
-            "has no effect on connections while splitExternalLocalOriginErrors is off"
+            "has no effect without splitExternalLocalOriginErrors"
         };
         context.finding(Code::NotHonoured, format!("{at}.{field}"), message);
     }
@@ -363,9 +369,7 @@ fn outlier_detection(
         Ok(maybe_duration(format!("{at}.{field}"), text)?.unwrap_or(default))
     };
     let percent = |field: &str, value: Option<u32>| match value {
-        Some(value) if value > 100 => {
-            Err(invalid(format!("{at}.{field}"), format!("{value} is more than 100 percent")))
-        }
+        Some(value) if value > 100 => Err(invalid(format!("{at}.{field}"), format!("{value} is greater than 100"))),
         value => Ok(value.unwrap_or(0)),
     };
     let base_ejection_time = time("baseEjectionTime", spec.base_ejection_time, Duration::from_secs(30))?;
@@ -377,7 +381,7 @@ fn outlier_detection(
         interval: time("interval", spec.interval, Duration::from_secs(10))?,
         base_ejection_time,
         max_ejection_time: base_ejection_time.max(Duration::from_secs(300)),
-        // Istio takes 0 for "not set".
+        // Istio treats 0 as "not set".
         max_ejection_percent: match percent("maxEjectionPercent", spec.max_ejection_percent)? {
             0 => 10,
             set => set,
@@ -388,29 +392,29 @@ fn outlier_detection(
     })
 }
 
-/// No longer and no more than a socket's options take.
+/// Clamps the values to what socket options accept, and reports values that exceed it.
 fn keepalive(context: &mut Context<'_>, at: &str, spec: KeepaliveSpec) -> Result<Keepalive, Invalid> {
-    let most = Duration::from_secs(Keepalive::MOST_SECONDS.into());
+    let max = Duration::from_secs(Keepalive::MOST_SECONDS.into());
     let mut time = |field: &str, value| -> Result<Option<Duration>, Invalid> {
-        let asked = maybe_duration(format!("{at}.{field}"), value)?;
-        if asked.is_some_and(|asked| asked > most) {
-            let message = format!("is more than a socket takes: {} s in its place", most.as_secs());
+        let requested = maybe_duration(format!("{at}.{field}"), value)?;
+        if requested.is_some_and(|requested| requested > max) {
+            let message = format!("exceeds the limit of the kernel; {} s is used instead", max.as_secs());
             context.finding(Code::NotHonoured, format!("{at}.{field}"), message);
         }
-        Ok(asked.map(|asked| asked.min(most)))
+        Ok(requested.map(|requested| requested.min(max)))
     };
     let (time, interval) = (time("time", spec.time)?, time("interval", spec.interval)?);
     if spec.probes.is_some_and(|probes| probes > Keepalive::MOST_PROBES) {
-        let message = format!("is more than a socket takes: {} in its place", Keepalive::MOST_PROBES);
+        let message = format!("exceeds the limit of the kernel; {} is used instead", Keepalive::MOST_PROBES);
         context.finding(Code::NotHonoured, format!("{at}.probes"), message);
     }
     Ok(Keepalive { probes: spec.probes.map(|probes| probes.min(Keepalive::MOST_PROBES)), time, interval })
 }
 
 fn connection_pool(context: &mut Context<'_>, at: &str, spec: PoolSpec) -> Result<ConnectionPool, Invalid> {
-    // With 1 each request has a connection of its own, which is what Portolan chooses for anyway.
+    // A value of 1 gives each request its own connection, so Portolan balances every request. Nothing to report.
     if spec.http.and_then(|http| http.max_requests_per_connection).is_some_and(|max| max > 1) {
-        let message = "is not honoured: connections are not looked into";
+        let message = "is not supported: Portolan balances connections, not requests";
         context.finding(Code::NotHonoured, format!("{at}.http.maxRequestsPerConnection"), message);
     }
     let Some(tcp) = spec.tcp else { return Ok(ConnectionPool::default()) };

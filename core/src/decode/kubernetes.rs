@@ -1,4 +1,4 @@
-//! Readers of the kinds of Kubernetes itself.
+//! Decoders for the built-in Kubernetes kinds.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -21,16 +21,16 @@ const SERVICE_OF_SLICE: &str = "kubernetes.io/service-name";
 const REGION: &str = "topology.kubernetes.io/region";
 const ZONE: &str = "topology.kubernetes.io/zone";
 const SUBZONE: &str = "topology.istio.io/subzone";
-/// Istio's form of `trafficDistribution`, from before Kubernetes had it.
+/// Istio's annotation for `trafficDistribution`, which predates the Kubernetes field.
 const DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
-/// Kubernetes' default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
+/// Kubernetes' default of `sessionAffinityConfig.clientIP.timeoutSeconds`, in seconds.
 const AFFINITY: u64 = 10_800;
 
 pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<Service>, Invalid> {
     let service: ApiService = context.deserialize_reporting_ignored("", value, |_| false)?;
     let spec = service.spec.unwrap_or_default();
     if spec.type_.as_deref() == Some("ExternalName") {
-        let message = "ExternalName is a name in DNS, which has no endpoints to choose from: it is not used";
+        let message = "ExternalName is a DNS alias without endpoints; the Service is ignored";
         context.finding(Code::NotHonoured, "spec.type", message);
         return Ok(None);
     }
@@ -38,33 +38,34 @@ pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<
     for (i, port) in spec.ports.iter().flatten().enumerate() {
         let port = service_port(&format!("spec.ports[{i}]"), port)?;
         if ports.iter().any(|other: &ServicePort| (other.port, other.protocol) == (port.port, port.protocol)) {
-            let message = format!("{} {} is a port of this Service already", port.protocol, port.port);
+            let message = format!("duplicate port {} {}", port.protocol, port.port);
             return Err(invalid(format!("spec.ports[{i}]"), message));
         }
         ports.push(port);
     }
-    // A headless Service may do without: nothing of it is dialled anyway.
+    // A headless Service may have no ports, because it has no address to connect to.
     if ports.is_empty() && spec.cluster_ip.as_deref() != Some("None") {
-        return Err(invalid("spec.ports", "is empty: nothing can be dialled; give it a port"));
+        return Err(invalid("spec.ports", "is empty; add at least one port"));
     }
     let addresses = addresses(context, &spec)?;
     let node_local = match spec.internal_traffic_policy.as_deref() {
         None | Some("Cluster") => false,
         Some("Local") => true,
-        // It might have been meant to be strict, so it is not taken for the other.
+        // An unknown value may be stricter than `Cluster`, so it must not fall back to it.
         Some(other) => {
             return Err(invalid(
                 "spec.internalTrafficPolicy",
-                format!("{other:?} is neither \"Cluster\" nor \"Local\""),
+                format!("{other:?} is not valid; use \"Cluster\" or \"Local\""),
             ));
         }
     };
     if spec.external_ips.is_some_and(|list| !list.is_empty()) {
-        let message = "is ignored: whoever may write a Service must not take any address";
+        let message =
+            "is ignored: anyone who can edit a Service could intercept traffic to any address (CVE-2020-8554)";
         context.finding(Code::ExternalAddresses, "spec.externalIPs", message);
     }
     if let Some(other) = spec.session_affinity.as_deref().filter(|it| !matches!(*it, "" | "None" | "ClientIP")) {
-        let message = format!("{other:?} is neither \"None\" nor \"ClientIP\": it has no effect");
+        let message = format!("{other:?} has no effect; use \"None\" or \"ClientIP\"");
         context.finding(Code::InvalidPart, "spec.sessionAffinity", message);
     }
     let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
@@ -82,8 +83,7 @@ pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<
             "PreferSameNode" => Some(TrafficDistribution::PreferSameNode),
             "Any" => None,
             _ => {
-                let message =
-                    format!("{text:?} is none of PreferSameZone, PreferClose, PreferSameNode: it has no effect");
+                let message = format!("{text:?} has no effect; use PreferSameZone, PreferClose, or PreferSameNode");
                 context.finding(Code::InvalidPart, field, message);
                 None
             }
@@ -104,22 +104,23 @@ pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<
 fn service_port(at: &str, port: &ApiPort) -> Result<ServicePort, Invalid> {
     let protocol =
         Protocol::parse(port.protocol.as_deref()).map_err(|message| invalid(format!("{at}.protocol"), message))?;
-    let number =
-        port_number(port.port).ok_or_else(|| invalid(format!("{at}.port"), format!("{} is no port", port.port)))?;
+    let number = port_number(port.port)
+        .ok_or_else(|| invalid(format!("{at}.port"), format!("{} is not a valid port", port.port)))?;
     let name = port.name.clone().unwrap_or_default();
     let target = match &port.target_port {
         None => Target::Number(number),
         Some(IntOrString::String(name)) => Target::Name(name.clone()),
         Some(IntOrString::Int(target)) => {
             let target = port_number(*target)
-                .ok_or_else(|| invalid(format!("{at}.targetPort"), format!("{target} is no port")))?;
+                .ok_or_else(|| invalid(format!("{at}.targetPort"), format!("{target} is not a valid port")))?;
             Target::Number(target)
         }
     };
-    // Istio's protocol selection: `appProtocol`, or else the name up to its first dash.
-    let spoken = port.app_protocol.as_deref().unwrap_or(name.split('-').next().unwrap_or_default());
-    let http = matches!(spoken.to_ascii_lowercase().as_str(), "http" | "http2" | "grpc" | "kubernetes.io/h2c");
-    let http1 = spoken.eq_ignore_ascii_case("http");
+    // Istio's protocol selection: `appProtocol`, or else the port name up to the first dash.
+    let declared_protocol = port.app_protocol.as_deref().unwrap_or(name.split('-').next().unwrap_or_default());
+    let http =
+        matches!(declared_protocol.to_ascii_lowercase().as_str(), "http" | "http2" | "grpc" | "kubernetes.io/h2c");
+    let http1 = declared_protocol.eq_ignore_ascii_case("http");
     Ok(ServicePort { name, port: number, protocol, target, http, http1 })
 }
 
@@ -129,11 +130,15 @@ fn addresses(context: &mut Context<'_>, spec: &ServiceSpec) -> Result<Vec<IpAddr
     let mut addresses = Vec::new();
     for text in plural.iter().chain(singular).filter(|text| !text.is_empty() && *text != "None") {
         let address =
-            text.parse::<IpAddr>().map_err(|_| invalid("spec.clusterIPs", format!("{text:?} is no address")))?;
+            text.parse::<IpAddr>().map_err(|_| invalid("spec.clusterIPs", format!("{text:?} is not an IP address")))?;
         match forbidden(context.reader, address) {
             None => addresses.push(address.to_canonical()),
             Some(range) => {
-                context.finding(Code::ForbiddenAddress, "spec.clusterIPs", format!("{address} is {range}: refused"));
+                context.finding(
+                    Code::ForbiddenAddress,
+                    "spec.clusterIPs",
+                    format!("{address} is {range}; not allowed"),
+                );
             }
         }
     }
@@ -143,27 +148,27 @@ fn addresses(context: &mut Context<'_>, spec: &ServiceSpec) -> Result<Vec<IpAddr
 pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<Option<EndpointSlice>, Invalid> {
     let slice: ApiSlice = context.deserialize_reporting_ignored("", value, |_| false)?;
     if slice.address_type == "FQDN" {
-        let message = "FQDN: names cannot be dialled in the kernel; it is not used";
+        let message = "FQDN is not supported, because the kernel cannot resolve names; the slice is ignored";
         context.finding(Code::NotHonoured, "addressType", message);
         return Ok(None);
     }
     let service = slice.metadata.labels.unwrap_or_default().remove(SERVICE_OF_SLICE);
     let Some(service) = service else {
-        let message = format!("{SERVICE_OF_SLICE} is missing: no Service claims it, so it is not used");
+        let message = format!("{SERVICE_OF_SLICE} is missing: the slice belongs to no Service and is ignored");
         context.finding(Code::SliceWithoutService, "metadata.labels", message);
         return Ok(None);
     };
     let mut ports = Vec::new();
     for (i, port) in slice.ports.iter().flatten().enumerate() {
         let Some(number) = port.port else {
-            context.finding(Code::NotHonoured, format!("ports[{i}].port"), "is empty: \"all ports\" is not honoured");
+            context.finding(Code::NotHonoured, format!("ports[{i}].port"), "is empty: \"all ports\" is not supported");
             continue;
         };
         let protocol = Protocol::parse(port.protocol.as_deref());
         ports.push(SlicePort {
             name: port.name.clone().unwrap_or_default(),
             port: port_number(number)
-                .ok_or_else(|| invalid(format!("ports[{i}].port"), format!("{number} is no port")))?,
+                .ok_or_else(|| invalid(format!("ports[{i}].port"), format!("{number} is not a valid port")))?,
             protocol: protocol.map_err(|message| invalid(format!("ports[{i}].protocol"), message))?,
         });
     }
@@ -180,26 +185,26 @@ pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<
     }))
 }
 
-/// `None`: it cannot be used, which is a finding.
+/// Returns `None` and reports a finding if the endpoint is invalid.
 fn slice_endpoint(context: &mut Context<'_>, at: &str, family: &str, endpoint: ApiEndpoint) -> Option<SliceEndpoint> {
     let field = || format!("{at}.addresses[0]");
-    // Kubernetes: the addresses are interchangeable, and consumers use the first.
+    // In Kubernetes, the addresses are interchangeable, and consumers use the first one.
     let text = endpoint.addresses.first().map(String::as_str).unwrap_or_default();
     let Ok(address) = text.parse::<IpAddr>() else {
-        context.finding(Code::InvalidPart, field(), format!("{text:?} is no address"));
+        context.finding(Code::InvalidPart, field(), format!("{text:?} is not an IP address"));
         return None;
     };
     if address.is_ipv4() != (family == "IPv4") {
-        let message = format!("{address} does not go with addressType {family}");
+        let message = format!("{address} does not match addressType {family}");
         context.finding(Code::InvalidPart, field(), message);
         return None;
     }
     if let Some(range) = forbidden(context.reader, address) {
-        context.finding(Code::ForbiddenAddress, field(), format!("{address} is {range}: refused"));
+        context.finding(Code::ForbiddenAddress, field(), format!("{address} is {range}; not allowed"));
         return None;
     }
     if !context.reader.is_in_range(context.scope, address) {
-        let message = format!("{address} is in none of the ranges of its cluster (--cluster-ranges): refused");
+        let message = format!("{address} is outside the ranges of its cluster (--cluster-ranges); not allowed");
         context.finding(Code::ForbiddenAddress, field(), message);
         return None;
     }
@@ -208,8 +213,7 @@ fn slice_endpoint(context: &mut Context<'_>, at: &str, family: &str, endpoint: A
     let mut pod = endpoint.target_ref.filter(|target| target.kind.as_deref() == Some("Pod"));
     let elsewhere = |namespace: &String| *namespace != context.name.namespace;
     if let Some(namespace) = pod.as_ref().and_then(|pod| pod.namespace.clone()).filter(elsewhere) {
-        let message =
-            format!("{namespace} is another namespace, whose pods' labels are not for this object: it has no labels");
+        let message = format!("the pod is in another namespace, {namespace}; the endpoint is used without labels");
         context.finding(Code::InvalidPart, format!("{at}.targetRef.namespace"), message);
         pod = None;
     }
@@ -235,7 +239,7 @@ pub(super) fn node(context: &mut Context<'_>, value: Value) -> Result<Node, Inva
     let label = |key: &str| labels.get(key).cloned().unwrap_or_default();
     let locality = Locality { region: label(REGION), zone: label(ZONE), subzone: label(SUBZONE) };
     if locality.region.is_empty() {
-        let message = format!("{REGION} is missing: what runs here has no region");
+        let message = format!("{REGION} is missing: endpoints and clients on this node have no region");
         context.finding(Code::NoRegion, "metadata.labels", message);
     }
     Ok(Node { name: context.name.name.clone(), locality: Arc::new(locality), labels })
@@ -249,7 +253,7 @@ pub(super) fn namespace(context: &mut Context<'_>, value: Value) -> Result<Names
     Ok(Namespace { name: context.name.name.clone(), labels: labels(context, &value)? })
 }
 
-/// Where only the labels matter, the rest of a large object is not even looked at.
+/// Extracts only the labels, without deserializing the rest of a large object.
 fn labels(context: &Context<'_>, value: &Value) -> Result<Labels, Invalid> {
     let labels = value.pointer("/metadata/labels").cloned().unwrap_or_default();
     Ok(context.typed::<Option<_>>("metadata.labels", labels)?.unwrap_or_default())
@@ -259,8 +263,9 @@ fn port_number(port: i32) -> Option<u16> {
     u16::try_from(port).ok().filter(|port| *port != 0)
 }
 
-/// The range that an address lies in, if nothing may be sent there: a Service must not become a way to the
-/// node's own services or to the metadata service of a cloud. v4-mapped forms are IPv4.
+/// Returns a description of the range if connections to the address are not allowed.
+/// A Service must not become a path to services of the node itself or to the metadata service of a cloud.
+/// An IPv4-mapped IPv6 address counts as IPv4.
 pub(super) fn forbidden(reader: DecodeOptions, address: IpAddr) -> Option<&'static str> {
     let address = address.to_canonical();
     let link_local = match address {
@@ -285,7 +290,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn denied_ranges() {
+    fn rejects_forbidden_ranges() {
         let denied = [
             "127.0.0.1",
             "127.8.8.8",

@@ -1,4 +1,4 @@
-//! What several of Istio's kinds are made of.
+//! Parts that several Istio kinds share: `localityLbSetting` and durations.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer};
 use super::context::{Context, Invalid, invalid};
 use crate::model::{Code, Distribute, Failover, LabelPreference, LocalityPattern, LocalitySetting};
 
-/// A list or map that may be written as `null`, which means that it is empty.
+/// Deserializes a list or map where `null` means empty.
 pub(super) fn null_as_default<'de, T, D>(deserializer: D) -> Result<T, D::Error>
 where
     T: Default + Deserialize<'de>,
@@ -16,7 +16,7 @@ where
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// `localityLbSetting`, in a DestinationRule and in the MeshConfig.
+/// `localityLbSetting`, in a DestinationRule or the MeshConfig.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct LocalitySpec {
@@ -46,25 +46,27 @@ struct FailoverSpec {
     to: String,
 }
 
-/// Labels that say the same as `failover` does.
-const OF_FAILOVER: [&str; 3] =
+/// Topology labels, which express the same order as `failover`.
+const TOPOLOGY_LABELS: [&str; 3] =
     ["topology.kubernetes.io/region", "topology.kubernetes.io/zone", "topology.istio.io/subzone"];
 
-/// Istio's `ValidateLocalityLbSetting`. `together`: whether distribute and failover may stand side by side, which is Portolan's own.
+/// Validates a setting like Istio's `ValidateLocalityLbSetting`.
+/// `allow_both` allows distribute and failover in one setting, a Portolan extension.
 pub(super) fn locality_setting(
     context: &mut Context<'_>,
     at: &str,
     spec: LocalitySpec,
-    together: bool,
+    allow_both: bool,
 ) -> Result<LocalitySetting, Invalid> {
-    if !together && !spec.distribute.is_empty() {
+    if !allow_both && !spec.distribute.is_empty() {
         if !spec.failover.is_empty() {
-            let message = "distribute and failover exclude each other; keep one of them, or ask for both by the annotation \
-                           portolan.io/distribute-with-failover: \"true\"";
+            let message = "distribute and failover are mutually exclusive; remove one, or allow both with \
+                           the annotation portolan.io/distribute-with-failover: \"true\"";
             return Err(invalid(format!("{at}.failover"), message));
         }
         if !spec.failover_priority.is_empty() {
-            let message = "has no effect beside distribute; the annotation portolan.io/distribute-with-failover: \"true\" has both count";
+            let message = "has no effect together with distribute; allow both with \
+                           the annotation portolan.io/distribute-with-failover: \"true\"";
             context.finding(Code::NotTogether, format!("{at}.failoverPriority"), message);
         }
     }
@@ -81,11 +83,14 @@ pub(super) fn locality_setting(
     for (i, rule) in spec.failover.into_iter().enumerate() {
         for (field, region) in [("from", &rule.from), ("to", &rule.to)] {
             if region.is_empty() || region.contains(['/', '*']) {
-                return Err(invalid(format!("{at}.failover[{i}].{field}"), format!("{region:?} is no region")));
+                return Err(invalid(
+                    format!("{at}.failover[{i}].{field}"),
+                    format!("{region:?} is not a valid region"),
+                ));
             }
         }
         if rule.from == rule.to {
-            let message = format!("from and to are the same region, {:?}", rule.from);
+            let message = format!("from and to name the same region, {:?}", rule.from);
             return Err(invalid(format!("{at}.failover[{i}]"), message));
         }
         failover.push(Failover { from: rule.from, to: rule.to });
@@ -95,10 +100,10 @@ pub(super) fn locality_setting(
         let field = || format!("{at}.failoverPriority[{i}]");
         let (key, value) = text.split_once('=').map_or((text.as_str(), None), |(key, value)| (key, Some(value)));
         if key.is_empty() || value.is_some_and(|value| value.contains('=')) {
-            return Err(invalid(field(), format!("{text:?} is neither `label` nor `label=value`")));
+            return Err(invalid(field(), format!("{text:?} is not of the form `label` or `label=value`")));
         }
-        if OF_FAILOVER.contains(&key) && !failover.is_empty() {
-            return Err(invalid(field(), format!("{key} excludes failover, which says the same; keep one of them")));
+        if TOPOLOGY_LABELS.contains(&key) && !failover.is_empty() {
+            return Err(invalid(field(), format!("{key} and failover are mutually exclusive; remove one of them")));
         }
         failover_priority.push(LabelPreference { key: key.to_owned(), value: value.map(str::to_owned) });
     }
@@ -107,7 +112,7 @@ pub(super) fn locality_setting(
         distribute,
         failover,
         failover_priority,
-        distribute_with_failover: together,
+        distribute_with_failover: allow_both,
     })
 }
 
@@ -118,41 +123,42 @@ fn distribution(at: &str, spec: DistributeSpec) -> Result<Distribute, Invalid> {
         let field = || format!("{at}.to[{place:?}]");
         let pattern: LocalityPattern = place.parse().map_err(|message: String| invalid(field(), message))?;
         if !(1..=100).contains(&percent) {
-            return Err(invalid(field(), format!("{percent} is not within 1 and 100")));
+            return Err(invalid(field(), format!("{percent} is not between 1 and 100")));
         }
         if let Some((other, _)) = to.iter().find(|(other, _)| other.overlaps(&pattern)) {
-            return Err(invalid(field(), format!("overlaps with \"{other}\"")));
+            return Err(invalid(field(), format!("overlaps \"{other}\"")));
         }
         to.push((pattern, percent));
     }
     let sum: u32 = to.iter().map(|(_, percent)| percent).sum();
     if sum != 100 {
-        return Err(invalid(format!("{at}.to"), format!("the percentages sum to {sum}, not to 100")));
+        return Err(invalid(format!("{at}.to"), format!("the percentages must sum to 100, not {sum}")));
     }
     Ok(Distribute { from, to })
 }
 
-/// A duration as Go and Istio write it (`1h30m`, `1.5s`), of at least 1 ms.
+/// Parses a duration in Go's format (`1h30m`, `1.5s`), from 1 ms to ten years.
 pub(super) fn duration(at: impl Into<String>, text: &str) -> Result<Duration, Invalid> {
     match go_duration(text) {
-        None => Err(invalid(at, format!("{text:?} is no duration"))),
+        None => Err(invalid(at, format!("{text:?} is not a valid duration"))),
         Some(duration) if duration < Duration::from_millis(1) => {
             Err(invalid(at, format!("{text:?} is less than 1 ms")))
         }
-        Some(duration) if duration > LONGEST => Err(invalid(at, format!("{text:?} is more than ten years"))),
+        Some(duration) if duration > LONGEST => Err(invalid(at, format!("{text:?} is longer than ten years"))),
         Some(duration) => Ok(duration),
     }
 }
 
-/// The same, where it may be absent.
+/// Parses an optional duration; see [`duration`].
 pub(super) fn maybe_duration(at: impl Into<String>, text: Option<String>) -> Result<Option<Duration>, Invalid> {
     text.map(|text| duration(at, &text)).transpose()
 }
 
-/// No setting means more than this, and sums of it stay far from any limit.
+/// The upper bound of durations, which keeps their sums far from overflow.
 const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
-/// Go's `time.ParseDuration`, without a sign. (The crate of that purpose panics on some texts, and hangs on others.)
+/// Parses a duration like Go's `time.ParseDuration`, without a sign.
+/// The usual crate panics on some inputs and hangs on others.
 fn go_duration(text: &str) -> Option<Duration> {
     let is_number = |c: char| c.is_ascii_digit() || c == '.';
     let mut rest = text;
@@ -180,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_as_go_writes_them() {
+    fn parses_go_durations() {
         for (text, milliseconds) in [
             ("1s", 1_000),
             ("1.5s", 1_500),

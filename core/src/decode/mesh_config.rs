@@ -1,4 +1,4 @@
-//! Reader of the MeshConfig, which lives as text in the ConfigMap `istio`.
+//! Decoder for the MeshConfig, which the ConfigMap `istio` contains as text.
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -39,9 +39,9 @@ struct SettingsSpec {
     cluster_local: bool,
 }
 
-/// Fields about identity, telemetry, HTTP and Istio's own processes: they say nothing of endpoints, and every
-/// installation has some of them.
-const OF_OTHERS: [&str; 18] = [
+/// Fields about identity, telemetry, HTTP, and Istio's own processes.
+/// They do not affect endpoint selection, and every installation sets some of them, so they are not reported.
+const UNRELATED_FIELDS: [&str; 18] = [
     "accessLogFile",
     "accessLogFormat",
     "accessLogEncoding",
@@ -65,14 +65,15 @@ const OF_OTHERS: [&str; 18] = [
 pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<MeshConfig, Invalid> {
     let data = value.get("data").and_then(Value::as_object);
     let Some(text) = data.and_then(|data| data.get("mesh")?.as_str()) else {
-        let message = "is no text: the settings are written behind `mesh: |`, as text; without them nothing is known of what must stay in its cluster";
+        let message = "is not a string; write the MeshConfig as text after `mesh: |`. \
+                       Without it, the agent cannot tell which traffic must stay in its cluster";
         return Err(invalid("data.mesh", message));
     };
     for key in data.into_iter().flat_map(|data| data.keys()).filter(|key| *key != "mesh") {
         context.finding(
             Code::NotHonoured,
             format!("data.{key}"),
-            "is not honoured: networks are taken to be flat, and all settings to be in data.mesh",
+            "is not supported: Portolan assumes a flat network and reads only data.mesh",
         );
     }
     let config = yaml::parse(text).map_err(|error| {
@@ -83,13 +84,13 @@ pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<Mes
     let spec = match config {
         Value::Null => MeshSpec::default(),
         config => context.deserialize_reporting_ignored("data.mesh", config, |path| {
-            OF_OTHERS.contains(&path.split('.').next().unwrap_or_default())
+            UNRELATED_FIELDS.contains(&path.split('.').next().unwrap_or_default())
         })?,
     };
     let default = MeshConfig::default();
-    let together = context.bool_annotation(&value, DISTRIBUTE_WITH_FAILOVER);
+    let allow_both = context.bool_annotation(&value, DISTRIBUTE_WITH_FAILOVER);
     let locality = match spec.locality_lb_setting {
-        Some(setting) => locality_setting(context, "data.mesh.localityLbSetting", setting, together)?,
+        Some(setting) => locality_setting(context, "data.mesh.localityLbSetting", setting, allow_both)?,
         None => LocalitySetting::default(),
     };
     let mut cluster_local = Vec::new();
@@ -103,7 +104,7 @@ pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<Mes
     let preferred = value.pointer("/metadata/annotations").and_then(|map| map.get(PREFER_CLUSTER_LOCAL));
     if preferred.is_some_and(|list| !list.is_string()) {
         let field = format!("metadata.annotations[\"{PREFER_CLUSTER_LOCAL}\"]");
-        context.finding(Code::UnknownAnnotation, field, "is no text, so no host is meant");
+        context.finding(Code::UnknownAnnotation, field, "is not a string and is ignored");
     }
     let preferred = preferred.and_then(Value::as_str);
     let preferred = preferred.into_iter().flat_map(|list| list.split(',')).map(str::trim);
@@ -122,7 +123,7 @@ pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<Mes
 
 fn check_host(at: &str, host: &str) -> Result<(), Invalid> {
     if host.is_empty() || host.trim_start_matches('*').contains('*') {
-        return Err(invalid(at, format!("{host:?}: `*` may only lead")));
+        return Err(invalid(at, format!("{host:?} is not valid; `*` is allowed only at the start")));
     }
     Ok(())
 }

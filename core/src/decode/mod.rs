@@ -1,4 +1,4 @@
-//! From documents to objects: which kind it is, and who reads it.
+//! Decoding of YAML documents and API objects into the domain model.
 
 mod annotations;
 mod context;
@@ -23,18 +23,19 @@ use crate::{
 
 pub use self::context::{ClusterRanges, DecodeOptions, fingerprint};
 
-/// Bytes that are read again in one file in order to find positions: each one that is looked up reads its document up to there.
+/// The maximum number of bytes of a file to parse again to find positions.
+/// Each lookup parses its document up to the position.
 const READ_AGAIN: usize = 16 << 20;
 
-/// Reads all objects of a file. Nothing in it can make this fail: what is wrong becomes a finding.
+/// Decodes all objects of a file. It never fails: problems become findings.
 pub fn read_text(reader: DecodeOptions, scope: &Scope, origin: &str, text: &str) -> Contents {
     let mut contents = Contents { complete: true, fingerprint: fingerprint(text), ..Contents::default() };
     let documents = yaml::split(text);
     contents.empty = documents.is_empty();
     if text.is_empty() {
-        // Nobody writes such a file on purpose: more likely its writer was cut off.
+        // An empty file is more likely an interrupted write than intended.
         contents.complete = false;
-        let message = "the file is empty; delete it if nothing belongs into it";
+        let message = "the file is empty; delete it if that is intended";
         contents.findings.push(Finding::new(Code::EmptyFile, origin, message));
     }
     let mut read_again = 0;
@@ -48,7 +49,7 @@ pub fn read_text(reader: DecodeOptions, scope: &Scope, origin: &str, text: &str)
             Ok(value) => value,
             Err(error) => {
                 contents.complete = false;
-                let message = format!("{}. What this file last said well stays in force", error.message);
+                let message = format!("{}. Objects that this file defined before stay in effect", error.message);
                 let mut finding = Finding::new(Code::Syntax, origin, message);
                 finding.position = error.at.and_then(position);
                 contents.findings.push(finding);
@@ -72,10 +73,10 @@ pub fn read_text(reader: DecodeOptions, scope: &Scope, origin: &str, text: &str)
     contents
 }
 
-/// Reads one object, as an API gives it. Nothing in it can make this fail: what is wrong becomes a finding.
+/// Decodes one object from an API. It never fails: problems become findings.
 pub fn read_value(reader: DecodeOptions, scope: &Scope, origin: &str, value: Value) -> Contents {
     let mut contents = Contents { complete: true, ..Contents::default() };
-    // Keys are in order, so that equal objects have equal texts.
+    // The keys are sorted, so equal objects have equal texts.
     contents.fingerprint = fingerprint(&value.to_string());
     read_object(reader, scope, origin, value, &mut BTreeSet::new(), &mut contents);
     for finding in &mut contents.findings {
@@ -84,7 +85,7 @@ pub fn read_value(reader: DecodeOptions, scope: &Scope, origin: &str, value: Val
     contents
 }
 
-/// Where Istio keeps its own settings.
+/// The namespace of Istio's own configuration.
 pub const MESH_NAMESPACE: &str = "istio-system";
 
 fn read_object(
@@ -101,25 +102,23 @@ fn read_object(
     let name = NamespacedName::new(field("/metadata/namespace"), field("/metadata/name"));
     if kind.is_empty() || name.name.is_empty() {
         contents.complete = false;
-        let message = "a document without `kind` or `metadata.name` is no Kubernetes object";
+        let message = "the document has no `kind` or no `metadata.name`, so it is not a Kubernetes object";
         contents.findings.push(Finding::new(Code::NotAnObject, origin, message));
         return;
     }
     let Some(known) = known_kind(group, &kind, &name) else {
         let (code, message) = match kind.as_str() {
-            "ConfigMap" if name.name == "istio" => (
-                Code::Misplaced,
-                "is not in istio-system: the mesh's settings are not for others to make, so it is not used",
-            ),
-            "Endpoints" => (Code::UnusedKind, "EndpointSlices are used instead: its endpoints are not"),
+            "ConfigMap" if name.name == "istio" => (Code::Misplaced, "is not in istio-system and is ignored"),
+            "Endpoints" => (Code::UnusedKind, "is not supported; Portolan uses EndpointSlices instead"),
             _ => (Code::UnusedKind, "Portolan does not use this kind"),
         };
         contents.findings.push(Finding::new(code, format!("{kind} {name}"), message));
         return;
     };
-    let of_a_cluster = matches!(known, Kind::Service | Kind::EndpointSlice | Kind::Node | Kind::Pod | Kind::Namespace);
-    if of_a_cluster && *scope == Scope::Mesh {
-        let message = "belongs to a cluster: put it into the folder of that cluster, for here it is not used";
+    let is_cluster_owned =
+        matches!(known, Kind::Service | Kind::EndpointSlice | Kind::Node | Kind::Pod | Kind::Namespace);
+    if is_cluster_owned && *scope == Scope::Mesh {
+        let message = "belongs to a cluster and is ignored here; move it to the directory of its cluster";
         contents.findings.push(Finding::new(Code::Misplaced, format!("{kind} {name}"), message));
         return;
     }
@@ -134,16 +133,20 @@ fn read_object(
     let mut context = Context { reader, scope, name, object: key.to_string(), findings: &mut contents.findings };
     let object = match object(&mut context, known, value) {
         Ok(Some(object)) => Some(object),
-        // Understood, and none of Portolan's business: as if it were not there.
+        // The object is valid but not relevant, as if it did not exist.
         Ok(None) => return,
         Err(Invalid { field, message }) => {
-            let message = format!("{message}. Its last good state stays in force, if there was one");
+            let message = format!("{message}. The object is ignored; a running agent keeps its last valid version");
             context.finding(Code::InvalidObject, field, message);
             None
         }
     };
     if !seen.insert(key.clone()) {
-        contents.findings.push(Finding::new(Code::Repeated, &key, "is in this file twice; the last one counts"));
+        contents.findings.push(Finding::new(
+            Code::Repeated,
+            &key,
+            "is in this file twice; the last one takes precedence",
+        ));
     }
     contents.objects.push(Decoded { key, object });
 }

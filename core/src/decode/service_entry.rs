@@ -1,4 +1,4 @@
-//! Readers of ServiceEntries and WorkloadEntries: services and endpoints that are described by hand.
+//! Decoders for ServiceEntries and WorkloadEntries: services and endpoints outside the Kubernetes registry.
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
@@ -24,7 +24,7 @@ struct ServiceEntrySpec {
     addresses: Vec<String>,
     #[serde(default, deserialize_with = "null_as_default")]
     ports: Vec<PortSpec>,
-    /// Inside the mesh or not: it makes no difference for the choice of an endpoint.
+    /// `MESH_INTERNAL` or `MESH_EXTERNAL`, which does not affect endpoint selection.
     #[serde(default, rename = "location")]
     _location: Option<String>,
     #[serde(default)]
@@ -71,7 +71,7 @@ struct WorkloadSpec {
     weight: u32,
 }
 
-/// Identities are for mutual TLS, which is not Portolan's.
+/// Returns whether the field is about identities for mutual TLS, which Portolan does not use.
 fn is_identity(path: &str) -> bool {
     path.ends_with("serviceAccount") || path.starts_with("subjectAltNames")
 }
@@ -84,38 +84,45 @@ pub(super) fn service_entry(context: &mut Context<'_>, mut value: Value) -> Resu
     let resolution = spec.resolution.as_deref().unwrap_or("NONE");
     if resolution != "STATIC" {
         let why = match resolution {
-            "NONE" => "connections go where they were going, so there is nothing to choose",
-            "DNS" | "DNS_ROUND_ROBIN" => "names cannot be dialled in the kernel",
-            _ => return Err(invalid("spec.resolution", format!("{resolution:?} is no resolution"))),
+            "NONE" => "connections keep their original destination",
+            "DNS" | "DNS_ROUND_ROBIN" => "the kernel cannot resolve names",
+            _ => return Err(invalid("spec.resolution", format!("{resolution:?} is not a valid resolution"))),
         };
-        context.finding(Code::NotHonoured, "spec.resolution", format!("{resolution}: {why}; it is not used"));
+        context.finding(
+            Code::NotHonoured,
+            "spec.resolution",
+            format!("{resolution} is not supported: {why}; the ServiceEntry is ignored"),
+        );
         return Ok(None);
     }
     if spec.hosts.is_empty() || spec.hosts.iter().any(|host| host.is_empty() || host.contains('*')) {
-        return Err(invalid("spec.hosts", "needs a full host name, without `*`"));
+        return Err(invalid("spec.hosts", "must contain full host names, without `*`"));
     }
     if spec.hosts.len() > 1 {
-        let message = format!("rules for {:?} are in force; those for the others are not", spec.hosts[0]);
+        let message = format!("only rules for the first host, {:?}, apply", spec.hosts[0]);
         context.finding(Code::NotHonoured, "spec.hosts", message);
     }
     if spec.workload_selector.is_some() && !spec.endpoints.is_empty() {
-        return Err(invalid("spec.workloadSelector", "excludes endpoints; keep one of them"));
+        return Err(invalid(
+            "spec.workloadSelector",
+            "workloadSelector and endpoints are mutually exclusive; remove one of them",
+        ));
     }
     if spec.workload_selector.is_some() {
-        let message = "selects WorkloadEntries; Pods are not selected: give them a Service";
+        let message = "selects only WorkloadEntries; to select Pods, use a Service";
         context.finding(Code::NotHonoured, "spec.workloadSelector", message);
     }
     let mut ports: Vec<ServicePort> = Vec::new();
     for (i, port) in spec.ports.into_iter().enumerate() {
         let port = service_port(&format!("spec.ports[{i}]"), port)?;
         if ports.iter().any(|other| other.port == port.port || other.name == port.name) {
-            let message = format!("{} {:?} has the number or the name of another port", port.port, port.name);
+            let message = format!("duplicate port number or name: {} {:?}", port.port, port.name);
             return Err(invalid(format!("spec.ports[{i}]"), message));
         }
         ports.push(port);
     }
     if ports.is_empty() {
-        return Err(invalid("spec.ports", "is empty: nothing can be dialled; give it a port"));
+        return Err(invalid("spec.ports", "is empty; add at least one port"));
     }
     let mut addresses = Vec::new();
     for (i, text) in spec.addresses.iter().enumerate() {
@@ -125,7 +132,7 @@ pub(super) fn service_entry(context: &mut Context<'_>, mut value: Value) -> Resu
         }
     }
     if addresses.is_empty() {
-        let message = "has no address that could be dialled; routes of other services may lead here";
+        let message = "contains no usable address; the ServiceEntry can only be the destination of a route";
         context.finding(Code::NoAddress, "spec.addresses", message);
     }
     let mut endpoints = Vec::new();
@@ -145,25 +152,25 @@ pub(super) fn service_entry(context: &mut Context<'_>, mut value: Value) -> Resu
     }))
 }
 
-/// One address: a range has many, none of which could be told from the others.
+/// Parses a single address. A range is rejected, because a frontend is one address.
 fn address(context: &Context<'_>, text: &str) -> Result<IpAddr, String> {
     let range: Subnet = text.parse()?;
-    let address = range.single().ok_or_else(|| format!("{text:?} is a range; name the addresses one by one"))?;
+    let address = range.single().ok_or_else(|| format!("{text:?} is a range; list single addresses"))?;
     match forbidden(context.reader, address) {
-        Some(range) => Err(format!("{address} is {range}: refused")),
+        Some(range) => Err(format!("{address} is {range}; not allowed")),
         None => Ok(address.to_canonical()),
     }
 }
 
 fn service_port(at: &str, spec: PortSpec) -> Result<ServicePort, Invalid> {
     if spec.number == 0 {
-        return Err(invalid(format!("{at}.number"), "0 is no port"));
+        return Err(invalid(format!("{at}.number"), "0 is not a valid port"));
     }
     let (protocol, http) = match spec.protocol.to_ascii_uppercase().as_str() {
         "UDP" => (Protocol::Udp, false),
         "HTTP" | "HTTP2" | "GRPC" | "GRPC-WEB" => (Protocol::Tcp, true),
         "" | "TCP" | "TLS" | "HTTPS" | "MONGO" | "MYSQL" | "REDIS" => (Protocol::Tcp, false),
-        other => return Err(invalid(format!("{at}.protocol"), format!("{other:?} is no protocol"))),
+        other => return Err(invalid(format!("{at}.protocol"), format!("{other:?} is not a supported protocol"))),
     };
     let target = Target::Number(spec.target_port.filter(|target| *target != 0).unwrap_or(spec.number));
     let http1 = spec.protocol.eq_ignore_ascii_case("http");
@@ -173,16 +180,16 @@ fn service_port(at: &str, spec: PortSpec) -> Result<ServicePort, Invalid> {
 fn workload(context: &Context<'_>, at: &str, spec: WorkloadSpec) -> Result<Workload, Invalid> {
     let field = || format!("{at}.address");
     let text = &spec.address;
-    let address: IpAddr = text
-        .parse()
-        .map_err(|_| invalid(field(), format!("{text:?} is no address; names and sockets are not dialled")))?;
+    let address: IpAddr = text.parse().map_err(|_| {
+        invalid(field(), format!("{text:?} is not an IP address; host names and Unix sockets are not supported"))
+    })?;
     if let Some(range) = forbidden(context.reader, address) {
-        return Err(invalid(field(), format!("{address} is {range}: refused")));
+        return Err(invalid(field(), format!("{address} is {range}; not allowed")));
     }
     let locality: Locality =
         spec.locality.parse().map_err(|message: String| invalid(format!("{at}.locality"), message))?;
     if let Some((name, _)) = spec.ports.iter().find(|(_, port)| **port == 0) {
-        return Err(invalid(format!("{at}.ports[{name:?}]"), "0 is no port"));
+        return Err(invalid(format!("{at}.ports[{name:?}]"), "0 is not a valid port"));
     }
     Ok(Workload {
         address: address.to_canonical(),
@@ -195,12 +202,12 @@ fn workload(context: &Context<'_>, at: &str, spec: WorkloadSpec) -> Result<Workl
 }
 
 pub(super) fn workload_entry(context: &mut Context<'_>, mut value: Value) -> Result<WorkloadEntry, Invalid> {
-    let of_object: Labels =
+    let object_labels: Labels =
         context.typed::<Option<_>>("metadata.labels", value["metadata"]["labels"].take())?.unwrap_or_default();
     let spec: WorkloadSpec = context.deserialize_reporting_ignored("spec", value["spec"].take(), is_identity)?;
     let mut workload = workload(context, "spec", spec)?;
-    // Labels of the object count where the spec has none of that name.
-    for (key, value) in of_object {
+    // Labels in the spec take precedence over those of the object.
+    for (key, value) in object_labels {
         workload.labels.entry(key).or_insert(value);
     }
     let name: NamespacedName = context.name.clone();

@@ -1,4 +1,4 @@
-//! Reader of VirtualServices: routes that can be taken for a whole connection, by a node.
+//! Decoder for VirtualServices: keeps the routes that a node can apply to whole connections.
 
 use std::collections::BTreeMap;
 
@@ -56,7 +56,7 @@ struct MatchSpec {
     gateways: Vec<String>,
     #[serde(default, rename = "name")]
     _name: Option<String>,
-    /// What looks into requests, or is not known.
+    /// Conditions that require request inspection, and unknown fields.
     #[serde(flatten)]
     rest: BTreeMap<String, Value>,
 }
@@ -82,22 +82,25 @@ struct PortSelector {
     number: u16,
 }
 
-/// The word for clients inside the mesh, beside the names of gateways.
+/// The reserved gateway name for clients inside the mesh.
 const MESH: &str = "mesh";
 
 pub(super) fn virtual_service(context: &mut Context<'_>, mut value: Value) -> Result<Option<VirtualService>, Invalid> {
     let is_name = |path: &str| path.starts_with("http.") && path.ends_with(".name");
     let spec: VirtualServiceSpec = context.deserialize_reporting_ignored("spec", value["spec"].take(), is_name)?;
     if !spec.gateways.is_empty() && !spec.gateways.iter().any(|gateway| gateway == MESH) {
-        let message = "does not name \"mesh\": its routes are for gateways, not for connections on a node";
+        let message = "does not include \"mesh\": the routes apply only to gateways, so the VirtualService is ignored";
         context.finding(Code::NotHonoured, "spec.gateways", message);
         return Ok(None);
     }
     if spec.hosts.is_empty() {
-        return Err(invalid("spec.hosts", "is empty"));
+        return Err(invalid("spec.hosts", "is empty; add at least one host"));
     }
     if let Some(host) = spec.hosts.iter().find(|host| host.is_empty() || host.trim_start_matches('*').contains('*')) {
-        return Err(invalid("spec.hosts", format!("{host:?} is no host name; a `*` may only lead")));
+        return Err(invalid(
+            "spec.hosts",
+            format!("{host:?} is not a valid host name; `*` is allowed only at the start"),
+        ));
     }
     if !context.exported_to_all(&spec.export_to) {
         return Ok(None);
@@ -115,15 +118,15 @@ fn routes(context: &mut Context<'_>, at: &str, specs: Vec<RouteSpec>) -> Result<
     Ok(routes)
 }
 
-/// `None`: the route is for others, or not for a node to take.
+/// Returns `None` if the route does not apply to clients on this node, or if a node cannot apply it.
 fn route(context: &mut Context<'_>, at: &str, spec: RouteSpec) -> Result<Option<Route>, Invalid> {
-    let answers = [
+    let proxy_actions = [
         ("redirect", spec.redirect.is_some()),
         ("directResponse", spec.direct_response.is_some()),
         ("delegate", spec.delegate.is_some()),
     ];
-    if let Some((field, _)) = answers.iter().find(|(_, set)| *set) {
-        let message = "is for a proxy that speaks HTTP: the route is left out";
+    if let Some((field, _)) = proxy_actions.iter().find(|(_, set)| *set) {
+        let message = "requires an HTTP proxy; the route is ignored";
         context.finding(Code::NeedsHttp, format!("{at}.{field}"), message);
         return Ok(None);
     }
@@ -136,20 +139,19 @@ fn route(context: &mut Context<'_>, at: &str, spec: RouteSpec) -> Result<Option<
     Ok((always || !matches.is_empty()).then_some(Route { matches, destinations }))
 }
 
-/// `None`: the block never holds here, or a node cannot tell whether it does.
+/// Returns `None` if the match never holds for clients on this node, or if a node cannot evaluate it.
 fn match_block(context: &mut Context<'_>, at: &str, spec: MatchSpec) -> Result<Option<Match>, Invalid> {
     if let Some(field) = spec.rest.keys().next() {
-        let message = "looks into requests, which a connection does not show: this part of the match is left out";
+        let message = "requires request inspection; this match is ignored";
         context.finding(Code::NeedsHttp, format!("{at}.{field}"), message);
         return Ok(None);
     }
-    let of_clients = [
+    let client_conditions = [
         ("sourceLabels", !spec.source_labels.is_empty()),
         ("sourceNamespace", spec.source_namespace.is_some_and(|namespace| !namespace.is_empty())),
     ];
-    if let Some((field, _)) = of_clients.iter().find(|(_, set)| *set) {
-        let message =
-            "is about single clients: a node serves all of its pods alike, so this part of the match is left out";
+    if let Some((field, _)) = client_conditions.iter().find(|(_, set)| *set) {
+        let message = "is not supported: the policy of a node cannot depend on the client; this match is ignored";
         context.finding(Code::LeftOut, format!("{at}.{field}"), message);
         return Ok(None);
     }
@@ -166,12 +168,12 @@ fn match_block(context: &mut Context<'_>, at: &str, spec: MatchSpec) -> Result<O
 
 fn destinations(at: &str, specs: Vec<DestinationSpec>) -> Result<Vec<WeightedDestination>, Invalid> {
     if specs.is_empty() {
-        return Err(invalid(at, "leads nowhere: it has no destination"));
+        return Err(invalid(at, "has no destination"));
     }
     let single = specs.len() == 1;
     let sum: u64 = specs.iter().map(|spec| u64::from(spec.weight)).sum();
     if sum == 0 && !single {
-        return Err(invalid(at, format!("the weights of the {} destinations sum to 0", specs.len())));
+        return Err(invalid(at, format!("the weights of the {} destinations are all 0", specs.len())));
     }
     let destinations = specs.into_iter().map(|spec| WeightedDestination {
         host: spec.destination.host,

@@ -1,16 +1,16 @@
-//! From text to documents: YAML, several in one file, Lists taken apart.
+//! YAML parsing: several documents per file, and nested `List` objects.
 
 use granit_parser::{Event, Parser, Span};
 use serde_json::Value;
 
-/// Texts of the documents in a file, with the line that each begins on (from 1). They are split before they are
-/// parsed, so that a broken one does not hide those behind it.
+/// Splits a file into documents, with the line on which each begins (from 1).
+/// Splitting before parsing keeps a syntax error from hiding the documents after it.
 pub(super) fn split(text: &str) -> Vec<(usize, String)> {
     let mut documents = vec![(1, String::new())];
     for (i, line) in text.split_inclusive('\n').enumerate() {
         let bare = line.trim_end();
         if let Some(rest) = line.strip_prefix("--- ") {
-            // A document may begin on the line that separates it.
+            // A document may begin on the separator line.
             documents.push((i + 1, format!("    {rest}")));
         } else if bare == "---" || bare == "..." {
             documents.push((i + 2, String::new()));
@@ -24,20 +24,20 @@ pub(super) fn split(text: &str) -> Vec<(usize, String)> {
     documents
 }
 
-/// Nodes in one document at the most: some 300,000 lines, or all pods of a large cluster in one List.
+/// The maximum number of nodes in one document: about 300,000 lines, or all pods of a large cluster in one List.
 const MAX_NODES: usize = 2_000_000;
-/// Nodes that aliases may stand for, in one document.
+/// The maximum number of nodes in one document that come from aliases.
 const MAX_FROM_ALIASES: usize = 50_000;
 
-/// What is wrong with a document, and where.
+/// A syntax error in a document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SyntaxError {
     pub(super) message: String,
-    /// Line and column in the document, from 1.
+    /// The line and column in the document, from 1; `None` if the parser does not report them.
     pub(super) at: Option<(usize, usize)>,
 }
 
-/// Parses one document. Time and memory are bounded, whatever the text.
+/// Parses one document. Time and memory are bounded for any input.
 pub(super) fn parse(text: &str) -> Result<Value, SyntaxError> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! { max_nodes: MAX_NODES, max_events: 4 * MAX_NODES },
@@ -51,7 +51,8 @@ pub(super) fn parse(text: &str) -> Result<Value, SyntaxError> {
     })
 }
 
-/// Where in the text of a document a field is: line and column, from 1, of the deepest part of its path that is there.
+/// Returns the position of a field in a document: line and column, from 1.
+/// If the field does not exist, it is the position of the deepest parent that does.
 pub(super) fn locate(text: &str, path: &str) -> Option<(usize, usize)> {
     let path = segments(path);
     let mut events = Parser::new_from_str(text)
@@ -87,7 +88,8 @@ fn segments(path: &str) -> Vec<String> {
 
 type Spanned<'a> = (Event<'a>, Span);
 
-/// Takes one node from the events, and notes how far the path leads into it.
+/// Consumes one node, and records the position of the deepest part of the path in it.
+/// Returns `None` when the search is over.
 fn seek<'a>(
     events: &mut dyn Iterator<Item = Spanned<'a>>,
     path: &[String],
@@ -95,7 +97,7 @@ fn seek<'a>(
 ) -> Option<()> {
     let place = |span: &Span| Some((span.start.line(), span.start.col() + 1));
     let (event, _) = events.next()?;
-    let wanted = path.split_first();
+    let path_head = path.split_first();
     match event {
         Event::MappingStart(..) => loop {
             let (key, at) = events.next()?;
@@ -107,7 +109,7 @@ fn seek<'a>(
                 skip(events)?;
                 continue;
             };
-            match wanted {
+            match path_head {
                 Some((first, rest)) if first == key => {
                     *found = place(&at);
                     seek(events, rest, found)?;
@@ -122,9 +124,9 @@ fn seek<'a>(
                 if matches!(next.0, Event::SequenceEnd) {
                     break;
                 }
-                if wanted.is_some_and(|(first, _)| first.parse() == Ok(index)) {
+                if path_head.is_some_and(|(first, _)| first.parse() == Ok(index)) {
                     *found = place(&next.1);
-                    let rest = wanted.map_or(&[][..], |(_, rest)| rest);
+                    let rest = path_head.map_or(&[][..], |(_, rest)| rest);
                     seek(&mut std::iter::once(next).chain(&mut *events), rest, found)?;
                     return None;
                 }
@@ -136,13 +138,13 @@ fn seek<'a>(
     }
 }
 
-/// Takes one whole node from the events.
+/// Consumes one complete node.
 fn skip<'a>(events: &mut dyn Iterator<Item = Spanned<'a>>) -> Option<()> {
     let (event, _) = events.next()?;
     skip_rest(events, &event)
 }
 
-/// Takes what is left of a node of which this is the first event.
+/// Consumes the rest of a node, given its first event.
 fn skip_rest<'a>(events: &mut dyn Iterator<Item = Spanned<'a>>, first: &Event<'a>) -> Option<()> {
     let opens = |event: &Event<'_>| matches!(event, Event::MappingStart(..) | Event::SequenceStart(..));
     let mut depth = usize::from(opens(first));
@@ -157,7 +159,7 @@ fn skip_rest<'a>(events: &mut dyn Iterator<Item = Spanned<'a>>, first: &Event<'a
     Some(())
 }
 
-/// The objects of a document, each with its path in it: itself, or the items of a `List`.
+/// Returns the objects of a document with their paths: the document itself, or the items of a `List`, recursively.
 pub(super) fn flatten(value: Value) -> Vec<(String, Value)> {
     let mut objects = Vec::new();
     flatten_into(String::new(), value, &mut objects);
@@ -185,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_broken_document_does_not_hide_the_next() {
+    fn broken_document_does_not_hide_later_documents() {
         let documents = split("a: 1\n---\nb: [\n--- # three\nc: 3\n---\n# nothing\n");
         let read: Vec<_> = documents.iter().map(|(line, text)| (*line, parse(text))).collect();
         assert_eq!(read.len(), 3);
@@ -194,14 +196,14 @@ mod tests {
     }
 
     #[test]
-    fn a_document_may_begin_on_its_separator() {
+    fn document_can_begin_on_separator_line() {
         let documents = split("a: 1\n--- {b: 2}\n--- # c\nc: 3\n");
         let read: Vec<_> = documents.iter().map(|(_, text)| parse(text).unwrap().to_string()).collect();
         assert_eq!(read, [r#"{"a":1}"#, r#"{"b":2}"#, r#"{"c":3}"#]);
     }
 
     #[test]
-    fn lists_are_taken_apart() {
+    fn nested_lists_are_flattened() {
         let list =
             parse("kind: List\nitems:\n- kind: ServiceList\n  items: [{kind: Service}]\n- kind: Node\n").unwrap();
         let kinds: Vec<_> = flatten(list).iter().map(|(_, v)| v["kind"].as_str().unwrap().to_owned()).collect();
@@ -209,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn an_alias_bomb_is_an_error() {
+    fn alias_bomb_is_rejected() {
         let mut text = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n".to_owned();
         for i in 1..12 {
             let p = i - 1;
@@ -219,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_are_found() {
+    fn fields_are_located_by_path() {
         let text = "# a comment\nkind: X\nspec:\n  list:\n  - {a: 1}\n  - to:\n      \"r1/*\": 90\n      r2/z.2: 11\n  other: |\n    text\n";
         for (path, place) in [
             ("kind", (2, 1)),
@@ -236,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn depth_is_bounded() {
+    fn nesting_depth_is_bounded() {
         let deep = "[".repeat(100_000);
         assert!(parse(&deep).is_err());
         let block: String = (0..2_000).map(|i| format!("{}a:\n", " ".repeat(i))).collect();

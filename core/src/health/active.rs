@@ -1,4 +1,4 @@
-//! Endpoints that the agent probes by itself: which pools want that of whom, and whose probes fail.
+//! Active health checks: which endpoints pools want probed, and whose probes fail.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,37 +8,37 @@ use std::{
 
 use crate::{model::Probe, policy::PoolKey};
 
-/// An endpoint is to be probed from now on, under this number, or no longer.
+/// A target to probe from now on, with the number of the probe, or to stop probing if the number is `None`.
 pub type Wanted = (Target, Option<u64>);
 
-/// All pools that want probes.
+/// The probes that all pools request.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Probing {
     targets: BTreeMap<Target, State>,
-    of_pools: BTreeMap<PoolKey, BTreeSet<Target>>,
-    /// What has to be told to the one who probes.
+    targets_of_pool: BTreeMap<PoolKey, BTreeSet<Target>>,
+    /// Changes that [`Self::news`] has not returned yet.
     news: Vec<Wanted>,
     last_number: u64,
 }
 
 #[derive(Clone, Debug, Default)]
 struct State {
-    /// The pools that want it: one probe is for all of them.
+    /// Pools that request the probe, which share its result.
     pools: BTreeSet<PoolKey>,
     number: u64,
-    /// Why it is failing.
+    /// Reason of the last failure; `None` while the probe succeeds.
     failing: Option<String>,
 }
 
 impl Probing {
-    /// The endpoints of a pool, and how they are to be probed.
+    /// Replaces the endpoints of a pool and its probe settings; `None` disables probing.
     pub(super) fn set(&mut self, key: &PoolKey, hosts: &BTreeSet<SocketAddr>, probe: Option<&Arc<Probe>>) {
         let of = |probe: &Arc<Probe>| {
             let target = |host: &SocketAddr| Target { endpoint: *host, probe: Arc::clone(probe) };
             hosts.iter().map(target).collect()
         };
         let wanted: BTreeSet<Target> = probe.map(of).unwrap_or_default();
-        let before = self.of_pools.remove(key).unwrap_or_default();
+        let before = self.targets_of_pool.remove(key).unwrap_or_default();
         for target in before.difference(&wanted) {
             if let Some(state) = self.targets.get_mut(target) {
                 state.pools.remove(key);
@@ -58,13 +58,13 @@ impl Probing {
             state.pools.insert(key.clone());
         }
         if !wanted.is_empty() {
-            self.of_pools.insert(key.clone(), wanted);
+            self.targets_of_pool.insert(key.clone(), wanted);
         }
     }
 
-    /// What was found of an endpoint; the pools that it is for.
+    /// Records a probe result, and returns the pools that use it.
     pub(super) fn take(&mut self, target: &Target, number: u64, failing: Option<String>) -> BTreeSet<PoolKey> {
-        // It may have been wanted no more by then.
+        // The probe may have been stopped or replaced in the meantime.
         let state = self.targets.get_mut(target).filter(|state| state.number == number);
         let Some(state) = state else { return BTreeSet::new() };
         state.failing = failing;
@@ -72,7 +72,7 @@ impl Probing {
     }
 
     pub(super) fn failing(&self, key: &PoolKey) -> BTreeSet<SocketAddr> {
-        let targets = self.of_pools.get(key).into_iter().flatten();
+        let targets = self.targets_of_pool.get(key).into_iter().flatten();
         let failing = targets.filter(|target| self.targets.get(target).is_some_and(|state| state.failing.is_some()));
         failing.map(|target| target.endpoint).collect()
     }
@@ -81,7 +81,7 @@ impl Probing {
         std::mem::take(&mut self.news)
     }
 
-    /// Endpoints that are probed, those that fail, and probes in a second that this makes.
+    /// Returns the number of probed endpoints, the number of failing ones, and the probes per second.
     pub(super) fn extent(&self) -> (usize, usize, f64) {
         let failing = self.targets.values().filter(|state| state.failing.is_some()).count();
         let per_second = self.targets.keys().map(|target| target.probe.period.as_secs_f64().recip()).sum();
@@ -89,11 +89,11 @@ impl Probing {
     }
 }
 
-/// An endpoint, and how it is probed.
+/// An endpoint, together with its probe settings.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Target {
-    /// Address of the endpoint.
+    /// Address of the endpoint; the probe may name another port.
     pub endpoint: SocketAddr,
-    /// How.
+    /// Probe settings, which the endpoints of a pool share.
     pub probe: Arc<Probe>,
 }

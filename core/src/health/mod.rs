@@ -1,5 +1,5 @@
-//! Health from what really happens to connections: one outlier detector for each pool that asks for one, the age of endpoints where new ones
-//! get less, and what somebody has ordered by hand.
+//! Endpoint health from observed connections: an outlier detector and active health checks for each pool that requests
+//! them, the age of endpoints that warm up, and operator overrides.
 
 mod active;
 mod outlier;
@@ -25,66 +25,66 @@ pub use self::{
     overrides::{Drain, Override, OverrideCommand, Overrides},
 };
 
-/// What a former agent has left of a pool that is not seen is kept for so long after the ejection.
+/// How long after an ejection the restored state of a pool is kept if the pool does not appear.
 const RESTORE_WINDOW: Duration = Duration::from_secs(24 * 3_600);
 
-/// All pools.
+/// Health state of all pools.
 #[derive(Clone, Debug, Default)]
 pub struct Health {
     pools: BTreeMap<PoolKey, PoolState>,
-    /// The pools that the assignments of a service use.
+    /// Pools that the assignments of each service use.
     used: HashMap<ServiceId, Box<[PoolKey]>>,
-    /// Pools in which something is under way: failures that count, ejections, endpoints that warm up.
+    /// Pools with a timeout: ejections, multipliers that decrease, or endpoints that warm up.
     busy: BTreeSet<PoolKey>,
-    /// Pools that count failures of an endpoint.
+    /// Pools that count failures of an endpoint, by endpoint.
     counting: HashMap<SocketAddr, BTreeSet<PoolKey>>,
     observed: HealthView,
-    /// Services of which the policy has to be asked once more: endpoints have begun to warm up, or a former agent had ejected some.
+    /// Services to recompile: endpoints have started to warm up, or restored ejections have taken effect.
     services_to_recompute: BTreeSet<ServiceId>,
-    /// What a former agent has left, for pools that have not been seen yet, and how long ago.
+    /// State from a previous agent, for pools that have not appeared yet.
     restored: BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>,
+    /// When the state was restored, and how old it was then.
     restored_at: Option<(Instant, Duration)>,
     overrides: Overrides,
     probing: Probing,
 }
 
-/// A pool that somebody looks after.
+/// State of a pool with outlier detection, warmup or probes.
 #[derive(Clone, Debug, Default)]
 struct PoolState {
-    /// The endpoints in order, by the service whose assignments use the pool: it may be reached by several frontends, in both families.
+    /// Sorted endpoints, by the service whose assignments use the pool; routes of several services may lead to it.
     hosts: Vec<(ServiceId, Box<[SocketAddr]>)>,
     detector: Option<Detector>,
     warming: Option<Warming>,
     probe: Option<Arc<Probe>>,
-    /// The pool's `connectTimeout`.
+    /// The pool's effective connect timeout.
     connect_timeout: Option<Duration>,
-    /// Whose connections have failed since the last success.
+    /// Clients whose connections have failed since the last success, by endpoint.
     clients: HashMap<SocketAddr, FailingClients>,
 }
 
 /// Network namespaces whose connections to an endpoint have failed in a row.
 #[derive(Clone, Copy, Debug)]
 struct FailingClients {
-    /// Cookie of the first of them; 0 where it is not known.
+    /// Cookie of the first namespace; 0 if unknown.
     first: u64,
-    /// Whether there was another.
+    /// Whether connections from another namespace failed too.
     several: bool,
 }
 
-/// A threshold that an endpoint has reached.
+/// An endpoint that has reached a threshold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ThresholdReached {
-    /// Which endpoint.
+    /// Address and port of the endpoint.
     pub address: SocketAddr,
-    /// Which threshold.
+    /// Threshold and number of failures.
     pub cause: Cause,
-    /// The one network namespace whose connections failed (0: it is not known); `None` where there were several.
+    /// Cookie of the only network namespace whose connections failed (0 if unknown); `None` if there were several.
     pub client: Option<u64>,
 }
 
 impl Health {
-    /// Takes the pools of one service, their endpoints and their settings from its assignments. What is ejected stays so, as long as it
-    /// is there.
+    /// Updates the pools of one service, with their endpoints and settings, from its assignments.
     pub fn configure(&mut self, now: Instant, service: &ServiceId, assignments: &[Arc<Assignment>]) {
         let mut wanted: BTreeMap<&PoolKey, Vec<&Pool>> = BTreeMap::new();
         for pool in assignments.iter().flat_map(|assignment| &assignment.routes).map(|route| &route.pool) {
@@ -92,7 +92,7 @@ impl Health {
                 wanted.entry(&pool.key).or_default().push(pool);
             }
         }
-        // In order, as a set is.
+        // Sorted like the map, for the binary search below.
         let keys: Box<[PoolKey]> = wanted.keys().map(|key| (*key).clone()).collect();
         let before =
             if keys.is_empty() { self.used.remove(service) } else { self.used.insert(service.clone(), keys.clone()) };
@@ -129,7 +129,7 @@ impl Health {
         }
     }
 
-    /// Brings everything that is kept about a pool into line with its endpoints.
+    /// Updates all state of a pool after its endpoints or settings changed.
     fn sync_pool(&mut self, now: Instant, key: &PoolKey) {
         let Some(pool_state) = self.pools.get_mut(key) else { return };
         if pool_state.hosts.is_empty() {
@@ -143,10 +143,10 @@ impl Health {
         let hosts: BTreeSet<SocketAddr> = pool_state.all_hosts().collect();
         if let Some(detector) = &mut pool_state.detector {
             detector.set_hosts(&hosts);
-            if let Some(left) = self.restored.remove(key)
+            if let Some(saved) = self.restored.remove(key)
                 && let Some((at, away)) = self.restored_at
             {
-                detector.restore(now, away + now.saturating_duration_since(at), left);
+                detector.restore(now, away + now.saturating_duration_since(at), saved);
                 if detector.ejections().next().is_some() {
                     self.services_to_recompute.insert(key.service.clone());
                     self.services_to_recompute.extend(pool_state.hosts.iter().map(|(service, _)| service.clone()));
@@ -163,7 +163,7 @@ impl Health {
         self.observe_pool(now, key);
     }
 
-    /// Forgets whose connections have failed to endpoints of which nothing is counted any more.
+    /// Drops failing clients of endpoints whose failures are no longer counted.
     fn reset_clients(&mut self, key: &PoolKey) {
         let Some(pool_state) = self.pools.get_mut(key) else { return };
         let detector = pool_state.detector.as_ref();
@@ -173,7 +173,7 @@ impl Health {
         self.index_counting(key, &over);
     }
 
-    /// Takes down of these endpoints whether the pool counts failures of them.
+    /// Updates the index of pools that count failures, for these endpoints.
     fn index_counting(&mut self, key: &PoolKey, hosts: &[SocketAddr]) {
         let detector = self.pools.get(key).and_then(|pool_state| pool_state.detector.as_ref());
         for host in hosts {
@@ -188,7 +188,7 @@ impl Health {
         }
     }
 
-    /// Takes down what a pool has to say.
+    /// Publishes the observations of a pool to the policy, and updates `busy`.
     fn observe_pool(&mut self, now: Instant, key: &PoolKey) {
         let pool_state = self.pools.get(key);
         let detector = pool_state.and_then(|pool_state| pool_state.detector.as_ref());
@@ -208,12 +208,12 @@ impl Health {
         set(&mut self.observed.failing, key, self.probing.failing(key), BTreeSet::is_empty);
     }
 
-    /// What has changed in who is to be probed, since this was last asked.
+    /// Returns the probes to start or stop since the previous call.
     pub fn probes_wanted(&mut self) -> Vec<Wanted> {
         self.probing.news()
     }
 
-    /// What probes have found of an endpoint: why it fails, or that it is well again. The pools that it is for.
+    /// Records a probe result: why the endpoint fails, or `None` on success.
     pub fn record_probe(&mut self, target: &Target, number: u64, failing: Option<String>) -> BTreeSet<PoolKey> {
         let pools = self.probing.take(target, number, failing);
         for key in &pools {
@@ -222,23 +222,22 @@ impl Health {
         pools
     }
 
-    /// Endpoints that are probed, those whose probes fail, and probes in a second that are asked for.
+    /// Returns the number of probed endpoints, the number of failing ones, and the probes per second.
     pub fn probes(&self) -> (usize, usize, f64) {
         self.probing.extent()
     }
 
-    /// How long connects to endpoints of a pool are waited for, where that is limited.
+    /// Returns the connect timeout of a pool, if it is limited.
     pub fn connect_timeout_of(&self, key: &PoolKey) -> Option<Duration> {
         self.pools.get(key)?.connect_timeout
     }
 
-    /// How endpoints of a pool are probed.
+    /// Returns the probe settings of a pool, if it has any.
     pub fn probe_of(&self, key: &PoolKey) -> Option<&Arc<Probe>> {
         self.pools.get(key)?.probe.as_ref()
     }
 
-    /// Takes a sign of an endpoint of one of these pools, which a client in this network namespace has seen (0: it is not known); the thresholds
-    /// that it has reached.
+    /// Records a signal of an endpoint in these pools, and returns the thresholds that it reaches.
     pub fn observe(
         &mut self,
         pools: &[PoolKey],
@@ -276,19 +275,19 @@ impl Health {
         all
     }
 
-    /// Ejects an endpoint that has reached a threshold, where the limit allows it; nothing where it is out already, or not there any more.
+    /// Ejects an endpoint that has reached a threshold, or returns an overflow event if the limit does not allow it.
     pub fn eject(&mut self, now: Instant, key: &PoolKey, address: SocketAddr, cause: Cause) -> Option<DetectorEvent> {
         let event = self.pools.get_mut(key)?.detector.as_mut()?.eject(now, address, cause)?;
         self.observe_pool(now, key);
         Some(event)
     }
 
-    /// Whether some pool counts failures of the endpoint, so that a success would change something.
+    /// Returns whether any pool counts failures of the endpoint, so that a success would reset them.
     pub fn is_counting_failures(&self, address: &SocketAddr) -> bool {
         self.counting.contains_key(address)
     }
 
-    /// The pools that may eject an endpoint. Looks at all of them.
+    /// Returns the pools that may eject an endpoint. This scans all pools.
     pub fn pools_of(&self, address: &SocketAddr) -> Vec<PoolKey> {
         let has = |pool_state: &PoolState| {
             pool_state.detector.is_some()
@@ -297,14 +296,14 @@ impl Health {
         self.pools.iter().filter(|(_, pool_state)| has(pool_state)).map(|(key, _)| key.clone()).collect()
     }
 
-    /// When [`Self::handle_timeout`] wants to be called, if nothing changes. Overrides expire by the wall clock.
+    /// Returns when to call [`Self::handle_timeout`] if nothing changes until then.
     pub fn poll_timeout(&self, now: Instant, wall: SystemTime) -> Option<Instant> {
         let pools = self.busy.iter().filter_map(|key| self.pools.get(key)?.poll_timeout()).min();
         let overrides = self.overrides.left(wall).map(|left| now + left);
         [pools, overrides].into_iter().flatten().min()
     }
 
-    /// The sweeps that are due, and the pools whose endpoints are to get more by now.
+    /// Runs the sweeps that are due.
     pub fn handle_timeout(&mut self, now: Instant) -> (Vec<(PoolKey, DetectorEvent)>, BTreeSet<PoolKey>) {
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let (mut events, mut warmer) = (Vec::new(), BTreeSet::new());
@@ -317,60 +316,57 @@ impl Health {
                 warming.next = warming.next_step(now);
                 warmer.insert(key.clone());
             }
-            // Whoever is released begins anew.
+            // A released endpoint starts without failing clients.
             self.reset_clients(&key);
             self.observe_pool(now, &key);
         }
         (events, warmer)
     }
 
-    /// The services of which the policy has to be asked once more: in whose pools endpoints have begun to warm up, or were ejected by a former
-    /// agent.
+    /// Returns the services to recompile since the previous call, because endpoints in their pools have started to warm
+    /// up or have restored ejections.
     pub fn services_to_recompute(&mut self) -> BTreeSet<ServiceId> {
         std::mem::take(&mut self.services_to_recompute)
     }
 
-    /// The ejections in force and the ages of new endpoints, for the policy.
+    /// Returns the observed endpoint state, as input to the policy.
     pub fn observed(&self) -> &HealthView {
         &self.observed
     }
 
-    /// The ejection of an endpoint, if its pool has ejected it.
+    /// Returns the ejection of an endpoint, if its pool has ejected it.
     pub fn ejection(&self, pool: &PoolKey, address: &SocketAddr) -> Option<Ejection> {
         self.pools.get(pool)?.detector.as_ref()?.ejection(address)
     }
 
-    /// The endpoints of a pool.
+    /// Returns the endpoints of a pool, possibly with duplicates; empty if the pool is not tracked.
     pub fn hosts_of(&self, key: &PoolKey) -> Vec<SocketAddr> {
         self.pools.get(key).into_iter().flat_map(PoolState::all_hosts).collect()
     }
 
-    /// Whether somebody looks after the pool, in either family.
+    /// Returns whether the pool is tracked, in either address family.
     pub fn knows(&self, key: &PoolKey) -> bool {
         [false, true].into_iter().any(|v6| self.pools.contains_key(&PoolKey { v6, ..key.clone() }))
     }
 
-    /// Connections to the pool's port, which is HTTP, carry something else: they are judged by themselves from now on. Whether that is new.
+    /// Records that connections to a pool on an HTTP port carry another protocol.
     pub fn not_http(&mut self, key: &PoolKey) -> bool {
         self.observed.not_http.insert(key.both_families())
     }
 
-    /// What was ordered by hand.
+    /// Returns the operator overrides in effect.
     pub fn overrides(&self) -> &Overrides {
         &self.overrides
     }
 
-    /// Takes an order by hand.
-    ///
-    /// # Errors
-    /// It says why there is nothing to be done.
-    pub fn execute(&mut self, order: &OverrideCommand, now: SystemTime) -> Result<String, String> {
-        let said = self.overrides.take(order, now)?;
+    /// Executes an override command, and returns a message for the operator.
+    pub fn execute(&mut self, command: &OverrideCommand, now: SystemTime) -> Result<String, String> {
+        let message = self.overrides.take(command, now)?;
         self.apply_overrides();
-        Ok(said)
+        Ok(message)
     }
 
-    /// The orders whose time is up; they are in force no longer.
+    /// Removes expired overrides, and returns a message for the operator about each.
     pub fn expire_overrides(&mut self, now: SystemTime) -> Vec<String> {
         let ended = self.overrides.expire(now);
         if !ended.is_empty() {
@@ -385,14 +381,14 @@ impl Health {
             self.overrides.drained().map(|drain| (drain.service.clone(), drain.region.clone())).collect();
     }
 
-    /// What the next agent shall know of each pool.
+    /// Returns the state of each pool to persist for the next agent.
     pub fn snapshot(&self, now: Instant) -> BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>> {
         let mut all = self.restored.clone();
         let since = self.restored_at.map_or(Duration::ZERO, |(at, away)| away + now.saturating_duration_since(at));
         for (_, saved) in all.values_mut().flatten() {
             saved.ejected = saved.ejected.map(|(ago, cause)| (ago.saturating_add(since), cause));
         }
-        // Of pools that have not come back for so long nothing is known any more.
+        // Drop pools that have not appeared within the restore window.
         all.retain(|_, hosts| {
             hosts.iter().any(|(_, saved)| saved.ejected.is_some_and(|(ago, _)| ago < RESTORE_WINDOW))
         });
@@ -406,7 +402,7 @@ impl Health {
         all
     }
 
-    /// Takes what a former agent has left, so long ago. It comes into force with each pool that is seen.
+    /// Restores the state that a previous agent persisted `away` ago.
     pub fn restore(
         &mut self,
         now: Instant,
@@ -418,7 +414,7 @@ impl Health {
         self.apply_overrides();
     }
 
-    /// How many endpoints are ejected.
+    /// Returns the number of ejections: in each pool, and by operators.
     pub fn ejected(&self) -> usize {
         self.observed.ejected.values().map(BTreeSet::len).sum::<usize>() + self.observed.ejected_everywhere.len()
     }
@@ -433,7 +429,7 @@ fn set<T>(map: &mut BTreeMap<PoolKey, T>, key: &PoolKey, value: T, is_empty: imp
 }
 
 impl PoolState {
-    /// The endpoints of all services that use the pool; one may be there more than once.
+    /// Returns the endpoints of all services that use the pool, possibly with duplicates.
     fn all_hosts(&self) -> impl Iterator<Item = SocketAddr> {
         self.hosts.iter().flat_map(|(_, hosts)| hosts.iter().copied())
     }

@@ -1,8 +1,4 @@
-//! Outlier detection (Envoy's rules): an endpoint whose connections or responses fail too often in a row is ejected for a while, longer each
-//! time.
-//!
-//! No I/O, no clock: signs and the time come in as parameters, and `poll_timeout` says when to come back. That a threshold is reached and that an
-//! endpoint is ejected are two steps, so that somebody may ask for evidence in between.
+//! Outlier detection by Envoy's rules.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,25 +11,25 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{OutlierDetection, SuccessCriterion};
 
-/// What a connection says of its endpoint.
+/// An observation of an endpoint, from one of its connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
-    /// It was established.
+    /// The connection was established.
     Connected,
-    /// It was not: refused, reset or unreachable. Envoy counts it as status 503.
+    /// The connection failed: refused, reset or unreachable. Envoy counts it as status 503.
     Refused,
-    /// It was not in time. Envoy counts it as status 504.
+    /// The connection timed out before it was established. Envoy counts it as status 504.
     TimedOut,
-    /// A byte came back on it.
+    /// The first byte came back.
     Answered,
-    /// It was established, and broke before a byte came back.
+    /// The connection was established, but broke before the first byte came back.
     Broken,
-    /// The status of an HTTP response.
+    /// The status code of an HTTP response.
     Status(u16),
 }
 
 impl Signal {
-    /// Whether it says something against the endpoint.
+    /// Returns whether the signal counts against the endpoint.
     pub fn is_failure(self) -> bool {
         match self {
             Self::Refused | Self::TimedOut | Self::Broken => true,
@@ -43,22 +39,22 @@ impl Signal {
     }
 }
 
-/// One of the thresholds.
+/// A threshold for consecutive failures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Threshold {
-    /// `consecutiveGatewayErrors`
+    /// `consecutiveGatewayErrors`: status 502 to 504, and failed connects unless local origin failures are split.
     GatewayErrors,
-    /// `consecutive5xxErrors`
+    /// `consecutive5xxErrors`: status 500 and above, broken connections, and failed connects unless split.
     Errors,
-    /// `consecutiveLocalOriginFailures`
+    /// `consecutiveLocalOriginFailures`: failed connects, with `splitExternalLocalOriginErrors`.
     LocalOriginFailures,
 }
 
 impl Threshold {
     const ALL: [Self; 3] = [Self::GatewayErrors, Self::Errors, Self::LocalOriginFailures];
 
-    /// The field that sets it.
+    /// Returns the name of the field in `outlierDetection` that sets the threshold.
     pub fn field(self) -> &'static str {
         match self {
             Self::GatewayErrors => "consecutiveGatewayErrors",
@@ -71,120 +67,120 @@ impl Threshold {
 /// Why an endpoint is, or would be, ejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cause {
-    /// The threshold that was reached.
+    /// Threshold that was reached.
     pub threshold: Threshold,
-    /// Failures in a row.
+    /// Number of consecutive failures.
     pub failures: u32,
 }
 
-/// A change of an endpoint's state.
+/// A state change of an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DetectorEvent {
-    /// Which endpoint.
+    /// Endpoint whose state changed.
     pub address: SocketAddr,
-    /// What happened to it.
+    /// What changed.
     pub kind: DetectorEventKind,
-    /// Endpoints of the pool that are ejected now.
+    /// Number of endpoints of the pool that are ejected after the event.
     pub ejected: usize,
-    /// Endpoints of the pool.
+    /// Number of endpoints of the pool.
     pub hosts: usize,
 }
 
-/// What happened to an endpoint.
+/// Kind of a state change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DetectorEventKind {
-    /// It is out.
+    /// The endpoint is ejected.
     Ejected {
-        /// Why.
+        /// Why it is ejected.
         cause: Cause,
-        /// For how long at least: the sweep after it releases.
+        /// Minimum duration; the first sweep after it releases the endpoint.
         duration: Duration,
     },
-    /// It may be chosen again.
+    /// The endpoint is released, and eligible again.
     Released,
-    /// It would be out, but the limit allows no more.
+    /// The endpoint is not ejected, because the ejection limit is reached.
     Overflow {
-        /// Why it would be.
+        /// Why it would be ejected.
         cause: Cause,
     },
 }
 
-/// An ejection in force.
+/// An ejection in effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ejection {
-    /// Since when.
+    /// When the endpoint was ejected.
     pub since: Instant,
-    /// When it ends at the earliest.
+    /// Earliest end; the first sweep after it releases the endpoint.
     pub until: Instant,
-    /// Why.
+    /// Why the endpoint was ejected.
     pub cause: Cause,
 }
 
-/// What outlives a restart of the agent: of one endpoint.
+/// State of one endpoint that persists across restarts of the agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Saved {
-    /// How long ago it was ejected, if it is, and why.
+    /// Time since the ejection, and its cause; `None` if the endpoint is not ejected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ejected: Option<(Duration, Cause)>,
-    /// How often in a row.
+    /// Factor by which the base ejection time was multiplied last.
     pub multiplier: u32,
 }
 
-/// An endpoint of which there is something to be said.
+/// State of an endpoint that has failed or been ejected.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Host {
-    /// Failures in a row, for each threshold.
+    /// Consecutive failures, indexed as `Threshold::ALL`.
     failures: [u32; 3],
     ejected: Option<(Instant, Cause)>,
-    /// How many times the base time the last ejection lasted; one less with each interval that it has been well.
+    /// Factor for the base ejection time of the last ejection; one less after each interval of good health.
     multiplier: u32,
     last_release: Option<Instant>,
 }
 
 impl Host {
-    /// Whether it is as if nothing had ever happened to it. (A release only delays that the multiplier goes down.)
+    /// Returns whether the state equals the initial one.
     fn is_blank(&self) -> bool {
         self.failures == [0; 3] && self.ejected.is_none() && self.multiplier == 0
     }
 }
 
-/// The detector of one pool.
+/// The outlier detector of one pool.
 #[derive(Clone, Debug)]
 pub struct Detector {
     settings: OutlierDetection,
     success_criterion: SuccessCriterion,
-    /// In order.
+    /// Sorted, for binary search.
     hosts: Arc<[SocketAddr]>,
-    /// Those that are not blank: of a large mesh, a few.
+    /// Endpoints whose state is not blank: only a few, even in a large mesh.
     marked: BTreeMap<SocketAddr, Host>,
     next_sweep: Instant,
 }
 
 impl Detector {
-    /// A detector for a pool without endpoints yet.
+    /// Creates a detector for a pool that has no endpoints yet.
     pub fn new(settings: OutlierDetection, success_criterion: SuccessCriterion, now: Instant) -> Self {
         let next_sweep = now + settings.interval;
         Self { settings, success_criterion, hosts: Arc::default(), marked: BTreeMap::new(), next_sweep }
     }
 
-    /// Takes new settings; what is ejected stays so.
+    /// Applies new settings. Ejections stay in effect.
     pub fn configure(&mut self, settings: &OutlierDetection, success_criterion: SuccessCriterion, now: Instant) {
         if self.settings.interval != settings.interval {
             self.next_sweep = now + settings.interval;
         }
         if self.settings.counters() != settings.counters() || self.success_criterion != success_criterion {
-            // Counted under another rule.
+            // The failures were counted under other rules.
             self.marked.values_mut().for_each(|host| host.failures = [0; 3]);
         }
         self.success_criterion = success_criterion;
         if self.settings != *settings {
             self.settings = settings.clone();
         }
-        self.tidy();
+        self.drop_blank();
     }
 
-    /// The endpoints of the pool now. One that is gone takes its ejection with it.
+    /// Replaces the endpoints of the pool. The ejection of a removed endpoint is dropped.
     pub fn set_hosts(&mut self, hosts: &BTreeSet<SocketAddr>) {
         if !self.hosts.iter().eq(hosts) {
             self.hosts = hosts.iter().copied().collect();
@@ -196,16 +192,15 @@ impl Detector {
         self.hosts.binary_search(address).is_ok()
     }
 
-    fn tidy(&mut self) {
+    fn drop_blank(&mut self) {
         self.marked.retain(|_, host| !host.is_blank());
     }
 
-    /// Takes a sign of an endpoint; the thresholds that it reaches, in the order in which Envoy looks at them. Each begins anew, whatever comes
-    /// of it.
+    /// Records a signal, and returns the thresholds that it reaches, in the order in which Envoy checks them.
     pub fn observe(&mut self, address: SocketAddr, signal: Signal) -> Vec<Cause> {
         let counters = self.settings.counters();
         let split = self.settings.local_origin_errors.is_some();
-        // What the sign does to each counter: one more, back to zero, or nothing.
+        // Effect of the signal on each counter: increment, reset to zero, or none.
         const UP: Option<bool> = Some(true);
         const ZERO: Option<bool> = Some(false);
         let is_proof = match self.success_criterion {
@@ -244,7 +239,7 @@ impl Detector {
         let mut reached = Vec::new();
         for (i, effect) in effect.into_iter().enumerate() {
             match effect {
-                // A threshold of zero is none.
+                // A threshold of zero is disabled.
                 Some(true) if counters[i] > 0 => {
                     host.failures[i] = host.failures[i].saturating_add(1);
                     if host.failures[i] == counters[i] && host.ejected.is_none() {
@@ -262,7 +257,7 @@ impl Detector {
         reached
     }
 
-    /// Ejects an endpoint, where the limit allows it; nothing, where it is ejected or not one of the pool's.
+    /// Ejects an endpoint, or returns an overflow event if the ejection limit does not allow it.
     pub fn eject(&mut self, now: Instant, address: SocketAddr, cause: Cause) -> Option<DetectorEvent> {
         let (ejected, hosts) = (self.ejected_count(), self.hosts.len());
         if !self.has(&address) || self.marked.get(&address).is_some_and(|host| host.ejected.is_some()) {
@@ -273,7 +268,7 @@ impl Detector {
         if !(within || first) {
             return Some(DetectorEvent { address, kind: DetectorEventKind::Overflow { cause }, ejected, hosts });
         }
-        // Sweeps that had nothing to do were skipped; the beat goes on as if they had been.
+        // Sweeps without work are skipped; keep their schedule as if they had run.
         if let Some(late) = now.checked_duration_since(self.next_sweep) {
             let interval = self.settings.interval;
             self.next_sweep += interval.mul_f64((late.as_secs_f64() / interval.as_secs_f64()).floor() + 1.0);
@@ -284,7 +279,7 @@ impl Detector {
         if base * host.multiplier < max + base {
             host.multiplier += 1;
         }
-        let duration = time(&self.settings, host);
+        let duration = ejection_time(&self.settings, host);
         Some(DetectorEvent {
             address,
             kind: DetectorEventKind::Ejected { cause, duration },
@@ -293,22 +288,24 @@ impl Detector {
         })
     }
 
-    /// When [`Self::handle_timeout`] wants to be called; `None` while there is nothing to release or to forgive.
+    /// Returns when to call [`Self::handle_timeout`]; `None` while there is nothing to release and no multiplier to
+    /// decrease.
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.marked.values().any(|host| host.ejected.is_some() || host.multiplier > 0).then_some(self.next_sweep)
     }
 
-    /// The sweep: releases those whose time is up, and forgives those that have been well for an interval.
+    /// Runs the sweep: releases endpoints whose ejection time is over, and decreases the multipliers of those that have
+    /// been healthy for an interval.
     pub fn handle_timeout(&mut self, now: Instant) -> Vec<DetectorEvent> {
         if now < self.next_sweep {
             return Vec::new();
         }
-        // Late or not, the next one is an interval away.
+        // Even if this sweep is late, the next one is a full interval away.
         self.next_sweep = now + self.settings.interval;
         let mut released = Vec::new();
         for (address, host) in &mut self.marked {
             if let Some((since, _)) = host.ejected {
-                if now.saturating_duration_since(since) >= time(&self.settings, host) {
+                if now.saturating_duration_since(since) >= ejection_time(&self.settings, host) {
                     host.ejected = None;
                     host.last_release = Some(now);
                     host.failures = [0; 3];
@@ -322,7 +319,7 @@ impl Detector {
                 host.multiplier -= 1;
             }
         }
-        self.tidy();
+        self.drop_blank();
         let (ejected, hosts) = (self.ejected_count(), self.hosts.len());
         released
             .into_iter()
@@ -330,27 +327,27 @@ impl Detector {
             .collect()
     }
 
-    /// Whether failures of the endpoint are being counted, so that a success would change something.
+    /// Returns whether the endpoint has consecutive failures, so that a success would reset them.
     pub fn is_counting_failures(&self, address: &SocketAddr) -> bool {
         self.marked.get(address).is_some_and(|host| host.failures != [0; 3])
     }
 
-    /// The ejections in force.
+    /// Returns the ejections in effect, ordered by address.
     pub fn ejections(&self) -> impl Iterator<Item = (SocketAddr, Ejection)> {
         self.marked.iter().filter_map(|(address, host)| {
             let (since, cause) = host.ejected?;
-            Some((*address, Ejection { since, until: since + time(&self.settings, host), cause }))
+            Some((*address, Ejection { since, until: since + ejection_time(&self.settings, host), cause }))
         })
     }
 
-    /// The ejection of an endpoint, if it is ejected.
+    /// Returns the ejection of an endpoint, if it is ejected.
     pub fn ejection(&self, address: &SocketAddr) -> Option<Ejection> {
         let host = self.marked.get(address)?;
         let (since, cause) = host.ejected?;
-        Some(Ejection { since, until: since + time(&self.settings, host), cause })
+        Some(Ejection { since, until: since + ejection_time(&self.settings, host), cause })
     }
 
-    /// What the next agent shall know.
+    /// Returns the state to persist for the next agent.
     pub fn snapshot(&self, now: Instant) -> Vec<(SocketAddr, Saved)> {
         let kept = self.marked.iter().filter(|(_, host)| host.multiplier > 0);
         kept.map(|(address, host)| {
@@ -360,7 +357,7 @@ impl Detector {
         .collect()
     }
 
-    /// Takes what a former agent has left, `away` ago: ejections go on as if nobody had been away, and what would be over is over.
+    /// Restores the state that a previous agent persisted `away` ago.
     pub fn restore(&mut self, now: Instant, away: Duration, saved: impl IntoIterator<Item = (SocketAddr, Saved)>) {
         for (address, saved) in saved {
             if !self.has(&address) || self.marked.get(&address).is_some_and(|host| host.ejected.is_some()) {
@@ -369,12 +366,12 @@ impl Detector {
             let mut host = Host { multiplier: saved.multiplier, ..Host::default() };
             let mut well = away;
             if let Some((ago, cause)) = saved.ejected {
-                let gone = ago.saturating_add(away);
-                let left = time(&self.settings, &host).saturating_sub(gone);
-                well = gone.saturating_sub(time(&self.settings, &host));
-                // The clock may not reach back that far where the machine has been started in between.
-                if !left.is_zero()
-                    && let Some(since) = now.checked_sub(gone)
+                let elapsed = ago.saturating_add(away);
+                let remaining = ejection_time(&self.settings, &host).saturating_sub(elapsed);
+                well = elapsed.saturating_sub(ejection_time(&self.settings, &host));
+                // After a reboot, the clock may not reach back that far.
+                if !remaining.is_zero()
+                    && let Some(since) = now.checked_sub(elapsed)
                 {
                     host.ejected = Some((since, cause));
                     well = Duration::ZERO;
@@ -393,8 +390,8 @@ impl Detector {
     }
 }
 
-/// How long the current ejection of an endpoint lasts at least.
-fn time(settings: &OutlierDetection, host: &Host) -> Duration {
+/// Returns the minimum duration of the current ejection.
+fn ejection_time(settings: &OutlierDetection, host: &Host) -> Duration {
     (settings.base_ejection_time * host.multiplier).min(settings.max_ejection_time)
 }
 

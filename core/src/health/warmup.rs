@@ -1,4 +1,4 @@
-//! Endpoints that are new, and get less at first.
+//! Tracks the age of new endpoints, whose weight grows during warmup.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -6,18 +6,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Steps in which the share of a new endpoint grows.
+/// Number of steps in which the weight of a new endpoint grows.
 const STEPS: u32 = 20;
-/// But no more often than this.
+/// Minimum time between two steps.
 const SHORTEST_STEP: Duration = Duration::from_secs(1);
 
-/// Endpoints that are new.
+/// Warmup state of one pool.
 #[derive(Clone, Debug)]
 pub(super) struct Warming {
     pub(super) window: Duration,
-    /// Since when each is there; `None`: from the beginning.
+    /// When each endpoint appeared; `None` if it was there when the pool was first seen.
     since: HashMap<SocketAddr, Option<Instant>>,
-    /// When somebody is to get more.
+    /// When the next weight increase is due; `None` if no endpoint is warming up.
     pub(super) next: Option<Instant>,
 }
 
@@ -26,8 +26,7 @@ impl Warming {
         Self { window, since: HashMap::new(), next: None }
     }
 
-    /// Those that are there when the pool is first seen count as old: how long they have been there is not known. Returns whether anybody
-    /// is new.
+    /// Replaces the endpoints, and returns whether any of them is new.
     pub(super) fn set_hosts(&mut self, now: Instant, hosts: &BTreeSet<SocketAddr>) -> bool {
         let since = if self.since.is_empty() { None } else { Some(now) };
         self.since.retain(|host, _| hosts.contains(host));
@@ -44,7 +43,7 @@ impl Warming {
         self.since.iter().filter_map(|(host, since)| Some((*host, age((*since)?)?))).collect()
     }
 
-    /// While anybody is new.
+    /// Returns when the next weight increase is due; `None` if no endpoint is warming up.
     pub(super) fn next_step(&self, now: Instant) -> Option<Instant> {
         let youngest = self.since.values().flatten().max()?;
         (now.saturating_duration_since(*youngest) < self.window).then(|| {
@@ -59,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_comes_later_is_new() {
+    fn only_endpoints_added_later_warm_up() {
         let [a, b, c] = [1, 2, 3].map(|i| SocketAddr::from(([10, 0, 0, i], 80)));
         let start = Instant::now();
         let window = Duration::from_secs(10);
@@ -74,7 +73,7 @@ mod tests {
         assert_eq!(warming.next, Some(later + SHORTEST_STEP));
         assert_eq!(warming.next_step(half), Some(half + SHORTEST_STEP));
         assert_eq!((warming.ages(later + window), warming.next_step(later + window)), (HashMap::new(), None));
-        // One that goes and comes back is new again.
+        // An endpoint that is removed and returns is new again.
         warming.set_hosts(half, &BTreeSet::from([b]));
         warming.set_hosts(half, &BTreeSet::from([a, b]));
         assert_eq!(warming.ages(half), HashMap::from([(a, Duration::ZERO)]));

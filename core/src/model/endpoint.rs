@@ -1,115 +1,119 @@
-//! Endpoints, and what they need to be placed: nodes, pods, namespaces.
+//! Endpoints, and the objects that locate them: nodes, pods, and namespaces.
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use super::{locality::Locality, name::NamespacedName, service::Protocol};
 
-/// Labels of an object.
+/// Kubernetes labels, as key/value pairs in key order.
 pub type Labels = BTreeMap<String, String>;
 
 /// A port of an EndpointSlice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlicePort {
-    /// The name of the Service port that it serves.
+    /// The name of the Service port that this port serves; empty for an unnamed port.
     pub name: String,
-    /// The port that endpoints listen on.
+    /// The port that the endpoints listen on.
     pub port: u16,
-    /// Its protocol.
+    /// The transport protocol; TCP if the slice does not set one.
     pub protocol: Protocol,
 }
 
 /// One endpoint of an EndpointSlice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SliceEndpoint {
-    /// Its address.
+    /// The first entry of `addresses`, in canonical form (an IPv4-mapped IPv6 address becomes IPv4).
     pub address: IpAddr,
-    /// `conditions.ready`; absent means ready.
+    /// `conditions.ready`. An absent condition means ready.
     pub ready: bool,
-    /// `conditions.serving`; absent means the same as ready.
+    /// `conditions.serving`. An absent condition means the same as `ready`.
     pub serving: bool,
-    /// `conditions.terminating`. Absent, Kubernetes reads it as false, and Istio as true.
+    /// `conditions.terminating`.
+    /// If it is absent, Kubernetes assumes false and Istio assumes true.
     pub terminating: Option<bool>,
-    /// The node that it runs on.
+    /// `nodeName`: the node that runs the endpoint.
     pub node: Option<Box<str>>,
-    /// The pod behind it, in the namespace of the slice; subsets look at its labels.
+    /// The name of the pod in `targetRef`, in the namespace of the slice.
+    /// Subsets select endpoints by the labels of this pod.
     pub pod: Option<Box<str>>,
-    /// `hints`: for whom it is meant.
+    /// `hints`: the clients that topology-aware routing intends the endpoint for.
     pub hints: Option<Box<Hints>>,
 }
 
-/// For clients of which nodes and zones an endpoint is meant.
+/// The nodes and zones whose clients an endpoint is intended for (topology-aware routing).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hints {
-    /// `forNodes`
+    /// `forNodes`: node names.
     pub nodes: Vec<String>,
-    /// `forZones`
+    /// `forZones`: zone names.
     pub zones: Vec<String>,
 }
 
-/// Some of the endpoints of a Service in one cluster.
+/// A subset of the endpoints of one Service in one cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EndpointSlice {
-    /// Its own name.
+    /// The namespace and name of the slice itself.
     pub name: NamespacedName,
-    /// The Service that it belongs to.
+    /// The Service that owns the slice (label `kubernetes.io/service-name`, in the namespace of the slice).
     pub service: NamespacedName,
-    /// Its ports: all endpoints have all of them.
+    /// The ports of the slice; each endpoint serves all of them.
     pub ports: Vec<SlicePort>,
-    /// Its endpoints.
+    /// The endpoints that passed validation.
     pub endpoints: Vec<SliceEndpoint>,
 }
 
-/// An endpoint outside Kubernetes: of a ServiceEntry, or a WorkloadEntry.
+/// An endpoint outside Kubernetes, from a ServiceEntry or a WorkloadEntry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
-    /// Its address.
+    /// The IP address, in canonical form.
     pub address: IpAddr,
-    /// Ports that it listens on, by the name of the service port.
+    /// The ports that the workload listens on, by the name of the service port.
     pub ports: BTreeMap<String, u16>,
-    /// Its labels.
+    /// The labels that subsets and selectors match.
     pub labels: Labels,
-    /// Its network; empty: that of its cluster.
+    /// The network of the workload; empty for the network of its cluster.
     pub network: String,
-    /// Where it is.
+    /// The locality that the entry declares.
     pub locality: Arc<Locality>,
-    /// Its share among its like.
+    /// The load-balancing weight relative to the other endpoints; at least 1.
     pub weight: u32,
 }
 
-/// A WorkloadEntry.
+/// A WorkloadEntry: one endpoint outside Kubernetes that services select by label.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkloadEntry {
-    /// Its name.
+    /// The namespace and name of the WorkloadEntry.
     pub name: NamespacedName,
-    /// The endpoint that it is.
+    /// The endpoint that the entry describes.
     pub workload: Workload,
 }
 
-/// A node: the one source of locality.
+/// A node: the only source of the locality of pods.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
-    /// Its name.
+    /// The name of the Node object.
     pub name: String,
-    /// From its labels.
+    /// The locality, from the topology labels of the node.
     pub locality: Arc<Locality>,
-    /// Its labels.
+    /// All labels of the node.
     pub labels: Labels,
 }
 
-/// A pod: the one source of endpoint labels.
+/// A pod: the only source of the labels of a Kubernetes endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
-    /// Its name.
+    /// The namespace and name of the pod.
     pub name: NamespacedName,
-    /// Its labels, which as a rule it shares with its like.
+    /// The labels of the pod.
+    /// Pods with equal labels, such as the replicas of a Deployment, share one allocation.
     pub labels: Arc<Labels>,
 }
 
-/// A namespace.
+/// A namespace, of which only the labels matter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespace {
-    /// Its name.
+    /// The name of the Namespace object.
     pub name: String,
-    /// Its labels; those of Istio's own namespace name the cluster's network.
+    /// The labels of the namespace.
+    /// Those of `istio-system` name the network of the cluster.
     pub labels: Labels,
 }

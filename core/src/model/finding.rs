@@ -1,22 +1,24 @@
-//! What is wrong with an object, or not honoured in it.
+//! Findings: problems in an object, and fields that have no effect.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// How bad it is.
+/// The severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
-    /// Something does not work as its author meant it.
+    /// Something does not work as its author intended.
     Error,
-    /// It works, but not everything that was written counts.
+    /// The object works, but part of it has no effect.
     Warning,
 }
 
 macro_rules! codes {
     ($($name:ident = $number:literal, $severity:ident, $title:literal;)*) => {
-        /// What kind of finding it is. The numbers are stable: people filter and search by them. `docs/findings.md` explains each.
+        /// The kind of a finding.
+        /// The numbers are stable because scripts filter by them.
+        /// `docs/findings.md` explains each code.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr(u16)]
         pub enum Code {
@@ -24,17 +26,17 @@ macro_rules! codes {
         }
 
         impl Code {
-            /// All codes, in order.
+            /// All codes, in numeric order.
             pub const ALL: &'static [Self] = &[$(Self::$name),*];
 
-            /// How bad it is, the same for all findings of the kind.
+            /// Returns the severity, which is the same for all findings with this code.
             pub const fn severity(self) -> Severity {
                 match self {
                     $(Self::$name => Severity::$severity,)*
                 }
             }
 
-            /// What it is, in a few words.
+            /// Returns a short title, the heading of the code in `docs/findings.md`.
             pub const fn title(self) -> &'static str {
                 match self {
                     $(Self::$name => $title,)*
@@ -46,65 +48,65 @@ macro_rules! codes {
 
 codes! {
     // Files and documents.
-    Unreadable = 1, Error, "A file or folder cannot be read";
-    Syntax = 2, Error, "A document is no YAML";
-    EmptyFile = 3, Warning, "A file is empty or being written";
-    Emptied = 4, Error, "A file lost everything it held";
-    NotAnObject = 5, Error, "A document is no Kubernetes object";
-    UnusedKind = 6, Warning, "Portolan does not use this kind";
-    Misplaced = 7, Error, "An object is where it has no effect";
-    Repeated = 8, Warning, "An object is in one file twice";
-    InSeveralFiles = 9, Error, "An object is in several files";
-    TooLarge = 10, Error, "A file is too large, or nested too deeply";
+    Unreadable = 1, Error, "File or directory cannot be read";
+    Syntax = 2, Error, "Invalid YAML";
+    EmptyFile = 3, Warning, "File is empty or being written";
+    Emptied = 4, Error, "File became empty";
+    NotAnObject = 5, Error, "Document is not a Kubernetes object";
+    UnusedKind = 6, Warning, "Unsupported kind";
+    Misplaced = 7, Error, "Misplaced object";
+    Repeated = 8, Warning, "Duplicate object in one file";
+    InSeveralFiles = 9, Error, "Same object in several files";
+    TooLarge = 10, Error, "File too large, or directory nested too deeply";
     // Objects.
-    InvalidObject = 20, Error, "An object cannot be used";
-    InvalidPart = 21, Error, "A part of an object cannot be used";
-    NotHonoured = 22, Warning, "A field has no effect";
-    LeftOut = 23, Error, "An object asks for what a node cannot decide";
-    ForbiddenAddress = 24, Error, "An address in a range that nothing may be sent to";
-    UnknownAnnotation = 25, Error, "A portolan.io annotation that means nothing";
-    // Places.
-    UnknownNode = 30, Error, "The node of the clients is not known";
-    NoRegion = 31, Warning, "A node has no region";
-    EndpointWithoutPlace = 32, Warning, "An endpoint is on no known node";
-    UnknownCluster = 33, Error, "The cluster of the clients is not known";
-    SettingsUnknown = 34, Error, "The mesh's settings are not known";
+    InvalidObject = 20, Error, "Invalid object";
+    InvalidPart = 21, Error, "Invalid part of an object";
+    NotHonoured = 22, Warning, "Field has no effect";
+    LeftOut = 23, Error, "Scope not enforceable per node";
+    ForbiddenAddress = 24, Error, "Forbidden address";
+    UnknownAnnotation = 25, Error, "Unknown or invalid portolan.io annotation";
+    // Topology.
+    UnknownNode = 30, Error, "Client node unknown";
+    NoRegion = 31, Warning, "Node without a region";
+    EndpointWithoutPlace = 32, Warning, "Endpoint without a known node";
+    UnknownCluster = 33, Error, "Client cluster unknown";
+    SettingsUnknown = 34, Error, "Mesh settings unknown";
     // Services.
     AddressTaken = 40, Error, "Two services have the same address";
-    SliceWithoutService = 41, Warning, "Endpoints of a service that is not there";
-    ProtocolNotHandled = 42, Warning, "A port of a protocol that is not handled";
-    NoUsableEndpoint = 43, Warning, "Connections are refused: nobody can take them";
-    NoAddress = 44, Warning, "A ServiceEntry that nobody can dial";
-    ServiceWins = 45, Error, "A ServiceEntry claims what belongs to a Service";
-    ExternalAddresses = 46, Warning, "External addresses of a Service are ignored";
-    // Rules.
-    UnknownHost = 60, Warning, "A rule is for a host that no service has";
-    ForeignHost = 61, Error, "A rule is for a service of another namespace";
-    SecondRule = 62, Warning, "Two rules are for the same host";
-    UnknownDestination = 63, Error, "A route leads to a host that no service has";
-    UnknownSubset = 64, Error, "A route leads to a subset that no rule defines";
+    SliceWithoutService = 41, Warning, "EndpointSlice without a Service";
+    ProtocolNotHandled = 42, Warning, "Port with an unsupported protocol";
+    NoUsableEndpoint = 43, Warning, "No usable endpoint, connections are refused";
+    NoAddress = 44, Warning, "ServiceEntry without address";
+    ServiceWins = 45, Error, "ServiceEntry conflicts with a Service";
+    ExternalAddresses = 46, Warning, "External IPs of a Service are ignored";
+    // Istio rules.
+    UnknownHost = 60, Warning, "Rule for an unknown host";
+    ForeignHost = 61, Error, "Rule for a service in another namespace";
+    SecondRule = 62, Warning, "Several rules for the same host";
+    UnknownDestination = 63, Error, "Route to an unknown destination";
+    UnknownSubset = 64, Error, "Route to an undefined subset";
     NeedsOutlierDetection = 65, Warning, "Failover without outlierDetection has no effect";
-    EjectionLimitZero = 66, Warning, "The limit on ejections allows none";
-    PortPolicyDrops = 68, Warning, "The settings of a port drop those of its host";
-    NeedsHttp = 69, Warning, "A route looks into requests";
-    NotTogether = 70, Warning, "Two settings exclude each other";
+    EjectionLimitZero = 66, Warning, "Ejection limit rounds down to zero";
+    PortPolicyDrops = 68, Warning, "Port-level settings drop settings of the host";
+    NeedsHttp = 69, Warning, "Route requires HTTP inspection";
+    NotTogether = 70, Warning, "Conflicting settings";
     // The agent.
-    MapFull = 90, Error, "A map of the kernel is full";
-    KernelWrite = 91, Error, "The kernel did not take a change";
-    MapNearlyFull = 92, Warning, "A map of the kernel is nearly full";
+    MapFull = 90, Error, "BPF map full";
+    KernelWrite = 91, Error, "Kernel update failed";
+    MapNearlyFull = 92, Warning, "BPF map nearly full";
     // Health.
-    NotConfirmed = 100, Warning, "An endpoint is not ejected, for only one pod says that it fails";
-    EjectionRefused = 101, Warning, "An endpoint fails, and the limit keeps it";
-    NotHttp = 102, Warning, "A port that is HTTP carries something else";
-    Overrides = 103, Warning, "Endpoints get no connections because somebody ordered it";
-    KeptUnreadable = 104, Warning, "What a former agent has left cannot be read";
-    ProbesBounded = 105, Warning, "More active probes are asked for than the agent makes";
+    NotConfirmed = 100, Warning, "Ejection not confirmed, failures seen from a single pod";
+    EjectionRefused = 101, Warning, "Failing endpoint not ejected, limit reached";
+    NotHttp = 102, Warning, "Non-HTTP/1 traffic on an HTTP port";
+    Overrides = 103, Warning, "Operator override in effect";
+    KeptUnreadable = 104, Warning, "Persisted state unreadable";
+    ProbesBounded = 105, Warning, "Active probes exceed the rate limit";
     // API servers.
-    SourceUnreachable = 110, Error, "An API server cannot be read";
-    SourceForbidden = 111, Error, "An API server does not let something be read";
-    RemoteCluster = 112, Error, "Another cluster cannot be followed as a Secret says";
-    ApiServerHeld = 113, Warning, "The API server's own endpoints are kept";
-    OptOutLabel = 114, Warning, "A label that is to opt out has no effect";
+    SourceUnreachable = 110, Error, "API server unreachable";
+    SourceForbidden = 111, Error, "API server denies access to a resource";
+    RemoteCluster = 112, Error, "Unusable remote cluster Secret";
+    ApiServerHeld = 113, Warning, "Endpoints of the API server retained";
+    OptOutLabel = 114, Warning, "Opt-out label has no effect";
 }
 
 impl fmt::Display for Code {
@@ -123,48 +125,49 @@ impl<'de> Deserialize<'de> for Code {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         let known = Self::ALL.iter().find(|code| code.to_string() == text).copied();
-        known.ok_or_else(|| serde::de::Error::custom(format!("{text:?} is no code of this version")))
+        known.ok_or_else(|| serde::de::Error::custom(format!("{text:?} is not a finding code known to this version")))
     }
 }
 
-/// One thing that a person should know about an object. Nothing is left out in silence.
+/// A problem in an object, or a part of it that has no effect.
+/// Portolan reports everything that it ignores.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Finding {
-    /// How bad it is.
+    /// The severity, which follows from `code`.
     pub severity: Severity,
-    /// What kind of finding it is.
+    /// The kind of finding, serialized as `PTLnnnn`.
     pub code: Code,
-    /// `Kind namespace/name`, or the file where no object could be read.
+    /// `Kind namespace/name`, or the file if no object could be decoded.
     pub object: String,
-    /// The field in the object, as `spec.host`; empty where it is about the whole.
+    /// The path of the field in the object, such as `spec.host`; empty if the finding is about the whole object.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub field: String,
-    /// What is wrong, and the way out.
+    /// What is wrong, and how to fix it.
     pub message: String,
-    /// The cluster that the object is in, where it is not the client's own.
+    /// The cluster of the object; empty for the client's own cluster.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub cluster: String,
-    /// The file (or other source) that the object came from; empty where it has none.
+    /// The file or other source of the object; empty if unknown.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub source: String,
-    /// Where in the file the field is.
+    /// The position of the field in the file; `None` if it is unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub position: Option<Position>,
 }
 
-/// A place in a file.
+/// A position in a file.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Position {
-    /// Its line, from 1.
+    /// The line, from 1.
     pub line: usize,
-    /// Its column, from 1, in characters.
+    /// The column in characters, from 1.
     pub column: usize,
-    /// The line itself.
+    /// The text of the line, cut off after 200 characters.
     pub text: String,
 }
 
 impl Finding {
-    /// A finding about an object.
+    /// Creates a finding about a whole object, with the severity of the code.
     pub fn new(code: Code, object: impl ToString, message: impl Into<String>) -> Self {
         Self {
             severity: code.severity(),
@@ -178,21 +181,21 @@ impl Finding {
         }
     }
 
-    /// The same finding, about a field of the object.
+    /// Sets the field that the finding is about.
     #[must_use]
     pub fn at(mut self, field: impl Into<String>) -> Self {
         self.field = field.into();
         self
     }
 
-    /// The same finding, about an object of this cluster.
+    /// Sets the cluster of the object.
     #[must_use]
     pub fn in_cluster(mut self, cluster: &str) -> Self {
         cluster.clone_into(&mut self.cluster);
         self
     }
 
-    /// The same finding, with the place that its object came from.
+    /// Sets the source of the object unless it is already known.
     #[must_use]
     pub fn from_source(mut self, source: &str) -> Self {
         if self.source.is_empty() {

@@ -1,4 +1,4 @@
-//! Istio's rules, as far as they mean something for a connection.
+//! Istio's rules, reduced to what affects a connection.
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr, sync::Arc, time::Duration};
 
@@ -7,18 +7,18 @@ use super::{
     probe::Probe,
 };
 
-/// How a host is chosen inside a locality.
+/// How an endpoint is selected within a locality.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Algorithm {
-    /// The next one, by weight.
+    /// The next endpoint in a weighted rotation.
     RoundRobin,
-    /// Of two drawn, the one with fewer active connections.
+    /// The endpoint with fewer active connections of two random picks.
     LeastRequest,
-    /// A random one.
+    /// A random endpoint.
     Random,
-    /// By a hash of the client.
+    /// An endpoint selected by a hash of the client.
     ConsistentHash,
-    /// The address that was dialled, unchanged.
+    /// The original destination address, unchanged.
     Passthrough,
 }
 
@@ -34,37 +34,37 @@ impl fmt::Display for Algorithm {
     }
 }
 
-/// `distribute`: shares for clients of one place.
+/// An entry of `distribute`: the traffic split for clients in one locality.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Distribute {
-    /// Clients that it is for.
+    /// The localities of the clients that the entry applies to.
     pub from: LocalityPattern,
-    /// Destinations and percentages, which sum to 100, in the order of their names.
+    /// Destination localities with percentages, which sum to 100, in the order of their names.
     pub to: Vec<(LocalityPattern, u32)>,
 }
 
-/// `failover`: where a region's traffic goes when that region fails.
+/// An entry of `failover`: the region that takes the traffic of a region that fails.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failover {
-    /// Region of the client.
+    /// The region that fails, which is the region of the client.
     pub from: String,
-    /// Region that it turns to.
+    /// The region that takes its traffic.
     pub to: String,
 }
 
-/// `localityLbSetting`.
+/// `localityLbSetting`, valid according to Istio's rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalitySetting {
-    /// Whether locality counts at all.
+    /// Whether load balancing considers locality at all; true by default.
     pub enabled: bool,
-    /// Shares by region; the first whose `from` matches counts.
+    /// The `distribute` entries; the first one whose `from` matches the client applies.
     pub distribute: Vec<Distribute>,
-    /// Preferred regions for failover.
+    /// The preferred failover regions.
     pub failover: Vec<Failover>,
-    /// Labels that an endpoint should share with the client, the most important first.
+    /// The labels that endpoints should share with the client, most important first (`failoverPriority`).
     pub failover_priority: Vec<LabelPreference>,
-    /// Whether the share of a locality in `distribute` that cannot carry it goes where failover leads (Portolan's own). Without it,
-    /// a valid setting has `distribute` or the others, not both.
+    /// Whether traffic that a locality of `distribute` cannot carry follows the failover rules (a Portolan extension).
+    /// If false, a valid setting has either `distribute` or the failover fields, not both.
     pub distribute_with_failover: bool,
 }
 
@@ -80,149 +80,151 @@ impl Default for LocalitySetting {
     }
 }
 
-/// An entry of `failoverPriority`.
+/// An entry of `failoverPriority`: `label` or `label=value`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LabelPreference {
-    /// The label.
+    /// The label key.
     pub key: String,
-    /// The value that endpoints should have; the client's own where absent.
+    /// The value that endpoints should have; `None` for the value that the client has.
     pub value: Option<String>,
 }
 
-/// `warmup`: new endpoints get less at first.
+/// `warmup`: a slow start that reduces the weight of new endpoints.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Warmup {
-    /// How long.
+    /// The time after which an endpoint has its full weight.
     pub window: Duration,
-    /// What they get at least, in percent.
+    /// The lower bound of the weight during warmup, in percent of the full weight.
     pub minimum_percent: f64,
-    /// 1: in proportion to their age; more: faster at first.
+    /// The shape of the ramp: 1 is linear in the age of the endpoint; larger values rise faster at first.
     pub aggression: f64,
 }
 
-/// `connectionPool.tcp`
+/// `connectionPool.tcp`: limits and timeouts for connections.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ConnectionPool {
-    /// Limit for the connect.
+    /// The timeout of `connect()`.
     pub connect_timeout: Option<Duration>,
-    /// Connections to the destination at once, from this node.
+    /// The maximum number of concurrent connections from this node to the destination.
     pub max_connections: Option<u32>,
-    /// Connections without traffic are closed after this time.
+    /// The time without traffic after which a connection is closed.
     pub idle_timeout: Option<Duration>,
-    /// Connections are closed after this time.
+    /// The age at which a connection is closed.
     pub max_duration: Option<Duration>,
-    /// Whether and how the kernel looks after silent connections.
+    /// TCP keepalive; `None` keeps the settings of the application.
     pub keepalive: Option<Keepalive>,
 }
 
-/// `tcpKeepalive`
+/// `tcpKeepalive`: socket options for connections. `None` keeps the value of the socket.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Keepalive {
-    /// Probes without an answer.
+    /// The number of unanswered probes before the connection is considered dead (`TCP_KEEPCNT`).
     pub probes: Option<u32>,
-    /// Silence before the first.
+    /// The idle time before the first probe (`TCP_KEEPIDLE`).
     pub time: Option<Duration>,
-    /// Time between them.
+    /// The time between probes (`TCP_KEEPINTVL`).
     pub interval: Option<Duration>,
 }
 
 impl Keepalive {
-    /// Longer times no socket takes.
+    /// The longest time that the kernel accepts, in seconds (`MAX_TCP_KEEPIDLE`, `MAX_TCP_KEEPINTVL`).
     pub const MOST_SECONDS: u32 = 32_767;
-    /// Nor more probes.
+    /// The largest number of probes that the kernel accepts (`MAX_TCP_KEEPCNT`).
     pub const MOST_PROBES: u32 = 127;
 }
 
-/// `trafficPolicy`. Absent blocks are the defaults.
+/// `trafficPolicy`. A block that is `None` has its default.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TrafficPolicy {
-    /// How endpoints are chosen.
+    /// `loadBalancer`: endpoint selection, locality, and warmup.
     pub balancer: Option<LoadBalancer>,
-    /// Outlier detection.
+    /// `outlierDetection`: when failing endpoints are ejected.
     pub outlier: Option<OutlierDetection>,
-    /// Limits on connections.
+    /// `connectionPool.tcp`: limits and timeouts for connections.
     pub pool: Option<ConnectionPool>,
-    /// `portLevelSettings`: each replaces everything above for its port.
+    /// `portLevelSettings` by port number.
+    /// An entry replaces all blocks above for its port and inherits nothing.
     pub ports: BTreeMap<u16, TrafficPolicy>,
 }
 
-/// `loadBalancer`
+/// `loadBalancer`. A field that is `None` has its default.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LoadBalancer {
-    /// Host choice.
+    /// `simple` or `consistentHash`; `None` for the default.
     pub algorithm: Option<Algorithm>,
-    /// Locality setting; it replaces all others.
+    /// `localityLbSetting`, which replaces the setting of the mesh.
     pub locality: Option<LocalitySetting>,
-    /// Warmup of new endpoints.
+    /// `warmup`, or the deprecated `warmupDurationSecs`.
     pub warmup: Option<Warmup>,
 }
 
 impl TrafficPolicy {
-    /// The locality setting.
+    /// Returns the `localityLbSetting` of this policy; `None` if it does not set one.
     pub fn locality(&self) -> Option<&LocalitySetting> {
         self.balancer.as_ref()?.locality.as_ref()
     }
 }
 
-/// A named part of a destination's endpoints.
+/// A named subset of the endpoints of a destination.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Subset {
-    /// The name that routes use.
+    /// The name that routes refer to.
     pub name: String,
-    /// Labels that an endpoint must have.
+    /// The labels that an endpoint must have.
     pub labels: Labels,
-    /// Overrides, block by block.
+    /// The policy of the subset; each block that it sets overrides the block of the host.
     pub policy: TrafficPolicy,
 }
 
-/// A DestinationRule.
+/// A DestinationRule: the policy and subsets of a host.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DestinationRule {
-    /// Its name.
+    /// The namespace and name of the rule.
     pub name: NamespacedName,
-    /// The host it is for, as written: short, full, or with a leading `*`.
+    /// The host as written: a short name, a full name, or a pattern with a leading `*`.
     pub host: String,
-    /// Its policy.
+    /// The policy of the host; `TrafficPolicy::default()` if the rule sets none.
     pub policy: TrafficPolicy,
-    /// Its subsets.
+    /// The subsets in the order of the rule; their names are unique.
     pub subsets: Vec<Subset>,
-    /// The probe of its endpoints.
+    /// The active health check of the endpoints (`portolan.io/probe`).
     pub probe: Option<Arc<Probe>>,
-    /// After which time without traffic connections to endpoints that get no new ones are closed (`portolan.io/close-idle-elsewhere`).
+    /// The idle time after which connections to endpoints that receive no new connections are closed
+    /// (`portolan.io/close-idle-elsewhere`); `None` disables it.
     pub close_idle_elsewhere: Option<Duration>,
 }
 
-/// One destination of a route.
+/// A destination of a route, with its weight.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WeightedDestination {
-    /// Host, as written.
+    /// The host, as written.
     pub host: String,
-    /// Subset of it.
+    /// The subset of the host; `None` for all its endpoints.
     pub subset: Option<String>,
-    /// Port of it; the dialled one where absent.
+    /// The port of the destination; `None` for the original destination port.
     pub port: Option<u16>,
-    /// Relative to the sum of the route.
+    /// The share of the traffic, relative to the sum of the weights of the route.
     pub weight: u32,
 }
 
-/// When a route counts: all of it must hold. A part that is left out always does.
+/// The conditions of a route, all of which must hold. An absent condition always holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Match {
-    /// The port that was dialled.
+    /// The original destination port.
     pub port: Option<u16>,
-    /// Ranges, one of which the address that was dialled is in.
+    /// CIDR ranges; the original destination address must be in one of them. Empty: any address.
     pub subnets: Vec<Subnet>,
 }
 
 impl Match {
-    /// Whether a connection to this address is meant.
+    /// Returns whether a connection to this original destination matches.
     pub fn holds(&self, address: IpAddr, port: u16) -> bool {
         self.port.is_none_or(|own| own == port)
             && (self.subnets.is_empty() || self.subnets.iter().any(|subnet| subnet.contains(address)))
     }
 }
 
-/// A range of addresses.
+/// A CIDR range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Subnet {
     address: IpAddr,
@@ -230,7 +232,7 @@ pub struct Subnet {
 }
 
 impl Subnet {
-    /// Whether the address is in it.
+    /// Returns whether the range contains the address. An IPv4-mapped IPv6 address counts as IPv4.
     pub fn contains(&self, address: IpAddr) -> bool {
         match (self.address, address.to_canonical()) {
             (IpAddr::V4(own), IpAddr::V4(other)) => {
@@ -245,7 +247,7 @@ impl Subnet {
         }
     }
 
-    /// The only address in it, if there is but one.
+    /// Returns the address if the range contains exactly one (`/32` or `/128`).
     pub fn single(&self) -> Option<IpAddr> {
         (self.prefix == if self.address.is_ipv4() { 32 } else { 128 }).then_some(self.address)
     }
@@ -254,42 +256,42 @@ impl Subnet {
 impl FromStr for Subnet {
     type Err = String;
 
-    /// `ADDRESS[/PREFIX]`
+    /// Parses `ADDRESS[/PREFIX]`; without a prefix length, the range is the single address.
     fn from_str(text: &str) -> Result<Self, String> {
         let (address, prefix) = text.split_once('/').map_or((text, None), |(address, prefix)| (address, Some(prefix)));
-        let wrong = || format!("{text:?} is neither an address nor a range");
-        let address: IpAddr = address.parse().map_err(|_| wrong())?;
+        let invalid = || format!("{text:?} is neither an IP address nor a CIDR range");
+        let address: IpAddr = address.parse().map_err(|_| invalid())?;
         let longest = if address.is_ipv4() { 32 } else { 128 };
-        let prefix = prefix.map_or(Ok(longest), str::parse).map_err(|_| wrong())?;
-        if prefix > longest { Err(wrong()) } else { Ok(Self { address, prefix }) }
+        let prefix = prefix.map_or(Ok(longest), str::parse).map_err(|_| invalid())?;
+        if prefix > longest { Err(invalid()) } else { Ok(Self { address, prefix }) }
     }
 }
 
-/// One route.
+/// A route: conditions and weighted destinations.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
-    /// One of them must hold; empty: always.
+    /// The alternative conditions, one of which must hold. Empty: the route always matches.
     pub matches: Vec<Match>,
-    /// Where to.
+    /// The destinations; at least one.
     pub destinations: Vec<WeightedDestination>,
 }
 
 impl Route {
-    /// Whether a connection to this address is meant.
+    /// Returns whether a connection to this original destination takes the route.
     pub fn holds(&self, address: IpAddr, port: u16) -> bool {
         self.matches.is_empty() || self.matches.iter().any(|own| own.holds(address, port))
     }
 }
 
-/// A VirtualService, as far as a node can honour it.
+/// A VirtualService, reduced to what a node can apply to whole connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VirtualService {
-    /// Its name.
+    /// The namespace and name of the VirtualService.
     pub name: NamespacedName,
-    /// The hosts it is for, as written.
+    /// The hosts, as written.
     pub hosts: Vec<String>,
-    /// In order; the first that matches counts.
+    /// The TCP routes, in order; the first one that matches applies.
     pub tcp: Vec<Route>,
-    /// Those that do not look into requests; likewise.
+    /// The HTTP routes that do not require request inspection, in order; the first one that matches applies.
     pub http: Vec<Route>,
 }

@@ -1,8 +1,8 @@
-//! Where things are.
+//! Localities, and the patterns that match them.
 
 use std::{fmt, str::FromStr};
 
-/// Region, zone and subzone, from the widest to the nearest; an unknown part is empty.
+/// A region, zone, and subzone, in Istio's terms. A part that is unknown is empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Locality {
     /// `topology.kubernetes.io/region` of the node.
@@ -29,26 +29,27 @@ impl fmt::Display for Locality {
 impl FromStr for Locality {
     type Err = String;
 
-    /// `REGION[/ZONE[/SUBZONE]]`
+    /// Parses `REGION[/ZONE[/SUBZONE]]`.
     fn from_str(text: &str) -> Result<Self, String> {
         let mut parts = text.split('/');
         let mut next = || parts.next().unwrap_or_default().to_owned();
         let locality = Self { region: next(), zone: next(), subzone: next() };
         if parts.next().is_some() {
-            return Err(format!("{text:?} has more parts than REGION/ZONE/SUBZONE"));
+            return Err(format!("{text:?} has more than three parts (REGION/ZONE/SUBZONE)"));
         }
         Ok(locality)
     }
 }
 
-/// A locality in a rule: a part that is `*` or left out stands for all.
+/// A pattern for localities, `REGION[/ZONE[/SUBZONE]]`.
+/// A part that is `*` or absent matches everything.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalityPattern {
     parts: [String; 3],
 }
 
 impl LocalityPattern {
-    /// Whether the locality is among those that the rule means (Istio `LocalityMatch`).
+    /// Returns whether the pattern matches the locality (Istio's `LocalityMatch`).
     pub fn matches(&self, locality: &Locality) -> bool {
         let [region, zone, subzone] = &self.parts;
         (region == "*" || *region == locality.region)
@@ -56,7 +57,7 @@ impl LocalityPattern {
             && Self::part(subzone, &locality.subzone)
     }
 
-    /// The place itself, where the pattern names one: parts that stand for all are unknown.
+    /// Returns the locality that the pattern names, with parts that match everything left empty.
     pub fn place(&self) -> Locality {
         let [region, zone, subzone] = self.parts.clone().map(|part| if part == "*" { String::new() } else { part });
         Locality { region, zone, subzone }
@@ -66,7 +67,7 @@ impl LocalityPattern {
         rule.is_empty() || rule == "*" || rule == part
     }
 
-    /// Whether some locality could match both patterns.
+    /// Returns whether some locality could match both patterns.
     pub fn overlaps(&self, other: &Self) -> bool {
         self.parts
             .iter()
@@ -81,14 +82,14 @@ impl FromStr for LocalityPattern {
     fn from_str(text: &str) -> Result<Self, String> {
         let parts: Vec<&str> = text.split('/').collect();
         if parts.len() > 3 {
-            return Err(format!("{text:?} has more parts than region/zone/subzone"));
+            return Err(format!("{text:?} has more than three parts (region/zone/subzone)"));
         }
         for (i, part) in parts.iter().enumerate() {
             if part.is_empty() {
                 return Err(format!("{text:?} has an empty part"));
             }
             if part.contains('*') && (*part != "*" || i + 1 != parts.len()) {
-                return Err(format!("{text:?}: one `*` is allowed, as the last part"));
+                return Err(format!("{text:?}: `*` is allowed only as the last part"));
             }
         }
         let part = |i: usize| parts.get(i).copied().unwrap_or_default().to_owned();

@@ -1,46 +1,46 @@
-//! Settings of the whole mesh.
+//! Mesh-wide settings.
 
 use std::time::Duration;
 
 use super::istio::LocalitySetting;
 
-/// Whether connections to a service stay in the client's cluster.
+/// Whether connections to a service stay in the cluster of the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClusterLocal {
-    /// They go where the other rules say.
+    /// Connections may use all clusters, as locality and routing rules decide.
     Off,
-    /// Endpoints of the client's cluster come first, the others after them (Portolan's own).
+    /// Endpoints in the client's own cluster are preferred; the others are fallbacks (a Portolan extension).
     Prefer,
-    /// They stay; without an endpoint there, they are refused (Istio's `clusterLocal`).
+    /// Connections never leave the cluster; without a usable endpoint there, they are refused (Istio's `clusterLocal`).
     Strict,
 }
 
-/// What is said of the hosts of one pattern.
+/// A cluster-local setting for the hosts that match a pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClusterLocalRule {
-    /// A host name, `*.namespace.svc.domain`, or `*`.
+    /// A full host name, `*.namespace.svc.domain`, or `*`.
     pub host: String,
-    /// Whether traffic to it stays in its cluster.
+    /// The setting for these hosts.
     pub cluster_local: ClusterLocal,
 }
 
-/// Istio's MeshConfig, as far as it matters for the choice of an endpoint.
+/// Istio's MeshConfig, reduced to what affects endpoint selection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MeshConfig {
-    /// The namespace whose rules are for all.
+    /// The root namespace, whose rules apply to all namespaces; `istio-system` by default.
     pub root_namespace: String,
-    /// The domain of Service host names.
+    /// The domain suffix of Service host names; `cluster.local`.
     pub domain: String,
-    /// Locality setting for destinations without one of their own.
+    /// The locality setting for destinations that set none.
     pub locality: LocalitySetting,
-    /// In the order in which they were written.
+    /// The cluster-local settings in the order of the MeshConfig, then those of the annotation.
     pub cluster_local: Vec<ClusterLocalRule>,
-    /// Connect timeout for destinations without one of their own.
+    /// The connect timeout for destinations that set none.
     pub connect_timeout: Option<Duration>,
 }
 
 impl Default for MeshConfig {
-    /// What Istio assumes where nothing is configured.
+    /// Returns Istio's defaults.
     fn default() -> Self {
         Self {
             root_namespace: "istio-system".to_owned(),

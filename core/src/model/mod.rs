@@ -1,4 +1,4 @@
-//! Plain types: what the objects say, free of the form in which they came.
+//! The domain model: plain types that do not depend on the format of their source.
 
 mod endpoint;
 mod finding;

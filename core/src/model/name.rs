@@ -1,25 +1,25 @@
-//! Names of objects.
+//! Names of Kubernetes objects.
 
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-/// Namespace and name, written `namespace/name`; the namespace is empty for objects of the whole cluster.
+/// A namespace and a name, written `namespace/name`. The namespace is empty for cluster-scoped objects.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct NamespacedName {
-    /// The namespace.
+    /// The namespace; empty for cluster-scoped objects.
     pub namespace: String,
-    /// The name in it.
+    /// The name, unique per kind within the namespace.
     pub name: String,
 }
 
 impl NamespacedName {
-    /// From its two parts.
+    /// Creates a name from its two parts without validation.
     pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
         Self { namespace: namespace.into(), name: name.into() }
     }
 
-    /// The host name of a Service of this name.
+    /// Returns the host name of a Service with this name: `name.namespace.svc.domain`.
     pub fn host(&self, domain: &str) -> String {
         format!("{}.{}.svc.{domain}", self.name, self.namespace)
     }
@@ -40,7 +40,7 @@ impl FromStr for NamespacedName {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once('/') {
             Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => Ok(Self::new(namespace, name)),
-            _ => Err(format!("{text:?} is not NAMESPACE/NAME")),
+            _ => Err(format!("{text:?} is not of the form NAMESPACE/NAME")),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Any object that counts, and its identity.
+//! Objects of all supported kinds, and their identity.
 
 use std::{fmt, sync::Arc};
 
@@ -10,42 +10,42 @@ use super::{
     service::{Service, ServiceEntry},
 };
 
-/// Whose object it is.
+/// The owner of an object: the mesh or one cluster.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Scope {
-    /// The whole mesh's.
+    /// The object applies to the whole mesh.
     Mesh,
-    /// One cluster's, by its id.
+    /// The object belongs to the cluster with this ID.
     Cluster(String),
 }
 
-/// The kinds that count.
+/// The supported kinds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
-    /// `Service`
+    /// `v1` `Service`.
     Service,
-    /// `EndpointSlice`
+    /// `discovery.k8s.io` `EndpointSlice`.
     EndpointSlice,
-    /// `Node`
+    /// `v1` `Node`.
     Node,
-    /// `Pod`
+    /// `v1` `Pod`.
     Pod,
-    /// `Namespace`
+    /// `v1` `Namespace`.
     Namespace,
-    /// `ServiceEntry`
+    /// `networking.istio.io` `ServiceEntry`.
     ServiceEntry,
-    /// `WorkloadEntry`
+    /// `networking.istio.io` `WorkloadEntry`.
     WorkloadEntry,
-    /// `DestinationRule`
+    /// `networking.istio.io` `DestinationRule`.
     DestinationRule,
-    /// `VirtualService`
+    /// `networking.istio.io` `VirtualService`.
     VirtualService,
-    /// The ConfigMap `istio`, which holds the MeshConfig.
+    /// The ConfigMap `istio` in `istio-system`, which contains the MeshConfig.
     MeshConfig,
 }
 
 impl Kind {
-    /// All of them.
+    /// All supported kinds.
     pub const ALL: [Self; 10] = [
         Self::Service,
         Self::EndpointSlice,
@@ -77,14 +77,14 @@ impl fmt::Display for Kind {
     }
 }
 
-/// What tells one object from all others.
+/// The identity of an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectKey {
-    /// Whose it is.
+    /// The mesh or the cluster that the object belongs to.
     pub scope: Scope,
-    /// Its kind.
+    /// The kind of the object.
     pub kind: Kind,
-    /// Its name.
+    /// The name; its namespace is empty for cluster-scoped kinds.
     pub name: NamespacedName,
 }
 
@@ -94,27 +94,27 @@ impl fmt::Display for ObjectKey {
     }
 }
 
-/// An object that was read and is sound. Shared: a clone is another name for the same object.
+/// A decoded and valid object. Clones are cheap: they share the object.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Object {
-    /// A Service.
+    /// A Service of one cluster.
     Service(Arc<Service>),
-    /// An EndpointSlice.
+    /// An EndpointSlice of one cluster.
     EndpointSlice(Arc<EndpointSlice>),
-    /// A Node.
+    /// A Node of one cluster.
     Node(Arc<Node>),
-    /// A Pod.
+    /// A Pod of one cluster.
     Pod(Arc<Pod>),
-    /// A Namespace.
+    /// A Namespace of one cluster.
     Namespace(Arc<Namespace>),
-    /// A ServiceEntry.
+    /// A ServiceEntry of a cluster or the mesh.
     ServiceEntry(Arc<ServiceEntry>),
-    /// A WorkloadEntry.
+    /// A WorkloadEntry of a cluster or the mesh.
     WorkloadEntry(Arc<WorkloadEntry>),
-    /// A DestinationRule.
+    /// A DestinationRule of a cluster or the mesh.
     DestinationRule(Arc<DestinationRule>),
-    /// A VirtualService.
+    /// A VirtualService of a cluster or the mesh.
     VirtualService(Arc<VirtualService>),
-    /// The mesh's settings.
+    /// The MeshConfig of a cluster or the mesh.
     MeshConfig(Arc<MeshConfig>),
 }

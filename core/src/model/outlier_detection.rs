@@ -1,46 +1,51 @@
-//! Istio's `outlierDetection`.
+//! Istio's `outlierDetection`, applied to connections and HTTP/1 responses.
 
 use std::time::Duration;
 
-/// `outlierDetection`, with Envoy's defaults where Istio sets none.
+/// `outlierDetection`, with Envoy's defaults for the fields that Istio does not have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OutlierDetection {
-    /// Failures in a row that eject; 0 turns it off. Not asked for a connection where `local_origin_errors` is set.
+    /// The number of consecutive errors that ejects an endpoint; 0 disables the check.
+    /// Connect failures do not count if `local_origin_errors` is set.
     pub consecutive_errors: u32,
-    /// The same events, another threshold; 0: not set.
+    /// The number of consecutive gateway errors that ejects an endpoint; 0 disables the check.
+    /// Status 502 to 504 and connect failures count; the latter do not if `local_origin_errors` is set.
     pub gateway_errors: u32,
-    /// With `splitExternalLocalOriginErrors`: the only threshold for connections; 0 turns it off.
+    /// The number of consecutive connect failures that ejects; 0 disables the check.
+    /// `None` unless `splitExternalLocalOriginErrors` is set.
     pub local_origin_errors: Option<u32>,
-    /// The sweep that releases.
+    /// The interval of the sweep that ends expired ejections.
     pub interval: Duration,
-    /// Time of the first ejection; the n-th lasts n times as long.
+    /// The duration of the first ejection; the n-th ejection lasts n times as long.
     pub base_ejection_time: Duration,
-    /// No ejection lasts longer.
+    /// The upper bound for the duration of an ejection.
     pub max_ejection_time: Duration,
-    /// Percentage of the pool that may be ejected at once.
+    /// The maximum share of the pool that may be ejected at the same time, in percent.
     pub max_ejection_percent: u32,
-    /// Whether one endpoint may be ejected where the percentage allows none (Portolan's own).
+    /// Whether one endpoint may be ejected even if the percentage allows none
+    /// (`portolan.io/always-eject-one`; Envoy's `always_eject_one_host`).
     pub always_eject_one: bool,
-    /// Panic threshold in percent; 0: no panic.
+    /// The panic threshold in percent; 0 disables panic mode.
     pub min_health_percent: u32,
-    /// Whether a connection that breaks before a byte came back counts as a failure (Portolan's own).
+    /// Whether a connection that breaks before the first response byte counts as a failure
+    /// (`portolan.io/count-early-resets`).
     pub count_early_resets: bool,
 }
 
-/// What proves that an endpoint is well, and ends a row of failures.
+/// The event that counts as a success and resets the failure counters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SuccessCriterion {
-    /// A connection that is established.
+    /// An established connection.
     #[default]
     Connected,
-    /// A byte that comes back (`portolan.io/count-early-resets`).
+    /// The first response byte (`portolan.io/count-early-resets`).
     FirstByte,
     /// An HTTP response with a status below 500.
     HttpStatus,
 }
 
 impl OutlierDetection {
-    /// Failures of connections in a row that eject. A threshold of 0 is none.
+    /// Returns the thresholds that apply to connect failures. 0 means no threshold.
     pub fn thresholds(&self) -> [u32; 2] {
         match self.local_origin_errors {
             Some(errors) => [errors, 0],
@@ -48,12 +53,12 @@ impl OutlierDetection {
         }
     }
 
-    /// The thresholds by what they count: gateway errors, errors, failures of local origin. 0 is none.
+    /// Returns the thresholds in the order gateway errors, all errors, local-origin failures. 0 means no threshold.
     pub fn counters(&self) -> [u32; 3] {
         [self.gateway_errors, self.consecutive_errors, self.local_origin_errors.unwrap_or(0)]
     }
 
-    /// Endpoints out of `hosts` that may be ejected at once.
+    /// Returns how many of `hosts` endpoints may be ejected at the same time. The percentage rounds down.
     pub fn most_ejected(&self, hosts: usize) -> usize {
         let by_percent = hosts * self.max_ejection_percent as usize / 100;
         by_percent.max(usize::from(self.always_eject_one && hosts > 0))

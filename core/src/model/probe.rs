@@ -2,45 +2,46 @@
 
 use std::{fmt, net::SocketAddr, time::Duration};
 
-/// A probe of each endpoint that the agent makes by itself (`portolan.io/probe`, which is written as Kubernetes writes a container's).
+/// An active health check that the agent runs against each endpoint.
+/// `portolan.io/probe` has the format of a Kubernetes container probe.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Probe {
-    /// What is asked.
+    /// The request to make, and the response to expect.
     pub kind: ProbeKind,
-    /// The port; the endpoint's own where absent.
+    /// The port to probe; `None` for the port of the endpoint.
     pub port: Option<u16>,
-    /// From one to the next.
+    /// The time between two probes of an endpoint.
     pub period: Duration,
-    /// How long an answer is waited for.
+    /// The time to wait for a response; at most `period`.
     pub timeout: Duration,
-    /// Failures in a row that take an endpoint out.
+    /// The number of consecutive failures that marks an endpoint unhealthy.
     pub failures: u32,
-    /// Successes in a row that take it in again.
+    /// The number of consecutive successes that marks it healthy again.
     pub successes: u32,
 }
 
 impl Probe {
-    /// Where an endpoint is probed.
+    /// Returns the address to probe for an endpoint.
     pub fn dialled(&self, endpoint: SocketAddr) -> SocketAddr {
         SocketAddr::new(endpoint.ip(), self.port.unwrap_or(endpoint.port()))
     }
 }
 
-/// What a probe asks.
+/// The request of a probe.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ProbeKind {
-    /// Whether a connection is accepted.
+    /// Succeeds if the endpoint accepts a connection.
     Tcp,
-    /// Whether this path is answered with a status from 200 to 399.
+    /// Succeeds if a GET of the path returns a status from 200 to 399.
     Http {
-        /// The path.
+        /// The path and query, starting with `/`.
         path: String,
-        /// Headers to send.
+        /// The request headers to add, as name and value.
         headers: Vec<(String, String)>,
     },
-    /// Whether gRPC's health service says SERVING.
+    /// Succeeds if the gRPC health service reports `SERVING`.
     Grpc {
-        /// Of which service; empty: of the whole server.
+        /// The service to check; empty for the whole server.
         service: String,
     },
 }

@@ -1,4 +1,4 @@
-//! Services: names, addresses and ports.
+//! Services: names, addresses, and ports.
 
 use std::{fmt, net::IpAddr, time::Duration};
 
@@ -9,35 +9,39 @@ use super::{
     name::NamespacedName,
 };
 
-/// The protocols of Service ports.
+/// The transport protocol of a Service port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Protocol {
-    /// TCP.
+    /// Balanced per connection.
     Tcp,
-    /// UDP.
+    /// Balanced per datagram flow.
     Udp,
-    /// SCTP.
+    /// Not supported; reported as a finding.
     Sctp,
 }
 
 impl Protocol {
-    /// As Kubernetes writes it; absent means TCP.
+    /// Parses the protocol of a Kubernetes object. An absent or empty value means TCP.
+    ///
+    /// # Errors
+    ///
+    /// Returns a message if the protocol is unknown.
     pub fn parse(text: Option<&str>) -> Result<Self, String> {
         match text {
             None | Some("TCP" | "") => Ok(Self::Tcp),
             Some("UDP") => Ok(Self::Udp),
             Some("SCTP") => Ok(Self::Sctp),
-            Some(other) => Err(format!("protocol {other:?} is none of TCP, UDP, SCTP")),
+            Some(other) => Err(format!("unknown protocol {other:?}; use TCP, UDP, or SCTP")),
         }
     }
 
-    /// Whether Portolan gives its connections endpoints.
+    /// Returns whether Portolan load-balances this protocol.
     pub const fn is_balanced(self) -> bool {
         matches!(self, Self::Tcp | Self::Udp)
     }
 
-    /// The IP protocol number.
+    /// Returns the IP protocol number.
     pub const fn number(self) -> u32 {
         match self {
             Self::Tcp => 6,
@@ -57,100 +61,100 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// One port of a service.
+/// A port of a Service or ServiceEntry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePort {
-    /// The name by which endpoints refer to it; empty for the only port.
+    /// The name that endpoints refer to; empty for the only port of a Service.
     pub name: String,
-    /// The port that clients dial.
+    /// The port that clients connect to.
     pub port: u16,
-    /// Its protocol.
+    /// The transport protocol.
     pub protocol: Protocol,
-    /// Where workloads listen that name no port of their own. (EndpointSlices have it resolved.)
+    /// The port of workloads that do not name one. Not used with EndpointSlices, which contain the resolved port.
     pub target: Target,
-    /// Whether its name or `appProtocol` says that HTTP is spoken there.
+    /// Whether `appProtocol`, the port name, or the ServiceEntry protocol declares HTTP of any version.
     pub http: bool,
-    /// Whether that is HTTP/1, so that the status of a response can be seen.
+    /// Whether that is HTTP/1, where Portolan can read the status of responses.
     pub http1: bool,
 }
 
-/// `targetPort`: the port itself, if nothing else is said.
+/// `targetPort`; defaults to the port itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// This port.
+    /// A port number.
     Number(u16),
-    /// The port that a workload has under this name.
+    /// A port name, resolved per workload.
     Name(String),
 }
 
-/// `trafficDistribution`: whom clients of a service prefer.
+/// `trafficDistribution`: the endpoints that clients prefer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TrafficDistribution {
     /// Endpoints in the client's zone.
     PreferSameZone,
-    /// Endpoints on the client's node, or else in its zone.
+    /// Endpoints on the client's node, then those in its zone.
     PreferSameNode,
 }
 
 /// A Service of one cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
-    /// Its name, the same in every cluster that has it.
+    /// The namespace and name, which identify the Service across all clusters.
     pub name: NamespacedName,
-    /// Its addresses in its own cluster; empty for a headless one.
+    /// The cluster IPs in its own cluster; empty for a headless Service.
     pub addresses: Vec<IpAddr>,
-    /// Its ports.
+    /// The ports; port number and protocol are unique.
     pub ports: Vec<ServicePort>,
-    /// `internalTrafficPolicy: Local`: only endpoints on the client's node.
+    /// `internalTrafficPolicy: Local`: clients use only endpoints on their own node.
     pub node_local: bool,
-    /// `publishNotReadyAddresses`: endpoints that are not ready count as ready.
+    /// `publishNotReadyAddresses`: endpoints count as ready regardless of their conditions.
     pub publish_not_ready: bool,
-    /// `trafficDistribution`
+    /// `trafficDistribution`, or Istio's annotation; `None` for no preference.
     pub distribution: Option<TrafficDistribution>,
-    /// `sessionAffinity: ClientIP`, with its timeout.
+    /// `sessionAffinity: ClientIP` with its timeout; `None` for no affinity.
     pub affinity: Option<Duration>,
-    /// `selector`: labels of WorkloadEntries that serve it as well.
+    /// `selector`: labels of the WorkloadEntries that serve the Service in addition to its EndpointSlices.
     pub selector: Labels,
 }
 
-/// A ServiceEntry: a service that is described by hand.
+/// A ServiceEntry with static resolution.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceEntry {
-    /// Its name.
+    /// The namespace and name of the ServiceEntry.
     pub name: NamespacedName,
-    /// Its host names; rules are found by the first.
+    /// The host names; rules apply to the first one only.
     pub hosts: Vec<String>,
-    /// The addresses that clients dial.
+    /// The virtual IPs that clients connect to; may be empty.
     pub addresses: Vec<IpAddr>,
-    /// Its ports.
+    /// The ports; numbers and names are unique.
     pub ports: Vec<ServicePort>,
-    /// Its endpoints, where they are listed.
+    /// `endpoints`; empty if `selector` is set.
     pub endpoints: Vec<Workload>,
-    /// Labels of the WorkloadEntries that are its endpoints, where they are not listed.
+    /// `workloadSelector`: labels of the WorkloadEntries that serve it; excludes `endpoints`.
     pub selector: Option<Labels>,
 }
 
-/// Which service: Services and ServiceEntries have names of their own.
+/// The identity of a service. Services and ServiceEntries have separate name spaces.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ServiceId {
-    /// Namespace and name of the object.
+    /// The namespace and name of the object.
     pub name: NamespacedName,
-    /// Whether it is a ServiceEntry.
+    /// Whether the object is a ServiceEntry; otherwise it is a Service.
     pub is_entry: bool,
 }
 
 impl ServiceId {
-    /// A Service.
+    /// Returns the ID of a Service.
     pub fn service(name: NamespacedName) -> Self {
         Self { name, is_entry: false }
     }
 
-    /// A ServiceEntry.
+    /// Returns the ID of a ServiceEntry.
     pub fn entry(name: NamespacedName) -> Self {
         Self { name, is_entry: true }
     }
 
-    /// As findings name the object.
+    /// Returns `Kind namespace/name`, the form that findings use.
     pub fn object(&self) -> String {
         format!("{} {}", if self.is_entry { "ServiceEntry" } else { "Service" }, self.name)
     }

@@ -1,4 +1,4 @@
-//! Where the clients are.
+//! Location of the clients.
 
 use super::types::Client;
 use crate::{
@@ -6,26 +6,26 @@ use crate::{
     store::{NETWORK, Store},
 };
 
-/// The clients of a node, or of a place that is none.
+/// Location of the clients: a node, or an explicit locality.
 #[derive(Clone, Debug, Default)]
 pub struct ClientLocation {
-    /// The node, whose Node object says where it is.
+    /// Name of the node, whose Node object supplies locality and labels; `None` without a node.
     pub node: Option<String>,
-    /// Where it is, whatever the Node object says.
+    /// Explicit locality, which overrides that of the Node object.
     pub locality: Option<Locality>,
-    /// Labels beside those of the Node object.
+    /// Additional labels, which override those of the Node object.
     pub labels: Labels,
 }
 
 impl ClientLocation {
-    /// The client that the policy is asked for.
+    /// Returns the client that the policy is computed for.
     pub fn client(&self, cluster: &str, store: &Store, findings: &mut Vec<Finding>) -> Client {
         let snapshot = store.snapshot();
         let unknown = store.doubt(cluster).filter(|(_, settings)| *settings).map(|(doubt, _)| doubt);
         if let Some(doubt) = unknown {
             let message = format!(
-                "{}, and with it what must stay in its cluster: until it can be read, connections stay in theirs, unless settings that are \
-                 known say otherwise of their host",
+                "{}, so clusterLocal settings are unknown: until it can be read, connections stay in the client's \
+                 cluster, unless known settings say otherwise for the host",
                 doubt.what
             );
             findings.push(Finding::new(Code::SettingsUnknown, format!("Cluster {cluster}"), message));
@@ -34,7 +34,7 @@ impl ClientLocation {
         let node = self.node.as_ref().map(|name| (name, own.and_then(|own| own.nodes.get(name))));
         if let (Some((name, None)), None) = (node, &self.locality) {
             let message = format!(
-                "cluster {cluster} has no such Node: where its clients are is unknown, so everything is far away"
+                "cluster {cluster} has no such Node: the locality of its clients is unknown, so every endpoint is far"
             );
             findings.push(Finding::new(Code::UnknownNode, format!("Node {name}"), message));
         }

@@ -1,11 +1,8 @@
-//! Traffic that stays in its cluster (Istio's `clusterLocal`), or prefers it.
+//! Cluster-local traffic: Istio's `clusterLocal`, and the preference for the client's cluster.
 
 use crate::model::{ClusterLocal, MeshConfig};
 
-/// Whether connections to this host may only go to endpoints in the client's own cluster, and the pattern that says so.
-///
-/// The exact host comes first, then the longest pattern that matches; of two identical ones the last. Istio's own
-/// defaults are the first in the list, so that settings may override them.
+/// Returns whether connections to a host stay in the client's cluster or prefer it, and the pattern that decides.
 pub fn cluster_local(mesh: &MeshConfig, host: &str) -> (ClusterLocal, Option<String>) {
     let domain = &mesh.domain;
     let defaults =

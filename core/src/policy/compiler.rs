@@ -1,4 +1,4 @@
-//! From snapshot to verdict, and from one snapshot to the next: a change recomputes the services that it concerns, and no others.
+//! Compiles a snapshot into assignments. A change recompiles only the services that it affects.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,58 +21,58 @@ use crate::{
     store::{Changes, Snapshot},
 };
 
-/// Everything for one client, from nothing.
+/// Computes the policy output for one client from scratch.
 pub fn assign(snapshot: &Snapshot, client: &Client, observed: &HealthView) -> PolicyOutput {
     let mut compiler = Compiler::default();
     compiler.compile(snapshot, client, observed, &Changes::everything());
     compiler.output()
 }
 
-/// The same for one service, with what left endpoints out.
+/// Computes the policy output for one service, including the endpoints that its pools exclude.
 pub fn explain(snapshot: &Snapshot, client: &Client, observed: &HealthView, service: &ServiceId) -> PolicyOutput {
     let mut compiler = Compiler { explain: Some(service.clone()), ..Compiler::default() };
     compiler.compile(snapshot, client, observed, &Changes::everything());
     compiler.output()
 }
 
-/// What a service was assigned, and what is wrong with it.
+/// Assignments and findings of one service.
 #[derive(Debug, Default)]
 struct Compiled {
     assignments: Vec<Arc<Assignment>>,
     findings: Vec<Finding>,
 }
 
-/// A service that was computed anew.
+/// A service whose assignments changed.
 #[derive(Debug)]
 pub struct ServiceChange {
-    /// Which one.
+    /// Service that was recompiled.
     pub service: ServiceId,
-    /// What it was assigned before.
+    /// Assignments before the change; empty for a new service.
     pub before: Vec<Arc<Assignment>>,
-    /// And now.
+    /// Assignments after the change; empty for a removed service.
     pub after: Vec<Arc<Assignment>>,
 }
 
-/// The verdict, kept so that a change costs what it concerns.
+/// Incremental compiler.
 #[derive(Debug, Default)]
 pub struct Compiler {
     rules: RuleIndex,
-    /// What is wrong with rules and places.
+    /// Findings about rules, clusters and address conflicts.
     findings: Vec<Finding>,
     services: BTreeMap<ServiceId, Compiled>,
-    /// Whose address it is, where several services claim it.
+    /// Service that owns each address and port; the first one wins if several services claim it.
     owners: BTreeMap<(IpAddr, u16, Protocol), ServiceId>,
-    /// Services whose routes lead to a service, beside itself.
+    /// Other services whose routes lead to a service.
     dependents: BTreeMap<ServiceId, BTreeSet<ServiceId>>,
     unknown_locality: Arc<Locality>,
-    /// Findings that were not there before, since somebody asked.
+    /// Findings that [`Self::fresh_findings`] has not returned yet.
     fresh: Vec<Finding>,
-    /// The service that somebody wants explained.
+    /// Service to explain; `None` to compile all services.
     explain: Option<ServiceId>,
 }
 
 impl Compiler {
-    /// Follows a change. Returns the services that are not as they were.
+    /// Applies a change, and returns the services whose assignments changed.
     pub fn compile(
         &mut self,
         snapshot: &Snapshot,
@@ -80,43 +80,43 @@ impl Compiler {
         observed: &HealthView,
         changes: &Changes,
     ) -> Vec<ServiceChange> {
-        let mut concerned = BTreeSet::new();
+        let mut affected = BTreeSet::new();
         if changes.everything {
             self.prepare(snapshot, client);
         }
         if let Some(service) = &self.explain {
-            concerned.insert(service.clone());
+            affected.insert(service.clone());
         } else if changes.everything {
-            concerned.extend(self.services.keys().cloned());
-            concerned.extend(visible_services(snapshot, client));
+            affected.extend(self.services.keys().cloned());
+            affected.extend(visible_services(snapshot, client));
             let slices = snapshot.clusters.values().flat_map(|objects| objects.slices.keys());
-            concerned.extend(slices.map(|service| ServiceId::service(service.clone())));
+            affected.extend(slices.map(|service| ServiceId::service(service.clone())));
         } else {
             for service in &changes.services {
-                concerned.extend(self.dependents.get(service).into_iter().flatten().cloned());
-                concerned.insert(service.clone());
+                affected.extend(self.dependents.get(service).into_iter().flatten().cloned());
+                affected.insert(service.clone());
             }
         }
-        concerned.into_iter().filter_map(|service| self.recompile(snapshot, client, observed, service)).collect()
+        affected.into_iter().filter_map(|service| self.recompile(snapshot, client, observed, service)).collect()
     }
 
-    /// The verdict as it is now, without what is wrong with the objects themselves.
+    /// Returns the current policy output. Findings about the decoding of objects are not part of it.
     pub fn output(&self) -> PolicyOutput {
         let assignments = self.services.values().flat_map(|compiled| &compiled.assignments).cloned().collect();
         PolicyOutput { assignments, findings: self.findings().cloned().collect() }
     }
 
-    /// What people should know of rules, places and services.
+    /// Returns the findings about rules, addresses and services.
     pub fn findings(&self) -> impl Iterator<Item = &Finding> {
         self.findings.iter().chain(self.services.values().flat_map(|compiled| &compiled.findings))
     }
 
-    /// Findings that were not there when this was asked before.
+    /// Returns the findings that are new since the previous call.
     pub fn fresh_findings(&mut self) -> Vec<Finding> {
         std::mem::take(&mut self.fresh)
     }
 
-    /// What all services depend on.
+    /// Rebuilds what all services depend on: rules and address owners.
     fn prepare(&mut self, snapshot: &Snapshot, client: &Client) {
         let before = std::mem::take(&mut self.findings);
         self.owners.clear();
@@ -124,13 +124,12 @@ impl Compiler {
         self.rules = RuleIndex::new(snapshot, client, &mut self.findings);
         if !snapshot.clusters.contains_key(&client.cluster) {
             let message = format!(
-                "the configuration has no cluster {:?}: there is nothing to do for its clients",
+                "the configuration has no cluster {:?}, so its clients are not served; check --cluster",
                 &*client.cluster
             );
             self.findings.push(Finding::new(Code::UnknownCluster, format!("Cluster {}", client.cluster), message));
         }
-        // Services come before entries: a ServiceEntry does not take what is a Service's.
-        // Of other clusters' addresses nobody here need know.
+        // Services come before entries: a ServiceEntry must not take a Service's address.
         let own = snapshot.clusters.get(&client.cluster);
         let services = own.into_iter().flat_map(|objects| objects.services.values());
         let of_services: BTreeMap<IpAddr, &NamespacedName> =
@@ -139,7 +138,7 @@ impl Compiler {
             let Some(view) = service_view::find(snapshot, &client.cluster, &id) else { continue };
             for (i, address) in view.addresses.iter().enumerate() {
                 if let Some(service) = of_services.get(address).filter(|_| id.is_entry) {
-                    let message = format!("{address} is an address of Service {service}, which counts");
+                    let message = format!("{address} is an address of Service {service}, which takes precedence");
                     self.findings
                         .push(Finding::new(Code::ServiceWins, id.object(), message).at(format!("spec.addresses[{i}]")));
                     continue;
@@ -149,7 +148,7 @@ impl Compiler {
                     let owner = self.owners.entry(key).or_insert_with(|| id.clone());
                     if *owner != id {
                         let message = format!(
-                            "{address} port {} belongs to {}, which comes first by its name",
+                            "{address} port {} belongs to {}, which comes first in name order",
                             port.port,
                             owner.object()
                         );
@@ -216,7 +215,7 @@ impl Compiler {
     ) {
         let id = &view.id;
         if !port.protocol.is_balanced() {
-            let message = format!("port {}: {} is left alone", port.port, port.protocol);
+            let message = format!("port {}: {} is not load-balanced", port.port, port.protocol);
             compiled.findings.push(Finding::new(Code::ProtocolNotHandled, id.object(), message));
             return;
         }
@@ -232,29 +231,29 @@ impl Compiler {
                 unknown_locality: &self.unknown_locality,
                 explain: self.explain.as_ref() == Some(id),
             };
-            // Addresses may be told apart by routes; as a rule they are not.
-            let mut rest: Vec<IpAddr> = own.clone().copied().filter(family).collect();
-            while let Some(first) = rest.first().copied() {
+            // Routes may match individual addresses, so addresses are grouped by route. Usually there is one group.
+            let mut remaining: Vec<IpAddr> = own.clone().copied().filter(family).collect();
+            while let Some(first) = remaining.first().copied() {
                 let route = |address: IpAddr| self.rules.route(id, port, address);
-                let taken = route(first);
-                let same = |address: &mut IpAddr| {
+                let matched = route(first);
+                let same_route = |address: &mut IpAddr| {
                     let other = route(*address);
-                    match (taken, other) {
+                    match (matched, other) {
                         (None, None) => true,
                         (Some((_, a)), Some((_, b))) => std::ptr::eq(a, b),
                         _ => false,
                     }
                 };
-                let alike: Vec<IpAddr> = rest.extract_if(.., same).collect();
-                let frontends = alike.into_iter().map(|address| SocketAddr::new(address, port.port)).collect();
+                let group: Vec<IpAddr> = remaining.extract_if(.., same_route).collect();
+                let frontends = group.into_iter().map(|address| SocketAddr::new(address, port.port)).collect();
                 let ports = |service: &ServiceId| -> Vec<u16> {
                     let view = service_view::find(snapshot, &client.cluster, service);
-                    let alike = |other: &&ServicePort| other.protocol == port.protocol;
-                    view.map(|view| view.ports.iter().filter(alike).map(|port| port.port).collect()).unwrap_or_default()
+                    let same = |other: &&ServicePort| other.protocol == port.protocol;
+                    view.map(|view| view.ports.iter().filter(same).map(|port| port.port).collect()).unwrap_or_default()
                 };
                 let at = (port.port, port.protocol, first.is_ipv6());
-                let destinations = self.rules.destinations(id, at, taken, &ports, &mut compiled.findings);
-                // A route is large, and kept: no room for more than there are.
+                let destinations = self.rules.destinations(id, at, matched, &ports, &mut compiled.findings);
+                // Routes are large and long-lived: allocate no spare capacity.
                 let mut routes = Vec::with_capacity(destinations.len());
                 let mut groups = Vec::with_capacity(destinations.len());
                 for destination in destinations {
@@ -274,7 +273,7 @@ impl Compiler {
                     port: port.port,
                     protocol: port.protocol,
                     frontends,
-                    routed_by: taken.map(|(rule, _)| rule.name.clone()),
+                    routed_by: matched.map(|(rule, _)| rule.name.clone()),
                     passthrough: matches!(routes.as_slice(), [only] if only.pool.algorithm == Algorithm::Passthrough),
                     schedule: Arc::new(schedule(&routes, groups)),
                     affinity: affinity(view, &routes, &mut compiled.findings),
@@ -287,13 +286,14 @@ impl Compiler {
     }
 }
 
-/// The service of this name that the client can dial: a Service, or else a ServiceEntry.
+/// Returns the service of this name that the client can dial: a Service, otherwise a ServiceEntry.
 pub fn service_named(snapshot: &Snapshot, client: &Client, name: &NamespacedName) -> Option<ServiceId> {
     let all = visible_services(snapshot, client);
     [ServiceId::service(name.clone()), ServiceId::entry(name.clone())].into_iter().find(|id| all.contains(id))
 }
 
-/// The services that clients can dial: those of their own cluster, and entries of it and of the mesh.
+/// Returns the services that clients can dial: those of their own cluster, and ServiceEntries of the cluster or the
+/// mesh.
 fn visible_services(snapshot: &Snapshot, client: &Client) -> BTreeSet<ServiceId> {
     let own = snapshot.clusters.get(&client.cluster);
     let services = own.into_iter().flat_map(|objects| objects.services.keys()).cloned().map(ServiceId::service);
@@ -301,7 +301,7 @@ fn visible_services(snapshot: &Snapshot, client: &Client) -> BTreeSet<ServiceId>
     services.chain(entries.cloned().map(ServiceId::entry)).collect()
 }
 
-/// Says which connections are refused, and why.
+/// Reports which connections are refused, and why.
 fn report_refusals(context: &PolicyContext<'_>, assignment: &Assignment, findings: &mut Vec<Finding>) {
     for pool in assignment.routes.iter().map(|route| &route.pool).filter(|pool| pool.groups == 0) {
         if assignment.passthrough {
@@ -313,7 +313,7 @@ fn report_refusals(context: &PolicyContext<'_>, assignment: &Assignment, finding
     }
 }
 
-/// A part of a service's connections cannot be left alone while others are given endpoints.
+/// Replaces `PASSTHROUGH` by round robin.
 fn reject_partial_passthrough(pool: &mut Pool, id: &ServiceId, findings: &mut Vec<Finding>) {
     if pool.algorithm == Algorithm::Passthrough {
         let message =
@@ -323,37 +323,36 @@ fn reject_partial_passthrough(pool: &mut Pool, id: &ServiceId, findings: &mut Ve
     }
 }
 
-/// How long clients come back to their endpoint. A hash has them come back anyway, as long as the endpoints are the same.
+/// Returns how long clients return to the same endpoint.
 fn affinity(view: &ServiceView<'_>, routes: &[Route], findings: &mut Vec<Finding>) -> Option<Duration> {
     let affinity = view.affinity?;
     if routes.iter().any(|route| route.pool.algorithm == Algorithm::ConsistentHash) {
-        let message = "has no effect: consistentHash of the DestinationRule says where clients come back to";
+        let message = "has no effect: consistentHash of the DestinationRule decides where clients return to";
         findings.push(Finding::new(Code::NotTogether, view.id.object(), message).at("spec.sessionAffinity"));
         return None;
     }
     Some(affinity)
 }
 
-/// The turns over all routes. A route that leads to nobody keeps its turns, and they refuse: its connections were not meant for
-/// the others.
+/// Builds the schedule over all routes.
 fn schedule(routes: &[Route], groups: Vec<Vec<Group>>) -> Schedule {
     if groups.iter().all(Vec::is_empty) {
         return Schedule::default();
     }
     let total: u128 = routes.iter().map(|route| u128::from(route.weight)).sum();
-    let mut parts = Vec::new();
+    let mut weighted = Vec::new();
     for (i, (route, groups)) in routes.iter().zip(groups).enumerate() {
         let share = Share::new(u128::from(route.weight), total.max(1));
         let choice = route.pool.choice();
         if groups.is_empty() {
-            parts.push(WeightedGroup { share, members: Vec::new(), choice, route: i as u32 });
+            weighted.push(WeightedGroup { share, members: Vec::new(), choice, route: i as u32 });
         }
-        parts.extend(groups.into_iter().map(|group| WeightedGroup {
+        weighted.extend(groups.into_iter().map(|group| WeightedGroup {
             share: group.share * share,
             members: group.members,
             choice,
             route: i as u32,
         }));
     }
-    Schedule::new(parts)
+    Schedule::new(weighted)
 }

@@ -1,4 +1,4 @@
-//! What a pool is computed from.
+//! Inputs to the computation of a pool.
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
@@ -12,14 +12,14 @@ use crate::{
     store::{NETWORK, Snapshot},
 };
 
-/// An endpoint with all that decides about it.
+/// An endpoint with all inputs that decide whether and how the pool uses it.
 #[derive(Clone)]
 pub(super) struct Candidate<'a> {
     pub(super) endpoint: Endpoint,
     pub(super) ready: bool,
     pub(super) serving: bool,
     pub(super) terminating: Option<bool>,
-    /// Whether its cluster is out of reach.
+    /// Whether the endpoint's cluster is unreachable.
     pub(super) lost: bool,
     pub(super) hints: Option<&'a Hints>,
     pub(super) labels: Option<&'a Labels>,
@@ -28,13 +28,13 @@ pub(super) struct Candidate<'a> {
 }
 
 impl Labelled for Candidate<'_> {
-    /// A label of the workload, or one of those that Istio adds to each.
+    /// Returns a label of the workload, or one that Istio adds to every endpoint.
     fn label(&self, key: &str) -> &str {
         let locality = &self.endpoint.locality;
         let own = || self.labels.and_then(|labels| labels.get(key)).map(String::as_str).unwrap_or_default();
         match key {
             "topology.istio.io/cluster" => &self.endpoint.cluster,
-            // Places come from the node and the network from the cluster, whatever the pod claims.
+            // Locality comes from the Node and the network from the cluster, whatever labels the pod has.
             "topology.kubernetes.io/region" => &locality.region,
             "topology.kubernetes.io/zone" => &locality.zone,
             "topology.istio.io/subzone" => &locality.subzone,
@@ -45,18 +45,19 @@ impl Labelled for Candidate<'_> {
     }
 }
 
-/// Everything that a pool is computed from.
+/// Everything that a pool is computed from, apart from its key.
 pub(super) struct PolicyContext<'a> {
     pub(super) snapshot: &'a Snapshot,
     pub(super) client: &'a Client,
     pub(super) rules: &'a RuleIndex,
     pub(super) observed: &'a HealthView,
-    /// Which address family the frontend has; endpoints of the other one cannot be dialled from it.
+    /// Address family of the frontend, as a predicate.
     pub(super) family: fn(&IpAddr) -> bool,
-    /// The place of what is nowhere.
+    /// Shared empty locality, for endpoints whose locality is unknown.
     pub(super) unknown_locality: &'a Arc<Locality>,
-    /// Whether somebody wants to know what was left out.
+    /// Whether to record excluded endpoints with the reasons.
     pub(super) explain: bool,
 }
 
+/// Weights of localities, by level and locality.
 pub(super) type Weights = BTreeMap<(u32, Arc<Locality>), u64>;

@@ -1,4 +1,4 @@
-//! Why a port has no usable endpoint, and what is suspicious about those that it has.
+//! Explains why a port has no usable endpoint, and reports inconsistencies among the endpoints.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -8,19 +8,19 @@ use crate::{
     store::Snapshot,
 };
 
-/// Why a pool has nobody to take.
+/// Returns why a pool has no usable endpoint, as a clause for a finding.
 pub(super) fn explain_empty(context: &PolicyContext<'_>, pool: &Pool) -> String {
     if !pool.endpoints.is_empty() {
         return format!("none of its {} endpoints is healthy", pool.endpoints.len());
     }
     let Some(view) = find(context.snapshot, &context.client.cluster, &pool.key.service) else {
-        return "there is no such service".to_owned();
+        return "the service does not exist".to_owned();
     };
     let Some(port) = view.port(&pool.key) else {
-        return format!("it has no {} port {}", pool.key.protocol, pool.key.port);
+        return format!("the service has no {} port {}", pool.key.protocol, pool.key.port);
     };
     if view.id.is_entry {
-        return "no endpoint of it can be dialled from here".to_owned();
+        return "this client can reach none of its endpoints".to_owned();
     }
     let clusters = context.snapshot.clusters.values();
     let slices: Vec<_> =
@@ -32,46 +32,46 @@ pub(super) fn explain_empty(context: &PolicyContext<'_>, pool: &Pool) -> String 
     if all().next().is_none() {
         "it has no endpoints".to_owned()
     } else if !slices.iter().any(|slice| serves(slice)) {
-        format!("no EndpointSlice has a {} port named {:?}, as this port of the Service is", port.protocol, port.name)
+        format!("no EndpointSlice has a {} port named {:?}, the name of the Service port", port.protocol, port.name)
     } else if !all().any(|endpoint| (context.family)(&endpoint.address)) {
-        "its endpoints are of the other address family".to_owned()
+        "all of its endpoints are of the other address family".to_owned()
     } else if pool.key.subset.is_some() {
         "no Pod behind its endpoints has the labels of the subset".to_owned()
     } else if pool.cluster_local == ClusterLocal::Strict {
-        "it is kept in its cluster, which has no endpoint of it".to_owned()
+        "clusterLocal keeps connections in the client's cluster, which has no endpoint of this service".to_owned()
     } else {
-        "none of its endpoints is left: they are terminating, in clusters without the Service, or not on this node"
+        "all of its endpoints are excluded: they are terminating, in clusters without the Service, or not on this node"
             .to_owned()
     }
 }
 
-/// What does not fit together in the endpoints of one service: slices without a Service, endpoints on nodes that nobody knows.
+/// Reports inconsistencies among the endpoints of a service: slices without a Service, and endpoints on unknown nodes.
 pub(super) fn check(snapshot: &Snapshot, client: &Arc<str>, service: &ServiceId, findings: &mut Vec<Finding>) {
     if service.is_entry {
         return;
     }
     for (cluster, objects) in &snapshot.clusters {
         let other = if cluster == client { "" } else { &**cluster };
-        let mut say = |code: Code, slice: &EndpointSlice, field: &str, message: String| {
+        let mut report = |code: Code, slice: &EndpointSlice, field: &str, message: String| {
             let finding = Finding::new(code, format!("EndpointSlice {}", slice.name), message);
             findings.push(finding.at(field).in_cluster(other));
         };
         let unknown = !objects.services.contains_key(&service.name);
         for slice in objects.slices.get(&service.name).into_iter().flat_map(|slices| slices.values()) {
             if unknown {
-                let message = format!("cluster {cluster} has no Service {service}: these endpoints are not used");
-                say(Code::SliceWithoutService, slice, "metadata.labels", message);
+                let message = format!("cluster {cluster} has no Service {service}, so these endpoints are not used");
+                report(Code::SliceWithoutService, slice, "metadata.labels", message);
             }
-            let mut told = BTreeSet::new();
+            let mut reported = BTreeSet::new();
             for node in slice.endpoints.iter().map(|endpoint| endpoint.node.as_deref()) {
-                if node.is_some_and(|node| objects.nodes.contains_key(node)) || !told.insert(node) {
+                if node.is_some_and(|node| objects.nodes.contains_key(node)) || !reported.insert(node) {
                     continue;
                 }
-                let what = node.map_or("an endpoint names no node".to_owned(), |node| {
+                let what = node.map_or("an endpoint has no nodeName".to_owned(), |node| {
                     format!("cluster {cluster} has no Node {node}")
                 });
-                let message = format!("{what}, so the locality is unknown and counts as far away");
-                say(Code::EndpointWithoutPlace, slice, "endpoints.nodeName", message);
+                let message = format!("{what}, so the locality is unknown and the endpoint counts as remote");
+                report(Code::EndpointWithoutPlace, slice, "endpoints.nodeName", message);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Which endpoints a pool has.
+//! Selects the endpoints of a pool.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -17,24 +17,24 @@ use crate::{
     store::Objects,
 };
 
-/// What decides which endpoints belong to a pool.
+/// Criteria for the endpoints of a pool.
 pub(super) struct Filter<'a> {
     pub(super) key: &'a PoolKey,
-    /// The subset's labels.
+    /// Labels of the subset; `None` for all endpoints.
     pub(super) labels: Option<&'a Labels>,
     pub(super) cluster_local: ClusterLocal,
-    /// Whether an Istio rule is in force for the service.
+    /// Whether an Istio rule applies to the service.
     pub(super) has_istio_rule: bool,
-    /// Whether endpoints that are not ready stay out altogether, and do not count as unhealthy ones.
+    /// Whether endpoints that are not ready are excluded, instead of counted as unhealthy.
     pub(super) ready_only: bool,
-    /// Whether ejections count: nobody is ejected from a pool that asks for no outlier detection.
+    /// Whether ejections apply. A pool without outlier detection ejects no endpoint.
     pub(super) ejects: bool,
 }
 
-/// What has been found so far.
+/// Intermediate result of the selection.
 struct EndpointSearch<'a> {
     candidates: Vec<Candidate<'a>>,
-    /// Where in the list an address is.
+    /// Index into `candidates` of each address.
     seen: HashMap<SocketAddr, usize>,
     left_out: Option<Vec<Excluded>>,
 }
@@ -47,18 +47,18 @@ impl EndpointSearch<'_> {
     }
 }
 
-/// What a pool has and has not.
+/// The endpoints that a pool includes, and those that it excludes.
 #[derive(Default)]
 pub(super) struct Selected<'a> {
-    /// Its endpoints, in order of their addresses.
+    /// Endpoints of the pool, ordered by address.
     pub(super) candidates: Vec<Candidate<'a>>,
-    /// Those that it would have, were they not going away or not ready: they get no connection, and those that they have go on.
+    /// Endpoints that are excluded only because they are terminating or not ready.
     pub(super) leaving: Vec<SocketAddr>,
-    /// Where somebody wants to know, those that it does not have, with the reason.
+    /// Excluded endpoints with the reasons; empty unless an explanation was requested.
     pub(super) left_out: Vec<Excluded>,
 }
 
-/// The endpoints of the pool.
+/// Selects the endpoints of the pool from EndpointSlices, ServiceEntries and WorkloadEntries.
 pub(super) fn select<'a>(context: &PolicyContext<'a>, filter: &Filter<'_>) -> Selected<'a> {
     let mut found =
         EndpointSearch { candidates: Vec::new(), seen: HashMap::new(), left_out: context.explain.then(Vec::new) };
@@ -72,7 +72,7 @@ pub(super) fn select<'a>(context: &PolicyContext<'a>, filter: &Filter<'_>) -> Se
     workloads(context, filter, &view, port, &mut found);
     by_hints(context, filter, &view, &mut found);
     let EndpointSearch { candidates, mut left_out, .. } = found;
-    // kube-proxy: where nothing is ready, what is going away but still serves is better than nothing.
+    // kube-proxy: if no endpoint is ready, fall back to those that are terminating but still serving.
     let is_ready =
         |candidate: &Candidate<'_>| candidate.ready && !candidate.lost && candidate.terminating != Some(true);
     let last_resort =
@@ -81,7 +81,7 @@ pub(super) fn select<'a>(context: &PolicyContext<'a>, filter: &Filter<'_>) -> Se
     let mut leaving = Vec::new();
     for mut candidate in candidates {
         match health(filter, &view, last_resort, &candidate) {
-            // Nobody knows how it is by now.
+            // The cluster is unreachable, so the current state of the endpoint is unknown.
             Ok(_) if candidate.lost => candidate.endpoint.health = EndpointHealth::Unhealthy,
             Ok(health) => candidate.endpoint.health = health,
             Err(why) => {
@@ -107,7 +107,7 @@ pub(super) fn select<'a>(context: &PolicyContext<'a>, filter: &Filter<'_>) -> Se
     Selected { candidates: chosen, leaving, left_out: left_out.unwrap_or_default() }
 }
 
-/// What its conditions say of an endpoint, or why the pool does not have it.
+/// Returns the health according to the conditions of the endpoint, or the reason why the pool excludes it.
 fn health(
     filter: &Filter<'_>,
     view: &ServiceView<'_>,
@@ -115,7 +115,7 @@ fn health(
     candidate: &Candidate<'_>,
 ) -> Result<EndpointHealth, &'static str> {
     let ready = candidate.ready || view.publish_not_ready;
-    // Absent means "no" to Kubernetes, and to Istio "yes" for what is not ready.
+    // Without `terminating`, Kubernetes assumes false; Istio assumes true for an endpoint that is not ready.
     let going = candidate.terminating.unwrap_or(filter.has_istio_rule && !ready);
     match (ready, going) {
         (true, _) if view.publish_not_ready => Ok(EndpointHealth::Healthy),
@@ -123,7 +123,7 @@ fn health(
         (_, true) => Err("it is terminating"),
         (true, false) => Ok(EndpointHealth::Healthy),
         (false, false) if filter.ready_only => {
-            Err("it is not ready, and minHealthPercent allows panic, which shall not revive it")
+            Err("it is not ready, and minHealthPercent allows panic mode, which must not revive it")
         }
         (false, false) => Ok(EndpointHealth::Unhealthy),
     }
@@ -136,15 +136,15 @@ fn slices<'a>(
     port: &str,
     found: &mut EndpointSearch<'a>,
 ) {
-    // The own cluster first: what it says of an address counts, whatever another one says of the same.
+    // The client's own cluster comes first: if clusters disagree about an address, it takes precedence.
     let own = context.snapshot.clusters.get_key_value(&context.client.cluster);
     let others = context.snapshot.clusters.iter().filter(|(cluster, _)| **cluster != context.client.cluster);
     for (cluster, objects) in own.into_iter().chain(others) {
         let Some(slices) = objects.slices.get(&view.id.name) else { continue };
         let own = *cluster == context.client.cluster;
-        // A cluster adds endpoints to services that it has itself.
+        // A cluster adds endpoints only to services that it has itself.
         let outside = if !own && filter.cluster_local == ClusterLocal::Strict {
-            Some("it is in another cluster, and clusterLocal keeps connections in the client's")
+            Some("it is in another cluster, and clusterLocal keeps connections in the client's cluster")
         } else if !own && view.node_local {
             Some("it is on another node, and internalTrafficPolicy is Local")
         } else if !objects.services.contains_key(&view.id.name) {
@@ -160,7 +160,7 @@ fn slices<'a>(
                 // Endpoints belong to a service port by its name, whatever the numbers are.
                 let (why, number) = match (outside, serves) {
                     (Some(why), _) => (Some(why), 0),
-                    (None, None) => (Some("its slice has no port of that name"), 0),
+                    (None, None) => (Some("its EndpointSlice has no port of that name"), 0),
                     (None, Some(port)) => (None, port.port),
                 };
                 let candidate = Candidate {
@@ -187,7 +187,7 @@ fn slices<'a>(
     }
 }
 
-/// Endpoints that are described by hand: those of a ServiceEntry, and WorkloadEntries that it or a Service selects.
+/// Adds endpoints without an EndpointSlice: those of a ServiceEntry, and WorkloadEntries that it or a Service selects.
 fn workloads<'a>(
     context: &PolicyContext<'a>,
     filter: &Filter<'_>,
@@ -206,18 +206,19 @@ fn workloads<'a>(
     let entries = entries.filter(|entry| entry.name.namespace == *namespace && selected(&entry.workload));
     let network = own.map(Objects::network).unwrap_or_default();
     for workload in view.workloads.iter().chain(entries.map(|entry| &entry.workload)) {
-        // Istio: the workload's own port of that name, or else the target, whose name is the workload's to say.
+        // Istio: the workload's own port of that name, otherwise the target port; the workload resolves a named target
+        // port.
         let own = |name: &str| workload.ports.get(name).copied();
         let number = own(&port.name).or_else(|| match &port.target {
             Target::Number(number) => Some(*number),
             Target::Name(name) => own(name),
         });
-        let why = number.is_none().then_some("it does not say which port the service's targetPort is");
+        let why = number.is_none().then_some("it does not define the port that the service's targetPort names");
         let number = number.unwrap_or_default();
         let candidate = Candidate {
             endpoint: Endpoint {
                 address: SocketAddr::new(workload.address, number),
-                // Each control plane takes what is described by hand for its own.
+                // Each control plane assigns such endpoints to its own cluster.
                 cluster: Arc::clone(&context.client.cluster),
                 locality: Arc::clone(&workload.locality),
                 weight: workload.weight,
@@ -237,7 +238,7 @@ fn workloads<'a>(
     }
 }
 
-/// Adds a candidate, unless something speaks against it.
+/// Adds a candidate, or records why it is excluded.
 fn add<'a>(
     context: &PolicyContext<'_>,
     filter: &Filter<'_>,
@@ -256,7 +257,7 @@ fn add<'a>(
     } else if view.node_local && !on_node() {
         Some("it is on another node, and internalTrafficPolicy is Local")
     } else if !filter.labels.is_none_or(has) {
-        Some("it has not the labels of the subset")
+        Some("it does not have the labels of the subset")
     } else {
         None
     };
@@ -267,21 +268,20 @@ fn add<'a>(
                 entry.insert(found.candidates.len());
                 found.candidates.push(candidate);
             }
-            // During a rollout of slices an endpoint may be in two of them, and be ready in one only.
+            // While slices are updated, an endpoint may be in two of them, and be ready in only one.
             Entry::Occupied(entry) => {
                 let first = &mut found.candidates[*entry.get()];
                 let (address, cluster) = (address.ip(), Arc::clone(cluster));
                 if first.endpoint.cluster == cluster && candidate.ready && !first.ready {
                     *first = candidate;
                 }
-                found.leave_out(address, &cluster, "it is listed more than once, which counts once");
+                found.leave_out(address, &cluster, "it is a duplicate: it is listed more than once");
             }
         },
     }
 }
 
-/// Kubernetes' topology hints: if every ready endpoint has one, and one of them is for this node or zone, those of others are left out.
-/// Istio's rules and `trafficDistribution` say the same by other means.
+/// Applies Kubernetes topology hints.
 fn by_hints(context: &PolicyContext<'_>, filter: &Filter<'_>, view: &ServiceView<'_>, found: &mut EndpointSearch<'_>) {
     if filter.has_istio_rule || view.traffic_distribution.is_some() || view.node_local {
         return;
@@ -310,11 +310,11 @@ fn by_hints(context: &PolicyContext<'_>, filter: &Filter<'_>, view: &ServiceView
     let others = found.candidates.extract_if(.., |candidate| candidate.ready && !candidate.hints.is_some_and(meant));
     let others: Vec<_> = others.map(|other| (other.endpoint.address.ip(), other.endpoint.cluster)).collect();
     for (address, cluster) in others {
-        found.leave_out(address, &cluster, "its topology hints are for clients elsewhere");
+        found.leave_out(address, &cluster, "its topology hints name other nodes or zones");
     }
 }
 
-/// Locality comes from the Node only: pods cannot make themselves look near.
+/// Returns the locality of the Node. Pod labels do not count, so a pod cannot make itself look near.
 fn locality_of(context: &PolicyContext<'_>, objects: &Objects, endpoint: &SliceEndpoint) -> Arc<Locality> {
     let node = endpoint.node.as_deref().and_then(|name| objects.nodes.get(name));
     node.map_or_else(|| Arc::clone(context.unknown_locality), |node| Arc::clone(&node.locality))

@@ -1,4 +1,4 @@
-//! From candidates to levels: the priority of each endpoint, and the weight of each locality on its level.
+//! Assigns a priority level to each candidate, and computes the weight of each locality per level.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use super::{
 };
 use crate::model::{ClusterLocal, Locality, LocalitySetting};
 
-/// Gives each endpoint its level, drops those that `distribute` leaves out, and returns the weight of each locality.
+/// Assigns each endpoint its level and returns the weight of each locality.
 pub(super) fn assign_levels(
     client: &Client,
     mode: LocalityMode,
@@ -21,7 +21,7 @@ pub(super) fn assign_levels(
     if mode == LocalityMode::Failover {
         let mut levels = if by_distance { failover(client, setting, candidates) } else { vec![0; candidates.len()] };
         if cluster_local == ClusterLocal::Prefer {
-            // However far inside the own cluster, it is nearer than any other.
+            // Any endpoint in the client's cluster, however distant, comes before endpoints of other clusters.
             let outside = levels.iter().max().map_or(0, |level| level + 1);
             for (level, candidate) in levels.iter_mut().zip(&*candidates) {
                 *level += if candidate.endpoint.cluster == client.cluster { 0 } else { outside };
@@ -43,13 +43,13 @@ pub(super) fn assign_levels(
     weights
 }
 
-/// The level of each endpoint, as the setting orders them.
+/// Returns the level of each endpoint under the failover setting, possibly with gaps.
 pub(super) fn failover(client: &Client, setting: &LocalitySetting, candidates: &[Candidate<'_>]) -> Vec<u32> {
     let localities: Vec<&Locality> = candidates.iter().map(|candidate| &*candidate.endpoint.locality).collect();
     levels((&client.labels, &client.locality), setting, &localities, candidates)
 }
 
-/// The weight of each locality: the sum of its endpoints'.
+/// Returns the weight of each locality: the sum of its endpoint weights.
 pub(super) fn endpoint_weights(candidates: &[Candidate<'_>]) -> Weights {
     let mut weights = Weights::new();
     for Endpoint { priority, locality, weight, .. } in candidates.iter().map(|candidate| &candidate.endpoint) {

@@ -1,4 +1,4 @@
-//! The connections of a pool, divided among its endpoints: over levels by their health, over localities by what is left of them.
+//! Splits the connections of a pool among its endpoints: over levels by health, over localities by remaining capacity.
 
 use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 
@@ -15,17 +15,18 @@ use super::{
 };
 use crate::model::{Locality, LocalitySetting, Warmup};
 
-/// Divides the connections among the endpoints of a pool.
+/// Splits the connections of a pool among its endpoints.
 pub(super) struct LoadSplit<'a> {
     pub(super) context: &'a PolicyContext<'a>,
     pub(super) warmup: Option<&'a Warmup>,
-    /// Panic threshold in percent.
+    /// Panic threshold in percent; 0 disables panic mode.
     pub(super) threshold: u32,
     pub(super) key: &'a PoolKey,
 }
 
 impl LoadSplit<'_> {
-    /// Over the levels by their health, inside a level by locality (where that is asked for) or evenly.
+    /// Splits over levels by health; within a level by locality weight if `by_locality` is set, otherwise by endpoint
+    /// weight.
     pub(super) fn by_level(
         &self,
         candidates: &[Candidate<'_>],
@@ -53,14 +54,14 @@ impl LoadSplit<'_> {
         (priorities, groups)
     }
 
-    /// The load of each level, and those on it that may be chosen.
+    /// Returns the load of each level, and the endpoints on it that receive connections.
     fn levels<'e>(&self, on: &[Vec<&'e Endpoint>]) -> Vec<(Priority, Vec<&'e Endpoint>)> {
         let usable = |endpoints: &[&Endpoint]| endpoints.iter().filter(|endpoint| endpoint.health.is_usable()).count();
         let levels: Vec<Level> =
             on.iter().map(|endpoints| Level::new(endpoints.len() as u64, usable(endpoints) as u64)).collect();
         let loads = loads(&levels, self.threshold, OVERPROVISIONING_FACTOR);
         let chosen = |endpoints: &[&'e Endpoint], panic: bool| {
-            // What panic revives was ejected, or fails its probes. What is not ready stays out.
+            // Panic mode revives endpoints that are ejected or fail their probes. Those that are not ready stay out.
             let revived = |health| matches!(health, EndpointHealth::Ejected | EndpointHealth::Failing);
             let may = |endpoint: &&&Endpoint| endpoint.health.is_usable() || (panic && revived(endpoint.health));
             endpoints.iter().filter(may).copied().collect::<Vec<_>>()
@@ -74,8 +75,7 @@ impl LoadSplit<'_> {
             .collect()
     }
 
-    /// The level's load, divided by the effective weights of its localities: a locality that lost more than its spare hosts weighs
-    /// less (Envoy's locality weighted load balancing).
+    /// Splits the level's load by the effective weights of its localities.
     fn by_weight(
         &self,
         level: u32,
@@ -103,7 +103,7 @@ impl LoadSplit<'_> {
         parts.map(group).collect()
     }
 
-    /// Portolan's own: the shares of `distribute` hold, and what a locality cannot carry goes where failover leads from there.
+    /// Applies `portolan.io/distribute-with-failover`, an extension to Istio.
     pub(super) fn distribute_with_failover(
         &self,
         setting: &LocalitySetting,
@@ -125,11 +125,11 @@ impl LoadSplit<'_> {
         for (candidate, target) in candidates.iter_mut().zip(&targets) {
             candidate.endpoint.priority = u32::from(target.is_none());
         }
-        // For people; the groups have the exact ones.
+        // Approximate loads for reports; the groups carry the exact shares.
         let mut shares = [0.0; 2];
         let (mut groups, mut panics) = (Vec::new(), [false; 2]);
         for (i, (pattern, percent)) in rule.to.iter().enumerate() {
-            // From here: the target itself, then all others in the order of failover.
+            // Order as seen from the target: the target first, then all others in failover order.
             let by_place = |endpoints: &[&Locality]| failover_levels(&pattern.place(), endpoints, &setting.failover);
             let others: Vec<usize> = (0..candidates.len()).filter(|&at| targets[at] != Some(i)).collect();
             let order = if setting.failover_priority.is_empty() {
@@ -176,7 +176,7 @@ impl LoadSplit<'_> {
         (priorities, weights, groups)
     }
 
-    /// Endpoints with their weights; those of the young ones are less.
+    /// Returns endpoints with their weights, which are reduced during warmup.
     fn members<'e>(&self, endpoints: impl IntoIterator<Item = &'e Endpoint>) -> Vec<(SocketAddr, u32)> {
         let endpoints: Vec<&Endpoint> = endpoints.into_iter().collect();
         let factor = |endpoint: &Endpoint| {
@@ -195,14 +195,12 @@ impl LoadSplit<'_> {
     }
 }
 
-/// Parts of the weight of an endpoint in which warmup is counted.
+/// Resolution of warmup: each unit of endpoint weight is divided into this many parts.
 const WARMUP_STEPS: u64 = 100;
 
-/// Weights of localities by what is left of them: weight, hosts and healthy hosts of each. Whole numbers in the same proportion as
-/// weight · min(1, factor · healthy / hosts), with the factor in percent.
+/// Returns the effective weight of each locality, given its weight, hosts and healthy hosts.
 pub fn effective_weights(localities: &[(u64, u64, u64)], factor: u64) -> Vec<u128> {
-    // Health is a fraction; in units of this size it is a whole number, unless there are more localities of more sizes than
-    // any schedule could show.
+    // Health is a fraction, which is an integer in multiples of 1/unit.
     let unit = localities
         .iter()
         .try_fold(100u128, |unit, (_, hosts, _)| {

@@ -1,10 +1,9 @@
-//! Near and far: failover levels, and shares by locality.
+//! Locality: failover levels, and shares per locality.
 
 use super::types::SettingSource;
 use crate::model::{Distribute, Failover, LabelPreference, Labels, Locality, LocalitySetting, TrafficDistribution};
 
-/// The locality setting that counts for a service (Istio `GetLocalityLbSetting`): the DestinationRule's, else what the Service's
-/// `trafficDistribution` means, else the mesh's. They are not merged, and one that is off is none.
+/// Returns the locality setting that applies to a service, and its source (Istio `GetLocalityLbSetting`).
 pub fn effective_setting(
     rule: Option<&LocalitySetting>,
     distribution: Option<TrafficDistribution>,
@@ -24,7 +23,7 @@ const ZONE: &str = "topology.kubernetes.io/zone";
 const SUBZONE: &str = "topology.istio.io/subzone";
 const HOSTNAME: &str = "kubernetes.io/hostname";
 
-/// `trafficDistribution` as labels that an endpoint should share with the client (Istio's reading of it).
+/// Translates `trafficDistribution` into labels that an endpoint should share with the client, as Istio does.
 fn preferring(distribution: TrafficDistribution) -> LocalitySetting {
     let keys: &[&str] = match distribution {
         TrafficDistribution::PreferSameZone => &[NETWORK, REGION, ZONE],
@@ -34,14 +33,12 @@ fn preferring(distribution: TrafficDistribution) -> LocalitySetting {
     LocalitySetting { failover_priority: keys.iter().map(preference).collect(), ..LocalitySetting::default() }
 }
 
-/// The priority of each endpoint for a client, by locality (Istio `applyLocalityFailover`): the same subzone, the same
-/// zone, the same region, and then the other regions, of which a failover rule prefers one. Levels that nobody is on
-/// vanish.
+/// Returns the priority of each endpoint by locality (Istio `applyLocalityFailover`).
 pub fn failover_levels(client: &Locality, endpoints: &[&Locality], rules: &[Failover]) -> Vec<u32> {
     densify(distances(client, endpoints, rules))
 }
 
-/// The same with the levels that nobody is on.
+/// Works like [`failover_levels`], but keeps empty levels.
 fn distances(client: &Locality, endpoints: &[&Locality], rules: &[Failover]) -> Vec<u32> {
     let preferred = rules.iter().find(|rule| rule.from == client.region).map(|rule| &rule.to);
     let level = |endpoint: &&Locality| {
@@ -56,9 +53,9 @@ fn distances(client: &Locality, endpoints: &[&Locality], rules: &[Failover]) -> 
     endpoints.iter().map(level).collect()
 }
 
-/// Something that has labels.
+/// Access to labels by key.
 pub trait Labelled {
-    /// The value of a label; empty where it has none.
+    /// Returns the value of a label, or an empty string if it is absent.
     fn label(&self, key: &str) -> &str;
 }
 
@@ -68,14 +65,13 @@ impl Labelled for Labels {
     }
 }
 
-/// How far each endpoint is from sharing the labels that count (Istio `applyFailoverPriorities`): the earlier the first difference, the
-/// farther. A label that is missing on both sides is shared. A client without labels has no preference.
+/// Returns the priority of each endpoint by shared labels (Istio `applyFailoverPriorities`).
 pub fn label_levels(client: &Labels, endpoints: &[impl Labelled], keys: &[LabelPreference]) -> Vec<u32> {
     if client.is_empty() {
         return vec![0; endpoints.len()];
     }
     let count = keys.len() as u32;
-    let wanted: Vec<(&str, &str)> = keys
+    let expected: Vec<(&str, &str)> = keys
         .iter()
         .map(|preference| {
             (preference.key.as_str(), preference.value.as_deref().unwrap_or(client.label(&preference.key)))
@@ -83,10 +79,10 @@ pub fn label_levels(client: &Labels, endpoints: &[impl Labelled], keys: &[LabelP
         .collect();
     let level = |endpoint: &dyn Labelled| {
         let mut level = 0;
-        for ((key, value), index) in wanted.iter().zip(0..) {
+        for ((key, value), index) in expected.iter().zip(0..) {
             if endpoint.label(key) != *value {
                 level += count - index;
-                // Another network is far, and in it the other labels still tell near from far.
+                // A different network counts as far, but the remaining labels still order the endpoints in it.
                 if index > 0 || *key != NETWORK {
                     break;
                 }
@@ -97,7 +93,7 @@ pub fn label_levels(client: &Labels, endpoints: &[impl Labelled], keys: &[LabelP
     endpoints.iter().map(|endpoint| level(endpoint)).collect()
 }
 
-/// The levels of a setting: by labels, by locality, or by both.
+/// Returns the level of each endpoint under a setting: by labels, by locality, or by both.
 pub fn levels(
     client: (&Labels, &Locality),
     setting: &LocalitySetting,
@@ -116,7 +112,7 @@ pub fn levels(
     densify(densify(by_label).iter().zip(by_place).map(|(label, distance)| 5 * label + distance).collect())
 }
 
-/// The same order without gaps.
+/// Renumbers levels without gaps, in the same order.
 pub(super) fn densify(levels: Vec<u32>) -> Vec<u32> {
     let mut used = levels.clone();
     used.sort_unstable();
@@ -124,8 +120,7 @@ pub(super) fn densify(levels: Vec<u32>) -> Vec<u32> {
     levels.iter().map(|level| used.partition_point(|other| other < level) as u32).collect()
 }
 
-/// The weight of each locality under `distribute` (Istio `applyLocalityWeights`). `None` in the list: the locality is
-/// left out. `None` in all: no rule is for this client, and nothing changes.
+/// Returns the weight of each locality under `distribute` (Istio `applyLocalityWeights`).
 pub fn distribute_weights(
     client: &Locality,
     groups: &[(&Locality, u64)],

@@ -1,7 +1,4 @@
-//! Consistent hashing: a table of places, filled so that each endpoint has its share of them, and so that few places change hands when
-//! endpoints come and go. A client's hash names its place.
-//!
-//! Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", 2016, section 3.4; with weights, as Envoy has it.
+//! Consistent hashing with a Maglev table, which a client's hash indexes.
 
 use std::{collections::BTreeMap, hash::Hasher as _, net::SocketAddr};
 
@@ -10,14 +7,12 @@ use siphasher::sip::SipHasher13;
 
 use super::share::{Group, Share};
 
-/// Places for pools of few endpoints, and for those of many: primes. Where a pool grows from the one to the other, every client moves, so
-/// there are but two.
+/// Table sizes for small and for large pools, both primes.
 const CAPACITY: [usize; 2] = [4_099, 65_537];
-/// What counts as few: with this many, shares are off by a thirty-second at the most.
-const FEW: usize = 128;
+/// Largest number of endpoints for the small table; at this size, shares are off by 1/32 at most.
+const SMALL_POOL_MAX: usize = 128;
 
-/// One group of all endpoints in place of the groups, whose weights are the places that each has. A client belongs to an endpoint of the
-/// pool, whatever its locality; the shares of localities hold over many clients.
+/// Merges the groups into one, in which the weight of each endpoint is its number of slots.
 pub(super) fn quotas(groups: Vec<Group>) -> Vec<Group> {
     let mut shares: BTreeMap<SocketAddr, Share> = BTreeMap::new();
     for group in groups {
@@ -30,20 +25,20 @@ pub(super) fn quotas(groups: Vec<Group>) -> Vec<Group> {
     if shares.is_empty() {
         return Vec::new();
     }
-    let places = if shares.len() <= FEW { CAPACITY[0] } else { CAPACITY[1] };
+    let slots = if shares.len() <= SMALL_POOL_MAX { CAPACITY[0] } else { CAPACITY[1] };
     let total: Share = shares.values().sum();
-    let exact = |share: Share| share / total * Share::from(places as u128);
+    let exact = |share: Share| share / total * Share::from(slots as u128);
     let mut quotas: Vec<(SocketAddr, u32)> =
         shares.iter().map(|(address, share)| (*address, exact(*share).to_integer().max(1) as u32)).collect();
-    // What is left over goes to the largest remainders; where the smallest were rounded up, the largest give.
+    // Leftover slots go to the largest remainders.
     let mut order: Vec<usize> = (0..quotas.len()).collect();
     let remainders: Vec<Share> = shares.values().map(|share| exact(*share).fract()).collect();
     order.sort_by(|a, b| remainders[*b].cmp(&remainders[*a]).then(a.cmp(b)));
     let given: usize = quotas.iter().map(|(_, quota)| *quota as usize).sum();
-    for &i in order.iter().cycle().take(places.saturating_sub(given)) {
+    for &i in order.iter().cycle().take(slots.saturating_sub(given)) {
         quotas[i].1 += 1;
     }
-    for _ in 0..given.saturating_sub(places) {
+    for _ in 0..given.saturating_sub(slots) {
         if let Some(largest) = quotas.iter_mut().max_by_key(|(_, quota)| *quota) {
             largest.1 -= 1;
         }
@@ -51,25 +46,25 @@ pub(super) fn quotas(groups: Vec<Group>) -> Vec<Group> {
     vec![Group { share: Share::from(1), members: quotas }]
 }
 
-/// The table for endpoints and their numbers of places, whose sum is a prime.
+/// Fills the table for endpoints with their numbers of slots, whose sum is a prime.
 pub(super) fn table(quotas: &[(SocketAddr, u32)]) -> Vec<SocketAddr> {
-    let places: usize = quotas.iter().map(|(_, quota)| *quota as usize).sum();
-    if places < 2 {
+    let slots: usize = quotas.iter().map(|(_, quota)| *quota as usize).sum();
+    if slots < 2 {
         return quotas.iter().filter(|(_, quota)| *quota > 0).map(|(address, _)| *address).collect();
     }
-    let most = quotas.iter().map(|(_, quota)| u64::from(*quota)).max().unwrap_or(1);
-    let mut own: Vec<Preference> = quotas.iter().map(|(address, _)| Preference::new(address, places)).collect();
-    let mut table: Vec<Option<SocketAddr>> = vec![None; places];
+    let max_quota = quotas.iter().map(|(_, quota)| u64::from(*quota)).max().unwrap_or(1);
+    let mut preferences: Vec<Preference> = quotas.iter().map(|(address, _)| Preference::new(address, slots)).collect();
+    let mut table: Vec<Option<SocketAddr>> = vec![None; slots];
     let mut taken = vec![0u32; quotas.len()];
     let (mut filled, mut round) = (0, 0u64);
-    while filled < places {
+    while filled < slots {
         round += 1;
         for (i, (address, quota)) in quotas.iter().enumerate() {
-            // Those with fewer places take their turns as much more seldom.
-            if taken[i] >= *quota || u64::from(taken[i]) * most >= u64::from(*quota) * round {
+            // Endpoints with fewer slots take turns proportionally less often.
+            if taken[i] >= *quota || u64::from(taken[i]) * max_quota >= u64::from(*quota) * round {
                 continue;
             }
-            for slot in own[i].by_ref() {
+            for slot in preferences[i].by_ref() {
                 if table[slot].is_none() {
                     table[slot] = Some(*address);
                     break;
@@ -82,23 +77,23 @@ pub(super) fn table(quotas: &[(SocketAddr, u32)]) -> Vec<SocketAddr> {
     table.into_iter().flatten().collect()
 }
 
-/// The order in which an endpoint wants places: a permutation of all of them.
+/// The order in which an endpoint prefers slots: a permutation of all of them.
 struct Preference {
     next: usize,
     skip: usize,
-    places: usize,
+    slots: usize,
 }
 
 impl Preference {
-    fn new(address: &SocketAddr, places: usize) -> Self {
+    fn new(address: &SocketAddr, slots: usize) -> Self {
         let hash = |seed| {
             let mut hasher = SipHasher13::new_with_keys(seed, 0);
             hasher.write(address.to_string().as_bytes());
             hasher.finish()
         };
-        let (_, offset) = hash(0).div_rem(&(places as u64));
-        let (_, skip) = hash(1).div_rem(&(places as u64 - 1));
-        Self { next: offset as usize, skip: skip as usize + 1, places }
+        let (_, offset) = hash(0).div_rem(&(slots as u64));
+        let (_, skip) = hash(1).div_rem(&(slots as u64 - 1));
+        Self { next: offset as usize, skip: skip as usize + 1, slots }
     }
 }
 
@@ -107,7 +102,7 @@ impl Iterator for Preference {
 
     fn next(&mut self) -> Option<usize> {
         let slot = self.next;
-        self.next = (self.next + self.skip) % self.places;
+        self.next = (self.next + self.skip) % self.slots;
         Some(slot)
     }
 }
@@ -134,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn everybody_has_his_share_of_places() {
+    fn slots_are_proportional_to_shares() {
         let table = filled(vec![group(0..3, (9, 10)), group(3..5, (1, 10))]);
         assert_eq!(table.len(), 4_099);
         assert_eq!((count(&table, 0..3), count(&table, 3..5)), (3_689, 410));
@@ -147,14 +142,14 @@ mod tests {
         }
     }
 
-    /// One endpoint of ten goes: its own clients must move, and hardly any other.
+    /// When one of ten endpoints is removed, its own clients must move, and hardly any others.
     #[test]
-    fn who_leaves_moves_few() {
+    fn removing_an_endpoint_moves_few_slots() {
         let (before, after) = (filled(vec![group(0..10, (1, 1))]), filled(vec![group(1..10, (1, 1))]));
         let moved = before.iter().zip(&after).filter(|(before, after)| before != after).count();
         let least = count(&before, 0..1);
-        assert!(moved < 2 * least, "{moved} of {} places change hands, where {least} must", before.len());
-        // And it has its places back when it is back.
+        assert!(moved < 2 * least, "{moved} of {} slots change owners, but only {least} must", before.len());
+        // Adding the endpoint back restores the original table.
         assert_eq!(filled(vec![group(0..10, (1, 1))]), before);
     }
 }

@@ -1,19 +1,4 @@
-//! The policy: what Istio's and Kubernetes' objects mean for a client in one place of the world.
-//!
-//! Pure: no I/O, no clock. The same snapshot, client and observations give the same verdict, whatever the order in
-//! which things became known. One path leads through the files, in this order:
-//!
-//! | step | file |
-//! |---|---|
-//! | which services are concerned by a change | `compile` |
-//! | which rules are for a host | `rules` |
-//! | whether it is kept in its cluster | `cluster_local` |
-//! | which endpoints there are | `endpoints` |
-//! | their priority, or the weight of their locality | `locality` |
-//! | the load of each priority | `load` |
-//! | what new endpoints get | `warmup` |
-//! | the share of each group of endpoints | `spread`, for one `pool` |
-//! | the order of turns | `schedule`; where a client's hash decides, `maglev` |
+//! The policy: derives each client's load balancing from the Istio and Kubernetes objects.
 
 pub mod client;
 mod cluster_local;

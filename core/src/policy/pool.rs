@@ -1,4 +1,4 @@
-//! One pool: its endpoints, their levels, and the share of each group of them.
+//! Computes one pool: its endpoints, their levels, and the share of each endpoint group.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,12 +18,12 @@ use crate::model::{
     SuccessCriterion,
 };
 
-/// Whether it is the service by which pods reach their API server.
+/// Returns whether this is the Service through which pods reach the API server.
 fn is_api_server(service: &ServiceId) -> bool {
     !service.is_entry && service.name.namespace == "default" && service.name.name == "kubernetes"
 }
 
-/// The pool, and who gets which share of its connections; nobody: refuse.
+/// Builds the pool, and the groups that share its connections.
 pub(super) fn build(
     context: &PolicyContext<'_>,
     key: PoolKey,
@@ -35,12 +35,12 @@ pub(super) fn build(
     let view = service_view::find(context.snapshot, &context.client.cluster, &key.service);
     let traffic_distribution = view.as_ref().and_then(|view| view.traffic_distribution);
     let effective = effective_setting(policy.locality(), traffic_distribution, &context.rules.mesh.locality);
-    // Nor do shares by region leave any of them out: nothing says where they are.
+    // The locality of the API server's endpoints is unknown, so shares by region must not exclude them.
     let effective = effective.filter(|_| !is_api_server(&key.service));
     let host = context.rules.host_of(&key.service).unwrap_or_default();
     let (cluster_local, cluster_local_by) = cluster_local(&context.rules.mesh, &host);
     let threshold = policy.outlier.as_ref().map_or(0, |outlier| outlier.min_health_percent);
-    // Whatever ejects its endpoints, the API server's own service keeps them: without it nobody would learn of others.
+    // Panic mode keeps the API server's Service usable even if all of its endpoints are ejected.
     let threshold = if is_api_server(&key.service) { threshold.max(1) } else { threshold };
     let subset =
         rule.zip(key.subset.as_ref()).and_then(|(rule, name)| rule.subsets.iter().find(|subset| subset.name == *name));
@@ -55,7 +55,7 @@ pub(super) fn build(
     };
     let Selected { mut candidates, leaving, left_out } = if let (Some(name), None) = (&key.subset, subset) {
         let message =
-            format!("subset {name:?} of {} is defined by no DestinationRule: its connections are refused", key.service);
+            format!("no DestinationRule defines subset {name:?} of {}; its connections are refused", key.service);
         findings.push(Finding::new(Code::UnknownSubset, key.service.object(), message));
         Default::default()
     } else {
@@ -66,33 +66,33 @@ pub(super) fn build(
     let balancer = policy.balancer.unwrap_or_default();
     let warmup = balancer.warmup.as_ref();
     let (setting, source) = effective.unzip();
-    // Other protocols than TCP have no port of their own that could be probed.
+    // Ports of protocols other than TCP cannot be probed, so the probe must name its own port.
     let own = |probe: &Arc<Probe>| key.protocol == Protocol::Tcp || probe.port.is_some();
     let probe = rule.and_then(|rule| rule.probe.clone()).filter(own);
-    // Whoever finds out that endpoints fail lets others take over.
-    let judged = policy.outlier.is_some() || probe.is_some();
-    let mode = mode(setting.as_ref(), source, judged, cluster_local);
-    let spread = LoadSplit { context, warmup, threshold, key: &key };
+    // Failover requires a way to detect failed endpoints, passive or active.
+    let health_checked = policy.outlier.is_some() || probe.is_some();
+    let mode = mode(setting.as_ref(), source, health_checked, cluster_local);
+    let load_split = LoadSplit { context, warmup, threshold, key: &key };
     let (priorities, weights, groups) = match (&setting, mode) {
         (Some(setting), LocalityMode::Distribute) if setting.distribute_with_failover => {
-            spread.distribute_with_failover(setting, &mut candidates)
+            load_split.distribute_with_failover(setting, &mut candidates)
         }
         _ => {
             let default = LocalitySetting::default();
             let setting = setting.as_ref().unwrap_or(&default);
             let traffic_distribution = source == Some(SettingSource::TrafficDistribution);
-            let by_distance = traffic_distribution || (source.is_some() && judged);
+            let by_distance = traffic_distribution || (source.is_some() && health_checked);
             let weights = assign_levels(context.client, mode, setting, by_distance, cluster_local, &mut candidates);
             let explicit = !(setting.failover.is_empty() && setting.failover_priority.is_empty());
             let by_locality =
-                mode == LocalityMode::Distribute || (mode == LocalityMode::Failover && explicit && judged);
-            let (priorities, groups) = spread.by_level(&candidates, &weights, by_locality);
+                mode == LocalityMode::Distribute || (mode == LocalityMode::Failover && explicit && health_checked);
+            let (priorities, groups) = load_split.by_level(&candidates, &weights, by_locality);
             (priorities, weights, groups)
         }
     };
     if mode == LocalityMode::Distribute && cluster_local == ClusterLocal::Prefer {
         let message = format!(
-            "port {}: distribute says where connections go; that the own cluster is preferred has no effect",
+            "port {}: the preference for the client's cluster has no effect, because distribute decides the shares",
             key.port
         );
         findings.push(Finding::new(Code::NotTogether, key.service.object(), message));
@@ -110,7 +110,7 @@ pub(super) fn build(
     let http = view.as_ref().and_then(|view| view.port(&key)).is_some_and(|port| port.http1);
     let success_criterion =
         success_criterion(policy.outlier.as_ref(), http && !context.observed.not_http.contains(&key.both_families()));
-    // Made in the place of the candidates, which are larger.
+    // Collects in place: this reuses the allocation of the candidates, which are larger.
     let mut endpoints: Vec<Endpoint> = candidates.into_iter().map(|candidate| candidate.endpoint).collect();
     endpoints.shrink_to_fit();
     let pool = Pool {
@@ -139,11 +139,10 @@ pub(super) fn build(
     (pool, groups)
 }
 
-/// Envoy's connect timeout where none is set; it decides when a connect counts as failed. Without one, a connect that nobody answers
-/// would count as failed after two minutes only.
+/// Istio's default connect timeout, which decides when a connect counts as failed.
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// On a port that is HTTP/1 the responses say how an endpoint is, where a threshold counts them.
+/// Returns the signal that counts as a success.
 fn success_criterion(outlier: Option<&OutlierDetection>, http: bool) -> SuccessCriterion {
     match outlier {
         Some(outlier) if http && (outlier.consecutive_errors > 0 || outlier.gateway_errors > 0) => {
@@ -154,22 +153,22 @@ fn success_criterion(outlier: Option<&OutlierDetection>, http: bool) -> SuccessC
     }
 }
 
-/// Who decides among the endpoints.
+/// Returns the algorithm to use; reports a requested one that cannot be honored.
 fn algorithm(
-    asked: Option<Algorithm>,
+    requested: Option<Algorithm>,
     key: &PoolKey,
     cluster_local: ClusterLocal,
     findings: &mut Vec<Finding>,
 ) -> Algorithm {
-    // Istio's own default is LEAST_REQUEST, which has to be asked for here: plain Services go round.
-    let asked = asked.unwrap_or(Algorithm::RoundRobin);
-    if asked == Algorithm::LeastRequest && key.protocol == Protocol::Udp {
-        let message = "LEAST_REQUEST counts connections, and datagrams are none; RANDOM is used";
+    // Istio defaults to LEAST_REQUEST. Portolan defaults to round robin, so LEAST_REQUEST must be set explicitly.
+    let requested = requested.unwrap_or(Algorithm::RoundRobin);
+    if requested == Algorithm::LeastRequest && key.protocol == Protocol::Udp {
+        let message = "LEAST_REQUEST counts connections, which UDP does not have; RANDOM is used";
         findings.push(Finding::new(Code::NotTogether, key.service.object(), message));
         return Algorithm::Random;
     }
-    if asked != Algorithm::Passthrough {
-        return asked;
+    if requested != Algorithm::Passthrough {
+        return requested;
     }
     if cluster_local == ClusterLocal::Strict {
         let message =
@@ -180,8 +179,7 @@ fn algorithm(
     Algorithm::Passthrough
 }
 
-/// `distribute` needs nothing else; failover, whether asked for or Istio's default, needs outlier detection, unless it is Kubernetes'
-/// `trafficDistribution` or a preference for the own cluster.
+/// Returns the locality mode.
 fn mode(
     setting: Option<&LocalitySetting>,
     source: Option<SettingSource>,
@@ -196,13 +194,13 @@ fn mode(
     }
 }
 
-/// Envoy dropped "at least one" in 1.28, so a percentage of a small pool may be no host at all. People should know.
+/// Reports an ejection limit that rounds down to no endpoint at all.
 fn check_ejection_limit(key: &PoolKey, outlier: Option<&OutlierDetection>, hosts: usize, findings: &mut Vec<Finding>) {
     let Some(outlier) = outlier else { return };
     if hosts > 0 && outlier.thresholds() != [0, 0] && outlier.most_ejected(hosts) == 0 {
         let message = format!(
-            "{} % of {hosts} endpoints of port {} is none, so none is ever ejected; raise it to {} or more, or set the annotation \
-             portolan.io/always-eject-one: \"true\" on the DestinationRule",
+            "{} % of {hosts} endpoints of port {} rounds down to zero, so no endpoint is ever ejected; raise it to {} \
+             or more, or set the annotation portolan.io/always-eject-one: \"true\" on the DestinationRule",
             outlier.max_ejection_percent,
             key.port,
             100usize.div_ceil(hosts)

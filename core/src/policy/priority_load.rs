@@ -1,47 +1,47 @@
-//! How much each priority carries (Envoy's priority load and panic threshold).
+//! Load of each priority level (Envoy priority load and panic threshold).
 
-/// Hosts beyond this percentage of a level's health are spare: at 140, up to 28 of 100 may fail before traffic spills.
+/// Envoy's overprovisioning factor in percent: at 140, up to 28 of 100 hosts may fail before traffic spills over.
 pub const OVERPROVISIONING_FACTOR: u64 = 140;
 
-/// The hosts of one priority: how many, or what they weigh together.
+/// Hosts of one priority level, as counts or as sums of weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Level {
-    /// All of them.
+    /// All hosts, including excluded ones.
     pub hosts: u64,
-    /// Those that may be chosen.
+    /// Hosts that are eligible for connections.
     pub healthy: u64,
-    /// Those that may be chosen when no others are left.
+    /// Hosts that are eligible only if healthy ones cannot carry the load.
     pub degraded: u64,
-    /// Those of which nothing is known yet: they are not counted.
+    /// Hosts of unknown health, which are left out of the percentages.
     pub excluded: u64,
 }
 
 impl Level {
-    /// A level of hosts that are healthy or not.
+    /// Creates a level whose hosts are either healthy or unhealthy.
     pub fn new(hosts: u64, healthy: u64) -> Self {
         Self { hosts, healthy, ..Self::default() }
     }
 }
 
-/// What each priority gets.
+/// Load of each priority level, in the order of the input.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Loads {
-    /// Percent of the connections for healthy hosts; with `degraded` it sums to 100 where there is any host to choose.
+    /// Percent of the connections for healthy hosts.
     pub load: Vec<u32>,
     /// Percent of the connections for degraded hosts.
     pub degraded: Vec<u32>,
-    /// Whether so few hosts of the level are healthy that all of them are used.
+    /// Whether the level is in panic mode: so few of its hosts are healthy that all of them are used.
     pub panic: Vec<bool>,
 }
 
-/// Loads of the priorities, nearest first. `threshold` is the panic threshold in percent; 0 turns panic off. `factor` is in percent.
+/// Computes the load of the priority levels, nearest first.
 pub fn loads(levels: &[Level], threshold: u32, factor: u64) -> Loads {
     let counted = |level: &Level| level.hosts.saturating_sub(level.excluded);
     let health = |hosts: u64, level: &Level| (factor * hosts).checked_div(counted(level)).unwrap_or(0).min(100);
     let healthy: Vec<u64> = levels.iter().map(|level| health(level.healthy, level)).collect();
     let degraded: Vec<u64> = levels.iter().map(|level| health(level.degraded, level)).collect();
     let total = healthy.iter().chain(&degraded).sum::<u64>().min(100);
-    // While the levels together can carry everything, none panics.
+    // No level panics while all levels together can carry the full load.
     let panic: Vec<bool> = levels
         .iter()
         .map(|level| {
@@ -73,7 +73,7 @@ pub fn loads(levels: &[Level], threshold: u32, factor: u64) -> Loads {
         (None, Some(first)) => Loads { load: none, degraded: with_remainder(spilled, Some(first), 100), panic },
         (first, _) => {
             let whole = 100 - spilled.iter().sum::<u64>();
-            // Where nobody can take anything, the nearest level is the one that refuses.
+            // If no host is eligible, the load goes to the nearest level, which refuses it.
             let first = first.or(if levels.is_empty() { None } else { Some(0) });
             let degraded = spilled.into_iter().map(|load| load as u32).collect();
             Loads { load: with_remainder(load, first, whole), degraded, panic }
@@ -81,7 +81,7 @@ pub fn loads(levels: &[Level], threshold: u32, factor: u64) -> Loads {
     }
 }
 
-/// What integer division left over goes to one level.
+/// Adds the remainder of the integer division to one level.
 fn with_remainder(mut load: Vec<u64>, to: Option<usize>, whole: u64) -> Vec<u32> {
     let given: u64 = load.iter().sum();
     if let Some(level) = to.and_then(|to| load.get_mut(to)) {
@@ -94,17 +94,17 @@ fn with_remainder(mut load: Vec<u64>, to: Option<usize>, whole: u64) -> Vec<u32>
 mod tests {
     use super::*;
 
-    /// Envoy's arithmetic, and the one case in which losing a host gives its level more: when that brings all levels into panic, they are
-    /// taken by their size.
+    /// Envoy's arithmetic has one case in which losing a host raises the load of its level.
+    /// If the loss puts all levels into panic mode, load follows the size of the levels.
     #[test]
-    fn panic_may_raise_the_load_of_a_level_that_lost_a_host() {
+    fn panic_can_raise_load_of_a_level_that_loses_a_host() {
         let of = |far: u64| loads(&[Level::new(2, 1), Level::new(1, far)], 60, OVERPROVISIONING_FACTOR).load;
         assert_eq!((of(1), of(0)), (vec![70, 30], vec![67, 33]));
     }
 
     proptest::proptest! {
         #[test]
-        fn loads_sum_to_a_hundred(levels in proptest::collection::vec((0u64..200, 0u64..200), 1..6), threshold in 0u32..=100) {
+        fn loads_sum_to_100(levels in proptest::collection::vec((0u64..200, 0u64..200), 1..6), threshold in 0u32..=100) {
             let levels: Vec<Level> = levels.iter().map(|&(hosts, healthy)| Level::new(hosts, healthy.min(hosts))).collect();
             let loads = loads(&levels, threshold, OVERPROVISIONING_FACTOR);
             if levels.iter().any(|level| level.hosts > 0) {

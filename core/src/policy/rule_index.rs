@@ -1,4 +1,5 @@
-//! Which rules are for a host: names are resolved, the most specific wins, the rule's namespace must be entitled.
+//! Finds the rules for a host: resolves names, prefers the most specific rule, and checks that the rule's namespace may
+//! configure the host.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -15,98 +16,98 @@ use crate::{
     store::{Objects, Snapshot},
 };
 
-/// The rules that are in force for a client: the mesh's and its own cluster's.
+/// Rules in effect for a client: those of the mesh and of the client's cluster.
 #[derive(Debug, Default)]
 pub struct RuleIndex {
-    /// The mesh's settings.
+    /// Effective mesh settings: the cluster's own ones, otherwise those of the mesh.
     pub mesh: MeshConfig,
     destination_rules: ByHost<DestinationRule>,
     virtual_services: ByHost<VirtualService>,
-    /// Every service that exists, by host name.
+    /// All services, by host name.
     hosts: BTreeMap<String, ServiceId>,
-    /// Host names of ServiceEntries; those of Services follow from their names.
+    /// Host names of ServiceEntries; those of Services are derived from their names.
     entries: BTreeMap<NamespacedName, String>,
 }
 
-/// Rules by the namespace that they are in and the host that they are for, a full name or one with a leading `*`.
+/// Rules by namespace, then by host, which is a full name or has a leading `*`.
 type ByHost<T> = BTreeMap<String, BTreeMap<String, Arc<T>>>;
 
-/// Where a connection to a frontend may go.
+/// A possible destination of the connections to a frontend.
 #[derive(Debug)]
 pub struct Destination {
-    /// Relative to the others'.
+    /// Weight relative to the other destinations.
     pub weight: u32,
-    /// The pool.
+    /// Pool that receives the connections.
     pub key: PoolKey,
-    /// Whether a route led here.
+    /// Whether a VirtualService route leads to this destination.
     pub via_route: bool,
 }
 
-/// A route and the rule that it is in.
+/// A route, together with the VirtualService that contains it.
 type MatchedRoute<'a> = (&'a VirtualService, &'a Route);
 
 impl RuleIndex {
-    /// Collects the rules for the client.
+    /// Builds the index for the client, and reports rules that have no effect.
     pub fn new(snapshot: &Snapshot, client: &Client, findings: &mut Vec<Finding>) -> Self {
         let own = snapshot.clusters.get(&client.cluster);
-        // What is the cluster's own comes before what is the mesh's.
+        // Objects of the client's cluster take precedence over those of the mesh.
         let scopes: Vec<&Objects> = [own, Some(&snapshot.mesh)].into_iter().flatten().collect();
         let mut configs = scopes.iter().filter_map(|objects| objects.mesh_config.as_deref());
         let mut mesh = configs.next().cloned().unwrap_or_default();
         if configs.next().is_some() {
-            let message =
-                format!("cluster {} has settings of its own, which count; those of the mesh do not", client.cluster);
+            let message = format!("cluster {} has its own settings, so those of the mesh are ignored", client.cluster);
             findings.push(Finding::new(Code::NotTogether, "ConfigMap istio-system/istio", message));
         }
         if client.default_cluster_local {
             mesh.cluster_local
                 .insert(0, ClusterLocalRule { host: "*".to_owned(), cluster_local: ClusterLocal::Strict });
         }
-        let mut book = Self { mesh, ..Self::default() };
+        let mut index = Self { mesh, ..Self::default() };
         for name in snapshot.clusters.values().flat_map(|objects| objects.services.keys()) {
-            book.hosts.insert(name.host(&book.mesh.domain), ServiceId::service(name.clone()));
+            index.hosts.insert(name.host(&index.mesh.domain), ServiceId::service(name.clone()));
         }
         for entry in scopes.iter().flat_map(|objects| objects.service_entries.values()) {
             let host = &entry.hosts[0];
             let id = ServiceId::entry(entry.name.clone());
-            match book.hosts.get(host) {
-                // A Service that only another cluster has does not take an entry's name.
+            match index.hosts.get(host) {
+                // A Service that only another cluster has does not take the name of an entry.
                 Some(other) if !other.is_entry && own.is_some_and(|own| own.services.contains_key(&other.name)) => {
                     let message =
-                        format!("{host:?} is the name of Service {other}, which counts; the entry is not used");
+                        format!("{host:?} belongs to Service {other}, which takes precedence; the entry is ignored");
                     findings.push(Finding::new(Code::ServiceWins, id.object(), message).at("spec.hosts[0]"));
                     continue;
                 }
                 Some(other) if other.is_entry => {
-                    let message = format!("{host:?} is the name of {} as well, to which routes lead", other.object());
+                    let message =
+                        format!("{host:?} is also the host of {}, which receives routed connections", other.object());
                     findings.push(Finding::new(Code::SecondRule, id.object(), message).at("spec.hosts[0]"));
                 }
-                _ => drop(book.hosts.insert(host.clone(), id)),
+                _ => drop(index.hosts.insert(host.clone(), id)),
             }
-            book.entries.insert(entry.name.clone(), host.clone());
+            index.entries.insert(entry.name.clone(), host.clone());
         }
-        book.check_cluster_local(findings);
+        index.check_cluster_local(findings);
         for objects in scopes {
             for rule in objects.destination_rules.values() {
-                let host = book.full_name(&rule.host, &rule.name.namespace);
-                book.check_host(&format!("DestinationRule {}", rule.name), "spec.host", &rule.name, &host, findings);
+                let host = index.full_name(&rule.host, &rule.name.namespace);
+                index.check_host(&format!("DestinationRule {}", rule.name), "spec.host", &rule.name, &host, findings);
                 check_failover(rule, findings);
-                book.add_destination_rule(host, rule, findings);
+                index.add_destination_rule(host, rule, findings);
             }
             for rule in objects.virtual_services.values().filter(|rule| !(rule.tcp.is_empty() && rule.http.is_empty()))
             {
                 for host in &rule.hosts {
-                    let host = book.full_name(host, &rule.name.namespace);
+                    let host = index.full_name(host, &rule.name.namespace);
                     let object = format!("VirtualService {}", rule.name);
-                    book.check_host(&object, "spec.hosts", &rule.name, &host, findings);
-                    book.add_virtual_service(host, rule, findings);
+                    index.check_host(&object, "spec.hosts", &rule.name, &host, findings);
+                    index.add_virtual_service(host, rule, findings);
                 }
             }
         }
-        book
+        index
     }
 
-    /// A host that nobody has stays in its cluster in vain, and one that is mistyped does not at all.
+    /// Reports clusterLocal hosts that match no service: a mistyped host would not stay in its cluster.
     fn check_cluster_local(&self, findings: &mut Vec<Finding>) {
         for rule in self.mesh.cluster_local.iter().filter(|rule| rule.host != "*") {
             let pattern = rule.host.starts_with('*');
@@ -117,7 +118,7 @@ impl RuleIndex {
             };
             if !known {
                 let message = format!(
-                    "{:?} is the host of no service, so nothing is kept in its cluster by it; hosts are full names \
+                    "no service has the host {:?}, so the clusterLocal setting has no effect; hosts are full names \
                      (reviews.default.svc.{}) or begin with `*`",
                     rule.host, self.mesh.domain
                 );
@@ -129,7 +130,7 @@ impl RuleIndex {
         }
     }
 
-    /// The host name of a service; `None` for a ServiceEntry that is not used.
+    /// Returns the host name of a service; `None` for a ServiceEntry that is ignored.
     pub fn host_of(&self, service: &ServiceId) -> Option<String> {
         if service.is_entry {
             self.entries.get(&service.name).cloned()
@@ -138,7 +139,7 @@ impl RuleIndex {
         }
     }
 
-    /// A name without dots means a Service in the rule's own namespace.
+    /// Resolves a host name. A name without dots is that of a Service in the rule's own namespace.
     fn full_name(&self, host: &str, namespace: &str) -> String {
         if host.contains(['.', '*']) {
             host.to_owned()
@@ -147,10 +148,10 @@ impl RuleIndex {
         }
     }
 
-    /// A rule that means nobody, or others' services, has no effect, which its author should know.
+    /// Reports a rule without effect, because its host matches no service, or only services of other namespaces.
     fn check_host(&self, object: &str, field: &str, rule: &NamespacedName, host: &str, findings: &mut Vec<Finding>) {
         let exact = self.hosts.get(host).into_iter();
-        // Only a pattern has to be compared with every name.
+        // Only a pattern has to be compared with every host.
         let all = if host.starts_with('*') { self.hosts.iter() } else { Default::default() };
         let by_pattern = all.filter(|(name, _)| matches(host, name)).map(|(_, name)| name);
         let entries: Vec<ServiceId> =
@@ -163,19 +164,19 @@ impl RuleIndex {
             && !meant.any(|service| service.name.namespace == rule.namespace)
         {
             let message = format!(
-                "{host:?} is in another namespace, whose traffic this rule may not change; put the rule there, or into {}",
+                "{host:?} is in another namespace, whose traffic this rule may not change; move it there or to {}",
                 self.mesh.root_namespace
             );
             findings.push(Finding::new(Code::ForeignHost, object, message).at(field));
         }
     }
 
-    /// The most specific rule for a host from a namespace that may make rules for it.
+    /// Returns the most specific rule for a service, from its own namespace or else from the root namespace.
     fn find<'a, T>(&self, rules: &'a ByHost<T>, service: &ServiceId) -> Option<&'a Arc<T>> {
         let host = self.host_of(service)?;
         [&service.name.namespace, &self.mesh.root_namespace].into_iter().find_map(|namespace| {
             let rules = rules.get(namespace)?;
-            // The host itself, or else the longest pattern: each shorter one is a suffix with a `*` before it.
+            // The exact host, otherwise the longest pattern: each shorter one is a shorter suffix behind a `*`.
             let exact = rules.get(&host);
             let patterns =
                 || (0..=host.len()).filter(|i| host.is_char_boundary(*i)).map(|i| format!("*{}", &host[i..]));
@@ -183,22 +184,23 @@ impl RuleIndex {
         })
     }
 
-    /// The DestinationRule for a service.
+    /// Returns the DestinationRule that applies to a service, if any.
     pub fn destination_rule(&self, service: &ServiceId) -> Option<&Arc<DestinationRule>> {
         self.find(&self.destination_rules, service)
     }
 
-    /// The route that a connection to this address of a service takes.
+    /// Returns the route for a connection to this address of a service, if a VirtualService has one.
     pub fn route(&self, service: &ServiceId, port: &ServicePort, address: IpAddr) -> Option<MatchedRoute<'_>> {
-        // Istio's routes are for connections.
+        // Istio routes apply to connections, so they are limited to TCP.
         let rule = self.find(&self.virtual_services, service).filter(|_| port.protocol == Protocol::Tcp)?;
-        // What a port speaks decides which routes are for it; where it does not say, those for connections come first.
+        // The port's protocol decides which routes apply; unless it is HTTP, TCP routes come first.
         let lists = if port.http { [&rule.http, &rule.tcp] } else { [&rule.tcp, &rule.http] };
         let route = lists.into_iter().flatten().find(|route| route.holds(address, port.port))?;
         Some((rule, route))
     }
 
-    /// Where connections to a port of a service go: by this route, or to the service itself.
+    /// Returns where connections to a service port go: to the destinations of the route, otherwise to the service
+    /// itself.
     pub fn destinations(
         &self,
         service: &ServiceId,
@@ -216,17 +218,17 @@ impl RuleIndex {
         for destination in route.destinations.iter().filter(|destination| destination.weight > 0) {
             let host = self.full_name(&destination.host, &rule.name.namespace);
             let id = self.hosts.get(&host).cloned().unwrap_or_else(|| {
-                let message = format!("no service is named {host:?}; its share is refused");
+                let message = format!("no service is named {host:?}; its share of connections is refused");
                 findings.push(Finding::new(Code::UnknownDestination, object(), message).at("route.destination.host"));
                 ServiceId::service(NamespacedName::new(&rule.name.namespace, &destination.host))
             });
-            // Istio: the port that is named, or else the only one that there is, or else the one that was dialled.
+            // Istio: the port that the route names, otherwise the only port that exists, otherwise the dialed port.
             let known = ports(&id);
             let only = known.first().copied().filter(|_| known.len() == 1);
             let port = destination.port.or(only).unwrap_or(port);
             if !known.is_empty() && !known.contains(&port) {
                 let message =
-                    format!("{id} has no TCP port {port}; its share is refused. Name one of its ports: {known:?}");
+                    format!("{id} has no TCP port {port}; its share of connections is refused; use one of {known:?}");
                 findings.push(Finding::new(Code::UnknownDestination, object(), message).at("route.destination.port"));
             }
             let key = PoolKey { service: id, port, protocol, subset: destination.subset.clone(), v6 };
@@ -235,7 +237,7 @@ impl RuleIndex {
         destinations
     }
 
-    /// The policy for a pool: port level replaces all, a subset overrides block by block.
+    /// Returns the traffic policy of a pool.
     pub fn traffic_policy(&self, rule: &DestinationRule, key: &PoolKey) -> TrafficPolicy {
         let for_port = |policy: &TrafficPolicy| policy.ports.get(&key.port).cloned();
         let base = for_port(&rule.policy).unwrap_or_else(|| rule.policy.clone());
@@ -249,30 +251,29 @@ impl RuleIndex {
         })
     }
 
-    /// Adds a rule. Of several for one host in one namespace, the first one's policy counts, and the subsets of all (Istio
-    /// `mergeDestinationRule`).
+    /// Adds a DestinationRule.
     fn add_destination_rule(&mut self, host: String, rule: &Arc<DestinationRule>, findings: &mut Vec<Finding>) {
         match self.destination_rules.entry(rule.name.namespace.clone()).or_default().entry(host) {
             Entry::Vacant(entry) => drop(entry.insert(Arc::clone(rule))),
             Entry::Occupied(mut entry) => {
                 let host = entry.key().clone();
                 let merged = Arc::make_mut(entry.get_mut());
-                let mut lost = Vec::new();
+                let mut ignored = Vec::new();
                 if merged.policy == TrafficPolicy::default() {
                     merged.policy = rule.policy.clone();
                 } else if rule.policy != TrafficPolicy::default() {
-                    lost.push("spec.trafficPolicy".to_owned());
+                    ignored.push("spec.trafficPolicy".to_owned());
                 }
                 for (i, subset) in rule.subsets.iter().enumerate() {
                     if merged.subsets.iter().any(|other| other.name == subset.name) {
-                        lost.push(format!("spec.subsets[{i}]"));
+                        ignored.push(format!("spec.subsets[{i}]"));
                     } else {
                         merged.subsets.push(subset.clone());
                     }
                 }
-                for field in lost {
+                for field in ignored {
                     let message = format!(
-                        "{host:?} has a rule already, DestinationRule {}, which counts; make one of them",
+                        "{host:?} already has a rule, DestinationRule {}, which takes precedence; merge them",
                         merged.name
                     );
                     let finding = Finding::new(Code::SecondRule, format!("DestinationRule {}", rule.name), message);
@@ -282,14 +283,14 @@ impl RuleIndex {
         }
     }
 
-    /// Adds a rule, unless its namespace has another one for the same host.
+    /// Adds a VirtualService, unless its namespace already has one for the same host.
     fn add_virtual_service(&mut self, host: String, rule: &Arc<VirtualService>, findings: &mut Vec<Finding>) {
         match self.virtual_services.entry(rule.name.namespace.clone()).or_default().entry(host) {
             Entry::Vacant(entry) => drop(entry.insert(Arc::clone(rule))),
             Entry::Occupied(entry) => {
                 let (host, other) = (entry.key(), &entry.get().name);
                 let message =
-                    format!("{host:?} has a rule already, VirtualService {other}, which counts; make one of them");
+                    format!("{host:?} already has a rule, VirtualService {other}, which takes precedence; merge them");
                 let finding = Finding::new(Code::SecondRule, format!("VirtualService {}", rule.name), message);
                 findings.push(finding.at("spec.hosts"));
             }
@@ -297,16 +298,16 @@ impl RuleIndex {
     }
 }
 
-/// Whether a rule's host (full, or with a leading `*`) means this host.
+/// Returns whether a rule's host (a full name, or with a leading `*`) matches this host.
 fn matches(rule: &str, host: &str) -> bool {
     rule == host || rule.strip_prefix('*').is_some_and(|suffix| host.ends_with(suffix))
 }
 
-/// Failover rules do nothing while nothing is ever ejected.
+/// Reports failover rules without outlier detection, which have no effect because nothing is ever ejected.
 fn check_failover(rule: &DestinationRule, findings: &mut Vec<Finding>) {
     let policies = || [&rule.policy].into_iter().chain(rule.subsets.iter().map(|subset| &subset.policy));
     let own = policies().map(|policy| (policy, policy.outlier.is_some() || rule.policy.outlier.is_some()));
-    // A port's settings replace everything: they inherit no block.
+    // Port-level settings replace everything and inherit no block.
     let of_ports = policies().flat_map(|policy| policy.ports.values()).map(|policy| (policy, policy.outlier.is_some()));
     for (policy, ejects) in own.chain(of_ports) {
         let Some(locality) = policy.locality().filter(|locality| !locality.distribute_with_failover) else { continue };
@@ -315,7 +316,7 @@ fn check_failover(rule: &DestinationRule, findings: &mut Vec<Finding>) {
             ("failoverPriority", !locality.failover_priority.is_empty() && locality.distribute.is_empty()),
         ];
         for (field, _) in fields.iter().filter(|(_, set)| *set && !ejects) {
-            let message = "has no effect without outlierDetection beside it; add that block";
+            let message = "has no effect without outlierDetection; add that block beside it";
             let finding = Finding::new(Code::NeedsOutlierDetection, format!("DestinationRule {}", rule.name), message);
             findings.push(finding.at(format!("localityLbSetting.{field}")));
         }

@@ -1,8 +1,4 @@
-//! The order of turns: shares become a cycle in which every share is exact.
-//!
-//! Two levels. A *run* is a group of endpoints that share equally (or by their own weights); a *turn* names the run that
-//! is next. Turns follow earliest deadline first, so that the rare ones are spread out. The kernel steps through turns and,
-//! inside each run, through its endpoints, with a single cursor for both (docs/adr/0003-schedule.md).
+//! The schedule: turns shares into a cycle in which every share is exact.
 
 use std::{
     cmp::{Ordering, Reverse},
@@ -15,66 +11,66 @@ use portolan_common::LbPolicy;
 
 use super::{maglev, share::Share};
 
-/// Turns in a schedule at the most. Shares that need more are rounded to this many parts: a hundredth of a percent.
+/// Maximum number of turns in a schedule. Finer shares are rounded to a hundredth of a percent.
 const MAX_TURNS: u128 = 10_000;
-/// Entries in a run at the most, where weights of single endpoints are in play.
+/// Maximum number of entries in a run whose endpoints differ in weight.
 const MAX_RUN: u128 = 10_000;
 
-/// Endpoints that share what falls to them.
+/// Endpoints that share the connections of their turns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// How often the run has its turn in one cycle.
+    /// Number of turns that the run has in one cycle.
     pub visits: u32,
-    /// Its endpoints; one that weighs more stands here more often. Empty: its turns refuse.
+    /// Endpoints in selection order; those of higher weight occur more often.
     pub members: Vec<SocketAddr>,
-    /// How one of them is taken.
+    /// How the kernel selects a member.
     pub choice: LbPolicy,
-    /// The route that it belongs to.
+    /// Index of the route that the run belongs to.
     pub route: u32,
 }
 
-/// What a run is made from.
+/// Endpoints and their share: the input for one run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WeightedGroup {
-    /// Fraction of all connections, relative to the sum over the parts.
+    /// Fraction of all connections, relative to the sum over the groups.
     pub share: Share,
-    /// Endpoints and their weights; nobody: its turns refuse.
+    /// Endpoints and their weights. If empty, the turns of the group refuse.
     pub members: Vec<(SocketAddr, u32)>,
-    /// How one of them is taken.
+    /// How the kernel selects a member.
     pub choice: LbPolicy,
-    /// Index of the route that it belongs to.
+    /// Index of the route that the group belongs to.
     pub route: u32,
 }
 
 impl WeightedGroup {
-    /// One whose endpoints take their turns, of the only route.
+    /// Creates a round-robin group that belongs to the first route.
     pub fn in_turn(share: Share, members: Vec<(SocketAddr, u32)>) -> Self {
         Self { share, members, choice: LbPolicy::RoundRobin, route: 0 }
     }
 }
 
-/// One place in the cycle.
+/// One turn of the cycle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScheduleSlot {
-    /// Index of the run.
+    /// Index into [`Schedule::runs`].
     pub run: u32,
-    /// Which of the run's visits it is.
+    /// Zero-based number of this turn among the run's turns in the cycle.
     pub visit: u32,
 }
 
-/// A cycle of turns. Empty: there is nobody to take.
+/// A cycle of turns. An empty schedule refuses all connections.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Schedule {
-    /// The cycle.
+    /// Turns of one cycle, in order.
     pub turns: Vec<ScheduleSlot>,
-    /// What the turns name.
+    /// Runs that the turns refer to.
     pub runs: Vec<Run>,
 }
 
 impl Schedule {
-    /// From the groups of endpoints.
-    pub fn new(parts_of: Vec<WeightedGroup>) -> Self {
-        let shares: Vec<Share> = parts_of.iter().map(|part| part.share).collect();
+    /// Builds the schedule from weighted groups of endpoints.
+    pub fn new(weighted_groups: Vec<WeightedGroup>) -> Self {
+        let shares: Vec<Share> = weighted_groups.iter().map(|part| part.share).collect();
         let visits = parts(&shares, MAX_TURNS);
         let mut seen = vec![0; visits.len()];
         let turns = edf_order(&visits)
@@ -84,7 +80,7 @@ impl Schedule {
                 ScheduleSlot { run: run as u32, visit: seen[run] - 1 }
             })
             .collect();
-        let runs = parts_of.into_iter().zip(visits).map(|(part, visits)| Run {
+        let runs = weighted_groups.into_iter().zip(visits).map(|(part, visits)| Run {
             visits: visits as u32,
             members: if part.choice == LbPolicy::Hash { maglev::table(&part.members) } else { run(&part.members) },
             choice: part.choice,
@@ -93,13 +89,13 @@ impl Schedule {
         Self { turns, runs: runs.collect() }
     }
 
-    /// Whether every connection is refused.
+    /// Returns whether the schedule refuses all connections.
     pub fn is_empty(&self) -> bool {
         self.turns.is_empty()
     }
 
-    /// The fraction of connections that each member of each run gets, as the kernel gives them: index of the run, endpoint,
-    /// fraction. An endpoint may occur more than once.
+    /// Returns the fraction of connections that the kernel gives each member of each run: index of the run, endpoint,
+    /// fraction.
     pub fn shares(&self) -> impl Iterator<Item = (usize, SocketAddr, f64)> {
         let turns = self.turns.len() as f64;
         self.runs.iter().enumerate().flat_map(move |(i, run)| {
@@ -109,14 +105,13 @@ impl Schedule {
     }
 }
 
-/// The order inside a run: by weight, where weights differ.
+/// Returns the order within a run: interleaved by weight, if weights differ.
 fn run(members: &[(SocketAddr, u32)]) -> Vec<SocketAddr> {
     let weights: Vec<Share> = members.iter().map(|(_, weight)| Share::from(u128::from(*weight))).collect();
     edf_order(&parts(&weights, MAX_RUN)).into_iter().map(|i| members[i].0).collect()
 }
 
-/// Whole parts in the proportion of the shares: exact where that takes at most `max` parts in all, otherwise by the largest
-/// remainders, at least one for each share that is not zero.
+/// Returns integers in proportion to the shares.
 fn parts(shares: &[Share], max: u128) -> Vec<u64> {
     exact_parts(shares, max).unwrap_or_else(|| {
         let as_float = |share: &Share| *share.numer() as f64 / *share.denom() as f64;
@@ -148,8 +143,7 @@ fn exact_parts(shares: &[Share], max: u128) -> Option<Vec<u64>> {
     (total <= max).then(|| parts.iter().map(|part| (part / divisor) as u64).collect())
 }
 
-/// One whole cycle of earliest deadline first: index i occurs `weights[i]` times. Ties go in the order in which the entries
-/// were (re)inserted, as in Envoy.
+/// Returns one full cycle of earliest deadline first, in which index i occurs `weights[i]` times.
 pub fn edf_order(weights: &[u64]) -> Vec<usize> {
     let cycle: u64 = weights.iter().sum();
     let mut queue: BinaryHeap<Reverse<Entry>> = BinaryHeap::new();
@@ -168,7 +162,7 @@ pub fn edf_order(weights: &[u64]) -> Vec<usize> {
     order
 }
 
-/// An entry with its deadline, `turn / weight`, kept as a fraction so that ties are ties.
+/// A queue entry. Its deadline, `turn / weight`, is kept as a fraction, so that ties compare equal.
 #[derive(PartialEq, Eq)]
 struct Entry {
     turn: u64,
@@ -203,7 +197,7 @@ mod tests {
         SocketAddr::from(([10, 0, (i / 250) as u8, (i % 250) as u8 + 1], 9080))
     }
 
-    /// What the kernel does with a schedule, for one value of the cursor.
+    /// Returns what the kernel selects at one cursor value.
     fn take(schedule: &Schedule, cursor: usize) -> SocketAddr {
         let (cycle, turn) = (cursor / schedule.turns.len(), schedule.turns[cursor % schedule.turns.len()]);
         let run = &schedule.runs[turn.run as usize];
@@ -215,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn ninety_ten_is_exact_in_every_ten() {
+    fn ninety_ten_split_is_exact_in_every_ten_picks() {
         for (near, far) in [(1, 1), (3, 2), (7, 5), (100, 1)] {
             let near_part = WeightedGroup::in_turn(Share::new(9, 10), equal(0..near));
             let groups = vec![near_part, WeightedGroup::in_turn(Share::new(1, 10), equal(near..near + far))];
@@ -229,8 +223,8 @@ mod tests {
     }
 
     #[test]
-    fn weight_zero_gets_nothing() {
-        // An off-by-one in a percentage draw gives every destination one percent more, and weight 0 its share of that.
+    fn zero_weight_gets_no_connections() {
+        // An off-by-one in a percentage draw would give every destination, also one of weight 0, one percent more.
         let schedule = Schedule::new(vec![
             WeightedGroup::in_turn(Share::from(0), equal(0..1)),
             WeightedGroup::in_turn(Share::from(1), equal(1..2)),
@@ -243,7 +237,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_cycle_gives_each_its_weight(weights in prop::collection::vec(0u64..40, 1..8)) {
+        fn every_cycle_honors_the_weights(weights in prop::collection::vec(0u64..40, 1..8)) {
             let order = edf_order(&weights);
             for (i, weight) in weights.iter().enumerate() {
                 prop_assert_eq!(order.iter().filter(|&&index| index == i).count() as u64, *weight);
@@ -251,7 +245,7 @@ mod tests {
         }
 
         #[test]
-        fn shares_are_what_a_long_run_gives(groups in prop::collection::vec((1u128..60, 1usize..9), 1..5)) {
+        fn shares_match_the_observed_picks(groups in prop::collection::vec((1u128..60, 1usize..9), 1..5)) {
             let mut next = 0;
             let schedule = Schedule::new(groups.iter().map(|&(share, hosts)| {
                 next += hosts;
@@ -270,12 +264,12 @@ mod tests {
         }
 
         #[test]
-        fn shares_too_fine_are_rounded(weights in prop::collection::vec(1u128..1_000_000_007, 2..6)) {
+        fn overly_fine_shares_are_rounded(weights in prop::collection::vec(1u128..1_000_000_007, 2..6)) {
             let shares: Vec<Share> = weights.iter().map(|weight| Share::from(*weight)).collect();
             let parts = parts(&shares, MAX_TURNS);
             let (total, sum) = (parts.iter().sum::<u64>(), weights.iter().sum::<u128>());
             prop_assert!(u128::from(total) <= MAX_TURNS + weights.len() as u128);
-            // A share of less than one turn gets one all the same, at the others' cost.
+            // A share below one turn still gets one, at the expense of the others.
             let tiny = weights.iter().filter(|weight| **weight * MAX_TURNS < sum).count() as f64;
             for (part, weight) in parts.iter().zip(&weights) {
                 let difference = *part as f64 / total as f64 - *weight as f64 / sum as f64;

@@ -1,4 +1,4 @@
-//! What a Service and a ServiceEntry have in common.
+//! Common view of Services and ServiceEntries.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -8,7 +8,7 @@ use crate::{
     store::{Objects, Snapshot},
 };
 
-/// A service as clients see it.
+/// A Service or ServiceEntry as clients see it.
 pub(super) struct ServiceView<'a> {
     pub(super) id: ServiceId,
     pub(super) addresses: &'a [IpAddr],
@@ -17,20 +17,20 @@ pub(super) struct ServiceView<'a> {
     pub(super) publish_not_ready: bool,
     pub(super) traffic_distribution: Option<TrafficDistribution>,
     pub(super) affinity: Option<Duration>,
-    /// Labels of workloads that belong to it.
+    /// Labels that select workloads; `None` if the service selects none.
     pub(super) selector: Option<&'a Labels>,
-    /// Endpoints that it names itself.
+    /// Endpoints listed in the ServiceEntry itself; empty for a Service.
     pub(super) workloads: &'a [Workload],
 }
 
 impl ServiceView<'_> {
-    /// The port that a pool is for.
+    /// Returns the service port that the pool belongs to.
     pub(super) fn port(&self, key: &PoolKey) -> Option<&ServicePort> {
         self.ports.iter().find(|port| port.port == key.port && port.protocol == key.protocol)
     }
 }
 
-/// The service as the client's own cluster has it, or else, for a Service, any cluster.
+/// Looks up a service in the client's own cluster.
 pub(super) fn find<'a>(snapshot: &'a Snapshot, cluster: &Arc<str>, id: &ServiceId) -> Option<ServiceView<'a>> {
     let own = snapshot.clusters.get(cluster);
     if id.is_entry {

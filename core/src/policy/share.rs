@@ -1,15 +1,15 @@
-//! Exact shares of the connections of a pool.
+//! Exact fractions of a pool's connections.
 
 use std::net::SocketAddr;
 
 use num_rational::Ratio;
 
-/// Endpoints that share what the group gets.
+/// Endpoints that together receive one fraction of the pool's connections.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Group {
     /// Fraction of the pool's connections.
     pub share: Share,
-    /// Addresses and weights of those that may be chosen.
+    /// Addresses and weights of the eligible endpoints.
     pub members: Vec<(SocketAddr, u32)>,
 }
 

@@ -1,4 +1,4 @@
-//! What the policy takes and gives: the client, what is observed of endpoints, and the assignment of each port.
+//! Inputs and outputs of the policy: the client, the observed endpoint health, and the assignment of each port.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -16,28 +16,28 @@ use crate::model::{
     OutlierDetection, Probe, Protocol, ServiceId, SuccessCriterion, Warmup,
 };
 
-/// Whether an endpoint may be chosen, and if not, why.
+/// Whether an endpoint is eligible for new connections, and if not, why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndpointHealth {
-    /// It may.
+    /// Eligible.
     Healthy,
-    /// Its conditions say that it is not ready.
+    /// Not ready according to its conditions, or in a cluster that is unreachable.
     Unhealthy,
-    /// It is going away, and chosen only because no other is ready.
+    /// Terminating but still serving; used as a last resort, because no endpoint is ready.
     Draining,
-    /// The agent's own probes of it fail.
+    /// Fails the agent's active health checks.
     Failing,
-    /// Connections to it failed.
+    /// Ejected by outlier detection or by an operator, or in a drained region.
     Ejected,
 }
 
 impl EndpointHealth {
-    /// Whether it may be chosen.
+    /// Returns whether the endpoint is eligible for new connections.
     pub fn is_usable(self) -> bool {
         matches!(self, Self::Healthy | Self::Draining)
     }
 
-    /// As the contract names it.
+    /// Returns the stable name used in JSON output; a failing endpoint is reported as `unhealthy`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Healthy => "healthy",
@@ -48,57 +48,57 @@ impl EndpointHealth {
     }
 }
 
-/// An endpoint of a pool.
+/// An endpoint of a pool, as the policy sees it for one client.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Endpoint {
-    /// Where it listens.
+    /// IP address and target port of the endpoint.
     pub address: SocketAddr,
-    /// Its cluster.
+    /// ID of the cluster that the endpoint belongs to.
     pub cluster: Arc<str>,
-    /// Where it is.
+    /// Region, zone and subzone; empty if unknown.
     pub locality: Arc<Locality>,
-    /// 1, unless an object says otherwise.
+    /// Load-balancing weight; 1 unless a ServiceEntry or WorkloadEntry sets another.
     pub weight: u32,
-    /// Whether it may be chosen.
+    /// Eligibility for new connections.
     pub health: EndpointHealth,
-    /// Its level, once that is decided; 0 is the nearest.
+    /// Failover level, 0 being the nearest; also 0 until levels are assigned.
     pub priority: u32,
 }
 
-/// An endpoint that the pool does not have, and why; for `explain`.
+/// An endpoint that the pool excludes, with the reason; collected only for `explain`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Excluded {
-    /// The endpoint.
+    /// IP address without a port, since the endpoint may not have a matching one.
     pub address: IpAddr,
-    /// Its cluster.
+    /// ID of the cluster that the endpoint belongs to.
     pub cluster: Arc<str>,
-    /// The rule that left it out.
+    /// Human-readable reason, as a complete clause: `it is terminating`.
     pub why: &'static str,
 }
 
-/// Where a locality setting comes from.
+/// The object that a locality setting comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SettingSource {
-    /// The DestinationRule's.
+    /// `localityLbSetting` of the DestinationRule.
     DestinationRule,
-    /// `trafficDistribution` of the Service.
+    /// `spec.trafficDistribution` of the Service.
     TrafficDistribution,
-    /// The mesh's.
+    /// `localityLbSetting` of the mesh settings.
     Mesh,
 }
 
-/// For whom the policy is asked: a node has one place in the world.
+/// The client that the policy is computed for. All pods of a node share its location.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Client {
-    /// Id of its cluster.
+    /// ID of the client's cluster.
     pub cluster: Arc<str>,
-    /// Its node, where it is on one.
+    /// Name of the client's node; `None` for a client that is given by locality alone.
     pub node: Option<String>,
-    /// Where it is.
+    /// Region, zone and subzone of the client.
     pub locality: Locality,
-    /// Its labels: those of the node, with its place, cluster and network among them.
+    /// Labels of the node, including those for its locality, cluster and network.
     pub labels: Labels,
-    /// Whether the settings are not known that say what must stay in its cluster, so that everything does of which nothing else is said.
+    /// Whether hosts without a known setting are cluster-local, because the mesh settings cannot be read.
     pub default_cluster_local: bool,
 }
 
@@ -114,23 +114,23 @@ impl Default for Client {
     }
 }
 
-/// Name of a pool: the endpoints of one port of a service, or of a subset of it. Ejections belong to a pool.
+/// Identifies a pool: the endpoints of one service port, or of a subset of them, in one address family.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PoolKey {
-    /// The service.
+    /// Service that the endpoints belong to.
     pub service: ServiceId,
-    /// Its port.
+    /// Service port, not target port.
     pub port: u16,
-    /// The port's protocol.
+    /// Transport protocol of the port.
     pub protocol: Protocol,
-    /// Its subset.
+    /// Subset name from the DestinationRule; `None` for all endpoints.
     pub subset: Option<String>,
-    /// Whether it is the IPv6 endpoints: those of a pod in both families are two, and each family counts its own.
+    /// Whether this is the pool of IPv6 endpoints.
     pub v6: bool,
 }
 
 impl PoolKey {
-    /// The same for both address families: limits are common to them, and so is what is spoken.
+    /// Returns the key for both address families (`v6` cleared).
     pub fn both_families(&self) -> Self {
         Self { v6: false, ..self.clone() }
     }
@@ -147,102 +147,102 @@ impl fmt::Display for PoolKey {
     }
 }
 
-/// What has been seen of endpoints.
+/// Observed endpoint state that the policy takes into account.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HealthView {
-    /// Those that are ejected, by the pool that ejected them.
+    /// Endpoints ejected by outlier detection, by pool.
     pub ejected: BTreeMap<PoolKey, BTreeSet<SocketAddr>>,
-    /// Those that count as ejected in every pool (`plan --eject`, `portolan eject`).
+    /// Endpoints ejected from every pool (`plan --eject`, `portolan eject`).
     pub ejected_everywhere: BTreeSet<SocketAddr>,
-    /// Those whose probes fail, by the pool that asks for them.
+    /// Endpoints whose active health checks fail, by the pool that requests the probe.
     pub failing: BTreeMap<PoolKey, BTreeSet<SocketAddr>>,
-    /// Pools on HTTP ports whose connections carry something else than HTTP/1.
+    /// Pools on HTTP ports whose connections carry something other than HTTP/1, as [`PoolKey::both_families`].
     pub not_http: BTreeSet<PoolKey>,
-    /// Regions that services leave (`portolan drain`).
+    /// Drained regions, as pairs of service and region (`portolan drain`).
     pub drained: BTreeSet<(NamespacedName, String)>,
-    /// How long those have been there that have not been there long, by pool.
+    /// Ages of endpoints that are still warming up, by pool.
     pub ages: BTreeMap<PoolKey, HashMap<SocketAddr, Duration>>,
 }
 
 impl HealthView {
-    /// Whether an endpoint of the pool is ejected; `counts` says whether the pool ejects at all.
-    pub fn is_ejected(&self, pool: &PoolKey, address: &SocketAddr, counts: bool) -> bool {
+    /// Returns whether the endpoint is ejected from the pool.
+    pub fn is_ejected(&self, pool: &PoolKey, address: &SocketAddr, pool_ejects: bool) -> bool {
         let by_pool = || self.ejected.get(pool).is_some_and(|ejected| ejected.contains(address));
-        self.ejected_everywhere.contains(address) || (counts && by_pool())
+        self.ejected_everywhere.contains(address) || (pool_ejects && by_pool())
     }
 
-    /// Whether probes of an endpoint fail that the pool asks for.
+    /// Returns whether the active health check that the pool requests fails for the endpoint.
     pub fn is_failing(&self, pool: &PoolKey, address: &SocketAddr) -> bool {
         self.failing.get(pool).is_some_and(|failing| failing.contains(address))
     }
 
-    /// Whether the service leaves the region.
+    /// Returns whether the service is drained from the region.
     pub fn is_drained(&self, service: &NamespacedName, region: &str) -> bool {
-        self.drained.iter().any(|(of, left)| of == service && left == region)
+        self.drained.iter().any(|(drained, from)| drained == service && from == region)
     }
 
-    /// How long an endpoint of the pool has been there, if that is not long.
+    /// Returns the age of an endpoint that is still warming up; `None` for any other endpoint.
     pub fn age(&self, pool: &PoolKey, address: &SocketAddr) -> Option<Duration> {
         self.ages.get(pool)?.get(address).copied()
     }
 }
 
-/// A destination of a frontend.
+/// A weighted destination of a frontend.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Route {
-    /// Relative to the sum over the routes.
+    /// Weight relative to the sum over the routes of the assignment.
     pub weight: u32,
-    /// Where it leads.
+    /// Pool that receives the connections.
     pub pool: Pool,
 }
 
-/// The verdict for one port of a service, for addresses of one family.
+/// The policy output for one port of a service, for frontends of one address family that share a route.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Assignment {
-    /// The service that clients dial.
+    /// Service that clients dial.
     pub service: ServiceId,
-    /// Its host name.
+    /// Fully qualified host name of the service.
     pub host: String,
-    /// The port that clients dial.
+    /// Service port that clients dial.
     pub port: u16,
-    /// Its protocol.
+    /// Transport protocol of the port.
     pub protocol: Protocol,
-    /// The addresses that clients dial.
+    /// Addresses and port that clients dial.
     pub frontends: Vec<SocketAddr>,
-    /// The VirtualService whose route is taken.
+    /// VirtualService whose route applies; `None` without one.
     pub routed_by: Option<NamespacedName>,
-    /// Where connections go: one, unless a VirtualService splits them.
+    /// Destinations of the connections; more than one only if a VirtualService splits them.
     pub routes: Vec<Route>,
-    /// Whether connections go where they were going (`PASSTHROUGH`).
+    /// Whether connections keep their original destination (`PASSTHROUGH`).
     pub passthrough: bool,
-    /// The turns in which endpoints are taken; empty: refuse.
+    /// Order in which endpoints are selected; an empty schedule refuses all connections.
     pub schedule: Arc<Schedule>,
-    /// `sessionAffinity: ClientIP`: how long a client comes back to its endpoint.
+    /// `sessionAffinity: ClientIP`: how long a client returns to the same endpoint; `None` without affinity.
     pub affinity: Option<Duration>,
 }
 
-/// The whole verdict.
+/// The policy output for all services that the client can dial.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PolicyOutput {
-    /// In order of service, port, family.
+    /// Ordered by service, port and address family.
     pub assignments: Vec<Arc<Assignment>>,
-    /// What people should know.
+    /// Problems that operators should know about.
     pub findings: Vec<Finding>,
 }
 
-/// How localities count.
+/// How locality influences endpoint selection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LocalityMode {
-    /// They do not: all endpoints are one pool.
+    /// Locality is ignored: all endpoints are on one level.
     None,
-    /// Nearest first.
+    /// The nearest level comes first, and farther levels take over as it loses endpoints.
     Failover,
-    /// By percentage.
+    /// Each locality gets a percentage (`distribute`).
     Distribute,
 }
 
 impl LocalityMode {
-    /// As the contract names it.
+    /// Returns the stable name used in JSON output.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -252,77 +252,77 @@ impl LocalityMode {
     }
 }
 
-/// A level of endpoints.
+/// Summary of one failover level.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Priority {
-    /// Endpoints in it.
+    /// Number of endpoints on the level, usable or not.
     pub hosts: u64,
-    /// Those that may be chosen.
+    /// Number of usable endpoints.
     pub healthy: u64,
-    /// Percent of the connections.
+    /// Share of the pool's connections in percent.
     pub load: u32,
-    /// Whether all endpoints are used, healthy or not.
+    /// Whether the level is in panic mode, in which it also uses ejected and failing endpoints.
     pub panic: bool,
 }
 
-/// The endpoints of one locality on one level.
+/// The weight of one locality on one level.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalityShare {
-    /// Which locality.
+    /// Region, zone and subzone.
     pub locality: Arc<Locality>,
-    /// On which level.
+    /// Failover level, 0 being the nearest.
     pub priority: u32,
-    /// Its weight before health: from `distribute`, or the sum of its endpoints'.
+    /// Weight before health is applied: from `distribute`, or the sum of the endpoint weights.
     pub weight: u64,
 }
 
-/// The verdict for one pool.
+/// The policy output for one pool: its endpoints and effective settings.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pool {
-    /// Which pool.
+    /// Identity of the pool; stable across recompilations.
     pub key: PoolKey,
-    /// How localities count.
+    /// How locality influences endpoint selection.
     pub mode: LocalityMode,
-    /// Where the locality setting comes from; none counts where it is absent.
+    /// Object that the locality setting comes from; `None` if no setting applies.
     pub setting: Option<SettingSource>,
-    /// Whether what a locality in `distribute` cannot carry goes where failover leads.
+    /// Whether load that a locality in `distribute` cannot carry fails over to others.
     pub distributes_with_failover: bool,
-    /// Whether connections stay in the client's own cluster.
+    /// Whether connections must stay in the client's cluster, or prefer it.
     pub cluster_local: ClusterLocal,
-    /// The pattern that says so.
+    /// Host pattern that decides `cluster_local`; `None` if no pattern matches.
     pub cluster_local_by: Option<String>,
-    /// The DestinationRule in force.
+    /// DestinationRule that applies, with its duplicates merged; `None` without one.
     pub rule: Option<Arc<DestinationRule>>,
-    /// Host choice, as the kernel makes it.
+    /// Load-balancing algorithm that the kernel applies.
     pub algorithm: Algorithm,
-    /// When endpoints are ejected.
+    /// Outlier detection settings; `None` disables it.
     pub outlier: Option<OutlierDetection>,
-    /// After which time without traffic connections to its endpoints that get no new ones are closed.
+    /// Idle time after which the agent closes connections to endpoints that no longer get new ones.
     pub close_idle_elsewhere: Option<Duration>,
-    /// How the agent probes its endpoints by itself.
+    /// Active health check that the agent performs; `None` disables it.
     pub probe: Option<Arc<Probe>>,
-    /// What proves that an endpoint is well.
+    /// Signal that outlier detection counts as a success.
     pub success_criterion: SuccessCriterion,
-    /// What new endpoints get.
+    /// Slow-start settings for new endpoints; `None` disables warmup.
     pub warmup: Option<Warmup>,
-    /// Limits on connections.
+    /// Connection limits and timeouts (`connectionPool.tcp`).
     pub limits: ConnectionPool,
-    /// Levels, nearest first.
+    /// Failover levels, nearest first.
     pub priorities: Vec<Priority>,
-    /// In order of level and name.
+    /// Locality weights, ordered by level and locality.
     pub localities: Vec<LocalityShare>,
-    /// In order of their addresses.
+    /// Endpoints, ordered by address.
     pub endpoints: Vec<Endpoint>,
-    /// Endpoints that are going away or not ready, where such ones are left out: they keep the connections that they have.
+    /// Terminating or not-ready endpoints that are excluded: they keep their existing connections.
     pub leaving: Vec<SocketAddr>,
-    /// How many groups share the connections; 0: refuse.
+    /// Number of endpoint groups that share the connections; 0 refuses all connections.
     pub groups: usize,
-    /// Endpoints that it does not have, where somebody wants to know.
+    /// Excluded endpoints with the reasons; empty unless an explanation was requested.
     pub excluded: Vec<Excluded>,
 }
 
 impl Pool {
-    /// How the kernel takes one of its endpoints.
+    /// Returns how the kernel selects one of the endpoints.
     pub fn choice(&self) -> LbPolicy {
         match self.algorithm {
             Algorithm::RoundRobin | Algorithm::Passthrough => LbPolicy::RoundRobin,
@@ -332,7 +332,7 @@ impl Pool {
         }
     }
 
-    /// What the kernel looks at for it (bits of `TrackFlags`).
+    /// Returns what the kernel tracks for the pool, as bits of `TrackFlags`; 0 without outlier detection.
     pub fn watch(&self) -> u32 {
         let Some(outlier) = &self.outlier else { return 0 };
         let bits = [
@@ -343,7 +343,7 @@ impl Pool {
         bits.into_iter().filter(|(_, on)| *on).map(|(bit, _)| bit).sum()
     }
 
-    /// What Portolan's own annotations have made of it.
+    /// Returns the names of Portolan's own settings that are in effect, without the `portolan.io/` prefix.
     pub fn extensions(&self) -> Vec<&'static str> {
         let one = self.outlier.as_ref().is_some_and(|outlier| outlier.always_eject_one);
         let early = self.outlier.as_ref().is_some_and(|outlier| outlier.count_early_resets);

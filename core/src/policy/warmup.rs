@@ -1,10 +1,10 @@
-//! New endpoints get less at first (Envoy's slow start).
+//! Warmup of new endpoints (Envoy slow start).
 
 use std::time::Duration;
 
 use crate::model::Warmup;
 
-/// The part of its weight that an endpoint of this age has.
+/// Returns the fraction of its weight, at most 1.0, that an endpoint of this age gets (Envoy slow start).
 pub fn warmup_factor(warmup: &Warmup, age: Duration) -> f64 {
     if age >= warmup.window {
         return 1.0;

@@ -1,4 +1,4 @@
-//! What a change of the objects does to the shares.
+//! The effect of a configuration change on each endpoint's share of connections.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,28 +7,28 @@ use serde::Serialize;
 use super::{ClientReport, Report, ServiceReport};
 use crate::model::{Finding, Severity};
 
-/// The difference of two sets of reports.
+/// The difference between two sets of reports.
 #[derive(Debug, Serialize)]
 pub struct Diff {
-    /// The clients of which some share changes.
+    /// The clients for which some share changes.
     pub clients: Vec<ClientDiff>,
-    /// The findings that appear and disappear.
+    /// The findings that the change adds and removes.
     pub findings: FindingsDiff,
 }
 
-/// The findings that differ, regardless of their positions.
+/// The findings that differ, regardless of their positions in a file.
 #[derive(Debug, Default, Serialize)]
 pub struct FindingsDiff {
-    /// Present after the change only.
+    /// Findings that exist only after the change.
     pub added: Vec<Finding>,
-    /// Present before the change only.
+    /// Findings that exist only before the change.
     pub removed: Vec<Finding>,
 }
 
-/// What changes for one client.
+/// The share changes of one client.
 #[derive(Debug, Serialize)]
 pub struct ClientDiff {
-    /// The client, as it is after the change where it still exists.
+    /// The client after the change, or before it if the change removes the client.
     pub client: ClientReport,
     /// The shares that differ by more than 1e-9.
     pub changes: Vec<ShareChange>,
@@ -37,9 +37,10 @@ pub struct ClientDiff {
 /// An endpoint whose share changes, or the refused share of a service.
 #[derive(Debug, Serialize)]
 pub struct ShareChange {
-    /// `namespace/name:port`, with the kind, the family and the addresses where they are needed to tell it from others.
+    /// `namespace/name:port`, with the kind, the family and the addresses where these are needed to identify the
+    /// service.
     pub service: String,
-    /// Address and port; `None` for the share of connections that is refused.
+    /// The endpoint's address and port; `None` for the share of connections that is refused.
     pub endpoint: Option<String>,
     /// The cluster of the endpoint; empty for the refused share.
     pub cluster: String,
@@ -54,7 +55,8 @@ pub struct ShareChange {
 type Shares = BTreeMap<(String, Option<String>), (f64, String, String)>;
 
 impl Diff {
-    /// Of the same clients, before and after. A client that is in one of them only sends nothing in the other.
+    /// Compares the reports of the same clients before and after a change.
+    /// A client that is missing on one side counts as sending no connections there.
     pub fn new(before: &[Report], after: &[Report]) -> Self {
         let by_node = |reports: &[Report]| -> BTreeMap<Option<String>, Report> {
             reports.iter().map(|report| (report.client.node.clone(), report.clone())).collect()
@@ -87,7 +89,7 @@ impl Diff {
                 clients.push(ClientDiff { client, changes });
             }
         }
-        // Positions may have moved without anything else having changed.
+        // Positions may move although nothing else has changed.
         let of = |reports: &[Report]| -> BTreeSet<Finding> {
             let findings = reports.iter().flat_map(|report| &report.findings).cloned();
             findings.map(|finding| Finding { position: None, ..finding }).collect()
@@ -100,14 +102,15 @@ impl Diff {
         Self { clients, findings }
     }
 
-    /// Whether everything goes on as it was, and no error came.
+    /// Returns whether no share changes and no new finding is an error.
     pub fn is_empty(&self) -> bool {
         let errors = self.findings.added.iter().any(|finding| finding.severity == Severity::Error);
         self.clients.is_empty() && !errors
     }
 }
 
-/// What to call services. As a rule, one name has one set of addresses of a family; where routes tell addresses apart, they are named.
+/// Display names of services.
+/// A name usually has one set of addresses per family; where routes split them, the addresses are part of the name.
 struct Names {
     several: BTreeSet<String>,
 }
@@ -132,7 +135,7 @@ impl Names {
         if self.several.contains(&name) { format!("{name} at {}", service.frontends.join(", ")) } else { name }
     }
 
-    /// The shares of endpoints by service, and the share of each service that is refused.
+    /// Returns the share of each endpoint, and the refused share of each service (`None` as endpoint).
     fn shares(&self, report: Option<&Report>) -> Shares {
         let mut shares = Shares::new();
         let mut given: BTreeMap<String, f64> = BTreeMap::new();
@@ -156,7 +159,7 @@ impl Names {
     }
 }
 
-/// Kind, where it is no Service, name, port, and family, where it is IPv6.
+/// Returns the kind (unless it is a Service), the name, the port, and the family if it is IPv6.
 fn short(service: &ServiceReport) -> String {
     let v6 = service.frontends.first().is_some_and(|address| address.starts_with('['));
     let kind = service.kind.as_ref().map(|kind| format!("{kind} ")).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Why each endpoint of a service has its share: the steps of the policy, each with the rule that decided it.
+//! Explains the share of each endpoint of a service: the steps of the policy, each with the rule that decided it.
 
 use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr};
 
@@ -14,81 +14,81 @@ use crate::{
     },
 };
 
-/// The answer of `explain`.
+/// The response of `portolan explain`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Explanation {
-    /// For whom it is.
+    /// The client that the explanation applies to.
     pub client: ClientReport,
-    /// One for each port, address family, and set of addresses that routes tell apart.
+    /// One entry for each port, address family, and set of addresses that routes treat differently.
     pub ports: Vec<PortExplanation>,
-    /// What people should know of the service.
+    /// The findings that concern the service.
     pub findings: Vec<Finding>,
 }
 
-/// One port of a service.
+/// The explanation for one port of a service.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PortExplanation {
-    /// `namespace/name:port`
+    /// `namespace/name:port` of the service that clients dial.
     pub service: String,
-    /// Its host name.
+    /// The service's host name, such as `reviews.default.svc.cluster.local`.
     pub host: String,
-    /// The addresses that clients dial.
+    /// The addresses and ports that clients dial.
     pub frontends: Vec<String>,
-    /// Where connections go.
+    /// The destinations of connections: one, unless a VirtualService splits them.
     pub routes: Vec<RouteExplanation>,
 }
 
-/// One destination.
+/// The explanation for one destination of a route.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RouteExplanation {
-    /// The pool: `namespace/name:port`, and the subset.
+    /// The pool, as `namespace/name:port` with the subset, if any.
     pub destination: String,
-    /// In the order in which they are taken.
+    /// The steps of the policy, in the order of evaluation.
     pub steps: Vec<Step>,
-    /// Endpoints, by address.
+    /// The endpoints of the pool, ordered by address.
     pub endpoints: Vec<EndpointExplanation>,
-    /// Endpoints of the service that the pool does not have.
+    /// The endpoints of the service that the pool excludes.
     pub left_out: Vec<ExcludedExplanation>,
 }
 
 /// One step of the policy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Step {
-    /// `route`, `cluster`, `policy`, `subset`, `endpoints`, `locality`, `load`, `ejection` or `order`.
+    /// `route`, `cluster`, `policy`, `subset`, `endpoints`, `locality`, `load`, `ejection`, `probe` or `order`.
     pub step: String,
-    /// The object that decided it; absent: a default.
+    /// The object that decided the step; absent for a default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub object: Option<String>,
-    /// What it came to.
+    /// The result of the step, as text.
     pub says: String,
 }
 
-/// An endpoint and its share.
+/// An endpoint, its share, and the reason for the share.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EndpointExplanation {
-    /// As `plan` shows it.
+    /// The endpoint as `plan` shows it.
     #[serde(flatten)]
     pub endpoint: EndpointReport,
-    /// Why it gets that much.
+    /// The reason for the share, as text.
     pub why: String,
 }
 
-/// An endpoint that the pool does not have.
+/// An endpoint of the service that the pool excludes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ExcludedExplanation {
-    /// Its address.
+    /// The endpoint's IP address, without a port.
     pub address: String,
-    /// Its cluster.
+    /// The id of the endpoint's cluster.
     pub cluster: String,
-    /// The rule that left it out.
+    /// The rule that excludes the endpoint, as text.
     pub why: String,
 }
 
 impl Explanation {
-    /// From a verdict that was asked for with reasons.
+    /// Builds the explanation from an output of [`crate::policy::explain`], for one port or for all of them.
     pub fn new(client: &Client, output: &PolicyOutput, port: Option<u16>) -> Self {
         let assignments =
             output.assignments.iter().filter(|assignment| port.is_none_or(|port| port == assignment.port));
@@ -99,7 +99,7 @@ impl Explanation {
         }
     }
 
-    /// All destinations, in order.
+    /// Returns all destinations, ordered by port and route.
     pub fn routes_mut(&mut self) -> impl Iterator<Item = &mut RouteExplanation> {
         self.ports.iter_mut().flat_map(|port| &mut port.routes)
     }
@@ -151,7 +151,7 @@ fn steps(client: &Client, assignment: &Assignment, route: &Route) -> Vec<Step> {
     let rule = pool.rule.as_ref().map(|rule| format!("DestinationRule {}", rule.name));
     let mut steps = vec![routing(assignment, route), cluster_local(client, pool)];
     steps.push(match &rule {
-        None => step("policy", None, "no DestinationRule is for this host: the mesh's settings count"),
+        None => step("policy", None, "no DestinationRule matches this host: mesh-wide settings apply"),
         Some(object) => step("policy", Some(object.clone()), policy(pool)),
     });
     if let (Some(name), Some(rule)) = (&pool.key.subset, &pool.rule) {
@@ -164,7 +164,7 @@ fn steps(client: &Client, assignment: &Assignment, route: &Route) -> Vec<Step> {
         ));
     }
     let healthy = pool.endpoints.iter().filter(|endpoint| endpoint.health.is_usable()).count();
-    let of = format!("{} endpoints, {healthy} of them healthy; {} left out", pool.endpoints.len(), pool.excluded.len());
+    let of = format!("{} endpoints, {healthy} healthy; {} excluded", pool.endpoints.len(), pool.excluded.len());
     steps.push(step("endpoints", None, of));
     steps.push(locality(pool, rule.as_deref()));
     steps.extend(pool.priorities.iter().zip(0..).map(|(priority, level)| load(pool, priority, level)));
@@ -176,21 +176,21 @@ fn steps(client: &Client, assignment: &Assignment, route: &Route) -> Vec<Step> {
         let after = if thresholds.is_empty() {
             "never".to_owned()
         } else {
-            format!("after {} failures in a row", thresholds.join(" or "))
+            format!("after {} consecutive failures", thresholds.join(" or "))
         };
         let says = format!(
-            "{after}, for {:?} the first time; at most {most} of {} at once ({} %); now {ejected}",
+            "{after}; base ejection time {:?}; at most {most} of {} ejected at once ({}%); {ejected} ejected now",
             outlier.base_ejection_time,
             pool.endpoints.len(),
             outlier.max_ejection_percent
         );
         let says =
-            if outlier.always_eject_one { says + "; one always may (portolan.io/always-eject-one)" } else { says };
+            if outlier.always_eject_one { says + "; one always allowed (portolan.io/always-eject-one)" } else { says };
         let says = says
             + match pool.success_criterion {
-                SuccessCriterion::HttpStatus => "; HTTP responses with a status of 500 and more are failures as well",
+                SuccessCriterion::HttpStatus => "; HTTP responses with status 500 or above also count as failures",
                 SuccessCriterion::FirstByte => {
-                    "; so are connections that break before an answer (portolan.io/count-early-resets)"
+                    "; connections broken before the first response byte also count (portolan.io/count-early-resets)"
                 }
                 SuccessCriterion::Connected => "",
             };
@@ -199,7 +199,8 @@ fn steps(client: &Client, assignment: &Assignment, route: &Route) -> Vec<Step> {
     if let Some(probe) = &pool.probe {
         let failing = pool.endpoints.iter().filter(|endpoint| endpoint.health == EndpointHealth::Failing).count();
         let says = format!(
-            "{probe} every {:?}; out after {} failures in a row, in again after {} successes; now {failing} of {} out",
+            "{probe} every {:?}; unhealthy after {} consecutive failures, healthy after {} successes; \
+             {failing} of {} failing now",
             probe.period,
             probe.failures,
             probe.successes,
@@ -213,36 +214,36 @@ fn steps(client: &Client, assignment: &Assignment, route: &Route) -> Vec<Step> {
 
 fn routing(assignment: &Assignment, route: &Route) -> Step {
     let Some(rule) = &assignment.routed_by else {
-        return step("route", None, "no route of a VirtualService is for it: connections go to the service itself");
+        return step("route", None, "no VirtualService route matches: connections go to the service itself");
     };
     let total: u64 = assignment.routes.iter().map(|route| u64::from(route.weight)).sum();
-    let says = format!("leads to {}, weight {} of {total}", route.pool.key, route.weight);
+    let says = format!("routes to {}, weight {} of {total}", route.pool.key, route.weight);
     step("route", Some(format!("VirtualService {rule}")), says)
 }
 
 fn cluster_local(client: &Client, pool: &Pool) -> Step {
     let object = pool.cluster_local_by.as_ref().map(|pattern| format!("serviceSettings {pattern:?}"));
     let says = match pool.cluster_local {
-        ClusterLocal::Off => "connections may go to all clusters".to_owned(),
-        ClusterLocal::Prefer => format!("endpoints in {} come first, the others after them", client.cluster),
+        ClusterLocal::Off => "connections may go to any cluster".to_owned(),
+        ClusterLocal::Prefer => format!("endpoints in {} are preferred; other clusters follow", client.cluster),
         ClusterLocal::Strict => {
-            format!("connections stay in {}; without an endpoint there, they are refused", client.cluster)
+            format!("connections stay in {}; they are refused if it has no usable endpoint", client.cluster)
         }
     };
     step("cluster", object, says)
 }
 
-/// Which parts of a rule count.
+/// Summarizes which parts of a DestinationRule apply to the pool.
 fn policy(pool: &Pool) -> String {
     let Some(rule) = &pool.rule else { return String::new() };
     let subset = rule.subsets.iter().find(|subset| Some(&subset.name) == pool.key.subset.as_ref());
     let by_port = |policy: &crate::model::TrafficPolicy| policy.ports.contains_key(&pool.key.port);
     let mut says = format!("host {:?}", rule.host);
     if by_port(&rule.policy) {
-        let _ = write!(says, "; portLevelSettings of {} replace all others", pool.key.port);
+        let _ = write!(says, "; portLevelSettings for port {} replace all other settings", pool.key.port);
     }
     if let Some(subset) = subset {
-        let own = if by_port(&subset.policy) { "by its portLevelSettings" } else { "block by block" };
+        let own = if by_port(&subset.policy) { "it with its portLevelSettings" } else { "it block by block" };
         let _ = write!(says, "; subset {:?} overrides {own}", subset.name);
     }
     let _ = write!(says, "; outlierDetection {}", if pool.outlier.is_some() { "on" } else { "off" });
@@ -258,24 +259,24 @@ fn locality(pool: &Pool, rule: Option<&str>) -> Step {
     };
     let says = match (pool.mode, pool.setting) {
         (LocalityMode::Distribute, _) if pool.distributes_with_failover => {
-            "distribute with failover: each locality gets its percentage; what it cannot carry goes where failover leads from there"
+            "distribute with failover: each locality gets its percentage; load it cannot absorb fails over"
         }
         (LocalityMode::Distribute, _) => {
-            "distribute: each locality gets its percentage; those that are not named get nothing"
+            "distribute: each locality gets its percentage; unlisted localities get nothing"
         }
         (LocalityMode::Failover, Some(SettingSource::TrafficDistribution)) => {
-            "trafficDistribution: nearest first, the next level as far as the nearer ones cannot carry all"
+            "trafficDistribution: nearest first; load spills over when nearer levels lack capacity"
         }
-        (LocalityMode::Failover, None) => "locality load balancing is off; the own cluster comes first",
+        (LocalityMode::Failover, None) => "locality load balancing is off; the client's own cluster comes first",
         (LocalityMode::Failover, Some(SettingSource::Mesh)) => {
-            "failover: nearest first, the next level as far as the nearer ones cannot carry all. It is on because outlierDetection is"
+            "failover (enabled by outlierDetection): nearest first; load spills over when nearer levels lack capacity"
         }
         (LocalityMode::Failover, Some(SettingSource::DestinationRule)) => {
-            "failover: nearest first, the next level as far as the nearer ones cannot carry all"
+            "failover: nearest first; load spills over when nearer levels lack capacity"
         }
-        (LocalityMode::None, None) => "locality load balancing is off: all endpoints are alike",
+        (LocalityMode::None, None) => "locality load balancing is off: locality is ignored",
         (LocalityMode::None, Some(_)) => {
-            "all endpoints are alike: without outlierDetection there is no failover, and no distribute is set"
+            "locality is ignored: failover needs outlierDetection, and distribute is not set"
         }
     };
     step("locality", object, says)
@@ -286,10 +287,11 @@ fn load(pool: &Pool, priority: &Priority, level: u32) -> Step {
     let health = (OVERPROVISIONING_FACTOR * healthy).checked_div(*hosts).unwrap_or(0).min(100);
     let threshold = pool.outlier.as_ref().map_or(0, |outlier| outlier.min_health_percent);
     let mut says = format!(
-        "priority {level}: {healthy} of {hosts} healthy, health min(100, {OVERPROVISIONING_FACTOR} x {healthy} / {hosts}) = {health}, load {load} %"
+        "priority {level}: {healthy} of {hosts} healthy, health \
+         min(100, {OVERPROVISIONING_FACTOR} x {healthy} / {hosts}) = {health}, load {load}%"
     );
     if *panic {
-        let _ = write!(says, "; panic: fewer than {threshold} % are healthy, so ejected ones are used as well");
+        let _ = write!(says, "; panic: fewer than {threshold}% are healthy, so ejected endpoints are used as well");
     }
     step("load", None, says)
 }
@@ -297,37 +299,37 @@ fn load(pool: &Pool, priority: &Priority, level: u32) -> Step {
 fn order(assignment: &Assignment, pool: &Pool) -> Step {
     let schedule = &assignment.schedule;
     let says = if assignment.passthrough {
-        "PASSTHROUGH: connections go where they were going, and Portolan has no part in them".to_owned()
+        "PASSTHROUGH: connections keep their original destination and bypass Portolan".to_owned()
     } else if pool.groups == 0 {
-        "nobody can take these connections: they are refused".to_owned()
+        "no eligible endpoint: connections are refused".to_owned()
     } else {
         let (turns, groups) = (schedule.turns.len(), schedule.runs.len());
-        let cycle = format!("a cycle of {turns} turns over {groups} groups, earliest deadline first");
+        let cycle = format!("a cycle of {turns} turns over {groups} groups, earliest deadline first (EDF)");
         let places = || {
             schedule.runs.iter().filter(|run| run.choice == LbPolicy::Hash).map(|run| run.members.len()).sum::<usize>()
         };
         match pool.algorithm {
             Algorithm::RoundRobin | Algorithm::Passthrough => format!("{cycle}; shares are exact in every cycle"),
             Algorithm::LeastRequest => format!(
-                "{cycle}; of a group two endpoints are drawn, and the one with fewer active connections is taken"
+                "{cycle}; of two random endpoints of a group, the one with fewer active connections gets picked"
             ),
-            Algorithm::Random => format!("{cycle}, of which one is drawn, and an endpoint of its group"),
+            Algorithm::Random => format!("{cycle}; a turn and an endpoint of its group are drawn at random"),
             Algorithm::ConsistentHash => format!(
-                "a table of {} places, of which each endpoint has its share; a pod's hash names its place",
+                "a Maglev table of {} entries, divided among the endpoints by share; a pod's hash selects its entry",
                 places()
             ),
         }
     };
     let says = match assignment.affinity {
         Some(affinity) if pool.groups > 0 => {
-            format!("{says}; a pod comes back to its endpoint for {} s (sessionAffinity)", affinity.as_secs())
+            format!("{says}; a pod returns to its endpoint within {} s (sessionAffinity)", affinity.as_secs())
         }
         _ => says,
     };
     step("order", None, says)
 }
 
-/// One sentence on an endpoint.
+/// Describes in one sentence why an endpoint has its share.
 fn why(client: &Client, pool: &Pool, endpoint: &Endpoint, share: f64) -> String {
     let place = match pool.mode {
         LocalityMode::None => String::new(),
@@ -338,18 +340,18 @@ fn why(client: &Client, pool: &Pool, endpoint: &Endpoint, share: f64) -> String 
     let health = match endpoint.health {
         EndpointHealth::Healthy => "healthy",
         EndpointHealth::Unhealthy => "not ready",
-        EndpointHealth::Draining => "terminating, and nobody is ready",
-        EndpointHealth::Failing => "its probes fail (portolan.io/probe)",
-        EndpointHealth::Ejected => "ejected, for connections to it failed",
+        EndpointHealth::Draining => "terminating, used because no other endpoint is ready",
+        EndpointHealth::Failing => "failing active probes (portolan.io/probe)",
+        EndpointHealth::Ejected => "ejected by outlier detection or by an operator",
     };
     let result = if share > 0.0 {
-        format!("one of those that share the {load} % of priority {}", endpoint.priority)
+        format!("one of the endpoints that share the {load}% of priority {}", endpoint.priority)
     } else if !endpoint.health.is_usable() {
-        "gets nothing".to_owned()
+        "gets no connections".to_owned()
     } else if load == 0 {
-        format!("priority {} has no load: nearer ones carry all", endpoint.priority)
+        format!("priority {} has no load: nearer priorities absorb all of it", endpoint.priority)
     } else {
-        "gets nothing".to_owned()
+        "gets no connections".to_owned()
     };
     format!("{place}{health}; {result}")
 }
@@ -363,12 +365,13 @@ fn distance(client: &Client, endpoint: &Endpoint) -> &'static str {
     } else if there.subzone != here.subzone {
         "the same zone"
     } else {
-        "the same place"
+        "the same locality"
     }
 }
 
-/// Whether a finding may have to do with a service: it is about the service itself, about one of its slices, about rules of its namespace or
-/// of the mesh, or about a file of which nothing else is known.
+/// Returns whether a finding may concern a service.
+/// It does if it is about the service, one of its slices, a rule of its namespace or of the mesh, or a file whose
+/// objects are unknown.
 pub fn concerns(finding: &Finding, service: &ServiceId) -> bool {
     let Some((kind, name)) = finding.object.split_once(' ') else { return true };
     let (namespace, name) = name.split_once('/').unwrap_or(("", name));
@@ -377,7 +380,7 @@ pub fn concerns(finding: &Finding, service: &ServiceId) -> bool {
         "Service" | "ServiceEntry" => finding.object == service.object(),
         "EndpointSlice" => namespace == own.namespace && name.starts_with(own.name.as_str()),
         "DestinationRule" | "VirtualService" => {
-            // A rule for another host is none of this service's business.
+            // A rule for another host does not concern this service.
             let elsewhere = matches!(finding.code, Code::UnknownHost | Code::ForeignHost);
             (namespace == own.namespace || namespace == MeshConfig::default().root_namespace) && !elsewhere
         }

@@ -1,4 +1,4 @@
-//! What people and scripts are told: the contract of `plan` and `get`.
+//! The reports for users and scripts: the JSON contract of `plan`, `get` and `explain`.
 
 pub mod diff;
 pub mod explain;
@@ -12,149 +12,153 @@ use crate::{
     policy::{Assignment, Client, Endpoint, PolicyOutput, Route},
 };
 
-/// The answer of `plan` and `get`.
+/// The response of `plan` and `get`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Report {
-    /// For whom it is.
+    /// The client that the report applies to.
     pub client: ClientReport,
-    /// Fingerprint of the objects: where `plan` and the agent show the same, the agent has taken what is in the directory.
+    /// A fingerprint of the objects.
+    /// If `plan` and the agent show the same value, the agent has loaded what is in the directory.
     pub config: String,
-    /// One for each port and address family of a service, and each destination that its route names.
+    /// One entry for each port and address family of a service, and for each destination of its route.
     pub services: Vec<ServiceReport>,
-    /// What people should know.
+    /// The findings about the configuration.
     pub findings: Vec<Finding>,
 }
 
-/// For whom a report is.
+/// The client that a report applies to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ClientReport {
-    /// Id of the cluster.
+    /// The id of the client's cluster.
     pub cluster: String,
-    /// The node, where there is one.
+    /// The name of the client's node, if it is on one.
     pub node: Option<String>,
-    /// `region/zone/subzone`
+    /// The client's locality, as `region/zone/subzone`.
     pub locality: String,
 }
 
 impl ClientReport {
-    /// Of a client.
+    /// Describes a client.
     pub fn new(client: &Client) -> Self {
         Self { cluster: client.cluster.to_string(), node: client.node.clone(), locality: client.locality.to_string() }
     }
 }
 
-/// One port of a service.
+/// One port of a service, and one destination of its connections.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceReport {
-    /// Namespace of the service that clients dial.
+    /// The namespace of the service that clients dial.
     pub namespace: String,
-    /// Its name.
+    /// The name of the service that clients dial.
     pub name: String,
-    /// `ServiceEntry`, where it is one.
+    /// `ServiceEntry` for a ServiceEntry; absent for a Service.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kind: Option<String>,
-    /// Its host name.
+    /// The service's host name, such as `reviews.default.svc.cluster.local`.
     pub host: String,
-    /// The port that clients dial.
+    /// The port number that clients dial.
     pub port: u16,
-    /// Its protocol.
+    /// The port's protocol: `TCP` or `UDP`.
     pub protocol: String,
-    /// The subset that its route leads to.
+    /// The subset that the route selects, if any.
     pub subset: Option<String>,
-    /// The service that its route leads to, where that is another one: `namespace/name:port`.
+    /// The destination as `namespace/name:port`, if the route leads to another service or port.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub destination: Option<String>,
-    /// The addresses that clients dial.
+    /// The addresses and ports that clients dial.
     pub frontends: Vec<String>,
-    /// `none`, `failover` or `distribute`.
+    /// The locality mode: `none`, `failover` or `distribute`.
     pub mode: String,
-    /// Whether only the client's own cluster serves.
+    /// Whether connections stay in the client's cluster (`clusterLocal`).
     pub cluster_local: bool,
-    /// Portolan's own annotations that are in force (docs/extensions.md).
+    /// The `portolan.io` annotations in effect (docs/extensions.md).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub extensions: Vec<String>,
-    /// Host choice.
+    /// The load-balancing algorithm, such as `ROUND_ROBIN`.
     pub algorithm: String,
-    /// What happens where there is nobody to take: `refuse`; or `pass`, where connections go where they were going.
+    /// The behavior without an eligible endpoint: `refuse`, or `pass` if connections keep their original destination.
     pub on_empty: String,
-    /// Fraction of new connections that this destination refuses, where a route splits them: its own share, if it has nobody to take.
+    /// The fraction of new connections that this destination of a traffic split refuses because it has no eligible
+    /// endpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused_share: Option<f64>,
-    /// Levels, nearest first.
+    /// The priority levels, nearest first.
     pub priorities: Vec<PriorityReport>,
-    /// Localities, by level and name.
+    /// The localities, ordered by priority and name.
     pub localities: Vec<LocalityReport>,
-    /// Endpoints, by address.
+    /// The endpoints, ordered by address.
     pub endpoints: Vec<EndpointReport>,
-    /// What the kernel holds for this port; from a running agent only, and with the first of several destinations.
+    /// The kernel's state for this port.
+    /// Only from a running agent, and only for the first of several destinations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<FrontendKernel>,
 }
 
-/// A level.
+/// One priority level of a pool.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PriorityReport {
-    /// 0 is the nearest.
+    /// The level's index; 0 is the nearest.
     pub priority: u32,
-    /// Endpoints on it.
+    /// The number of endpoints on the level.
     pub hosts: u64,
-    /// Those that may be chosen.
+    /// The number of eligible endpoints on the level.
     pub healthy: u64,
-    /// Percent of the connections.
+    /// The level's percentage of connections (Envoy's priority load).
     pub load: u32,
-    /// Whether all endpoints are used, healthy or not.
+    /// Whether the level is in panic mode, so that unhealthy endpoints are used as well.
     pub panic: bool,
 }
 
-/// A locality.
+/// One locality of a priority level.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LocalityReport {
-    /// `region/zone/subzone`
+    /// The locality, as `region/zone/subzone`.
     pub locality: String,
-    /// Its level.
+    /// The index of the priority level; 0 is the nearest.
     pub priority: u32,
-    /// Its weight before health.
+    /// The locality's weight, before health is taken into account.
     pub weight: u64,
-    /// Fraction of new connections.
+    /// The locality's fraction of new connections, between 0 and 1.
     pub share: f64,
 }
 
-/// An endpoint.
+/// One endpoint of a pool.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EndpointReport {
-    /// Address and port.
+    /// The endpoint's address and port.
     pub address: String,
-    /// Its cluster.
+    /// The id of the endpoint's cluster.
     pub cluster: String,
-    /// `region/zone/subzone`
+    /// The endpoint's locality, as `region/zone/subzone`.
     pub locality: String,
-    /// Its level.
+    /// The index of the endpoint's priority level; 0 is the nearest.
     pub priority: u32,
-    /// Its weight.
+    /// The endpoint's weight, relative to others of its locality; 1 by default.
     pub weight: u32,
-    /// `healthy`, `unhealthy`, `draining` or `ejected`.
+    /// The health state: `healthy`, `unhealthy`, `draining` or `ejected`.
     pub health: String,
-    /// Fraction of new connections.
+    /// The endpoint's fraction of new connections, between 0 and 1.
     pub share: f64,
-    /// When its ejection ends at the earliest (RFC 3339); from a running agent only.
+    /// The earliest end of the ejection (RFC 3339); only from a running agent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ejected_until: Option<String>,
-    /// Why it is ejected: the threshold that was reached, or `hand` and the reason; from a running agent only.
+    /// The cause of the ejection; only from a running agent.
+    /// Either the threshold that was reached, or `hand` with the operator's reason.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ejected_by: Option<String>,
-    /// What the kernel has counted; from a running agent only.
+    /// The kernel's counters for the endpoint; only from a running agent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<EndpointKernel>,
 }
 
 impl EndpointReport {
-    /// Of an endpoint and the share that it gets.
+    /// Describes an endpoint with the given share.
     pub fn new(endpoint: &Endpoint, share: f64) -> Self {
         Self {
             address: endpoint.address.to_string(),
@@ -171,40 +175,40 @@ impl EndpointReport {
     }
 }
 
-/// A frontend as the kernel holds it, summed over its addresses.
+/// A frontend's state in the kernel, summed over the addresses of its port.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FrontendKernel {
-    /// Slots of its schedule.
+    /// The number of slots in the schedule.
     pub slots: u32,
-    /// How often it was published.
+    /// The generation of the last published version; it increases with every publication of any frontend.
     pub generation: u32,
-    /// Connections that were given an endpoint.
+    /// Connections that got an endpoint.
     pub connections: u64,
-    /// Connections that were refused because there was nobody to take.
+    /// Connections refused for lack of an eligible endpoint, or at the connection limit.
     pub refused: u64,
 }
 
-/// What the kernel has counted for an endpoint, over all services that it belongs to.
+/// The kernel's counters for an endpoint, over all services that it belongs to.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EndpointKernel {
-    /// Connections established.
+    /// Connections established, plus UDP flows.
     pub connections: u64,
-    /// Connections open now.
+    /// Connections open now, including those being established.
     pub active: u64,
-    /// Connects that failed.
+    /// Connects that failed: refused, reset, unreachable or timed out.
     pub failures: u64,
-    /// HTTP/1 responses, where their status is looked at.
+    /// HTTP/1 responses, if their status is tracked.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub responses: u64,
-    /// Those with a status of 500 and more.
+    /// Responses with status 500 or above.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub server_errors: u64,
-    /// Those with a status of 502, 503 or 504.
+    /// Responses with status 502, 503 or 504.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub gateway_errors: u64,
-    /// From SYN to established, microseconds, smoothed over connections; absent where endpoints are not ejected.
+    /// The smoothed time from SYN to established, in microseconds; absent unless outlier detection is on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connect_micros: Option<f64>,
 }
@@ -214,7 +218,7 @@ fn is_zero(count: &u64) -> bool {
 }
 
 impl Report {
-    /// From the policy's verdict.
+    /// Builds the report from the policy's output.
     pub fn new(client: &Client, config: String, output: &PolicyOutput) -> Self {
         Self {
             client: ClientReport::new(client),
@@ -224,13 +228,13 @@ impl Report {
         }
     }
 
-    /// Whether something does not work.
+    /// Returns whether any finding is an error.
     pub fn has_errors(&self) -> bool {
         self.findings.iter().any(|finding| finding.severity == Severity::Error)
     }
 }
 
-/// The shares of endpoints, for each route of an assignment.
+/// Returns the share of each endpoint, for each route of an assignment.
 pub(crate) fn route_shares(assignment: &Assignment) -> Vec<BTreeMap<SocketAddr, f64>> {
     let mut shares: Vec<BTreeMap<SocketAddr, f64>> = vec![BTreeMap::new(); assignment.schedule.runs.len()];
     for (run, address, share) in assignment.schedule.shares() {
@@ -238,7 +242,7 @@ pub(crate) fn route_shares(assignment: &Assignment) -> Vec<BTreeMap<SocketAddr, 
     }
     let mut runs = shares.into_iter();
     let routes = assignment.routes.iter().map(|route| {
-        // A route that leads to nobody has a run as well, of nobody.
+        // A route without an eligible endpoint has one empty run.
         let own = runs.by_ref().take(route.pool.groups.max(1));
         own.fold(BTreeMap::new(), |mut sum, run| {
             for (address, share) in run {
@@ -313,14 +317,15 @@ fn service(assignment: &Assignment, route: &Route, share: &dyn Fn(SocketAddr) ->
     }
 }
 
-/// The part of a split that leads to nobody; of a service that refuses everything it need not be said.
+/// Returns the share of a traffic split that is refused for lack of an endpoint.
+/// `None` if the whole service refuses.
 fn refused_share(assignment: &Assignment, route: &Route) -> Option<f64> {
     let total: f64 = assignment.routes.iter().map(|route| f64::from(route.weight)).sum();
     let split = route.pool.groups == 0 && !assignment.schedule.is_empty();
     split.then(|| rounded(f64::from(route.weight) / total))
 }
 
-/// Without the last digits, in which sums of fractions differ from the fraction.
+/// Rounds to 12 digits, to hide floating-point noise in sums of fractions.
 fn rounded(share: f64) -> f64 {
     (share * 1e12).round() / 1e12
 }

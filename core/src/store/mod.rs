@@ -1,4 +1,4 @@
-//! Updates in, snapshot out. The one place that remembers what the sources said.
+//! The object store: applies updates from the sources and maintains the snapshot for the policy.
 
 mod snapshot;
 mod update;
@@ -17,21 +17,22 @@ pub use self::{
     update::{Contents, Decoded, Update},
 };
 
-/// Something that could not be read, and never was.
+/// An input that has never been read successfully.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnreadInput {
-    /// What, for people.
+    /// A description of the input and the problem, for messages.
     pub what: String,
-    /// Whose objects may be in it.
+    /// The mesh or the cluster whose objects the input may contain.
     pub scope: Scope,
-    /// Whether it is the mesh's settings, which say what traffic must stay in its cluster.
+    /// Whether the input is the MeshConfig, which decides what traffic must stay in its cluster.
     pub settings: bool,
-    /// Whether there is no knowing what else is in it.
+    /// Whether the input may contain objects of any kind.
     pub anything: bool,
 }
 
 impl UnreadInput {
-    /// Whether it is about the cluster itself, or the mesh: other clusters add endpoints, and decide nothing.
+    /// Returns whether the input belongs to this cluster or the mesh.
+    /// Other clusters only add endpoints, so the agent does not wait for them.
     pub fn concerns(&self, cluster: &str) -> bool {
         match &self.scope {
             Scope::Mesh => true,
@@ -40,62 +41,63 @@ impl UnreadInput {
     }
 }
 
-/// What a change concerns.
+/// The effects of updates, accumulated by [`Store::apply`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// All services: rules, places, or the services themselves are not as they were.
+    /// Whether all services must be recompiled, because rules, topology, or the set of services changed.
     pub everything: bool,
-    /// These services: their endpoints are not as they were.
+    /// The services whose endpoints changed.
     pub services: BTreeSet<ServiceId>,
-    /// Whether there is anything new to say about the objects.
+    /// Whether findings or the set of unread inputs changed.
     pub findings: bool,
-    /// Whether all sources have reported for the first time.
+    /// Whether the initial sync completed.
     pub synced: bool,
 }
 
 impl Changes {
-    /// Everything is to be looked at.
+    /// Returns changes that require a full recompilation.
     pub fn everything() -> Self {
         Self { everything: true, ..Self::default() }
     }
 
-    /// Whether there is none.
+    /// Returns whether nothing changed.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// All objects, by identity and by the origin that holds them.
+/// All objects, by identity and by the origin that contains them.
 #[derive(Debug, Default)]
 pub struct Store {
-    objects: BTreeMap<Arc<ObjectKey>, Holders>,
-    /// What each origin holds.
-    held: BTreeMap<Arc<str>, Vec<Arc<ObjectKey>>>,
+    objects: BTreeMap<Arc<ObjectKey>, Owners>,
+    /// The keys of the objects in each origin, sorted.
+    keys_by_origin: BTreeMap<Arc<str>, Vec<Arc<ObjectKey>>>,
     snapshot: Snapshot,
     findings: BTreeMap<String, Vec<Finding>>,
-    troubles: Vec<Finding>,
-    /// Origins that have been read in full.
-    good: BTreeSet<Arc<str>>,
-    /// Origins of which something could not be read, and never was.
-    doubtful: BTreeMap<String, UnreadInput>,
+    source_findings: Vec<Finding>,
+    /// Origins that were read completely at least once.
+    complete_origins: BTreeSet<Arc<str>>,
+    /// Origins with content that has never been read successfully.
+    unread: BTreeMap<String, UnreadInput>,
     fingerprints: BTreeMap<Arc<str>, u64>,
-    /// The sets of labels that pods have: those of one workload share theirs.
+    /// Interned pod labels; pods with equal labels share one allocation.
     labels: BTreeSet<Arc<Labels>>,
     synced: bool,
 }
 
-/// The origins that hold an object, in order of their names; the first one counts.
-type Holders = Vec<(Arc<str>, Object)>;
+/// The origins that contain an object, sorted by name. The object of the first one applies.
+type Owners = Vec<(Arc<str>, Object)>;
 
 impl Store {
-    /// Whether everything that the sources have has been reported once. Before that, nothing may be removed from the
-    /// kernel.
+    /// Returns whether the initial sync is complete.
+    /// Until then, nothing may be removed from the kernel.
     pub fn synced(&self) -> bool {
         self.synced
     }
 
-    /// What could not be read, and never was, so that nothing is known of what it says; and whether the settings that count for a cluster may
-    /// be in it. Those first, for they say what must never happen; then what is of the cluster itself.
+    /// Returns an input that has never been read, and whether it may contain the MeshConfig for the cluster.
+    /// Inputs that may contain the MeshConfig come first, because it decides what must never leave the cluster;
+    /// then inputs that concern the cluster itself.
     pub fn doubt(&self, cluster: &str) -> Option<(&UnreadInput, bool)> {
         let settings = |doubt: &UnreadInput| {
             let own = Scope::Cluster(cluster.to_owned());
@@ -105,19 +107,20 @@ impl Store {
                     self.snapshot.clusters.get(id.as_str()).is_some_and(|it| it.mesh_config.is_some())
                 }
             };
-            // A cluster's own settings are as good a place for them as the mesh's, unless they are known already.
+            // The MeshConfig comes from the mesh or from the cluster itself.
+            // An unread input of the cluster matters only while neither is known.
             let may_be_here = doubt.scope == Scope::Mesh || (doubt.scope == own && !of(&Scope::Mesh) && !of(&own));
             doubt.settings || doubt.anything && may_be_here
         };
-        let all = self.doubtful.values().map(|doubt| (doubt, settings(doubt)));
+        let all = self.unread.values().map(|doubt| (doubt, settings(doubt)));
         all.max_by_key(|(doubt, settings)| (*settings, doubt.concerns(cluster)))
     }
 
-    /// Takes in a change, and adds to `changes` what is different now.
+    /// Applies an update and adds its effects to `changes`.
     pub fn apply(&mut self, update: Update, changes: &mut Changes) {
         match update {
             Update::Replace { origin, contents } => {
-                // Of an API, each object is an origin of its own: their names are kept once.
+                // For an API source, each object is an origin. Share one allocation per name.
                 let known = self.fingerprints.get_key_value(origin.as_str()).map(|(known, _)| Arc::clone(known));
                 let origin = known.unwrap_or_else(|| Arc::from(origin));
                 self.fingerprints.insert(Arc::clone(&origin), contents.fingerprint);
@@ -127,7 +130,7 @@ impl Store {
                 let origin: Arc<str> = Arc::from(origin);
                 self.fingerprints.remove(&origin);
                 self.replace(&origin, Contents { complete: true, ..Contents::default() }, changes);
-                self.good.remove(&origin);
+                self.complete_origins.remove(&origin);
             }
             Update::Prune { prefix, except } => {
                 let gone = |origin: &&Arc<str>| origin.starts_with(&prefix) && !except.contains(&***origin);
@@ -141,33 +144,35 @@ impl Store {
                 changes.everything |= if unreachable { of.insert(cluster.into()) } else { of.remove(cluster.as_str()) };
             }
             Update::SourceFindings(findings) => {
-                changes.findings |= self.troubles != findings;
-                self.troubles = findings;
+                changes.findings |= self.source_findings != findings;
+                self.source_findings = findings;
             }
             Update::Synced => changes.synced |= !std::mem::replace(&mut self.synced, true),
         }
     }
 
     fn replace(&mut self, origin: &Arc<str>, contents: Contents, changes: &mut Changes) {
-        let holds = |holders: &Holders| holders.iter().any(|(holder, _)| holder == origin);
-        let known = |key: &ObjectKey| self.objects.get(key).is_some_and(holds);
-        // A rule that cannot be read is not in force; without a Service or its endpoints, connections would be refused, and without the
-        // settings they could leave their cluster.
-        let vital = |key: &ObjectKey| {
+        let is_owner = |owners: &Owners| owners.iter().any(|(owner, _)| owner == origin);
+        let known = |key: &ObjectKey| self.objects.get(key).is_some_and(is_owner);
+        // A rule that cannot be read can be ignored.
+        // Without a Service or its endpoints, connections would be refused.
+        // Without the MeshConfig, they could leave their cluster.
+        let required = |key: &ObjectKey| {
             use Kind::{EndpointSlice, MeshConfig, Service, ServiceEntry, WorkloadEntry};
             matches!(key.kind, Service | EndpointSlice | ServiceEntry | WorkloadEntry | MeshConfig)
         };
-        let lost = contents.objects.iter().find(|read| read.object.is_none() && vital(&read.key) && !known(&read.key));
-        let doubt = match lost {
+        let missing =
+            contents.objects.iter().find(|read| read.object.is_none() && required(&read.key) && !known(&read.key));
+        let doubt = match missing {
             Some(read) => Some(UnreadInput {
-                what: format!("{} in {origin} is broken", read.key),
+                what: format!("{} in {origin} is invalid", read.key),
                 scope: read.key.scope.clone(),
                 settings: read.key.kind == Kind::MeshConfig,
                 anything: !contents.complete,
             }),
             None if !contents.complete => Some(UnreadInput {
                 what: format!("{origin} cannot be read"),
-                // The mesh's objects are in no folder.
+                // Files of the mesh are in the root directory.
                 scope: origin.split_once('/').map_or(Scope::Mesh, |(cluster, _)| Scope::Cluster(cluster.to_owned())),
                 settings: contents.sole_kind == Some(Kind::MeshConfig),
                 anything: contents.sole_kind.is_none(),
@@ -176,25 +181,27 @@ impl Store {
         };
         match doubt {
             None => {
-                self.good.insert(Arc::clone(origin));
-                // That more is known is news, whatever it is.
-                changes.findings |= self.doubtful.remove(&**origin).is_some();
+                self.complete_origins.insert(Arc::clone(origin));
+                // The set of unread inputs changed, which affects readiness.
+                changes.findings |= self.unread.remove(&**origin).is_some();
             }
-            Some(doubt) if !self.good.contains(origin) => drop(self.doubtful.insert(origin.as_ref().to_owned(), doubt)),
+            Some(doubt) if !self.complete_origins.contains(origin) => {
+                drop(self.unread.insert(origin.as_ref().to_owned(), doubt))
+            }
             Some(_) => {}
         }
         if contents.complete {
             let listed: BTreeSet<_> = contents.objects.iter().map(|read| &read.key).collect();
-            let gone = self.held.get(origin).into_iter().flatten().filter(|key| !listed.contains(&***key));
+            let gone = self.keys_by_origin.get(origin).into_iter().flatten().filter(|key| !listed.contains(&***key));
             let gone: Vec<Arc<ObjectKey>> = gone.cloned().collect();
             for key in gone {
-                self.hold(&key, origin, None, changes);
+                self.set_owner(&key, origin, None, changes);
             }
         }
         for read in contents.objects {
-            // A broken object leaves its last good state alone.
+            // An invalid object keeps its last valid version.
             if read.object.is_some() {
-                self.hold(&Arc::new(read.key), origin, read.object, changes);
+                self.set_owner(&Arc::new(read.key), origin, read.object, changes);
             }
         }
         let findings = self.findings.get(&**origin).map(Vec::as_slice).unwrap_or_default();
@@ -206,34 +213,34 @@ impl Store {
         }
     }
 
-    /// From now on the origin holds this object, or no longer does.
-    fn hold(&mut self, key: &Arc<ObjectKey>, origin: &Arc<str>, object: Option<Object>, changes: &mut Changes) {
+    /// Records that the origin now contains the object, or no longer does if `object` is `None`.
+    fn set_owner(&mut self, key: &Arc<ObjectKey>, origin: &Arc<str>, object: Option<Object>, changes: &mut Changes) {
         if object.is_some() {
-            let held = self.held.entry(Arc::clone(origin)).or_insert_with(|| Vec::with_capacity(1));
-            if let Err(at) = held.binary_search(key) {
-                held.insert(at, Arc::clone(key));
+            let keys = self.keys_by_origin.entry(Arc::clone(origin)).or_insert_with(|| Vec::with_capacity(1));
+            if let Err(at) = keys.binary_search(key) {
+                keys.insert(at, Arc::clone(key));
             }
-        } else if let Some(held) = self.held.get_mut(origin) {
-            if let Ok(at) = held.binary_search(key) {
-                held.remove(at);
+        } else if let Some(keys) = self.keys_by_origin.get_mut(origin) {
+            if let Ok(at) = keys.binary_search(key) {
+                keys.remove(at);
             }
-            if held.is_empty() {
-                self.held.remove(origin);
+            if keys.is_empty() {
+                self.keys_by_origin.remove(origin);
             }
         }
-        let object = object.map(|object| self.shared(object));
-        let holders = self.objects.entry(Arc::clone(key)).or_insert_with(|| Vec::with_capacity(1));
-        let before = holders.first().map(|(_, object)| object.clone());
-        match (holders.binary_search_by(|(holder, _)| holder.cmp(origin)), object) {
-            (Ok(at), Some(object)) => holders[at].1 = object,
-            (Ok(at), None) => drop(holders.remove(at)),
-            (Err(at), Some(object)) => holders.insert(at, (Arc::clone(origin), object)),
+        let object = object.map(|object| self.intern_labels(object));
+        let owners = self.objects.entry(Arc::clone(key)).or_insert_with(|| Vec::with_capacity(1));
+        let before = owners.first().map(|(_, object)| object.clone());
+        match (owners.binary_search_by(|(owner, _)| owner.cmp(origin)), object) {
+            (Ok(at), Some(object)) => owners[at].1 = object,
+            (Ok(at), None) => drop(owners.remove(at)),
+            (Err(at), Some(object)) => owners.insert(at, (Arc::clone(origin), object)),
             (Err(_), None) => {}
         }
-        // Whoever holds it beside the others is a finding.
-        changes.findings |= holders.len() > 1;
-        let after = holders.first().map(|(_, object)| object.clone());
-        if holders.is_empty() {
+        // A duplicate object is a finding.
+        changes.findings |= owners.len() > 1;
+        let after = owners.first().map(|(_, object)| object.clone());
+        if owners.is_empty() {
             self.objects.remove(key);
         }
         if before != after {
@@ -243,7 +250,7 @@ impl Store {
             }
             changes.everything |= match (&before, &after) {
                 (Some(before), Some(after)) => self::changes_everything(before, after),
-                (Some(one), None) | (None, Some(one)) => comes_with_everything(one),
+                (Some(one), None) | (None, Some(one)) => affects_all_services(one),
                 (None, None) => false,
             };
             if let Some(before) = &before {
@@ -256,8 +263,8 @@ impl Store {
         }
     }
 
-    /// The same object, with the labels that others have as well.
-    fn shared(&mut self, object: Object) -> Object {
+    /// Replaces the labels of a pod by the interned copy.
+    fn intern_labels(&mut self, object: Object) -> Object {
         let Object::Pod(pod) = object else { return object };
         if self.labels.len() > 2 * self.objects.len() {
             self.labels.retain(|labels| Arc::strong_count(labels) > 1);
@@ -272,31 +279,34 @@ impl Store {
         Object::Pod(Arc::new(Pod { labels, ..Arc::unwrap_or_clone(pod) }))
     }
 
-    /// Tells whether two stores have read the same: two agents, or an agent and `plan`.
+    /// Returns a fingerprint of all inputs.
+    /// If it is equal for two agents, or for an agent and `plan`, they read the same configuration.
     pub fn fingerprint(&self) -> String {
         let mut hasher = DefaultHasher::new();
         self.fingerprints.hash(&mut hasher);
         format!("{:016x}", hasher.finish())
     }
 
-    /// Everything at this moment, arranged for the policy.
+    /// Returns the current objects, indexed for the policy.
     pub fn snapshot(&self) -> &Snapshot {
         &self.snapshot
     }
 
-    /// What is wrong with the objects themselves.
+    /// Returns the findings about objects and sources, including objects that several origins contain.
     pub fn findings(&self) -> Vec<Finding> {
-        let mut findings: Vec<Finding> = self.findings.values().flatten().chain(&self.troubles).cloned().collect();
-        for (key, holders) in self.objects.iter().filter(|(_, holders)| holders.len() > 1) {
-            for (other, _) in &holders[1..] {
-                let message = format!("is in {} as well, which counts; remove one of them", holders[0].0);
+        let mut findings: Vec<Finding> =
+            self.findings.values().flatten().chain(&self.source_findings).cloned().collect();
+        for (key, owners) in self.objects.iter().filter(|(_, owners)| owners.len() > 1) {
+            for (other, _) in &owners[1..] {
+                let message = format!("is also in {}, which takes precedence; remove one of them", owners[0].0);
                 findings.push(Finding::new(Code::InSeveralFiles, key, message).from_source(other));
             }
         }
         findings
     }
 
-    /// Adds to a finding about an object the file that the object is in: of the client's own cluster, or else of the mesh.
+    /// Sets the source of a finding to the origin of its object, unless it has one.
+    /// Looks in the cluster of the finding (`cluster` if it names none), then in the mesh.
     pub fn add_source(&self, cluster: &str, finding: &mut Finding) {
         if !finding.source.is_empty() {
             return;
@@ -306,14 +316,14 @@ impl Store {
         let name = name.parse().unwrap_or_else(|_| NamespacedName::new("", name));
         let cluster = if finding.cluster.is_empty() { cluster } else { &finding.cluster };
         let source = [Scope::Cluster(cluster.to_owned()), Scope::Mesh].into_iter().find_map(|scope| {
-            let holders = self.objects.get(&ObjectKey { scope, kind, name: name.clone() })?;
-            holders.first().map(|(origin, _)| origin.to_string())
+            let owners = self.objects.get(&ObjectKey { scope, kind, name: name.clone() })?;
+            owners.first().map(|(origin, _)| origin.to_string())
         });
         finding.source = source.unwrap_or_default();
     }
 }
 
-/// Whether a change of an object concerns more than the service that it belongs to.
+/// Returns whether a change of an object affects services other than its own.
 fn changes_everything(before: &Object, after: &Object) -> bool {
     match (before, after) {
         (Object::Service(before), Object::Service(after)) => {
@@ -330,8 +340,8 @@ fn changes_everything(before: &Object, after: &Object) -> bool {
     }
 }
 
-/// Whether an object that comes or goes concerns more than the service that it belongs to.
-fn comes_with_everything(object: &Object) -> bool {
+/// Returns whether the addition or removal of an object affects services other than its own.
+fn affects_all_services(object: &Object) -> bool {
     match object {
         Object::EndpointSlice(_) | Object::Pod(_) | Object::WorkloadEntry(_) => false,
         Object::Namespace(namespace) => namespace.name == SYSTEM,

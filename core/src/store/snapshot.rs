@@ -1,4 +1,4 @@
-//! All inputs at one moment, arranged for the policy.
+//! All inputs at one point in time, indexed for the policy.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,39 +11,39 @@ use crate::model::{
     Service, ServiceEntry, ServiceId, VirtualService, WorkloadEntry,
 };
 
-/// The label of Istio's own namespace that names the network of a cluster.
+/// The label of the namespace `istio-system` that names the network of the cluster.
 pub const NETWORK: &str = "topology.istio.io/network";
 
-/// Istio's own namespace.
+/// Istio's root namespace.
 pub(super) const SYSTEM: &str = "istio-system";
 
-/// The objects of one cluster, or those of the whole mesh.
+/// The objects of one cluster, or those of the mesh, by kind.
 #[derive(Clone, Debug, Default)]
 pub struct Objects {
-    /// Services by name.
+    /// Services by namespace and name.
     pub services: BTreeMap<NamespacedName, Arc<Service>>,
-    /// EndpointSlices by the Service that they belong to, and their own name.
+    /// EndpointSlices by the Service that owns them, then by their own name.
     pub slices: BTreeMap<NamespacedName, BTreeMap<String, Arc<EndpointSlice>>>,
     /// Nodes by name.
     pub nodes: BTreeMap<String, Arc<Node>>,
-    /// Pods by name.
+    /// Pods by namespace and name.
     pub pods: BTreeMap<NamespacedName, Arc<Pod>>,
     /// Namespaces by name.
     pub namespaces: BTreeMap<String, Arc<Namespace>>,
-    /// ServiceEntries by name.
+    /// ServiceEntries by namespace and name.
     pub service_entries: BTreeMap<NamespacedName, Arc<ServiceEntry>>,
-    /// WorkloadEntries by name.
+    /// WorkloadEntries by namespace and name.
     pub workload_entries: BTreeMap<NamespacedName, Arc<WorkloadEntry>>,
-    /// DestinationRules by name.
+    /// DestinationRules by namespace and name.
     pub destination_rules: BTreeMap<NamespacedName, Arc<DestinationRule>>,
-    /// VirtualServices by name.
+    /// VirtualServices by namespace and name.
     pub virtual_services: BTreeMap<NamespacedName, Arc<VirtualService>>,
-    /// Settings.
+    /// The MeshConfig; `None` if there is none in this scope.
     pub mesh_config: Option<Arc<MeshConfig>>,
 }
 
 impl Objects {
-    /// The network that the pods of the cluster are in; empty where nothing names it.
+    /// Returns the network of the pods in the cluster; empty if no label names one.
     pub fn network(&self) -> &str {
         let system = self.namespaces.get(SYSTEM);
         system.and_then(|namespace| namespace.labels.get(NETWORK)).map(String::as_str).unwrap_or_default()
@@ -64,14 +64,14 @@ impl Objects {
     }
 }
 
-/// All inputs at one moment. The objects are shared with the store, not copied.
+/// All inputs at one point in time. The objects are shared with the store, not copied.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
-    /// Objects of the whole mesh.
+    /// Objects that belong to the mesh.
     pub mesh: Objects,
-    /// Objects by cluster.
+    /// Objects by cluster ID. A cluster without objects has no entry.
     pub clusters: BTreeMap<Arc<str>, Objects>,
-    /// Clusters that have been out of reach for so long that their endpoints are not believed any more.
+    /// Clusters that have been unreachable for so long that their endpoints count as unhealthy.
     pub lost: BTreeSet<Arc<str>>,
 }
 
@@ -131,7 +131,7 @@ impl Snapshot {
         }
     }
 
-    /// Adds the services whose endpoints an object has a part in.
+    /// Adds the services whose endpoints the object affects to `changes`.
     pub(super) fn concerned(&self, key: &ObjectKey, object: &Object, changes: &mut Changes) {
         if changes.everything {
             return;
@@ -176,7 +176,7 @@ impl Snapshot {
                 });
                 services.extend(of_entries.map(|entry| ServiceId::entry(entry.name.clone())));
             }
-            // Their changes concern everything.
+            // A change of these objects affects all services; see `changes_everything`.
             Object::Node(_)
             | Object::Namespace(_)
             | Object::DestinationRule(_)

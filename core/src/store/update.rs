@@ -1,67 +1,67 @@
-//! What a source reports to the store.
+//! The updates that sources send to the store.
 
 use std::collections::HashSet;
 
 use crate::model::{Finding, Kind, Object, ObjectKey};
 
-/// What was read of one object.
+/// The result of decoding one object.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decoded {
-    /// Which object it is.
+    /// The identity of the object.
     pub key: ObjectKey,
-    /// The object; `None` where it is broken, in which case its last good state stays.
+    /// The object; `None` if it is invalid, in which case the store keeps the last valid version.
     pub object: Option<Object>,
 }
 
-/// All that one origin (a file, or an object of an API) holds now.
+/// The complete current contents of one origin: a file, or an object of an API.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Contents {
-    /// Its objects.
+    /// The objects in the origin, including invalid ones.
     pub objects: Vec<Decoded>,
-    /// What is wrong with them.
+    /// Problems of the origin and its objects.
     pub findings: Vec<Finding>,
-    /// Fingerprint of all that was read, sound or not.
+    /// A hash of the input, valid or not.
     pub fingerprint: u64,
-    /// Whether there is nothing at all in it but comments.
+    /// Whether the origin contains no documents, only comments and whitespace.
     pub empty: bool,
-    /// Whether everything could at least be told apart. Where not, an object that is missing may be in the
-    /// broken part, and stays.
+    /// Whether all objects could be identified.
+    /// If false, an object that is missing may be in the unreadable part, so the store keeps it.
     pub complete: bool,
-    /// The only kind of objects that it can hold, where that is known.
+    /// The only kind of object that the origin can contain; `None` if unknown.
     pub sole_kind: Option<Kind>,
 }
 
-/// A change that a source reports.
+/// A change that a source reports to the store.
 #[derive(Clone, Debug)]
 pub enum Update {
-    /// The origin now holds this.
+    /// Replaces the contents of an origin.
     Replace {
         /// The file, relative to the configuration directory; or `cluster/resource/namespace/name`.
         origin: String,
-        /// What it holds.
+        /// The new contents.
         contents: Contents,
     },
-    /// The origin is gone, and its objects with it.
+    /// Removes an origin and its objects.
     Remove {
-        /// Which one.
+        /// The name of the origin, as in `Replace`.
         origin: String,
     },
-    /// All origins whose names begin so are gone but for some, and their objects with them.
+    /// Removes all origins with a common prefix, except some, and their objects.
     Prune {
-        /// How they begin.
+        /// The prefix of the origins to remove.
         prefix: String,
-        /// Those that are not gone.
+        /// The origins to keep.
         except: HashSet<String>,
     },
-    /// A cluster has been out of reach for so long that its endpoints are not believed any more; or no longer is.
+    /// Marks a cluster as unreachable, so that its endpoints count as unhealthy, or as reachable again.
     ClusterUnreachable {
-        /// Its id.
+        /// The ID of the cluster.
         cluster: String,
-        /// Whether it is.
+        /// Whether the cluster is unreachable.
         unreachable: bool,
     },
-    /// The source itself is in trouble (or, with an empty list, no longer is).
+    /// Replaces the findings about the source itself. An empty list means that the source is healthy.
     SourceFindings(Vec<Finding>),
-    /// All that there is has been reported once.
+    /// Reports that the initial sync is complete.
     Synced,
 }

@@ -1,31 +1,31 @@
-//! What the pinned maps hold when an agent starts.
+//! The state that pinned maps hold when an agent starts.
 
 use portolan_common::{Backend, FrontendVersion, PoolLimits};
 
-/// A frontend that a former agent left.
+/// A frontend that a previous agent left in the pinned maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PinnedFrontend {
-    /// Its id.
+    /// The frontend id: the index into `CURRENT` and `FRONTEND_STATS`.
     pub id: u32,
-    /// Where its version lies.
+    /// The index of the active version in `VERSIONS`.
     pub index: u32,
-    /// That version.
+    /// The active version, as read from `VERSIONS`.
     pub version: FrontendVersion,
-    /// The range of `RUNS` that it uses.
+    /// The range of `RUNS` that the version uses: first entry and number of entries.
     pub runs: (u32, u32),
 }
 
-/// What a former agent left in the maps.
+/// The contents that a previous agent left in the pinned maps.
 #[derive(Clone, Debug, Default)]
 pub struct PinnedState {
-    /// Its frontends.
+    /// All frontends in `FRONTENDS`.
     pub frontends: Vec<PinnedFrontend>,
-    /// Backends that these frontends use.
+    /// The backends that these frontends use, by backend id.
     pub backends: Vec<(u32, Backend)>,
-    /// The last epoch of every backend id that was ever given out.
+    /// The last epoch of every backend id that was ever allocated, as (id, epoch).
     pub epochs: Vec<(u32, u32)>,
-    /// Pools with limits that these frontends use.
+    /// The limits of the pools that these frontends use, by entry of `POOLS`.
     pub pools: Vec<(u32, PoolLimits)>,
-    /// The last epoch of every pool's place that was ever given out.
+    /// The last epoch of every entry of `POOLS` that was ever allocated, as (entry, epoch).
     pub pool_epochs: Vec<(u32, u32)>,
 }

@@ -1,4 +1,4 @@
-//! Where things lie in the kernel's maps, and the writes from what is there to what is wanted.
+//! The layout of the kernel's maps, and the writes that lead from the current contents to the desired table.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -27,17 +27,17 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct PlacedFrontend {
     id: u32,
-    /// Where its version lies.
+    /// The index of the active version in `VERSIONS`.
     index: u32,
     version: FrontendVersion,
-    /// `None` where a former agent wrote it and its schedule was not read back.
+    /// `None` if a previous agent wrote the frontend and its schedule was not read back.
     entry: Option<FrontendSpec>,
-    /// Whether a former agent wrote it, and this one has not since.
+    /// Whether a previous agent wrote the frontend and this agent has not replaced it yet.
     adopted: bool,
     runs: (u32, u32),
 }
 
-/// What the kernel holds, and where.
+/// The contents of the kernel's maps, and the index of each item.
 #[derive(Clone, Debug)]
 pub struct Layout {
     sizes: Sizes,
@@ -47,20 +47,21 @@ pub struct Layout {
     slots: RangeAllocator,
     runs: RangeAllocator,
     backends: RefcountedIds<SocketAddr>,
-    /// By a hash of their names.
+    /// Entries of `POOLS`, by the hash of the pool's name.
     pools: RefcountedIds<u64>,
-    /// What the kernel has of each.
+    /// The limits that the kernel holds, by entry of `POOLS`.
     limits: HashMap<u32, PoolLimits>,
-    /// Generation of the last version that was published.
+    /// The generation of the last published version.
     generation: u32,
-    /// What is freed now may be given out again once this round has settled.
+    /// Tags the ranges that the current publication frees.
+    /// [`Self::reclaim`] makes them reusable.
     epoch: GraceEpoch,
-    /// Endpoints that a frontend has lost since somebody asked.
+    /// The endpoints that frontends have lost since the last [`Self::drain_removed`].
     lost: BTreeMap<Protocol, RemovedEndpoints>,
 }
 
 impl Layout {
-    /// Empty maps.
+    /// Returns the layout of empty maps.
     pub fn new(sizes: Sizes) -> Self {
         let mut pools = RangeAllocator::new(sizes.pools());
         pools.claim(0, 1);
@@ -80,8 +81,9 @@ impl Layout {
         }
     }
 
-    /// Maps that a former agent has filled. Its frontends stay until the first table is published, and their backends keep
-    /// their ids, so that open connections go on being counted.
+    /// Returns the layout of maps that a previous agent has filled.
+    /// The adopted frontends stay until the first table is published.
+    /// Their backends keep their ids, so open connections stay accounted for.
     pub fn from_held(sizes: Sizes, held: PinnedState) -> Self {
         let mut layout = Self::new(sizes);
         layout.backends.restore_epochs(held.epochs);
@@ -105,8 +107,9 @@ impl Layout {
         layout
     }
 
-    /// The same maps, read once more, for what was written last is not known. What this agent has published is its own still. No program
-    /// may be running any more that ran before the maps were read: what rested is free.
+    /// Rebuilds the layout from a second read of the same maps, for use when the outcome of the last writes is unknown.
+    /// Frontends that this agent has published stay its own.
+    /// Deferred ranges become free at once, so no program that started before the read may still be running.
     #[must_use]
     pub fn read_again(&self, held: PinnedState) -> Self {
         let mut layout = Self::from_held(self.sizes, held);
@@ -117,8 +120,8 @@ impl Layout {
         layout
     }
 
-    /// Ends a publication whose writes are done. What it has freed is kept back until [`Self::reclaim`] is called with the number that is
-    /// returned; `None` where it has freed nothing.
+    /// Ends a publication whose writes are done.
+    /// Returns the epoch to pass to [`Self::reclaim`] after a grace period, or `None` if the publication freed nothing.
     pub fn end_epoch(&mut self) -> Option<GraceEpoch> {
         let epoch = self.epoch;
         let ranges =
@@ -130,7 +133,8 @@ impl Layout {
         Some(epoch)
     }
 
-    /// No program runs any more that ran when this round ended: what was freed up to it may be given out again.
+    /// Makes everything that was freed up to `epoch` reusable.
+    /// Call this once every program that was running when the epoch ended has finished.
     pub fn reclaim(&mut self, epoch: GraceEpoch) {
         let ranges = [
             &mut self.frontend_ids,
@@ -143,44 +147,46 @@ impl Layout {
         ranges.into_iter().for_each(|ranges| ranges.reclaim(epoch));
     }
 
-    /// How many frontends are still as a former agent has published them.
+    /// Returns the number of frontends that are still as a previous agent published them.
     pub fn adopted(&self) -> usize {
         self.frontends.values().filter(|placed| placed.adopted).count()
     }
 
-    /// The id of a frontend.
+    /// Returns the id of a frontend, or `None` if the kernel does not have it.
     pub fn frontend_id(&self, key: &FrontendKey) -> Option<u32> {
         self.frontends.get(key).map(|placed| placed.id)
     }
 
-    /// The backend id of an endpoint.
+    /// Returns the backend id of an endpoint, or `None` if no frontend uses it.
     pub fn backend_id(&self, address: &SocketAddr) -> Option<u32> {
         self.backends.id(address)
     }
 
-    /// The endpoints of every frontend, as far as they are known.
+    /// Returns the endpoints of every frontend whose endpoints are known.
+    /// Frontends that were read back from the maps are missing until they are written again.
     pub fn endpoints(&self) -> HashMap<FrontendKey, Arc<[SocketAddr]>> {
         let known = self.frontends.iter().filter_map(|(key, placed)| Some((*key, &placed.entry.as_ref()?.endpoints)));
         known.map(|(key, endpoints)| (key, Arc::clone(endpoints))).collect()
     }
 
-    /// Endpoints that a frontend has lost since this was asked before, by its protocol.
+    /// Returns the endpoints that frontends have lost since the last call, by protocol, and resets the list.
     pub fn drain_removed(&mut self) -> BTreeMap<Protocol, RemovedEndpoints> {
         std::mem::take(&mut self.lost)
     }
 
-    /// The place of a pool's limits, and its epoch.
+    /// Returns the entry of `POOLS` that holds a pool's limits, and its epoch.
+    /// `None` if the pool has no limits.
     pub fn pool(&self, key: &PoolKey) -> Option<(u32, u32)> {
         let id = self.pools.id(&name(&key.both_families()))?;
         Some((id, self.limits.get(&id)?.epoch))
     }
 
-    /// The endpoints that have a backend id.
+    /// Returns every endpoint that has a backend id, with that id, in no particular order.
     pub fn backends(&self) -> impl Iterator<Item = (SocketAddr, u32)> {
         self.backends.iter()
     }
 
-    /// Each map that ranges are given out of, with the entries in use and those that there are.
+    /// Returns, for each map with allocated ranges, its name, the entries in use, and the capacity.
     pub fn occupancy(&self) -> [(&'static str, u32, u32); 6] {
         let of = |name, ranges: &RangeAllocator| (name, ranges.used(), ranges.size());
         [
@@ -193,13 +199,14 @@ impl Layout {
         ]
     }
 
-    /// Entries that there are, by map.
+    /// Returns the capacity of each map.
     pub fn sizes(&self) -> Sizes {
         self.sizes
     }
 
-    /// The writes that lead to `table`, which is all there shall be. Frontends that stay as they are cost none. Those that the table does
-    /// not have are removed; how far that goes for what a former agent has published, `completeness` says.
+    /// Returns the writes that lead to `table`, which is the complete desired state, and the frontends that do not fit.
+    /// Unchanged frontends cause no writes.
+    /// Frontends that are missing from the table are removed; `completeness` limits this for adopted ones.
     pub fn update(&mut self, table: &Table, completeness: Completeness) -> (Vec<Op>, Vec<Rejected>) {
         let complete = completeness == Completeness::Complete;
         let gone: Vec<_> = self.frontends.keys().filter(|key| !table.frontends.contains_key(key)).copied().collect();
@@ -211,7 +218,8 @@ impl Layout {
         written
     }
 
-    /// The writes that bring these frontends to what `table` says, and take the `gone` ones away. All others stay.
+    /// Returns the writes that bring the frontends of `table` to their desired state and remove those in `gone`.
+    /// All other frontends stay unchanged.
     pub fn change(
         &mut self,
         table: &Table,
@@ -225,19 +233,19 @@ impl Layout {
             if self.frontends.get(key).is_some_and(|placed| placed.entry.as_ref() == Some(entry)) {
                 continue;
             }
-            let kept = |placed: &PlacedFrontend| match completeness {
+            let must_keep = |placed: &PlacedFrontend| match completeness {
                 Completeness::Complete => false,
                 Completeness::Partial => placed.adopted && placed.version.period > 0 && entry.schedule.is_empty(),
                 Completeness::WithoutSettings => placed.adopted,
             };
-            if self.frontends.get(key).is_some_and(kept) {
+            if self.frontends.get(key).is_some_and(must_keep) {
                 continue;
             }
             let mut placed = self.place(key, entry, &mut ops);
             if let Err((map, full)) = placed {
                 let known = self.frontends.contains_key(key);
                 if !known {
-                    // A new one that does not fit refuses: its connections must not go past Portolan to somewhere else.
+                    // A new frontend that does not fit refuses: its connections must not bypass Portolan.
                     placed = self.place(key, &entry.refusing(), &mut ops);
                 }
                 refused.push(Rejected { key: *key, map, full, held: known || placed.is_ok() });
@@ -247,7 +255,7 @@ impl Layout {
             }
         }
         for key in gone {
-            // What a former agent has published is removed only by one who knows everything.
+            // Frontends of a previous agent are removed only once all input is known.
             if self.frontends.get(key).is_some_and(|placed| placed.adopted && !complete) {
                 continue;
             }
@@ -256,15 +264,15 @@ impl Layout {
                 freed.push((old, true));
             }
         }
-        // Only now: until the writes above are done, the kernel reads the old places.
+        // Deferred to here: until the writes above are done, the kernel reads the old ranges.
         for (old, whole) in freed {
             self.free(&old, whole);
         }
         (ops, refused)
     }
 
-    /// Finds room for a frontend and adds its writes, from the bottom up: backends, limits, runs, slots, the version, and last the one
-    /// word that publishes them.
+    /// Allocates everything a frontend needs and appends its writes, bottom up: backends, limits, runs, slots, the
+    /// version, and last the single word that publishes them.
     fn place(
         &mut self,
         key: &FrontendKey,
@@ -272,22 +280,22 @@ impl Layout {
         ops: &mut Vec<Op>,
     ) -> Result<PlacedFrontend, (&'static str, OutOfCapacity)> {
         let schedule = &entry.schedule;
-        let turns_of: u32 = schedule.runs.iter().map(|run| run.members.len() as u32).sum();
-        // Who may be come back to, beside the runs.
-        let comes_back = entry.affinity.is_some() || key.protocol() == Protocol::Udp.number();
-        let live: BTreeSet<SocketAddr> = if comes_back && !schedule.is_empty() {
+        let run_members: u32 = schedule.runs.iter().map(|run| run.members.len() as u32).sum();
+        // Frontends with returning clients also list their members behind the runs.
+        let has_returning_clients = entry.affinity.is_some() || key.protocol() == Protocol::Udp.number();
+        let live: BTreeSet<SocketAddr> = if has_returning_clients && !schedule.is_empty() {
             let visited = schedule.runs.iter().filter(|run| run.visits > 0);
             visited.flat_map(|run| run.members.iter().copied()).collect()
         } else {
             BTreeSet::new()
         };
         let period = schedule.turns.len() as u32;
-        let run_entries = turns_of + 2 * live.len() as u32;
+        let run_entries = run_members + 2 * live.len() as u32;
         let before = self.frontends.get(key).map(|placed| placed.id);
         let room = self.reserve(before, period, run_entries)?;
         let taken = self
-            .take_backends(entry, ops)
-            .and_then(|()| self.take_pools(entry, ops).inspect_err(|_| self.untake_backends(entry)));
+            .acquire_backends(entry, ops)
+            .and_then(|()| self.acquire_pools(entry, ops).inspect_err(|_| self.unalloc_backends(entry)));
         let pools = match taken {
             Ok(pools) => pools,
             Err(full) => {
@@ -316,7 +324,7 @@ impl Layout {
         }
         let mut members: Vec<u32> = live.iter().filter_map(|member| self.backend_id(member)).collect();
         members.sort_unstable();
-        // The first route that leads to a backend decides whose limits count for those that come back to it.
+        // If several routes lead to a backend, the limits of the first one apply to returning clients.
         let mut pool_of: HashMap<u32, u32> = HashMap::new();
         for run in &schedule.runs {
             let pool = pools.get(run.route as usize).copied().unwrap_or(0);
@@ -358,7 +366,8 @@ impl Layout {
         Ok(PlacedFrontend { id: room.id, index: room.index, version, entry: Some(entry.clone()), adopted: false, runs })
     }
 
-    /// Places for all that belongs to one frontend alone, or none at all.
+    /// Allocates the id and ranges that belong to one frontend alone.
+    /// Allocates nothing if one of them does not fit.
     fn reserve(
         &mut self,
         id: Option<u32>,
@@ -400,8 +409,13 @@ impl Layout {
         self.runs.unalloc(room.runs, run_entries);
     }
 
-    /// Ids for all endpoints of an entry, each used once more by it; or for none.
-    fn take_backends(&mut self, entry: &FrontendSpec, ops: &mut Vec<Op>) -> Result<(), (&'static str, OutOfCapacity)> {
+    /// Acquires a backend id for every endpoint of an entry.
+    /// Acquires none if one does not fit.
+    fn acquire_backends(
+        &mut self,
+        entry: &FrontendSpec,
+        ops: &mut Vec<Op>,
+    ) -> Result<(), (&'static str, OutOfCapacity)> {
         for (i, member) in entry.endpoints.iter().enumerate() {
             match self.backends.acquire(*member) {
                 Ok(Id { id, epoch, is_new: true }) => {
@@ -417,21 +431,21 @@ impl Layout {
         Ok(())
     }
 
-    fn untake_backends(&mut self, entry: &FrontendSpec) {
+    fn unalloc_backends(&mut self, entry: &FrontendSpec) {
         entry.endpoints.iter().for_each(|member| self.backends.unalloc(*member));
     }
 
-    fn give_backends(&mut self, entry: &FrontendSpec) {
+    fn release_backends(&mut self, entry: &FrontendSpec) {
         entry.endpoints.iter().for_each(|member| self.backends.release(self.epoch, *member));
     }
 
-    /// The place of each pool of an entry, each used once more by it; 0 for a pool without limits.
-    fn take_pools(
+    /// Acquires an entry of `POOLS` for each pool of a frontend; 0 stands for a pool without limits.
+    fn acquire_pools(
         &mut self,
         entry: &FrontendSpec,
         ops: &mut Vec<Op>,
     ) -> Result<Vec<u32>, (&'static str, OutOfCapacity)> {
-        // All or none: what does not fit changes nothing.
+        // All or nothing: a frontend that does not fit must not change any limit.
         let mut places = Vec::with_capacity(entry.pools.len());
         for (i, pool) in entry.pools.iter().enumerate() {
             match pool.has_limits().then(|| self.pools.acquire(name(&pool.key))).transpose() {
@@ -454,7 +468,7 @@ impl Layout {
             if place.is_new {
                 ops.push(Op::ResetPool(place.id, wanted));
             } else if known != Some(wanted) {
-                // Each limit is a word of its own, and holds as soon as it is written.
+                // Each limit is a separate word and takes effect as soon as it is written.
                 ops.push(Op::SetPool(place.id, wanted));
             }
             ids.push(place.id);
@@ -462,7 +476,7 @@ impl Layout {
         Ok(ids)
     }
 
-    fn give_pools(&mut self, pools: &[PoolSpec]) {
+    fn release_pools(&mut self, pools: &[PoolSpec]) {
         for pool in pools.iter().filter(|pool| pool.has_limits()) {
             self.pools.release(self.epoch, name(&pool.key));
         }
@@ -485,13 +499,13 @@ impl Layout {
             self.frontend_ids.defer_free(epoch, old.id, 1);
         }
         if let Some(entry) = &old.entry {
-            self.give_backends(entry);
-            self.give_pools(&entry.pools);
+            self.release_backends(entry);
+            self.release_pools(&entry.pools);
         }
     }
 }
 
-/// Where one frontend's own parts lie.
+/// The id and the first entries of the ranges that belong to one frontend alone.
 struct Reservation {
     id: u32,
     index: u32,
@@ -499,7 +513,7 @@ struct Reservation {
     runs: u32,
 }
 
-/// A pool's limits as the kernel has them.
+/// Converts a pool's limits to the kernel's representation.
 fn limits(pool: &PoolSpec, epoch: u32) -> PoolLimits {
     let ConnectionPool { connect_timeout, max_connections, keepalive, .. } = &pool.limits;
     let of = keepalive.clone().unwrap_or_default();
@@ -516,7 +530,8 @@ fn limits(pool: &PoolSpec, epoch: u32) -> PoolLimits {
     }
 }
 
-/// A pool's name as a number, the same in every version of Portolan.
+/// Hashes a pool's name.
+/// The hash must stay the same in every version of Portolan, because adopted maps contain it.
 fn name(key: &PoolKey) -> u64 {
     let mut hasher = SipHasher13::new();
     let kind = if key.service.is_entry { "ServiceEntry" } else { "Service" };
@@ -524,12 +539,12 @@ fn name(key: &PoolKey) -> u64 {
     hasher.finish()
 }
 
-/// Whole seconds, at least one.
+/// Rounds up to whole seconds; at least one.
 fn seconds(time: Duration) -> u32 {
     u32::try_from(time.as_millis().div_ceil(1000)).unwrap_or(u32::MAX).max(1)
 }
 
-/// As much of it as a socket option takes.
+/// Converts to milliseconds, capped at the largest value that a socket option accepts.
 fn milliseconds(limit: Duration) -> u32 {
     u32::try_from(limit.as_millis()).unwrap_or(u32::MAX).min(i32::MAX as u32)
 }

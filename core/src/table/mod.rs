@@ -1,7 +1,10 @@
-//! The table: what the kernel shall hold, as plain values, and the steps from one table to the next.
+//! The table: the desired contents of the kernel's maps as plain values, and the steps from one table to the next.
 //!
-//! Pure. `Table` says what is wanted, free of ids and positions; `Layout` knows what the kernel holds and where;
-//! `Layout::update` gives the writes that lead from one to the other, in an order in which each prefix is sound.
+//! This module is pure.
+//! `Table` holds the desired state without ids or positions.
+//! `Layout` knows what the kernel holds at which index.
+//! `Layout::update` returns the writes that lead from one to the other, ordered so that every prefix leaves a
+//! consistent state.
 
 mod kernel_state;
 mod layout;
@@ -28,50 +31,51 @@ pub use layout::Layout;
 pub use ops::{Completeness, Op, Rejected, RemovedEndpoints, Sizes};
 pub use range_alloc::{GraceEpoch, OutOfCapacity};
 
-/// What one frontend shall do.
+/// The desired state of one frontend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FrontendSpec {
-    /// Turns and runs; empty: refuse.
+    /// The turns and runs; if empty, the frontend refuses connections.
     pub schedule: Arc<Schedule>,
-    /// All endpoints, in order, those without a turn as well: the kernel goes on counting their connections.
+    /// All endpoints in ascending order, including those without a turn: the kernel keeps counting their connections.
     pub endpoints: Arc<[SocketAddr]>,
-    /// The pools of its routes, in their order.
+    /// The pool of each route, in route order.
     pub pools: Arc<[PoolSpec]>,
-    /// How long a client comes back to its endpoint; `None`: it does not.
+    /// The idle time for which a client returns to its endpoint (`sessionAffinity`); `None` without affinity.
     pub affinity: Option<Duration>,
-    /// Whether turns are drawn instead of taken in order.
+    /// Whether turns are drawn at random instead of taken in order.
     pub random: bool,
 }
 
-/// What counts for all connections to a pool, whichever frontend they come through.
+/// The settings that apply to all connections of a pool, whichever frontend they use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PoolSpec {
-    /// Which pool; both address families are one.
+    /// The pool's name; both address families share one pool.
     pub key: PoolKey,
-    /// Its limits.
+    /// The `connectionPool` limits; none for UDP.
     pub limits: ConnectionPool,
-    /// Whether its connections must not leave their cluster.
+    /// Whether connections must stay in the client's cluster (`clusterLocal`).
     pub strict: bool,
-    /// What the kernel has to look at (bits of `TrackFlags`).
+    /// The events that the kernel has to track, as bits of `TrackFlags`.
     pub watch: u32,
 }
 
 impl PoolSpec {
-    /// Whether the kernel has anything to do for it.
+    /// Returns whether the pool needs an entry in `POOLS`.
     fn has_limits(&self) -> bool {
         self.limits != ConnectionPool::default() || self.watch != 0
     }
 }
 
-/// What the kernel shall hold.
+/// The desired contents of the kernel's maps.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
-    /// By Service address, port and protocol.
+    /// The frontends by Service address, port and protocol.
     pub frontends: BTreeMap<FrontendKey, FrontendSpec>,
 }
 
 impl Table {
-    /// From the policy's verdict, or a part of it. Where connections go where they were going, there is nothing to hold.
+    /// Builds the table from the policy's assignments, or from some of them.
+    /// Passthrough assignments need no frontend and are skipped.
     pub fn new<'a>(assignments: impl IntoIterator<Item = &'a Arc<Assignment>>) -> Self {
         let mut frontends = BTreeMap::new();
         for assignment in assignments.into_iter().filter(|assignment| !assignment.passthrough) {
@@ -91,7 +95,7 @@ impl FrontendSpec {
         let endpoints: BTreeSet<SocketAddr> = listed.chain(pools().flat_map(|pool| &pool.leaving).copied()).collect();
         let entries = pools().map(|pool| PoolSpec {
             key: pool.key.both_families(),
-            // All of them are of TCP.
+            // `connectionPool.tcp` and the tracked events apply to TCP only.
             limits: if assignment.protocol == Protocol::Tcp { pool.limits.clone() } else { ConnectionPool::default() },
             strict: pool.cluster_local == ClusterLocal::Strict,
             watch: if assignment.protocol == Protocol::Tcp { pool.watch() } else { 0 },
@@ -101,25 +105,25 @@ impl FrontendSpec {
             endpoints: endpoints.into_iter().collect(),
             pools: entries.collect(),
             affinity: assignment.affinity,
-            // Where a route splits connections, each destination has its turns.
+            // With a traffic split, each destination keeps its own turns.
             random: matches!(assignment.routes.as_slice(), [only] if only.pool.algorithm == Algorithm::Random),
         }
     }
 
-    /// The same, without anybody to take.
+    /// Returns the same frontend without endpoints, so that it refuses all connections.
     fn refusing(&self) -> Self {
         let without_limits = |pool: &PoolSpec| PoolSpec { limits: ConnectionPool::default(), watch: 0, ..pool.clone() };
         let pools = self.pools.iter().map(without_limits).collect();
         Self { schedule: Arc::default(), endpoints: Arc::default(), pools, affinity: None, random: false }
     }
 
-    /// Whether its connections must not leave their cluster.
+    /// Returns whether connections must stay in the client's cluster.
     fn is_strict(&self) -> bool {
         self.pools.iter().any(|pool| pool.strict)
     }
 }
 
-/// The kernel's key for a frontend.
+/// Returns the kernel's key for a Service address and protocol.
 pub fn key(address: SocketAddr, protocol: Protocol) -> FrontendKey {
     FrontendKey::new(Endpoint::from(address), protocol.number())
 }

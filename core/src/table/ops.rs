@@ -1,4 +1,5 @@
-//! What goes between the table and the kernel: writes, sizes, what a former agent left, what is refused and what is lost.
+//! The values that pass between the table and the kernel: writes, map sizes, completeness of the input, rejected
+//! frontends and removed endpoints.
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
@@ -10,91 +11,95 @@ use super::range_alloc::OutOfCapacity;
 /// One write to the kernel's maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// A backend id gets an endpoint, and counters at zero.
+    /// Assigns an endpoint to a backend id and resets its counters.
     SetBackend(u32, Backend),
-    /// A place for a pool's limits gets a pool, and counters at zero.
+    /// Assigns a pool to an entry of `POOLS` and resets its counters.
     ResetPool(u32, PoolLimits),
-    /// A pool has other limits.
+    /// Replaces the limits of a pool.
     SetPool(u32, PoolLimits),
-    /// Backend ids of runs, from this entry on.
+    /// Writes backend ids to `RUNS`, starting at this entry.
     SetRuns(u32, Vec<u32>),
-    /// Slots of a schedule, from this entry on.
+    /// Writes slots of a schedule to `SLOTS`, starting at this entry.
     SetSlots(u32, Vec<Slot>),
-    /// A version of a frontend, which nobody reads yet.
+    /// Writes a version of a frontend to an index that no program reads yet.
     SetVersion(u32, FrontendVersion),
-    /// A frontend id's cursor and counters start at zero.
+    /// Resets the cursor and counters of a frontend id.
     ResetFrontend(u32),
-    /// Publishes: from here on connections to this frontend id use this version.
+    /// Publishes: from now on, connections to this frontend id use the version at this index.
     Publish(u32, u32),
-    /// An address is a frontend's from here on.
+    /// Maps a Service address to a frontend id.
     AddFrontend(FrontendKey, u32),
-    /// Takes a frontend away: its address is nobody's any more.
+    /// Removes a Service address from `FRONTENDS`: from now on, its connections bypass Portolan.
     RemoveFrontend(FrontendKey),
 }
 
-/// How many entries the maps have.
+/// The capacity of each map, in entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Frontends; twice as many versions, and twice as many pools with limits.
+    /// Frontends; `VERSIONS` has twice as many entries, and so has `POOLS`.
     pub frontends: u32,
-    /// Backends.
+    /// Backends, one for each distinct endpoint.
     pub backends: u32,
-    /// Slots; runs have as many entries.
+    /// Schedule slots; `RUNS` has as many entries.
     pub slots: u32,
-    /// Clients that come back to their endpoint.
+    /// Clients with session affinity (an LRU map).
     pub affinities: u32,
 }
 
 impl Default for Sizes {
-    /// For 10,000 services and 100,000 endpoints, with room for a change: what is new is written before what is old goes.
+    /// Fits 10,000 services and 100,000 endpoints.
+    /// The rest is headroom for changes: new entries are written before old ones are freed.
     fn default() -> Self {
         Self { frontends: 1 << 14, backends: 1 << 17, slots: 1 << 20, affinities: 1 << 16 }
     }
 }
 
 impl Sizes {
-    /// Versions of frontends: each may change while it is used.
+    /// Returns the capacity of `VERSIONS`: during a change, a frontend has two versions.
     pub fn versions(&self) -> u32 {
         self.frontends.saturating_mul(2)
     }
 
-    /// Places for the limits of pools; the first is nobody's.
+    /// Returns the capacity of `POOLS`; entry 0 stands for a pool without limits.
     pub fn pools(&self) -> u32 {
         self.frontends.saturating_mul(2).saturating_add(1)
     }
 }
 
-/// How much is known of what should be. It matters for what a former agent has published, while this one has not read everything.
+/// How complete the agent's input is.
+/// This matters for what a previous agent has published while the initial sync is incomplete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Completeness {
-    /// Everything: the table is the truth.
+    /// All input is known: the table is authoritative.
     Complete,
-    /// Some services or endpoints are not known: what the former agent has published is not removed, and where it has published somebody,
-    /// nobody does not take the place.
+    /// Some services or endpoints are unknown.
+    /// Adopted frontends are not removed, and one that has endpoints is not replaced by one that refuses.
     Partial,
-    /// The settings that say what must stay in its cluster are not known either: what the former agent has published stays as it is.
+    /// The settings that say which services are cluster-local are unknown as well: adopted frontends stay unchanged.
     WithoutSettings,
 }
 
-/// A frontend that does not fit: it stays as it was.
+/// A frontend that does not fit into the maps.
+/// An existing one keeps its last published version.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejected {
-    /// Which one.
+    /// The frontend's address, port and protocol.
     pub key: FrontendKey,
-    /// The map that is full.
+    /// The name of the map that is full.
     pub map: &'static str,
-    /// By how much.
+    /// The number of entries requested and the size of the map.
     pub full: OutOfCapacity,
-    /// Whether its address is a frontend's all the same: with what it had before, or refusing. If not, its connections go past Portolan.
+    /// Whether the address still belongs to a frontend, with its previous version or refusing.
+    /// If `false`, connections to it bypass Portolan.
     pub held: bool,
 }
 
-/// Endpoints that a frontend has lost.
+/// The endpoints that frontends have lost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RemovedEndpoints {
-    /// These.
+    /// Exactly these endpoints.
     These(BTreeSet<SocketAddr>),
-    /// Any: what a former agent had published is not known in full.
+    /// Possibly any endpoint: the endpoints that a previous agent published are not fully known.
     Any,
 }
 
@@ -105,7 +110,7 @@ impl Default for RemovedEndpoints {
 }
 
 impl RemovedEndpoints {
-    /// These as well.
+    /// Adds more endpoints; `Any` absorbs all others.
     pub fn add(&mut self, more: Self) {
         match (&mut *self, more) {
             (Self::These(all), Self::These(more)) => all.extend(more),
@@ -113,7 +118,7 @@ impl RemovedEndpoints {
         }
     }
 
-    /// Whether an endpoint may be one of them.
+    /// Returns whether the endpoint may be among the removed ones.
     pub fn may_be(&self, endpoint: &SocketAddr) -> bool {
         match self {
             Self::These(all) => all.contains(endpoint),

@@ -1,20 +1,22 @@
-//! Who may write where: ranges and ids that the kernel may still be reading are kept back until nobody can.
+//! An allocator for ranges of array maps.
+//! Ranges that the kernel may still be reading are reused only after a grace period.
 
 use std::collections::{BTreeMap, VecDeque};
 
-/// Number of a publication. What is freed in one may be given out again once every program that ran then has ended.
+/// The number of a publication.
+/// Entries that it frees are reusable once every program that was running at its end has finished.
 pub type GraceEpoch = u64;
 
-/// No room for this many entries in one piece.
+/// An error: the map has no contiguous range of the requested length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutOfCapacity {
-    /// Entries that were asked for.
+    /// The number of entries requested.
     pub wanted: u32,
-    /// Entries that the map has.
+    /// The capacity of the map, in entries.
     pub size: u32,
 }
 
-/// Ranges of an array map.
+/// A first-fit allocator for ranges of an array map.
 #[derive(Clone, Debug)]
 pub(super) struct RangeAllocator {
     size: u32,
@@ -27,7 +29,7 @@ impl RangeAllocator {
         Self { size, free: BTreeMap::from([(0, size)]), deferred: VecDeque::new() }
     }
 
-    /// A range of `len` entries.
+    /// Allocates a range of `len` entries and returns its start.
     pub(super) fn alloc(&mut self, len: u32) -> Result<u32, OutOfCapacity> {
         let hole = self.free.iter().find(|(_, free)| **free >= len).map(|(start, free)| (*start, *free));
         let (start, free) = hole.ok_or(OutOfCapacity { wanted: len, size: self.size })?;
@@ -38,7 +40,8 @@ impl RangeAllocator {
         Ok(start)
     }
 
-    /// Marks a range as used: for what a former agent left in the kernel.
+    /// Marks a range that a previous agent uses as allocated.
+    /// A no-op if part of it is already allocated.
     pub(super) fn claim(&mut self, start: u32, len: u32) {
         let Some((&hole, &free)) = self.free.range(..=start).next_back() else { return };
         if len == 0 || hole + free < start + len {
@@ -53,34 +56,33 @@ impl RangeAllocator {
         }
     }
 
-    /// Gives a range back that was never published.
+    /// Frees a range that was never published, for immediate reuse.
     pub(super) fn unalloc(&mut self, start: u32, len: u32) {
         self.put(start, len);
     }
 
-    /// Gives a range back that the kernel may still be reading.
+    /// Frees a range that the kernel may still be reading; [`Self::reclaim`] makes it reusable.
     pub(super) fn defer_free(&mut self, epoch: GraceEpoch, start: u32, len: u32) {
         if len > 0 {
             self.deferred.push_back((epoch, start, len));
         }
     }
 
-    /// Whether something is kept back that was freed in this round.
+    /// Returns whether ranges that were freed in this epoch are waiting for reclamation.
     pub(super) fn has_deferred(&self, epoch: GraceEpoch) -> bool {
         self.deferred.back().is_some_and(|(since, ..)| *since == epoch)
     }
 
-    /// Entries that there are.
     pub(super) fn size(&self) -> u32 {
         self.size
     }
 
-    /// Entries in use, those at rest included.
+    /// Returns the number of entries in use, including those waiting for reclamation.
     pub(super) fn used(&self) -> u32 {
         self.size - self.free.values().sum::<u32>()
     }
 
-    /// What was freed up to this round may be given out again.
+    /// Makes all ranges that were freed up to `epoch` reusable.
     pub(super) fn reclaim(&mut self, epoch: GraceEpoch) {
         while let Some((_, start, len)) = self.deferred.pop_front_if(|(since, ..)| *since <= epoch) {
             self.put(start, len);
@@ -106,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_freed_range_rests_before_it_is_given_out_again() {
+    fn freed_range_is_reused_only_after_grace_period() {
         let mut ranges = RangeAllocator::new(10);
         assert_eq!((ranges.alloc(6), ranges.alloc(4)), (Ok(0), Ok(6)));
         ranges.defer_free(7, 0, 6);
@@ -117,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_grow_together() {
+    fn adjacent_free_ranges_are_merged() {
         let mut ranges = RangeAllocator::new(9);
         for _ in 0..3 {
             ranges.alloc(3).unwrap();
@@ -130,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claimed_range_is_not_given_out() {
+    fn claimed_range_is_not_allocated() {
         let mut ranges = RangeAllocator::new(10);
         ranges.claim(2, 3);
         ranges.claim(9, 1);

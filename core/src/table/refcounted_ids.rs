@@ -1,4 +1,4 @@
-//! Ids of things that several frontends share: given out with the first that uses one, taken back with the last.
+//! Reference-counted ids of items that several frontends share: allocated on first use, freed after the last.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -7,12 +7,13 @@ use std::{
 
 use super::range_alloc::{GraceEpoch, OutOfCapacity, RangeAllocator};
 
-/// Ids by what they stand for.
+/// Ids by the item that they stand for.
 #[derive(Clone, Debug)]
 pub(super) struct RefcountedIds<K> {
     ids: RangeAllocator,
     known: HashMap<K, Use>,
-    /// What a former agent had, and no frontend of this one uses yet.
+    /// The items of a previous agent that [`Self::drop_adopted`] has not released yet; they keep their ids even while
+    /// unused.
     adopted: BTreeSet<K>,
     /// The last epoch of each id that was ever in use.
     epochs: HashMap<u32, u32>,
@@ -24,12 +25,12 @@ struct Use {
     frontends: u32,
 }
 
-/// An id that somebody uses.
+/// An id in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Id {
     pub(super) id: u32,
     pub(super) epoch: u32,
-    /// Whether it stood for nothing, or for something else, before.
+    /// Whether the id has just been allocated, so that its map entry must be written.
     pub(super) is_new: bool,
 }
 
@@ -38,36 +39,35 @@ impl<K: Copy + Eq + Hash + Ord> RefcountedIds<K> {
         Self { ids, known: HashMap::new(), adopted: BTreeSet::new(), epochs: HashMap::new() }
     }
 
-    /// Ids that were ever in use, with their epochs.
+    /// Restores the epochs of ids that a previous agent has used.
     pub(super) fn restore_epochs(&mut self, epochs: impl IntoIterator<Item = (u32, u32)>) {
         self.epochs.extend(epochs);
     }
 
-    /// Keeps what a former agent had.
+    /// Keeps the id of an item that a previous agent has used.
     pub(super) fn adopt(&mut self, key: K, id: u32) {
         self.ids.claim(id, 1);
         self.known.insert(key, Use { id, frontends: 0 });
         self.adopted.insert(key);
     }
 
-    /// Lets go of what a former agent had and nobody uses.
+    /// Stops protecting adopted items and frees those that no frontend uses.
     pub(super) fn drop_adopted(&mut self, epoch: GraceEpoch) {
         for key in std::mem::take(&mut self.adopted) {
             self.drop_if_unused(epoch, key);
         }
     }
 
-    /// The id of something.
     pub(super) fn id(&self, key: &K) -> Option<u32> {
         self.known.get(key).map(|known| known.id)
     }
 
-    /// Everything that has an id.
+    /// Returns every item that has an id, in no particular order.
     pub(super) fn iter(&self) -> impl Iterator<Item = (K, u32)> {
         self.known.iter().map(|(key, known)| (*key, known.id))
     }
 
-    /// One more frontend uses it.
+    /// Adds a use by one frontend, and allocates an id for the first one.
     pub(super) fn acquire(&mut self, key: K) -> Result<Id, OutOfCapacity> {
         if let Some(known) = self.known.get_mut(&key) {
             known.frontends += 1;
@@ -80,7 +80,7 @@ impl<K: Copy + Eq + Hash + Ord> RefcountedIds<K> {
         Ok(Id { id, epoch, is_new: true })
     }
 
-    /// One frontend fewer uses it.
+    /// Drops a use by one frontend; after the last one, the id is freed once a grace period has passed.
     pub(super) fn release(&mut self, epoch: GraceEpoch, key: K) {
         if let Some(known) = self.known.get_mut(&key) {
             known.frontends = known.frontends.saturating_sub(1);
@@ -88,7 +88,7 @@ impl<K: Copy + Eq + Hash + Ord> RefcountedIds<K> {
         self.drop_if_unused(epoch, key);
     }
 
-    /// Takes a [`Self::take`] back whose id nobody has seen.
+    /// Undoes an [`Self::acquire`] whose id was never published, for immediate reuse.
     pub(super) fn unalloc(&mut self, key: K) {
         let Some(known) = self.known.get_mut(&key) else { return };
         known.frontends = known.frontends.saturating_sub(1);
@@ -108,7 +108,7 @@ impl<K: Copy + Eq + Hash + Ord> RefcountedIds<K> {
     }
 
     fn drop_if_unused(&mut self, epoch: GraceEpoch, key: K) {
-        // An inherited frontend may use it, and how is not known.
+        // An adopted frontend may still use it; its uses are not counted.
         if self.adopted.contains(&key) {
             return;
         }

@@ -1,4 +1,4 @@
-//! What the detector does, step by step.
+//! Step-by-step tests of the detector.
 
 use super::*;
 
@@ -8,7 +8,7 @@ fn new(settings: OutlierDetection, now: Instant) -> Detector {
     Detector::new(settings, SuccessCriterion::Connected, now)
 }
 
-/// A sign, and whatever it leads to.
+/// Records a signal, and ejects the endpoint if a threshold is reached.
 fn take(detector: &mut Detector, now: Instant, host: SocketAddr, signal: Signal) -> Option<DetectorEvent> {
     let causes = detector.observe(host, signal);
     causes.into_iter().filter_map(|cause| detector.eject(now, host, cause)).next()
@@ -30,7 +30,7 @@ fn settings(consecutive_errors: u32) -> OutlierDetection {
 }
 
 #[test]
-fn thresholds_count_for_themselves() {
+fn thresholds_count_independently() {
     let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
     let eject_after = |settings: OutlierDetection| {
         let mut detector = new(settings, now);
@@ -47,7 +47,7 @@ fn thresholds_count_for_themselves() {
 }
 
 #[test]
-fn one_may_always_go_where_that_is_asked_for() {
+fn always_eject_one_overrides_the_limit() {
     let (now, hosts) = (Instant::now(), [1, 2, 3].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
     let most = |settings: OutlierDetection| {
         let mut detector = new(settings, now);
@@ -64,7 +64,7 @@ fn one_may_always_go_where_that_is_asked_for() {
 }
 
 #[test]
-fn another_threshold_counts_anew() {
+fn changed_threshold_resets_the_count() {
     let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
     let mut detector = new(settings(5), now);
     detector.set_hosts(&BTreeSet::from([host]));
@@ -77,7 +77,7 @@ fn another_threshold_counts_anew() {
 }
 
 #[test]
-fn a_host_that_goes_takes_its_ejection_with_it() {
+fn removed_host_loses_its_ejection() {
     let (now, [a, b]) = (Instant::now(), [1, 2].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
     let mut detector = new(OutlierDetection { max_ejection_percent: 50, ..settings(1) }, now);
     detector.set_hosts(&BTreeSet::from([a, b]));
@@ -99,28 +99,28 @@ fn a_host_that_goes_takes_its_ejection_with_it() {
 }
 
 #[test]
-fn a_status_counts_where_the_port_is_http() {
+fn status_counts_on_http_ports() {
     let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
-    let ejects = |signs: &[Signal], settings: OutlierDetection| {
+    let ejects = |signals: &[Signal], settings: OutlierDetection| {
         let mut detector = Detector::new(settings, SuccessCriterion::HttpStatus, now);
         detector.set_hosts(&BTreeSet::from([host]));
-        signs.iter().any(|signal| take(&mut detector, now, host, *signal).is_some())
+        signals.iter().any(|signal| take(&mut detector, now, host, *signal).is_some())
     };
     let [up, bad, gone] = [Signal::Connected, Signal::Status(500), Signal::Status(503)];
-    assert!(ejects(&[bad, up, bad, up, gone], settings(3)), "that a connection stands proves nothing");
-    assert!(ejects(&[bad, DOWN, gone], settings(3)), "a refused one counts as 503");
+    assert!(ejects(&[bad, up, bad, up, gone], settings(3)), "an established connection is not a success");
+    assert!(ejects(&[bad, DOWN, gone], settings(3)), "a refused connection counts as 503");
     assert!(!ejects(&[bad, bad, Signal::Status(404), bad, bad], settings(3)));
     let gateway = || OutlierDetection { gateway_errors: 2, ..settings(0) };
     assert!(ejects(&[gone, Signal::TimedOut], gateway()));
-    assert!(!ejects(&[gone, bad, gone, Signal::Status(200), gone], gateway()), "500 is no gateway's error");
+    assert!(!ejects(&[gone, bad, gone, Signal::Status(200), gone], gateway()), "500 is not a gateway error");
     let split = || OutlierDetection { local_origin_errors: Some(2), ..settings(2) };
-    assert!(!ejects(&[DOWN, bad, up, DOWN, Signal::Status(200)], split()), "each counts for itself");
+    assert!(!ejects(&[DOWN, bad, up, DOWN, Signal::Status(200)], split()), "local origin failures count separately");
     assert!(ejects(&[bad, DOWN, up, bad], split()));
     assert!(ejects(&[DOWN, bad, Signal::Status(200), DOWN], split()));
 }
 
 #[test]
-fn what_breaks_before_an_answer_counts_where_that_is_asked_for() {
+fn early_resets_count_with_first_byte_criterion() {
     let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
     let mut detector = Detector::new(settings(2), SuccessCriterion::FirstByte, now);
     detector.set_hosts(&BTreeSet::from([host]));
@@ -133,7 +133,7 @@ fn what_breaks_before_an_answer_counts_where_that_is_asked_for() {
 }
 
 #[test]
-fn a_restart_changes_nothing_and_what_is_over_is_over() {
+fn restore_continues_ejections_and_drops_expired_ones() {
     let (start, hosts) =
         (Instant::now() + Duration::from_secs(10_000), [1, 2].map(|i| SocketAddr::from(([10, 0, 0, i], 80))));
     let seconds = Duration::from_secs;
@@ -152,14 +152,14 @@ fn a_restart_changes_nothing_and_what_is_over_is_over() {
         detector.ejection(&hosts[0]).map(|ejection| ejection.until - now)
     };
     assert_eq!((after(0), after(15), after(20), after(1_000)), (Some(seconds(20)), Some(seconds(5)), None, None));
-    // It is as likely to be ejected for longer as before, for as long as it would have been.
+    // The multiplier decreases while the agent is away, so the next ejection lasts only the base time.
     let mut soon = fresh();
     soon.restore(start + seconds(40), seconds(30), saved.iter().copied());
     let event = take(&mut soon, start + seconds(40), hosts[0], DOWN);
     assert!(
         matches!(event, Some(DetectorEvent { kind: DetectorEventKind::Ejected { duration, .. }, .. }) if duration == seconds(30))
     );
-    // One that is not there any more is forgotten.
+    // An endpoint that no longer exists is not restored.
     let mut other = new(settings(1), start);
     other.set_hosts(&BTreeSet::from([hosts[1]]));
     other.restore(start, Duration::ZERO, saved);

@@ -1,4 +1,4 @@
-//! The kernel's maps in memory, and what must hold after every single write.
+//! A model of the kernel's maps, and the invariants that must hold after every single write.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -11,7 +11,7 @@ use crate::{
     table::key,
 };
 
-/// What the maps hold.
+/// The contents of the maps.
 #[derive(Clone, Default)]
 struct Maps {
     frontends: BTreeMap<FrontendKey, u32>,
@@ -38,15 +38,16 @@ impl Maps {
         }
     }
 
-    /// The version of a frontend that counts; panics where it is another's.
+    /// Returns the active version of a frontend.
+    /// Panics if the version belongs to another frontend.
     fn version(&self, key: &FrontendKey) -> FrontendVersion {
         let version = self.versions[&self.current[&self.frontends[key]]];
         assert_eq!(version.key, *key);
         version
     }
 
-    /// What a connection to the frontend gets for each value of its cursor, as the kernel computes it; panics where an
-    /// entry is missing.
+    /// Returns the pick of a connection for each value of the cursor, computed as the kernel does.
+    /// Panics if an entry is missing.
     fn picks(&self, key: &FrontendKey, count: u64) -> Vec<Option<SocketAddr>> {
         self.picks_of(&self.version(key), count)
     }
@@ -61,16 +62,16 @@ impl Maps {
             .collect()
     }
 
-    /// Whom clients of a frontend may come back to.
+    /// Returns the endpoints that clients of a frontend may return to.
     fn members(&self, key: &FrontendKey) -> BTreeSet<SocketAddr> {
         let version = self.version(key);
         let ids: Vec<u32> = (version.members..version.members + version.member_count).map(|i| self.runs[&i]).collect();
-        assert!(ids.is_sorted(), "a binary search goes through them");
+        assert!(ids.is_sorted(), "the kernel's binary search needs sorted members");
         ids.iter().map(|id| self.backends[id].endpoint.socket_addr()).collect()
     }
 
-    /// What a new agent would find.
-    fn held(&self, layout: &Layout) -> PinnedState {
+    /// Returns the state that a new agent would read from the maps.
+    fn pinned_state(&self, layout: &Layout) -> PinnedState {
         let of = |key: &FrontendKey| {
             let version = self.version(key);
             let slots = || (version.base..version.base + version.period).map(|i| self.slots[&i]);
@@ -97,7 +98,7 @@ impl Maps {
     }
 }
 
-/// Ends a round, and waits until nobody reads any more.
+/// Ends an epoch and reclaims at once, as if no program were running.
 fn reclaim(layout: &mut Layout) {
     if let Some(epoch) = layout.end_epoch() {
         layout.reclaim(epoch);
@@ -106,7 +107,7 @@ fn reclaim(layout: &mut Layout) {
 
 const PICKS: u64 = 60;
 
-/// What it should get, from the schedule alone.
+/// Computes the expected picks from the schedule alone.
 fn expected(schedule: &Schedule) -> Vec<Option<SocketAddr>> {
     let turns = schedule.turns.len();
     (0..if turns == 0 { 0 } else { PICKS as usize })
@@ -127,7 +128,7 @@ fn frontend(i: u8) -> FrontendKey {
     key(SocketAddr::from(([172, 16, 0, i], 80)), Protocol::Tcp)
 }
 
-/// A frontend, and its groups: share and members.
+/// A frontend and its groups, each a share and its members.
 type Spec = (u8, Vec<(u8, Vec<u8>)>);
 
 fn table(spec: &[Spec]) -> Table {
@@ -157,22 +158,22 @@ fn tables() -> impl Strategy<Value = Vec<Table>> {
     prop::collection::vec(spec.prop_map(|spec| table(&spec)), 1..12)
 }
 
-/// Sizes at which ids and ranges are used again and again.
+/// Sizes so small that ids and ranges are reused many times.
 const SMALL: Sizes = Sizes { frontends: 12, backends: 30, slots: 400, affinities: 1 };
 
 proptest! {
     #[test]
-    fn every_prefix_of_every_update_is_a_published_table(tables in tables(), settles in prop::collection::vec(any::<bool>(), 12)) {
+    fn every_update_prefix_is_consistent(tables in tables(), settles in prop::collection::vec(any::<bool>(), 12)) {
         let (mut layout, mut maps) = (Layout::new(SMALL), Maps::default());
         let mut before = Table::default();
-        // Versions that a program may still be reading, and what they gave.
+        // Versions that a program may still be reading, with the picks that they gave.
         let mut read: Vec<(FrontendVersion, Vec<Option<SocketAddr>>)> = Vec::new();
         for (table, settles) in tables.iter().zip(settles) {
             for key in maps.frontends.keys() {
                 read.push((maps.version(key), maps.picks(key, PICKS)));
             }
             let (ops, refused) = layout.update(table, Completeness::Complete);
-            // With no time to rest, places run out; that is told, and nothing else is harmed.
+            // Without grace periods, ranges run out: the update is rejected, and nothing else breaks.
             prop_assume!(refused.is_empty());
             for op in &ops {
                 maps.write(op);
@@ -180,14 +181,14 @@ proptest! {
                     let picks = maps.picks(key, PICKS);
                     let versions = [&before, table].into_iter().filter_map(|table| table.frontends.get(key));
                     let mut versions = versions.map(|entry| expected(&entry.schedule));
-                    prop_assert!(versions.any(|version| version == picks), "half a table is visible");
+                    prop_assert!(versions.any(|version| version == picks), "a partial update is visible");
                 }
                 for (version, picks) in &read {
-                    prop_assert_eq!(&maps.picks_of(version, PICKS), picks, "somebody is reading it");
+                    prop_assert_eq!(&maps.picks_of(version, PICKS), picks, "a version still in use has changed");
                 }
             }
-            let held: BTreeSet<_> = maps.frontends.keys().collect();
-            prop_assert_eq!(held, table.frontends.keys().collect());
+            let present: BTreeSet<_> = maps.frontends.keys().collect();
+            prop_assert_eq!(present, table.frontends.keys().collect());
             for (key, entry) in &table.frontends {
                 let picks = expected(&entry.schedule);
                 prop_assert_eq!(&maps.picks(key, PICKS), &picks);
@@ -195,7 +196,7 @@ proptest! {
                 prop_assert_eq!(maps.members(key), members);
             }
             let again = layout.update(table, Completeness::Complete);
-            prop_assert_eq!(again, (Vec::new(), Vec::new()), "what is unchanged is not written");
+            prop_assert_eq!(again, (Vec::new(), Vec::new()), "an unchanged table causes writes");
             before = table.clone();
             if settles {
                 reclaim(&mut layout);
@@ -204,9 +205,9 @@ proptest! {
         }
     }
 
-    /// Part by part comes to the same as all at once.
+    /// Changing a table in parts has the same result as changing it at once.
     #[test]
-    fn changes_add_up(tables in tables(), parts in 1usize..4) {
+    fn partial_changes_add_up_to_a_full_update(tables in tables(), parts in 1usize..4) {
         let (mut layout, mut maps) = (Layout::new(Sizes::default()), Maps::default());
         let mut before = Table::default();
         for table in &tables {
@@ -225,32 +226,32 @@ proptest! {
             for (key, entry) in &table.frontends {
                 prop_assert_eq!(maps.picks(key, PICKS), expected(&entry.schedule));
             }
-            // And nothing is left to do.
+            // A further update is a no-op.
             prop_assert_eq!(layout.update(table, Completeness::Complete), (Vec::new(), Vec::new()));
             before = table.clone();
         }
     }
 
     #[test]
-    fn a_new_agent_takes_over_what_it_finds(first in tables(), second in tables()) {
+    fn new_agent_adopts_pinned_state(first in tables(), second in tables()) {
         let (mut layout, mut maps) = (Layout::new(Sizes::default()), Maps::default());
         for table in &first {
             layout.update(table, Completeness::Complete).0.iter().for_each(|op| maps.write(op));
         }
-        let former = maps.clone();
-        let held = maps.held(&layout);
+        let previous = maps.clone();
+        let held = maps.pinned_state(&layout);
         let mut layout = Layout::from_held(Sizes::default(), held);
-        // Nothing is known yet: nothing may go.
+        // Nothing is known yet, so nothing may be removed.
         layout.update(&Table::default(), Completeness::Partial).0.iter().for_each(|op| maps.write(op));
-        for key in former.frontends.keys() {
-            prop_assert_eq!(maps.picks(key, PICKS), former.picks(key, PICKS));
+        for key in previous.frontends.keys() {
+            prop_assert_eq!(maps.picks(key, PICKS), previous.picks(key, PICKS));
         }
         let last = second.last().unwrap();
         for op in layout.update(last, Completeness::Complete).0 {
             maps.write(&op);
             for key in maps.frontends.keys() {
                 let picks = maps.picks(key, PICKS);
-                let old = former.frontends.contains_key(key) && picks == former.picks(key, PICKS);
+                let old = previous.frontends.contains_key(key) && picks == previous.picks(key, PICKS);
                 prop_assert!(old || last.frontends.get(key).is_some_and(|entry| picks == expected(&entry.schedule)));
             }
         }
@@ -259,12 +260,12 @@ proptest! {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
+fn frontend_that_does_not_fit_is_rejected_and_others_are_published() {
     let sizes = Sizes { frontends: 4, backends: 3, slots: 100, affinities: 1 };
     let mut layout = Layout::new(sizes);
     let (_, refused) = layout.update(&table(&[(1, vec![(1, vec![1, 2])])]), Completeness::Complete);
     assert_eq!(refused, []);
-    // Two backends more than there is room for, in the first of two frontends.
+    // The first of two frontends needs two backends more than fit.
     let wanted = table(&[(1, vec![(1, vec![1, 2, 3, 4, 5])]), (2, vec![(1, vec![6])])]);
     let (ops, refused) = layout.update(&wanted, Completeness::Complete);
     assert_eq!(
@@ -273,20 +274,20 @@ fn what_does_not_fit_is_refused_and_the_rest_goes_on() {
     );
     assert!(ops.iter().any(|op| matches!(op, Op::SetVersion(_, it) if it.key == frontend(2))));
     assert!(!ops.iter().any(|op| matches!(op, Op::SetVersion(_, it) if it.key == frontend(1))));
-    // A new one that does not fit refuses, rather than not be there.
+    // A new frontend that does not fit is published as refusing instead of missing.
     let (ops, refused) =
         layout.update(&table(&[(1, vec![(1, vec![1, 2])]), (3, vec![(1, vec![6, 7, 8])])]), Completeness::Complete);
     assert_eq!(refused.iter().map(|refused| refused.key).collect::<Vec<_>>(), [frontend(3)]);
     assert!(ops.iter().any(|op| matches!(op, Op::SetVersion(_, it) if it.key == frontend(3) && it.period == 0)));
-    // Nothing that was set aside for the refused one is lost.
+    // Reservations of the rejected frontend do not leak.
     reclaim(&mut layout);
     let (_, refused) = layout.update(&table(&[(1, vec![(1, vec![1, 2, 6])])]), Completeness::Complete);
     assert_eq!(refused, []);
 }
 
 #[test]
-fn limits_of_a_frontend_that_does_not_fit_are_as_they_were() {
-    // Three places for pools, of which the first is nobody's.
+fn rejected_frontend_leaves_limits_unchanged() {
+    // `POOLS` has three entries, of which entry 0 is reserved.
     let sizes = Sizes { frontends: 1, backends: 4, slots: 10, affinities: 1 };
     let mut layout = Layout::new(sizes);
     let pool = |port, max| PoolSpec {
@@ -312,22 +313,22 @@ fn limits_of_a_frontend_that_does_not_fit_are_as_they_were() {
     let (ops, refused) = layout.update(&with(vec![pool(80, 6), pool(82, 6), pool(83, 6)]), Completeness::Complete);
     assert_eq!(refused.iter().map(|refused| refused.map).collect::<Vec<_>>(), ["POOLS"]);
     assert!(ops.is_empty() && layout.limits == before, "{ops:?}");
-    // And nothing that was set aside for it is lost.
+    // Reservations of the rejected frontend do not leak.
     reclaim(&mut layout);
     let (ops, refused) = layout.update(&with(vec![pool(80, 7), pool(81, 5)]), Completeness::Complete);
     assert_eq!((ops.iter().filter(|op| matches!(op, Op::SetPool(..))).count(), refused.len()), (1, 0));
 }
 
-/// The kernel still sends connections to what a refused frontend had before.
+/// The kernel still sends connections to the previous endpoints of a rejected frontend.
 #[test]
-fn backends_of_an_inherited_frontend_that_is_refused_are_not_given_away() {
+fn backends_of_rejected_adopted_frontend_are_not_reused() {
     let sizes = Sizes { frontends: 4, backends: 4, slots: 10, affinities: 1 };
-    let (mut former, mut maps) = (Layout::new(sizes), Maps::default());
-    let ops = former.update(&table(&[(1, vec![(1, vec![1, 2])])]), Completeness::Complete).0;
+    let (mut previous, mut maps) = (Layout::new(sizes), Maps::default());
+    let ops = previous.update(&table(&[(1, vec![(1, vec![1, 2])])]), Completeness::Complete).0;
     ops.iter().for_each(|op| maps.write(op));
     let held = PinnedState {
         backends: maps.backends.iter().map(|(id, backend)| (*id, *backend)).collect(),
-        ..maps.held(&former)
+        ..maps.pinned_state(&previous)
     };
     let mut layout = Layout::from_held(sizes, held);
     // Three entries do not fit beside the two that are in use.
@@ -345,19 +346,20 @@ fn backends_of_an_inherited_frontend_that_is_refused_are_not_given_away() {
     }
 }
 
-/// A former agent's frontends 1 and 2, which share endpoint 1, and an agent that has taken them over.
-fn taken_over() -> (Layout, Maps) {
+/// Returns a layout that has adopted frontends 1 and 2 of a previous agent, which share endpoint 1, and the maps.
+fn adopted_layout() -> (Layout, Maps) {
     let sizes = Sizes { frontends: 8, backends: 8, slots: 40, affinities: 1 };
-    let (mut former, mut maps) = (Layout::new(sizes), Maps::default());
-    let ops = former.update(&table(&[(1, vec![(1, vec![1])]), (2, vec![(1, vec![1, 2])])]), Completeness::Complete).0;
+    let (mut previous, mut maps) = (Layout::new(sizes), Maps::default());
+    let ops = previous.update(&table(&[(1, vec![(1, vec![1])]), (2, vec![(1, vec![1, 2])])]), Completeness::Complete).0;
     maps.write_all(&ops);
-    (Layout::from_held(sizes, maps.held(&former)), maps)
+    (Layout::from_held(sizes, maps.pinned_state(&previous)), maps)
 }
 
 #[test]
-fn what_a_former_agent_shares_among_frontends_is_not_given_away() {
-    let (mut layout, mut maps) = taken_over();
-    // The first is this agent's by now, the second is still as it was found; then endpoint 1 leaves the first.
+fn backends_shared_among_adopted_frontends_are_not_reused() {
+    let (mut layout, mut maps) = adopted_layout();
+    // This agent has replaced frontend 1; frontend 2 is still adopted.
+    // Then endpoint 1 leaves frontend 1.
     for members in [vec![1], vec![3], vec![4, 5], vec![6, 7]] {
         reclaim(&mut layout);
         let wanted = table(&[(1, vec![(1, members)])]);
@@ -366,16 +368,16 @@ fn what_a_former_agent_shares_among_frontends_is_not_given_away() {
         maps.write_all(&ops);
         assert_eq!(maps.picks(&frontend(2), 2), [Some(address(1)), Some(address(2))]);
     }
-    // Once everything is known, it may go.
+    // With complete input, the adopted frontend may be removed.
     let last = table(&[(1, vec![(1, vec![6])])]);
     maps.write_all(&layout.update(&last, Completeness::Complete).0);
     assert_eq!((layout.backend_id(&address(1)), layout.adopted()), (None, 0));
 }
 
 #[test]
-fn what_is_not_known_for_sure_takes_nothing_away_bit_by_bit_either() {
+fn change_with_incomplete_input_removes_no_adopted_frontend() {
     for completeness in [Completeness::Partial, Completeness::WithoutSettings] {
-        let (mut layout, _) = taken_over();
+        let (mut layout, _) = adopted_layout();
         let refusing = table(&[(1, vec![])]);
         assert_eq!(
             layout.change(&refusing, &[frontend(2)], completeness),
@@ -386,15 +388,15 @@ fn what_is_not_known_for_sure_takes_nothing_away_bit_by_bit_either() {
 }
 
 #[test]
-fn what_this_agent_has_published_stays_its_own_when_the_maps_are_read_again() {
-    let (mut layout, mut maps) = taken_over();
+fn own_frontends_stay_own_when_maps_are_read_again() {
+    let (mut layout, mut maps) = adopted_layout();
     let own = table(&[(3, vec![(1, vec![3])])]);
     maps.write_all(&layout.change(&own, &[], Completeness::WithoutSettings).0);
-    let mut layout = layout.read_again(maps.held(&layout));
+    let mut layout = layout.read_again(maps.pinned_state(&layout));
     assert_eq!(layout.adopted(), 2);
     reclaim(&mut layout);
     let moved = table(&[(3, vec![(1, vec![4])]), (2, vec![(1, vec![4])])]);
     maps.write_all(&layout.update(&moved, Completeness::WithoutSettings).0);
-    assert_eq!(maps.picks(&frontend(3), 1), [Some(address(4))], "its own follows");
-    assert_eq!(maps.picks(&frontend(2), 2), [Some(address(1)), Some(address(2))], "the former agent's stays");
+    assert_eq!(maps.picks(&frontend(3), 1), [Some(address(4))], "own frontend is not updated");
+    assert_eq!(maps.picks(&frontend(2), 2), [Some(address(1)), Some(address(2))], "adopted frontend has changed");
 }
