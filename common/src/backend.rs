@@ -1,4 +1,4 @@
-//! One endpoint as the kernel sees it.
+//! A backend: one endpoint as the kernel sees it.
 
 use crate::{Endpoint, plain};
 
@@ -6,10 +6,10 @@ use crate::{Endpoint, plain};
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backend {
-    /// Where connections go.
+    /// The address and port that connections are redirected to.
     pub endpoint: Endpoint,
-    /// Goes up when the id is given to another endpoint, so that a socket of the former one is not counted
-    /// for the new one.
+    /// Incremented whenever the id is reassigned to another endpoint.
+    /// Counters ignore sockets that carry an older epoch.
     pub epoch: u32,
 }
 plain!(Backend, 24, 4);

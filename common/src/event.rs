@@ -1,29 +1,34 @@
-//! What the kernel tells the agent.
+//! The events that the kernel sends to the agent.
 
 use crate::{Endpoint, plain};
 
-/// How a connection attempt ended.
+/// The outcome of a connection attempt, a response, or a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum OutcomeKind {
-    /// The connection was established. Told only while failures of its backend are counted.
+    /// The connection was established.
+    /// Sent only while the agent counts failures of the backend.
     Established = 0,
     /// The connect failed: refused, reset or unreachable.
     Failed = 1,
-    /// The connect was not answered in time.
+    /// The connect timed out.
     TimedOut = 2,
-    /// An HTTP/1 response: its status is in `errno`. A status below 500 is told only while failures of the backend are counted.
+    /// An HTTP/1 response arrived; `errno` holds its status.
+    /// A status below 500 is sent only while the agent counts failures of the backend.
     Responded = 3,
-    /// The connection was reset, or timed out, after it was established and before a byte came back.
+    /// The established connection was reset or timed out before the first response byte.
     Broken = 4,
-    /// The connection is closed, and something had come back. Told only while failures of the backend are counted.
+    /// The connection was closed after at least one response byte.
+    /// Sent only while the agent counts failures of the backend.
     Answered = 5,
-    /// HTTP/1 was expected of the pool, and a connection speaks something else; `errno` says what (`DetectedProtocol`). Told once for each pool.
+    /// A connection to a pool that should speak HTTP/1 speaks another protocol; `errno` holds the
+    /// [`DetectedProtocol`](crate::DetectedProtocol) bit.
+    /// Sent once for each pool and protocol.
     NotHttp = 6,
 }
 
 impl OutcomeKind {
-    /// The kind with this number, if there is one.
+    /// Returns the kind with this number, or `None` if there is none.
     pub const fn from_u32(kind: u32) -> Option<Self> {
         match kind {
             0 => Some(Self::Established),
@@ -38,27 +43,27 @@ impl OutcomeKind {
     }
 }
 
-/// One record of `EVENTS`, the ring buffer.
+/// One record of the ring buffer `EVENTS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Outcome {
-    /// When, nanoseconds of CLOCK_MONOTONIC.
+    /// The time of the event, in nanoseconds of CLOCK_MONOTONIC.
     pub time_ns: u64,
-    /// From SYN to the outcome, nanoseconds.
+    /// The time from SYN to the event, in nanoseconds.
     pub latency_ns: u64,
-    /// Network namespace of the client.
+    /// The cookie of the client's network namespace.
     pub netns_cookie: u64,
-    /// The endpoint that was dialled.
+    /// The endpoint that the connection was redirected to.
     pub backend: Endpoint,
-    /// Its backend id.
+    /// The backend id of that endpoint.
     pub backend_id: u32,
-    /// The frontend that the application dialled.
+    /// The id of the frontend that the application dialed.
     pub frontend_id: u32,
-    /// See [`OutcomeKind`].
+    /// The [`OutcomeKind`] as a number.
     pub kind: u32,
-    /// The socket's error; 0 where established. Of a response, its status.
+    /// The socket error, or 0 if established; the HTTP status or protocol bit for the kinds that say so.
     pub errno: u32,
-    /// Zero.
+    /// Padding; always zero.
     pub reserved: u32,
 }
 plain!(Outcome, 64, 8);

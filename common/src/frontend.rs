@@ -1,11 +1,11 @@
-//! What a connection is looked up by, and what is found.
+//! The key of a connection lookup, and the schedule that the lookup leads to.
 
 use core::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use crate::plain;
 
-/// An address and a port as the kernel sees them: 16 bytes of (v4-mapped) IPv6 and a port, both in
-/// network order.
+/// An address and a port in network byte order, as the kernel sees them.
+/// IPv4 addresses are v4-mapped IPv6.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -16,47 +16,47 @@ pub struct Endpoint {
 }
 plain!(Endpoint, 20, 4);
 
-/// The second and third word of `::ffff:a.b.c.d`.
+/// The third word of `::ffff:a.b.c.d`.
 const MAPPED: u32 = 0xffff_u32.to_be();
 
 impl Endpoint {
-    /// From words in network order, as they stand in `bpf_sock_addr` and `bpf_sock_ops`.
+    /// Builds an endpoint from words in network order, as found in `bpf_sock_addr` and `bpf_sock_ops`.
     #[inline(always)]
     pub const fn from_words(address: [u32; 4], port: u16) -> Self {
         Self { address, port, pad: 0 }
     }
 
-    /// From an IPv4 address in network order.
+    /// Builds an endpoint from an IPv4 address and a port, both in network order.
     #[inline(always)]
     pub const fn from_v4_word(address: u32, port: u16) -> Self {
         Self::from_words([0, 0, MAPPED, address], port)
     }
 
-    /// The address as four words in network order.
+    /// Returns the address as four words in network order.
     #[inline(always)]
     pub const fn words(&self) -> [u32; 4] {
         self.address
     }
 
-    /// The last word: the whole address where it is IPv4.
+    /// Returns the last word of the address: for IPv4, the whole address.
     #[inline(always)]
     pub const fn v4_word(&self) -> u32 {
         self.address[3]
     }
 
-    /// The port in network order.
+    /// Returns the port in network order.
     #[inline(always)]
     pub const fn port_word(&self) -> u16 {
         self.port
     }
 
-    /// Whether this is an IPv4 address in its v4-mapped form.
+    /// Returns whether this is a v4-mapped IPv4 address.
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
         self.address[0] == 0 && self.address[1] == 0 && self.address[2] == MAPPED
     }
 
-    /// The address and port in host terms, IPv4 unmapped.
+    /// Converts to a host-order socket address, with IPv4 unmapped.
     pub fn socket_addr(&self) -> SocketAddr {
         let [a, b, c, d] = self.address;
         let mut bytes = [0; 16];
@@ -78,7 +78,7 @@ impl From<SocketAddr> for Endpoint {
     }
 }
 
-/// Key of `FRONTENDS`: a Service address, a port and a protocol.
+/// The key of `FRONTENDS`: a Service address, a port and a protocol.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -89,111 +89,115 @@ pub struct FrontendKey {
 plain!(FrontendKey, 24, 4);
 
 impl FrontendKey {
-    /// `protocol` is the IP protocol number (6 for TCP).
+    /// Builds a key; `protocol` is the IP protocol number (6 for TCP, 17 for UDP).
     #[inline(always)]
     pub const fn new(endpoint: Endpoint, protocol: u32) -> Self {
         Self { endpoint, protocol }
     }
 
-    /// The Service address and port.
+    /// Returns the Service address and port.
     #[inline(always)]
     pub const fn endpoint(&self) -> Endpoint {
         self.endpoint
     }
 
-    /// The IP protocol number.
+    /// Returns the IP protocol number.
     #[inline(always)]
     pub const fn protocol(&self) -> u32 {
         self.protocol
     }
 }
 
-/// Value of `VERSIONS`: what a frontend does, as it was published once. It is never written again while a program may read it; the
-/// next version lies elsewhere, and one word in `CURRENT` says which of them counts.
+/// The value of `VERSIONS`: one published version of a frontend.
+/// It is immutable while a program may read it.
+/// The next version is written to another index, and one word in `CURRENT` selects the active one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrontendVersion {
-    /// Whose version it is. A program that finds another's has been overtaken by a change of `FRONTENDS`, and looks again.
+    /// The frontend that the version belongs to.
+    /// A program that finds another key has raced with a change of `FRONTENDS` and retries.
     pub key: FrontendKey,
-    /// Goes up with each version that is published, of whichever frontend.
+    /// The publication number, counted over all frontends.
     pub generation: u32,
-    /// First slot of the schedule in `SLOTS`.
+    /// The first slot of the schedule in `SLOTS`.
     pub base: u32,
-    /// Slots in the schedule; 0: the frontend is empty and refuses.
+    /// The number of slots in the schedule; 0 means that the frontend is empty and refuses connections.
     pub period: u32,
-    /// First of its backends in `RUNS`: every one that has a turn, once, in ascending order; behind them the pool of each, in the same order.
-    /// Kept where somebody may come back to a backend (UDP, session affinity).
+    /// The first entry in `RUNS` of the sorted list of backends that have a turn, without duplicates.
+    /// The pool of each follows in the same order.
+    /// Present only if clients may return to a backend (UDP, session affinity).
     pub members: u32,
-    /// How many they are.
+    /// The number of backends in that list.
     pub member_count: u32,
-    /// `sessionAffinity: ClientIP`: seconds for which a client comes back to its backend; 0: it does not.
+    /// The timeout of `sessionAffinity: ClientIP`, in seconds; 0 without affinity.
     pub affinity_seconds: u32,
-    /// See [`VersionFlags`].
+    /// A combination of [`VersionFlags`] bits.
     pub flags: u32,
-    /// Zero: a version is one cache line.
+    /// Padding to a full cache line; always zero.
     pub reserved: [u32; 3],
 }
 plain!(FrontendVersion, 64, 4);
 
-/// Bits of [`FrontendVersion::flags`].
+/// The bits of [`FrontendVersion::flags`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VersionFlags;
 
 impl VersionFlags {
-    /// Connections must not leave their cluster: refused with EHOSTUNREACH, and never left to anybody else.
+    /// Connections must stay in the client's cluster.
+    /// Without an endpoint there, they fail with EHOSTUNREACH; Portolan never lets them bypass it.
     pub const STRICT: u32 = 1;
-    /// A slot is drawn instead of taken in turn.
+    /// Each connection draws a slot at random instead of taking the next one.
     pub const RANDOM: u32 = 2;
 }
 
-/// How a slot's run gives one of its backends.
+/// How a slot picks one backend of its run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum LbPolicy {
-    /// The next one.
+    /// Picks the next backend.
     RoundRobin = 0,
-    /// A random one.
+    /// Picks a random backend.
     Random = 1,
-    /// Of two that are drawn, the one with fewer active connections.
+    /// Draws two backends and picks the one with fewer active connections.
     LeastRequest = 2,
-    /// The one that the client's hash names; the run is a Maglev table.
+    /// Picks the backend at the client's hash; the run is a Maglev table.
     Hash = 3,
 }
 
-/// Value of `SLOTS`: one place in a schedule. It names a run of backends (all those of a locality), and how
-/// often that run is visited, so that one cursor for each frontend is enough to step through both levels
-/// exactly (docs/adr/0003-schedule.md).
+/// The value of `SLOTS`: one turn in a schedule.
+/// It names a run of backends (those of one locality) and the number of visits to that run per period.
+/// One cursor per frontend is therefore enough to step through both levels exactly (docs/adr/0003-schedule.md).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot {
-    /// First entry of the run in `RUNS`.
+    /// The first entry of the run in `RUNS`.
     pub first: u32,
-    /// Entries in the run; 0: this turn refuses.
+    /// The number of entries in the run; 0 means that this turn refuses connections.
     pub len: u32,
-    /// Visits of this run in one period.
+    /// The number of visits to this run in one period.
     pub visits: u32,
-    /// Which of these visits this slot is: 0 ..< visits.
+    /// The index of this visit within the period: `0..visits`.
     pub visit: u32,
-    /// The pool's place in `POOLS`, where its limits are; 0: it has none.
+    /// The entry of `POOLS` that holds the pool's limits; 0 for a pool without limits.
     pub pool: u32,
-    /// See [`LbPolicy`].
+    /// The [`LbPolicy`] as a number.
     pub choice: u16,
-    /// Not zero where a turn that refuses does so because connections must not leave their cluster.
+    /// Nonzero if the turn is empty because connections must stay in the client's cluster.
     pub strict: u16,
 }
 plain!(Slot, 24, 4);
 
 impl Slot {
-    /// The entry of `RUNS` that this slot takes in the given period.
+    /// Returns the entry of `RUNS` that this slot picks in the given period, in round-robin order.
     #[inline(always)]
     pub const fn entry(&self, period: u64) -> u32 {
         self.at(period.wrapping_mul(self.visits as u64).wrapping_add(self.visit as u64))
     }
 
-    /// The entry of `RUNS` at this place of the run, which begins anew at its end.
+    /// Returns the entry of `RUNS` at this position of the run, modulo its length.
     #[inline(always)]
     pub const fn at(&self, place: u64) -> u32 {
-        // A program for the kernel has no way to panic, so there must be no division that could.
+        // An eBPF program cannot panic, so the division must be checked.
         match place.checked_rem(self.len as u64) {
             Some(member) => self.first.wrapping_add(member as u32),
             None => self.first,

@@ -1,7 +1,9 @@
 //! The types that the eBPF programs and the agent share, byte for byte.
 //!
-//! Rules of this crate: `repr(C)`, no implicit padding (asserted at compile time), addresses and ports
-//! in network order inside private fields with accessors in host terms, IPv4 as v4-mapped IPv6.
+//! Rules of this crate:
+//! - `repr(C)` without implicit padding, asserted at compile time.
+//! - Addresses and ports are in network order, in private fields with host-order accessors.
+//! - IPv4 addresses are v4-mapped IPv6.
 #![no_std]
 
 mod backend;
@@ -20,18 +22,20 @@ pub use pool::{Affinity, AffinityKey, DetectedProtocol, PoolLimits, PoolStats, T
 pub use socket::{Connection, DatagramFlows, FLOWS, Flow, Response, SocketStage, SocketState};
 pub use stats::{BackendStats, BackendUse, Counter, EventBudget, FrontendStats, TIME_BUCKETS};
 
-/// The layout of the maps. It is part of the pin path, so that two layouts never share a map.
+/// The version of the map layout.
+/// It is part of the pin path, so two layouts never share a map.
 pub const SCHEMA_VERSION: u32 = if cfg!(feature = "next-schema") { 5 } else { 4 };
 
-/// The layout of what is kept on sockets, which changes as seldom as can be.
+/// The version of the layout of per-socket state.
+/// It changes as rarely as possible, because this state survives upgrades.
 pub const SOCKET_LAYOUT: u32 = 1;
 
-/// Makes a type readable and writable as map bytes, and proves that it has no hidden padding.
+/// Implements `aya::Pod` for a type and proves at compile time that it has no hidden padding.
 macro_rules! plain {
     ($type:ty, $size:expr, $align:expr) => {
         const _: () = assert!(size_of::<$type>() == $size && align_of::<$type>() == $align);
         #[cfg(feature = "aya")]
-        // SAFETY: `repr(C)`, `Copy`, every field is plain data, and the size is the sum of the fields.
+        // SAFETY: `repr(C)` and `Copy`; every field is plain data, and the size is the sum of the fields.
         unsafe impl aya::Pod for $type {}
     };
 }

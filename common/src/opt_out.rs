@@ -1,16 +1,19 @@
-//! Processes that are left alone.
+//! Pods that opted out of Portolan.
 
-/// The key of `OPTED_OUT` is the id of a cgroup: nobody in it or below it is served. The one value of `OPT_OUT_FILTER` has the bits of all of them.
+/// Constants for opted-out cgroups.
+/// The keys of `OPTED_OUT` are cgroup ids: Portolan ignores processes in these cgroups and below.
+/// The only value of `OPT_OUT_FILTER` is the union of their [`OptOut::bit`]s.
 #[derive(Clone, Copy, Debug)]
 pub struct OptOut;
 
 impl OptOut {
-    /// How many cgroups there may be: more pods than Kubernetes has on a node.
+    /// The maximum number of opted-out cgroups: more than the pods that Kubernetes allows on a node.
     pub const CAPACITY: u32 = 4_096;
-    /// Cgroups are looked for so far below the root of all.
+    /// The depth below the root cgroup to which lookups search.
     pub const LEVELS: i32 = 16;
 
-    /// The bit of a cgroup in the filter. The kernel counts their ids up.
+    /// Returns the filter bit of a cgroup id.
+    /// The kernel assigns ids in ascending order, so their low bits are well distributed.
     #[inline(always)]
     pub const fn bit(cgroup: u64) -> u64 {
         1 << (cgroup & 63)

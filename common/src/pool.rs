@@ -1,91 +1,94 @@
-//! Limits of a pool, and who comes back to which of its endpoints.
+//! Pool limits and session affinity.
 
 use crate::{FrontendKey, plain};
 
-/// Value of `POOLS`: what `connectionPool.tcp` asks for. Place 0 belongs to nobody: a pool without limits.
+/// The value of `POOLS`: the limits that `connectionPool.tcp` sets.
+/// Entry 0 is reserved for pools without limits.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PoolLimits {
-    /// Goes up when the place is given to another pool, so that a socket of the former one is not counted for the new one.
+    /// Incremented whenever the entry is reassigned to another pool.
+    /// Counters ignore sockets that carry an older epoch.
     pub epoch: u32,
-    /// Connections at once; 0: no limit.
+    /// The maximum number of concurrent connections; 0 for no limit.
     pub max_connections: u32,
-    /// Milliseconds after which a connect that is not answered is given up; 0: the system's own limit.
+    /// The connect timeout in milliseconds; 0 for the system's default.
     pub connect_timeout_ms: u32,
-    /// Not zero where the kernel looks after silent connections, as the next three say.
+    /// Nonzero if the kernel sends keepalive probes, with the next three parameters.
     pub keepalive: u32,
-    /// Seconds of silence before the first probe; 0: the system's own.
+    /// Seconds of idle time before the first probe; 0 for the system's default.
     pub keepalive_time: u32,
-    /// Seconds between probes; 0: the system's own.
+    /// Seconds between probes; 0 for the system's default.
     pub keepalive_interval: u32,
-    /// Probes without an answer; 0: the system's own.
+    /// Unanswered probes before the connection fails; 0 for the system's default.
     pub keepalive_probes: u32,
-    /// What the kernel has to look at, see [`TrackFlags`].
+    /// The events that the kernel tracks, as [`TrackFlags`] bits.
     pub watch: u32,
-    /// A hash of the pool's name, by which the next agent knows it again.
+    /// A hash of the pool's name, by which the next agent recognizes the pool.
     pub name: u64,
 }
 plain!(PoolLimits, 40, 8);
 
-/// Bits of [`PoolLimits::watch`].
+/// The bits of [`PoolLimits::watch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrackFlags;
 
 impl TrackFlags {
-    /// Endpoints are ejected: who uses each of them is taken down.
+    /// Outlier detection is on: the kernel records which network namespaces use each endpoint.
     pub const USE: u32 = 1;
-    /// The status of HTTP/1 responses says how an endpoint is.
+    /// The status of HTTP/1 responses determines an endpoint's health.
     pub const STATUS: u32 = 2;
-    /// A connection that stands has proved nothing until a byte comes back.
+    /// A connection counts as a success only once a response byte arrives.
     pub const ANSWER: u32 = 4;
 }
 
-/// Value of `POOL_STATS`, indexed as `POOLS`.
+/// The value of `POOL_STATS`, indexed like `POOLS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PoolStats {
-    /// Connections that there are, those that are being made included.
+    /// Open connections, including those being established.
     pub active: u64,
-    /// Connections refused because there were as many as there may be.
+    /// Connections refused at the connection limit.
     pub overflow: u64,
-    /// What was spoken in place of HTTP/1 where that was expected, see [`DetectedProtocol`].
+    /// The protocols seen where HTTP/1 was expected, as [`DetectedProtocol`] bits.
     pub spoken: u64,
 }
 plain!(PoolStats, 24, 8);
 
-/// Bits of [`PoolStats::spoken`].
+/// The bits of [`PoolStats::spoken`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DetectedProtocol;
 
 impl DetectedProtocol {
-    /// TLS.
+    /// A TLS handshake or alert.
     pub const TLS: u64 = 1;
-    /// HTTP/2.
+    /// HTTP/2: the first bytes are a SETTINGS frame.
     pub const HTTP2: u64 = 2;
-    /// Something else.
+    /// Any other protocol.
     pub const OTHER: u64 = 4;
 }
 
-/// Key of `AFFINITY`: a client, and what it dials.
+/// The key of `AFFINITY`: a client and the frontend that it dials.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AffinityKey {
-    /// Cookie of its network namespace.
+    /// The cookie of the client's network namespace.
     pub client: u64,
-    /// The frontend.
+    /// The Service address, port and protocol.
     pub frontend: FrontendKey,
 }
 plain!(AffinityKey, 32, 8);
 
-/// Value of `AFFINITY`: where a client comes back to. It counts only while the backend has turns in the current version.
+/// The value of `AFFINITY`: the backend that a client returns to.
+/// It applies only while the backend has turns in the active version.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Affinity {
-    /// When the client dialled last, nanoseconds of CLOCK_MONOTONIC.
+    /// The time of the client's last connection, in nanoseconds of CLOCK_MONOTONIC; updates may be skipped.
     pub last_ns: u64,
-    /// Backend id.
+    /// The id of the backend.
     pub backend_id: u32,
-    /// Epoch of that id.
+    /// The epoch of that id, see [`Backend::epoch`](crate::Backend::epoch).
     pub epoch: u32,
 }
 plain!(Affinity, 16, 8);

@@ -1,91 +1,96 @@
-//! What Portolan remembers on a socket.
+//! Per-socket state.
 //!
-//! These maps outlive a change of all others: sockets go on when a new version of Portolan comes. So they have a layout of their own
-//! ([`SOCKET_LAYOUT`](crate::SOCKET_LAYOUT)), and what they say of ids counts only for the set of maps that is named beside.
+//! These maps survive upgrades that replace all other maps, because sockets outlive them.
+//! They therefore have their own layout version ([`SOCKET_LAYOUT`](crate::SOCKET_LAYOUT)).
+//! The ids in them are valid only for the map set named beside them.
 
 use crate::{Endpoint, plain};
 
-/// Value of `SOCKETS` (socket storage), and a part of `CONNECTIONS`: the frontend that the application dialled and the backend that it
-/// was given. It is believed only while the socket's peer is that backend.
+/// The value of `SOCKETS` (socket storage) and a part of `CONNECTIONS`.
+/// Holds the frontend that the application dialed and the backend that it got.
+/// The state is valid only while the socket's peer is that backend.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SocketState {
-    /// The Service address that the application dialled.
+    /// The Service address that the application dialed.
     pub frontend: Endpoint,
-    /// The endpoint that it was given.
+    /// The endpoint that the connection was redirected to; all zero if the state is void.
     pub backend: Endpoint,
-    /// The set of maps that the following ids belong to.
+    /// The map set that the following ids belong to.
     pub set: u32,
-    /// Backend id of that endpoint.
+    /// The backend id of the endpoint.
     pub backend_id: u32,
-    /// Epoch of that id, see `Backend::epoch`.
+    /// The epoch of that id, see `Backend::epoch`.
     pub epoch: u32,
-    /// Frontend id.
+    /// The id of the frontend.
     pub frontend_id: u32,
-    /// The pool's place in `POOLS`; 0: none.
+    /// The entry of `POOLS` that holds the pool's limits; 0 for none.
     pub pool: u32,
-    /// Epoch of that place, see `PoolLimits::epoch`.
+    /// The epoch of that entry, see `PoolLimits::epoch`.
     pub pool_epoch: u32,
-    /// See [`SocketStage`].
+    /// The [`SocketStage`] as a number.
     pub stage: u32,
-    /// Milliseconds; zero where Portolan set no limit of its own on the connect.
+    /// The connect timeout in milliseconds; 0 if Portolan set none.
     pub connect_timeout_ms: u32,
-    /// TCP_USER_TIMEOUT as the application had it, to be put back once connected.
+    /// The application's own TCP_USER_TIMEOUT in milliseconds, restored once the connect ends.
     pub user_timeout_ms: u32,
-    /// IP protocol number.
+    /// The IP protocol number.
     pub protocol: u32,
-    /// When the SYN was sent, or a UDP socket connected, nanoseconds of CLOCK_MONOTONIC.
+    /// The time when the SYN was sent or the UDP socket connected, in nanoseconds of CLOCK_MONOTONIC.
     pub started_ns: u64,
 }
 plain!(SocketState, 88, 8);
 
-/// Value of `CONNECTIONS`: the state of a TCP socket, in the place that the lower bits of its cookie name.
+/// The value of `CONNECTIONS`: the state of a TCP socket, at the index given by the low bits of its cookie.
+/// An entry takes two cache lines.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Connection {
-    /// Cookie of the socket whose place it is; 0: it is free.
+    /// The cookie of the socket that owns the entry; 0 if the entry is free.
     pub owner: u64,
-    /// The state.
+    /// The socket's state.
     pub state: SocketState,
-    /// Where its responses are looked at: what is known of them. A place is two cache lines.
+    /// The response tracking state; meaningful only while `Response::ON` is set.
     pub response: Response,
 }
 plain!(Connection, 128, 8);
 
-/// How far the responses on a connection have been followed.
+/// How far the responses on a connection have been tracked.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Response {
-    /// Cookie of the client's network namespace.
+    /// The cookie of the client's network namespace.
     pub netns: u64,
-    /// Sequence number of the next byte to come.
+    /// The sequence number of the next expected byte.
     pub next: u32,
-    /// First byte of what is missing before it, while `Response::HOLE` is set.
+    /// The sequence number where missing data begins, while `Response::HOLE` is set.
     pub hole: u32,
-    /// What the client had written when something came last (`write_seq`): once it has written more, a response may begin.
+    /// The client's `write_seq` when data last arrived.
+    /// Once it has advanced, a response may begin.
     pub written: u32,
-    /// Bits: [`Self::ON`] and the others.
+    /// The flag bits: [`Self::ON`], [`Self::BEGUN`], [`Self::HOLE`] and [`Self::AWAITED`].
     pub flags: u32,
-    /// Bytes of the status line that have been seen, in a row: 0 ..= 12.
+    /// The number of status line bytes matched so far: `0..=12`.
     pub place: u32,
-    /// The status, as far as it has been seen.
+    /// The status code, as far as it has been parsed.
     pub status: u32,
 }
 plain!(Response, 32, 8);
 
 impl Response {
-    /// Responses are looked at.
+    /// Responses on this connection are tracked.
     pub const ON: u32 = 1;
-    /// One of them has begun at least.
+    /// At least one response has begun.
     pub const BEGUN: u32 = 2;
-    /// Something is missing.
+    /// Data is missing from the stream.
     pub const HOLE: u32 = 4;
-    /// A response comes next, whatever the client has written: the first one, and what follows an interim one (1xx).
+    /// A response comes next, even if the client has written nothing more: at the start, and after an interim response
+    /// (1xx).
     pub const AWAITED: u32 = 8;
-    /// Bytes of a status line up to the status: `HTTP/1.1 200`.
+    /// The length of a status line up to the status code: `HTTP/1.1 200`.
     pub const LENGTH: u32 = 12;
 
-    /// Takes one byte more of a status line; whether it may be one.
+    /// Consumes one byte of a status line, and returns whether the line is still valid.
     #[inline(always)]
     pub const fn feed(&mut self, byte: u8) -> bool {
         let fits = match self.place {
@@ -108,56 +113,58 @@ impl Response {
 }
 
 impl Connection {
-    /// How many there are: a power of two. Cookies come in batches of 4,096 for each CPU, so on a large machine two connections may be meant
-    /// for the same place long before all are taken; the later one has its state in its storage.
+    /// The number of entries; a power of two.
+    /// Each CPU allocates cookies in batches of 4,096, so on a large machine two sockets may map to the same entry long
+    /// before all are taken.
+    /// The later one keeps its state in socket storage.
     pub const CAPACITY: u32 = 0x1_0000;
 }
 
-/// How far a TCP connection has come, as far as it has been counted.
+/// How far a TCP connection has come in the counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum SocketStage {
-    /// Nothing of it is counted.
+    /// The connection is not counted.
     None = 0,
-    /// The SYN has left: it is one of the active ones.
+    /// The SYN has been sent; the connection counts as active.
     Connecting = 1,
-    /// It stands, and counts as opened.
+    /// The connection is established and counts as opened.
     Established = 2,
 }
 
-/// Destinations of an unconnected UDP socket that are remembered: more than any resolver alternates between.
+/// The number of remembered destinations of an unconnected UDP socket: more than any resolver alternates between.
 pub const FLOWS: usize = 8;
 
-/// One destination of an unconnected UDP socket.
+/// A flow: one destination of an unconnected UDP socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Flow {
-    /// The Service address that datagrams were sent to.
+    /// The Service address that datagrams are sent to.
     pub frontend: Endpoint,
-    /// The endpoint that they went to.
+    /// The endpoint that they are redirected to; all zero if the flow is void.
     pub backend: Endpoint,
-    /// Its backend id.
+    /// The backend id of the endpoint.
     pub backend_id: u32,
-    /// Epoch of that id.
+    /// The epoch of that id.
     pub epoch: u32,
-    /// Zero.
+    /// Padding; always zero.
     pub reserved: u32,
-    /// Not zero where further datagrams to the frontend go there too; zero where it is remembered for late answers only.
+    /// Nonzero if further datagrams to the frontend use this flow; zero if it is kept for late replies only.
     pub forward: u32,
-    /// When the last datagram went there, nanoseconds of CLOCK_MONOTONIC.
+    /// The time of the last datagram, in nanoseconds of CLOCK_MONOTONIC.
     pub last_ns: u64,
 }
 plain!(Flow, 64, 8);
 
-/// Value of `DATAGRAMS` (socket storage).
+/// The value of `DATAGRAMS` (socket storage): the flows of an unconnected UDP socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct DatagramFlows {
-    /// The set of maps that the ids belong to.
+    /// The map set that the ids belong to.
     pub set: u32,
-    /// Zero.
+    /// Padding; always zero.
     pub reserved: u32,
-    /// The destinations.
+    /// The remembered flows, in no particular order.
     pub flows: [Flow; FLOWS],
 }
 plain!(DatagramFlows, 8 + 64 * FLOWS, 8);

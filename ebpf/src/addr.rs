@@ -1,6 +1,6 @@
-//! Reading and writing addresses in the contexts of the hooks.
+//! Access to addresses in the hooks' contexts.
 //!
-//! The verifier allows one word of a context at a time, so every access is a volatile one of four bytes.
+//! The verifier allows only one word of a context per access, so every access is a volatile one of four bytes.
 
 use core::ptr::{addr_of, addr_of_mut};
 
@@ -12,7 +12,7 @@ use portolan_common::Endpoint;
 
 const AF_INET: u32 = 2;
 
-/// The IPv4 address and port of a hook's socket address.
+/// Reads the IPv4 address and port of a sock_addr hook.
 #[inline(always)]
 pub(crate) fn read4(ctx: &SockAddrContext) -> Endpoint {
     let addr = ctx.sock_addr;
@@ -25,7 +25,7 @@ pub(crate) fn read4(ctx: &SockAddrContext) -> Endpoint {
     }
 }
 
-/// The IPv6 address and port of a hook's socket address.
+/// Reads the IPv6 address and port of a sock_addr hook.
 #[inline(always)]
 pub(crate) fn read6(ctx: &SockAddrContext) -> Endpoint {
     let addr = ctx.sock_addr;
@@ -43,7 +43,7 @@ pub(crate) fn read6(ctx: &SockAddrContext) -> Endpoint {
     }
 }
 
-/// Replaces the IPv4 address and port.
+/// Replaces the IPv4 address and port of a sock_addr hook.
 #[inline(always)]
 pub(crate) fn write4(ctx: &SockAddrContext, endpoint: &Endpoint) {
     let addr = ctx.sock_addr;
@@ -54,7 +54,7 @@ pub(crate) fn write4(ctx: &SockAddrContext, endpoint: &Endpoint) {
     }
 }
 
-/// Replaces the IPv6 address and port.
+/// Replaces the IPv6 address and port of a sock_addr hook.
 #[inline(always)]
 pub(crate) fn write6(ctx: &SockAddrContext, endpoint: &Endpoint) {
     let addr = ctx.sock_addr;
@@ -69,13 +69,13 @@ pub(crate) fn write6(ctx: &SockAddrContext, endpoint: &Endpoint) {
     }
 }
 
-/// The peer of a TCP socket.
+/// Returns the peer of a TCP socket.
 #[inline(always)]
 pub(crate) fn remote(ctx: &SockOpsContext) -> Endpoint {
     let ops: *mut bpf_sock_ops = ctx.ops;
     // SAFETY: the kernel gives a valid context.
     unsafe {
-        // The kernel leaves this port in network order in the upper half of the word.
+        // The kernel puts this port, in network order, into the upper half of the word.
         let port = (addr_of!((*ops).remote_port).read_volatile() >> 16) as u16;
         if addr_of!((*ops).family).read_volatile() == AF_INET {
             return Endpoint::from_v4_word(addr_of!((*ops).remote_ip4).read_volatile(), port);
@@ -92,13 +92,13 @@ pub(crate) fn remote(ctx: &SockOpsContext) -> Endpoint {
     }
 }
 
-/// The peer of a connected socket.
+/// Returns the peer of a connected socket.
 ///
 /// # Safety
-/// The socket must be one that the kernel has given.
+/// `sk` must be a socket pointer from the kernel.
 #[inline(always)]
 pub(crate) unsafe fn peer(sk: *const bpf_sock) -> Endpoint {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let port = addr_of!((*sk).dst_port).read_volatile();
         if addr_of!((*sk).family).read_volatile() == AF_INET {

@@ -1,4 +1,4 @@
-//! The connect hooks: a Service address becomes an endpoint. TCP, and UDP sockets that are connected.
+//! The connect hooks: they replace a Service address with an endpoint, for TCP and connected UDP sockets.
 
 use aya_ebpf::{
     helpers::generated::{bpf_ktime_get_ns, bpf_set_retval, bpf_skc_to_mptcp_sock},
@@ -15,9 +15,9 @@ use crate::{
     state,
 };
 
-/// What a sock_addr program returns to let the call go on.
+/// The return value of a sock_addr program that lets the call proceed.
 pub(crate) const PROCEED: i32 = 1;
-/// What it returns to fail the call with the error that was set.
+/// The return value that fails the call with the error set by `bpf_set_retval`.
 const FAIL: i32 = 0;
 const ECONNREFUSED: i32 = 111;
 const EHOSTUNREACH: i32 = 113;
@@ -42,10 +42,10 @@ pub(crate) fn connect6(ctx: &SockAddrContext) -> i32 {
     rewrite6(ctx, protocol, connect)
 }
 
-/// What is decided about an address: another one in its place, or none.
+/// The decision on a call: redirect it to an endpoint, leave its address unchanged (`None`), or refuse it.
 type Decision = Result<Option<Endpoint>, Refused>;
 
-/// Has a call to an IPv4 address go where it is decided.
+/// Applies a decision to a call with an IPv4 address.
 #[inline(always)]
 pub(crate) fn rewrite4(
     ctx: &SockAddrContext,
@@ -62,7 +62,7 @@ pub(crate) fn rewrite4(
     }
 }
 
-/// Has a call to an IPv6 address go where it is decided.
+/// Applies a decision to a call with an IPv6 address.
 #[inline(always)]
 pub(crate) fn rewrite6(
     ctx: &SockAddrContext,
@@ -79,10 +79,10 @@ pub(crate) fn rewrite6(
     }
 }
 
-/// The error is set, and the call shall fail.
+/// The call must fail; its error is already set.
 pub(crate) struct Refused;
 
-/// The endpoint to connect to in place of what was dialled; `None`: what was dialled.
+/// Picks the endpoint to connect to; `None` leaves the dialed address unchanged.
 #[inline(always)]
 fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Refused> {
     let found = match lookup_frontend(&key) {
@@ -100,7 +100,8 @@ fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, 
         clear_state(ctx, key.protocol());
         return Ok(None);
     }
-    // MPTCP is left alone: its further subflows would be connections of their own. But strict is strict.
+    // MPTCP bypasses Portolan, because every further subflow would get an endpoint of its own.
+    // Strict frontends refuse it instead.
     if key.protocol() == IPPROTO_TCP && is_mptcp(ctx) {
         clear_state(ctx, key.protocol());
         return if found.is_strict() { Err(refuse(ctx, &key, true)) } else { Ok(None) };
@@ -123,7 +124,7 @@ pub(crate) fn protocol(ctx: &SockAddrContext) -> u32 {
     unsafe { (*ctx.sock_addr).protocol }
 }
 
-/// Whether the socket is a subflow of an MPTCP connection.
+/// Returns whether the socket is a subflow of an MPTCP connection.
 #[inline(always)]
 fn is_mptcp(ctx: &SockAddrContext) -> bool {
     // SAFETY: the kernel gives a valid context.
@@ -133,26 +134,27 @@ fn is_mptcp(ctx: &SockAddrContext) -> bool {
     }
 }
 
-/// Fails the call at once. Not with the default EPERM: applications retry on these, and kernel clients have looped on that.
+/// Sets the error with which the call fails at once.
+/// The default EPERM is unsuitable: applications retry on these errors, and kernel clients have looped on EPERM.
 #[inline(always)]
 pub(crate) fn refuse(ctx: &SockAddrContext, key: &FrontendKey, strict: bool) -> Refused {
-    let dialled = key.endpoint();
-    debug!(ctx, "refused {:i}:{}: no backend", u32::from_be(dialled.v4_word()), u16::from_be(dialled.port_word()));
+    let dialed = key.endpoint();
+    debug!(ctx, "refused {:i}:{}: no backend", u32::from_be(dialed.v4_word()), u16::from_be(dialed.port_word()));
     // SAFETY: a helper call without pointers.
     unsafe { bpf_set_retval(if strict { -EHOSTUNREACH } else { -ECONNREFUSED }) };
     Refused
 }
 
-/// Takes back what an earlier connect of this socket left on it.
+/// Voids the state that an earlier connect left on this socket.
 #[inline(always)]
 fn clear_state(ctx: &SockAddrContext, protocol: u32) {
     if let Some(state) = state::lookup(ctx, protocol) {
-        // SAFETY: the value is this socket's, which is locked.
+        // SAFETY: the value belongs to this socket, which is locked.
         unsafe { (*state).backend = Endpoint::from_words([0; 4], 0) };
     }
 }
 
-/// The same of TCP only: a UDP socket whose connect is refused stays connected to where it was.
+/// Voids the state of a TCP socket only: a UDP socket keeps its former peer if a connect is refused.
 #[inline(always)]
 fn clear_tcp_state(ctx: &SockAddrContext, key: &FrontendKey) {
     if key.protocol() == IPPROTO_TCP {
@@ -160,11 +162,11 @@ fn clear_tcp_state(ctx: &SockAddrContext, key: &FrontendKey) {
     }
 }
 
-/// Writes on the socket what it dialled and what it was given. Where there is no memory for it, the
-/// connection still goes where it should; only its outcome stays unknown.
+/// Stores on the socket what it dialed and which backend it got.
+/// Without memory for this, the connection proceeds; only its outcome remains unknown.
 #[inline(always)]
 fn save_state(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &Selected) {
-    // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
+    // SAFETY: the kernel gives a valid context; the value belongs to this socket, which is locked.
     unsafe {
         let Some(state) = state::get_or_create(ctx, key.protocol()) else {
             count(Counter::NoMemory);
@@ -202,7 +204,7 @@ fn save_state(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &S
     );
 }
 
-/// Counts a UDP socket that was given a backend.
+/// Counts a UDP socket or flow that got a backend.
 #[inline(always)]
 pub(crate) fn count_flow(taken: &Selected) {
     if let Some(stats) = BACKEND_STATS.get_ptr_mut(taken.backend_id) {

@@ -1,7 +1,8 @@
-//! The sendmsg and recvmsg hooks: datagrams of UDP sockets that are not connected.
+//! The sendmsg and recvmsg hooks, for datagrams of unconnected UDP sockets.
 //!
-//! Datagrams from one socket to one Service address are a conversation: they go to the same endpoint while it has turns there, until the
-//! socket has been silent for a while. What is remembered is kept on the socket, so that nobody else's traffic can push it out.
+//! The datagrams from one socket to one Service address form a flow.
+//! A flow keeps its endpoint while the endpoint has turns there, until the socket has been idle for a while.
+//! Flows are stored on the socket, so that traffic of other sockets cannot evict them.
 
 use aya_ebpf::{helpers::generated::bpf_ktime_get_ns, programs::SockAddrContext};
 use portolan_common::{Counter, DatagramFlows, Endpoint, FLOWS, Flow, FrontendKey};
@@ -14,7 +15,7 @@ use crate::{
     select::{Found, Lookup, Pick, current_backend, lookup_frontend, pick},
 };
 
-/// A conversation that has been silent for so long may go on elsewhere.
+/// The idle time after which a flow may move to another endpoint.
 const SILENCE_NS: u64 = 60_000_000_000;
 
 #[inline(always)]
@@ -43,7 +44,7 @@ pub(crate) fn recvmsg6(ctx: &SockAddrContext) -> i32 {
     PROCEED
 }
 
-/// The endpoint to send to in place of what was dialled; `None`: what was dialled.
+/// Picks the endpoint to send to; `None` leaves the dialed address unchanged.
 #[inline(always)]
 fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Refused> {
     let found = match lookup_frontend(&key) {
@@ -64,10 +65,10 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Ref
         clear_state(ctx, &key.endpoint());
         return Ok(None);
     }
-    // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
+    // SAFETY: the kernel gives a valid context; the value belongs to this socket, which is locked.
     let flows = unsafe { DATAGRAMS.get_or_insert_ptr_mut(ctx, None) };
     if flows.is_null() {
-        // The datagram still goes where it should; only its answer will come from an address that was not dialled.
+        // The datagram still goes to its endpoint, but the reply will come from an address that was not dialed.
         count(Counter::NoMemory);
         return match pick(ctx, &found) {
             Pick::Refuse { strict } => Err(refuse(ctx, &key, strict)),
@@ -100,33 +101,36 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Ref
     }
 }
 
-/// The endpoint that a connected socket was given for the address that it sends to all the same: it hears from nobody else.
+/// Returns the endpoint of a connected socket that explicitly sends to the Service address it connected to.
+/// The kernel accepts replies from this peer only.
 #[inline(always)]
-fn connected_to(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Endpoint> {
-    // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
+fn connected_to(ctx: &SockAddrContext, dialed: &Endpoint) -> Option<Endpoint> {
+    // SAFETY: the kernel gives a valid context; the value belongs to this socket, which is locked.
     unsafe {
         let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
         if sk.is_null() || (*sk).dst_port == 0 {
             return None;
         }
         let state = SOCKETS.get_ptr_mut(ctx);
-        let given = !state.is_null() && (*state).frontend == *dialled && (*state).backend.port_word() != 0;
+        let given = !state.is_null() && (*state).frontend == *dialed && (*state).backend.port_word() != 0;
         given.then(|| (*state).backend)
     }
 }
 
-/// Whether a socket is connected to this address itself: it was left alone, or nobody served it, when it connected, and it hears from nobody else.
-/// A function of its own, for the kernel to forget which way it went.
+/// Returns whether the socket is connected to the dialed address itself, as when it opted out or the address was no
+/// frontend at connect time.
+/// The kernel accepts replies from this peer only.
+/// Not inlined, so that the verifier forgets which branch was taken.
 #[inline(never)]
-fn is_peer(ctx: &SockAddrContext, dialled: &Endpoint) -> bool {
+fn is_peer(ctx: &SockAddrContext, dialed: &Endpoint) -> bool {
     // SAFETY: the kernel gives a valid context.
     unsafe {
         let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
-        !sk.is_null() && addr::peer(sk) == *dialled
+        !sk.is_null() && addr::peer(sk) == *dialed
     }
 }
 
-/// The endpoint of the conversation with this frontend, if there is one and it may go on.
+/// Returns the endpoint of the flow to this frontend, if there is one that may continue.
 #[inline(always)]
 fn continue_flow(flows: &mut DatagramFlows, found: &Found, now: u64) -> Option<Endpoint> {
     if flows.set != SET.load() {
@@ -147,11 +151,11 @@ fn continue_flow(flows: &mut DatagramFlows, found: &Found, now: u64) -> Option<E
     None
 }
 
-/// Remembers a new conversation in the place of the one that has been silent longest. The former one with the same frontend is kept for
-/// late answers.
+/// Stores a new flow in place of the one that has been idle longest.
+/// An earlier flow to the same frontend is kept for late replies.
 #[inline(always)]
 fn start_flow(flows: &mut DatagramFlows, new: Flow) {
-    // Ids of other maps mean nothing here; what came from whom still does.
+    // Ids of another map set are invalid here, but the addresses still identify late replies.
     let foreign = flows.set != SET.load();
     flows.set = SET.load();
     let (mut place, mut oldest) = (0, u64::MAX);
@@ -168,33 +172,33 @@ fn start_flow(flows: &mut DatagramFlows, new: Flow) {
     }
 }
 
-/// A datagram goes to this address itself: what comes from there is not a Service's answer any more.
+/// Voids flows to this address, because a datagram goes to it directly: its replies no longer belong to a Service.
 #[inline(always)]
-fn clear_state(ctx: &SockAddrContext, dialled: &Endpoint) {
-    // SAFETY: the kernel gives a valid context; the value is this socket's, which is locked.
+fn clear_state(ctx: &SockAddrContext, dialed: &Endpoint) {
+    // SAFETY: the kernel gives a valid context; the value belongs to this socket, which is locked.
     let flows = unsafe { DATAGRAMS.get_ptr_mut(ctx) };
     if flows.is_null() {
         return;
     }
     // SAFETY: as above.
     for flow in unsafe { &mut (*flows).flows } {
-        if flow.backend == *dialled {
+        if flow.backend == *dialed {
             flow.backend = Endpoint::from_words([0; 4], 0);
             flow.forward = 0;
         }
     }
 }
 
-/// The Service address that a datagram from this endpoint answers.
+/// Returns the Service address that a datagram from this endpoint replies for.
 #[inline(always)]
 fn sender(ctx: &SockAddrContext, source: Endpoint) -> Option<Endpoint> {
-    // SAFETY: the kernel gives a valid context; the values are this socket's, which is locked.
+    // SAFETY: the kernel gives a valid context; the values belong to this socket, which is locked.
     unsafe {
         let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
         if sk.is_null() {
             return None;
         }
-        // What a connect left counts while the socket is connected: one with AF_UNSPEC runs no hook.
+        // Connect state is valid only while the socket is connected: disconnecting with AF_UNSPEC runs no hook.
         if (*sk).dst_port != 0 {
             let state = SOCKETS.get_ptr_mut(ctx);
             return (!state.is_null() && (*state).backend == source).then(|| (*state).frontend);

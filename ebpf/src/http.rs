@@ -1,8 +1,10 @@
-//! The status of HTTP/1 responses, where a rule asks for it: from the first bytes of each, on connections that are kept open too.
+//! Reads the status of HTTP/1 responses from their first bytes, on keep-alive connections too.
 //!
-//! Attached only while some pool wants it, for this is the one program that runs for packets. A packet of any other socket leaves it at the
-//! first or second look. Nothing is parsed but twelve bytes: a response begins with the first byte that comes after the client has written
-//! something more (docs/adr/0013-http-status.md). Whatever does not look like a response is none; no packet is ever held up.
+//! This is the only per-packet program, so it is attached only while some pool needs it.
+//! Packets of other sockets leave it after one or two lookups.
+//! It parses nothing but twelve bytes: a response begins with the first byte that arrives after the client has written
+//! more (docs/adr/0013-http-status.md).
+//! Data that does not look like a response is ignored, and packets are never dropped or delayed.
 
 use aya_ebpf::programs::SkBuffContext;
 use portolan_common::{Connection, DetectedProtocol, OutcomeKind, Response, SocketState};
@@ -16,14 +18,14 @@ use crate::{
 
 const IPPROTO_TCP: u8 = 6;
 const IPV6_HEADER: usize = 40;
-/// No window is larger.
+/// The largest plausible distance ahead of the expected sequence number, in bytes.
 const FARTHEST: i32 = 16 << 20;
-/// The first byte of a TLS record that holds a handshake or an alert.
+/// The first byte of a TLS record that carries a handshake or an alert.
 const TLS: [u8; 2] = [22, 21];
-/// HTTP/2 begins with a SETTINGS frame: its type.
+/// The type of a SETTINGS frame, with which HTTP/2 begins.
 const SETTINGS: u8 = 4;
 
-/// A packet has come for a socket below the cgroup.
+/// Handles an ingress packet for a socket in the cgroup.
 #[inline(always)]
 pub(crate) fn inspect_response(ctx: &SkBuffContext) {
     // SAFETY: the kernel gives a valid context.
@@ -36,7 +38,7 @@ pub(crate) fn inspect_response(ctx: &SkBuffContext) {
     let _ = payload(ctx).map(|(sequence, start, len)| track_response(ctx, tcp, connection, sequence, start, len));
 }
 
-/// What the packet carries: the sequence number of its first byte, where that is, and how many there are.
+/// Returns the sequence number of the first payload byte, its offset in the packet, and the payload length.
 #[inline(always)]
 fn payload(ctx: &SkBuffContext) -> Option<(u32, usize, u32)> {
     let first: u8 = ctx.load(0).ok()?;
@@ -44,7 +46,7 @@ fn payload(ctx: &SkBuffContext) -> Option<(u32, usize, u32)> {
         usize::from(first & 0xf) * 4
     } else {
         let next: u8 = ctx.load(6).ok()?;
-        // Extension headers are rare enough on the way back from a server.
+        // IPv6 extension headers are rare in responses, so such packets are ignored.
         (next == IPPROTO_TCP).then_some(IPV6_HEADER)?
     };
     let sequence = u32::from_be(ctx.load(header + 4).ok()?);
@@ -54,7 +56,7 @@ fn payload(ctx: &SkBuffContext) -> Option<(u32, usize, u32)> {
     (len > 0).then_some((sequence, start, len))
 }
 
-/// Follows the responses on a connection by one packet.
+/// Advances the response tracking of a connection by one packet.
 #[inline(always)]
 fn track_response(
     ctx: &SkBuffContext,
@@ -64,7 +66,8 @@ fn track_response(
     start: usize,
     len: u32,
 ) {
-    // SAFETY: a live map value; a read through a BTF pointer cannot fault, and the offset comes from the kernel's own BTF.
+    // SAFETY: a live map value; a read through a BTF pointer cannot fault, and the offset comes from the kernel's own
+    // BTF.
     let (response, written) = unsafe {
         (&mut (*connection).response, tcp.add(TCP_WRITE_SEQ_OFFSET.load() as usize).cast::<u32>().read_volatile())
     };
@@ -72,10 +75,10 @@ fn track_response(
     if ahead == 0 {
         response.next = sequence.wrapping_add(len);
     } else if ahead > FARTHEST {
-        // Not of this connection: the kernel will not take it either.
+        // The packet does not belong to this connection: the kernel will drop it as well.
         return;
     } else if ahead > 0 {
-        // Something is missing, in which a response may begin; what comes now is not looked at.
+        // Data is missing, and a response may begin in it; bytes behind the hole are not inspected.
         if response.flags & Response::HOLE == 0 {
             response.hole = response.next;
             response.flags |= Response::HOLE;
@@ -85,7 +88,7 @@ fn track_response(
     } else if response.flags & Response::HOLE != 0 && sequence == response.hole {
         response.flags &= !Response::HOLE;
     } else {
-        // It has come before.
+        // A retransmission, already seen.
         return;
     }
     let begins = written != response.written || response.flags & Response::AWAITED != 0;
@@ -95,7 +98,7 @@ fn track_response(
     }
     let mut at = start;
     let end = start + len as usize;
-    // At most as many bytes as are missing of a status line.
+    // Bounded by the number of bytes in a status line prefix.
     for _ in 0..Response::LENGTH {
         if response.place >= Response::LENGTH || at >= end {
             break;
@@ -117,14 +120,14 @@ fn track_response(
         at += 1;
     }
     if response.place < Response::LENGTH {
-        // The rest is in the next packet.
+        // The status line continues in the next packet.
         return;
     }
     response.place = 0;
     response.flags |= Response::BEGUN;
     let status = response.status;
     if status == 101 {
-        // What follows is another protocol.
+        // Another protocol follows (101 Switching Protocols).
         response.flags = 0;
     } else if status < 200 {
         response.flags |= Response::AWAITED;
@@ -136,7 +139,7 @@ fn track_response(
     }
 }
 
-/// Counts a response, and tells of it where it matters.
+/// Counts a response and reports it to the agent if relevant.
 #[inline(always)]
 unsafe fn on_status(state: *const SocketState, netns: u64, status: u32) {
     // SAFETY: `state` is a live value; so are those of the maps.
@@ -161,7 +164,7 @@ unsafe fn on_status(state: *const SocketState, netns: u64, status: u32) {
     }
 }
 
-/// The connection carries something else than HTTP/1: takes down what.
+/// Records which protocol a connection speaks instead of HTTP/1.
 #[inline(always)]
 unsafe fn detect_protocol(
     ctx: &SkBuffContext,

@@ -1,18 +1,18 @@
-//! Portolan's kernel side: the entry points, one for each hook, and nothing else.
+//! The entry points of Portolan's eBPF programs, one for each hook.
 //!
-//! | program | hook | job |
+//! | program | hook | purpose |
 //! |---|---|---|
-//! | `connect4`, `connect6` | before a connect | a Service address becomes an endpoint, or the connect is refused |
-//! | `sendmsg4`, `sendmsg6` | before a datagram of an unconnected socket | the same, for one conversation after another |
-//! | `recvmsg4`, `recvmsg6` | after a datagram was received | it comes from the Service address that it answers |
-//! | `getpeername4`, `getpeername6` | `getpeername()` | the application sees the Service address that it dialled |
-//! | `sock_ops` | TCP events | how the connect ended, and the counters |
-//! | `received` | packets that come, while a rule asks for it | the status of HTTP/1 responses |
+//! | `connect4`, `connect6` | `connect()` | replaces a Service address with an endpoint, or refuses the connect |
+//! | `sendmsg4`, `sendmsg6` | send on an unconnected UDP socket | does the same for each flow |
+//! | `recvmsg4`, `recvmsg6` | receive on a UDP socket | restores the Service address as the source |
+//! | `getpeername4`, `getpeername6` | `getpeername()` | returns the Service address that was dialed |
+//! | `sock_ops` | TCP events | records connection outcomes and counters |
+//! | `received` | ingress packets, only while a rule needs it | reads the status of HTTP/1 responses |
 #![no_std]
 #![no_main]
 #![feature(core_intrinsics)]
-#![allow(internal_features, reason = "atomic_xadd with its result is the one way to an exact shared cursor")]
-#![allow(missing_docs, unreachable_pub, reason = "the macros of aya make a second, bare item of each entry point")]
+#![allow(internal_features, reason = "an exact shared cursor needs atomic_xadd with its result")]
+#![allow(missing_docs, unreachable_pub, reason = "aya's macros generate a second, bare item for each entry point")]
 
 mod addr;
 mod connect;
@@ -30,62 +30,62 @@ use aya_ebpf::{
     programs::{SkBuffContext, SockAddrContext, SockOpsContext},
 };
 
-/// TCP and connected UDP to an IPv4 address.
+/// Handles connects to IPv4 addresses, of TCP and UDP sockets.
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
     connect::connect4(&ctx)
 }
 
-/// TCP and connected UDP to an IPv6 address, v4-mapped ones included.
+/// Handles connects to IPv6 addresses, including v4-mapped ones, of TCP and UDP sockets.
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
     connect::connect6(&ctx)
 }
 
-/// A datagram to an IPv4 address.
+/// Handles datagrams sent to an IPv4 address.
 #[cgroup_sock_addr(sendmsg4)]
 pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
     datagram::sendmsg4(&ctx)
 }
 
-/// A datagram to an IPv6 address.
+/// Handles datagrams sent to an IPv6 address.
 #[cgroup_sock_addr(sendmsg6)]
 pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
     datagram::sendmsg6(&ctx)
 }
 
-/// A datagram that an IPv4 socket has received.
+/// Handles datagrams received by an IPv4 socket.
 #[cgroup_sock_addr(recvmsg4)]
 pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
     datagram::recvmsg4(&ctx)
 }
 
-/// A datagram that an IPv6 socket has received, from v4-mapped addresses included.
+/// Handles datagrams received by an IPv6 socket, including those from v4-mapped addresses.
 #[cgroup_sock_addr(recvmsg6)]
 pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
     datagram::recvmsg6(&ctx)
 }
 
-/// The peer of an IPv4 socket.
+/// Returns the dialed address as the peer of an IPv4 socket.
 #[cgroup_sock_addr(getpeername4)]
 pub fn getpeername4(ctx: SockAddrContext) -> i32 {
     peername::getpeername4(&ctx)
 }
 
-/// The peer of an IPv6 socket.
+/// Returns the dialed address as the peer of an IPv6 socket.
 #[cgroup_sock_addr(getpeername6)]
 pub fn getpeername6(ctx: SockAddrContext) -> i32 {
     peername::getpeername6(&ctx)
 }
 
-/// What becomes of a connection.
+/// Tracks the life of a TCP connection.
 #[sock_ops]
 pub fn sock_ops(ctx: SockOpsContext) -> u32 {
     outcome::sock_ops(&ctx);
     1
 }
 
-/// A packet for a socket. It always goes on.
+/// Inspects an ingress packet of a socket; always lets it pass.
 #[cgroup_skb(ingress)]
 pub fn received(ctx: SkBuffContext) -> i32 {
     http::inspect_response(&ctx);

@@ -1,10 +1,10 @@
-//! Every map and every constant that the agent sets, on one screen. Sizes are set by the agent at load.
+//! All maps, and all constants that the agent sets at load time; the agent also sets the map sizes.
 //!
-//! What a connection reads, in this order: FRONTENDS → CURRENT → VERSIONS → SLOTS → RUNS → BACKENDS. All but CURRENT are written only
-//! where no program can be reading; the word in CURRENT is what publishes.
+//! A connection reads FRONTENDS → CURRENT → VERSIONS → SLOTS → RUNS → BACKENDS, in this order.
+//! Except for CURRENT, the agent writes only entries that no program can be reading; a write to CURRENT publishes them.
 //!
-//! An array that can be mapped into memory begins at a page, so that values of 64 bytes are one cache line each: the dearest part of a connect to
-//! one of many services is to fetch them.
+//! The values of an mmapable array start at a page boundary, so values of 64 bytes occupy one cache line each.
+//! With many services, fetching these lines is the most expensive part of a connect.
 
 use aya_ebpf::{
     Global,
@@ -18,23 +18,26 @@ use portolan_common::{
     TIME_BUCKETS,
 };
 
-/// Service address, port, protocol → frontend id. An entry never changes: replacing one would let a reader of its bucket miss it.
+/// Service address, port, protocol → frontend id.
+/// Entries never change: replacing one could make a concurrent reader of its bucket miss it.
 #[btf_map]
 pub(crate) static FRONTENDS: HashMap<FrontendKey, u32, 1> = HashMap::new();
 
-/// Frontend id → which version counts. The agent has it in its memory, and changes it by a single store.
+/// Frontend id → index of the active version.
+/// The agent maps this array into memory and updates it with a single store.
 #[btf_map]
 pub(crate) static CURRENT: Array<u64, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// Versions of frontends.
+/// Index → version of a frontend.
 #[btf_map]
 pub(crate) static VERSIONS: Array<FrontendVersion, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// Places in schedules: each names a run of backends. The agent has it in its memory: a schedule may have 10,000 of them.
+/// Index → slot of a schedule, which names a run of backends.
+/// The agent maps this array into memory, because a schedule may have 10,000 slots.
 #[btf_map]
 pub(crate) static SLOTS: Array<Slot, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// Runs of backends: backend ids.
+/// Index → backend id, in runs; also the member lists of versions.
 #[btf_map]
 pub(crate) static RUNS: Array<u32, 1> = Array::new();
 
@@ -42,7 +45,7 @@ pub(crate) static RUNS: Array<u32, 1> = Array::new();
 #[btf_map]
 pub(crate) static BACKENDS: Array<Backend, 1> = Array::new();
 
-/// Limits of pools.
+/// Index → limits of a pool.
 #[btf_map]
 pub(crate) static POOLS: Array<PoolLimits, 1> = Array::new();
 
@@ -54,84 +57,86 @@ pub(crate) static FRONTEND_STATS: Array<FrontendStats, 1, { BPF_F_MMAPABLE as us
 #[btf_map]
 pub(crate) static BACKEND_STATS: Array<BackendStats, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// Counters of pools that have limits.
+/// Index, as in `POOLS` → counters of a pool.
 #[btf_map]
 pub(crate) static POOL_STATS: Array<PoolStats, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// Backend id → who used it last, and what its responses said. Written where a pool ejects.
+/// Backend id → last users and response counts.
+/// Written only for pools with outlier detection.
 #[btf_map]
 pub(crate) static BACKEND_USE: Array<BackendUse, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// Microseconds to connect (the first half) and of round trips (the second): how many were below each power of two, and last their sum.
+/// Two latency histograms in microseconds: connect times, then round-trip times.
+/// Each has one bucket per power of two, and the sum as its last entry.
 #[btf_map]
 pub(crate) static TIMES: PerCpuArray<u64, { 2 * TIME_BUCKETS as usize }> = PerCpuArray::new();
 
-/// Backend id → not zero while its successes must be told: set here by a failure, taken back by the agent once no pool counts
-/// failures of it any more.
+/// Backend id → nonzero while successes must be reported.
+/// A failure sets it here; the agent clears it once no pool counts failures of the backend.
 #[btf_map]
 pub(crate) static TROUBLED: Array<u32, 1> = Array::new();
 
-/// Who comes back to which backend (`sessionAffinity`).
+/// Client and frontend → backend that the client returns to (`sessionAffinity`).
 #[btf_map]
 pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, 1> = LruHashMap::new();
 
-/// Connected TCP sockets → what they dialled and what they were given, in the place that the socket's cookie names.
+/// Low bits of the socket cookie → state of a connected TCP socket.
 #[btf_map]
 pub(crate) static CONNECTIONS: Array<Connection, { Connection::CAPACITY as usize }, { BPF_F_MMAPABLE as usize }> =
     Array::new();
 
-/// Socket → the same, for all that have no place in `CONNECTIONS`.
+/// Socket → the same state, for sockets without an entry in `CONNECTIONS`.
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 
-/// Unconnected UDP socket → where its datagrams go, and whose the answers are.
+/// Unconnected UDP socket → its flows, to redirect datagrams and to translate replies.
 #[btf_map]
 pub(crate) static DATAGRAMS: SkStorage<DatagramFlows> = SkStorage::new();
 
-/// Outcomes for the agent: 1 MiB holds 14,500 that were not read yet.
+/// Outcomes for the agent: 1 MiB holds about 14,500 unread ones.
 #[btf_map]
 pub(crate) static EVENTS: RingBuf<Outcome, { EVENTS_BYTES as usize }> = RingBuf::new();
 
-/// See [`EVENTS`].
+/// The size of [`EVENTS`] in bytes.
 pub(crate) const EVENTS_BYTES: u64 = 0x10_0000;
 
-/// Network namespace (the lower bits of its cookie) → what it has told while the agent was behind, see [`EventBudget`].
+/// Low bits of the network namespace cookie → events sent while the agent was behind, see [`EventBudget`].
 #[btf_map]
 pub(crate) static BUDGETS: Array<u64, { EventBudget::CAPACITY as usize }> = Array::new();
 
-/// Cgroup → whatever is there: who is in it or below it is left alone, see [`OptOut`].
+/// Cgroup id → unused value: processes in it or below it have opted out, see [`OptOut`].
 #[btf_map]
 pub(crate) static OPTED_OUT: HashMap<u64, u32, { OptOut::CAPACITY as usize }> = HashMap::new();
 
-/// The bits of all that are in `OPTED_OUT`: nearly always none.
+/// The union of the filter bits of all cgroups in `OPTED_OUT`; nearly always 0.
 #[btf_map]
 pub(crate) static OPT_OUT_FILTER: Array<u64, 1> = Array::new();
 
-/// See [`Counter`].
+/// Per-CPU counters of rare events, indexed by [`Counter`].
 #[btf_map]
 pub(crate) static COUNTERS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerCpuArray::new();
 
-/// Offset of `sk_err` in the kernel's `struct sock`: the agent reads it from the kernel's BTF.
+/// The offset of `sk_err` in the kernel's `struct sock`; the agent reads it from the kernel's BTF.
 #[unsafe(no_mangle)]
 pub(crate) static SK_ERR_OFFSET: Global<u32> = Global::new(0);
 
-/// Offset of a socket's cookie in the same.
+/// The offset of the socket cookie in the kernel's `struct sock`.
 #[unsafe(no_mangle)]
 pub(crate) static SK_COOKIE_OFFSET: Global<u32> = Global::new(0);
 
-/// Offset of `write_seq` in the kernel's `struct tcp_sock`.
+/// The offset of `write_seq` in the kernel's `struct tcp_sock`.
 #[unsafe(no_mangle)]
 pub(crate) static TCP_WRITE_SEQ_OFFSET: Global<u32> = Global::new(0);
 
-/// Nanoseconds of a tick of the kernel's clock, in which it counts timeouts.
+/// Nanoseconds per tick (jiffy) of the kernel's clock, the unit of its timeouts.
 #[unsafe(no_mangle)]
 pub(crate) static TICK_NS: Global<u32> = Global::new(0);
 
-/// The name of this set of maps, for what sockets remember of it.
+/// The id of this map set; per-socket state names the set that its ids belong to.
 #[unsafe(no_mangle)]
 pub(crate) static SET: Global<u32> = Global::new(0);
 
-/// Takes down a time, in one of the two halves of `TIMES`.
+/// Records a time in one of the two histograms of `TIMES`: 0 for connects, 1 for round trips.
 #[inline(always)]
 pub(crate) fn time(half: u32, micros: u32) {
     let power = 32 - micros.leading_zeros();
@@ -139,18 +144,18 @@ pub(crate) fn time(half: u32, micros: u32) {
     let bucket = if power < last { power } else { last };
     for (index, more) in [(bucket, 1), (TIME_BUCKETS - 1, u64::from(micros))] {
         if let Some(value) = TIMES.get_ptr_mut(half * TIME_BUCKETS + index) {
-            // SAFETY: a live map value of this CPU; at worst a count is lost to a soft interrupt.
+            // SAFETY: a live map value of this CPU; at worst, a softirq loses a count.
             unsafe { *value += more };
         }
     }
 }
 
-/// Adds one to a counter of this CPU.
+/// Increments a counter of this CPU.
 #[inline(always)]
 pub(crate) fn count(counter: Counter) {
     if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
-        // SAFETY: a live map value of this CPU. A program in a soft interrupt may come between; at worst one count of a thing that
-        // should not happen is lost.
+        // SAFETY: a live map value of this CPU; at worst, a program in a softirq loses a count of an event that should
+        // not occur.
         unsafe { *value += 1 };
     }
 }

@@ -1,11 +1,12 @@
-//! Pods that are left alone: their connections go where they dial.
+//! Pods that opted out: their connections keep the address that they dial.
 
 use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
 use portolan_common::OptOut;
 
 use crate::maps::{OPT_OUT_FILTER, OPTED_OUT};
 
-/// Whether the caller is in a cgroup that is left alone, at any depth. Where there is none, one word is read.
+/// Returns whether the caller is in an opted-out cgroup, at any depth.
+/// If no cgroup has opted out, this reads a single word.
 #[inline(always)]
 pub(crate) fn is_opted_out() -> bool {
     let Some(filter) = OPT_OUT_FILTER.get_ptr(0) else { return false };
@@ -14,7 +15,7 @@ pub(crate) fn is_opted_out() -> bool {
     filter != 0 && is_below_any(filter)
 }
 
-/// A function of its own: the kernel checks its loop once for each call, and not in the midst of all else.
+/// Not inlined, so that the verifier checks the loop once per call instead of once per path of the caller.
 #[inline(never)]
 fn is_below_any(filter: u64) -> bool {
     for level in 1..=OptOut::LEVELS {
@@ -23,7 +24,7 @@ fn is_below_any(filter: u64) -> bool {
         if cgroup == 0 {
             return false;
         }
-        // SAFETY: only whether there is one is asked.
+        // SAFETY: only the presence of the value is used.
         if filter & OptOut::bit(cgroup) != 0 && unsafe { OPTED_OUT.get(&cgroup) }.is_some() {
             return true;
         }

@@ -1,7 +1,7 @@
-//! The sock_ops hook: how a connect ended, and what the connection carried.
+//! The sock_ops hook: it records how a connect ended and what the connection carried.
 //!
-//! Armed when the SYN is about to leave, not when the connection stands: a refused connect goes from SYN_SENT
-//! to CLOSE and would never be seen otherwise.
+//! State callbacks are enabled when the SYN is about to be sent, not when the connection is established.
+//! Otherwise, a refused connect would be missed: it goes straight from SYN_SENT to CLOSE.
 
 use core::ptr::addr_of;
 
@@ -41,8 +41,8 @@ const TCP_CLOSING: u32 = 11;
 const ECONNABORTED: u32 = 103;
 const ECONNRESET: u32 = 104;
 const ETIMEDOUT: u32 = 110;
-/// When the kernel repeats a SYN for the first time.
-const FIRST_REPETITION_MS: u32 = 1_000;
+/// The kernel's initial retransmission timeout for a SYN.
+const INITIAL_RTO_MS: u32 = 1_000;
 const IPPROTO_TCP: i32 = 6;
 const TCP_USER_TIMEOUT: i32 = 18;
 const TCP_KEEPIDLE: i32 = 4;
@@ -79,15 +79,15 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
     }
 }
 
-/// What Portolan left on this socket, if its peer still is the backend that it was given.
+/// Returns the socket's state, if its peer is still the backend that it got.
 #[inline(always)]
 fn state(ctx: &SockOpsContext) -> Option<*mut SocketState> {
     let state = state::for_sock_ops(ctx)?;
-    // SAFETY: the value is this socket's, which is locked.
+    // SAFETY: the value belongs to this socket, which is locked.
     unsafe { ((*state).backend == addr::remote(ctx)).then_some(state) }
 }
 
-/// The SYN is about to leave.
+/// Handles a SYN that is about to be sent.
 #[inline(always)]
 fn on_connect(ctx: &SockOpsContext, state: *mut SocketState) {
     // SAFETY: `state` is a live value of this socket, which is locked.
@@ -110,8 +110,8 @@ fn on_connect(ctx: &SockOpsContext, state: *mut SocketState) {
     let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
 }
 
-/// Has the kernel look after a connection that is silent, as its pool's limits say. An application that has asked for that itself keeps
-/// what it asked for.
+/// Enables TCP keepalive as the pool's limits say.
+/// An application that has enabled it keeps its own settings.
 #[inline(always)]
 unsafe fn set_keepalive(ctx: &SockOpsContext, state: *const SocketState) {
     // SAFETY: `state` is a live value of this socket.
@@ -144,8 +144,8 @@ unsafe fn set_keepalive(ctx: &SockOpsContext, state: *const SocketState) {
     }
 }
 
-/// Has the kernel give up an unanswered connect: TCP_USER_TIMEOUT counts in SYN_SENT as well. An application
-/// that set a shorter one keeps it.
+/// Limits the time of an unanswered connect: TCP_USER_TIMEOUT also applies in SYN_SENT.
+/// An application that has set a shorter one keeps it.
 #[inline(always)]
 unsafe fn set_connect_timeout(ctx: &SockOpsContext, state: *mut SocketState) {
     let mut own = 0u32;
@@ -164,21 +164,22 @@ unsafe fn set_connect_timeout(ctx: &SockOpsContext, state: *mut SocketState) {
     }
 }
 
-/// Has the kernel look after an unanswered SYN at the limit, where that is before it would repeat it.
+/// Shortens the initial retransmission timeout if the connect timeout is shorter, so that the kernel checks it in time.
 #[inline(always)]
 fn initial_rto(ctx: &SockOpsContext, state: *const SocketState) {
     // SAFETY: `state` is a live value of this socket, which is locked.
     let limit = unsafe { (*state).connect_timeout_ms };
-    if limit == 0 || limit >= FIRST_REPETITION_MS {
+    if limit == 0 || limit >= INITIAL_RTO_MS {
         return;
     }
-    // In ticks of the kernel's clock. Checked, for a program has no way to panic.
+    // In ticks of the kernel's clock.
+    // An eBPF program cannot panic, so the division must be checked.
     if let Some(ticks) = (u64::from(limit) * 1_000_000).checked_div(u64::from(TICK_NS.load())) {
         ctx.set_reply(if ticks == 0 { 1 } else { ticks as u32 });
     }
 }
 
-/// Puts the application's own limit back, unless it has set another one meanwhile.
+/// Restores the application's TCP_USER_TIMEOUT, unless the application has changed it in the meantime.
 #[inline(always)]
 unsafe fn restore_connect_timeout(ctx: &SockOpsContext, state: *mut SocketState) {
     // SAFETY: `state` is a live value of this socket; the option's buffer is four bytes of the stack.
@@ -197,7 +198,7 @@ unsafe fn restore_connect_timeout(ctx: &SockOpsContext, state: *mut SocketState)
     }
 }
 
-/// The connection stands.
+/// Handles a newly established connection.
 #[inline(always)]
 fn on_established(ctx: &SockOpsContext, state: *mut SocketState) {
     // SAFETY: `state` is a live value of this socket, which is locked.
@@ -211,24 +212,24 @@ fn on_established(ctx: &SockOpsContext, state: *mut SocketState) {
             track_use(ctx, state);
         }
         let unseen = watch & TrackFlags::STATUS != 0 && !watch_responses(ctx);
-        // In quiet times nobody has to be told: a success only matters after a failure.
+        // While no failures are being counted, successes need not be reported.
         if TROUBLED.get((*state).backend_id).is_some_and(|troubled| *troubled != 0) {
             let netns = bpf_get_netns_cookie(ctx.as_ptr());
             emit_outcome(netns, state, OutcomeKind::Established, 0);
             if unseen {
-                // Nobody will see its responses, so that it stands is all the proof there will be.
+                // Responses on this connection cannot be tracked, so establishing it counts as a success.
                 emit_outcome(netns, state, OutcomeKind::Responded, 200);
             }
         }
     }
 }
 
-/// The socket is closed: after a connection, or instead of one.
+/// Handles a closed socket, whether or not it had been connected.
 #[inline(always)]
 fn on_close(ctx: &SockOpsContext, state: *mut SocketState) {
     // SAFETY: `state` is a live value of this socket, which is locked; the context is the kernel's.
     unsafe {
-        // A connect that failed: the socket may be connected once more.
+        // Restore it even after a failed connect: the socket may connect again.
         restore_connect_timeout(ctx, state);
         let stage = core::mem::replace(&mut (*state).stage, SocketStage::None as u32);
         if stage != SocketStage::None as u32
@@ -246,7 +247,7 @@ fn on_close(ctx: &SockOpsContext, state: *mut SocketState) {
             let received = count_bytes(ctx, stats);
             let watch = watch(state);
             if watch & TrackFlags::USE != 0 {
-                // The kernel keeps it in eighths.
+                // The kernel stores the value times eight.
                 time(1, addr_of!((*ctx.ops).srtt_us).read_volatile() >> 3);
             }
             if watch & TrackFlags::ANSWER != 0 {
@@ -260,8 +261,9 @@ fn on_close(ctx: &SockOpsContext, state: *mut SocketState) {
         }
         let errno = socket_error(ctx);
         if errno == 0 || errno == ECONNABORTED {
-            // The application, or Portolan itself, closed it before there was an answer: no verdict.
-            debug!(ctx, "backend {}: given up by the application", (*state).backend_id);
+            // The application, or Portolan itself, aborted the connect before an answer: this says nothing about the
+            // backend.
+            debug!(ctx, "backend {}: connect aborted locally", (*state).backend_id);
             return;
         }
         add(&raw mut (*stats).failed, 1);
@@ -273,7 +275,7 @@ fn on_close(ctx: &SockOpsContext, state: *mut SocketState) {
     }
 }
 
-/// What the socket's pool has looked at, see [`TrackFlags`].
+/// Returns the events to track for the socket's pool, as [`TrackFlags`] bits.
 #[inline(always)]
 unsafe fn watch(state: *const SocketState) -> u32 {
     // SAFETY: `state` is a live value.
@@ -284,10 +286,11 @@ unsafe fn watch(state: *const SocketState) -> u32 {
     }
 }
 
-/// Takes down who uses the endpoint, and how long it took to connect.
+/// Records which network namespace uses the endpoint, and the connect time.
 #[inline(always)]
 unsafe fn track_use(ctx: &SockOpsContext, state: *const SocketState) {
-    // SAFETY: `state` is a live value, and so is that of the map. Of two connections at once one may be lost: either is a use.
+    // SAFETY: `state` is a live value, and so is the map's.
+    // Of two concurrent updates, one may be lost; either one records a use.
     unsafe {
         let Some(uses) = BACKEND_USE.get_ptr_mut((*state).backend_id) else { return };
         let (now, netns) = (bpf_ktime_get_ns(), bpf_get_netns_cookie(ctx.as_ptr()));
@@ -304,7 +307,8 @@ unsafe fn track_use(ctx: &SockOpsContext, state: *const SocketState) {
     }
 }
 
-/// Has the responses on a new connection looked at; not on one that has no place of its own.
+/// Starts to track responses on a new connection.
+/// Returns `false` if the connection has no entry in `CONNECTIONS`.
 #[inline(always)]
 unsafe fn watch_responses(ctx: &SockOpsContext) -> bool {
     let Some(connection) = state::slot_for_sock_ops(ctx) else { return false };
@@ -320,7 +324,7 @@ unsafe fn watch_responses(ctx: &SockOpsContext) -> bool {
     true
 }
 
-/// The end of a connection that had to prove itself: something has come back, or it broke before.
+/// Handles the end of a connection that needed a response byte to count as a success.
 #[inline(always)]
 unsafe fn check_first_byte(ctx: &SockOpsContext, state: *const SocketState, received: u64) {
     // SAFETY: `state` is a live value; the context is the kernel's.
@@ -334,7 +338,7 @@ unsafe fn check_first_byte(ctx: &SockOpsContext, state: *const SocketState, rece
             return;
         }
         let errno = socket_error(ctx);
-        // Closed by the application, or by Portolan: no verdict.
+        // Any other close comes from the application or Portolan and says nothing about the backend.
         if errno == ECONNRESET || errno == ETIMEDOUT {
             *troubled = 1;
             emit_outcome(netns, state, OutcomeKind::Broken, errno);
@@ -342,8 +346,8 @@ unsafe fn check_first_byte(ctx: &SockOpsContext, state: *const SocketState, rece
     }
 }
 
-/// Adds what the connection carried; bytes received. The kernel counts a SYN and a FIN as a byte each; which FINs there were, the last state
-/// tells.
+/// Adds the transferred bytes to the counters, and returns the number of bytes received.
+/// The kernel counts a SYN and a FIN as one byte each; the last state tells which FINs were exchanged.
 #[inline(always)]
 unsafe fn count_bytes(ctx: &SockOpsContext, stats: *mut BackendStats) -> u64 {
     let before = ctx.arg(0);
@@ -360,7 +364,7 @@ unsafe fn count_bytes(ctx: &SockOpsContext, stats: *mut BackendStats) -> u64 {
     }
 }
 
-/// The counters of the socket's backend, unless its id has gone to another endpoint since, or belongs to other maps.
+/// Returns the counters of the socket's backend, unless the id has been reassigned or belongs to another map set.
 #[inline(always)]
 pub(crate) unsafe fn stats(state: *const SocketState) -> Option<*mut BackendStats> {
     // SAFETY: `state` is a live value.
@@ -373,7 +377,7 @@ pub(crate) unsafe fn stats(state: *const SocketState) -> Option<*mut BackendStat
     }
 }
 
-/// The counters of the socket's pool, unless its place has gone to another pool since.
+/// Returns the counters of the socket's pool, unless its entry has been reassigned or belongs to another map set.
 #[inline(always)]
 pub(crate) unsafe fn pool_stats(state: *const SocketState) -> Option<*mut PoolStats> {
     // SAFETY: `state` is a live value.
@@ -385,11 +389,11 @@ pub(crate) unsafe fn pool_stats(state: *const SocketState) -> Option<*mut PoolSt
     }
 }
 
-/// The error that the kernel will hand to the application; it is set before the state changes.
+/// Returns the error that the application will get; the kernel sets it before it changes the state.
 #[inline(always)]
 fn socket_error(ctx: &SockOpsContext) -> u32 {
-    // SAFETY: the kernel gives a valid context; a read through a BTF pointer cannot fault, and the offset
-    // comes from the kernel's own BTF.
+    // SAFETY: the kernel gives a valid context; a read through a BTF pointer cannot fault, and the offset comes from
+    // the kernel's own BTF.
     unsafe {
         let sk = (*ctx.ops).__bindgen_anon_2.sk;
         if sk.is_null() {
@@ -403,7 +407,8 @@ fn socket_error(ctx: &SockOpsContext) -> u32 {
     }
 }
 
-/// Sends an outcome to the agent; whether there was room for it. A pod that floods takes the room of nobody else: see [`EventBudget`].
+/// Sends an outcome to the agent, and returns whether the ring buffer had room for it.
+/// A flood from one pod cannot crowd out the others, see [`EventBudget`].
 #[inline(always)]
 pub(crate) unsafe fn emit_outcome(netns: u64, state: *const SocketState, kind: OutcomeKind, errno: u32) -> bool {
     // SAFETY: `state` is a live value.
@@ -430,7 +435,7 @@ pub(crate) unsafe fn emit_outcome(netns: u64, state: *const SocketState, kind: O
     }
 }
 
-/// Whether a quarter of the ring buffer was not read yet.
+/// Returns whether at least a quarter of the ring buffer is unread.
 #[inline(always)]
 fn is_behind() -> bool {
     // SAFETY: a helper call with the program's own map.
@@ -438,11 +443,13 @@ fn is_behind() -> bool {
     unread > EVENTS_BYTES / 4
 }
 
-/// Whether a network namespace may tell something while the agent is behind: what is left of the ring buffer is for all of them.
+/// Returns whether a network namespace may send another event while the agent is behind.
+/// All namespaces share the rest of the ring buffer.
 #[inline(always)]
 fn may_emit(netns: u64, now: u64) -> bool {
     let Some(place) = BUDGETS.get_ptr_mut(netns as u32 & (EventBudget::CAPACITY - 1)) else { return false };
-    // SAFETY: a live map value. Of two at the same moment one may go uncounted.
+    // SAFETY: a live map value.
+    // Of two concurrent updates, one may be lost.
     unsafe {
         let (budget, may) = EventBudget::spend(place.read_volatile(), now);
         place.write_volatile(budget);

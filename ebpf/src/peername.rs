@@ -1,4 +1,4 @@
-//! The getpeername hooks: the application sees the Service address that it dialled.
+//! The getpeername hooks: they return the Service address that the application dialed.
 
 use aya_ebpf::programs::SockAddrContext;
 use portolan_common::Endpoint;
@@ -11,24 +11,24 @@ use crate::{
 
 #[inline(always)]
 pub(crate) fn getpeername4(ctx: &SockAddrContext) -> i32 {
-    if let Some(dialled) = dialled(ctx, addr::read4(ctx)) {
-        addr::write4(ctx, &dialled);
+    if let Some(dialed) = dialed_address(ctx, addr::read4(ctx)) {
+        addr::write4(ctx, &dialed);
     }
     PROCEED
 }
 
 #[inline(always)]
 pub(crate) fn getpeername6(ctx: &SockAddrContext) -> i32 {
-    if let Some(dialled) = dialled(ctx, addr::read6(ctx)) {
-        addr::write6(ctx, &dialled);
+    if let Some(dialed) = dialed_address(ctx, addr::read6(ctx)) {
+        addr::write6(ctx, &dialed);
     }
     PROCEED
 }
 
-/// The Service address behind this socket, if its peer still is the backend that it was given.
+/// Returns the Service address that the socket dialed, if its peer is still the backend that it got.
 #[inline(always)]
-fn dialled(ctx: &SockAddrContext, peer: Endpoint) -> Option<Endpoint> {
+fn dialed_address(ctx: &SockAddrContext, peer: Endpoint) -> Option<Endpoint> {
     let state = state::lookup(ctx, protocol(ctx))?;
-    // SAFETY: the value is this socket's, which is locked.
+    // SAFETY: the value belongs to this socket, which is locked.
     unsafe { ((*state).backend == peer).then(|| (*state).frontend) }
 }

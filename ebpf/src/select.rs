@@ -1,4 +1,4 @@
-//! Which backend a connection gets: one hash lookup, and array reads.
+//! Backend selection for a connection: one hash lookup, then array reads.
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
@@ -15,53 +15,55 @@ use crate::maps::{
     count,
 };
 
-/// A frontend that somebody dials.
+/// A frontend that a connection dials, with its active version.
 pub(crate) struct Found {
     pub(crate) id: u32,
     pub(crate) version: FrontendVersion,
 }
 
 impl Found {
-    /// Whether its connections must not leave their cluster.
+    /// Returns whether connections must stay in the client's cluster.
     #[inline(always)]
     pub(crate) fn is_strict(&self) -> bool {
         self.version.flags & VersionFlags::STRICT != 0
     }
 }
 
-/// What the table says of an address.
+/// The result of looking up an address in `FRONTENDS`.
 pub(crate) enum Lookup {
-    /// Not a Service address: none of our business.
+    /// Not a Service address: Portolan ignores the connection.
     Miss,
     Found(Found),
-    /// The table contradicts itself.
+    /// The table is inconsistent.
     Broken,
 }
 
-/// What a connection gets.
+/// The result of picking a backend.
 pub(crate) enum Pick {
-    /// Nobody. `strict`: because it must not leave its cluster.
+    /// No backend.
+    /// `strict` if the reason is that the connection must stay in the client's cluster.
     Refuse {
         strict: bool,
     },
     Take(Selected),
 }
 
-/// The endpoint for one connection.
+/// The backend picked for one connection.
 pub(crate) struct Selected {
     pub(crate) backend_id: u32,
     pub(crate) backend: Backend,
     pub(crate) pool: u32,
 }
 
-/// How often a lookup is tried that changes of FRONTENDS overtake. Each takes a system call of the agent's, so one is rare.
+/// The number of lookup attempts that may race with changes of FRONTENDS.
+/// Every race takes a system call by the agent, so even one is rare.
 const TRIES: u32 = 4;
-/// Enough for 262,143 members, which is as many as there may be backends.
+/// Binary search steps: enough for 262,143 members, the largest supported number of backends.
 const SEARCH_STEPS: u32 = 18;
-/// An affinity is not written again for less than this part of its timeout.
+/// An affinity entry is refreshed at most this many times per timeout.
 const AFFINITY_STEPS: u64 = 16;
 
-/// Looks an address up.
+/// Looks up the frontend of a dialed address.
 #[inline(always)]
 pub(crate) fn lookup_frontend(key: &FrontendKey) -> Lookup {
     for _ in 0..TRIES {
@@ -71,7 +73,7 @@ pub(crate) fn lookup_frontend(key: &FrontendKey) -> Lookup {
         // SAFETY: a live map value, which the agent changes by a single store.
         let index = unsafe { current.read_volatile() } as u32;
         let Some(version) = VERSIONS.get(index) else { break };
-        // An entry of FRONTENDS that was removed may be another one's by now.
+        // The id of a removed entry of FRONTENDS may already belong to another frontend.
         if version.key == *key {
             return Lookup::Found(Found { id, version: *version });
         }
@@ -80,7 +82,7 @@ pub(crate) fn lookup_frontend(key: &FrontendKey) -> Lookup {
     Lookup::Broken
 }
 
-/// Takes a backend for one more connection to the frontend.
+/// Picks a backend for one more connection to the frontend.
 #[inline(always)]
 pub(crate) fn pick(ctx: &SockAddrContext, found: &Found) -> Pick {
     let version = &found.version;
@@ -112,18 +114,20 @@ pub(crate) fn pick(ctx: &SockAddrContext, found: &Found) -> Pick {
             backend_id: taken.backend_id,
             epoch: taken.backend.epoch,
         };
-        // Where there is no memory for it, the client is served all the same.
+        // Best effort: without memory for the entry, the client is still served.
         let _ = AFFINITY.insert(&key, &affinity, 0);
     }
     pick
 }
 
-/// The backend that the client had, if it still has turns and the client has not been away for too long.
+/// Returns the client's previous backend, if it still has turns and the affinity has not expired.
 #[inline(always)]
 fn affinity_backend(key: &AffinityKey, version: &FrontendVersion) -> Option<Selected> {
     let affinity = AFFINITY.get_ptr_mut(key)?;
-    // SAFETY: a live map value. The entry may become another client's while it is read; whatever is read is looked for among the frontend's
-    // own backends. A helper call without pointers.
+    // SAFETY: a live map value.
+    // The entry may be reassigned to another client during the read.
+    // This is harmless, because the backend is looked up among the frontend's own.
+    // A helper call without pointers.
     unsafe {
         let now = bpf_ktime_get_ns();
         let idle = now.saturating_sub((*affinity).last_ns);
@@ -139,7 +143,7 @@ fn affinity_backend(key: &AffinityKey, version: &FrontendVersion) -> Option<Sele
     }
 }
 
-/// The backend, if it is the one of this epoch and has turns in this version.
+/// Returns the backend, if its id still has this epoch and it has turns in this version.
 #[inline(always)]
 pub(crate) fn current_backend(version: &FrontendVersion, backend_id: u32, epoch: u32) -> Option<Selected> {
     let place = find_member(version, backend_id)?;
@@ -148,7 +152,7 @@ pub(crate) fn current_backend(version: &FrontendVersion, backend_id: u32, epoch:
     (backend.epoch == epoch).then_some(Selected { backend_id, backend, pool })
 }
 
-/// The place of a backend among those that have turns in this version: a binary search.
+/// Returns the position of a backend among those with turns in this version, by binary search.
 #[inline(always)]
 fn find_member(version: &FrontendVersion, backend_id: u32) -> Option<u32> {
     let (mut low, mut len) = (0u32, version.member_count);
@@ -172,7 +176,7 @@ fn find_member(version: &FrontendVersion, backend_id: u32) -> Option<u32> {
     None
 }
 
-/// Takes the next slot of the frontend's schedule, or draws one, and a backend of its run.
+/// Takes the next slot of the frontend's schedule, or a random one, and picks a backend of its run.
 #[inline(always)]
 fn next(ctx: &SockAddrContext, found: &Found, stats: *mut FrontendStats) -> Pick {
     let version = &found.version;
@@ -180,17 +184,18 @@ fn next(ctx: &SockAddrContext, found: &Found, stats: *mut FrontendStats) -> Pick
     let cursor = unsafe { add(&raw mut (*stats).cursor, 1) };
     let drawn = version.flags & VersionFlags::RANDOM != 0;
     let turn = if drawn { u64::from(random()) } else { cursor };
-    // Checked, for a program has no way to panic, and the compiler does not see that there is a period.
+    // An eBPF program cannot panic, and the compiler does not know that the period is nonzero, so the division must be
+    // checked.
     let period = u64::from(version.period);
     let (Some(place), Some(round)) = (turn.checked_rem(period), turn.checked_div(period)) else {
         return inconsistent();
     };
     let Some(slot) = SLOTS.get(version.base.wrapping_add(place as u32)).copied() else { return inconsistent() };
-    let nobody = slot.len == 0;
-    if nobody || at_connection_limit(slot.pool) {
+    let is_empty = slot.len == 0;
+    if is_empty || at_connection_limit(slot.pool) {
         // SAFETY: as above.
         unsafe { add(&raw mut (*stats).refused_slots, 1) };
-        return Pick::Refuse { strict: nobody && slot.strict != 0 };
+        return Pick::Refuse { strict: is_empty && slot.strict != 0 };
     }
     let entry = if slot.choice == LbPolicy::RoundRobin as u16 { slot.entry(round) } else { pick_in_run(ctx, &slot) };
     let Some(&backend_id) = RUNS.get(entry) else { return inconsistent() };
@@ -198,7 +203,7 @@ fn next(ctx: &SockAddrContext, found: &Found, stats: *mut FrontendStats) -> Pick
     Pick::Take(Selected { backend_id, backend, pool: slot.pool })
 }
 
-/// The entry of `RUNS` that a slot gives that does not go in turn.
+/// Returns the entry of `RUNS` that a slot without round robin picks.
 #[inline(always)]
 fn pick_in_run(ctx: &SockAddrContext, slot: &Slot) -> u32 {
     if slot.choice == LbPolicy::Hash as u16 {
@@ -208,26 +213,27 @@ fn pick_in_run(ctx: &SockAddrContext, slot: &Slot) -> u32 {
     if slot.choice == LbPolicy::Random as u16 {
         return slot.at(first);
     }
-    // Of two different ones.
+    // Two different entries.
     let Some(further) = u64::from(random()).checked_rem(u64::from(slot.len) - 1) else { return slot.at(first) };
     let (one, other) = (slot.at(first), slot.at(first + further + 1));
     if active(other) < active(one) { other } else { one }
 }
 
-/// Active connections of the backend at this entry of `RUNS`.
+/// Returns the active connections of the backend at this entry of `RUNS`.
 #[inline(always)]
 fn active(entry: u32) -> u64 {
     let stats = RUNS.get(entry).and_then(|id| BACKEND_STATS.get(*id));
     stats.map_or(u64::MAX, |stats| clamp_negative(stats.active))
 }
 
-/// A count of what comes and goes. One that was taken off while its counter began anew for somebody else leaves it below zero for a while.
+/// Treats a negative gauge as zero.
+/// A decrement that races with a counter reset leaves the gauge below zero for a while.
 #[inline(always)]
 fn clamp_negative(count: u64) -> u64 {
     if (count as i64) < 0 { 0 } else { count }
 }
 
-/// Whether a pool has as many connections as it may have; if so, it is counted.
+/// Returns whether a pool is at its connection limit; if so, counts the refusal.
 #[inline(always)]
 fn at_connection_limit(pool: u32) -> bool {
     if pool == 0 {
@@ -248,7 +254,7 @@ fn at_connection_limit(pool: u32) -> bool {
     true
 }
 
-/// Who dials: the network namespace, which is the pod.
+/// Identifies the client by its network namespace, that is, its pod.
 #[inline(always)]
 fn client(ctx: &SockAddrContext) -> u64 {
     // SAFETY: the kernel gives a valid context.
@@ -261,7 +267,7 @@ fn random() -> u32 {
     unsafe { bpf_get_prandom_u32() as u32 }
 }
 
-/// Spreads numbers that are close together over all there are (the finalizer of SplitMix64).
+/// Hashes a number, so that consecutive inputs spread over the whole range (the SplitMix64 finalizer).
 #[inline(always)]
 fn splitmix64(number: u64) -> u64 {
     let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -269,29 +275,30 @@ fn splitmix64(number: u64) -> u64 {
     number ^ (number >> 31)
 }
 
-/// The table contradicts itself, which the agent's order of writing rules out: refuse rather than guess.
+/// Refuses a connection because the table is inconsistent.
+/// The agent's write order rules this out.
 #[inline(always)]
 fn inconsistent() -> Pick {
     count(Counter::Inconsistent);
     Pick::Refuse { strict: false }
 }
 
-/// Adds to a shared counter in one atomic instruction and returns what it was before.
+/// Adds to a shared counter atomically and returns its previous value.
 ///
 /// # Safety
-/// `value` points into a live map value.
+/// `value` must point into a live map value.
 #[inline(always)]
 pub(crate) unsafe fn add(value: *mut u64, amount: u64) -> u64 {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(value, amount) }
 }
 
-/// Takes one from a shared counter in one atomic instruction.
+/// Decrements a shared counter atomically.
 ///
 /// # Safety
-/// `value` points into a live map value.
+/// `value` must point into a live map value.
 #[inline(always)]
 pub(crate) unsafe fn decrement(value: *mut u64) {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe { add(value, u64::MAX) };
 }

@@ -1,8 +1,10 @@
-//! What Portolan remembers on a socket, and where.
+//! Per-socket state, and where it is stored.
 //!
-//! Making a socket's storage takes longer than all the rest of a connect (docs/adr/0002-socket-state.md). So the state of a TCP connection
-//! lies in a place of `CONNECTIONS` that its cookie names, from its connect until it closes. Where that place is somebody else's, and for UDP, of
-//! whose end no hook hears, it is the socket's storage.
+//! Allocating socket storage takes longer than the rest of a connect (docs/adr/0002-socket-state.md).
+//! The state of a TCP connection is therefore in `CONNECTIONS`, at the index given by its cookie, from connect to
+//! close.
+//! Socket storage is the fallback if another socket owns that entry.
+//! UDP always uses it, because no hook reports the close of a UDP socket.
 
 use core::{
     intrinsics::{AtomicOrdering, atomic_cxchg},
@@ -20,11 +22,11 @@ use crate::{
     maps::{CONNECTIONS, SK_COOKIE_OFFSET, SOCKETS},
 };
 
-/// What Portolan left on the socket that makes a call.
+/// Returns the state of the socket that makes a call.
 #[inline(always)]
 pub(crate) fn lookup(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketState> {
     if protocol == IPPROTO_TCP {
-        // One that nobody has asked for its cookie has no place; and storage is only for want of a place.
+        // A socket without a cookie has no entry, and socket storage is only a fallback for sockets with one.
         // SAFETY: the kernel gives a valid context.
         let cookie = known_cookie(unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk })?;
         if let Some(state) = owned(cookie) {
@@ -36,7 +38,7 @@ pub(crate) fn lookup(ctx: &SockAddrContext, protocol: u32) -> Option<*mut Socket
     (!state.is_null()).then_some(state)
 }
 
-/// The same, and where there is nothing yet, a new one; `None` where there is no memory for it.
+/// Returns the state of the socket that makes a call, and creates it if necessary; `None` if the kernel has no memory.
 #[inline(always)]
 pub(crate) fn get_or_create(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketState> {
     if protocol == IPPROTO_TCP
@@ -49,7 +51,7 @@ pub(crate) fn get_or_create(ctx: &SockAddrContext, protocol: u32) -> Option<*mut
     (!state.is_null()).then_some(state)
 }
 
-/// What Portolan left on the TCP socket that something happens to.
+/// Returns the state of the TCP socket of a sock_ops event.
 #[inline(always)]
 pub(crate) fn for_sock_ops(ctx: &SockOpsContext) -> Option<*mut SocketState> {
     // SAFETY: the kernel gives a valid context.
@@ -67,27 +69,29 @@ pub(crate) fn for_sock_ops(ctx: &SockOpsContext) -> Option<*mut SocketState> {
     }
 }
 
-/// The socket is closed: its place is free. (Storage goes with the socket.)
+/// Frees the entry of a closed socket.
+/// Socket storage is freed with the socket.
 #[inline(always)]
 pub(crate) fn release(ctx: &SockOpsContext) {
     // SAFETY: the kernel gives a valid context.
     let Some(cookie) = known_cookie(unsafe { (*ctx.ops).__bindgen_anon_2.sk }) else { return };
     let Some(place) = slot(cookie) else { return };
-    // SAFETY: a live map value. The exchange comes after all that was written before, on every machine.
+    // SAFETY: a live map value.
+    // The exchange is sequentially consistent: earlier writes come first on every architecture.
     unsafe {
         let owner = &raw mut (*place).owner;
         atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(owner, cookie, 0);
     }
 }
 
-/// The place of the socket that something happens to, if it has one.
+/// Returns the entry of the TCP socket of a sock_ops event, if it owns one.
 #[inline(always)]
 pub(crate) fn slot_for_sock_ops(ctx: &SockOpsContext) -> Option<*mut Connection> {
     // SAFETY: the kernel gives a valid context.
     connection(tcp_sock(unsafe { (*ctx.ops).__bindgen_anon_2.sk })?)
 }
 
-/// The place of a TCP socket, if it has one.
+/// Returns the entry of a TCP socket, if it owns one.
 #[inline(always)]
 pub(crate) fn connection(tcp: *const u8) -> Option<*mut Connection> {
     let cookie = read_cookie(tcp)?;
@@ -102,13 +106,14 @@ fn cookie(ctx: &SockAddrContext) -> u64 {
     unsafe { bpf_get_socket_cookie(ctx.sock_addr.cast()) }
 }
 
-/// The cookie of a TCP socket, if it has one already: to give it one takes longer than all else about a connect that is none of Portolan's.
+/// Returns the cookie of a TCP socket, if it already has one.
+/// Generating one would dominate the cost of a connect that bypasses Portolan.
 #[inline(always)]
 fn known_cookie<S>(sk: *mut S) -> Option<u64> {
     read_cookie(tcp_sock(sk)?)
 }
 
-/// The kernel's own record of a TCP socket, whose fields lie at the offsets that its BTF says; none of any other socket.
+/// Returns the kernel's `struct tcp_sock`, whose field offsets come from BTF; `None` for any other socket.
 #[inline(always)]
 pub(crate) fn tcp_sock<S>(sk: *mut S) -> Option<*const u8> {
     if sk.is_null() {
@@ -126,13 +131,14 @@ fn read_cookie(tcp: *const u8) -> Option<u64> {
     (cookie != 0).then_some(cookie)
 }
 
-/// The place that a cookie names. A CPU gives the cookies of a batch of 4,096 one after the other, so that neighbours in time are neighbours here.
+/// Returns the entry at the index that a cookie selects.
+/// A CPU hands out its batch of 4,096 cookies in order, so sockets close in time are neighbors here.
 #[inline(always)]
 fn slot(cookie: u64) -> Option<*mut Connection> {
     CONNECTIONS.get_ptr_mut(cookie as u32 & (Connection::CAPACITY - 1))
 }
 
-/// The state in the place that the cookie names, if it is this socket's.
+/// Returns the state in the cookie's entry, if this socket owns it.
 #[inline(always)]
 fn owned(cookie: u64) -> Option<*mut SocketState> {
     let place = slot(cookie)?;
@@ -140,11 +146,12 @@ fn owned(cookie: u64) -> Option<*mut SocketState> {
     unsafe { ((&raw const (*place).owner).read_volatile() == cookie).then_some(&raw mut (*place).state) }
 }
 
-/// The same, and where the place is free it becomes this socket's.
+/// Returns the state in the cookie's entry, and claims the entry if it is free.
 #[inline(always)]
 fn claim(cookie: u64) -> Option<*mut SocketState> {
     let place = slot(cookie)?;
-    // SAFETY: a live map value; who changes the owner from nobody has the place for itself.
+    // SAFETY: a live map value.
+    // Only the socket that changes the owner from 0 uses the entry.
     unsafe {
         let owner = &raw mut (*place).owner;
         let (before, taken) =
@@ -152,7 +159,8 @@ fn claim(cookie: u64) -> Option<*mut SocketState> {
         if !taken && before != cookie {
             return None;
         }
-        // Whose it was may have been looked at; of whose it is now, that is decided once it stands.
+        // The previous owner may have had its responses tracked.
+        // For the new owner, this is decided once it is established.
         (*place).response.flags = 0;
         Some(&raw mut (*place).state)
     }
