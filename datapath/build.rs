@@ -1,14 +1,15 @@
-//! Builds the eBPF object, which `programs` embeds.
+//! Builds the eBPF object that `programs` embeds.
 //!
-//! Without the toolchain the object is empty: the workspace still compiles, lints and documents itself, and an agent built
-//! this way refuses to start with the command that sets the toolchain up.
+//! Without the eBPF toolchain the object is empty.
+//! The workspace still compiles, lints and builds its docs; an agent built this way refuses to start, and its error
+//! message names the command that installs the toolchain.
 
 use std::{env, error::Error, path::PathBuf, process::Command};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    // Read at run time: this script may have been compiled for another checkout that shares its target directory.
-    let own = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
-    let root = own.parent().ok_or("the package has no parent directory")?;
+    // Read at run time: another checkout that shares the target directory may have compiled this script.
+    let manifest_dir = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
+    let root = manifest_dir.parent().ok_or("the package has no parent directory")?;
     println!("cargo:rerun-if-env-changed=PORTOLAN_TOOLCHAIN");
     for input in ["ebpf/src", "ebpf/Cargo.toml", "common/src", "Cargo.lock", "Cargo.toml"] {
         println!("cargo:rerun-if-changed={}", root.join(input).display());
@@ -28,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     }
 
-    // OUT_DIR is <target>/<profile>/build/<package>/out. One folder serves all profiles.
+    // OUT_DIR is <target>/<profile>/build/<package>/out. All profiles share one eBPF target directory.
     let next_schema = env::var_os("CARGO_FEATURE_NEXT_SCHEMA").is_some();
     let folder = if next_schema { "ebpf-next" } else { "ebpf" };
     let target = out.ancestors().nth(4).ok_or("OUT_DIR is not inside a target directory")?.join(folder);
@@ -41,7 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         &format!("--cfg=bpf_target_arch=\"{arch}\""),
         "-Cdebuginfo=2",
         "-Clink-arg=--btf",
-        // Atomic operations that return the previous value.
+        // v3 provides atomic operations that return the previous value.
         "-Ctarget-cpu=v3",
     ]
     .join("\x1f");
@@ -55,10 +56,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         .arg(&target)
         .env("PATH", path)
         .env("RUSTC", bin.join("rustc"))
-        // The programs need unstable features; this makes a distribution's compiler allow them.
+        // The programs need unstable features; this enables them on a stable (distribution) compiler.
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", rustflags)
-        // Settings of the build that runs this script are not meant for the eBPF target.
+        // Settings of the outer build do not apply to the eBPF target.
         .env_remove("RUSTC_WRAPPER")
         .env_remove("RUSTC_WORKSPACE_WRAPPER")
         .env_remove("RUSTUP_TOOLCHAIN")
@@ -73,7 +74,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             println!("cargo::warning={line}");
         }
         println!(
-            "cargo::error=the eBPF programs did not compile; if the toolchain is broken, run: cargo xtask toolchain --force"
+            "cargo::error=the eBPF programs failed to compile; if the toolchain is broken, run: cargo xtask toolchain --force"
         );
         return Ok(());
     }

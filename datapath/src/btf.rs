@@ -1,7 +1,9 @@
-//! Three numbers out of the kernel's own type information: where `sk_err` and the cookie lie in `struct sock`, and `write_seq` in `struct tcp_sock`.
+//! Reads three field offsets from the kernel's BTF: `sk_err` and the cookie in `struct sock`, and `write_seq` in
+//! `struct tcp_sock`.
 //!
-//! Crates that read BTF build all of its hundred thousand types, which takes 85 MB and a third of a second. This walks over the
-//! records and stops at the one that is asked for. Format: `Documentation/bpf/btf.rst` of the kernel.
+//! General BTF crates build all hundred thousand types, which takes 85 MB and a third of a second.
+//! This parser walks the records and stops at the requested one.
+//! Format: `Documentation/bpf/btf.rst` of the kernel.
 
 use std::path::Path;
 
@@ -10,12 +12,12 @@ use crate::error::Unsupported;
 const MAGIC: u16 = 0xeb9f;
 const KIND_STRUCT: u32 = 4;
 
-/// Offsets in bytes in `struct sock`, with which `struct tcp_sock` begins.
+/// Byte offsets from the start of a socket; `struct sock` is the first member of `struct tcp_sock`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Offsets {
-    /// `sk_err`
+    /// `sk_err` in `struct sock`
     pub(crate) error: u32,
-    /// `__sk_common.skc_cookie`
+    /// `__sk_common.skc_cookie` in `struct sock`
     pub(crate) cookie: u32,
     /// `write_seq` in `struct tcp_sock`
     pub(crate) written: u32,
@@ -24,12 +26,12 @@ pub(crate) struct Offsets {
 pub(crate) fn offsets(path: &Path) -> Result<Offsets, Unsupported> {
     let btf = std::fs::read(path).map_err(|error| {
         Unsupported(format!(
-            "{} cannot be read ({error}): the kernel has no BTF; use one built with CONFIG_DEBUG_INFO_BTF",
+            "cannot read {} ({error}): the kernel has no BTF; use a kernel built with CONFIG_DEBUG_INFO_BTF",
             path.display()
         ))
     })?;
     let error = member_offset(&btf, "sock", "sk_err");
-    // The common part is the first of a socket.
+    // `struct sock_common` is the first member of `struct sock`.
     let cookie = member_offset(&btf, "sock_common", "skc_cookie");
     let written = member_offset(&btf, "tcp_sock", "write_seq");
     let (Some(error), Some(cookie), Some(written)) = (error, cookie, written) else {
@@ -38,7 +40,7 @@ pub(crate) fn offsets(path: &Path) -> Result<Offsets, Unsupported> {
     Ok(Offsets { error, cookie, written })
 }
 
-/// Offset in bytes of a member of a struct.
+/// Returns the byte offset of a struct member, or `None` if it is not found or the BTF is malformed.
 fn member_offset(btf: &[u8], structure: &str, member: &str) -> Option<u32> {
     let word = |at: usize| Some(u32::from_ne_bytes(btf.get(at..at + 4)?.try_into().ok()?));
     if u16::from_ne_bytes(btf.get(..2)?.try_into().ok()?) != MAGIC {
@@ -57,7 +59,7 @@ fn member_offset(btf: &[u8], structure: &str, member: &str) -> Option<u32> {
         let (name, info) = (word(at)?, word(at + 4)?);
         let (kind, count) = ((info >> 24) & 0x1f, (info & 0xffff) as usize);
         if kind == KIND_STRUCT && named(name, structure) {
-            // With the kind flag, the upper byte of an offset is the size of a bit field.
+            // With the kind flag set, the upper byte of an offset is a bit-field size.
             let mask = if info >> 31 == 1 { 0x00ff_ffff } else { u32::MAX };
             for i in 0..count {
                 let field = at + 12 + 12 * i;
@@ -71,7 +73,7 @@ fn member_offset(btf: &[u8], structure: &str, member: &str) -> Option<u32> {
     None
 }
 
-/// Bytes that follow the common 12 of a record.
+/// Returns the number of bytes that follow the common 12-byte header of a record.
 fn record_tail(kind: u32, count: usize) -> usize {
     match kind {
         // Integers, variables, declaration tags.
@@ -91,9 +93,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_this_kernel() {
+    fn finds_offsets_in_running_kernel_btf() {
         let btf = std::fs::read("/sys/kernel/btf/vmlinux").unwrap();
-        // The first member of struct sock is its common part, and sk_err comes after it.
+        // __sk_common is the first member of struct sock, and sk_err comes after it.
         assert_eq!(member_offset(&btf, "sock", "__sk_common"), Some(0));
         assert!(member_offset(&btf, "sock", "sk_err").is_some_and(|offset| (128..1024).contains(&offset)));
         assert!(member_offset(&btf, "sock_common", "skc_cookie").is_some_and(|offset| (24..128).contains(&offset)));
@@ -102,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_input_is_none() {
+    fn malformed_btf_yields_none() {
         assert_eq!(member_offset(&[], "sock", "sk_err"), None);
         let btf = std::fs::read("/sys/kernel/btf/vmlinux").unwrap();
         assert_eq!(member_offset(&btf[..1000], "sock", "sk_err"), None);

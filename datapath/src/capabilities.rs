@@ -1,6 +1,7 @@
-//! What the agent may do beyond what any process may: nothing, once the programs are loaded.
+//! Privilege separation: the agent drops all capabilities once the programs are loaded.
 //!
-//! Capabilities belong to threads: each has to give up its own. Programs that it starts after that get none either, root or not.
+//! Capabilities belong to threads, so each thread drops its own.
+//! With `no_new_privs`, programs that it starts afterwards get none either, not even as root.
 
 use std::io;
 
@@ -8,24 +9,25 @@ use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set, set_capabilities, set_no_new_privs,
 };
 
-/// Gives up all capabilities of this thread but these, for good.
+/// Irrevocably drops all capabilities of the calling thread except those in `retained`.
+/// Cannot add capabilities that the thread does not have.
 ///
 /// # Errors
-/// What the kernel said.
-pub fn retain_capabilities(kept: CapabilitySet) -> io::Result<()> {
+/// Returns an error if the kernel rejects one of the changes.
+pub fn retain_capabilities(retained: CapabilitySet) -> io::Result<()> {
     set_no_new_privs(true)?;
     clear_ambient_capability_set()?;
-    let held = capabilities(None)?.permitted & kept;
+    let remaining = capabilities(None)?.permitted & retained;
     Ok(set_capabilities(
         None,
-        CapabilitySets { effective: held, permitted: held, inheritable: CapabilitySet::empty() },
+        CapabilitySets { effective: remaining, permitted: remaining, inheritable: CapabilitySet::empty() },
     )?)
 }
 
-/// Gives up all capabilities of this thread, for good.
+/// Irrevocably drops all capabilities of the calling thread.
 ///
 /// # Errors
-/// What the kernel said.
+/// Returns an error if the kernel rejects one of the changes.
 pub fn drop_capabilities() -> io::Result<()> {
     retain_capabilities(CapabilitySet::empty())
 }

@@ -1,4 +1,4 @@
-//! The data path of this node: programs, maps and hooks together.
+//! The node's data path: loads the programs, opens the maps, and owns the hooks.
 
 use std::{fmt, os::fd::OwnedFd, path::PathBuf};
 
@@ -21,18 +21,18 @@ use crate::{
     terminator::Terminator,
 };
 
-/// How much the programs tell for debugging; each line costs time on the path of a connection.
+/// Debug logging by the BPF programs. Each line adds latency to connects, which are the hot path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum ProgramLog {
-    /// Nothing, at no cost.
+    /// No logging, at no cost.
     #[default]
     Off,
-    /// Each connect and each outcome.
+    /// Logs each connect and each outcome.
     Debug,
 }
 
 impl ProgramLog {
-    /// aya's number for the level.
+    /// Returns the numeric log level of aya, where 0 is off.
     fn level(self) -> u8 {
         match self {
             Self::Off => 0,
@@ -50,69 +50,73 @@ impl fmt::Display for ProgramLog {
     }
 }
 
-/// Where and how to load.
+/// Options of [`Datapath::open`].
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The cgroup whose processes are served; the cgroup v2 root where absent.
+    /// The cgroup whose processes are served; `None` means the cgroup v2 root.
     pub cgroup: Option<PathBuf>,
-    /// Folder of the pins, on a bpffs.
+    /// Directory for the pins, on a bpffs.
     pub bpffs: PathBuf,
-    /// Sizes of the maps.
+    /// Map sizes. Pinned maps of other sizes are replaced by a new set.
     pub sizes: Sizes,
-    /// Debugging in the programs.
+    /// Debug logging by the programs.
     pub log: ProgramLog,
-    /// This program, to be started as the helper.
+    /// Path of this executable, which is started again as the helper.
     pub program: PathBuf,
 }
 
-/// The kernel's part: maps to write, hooks to attach.
+/// The loaded data path: programs, maps, hooks, and the helper process.
 pub struct Datapath {
-    /// The maps.
+    /// The maps that the agent reads and writes.
     pub maps: Maps,
-    /// Outcomes of connections.
+    /// The stream of connection outcomes.
     pub events: EventStream,
-    /// What the programs tell for debugging, if they were asked to.
+    /// The debug log of the programs; `None` with [`ProgramLog::Off`].
     pub logs: Option<Logs>,
-    /// When nobody reads any more what was in force a moment ago.
+    /// Reports when no program can still read replaced map entries.
     pub grace: GracePeriods,
-    /// The end of connections that shall not go on.
+    /// Terminates connections to removed endpoints and connections that exceed the limits of their pool.
     pub closer: Terminator,
-    /// Whom the programs leave alone; taken by who keeps it.
+    /// Cgroups that Portolan excludes; `None` once the opt-out enforcer has taken it.
     pub opted_out: Option<OptOutMap>,
-    /// What needs privileges that the agent gives up.
+    /// The helper process, which keeps the privileges that the agent drops.
     pub helper: Helper,
     hooks: Hooks,
     bpf: Ebpf,
     pins: Pins,
     set: Set,
-    /// The set that is in force until this one is.
-    former: Option<Set>,
-    // Held as long as the agent lives: no second one may write to the same maps, or serve the same cgroup.
+    /// The set that stays in effect until this one is attached; `None` once it is, or if the current set was reused.
+    prior: Option<Set>,
+    // Held for the lifetime of the agent, so that no second one writes to the same maps or serves the same cgroup.
     _locks: [OwnedFd; 2],
 }
 
 impl Datapath {
-    /// Loads the programs over the maps of a former agent, or, where those are of another version or of other sizes, over new ones. Nothing is
-    /// attached yet: where a former agent's programs are, they go on.
+    /// Loads the programs and opens the maps, without attaching anything.
+    ///
+    /// Adopts the pinned maps of a previous agent, or creates a new set if their schema or sizes differ.
+    /// The programs of the previous agent keep serving until [`Self::attach`].
+    /// Also returns what the maps contain.
     ///
     /// # Errors
-    /// [`Unsupported`] where the machine lacks something; otherwise what the kernel said.
+    /// Returns [`Unsupported`](crate::Unsupported) if the machine lacks a requirement.
+    /// Otherwise returns an error if another agent is running or the kernel rejects a map or program.
     pub fn open(options: &Options) -> Result<(Self, PinnedState)> {
         let environment = Environment::check(options.cgroup.as_deref(), &options.bpffs)?;
         let pins = Pins::new(&options.bpffs);
         let locks = [pins.prepare()?, pins::own_cgroup(&environment.cgroup)?];
-        if inspect::other_portolan(&environment.cgroup, &pins).context("cannot see who else serves the cgroup")? {
+        if inspect::other_portolan(&environment.cgroup, &pins).context("cannot list programs on the cgroup")? {
             bail!(
-                "programs of another Portolan, pinned elsewhere than in {}, serve the cgroup {}; give that --bpffs, or run: portolan cleanup --bpffs FOLDER",
+                "programs of another Portolan instance, not pinned in {}, serve the cgroup {}; set --bpffs to its directory, or run: portolan cleanup --bpffs DIRECTORY",
                 options.bpffs.display(),
                 environment.cgroup.display()
             );
         }
         let current = pins.current();
-        let fitting = current.filter(|set| set.schema == SCHEMA_VERSION && maps::fits(&pins, *set, options.sizes));
-        // What a start left that came to nothing.
+        let reusable = current.filter(|set| set.schema == SCHEMA_VERSION && maps::fits(&pins, *set, options.sizes));
+        // Leftovers of starts that failed before they attached.
         pins.remove_sets_but(current.as_slice())?;
-        let set = fitting.map_or_else(|| pins.new_set(), Ok)?;
+        let set = reusable.map_or_else(|| pins.new_set(), Ok)?;
 
         let mut loader = EbpfLoader::new();
         let level = options.log.level();
@@ -132,73 +136,75 @@ impl Datapath {
         for name in maps::OF_ALL_SETS {
             loader.map_pin_path(name, pins.socket_map(name));
         }
-        let mut bpf = loader.load(object()?).context("the kernel does not take Portolan's maps")?;
+        let mut bpf = loader.load(object()?).context("kernel rejected Portolan's maps")?;
         let mut hooks = Hooks::load(&mut bpf, environment.cgroup, pins.clone())?;
         let logs = match options.log {
             ProgramLog::Off => None,
             ProgramLog::Debug => Some(Logs::open(&mut bpf)?),
         };
-        // A former agent may have freed something just before it ended.
+        // The previous agent may have freed entries just before it exited.
         barrier();
-        let (maps, held) = Maps::open(&mut bpf, options.sizes)?;
+        let (maps, pinned) = Maps::open(&mut bpf, options.sizes)?;
         let events = EventStream::open(&mut bpf)?;
         let opted_out = Some(OptOutMap::open(&mut bpf)?);
-        let former = current.filter(|current| *current != set);
+        let prior = current.filter(|current| *current != set);
         let grace = GracePeriods::start()?;
         let (helper, orders) = hooks.start_helper(&mut bpf, &options.program, set)?;
         let closer = Terminator::start(&pins, set, orders)?;
         Ok((
-            Self { maps, events, logs, grace, closer, opted_out, helper, hooks, bpf, pins, set, former, _locks: locks },
-            held,
+            Self { maps, events, logs, grace, closer, opted_out, helper, hooks, bpf, pins, set, prior, _locks: locks },
+            pinned,
         ))
     }
 
-    /// Attaches the programs, or puts them in the place of a former agent's, each in one step. Then what the former ones used goes.
+    /// Attaches the programs, replacing those of a previous agent atomically one by one.
+    /// Then makes this map set current and removes all others.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Returns an error if the kernel rejects an attach or an update, or a pin cannot be changed.
     pub fn attach(&mut self) -> Result<()> {
         self.hooks.attach(&mut self.bpf)?;
         self.pins.make_current(self.set)?;
-        self.former = None;
+        self.prior = None;
         self.pins.remove_sets_but(&[self.set])
     }
 
-    /// Whether a former version's programs and maps are in force until these are attached.
+    /// Returns whether the programs of another map set keep serving until [`Self::attach`].
     pub fn replaces_another(&self) -> bool {
-        self.former.is_some()
+        self.prior.is_some()
     }
 
-    /// Has the packets of responses looked at, or no longer; what was changed.
+    /// Attaches or detaches the program that reads HTTP/1 response status from packets.
+    /// Returns whether that changed anything.
     ///
     /// # Errors
-    /// What the kernel said.
-    pub fn watch_responses(&mut self, wanted: bool) -> Result<bool> {
-        self.hooks.set_http_sniffing(&mut self.bpf, wanted)
+    /// Returns an error if the program cannot be attached or its pin cannot be removed.
+    pub fn watch_responses(&mut self, enabled: bool) -> Result<bool> {
+        self.hooks.set_http_sniffing(&mut self.bpf, enabled)
     }
 
-    /// Whether every hook is attached to the cgroup that it should be on; if not, which one is not, and why.
+    /// Checks that every hook is attached to the served cgroup and pinned, and that the map set is current.
     ///
     /// # Errors
-    /// The first hook that is not in place.
+    /// Returns an error that describes the first problem found.
     pub fn check_hooks(&self) -> Result<()> {
         self.hooks.check()?;
         ensure!(
             self.pins.current() == Some(self.set),
-            "the maps are not pinned any more, and the next agent will begin anew; start one soon"
+            "the map set is no longer pinned, so the next agent cannot adopt it; restart the agent to create a new one"
         );
         Ok(())
     }
 
-    /// Puts every hook back that is not in place; what was wrong with each.
+    /// Reattaches every hook that is not in place. Returns one description per problem fixed.
     ///
     /// # Errors
-    /// One cannot be put back.
+    /// Returns an error if a hook cannot be reattached or pinned.
     pub fn repair_hooks(&mut self) -> Result<Vec<String>> {
         self.hooks.repair(&mut self.bpf)
     }
 
-    /// The cgroup that is served.
+    /// Returns the path of the served cgroup.
     pub fn cgroup(&self) -> &std::path::Path {
         self.hooks.cgroup()
     }

@@ -1,8 +1,11 @@
-//! The process that keeps privileges, for what cannot be done without: closing connections in the network namespaces of pods, saying whose such a
-//! namespace is, and attaching the program that sees packets.
+//! The privileged helper process.
 //!
-//! The agent starts it before it gives up its own. It reads no objects and no requests; it is told nothing but [`SweepRequest`]s and [`HelperRequest`]s, and it ends with
-//! the agent.
+//! It does the three things that need capabilities: it terminates connections in the network namespaces of pods, finds
+//! the owner of such a namespace, and attaches the packet program.
+//!
+//! The agent starts the helper before it drops its own capabilities.
+//! The helper parses no Kubernetes objects and no HTTP requests; its only input is [`SweepRequest`]s and
+//! [`HelperRequest`]s from the agent, and it exits with the agent.
 
 use std::{
     fs::File,
@@ -31,41 +34,45 @@ use crate::{
     wire::{HelperRequest, HelperResponse, read, write},
 };
 
-/// The verb by which this program is the helper.
+/// The subcommand that runs this executable as the helper.
 pub const VERB: &str = "helper";
 
-/// An answer is waited for no longer than this.
-const ANSWER: Duration = Duration::from_secs(10);
+/// How long the agent waits for a response from the helper.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// To enter namespaces and read sockets' states, to end connections and attach a program, to see whose processes are.
-fn kept() -> CapabilitySet {
+/// The capabilities that the helper retains.
+///
+/// - `SYS_ADMIN` to enter namespaces and read socket storage
+/// - `NET_ADMIN` to terminate connections and attach the packet program
+/// - `SYS_PTRACE` to find the processes that own sockets and namespaces
+fn retained_capabilities() -> CapabilitySet {
     CapabilitySet::SYS_ADMIN | CapabilitySet::NET_ADMIN | CapabilitySet::SYS_PTRACE
 }
 
-/// What the helper is told at its start.
+/// Command-line arguments of the helper.
 #[derive(Clone, Debug, clap::Args)]
 pub struct HelperArgs {
-    /// Folder of the pins
+    /// Directory of the pins, on a bpffs
     bpffs: PathBuf,
-    /// The cgroup that is served
+    /// The cgroup whose processes are served
     cgroup: PathBuf,
-    /// The set of maps
+    /// Directory name of the map set, e.g. v4-17
     set: String,
-    /// Descriptor of the program that sees packets
+    /// Inherited file descriptor of the loaded packet program
     packets: RawFd,
 }
 
-/// The helper, from outside.
+/// The agent's handle to the helper process, which is killed when the last clone is dropped.
 #[derive(Clone)]
 pub struct Helper(Arc<Inner>);
 
 struct Inner {
     child: Child,
-    asking: Mutex<HelperChannel>,
+    channel: Mutex<HelperChannel>,
 }
 
 impl Helper {
-    /// Starts it, from this program; and the way on which it takes orders to close.
+    /// Starts the helper from the executable `program`. Also returns the socket for its sweep requests.
     pub(crate) fn start(
         program: &Path,
         pins: &Pins,
@@ -73,14 +80,14 @@ impl Helper {
         cgroup: &Path,
         packets: BorrowedFd<'_>,
     ) -> Result<(Self, UnixStream)> {
-        let (orders, theirs) = UnixStream::pair()?;
-        let (asking, answering) = UnixStream::pair()?;
-        asking.set_read_timeout(Some(ANSWER))?;
+        let (orders, orders_peer) = UnixStream::pair()?;
+        let (requests, requests_peer) = UnixStream::pair()?;
+        requests.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
         let packets = packets.as_raw_fd();
         let mut command = Command::new(program);
         command.arg0("portolan").arg(VERB).arg(pins.root()).arg(cgroup).arg(set.folder()).arg(packets.to_string());
-        command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::from(OwnedFd::from(answering)));
-        // SAFETY: only a system call is made, on a descriptor that is open in this process and so in its copy.
+        command.stdin(Stdio::from(OwnedFd::from(orders_peer))).stdout(Stdio::from(OwnedFd::from(requests_peer)));
+        // SAFETY: the closure only makes a system call, on a descriptor that the child inherits.
         unsafe {
             command.pre_exec(move || {
                 rustix::io::fcntl_setfd(BorrowedFd::borrow_raw(packets), rustix::io::FdFlags::empty())
@@ -88,11 +95,15 @@ impl Helper {
             });
         }
         let child = command.spawn().with_context(|| format!("cannot start {} {VERB}", program.display()))?;
-        Ok((Self(Arc::new(Inner { child, asking: Mutex::new(HelperChannel { stream: asking, asked: 0 }) })), orders))
+        let channel = Mutex::new(HelperChannel { stream: requests, sequence: 0 });
+        Ok((Self(Arc::new(Inner { child, channel })), orders))
     }
 
-    /// Whose the network namespace with this cookie is, for people: its first process, and the cgroup of that; or its name. `None` where it is
-    /// gone, or not to be seen. May take some time.
+    /// Describes the owner of the network namespace with this cookie, for display.
+    ///
+    /// Returns its first process and the cgroup of that, or the path of a named namespace.
+    /// Returns `None` if the namespace no longer exists, is not visible, or the helper does not respond.
+    /// Blocks while the helper scans all namespaces.
     pub fn name_namespace(&self, cookie: u64) -> Option<String> {
         match self.ask(&HelperRequest::Name(cookie)) {
             Ok(HelperResponse::Named(name)) => name,
@@ -100,66 +111,69 @@ impl Helper {
         }
     }
 
-    /// Attaches the program that sees packets, and pins its link.
+    /// Has the helper attach the packet program and pin its link.
     pub(crate) fn attach_packets(&self) -> Result<()> {
         match self.ask(&HelperRequest::Packets)? {
             HelperResponse::Attached(result) => result.map_err(|error| anyhow!(error)),
-            HelperResponse::Named(_) => Err(anyhow!("the helper answers something else")),
+            HelperResponse::Named(_) => Err(anyhow!("unexpected response from the helper")),
         }
     }
 
-    /// Each question has a number, for an answer that comes too late is not one to the next question.
+    /// Sends a request and waits for its response.
+    /// The sequence number tells a late response to an earlier request from the one that is awaited.
     fn ask(&self, ask: &HelperRequest) -> Result<HelperResponse> {
-        let mut asking = self.0.asking.lock().unwrap_or_else(PoisonError::into_inner);
-        let HelperChannel { stream, asked } = &mut *asking;
-        *asked += 1;
-        write(stream, &(*asked, ask)).context("the helper cannot be asked")?;
+        let mut channel = self.0.channel.lock().unwrap_or_else(PoisonError::into_inner);
+        let HelperChannel { stream, sequence } = &mut *channel;
+        *sequence += 1;
+        write(stream, &(*sequence, ask)).context("cannot send a request to the helper")?;
         loop {
-            match read::<(u64, HelperResponse)>(stream).context("the helper does not answer")? {
-                Some((to, answer)) if to == *asked => return Ok(answer),
+            match read::<(u64, HelperResponse)>(stream).context("no response from the helper")? {
+                Some((to, answer)) if to == *sequence => return Ok(answer),
                 Some(_) => {}
-                None => bail!("the helper has ended"),
+                None => bail!("the helper exited"),
             }
         }
     }
 }
 
-/// The way to ask, and how often it was used.
+/// The stream for requests, and the sequence number of the last one.
 struct HelperChannel {
     stream: UnixStream,
-    asked: u64,
+    sequence: u64,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // Whatever it is at, another one begins anew.
+        // Killing it midway is safe: the next helper starts from scratch.
         let _ = self.child.kill().and_then(|()| self.child.wait());
     }
 }
 
-/// Is the helper, until the agent has ended.
+/// Runs as the helper until the agent exits.
 ///
 /// # Errors
-/// It was not started by an agent, or nobody listens any more.
+/// Returns an error if this process was not started by an agent, cannot open the pinned maps, or fails to read a
+/// request.
 pub fn serve(args: &HelperArgs) -> Result<()> {
-    capabilities::retain_capabilities(kept()).context("cannot give up privileges")?;
+    capabilities::retain_capabilities(retained_capabilities()).context("cannot drop capabilities")?;
     for signal in [libc::SIGINT, libc::SIGTERM] {
-        // SAFETY: to ignore a signal runs nothing. They are for the agent, and this process ends with it.
+        // SAFETY: ignoring a signal runs no handler.
+        // These signals are for the agent; this process exits with it.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
     let stream = |own: BorrowedFd<'_>| Ok::<_, io::Error>(UnixStream::from(own.try_clone_to_owned()?));
     let (mut orders, mut asks) = (stream(io::stdin().as_fd())?, stream(io::stdout().as_fd())?);
-    ensure!(orders.peer_addr().is_ok(), "{VERB} is for agents to start");
+    ensure!(orders.peer_addr().is_ok(), "`{VERB}` is internal and can only be started by the agent");
     let pins = Pins::new(&args.bpffs);
-    let set = Set::parse(&args.set).with_context(|| format!("{} is no set of maps", args.set))?;
-    let states = SocketAccounting::open(&pins, set).context("cannot open the sockets' states")?;
-    // SAFETY: the agent has left it open for this.
+    let set = Set::parse(&args.set).with_context(|| format!("{} is not the name of a map set", args.set))?;
+    let states = SocketAccounting::open(&pins, set).context("cannot open the socket state maps")?;
+    // SAFETY: the agent leaves this descriptor open for the helper.
     let packets = unsafe { BorrowedFd::borrow_raw(args.packets) };
 
     let mut answers = orders.try_clone()?;
-    let (sender, wanted) = channel();
+    let (sender, sweeps) = channel();
     thread::Builder::new().name("closer".to_owned()).spawn(move || {
-        work(&states, set.id, &wanted, |pass| write(&mut answers, &pass).is_ok());
+        work(&states, set.id, &sweeps, |pass| write(&mut answers, &pass).is_ok());
         end();
     })?;
     let cgroup = args.cgroup.clone();
@@ -184,7 +198,7 @@ pub fn serve(args: &HelperArgs) -> Result<()> {
     Ok(())
 }
 
-/// The agent has ended.
+/// Exits with status 0, because the agent has exited.
 fn end() -> ! {
     std::process::exit(0)
 }

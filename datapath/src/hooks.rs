@@ -1,4 +1,4 @@
-//! The hooks: attached as pinned links, which outlive the agent, and exchanged in place at the next start.
+//! The hooks: attached as pinned links that outlive the agent, and updated in place when the next agent starts.
 
 use std::{
     fs::{self, File},
@@ -28,12 +28,12 @@ pub(crate) struct Hooks {
     cgroup_id: u64,
     pins: Pins,
     links: Vec<(&'static str, OwnedFd)>,
-    /// Who attaches the program that sees packets.
+    /// Attaches the packet program, which needs CAP_NET_ADMIN; `None` before [`Self::start_helper`].
     helper: Option<Helper>,
 }
 
 impl Hooks {
-    /// Has the kernel check the programs.
+    /// Loads all programs into the kernel, which verifies them. Attaches nothing.
     pub(crate) fn load(bpf: &mut Ebpf, cgroup: PathBuf, pins: Pins) -> Result<Self> {
         for name in PROGRAMS.iter().chain([&HTTP_INGRESS]).map(|program| program.name) {
             let loaded = match bpf.program_mut(name) {
@@ -48,7 +48,7 @@ impl Hooks {
         Ok(Self { cgroup, cgroup_id, pins, links: Vec::new(), helper: None })
     }
 
-    /// Starts the helper, from this program; and the way on which it takes orders to close.
+    /// Starts the helper from the executable `program`. Also returns the socket for its sweep requests.
     pub(crate) fn start_helper(
         &mut self,
         bpf: &mut Ebpf,
@@ -61,9 +61,11 @@ impl Hooks {
         Ok(started)
     }
 
-    /// Attaches the programs, or puts them in the place of those that are there. Whoever is ended on the way leaves programs of two sets of maps.
-    /// Then it must be the later `connect` beside the earlier `sock_ops`: connections that nobody counts, in place of a limit that was
-    /// reached and stays so for good.
+    /// Attaches missing programs, then replaces the linked ones in reverse order.
+    ///
+    /// An agent killed midway leaves programs of two map sets.
+    /// In this order, the new `connect*` may run with the old `sock_ops`: their connections are not counted.
+    /// The opposite mix would never see connections close, so a pool at its limit would refuse connections forever.
     pub(crate) fn attach(&mut self, bpf: &mut Ebpf) -> Result<()> {
         let names = PROGRAMS.map(|program| program.name);
         let (there, missing): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| self.pins.link(name).exists());
@@ -78,21 +80,21 @@ impl Hooks {
 
     fn attach_one(&self, bpf: &mut Ebpf, name: &str) -> Result<OwnedFd> {
         let pin = self.pins.link(name);
-        let program = bpf.program_mut(name).ok_or_else(|| anyhow!("no such program"))?;
+        let program = bpf.program_mut(name).ok_or_else(|| anyhow!("BPF object is missing program {name}"))?;
         if pin.exists() {
             let pinned = sys::open(&pin).with_context(|| format!("cannot open {}", pin.display()))?;
             match sys::cgroup_id(&pinned)? {
                 id if id == self.cgroup_id => {
-                    sys::update(&pinned, fd(program)?.as_fd()).context("the link does not take the new program")?;
+                    sys::update(&pinned, fd(program)?.as_fd()).context("kernel rejected the program update")?;
                     return Ok(pinned);
                 }
-                0 => tracing::warn!("{name} had been detached from its cgroup; it is attached anew"),
+                0 => tracing::warn!("{name} was detached from its cgroup; reattaching it"),
                 id => tracing::warn!(
-                    "{name} was attached to cgroup {id}, which is not {}; it is moved there",
+                    "{name} was attached to cgroup {id} instead of {}; reattaching it",
                     self.cgroup.display()
                 ),
             }
-            // With its pin, the link goes.
+            // Removing the pin destroys the link.
             fs::remove_file(&pin).with_context(|| format!("cannot remove {}", pin.display()))?;
         }
         match PROGRAMS.iter().find(|program| program.name == name) {
@@ -101,20 +103,20 @@ impl Hooks {
                 sys::pin(&link, &pin).with_context(|| format!("cannot pin {}", pin.display()))?;
                 Ok(link)
             }
-            // The kernel lets nobody else do it.
+            // This attach type requires CAP_NET_ADMIN, which only the helper keeps.
             None => {
-                self.helper.as_ref().context("there is no helper")?.attach_packets()?;
+                self.helper.as_ref().context("the helper is not running")?.attach_packets()?;
                 sys::open(&pin).with_context(|| format!("cannot open {}", pin.display()))
             }
         }
     }
 
-    /// Attaches the program that sees packets, or takes it off; whether it was not so before.
-    pub(crate) fn set_http_sniffing(&mut self, bpf: &mut Ebpf, wanted: bool) -> Result<bool> {
+    /// Attaches or detaches the packet program. Returns whether that changed anything.
+    pub(crate) fn set_http_sniffing(&mut self, bpf: &mut Ebpf, enabled: bool) -> Result<bool> {
         let name = HTTP_INGRESS.name;
         let attached = self.links.iter().position(|(own, _)| *own == name);
         let pin = self.pins.link(name);
-        if wanted {
+        if enabled {
             if attached.is_some() {
                 return Ok(false);
             }
@@ -124,21 +126,21 @@ impl Hooks {
             self.links.push((name, link));
             return Ok(true);
         }
-        if let Some(place) = attached {
-            self.links.remove(place);
+        if let Some(index) = attached {
+            self.links.remove(index);
         }
         match fs::remove_file(&pin) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(attached.is_some()),
-            // A former agent's, which wanted it.
+            // Left by a previous agent that needed the program.
             Ok(()) => Ok(true),
             Err(error) => Err(error).with_context(|| format!("cannot remove {}", pin.display())),
         }
     }
 
-    /// Whether every program is where it should be; if not, which one is not, and why.
+    /// Returns an error for the first program that is not attached to the cgroup or not pinned.
     pub(crate) fn check(&self) -> Result<()> {
         if self.links.len() < PROGRAMS.len() {
-            bail!("the programs are not attached yet");
+            bail!("programs are not attached yet");
         }
         self.check_cgroup()?;
         self.links.iter().try_for_each(|(name, link)| self.check_one(name, link))
@@ -146,29 +148,29 @@ impl Hooks {
 
     fn check_cgroup(&self) -> Result<()> {
         let now =
-            fs::metadata(&self.cgroup).with_context(|| format!("the cgroup {} is gone", self.cgroup.display()))?.ino();
-        ensure!(now == self.cgroup_id, "the cgroup {} is another one now", self.cgroup.display());
+            fs::metadata(&self.cgroup).with_context(|| format!("cgroup {} was removed", self.cgroup.display()))?.ino();
+        ensure!(now == self.cgroup_id, "cgroup {} was removed and recreated", self.cgroup.display());
         Ok(())
     }
 
     fn check_one(&self, name: &str, link: &OwnedFd) -> Result<()> {
         match sys::cgroup_id(link)? {
             id if id == self.cgroup_id => {}
-            0 => bail!("{name} has been detached from {}", self.cgroup.display()),
-            id => bail!("{name} is attached to cgroup {id}, not to {}", self.cgroup.display()),
+            0 => bail!("{name} is detached from {}", self.cgroup.display()),
+            id => bail!("{name} is attached to cgroup {id} instead of {}", self.cgroup.display()),
         }
-        ensure!(self.pins.link(name).exists(), "{name} is not pinned any more, and would end with the agent");
+        ensure!(self.pins.link(name).exists(), "{name} is no longer pinned and would be detached when the agent exits");
         Ok(())
     }
 
-    /// Puts every program back that is not where it should be, and tells what was wrong with it.
+    /// Reattaches every program that [`Self::check`] would report. Returns one description per problem fixed.
     pub(crate) fn repair(&mut self, bpf: &mut Ebpf) -> Result<Vec<String>> {
         let mut repaired = Vec::new();
         if self.links.len() < PROGRAMS.len() {
             return Ok(repaired);
         }
         if let Err(error) = self.check_cgroup() {
-            // It was removed, and made anew: its pods are below the new one.
+            // The cgroup was recreated, and its pods are below the new one.
             let now = fs::metadata(&self.cgroup).with_context(|| format!("{error:#}"))?.ino();
             repaired.push(format!("{error:#}"));
             self.cgroup_id = now;
@@ -178,17 +180,17 @@ impl Hooks {
             let Err(error) = self.check_one(name, link) else { continue };
             let name = *name;
             self.pins.make_folders()?;
-            // Where only the pin is gone, the link stays: no connection goes without it.
+            // If only the pin is missing, pin the live link again, so that no connection bypasses Portolan.
             let pin = self.pins.link(name);
             if sys::cgroup_id(link).is_ok_and(|id| id == self.cgroup_id) {
                 sys::pin(link, &pin)
-                    .with_context(|| format!("{error:#}, and cannot be pinned at {}", pin.display()))?;
+                    .with_context(|| format!("{error:#}; cannot pin its link again at {}", pin.display()))?;
                 repaired.push(format!("{error:#}"));
                 continue;
             }
             let link = self
                 .attach_one(bpf, name)
-                .with_context(|| format!("{error:#}, and cannot be attached to {}", self.cgroup.display()))?;
+                .with_context(|| format!("{error:#}; cannot attach it to {}", self.cgroup.display()))?;
             repaired.push(format!("{error:#}"));
             self.links[i] = (name, link);
         }
@@ -200,12 +202,12 @@ impl Hooks {
     }
 }
 
-/// The descriptor of a program that was loaded.
+/// Returns the descriptor of a loaded program.
 fn fd(program: &Program) -> Result<&ProgramFd> {
     Ok(match program {
         Program::CgroupSkb(program) => program.fd()?,
         Program::CgroupSockAddr(program) => program.fd()?,
         Program::SockOps(program) => program.fd()?,
-        _ => bail!("not a program of this kind"),
+        _ => bail!("unexpected program type"),
     })
 }

@@ -1,4 +1,4 @@
-//! What there is on this machine, for `portolan doctor` and for an agent that starts: facts, without verdicts.
+//! Collects facts about the machine for `portolan doctor` and for agent startup. Callers judge them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,69 +24,71 @@ use crate::{
     sys, terminator,
 };
 
-/// The kernel keeps so much of a map's name.
-const LONGEST_NAME: usize = 15;
+/// The kernel truncates map names to this length, in bytes.
+const MAX_MAP_NAME_LEN: usize = 15;
 
-/// One of the programs that Portolan attaches.
+/// The state of one of Portolan's programs.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ProgramFacts {
-    /// Its name.
+    /// Name of the program, e.g. `connect4`.
     pub name: String,
-    /// Instructions that the kernel's verifier went through.
+    /// Instructions that the verifier processed; `None` if the program is not linked or the kernel does not say.
     pub verified: Option<u32>,
-    /// Bytes of it.
+    /// Size of the translated program, in bytes; `None` as for `verified`.
     pub bytes: Option<u32>,
-    /// Id of the cgroup that its pinned link is attached to: 0 where it is detached, absent where there is no link.
+    /// Id of the cgroup that its pinned link is attached to; 0 if it is detached, `None` if there is no link.
     pub cgroup: Option<u64>,
-    /// Whether it reads maps that are not of the current set: those of an agent that was ended while it exchanged the programs.
+    /// Whether it uses maps of another set than the current one.
+    /// That happens if an agent was killed while it replaced the programs.
     pub of_another_set: bool,
 }
 
-/// How much of a map is in use.
+/// The usage of one map.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct MapFacts {
-    /// Its name.
+    /// Name of the map, in lower case.
     pub name: String,
     /// Entries in use.
     pub used: u64,
-    /// Entries that there are.
+    /// Capacity, in entries.
     pub size: u64,
 }
 
-/// All that is known of a machine.
+/// Everything that [`inspect`] found out about the machine.
 #[derive(Debug)]
 pub struct Facts {
-    /// As `uname` says it.
+    /// Kernel release, as in `uname -r`.
     pub kernel: String,
-    /// Whether this process may load programs.
+    /// Whether this process runs as root, which loading programs requires.
     pub is_root: bool,
-    /// Whether the kernel describes its types.
+    /// Whether the kernel's BTF has the fields that the programs read; if not, why.
     pub btf: Result<(), Unsupported>,
-    /// The cgroup to serve, and its id.
+    /// Path and id of the cgroup to serve.
     pub cgroup: Result<(PathBuf, u64), Unsupported>,
-    /// Whether the pins have a bpffs.
+    /// Whether the pin directory is on a bpffs.
     pub bpffs: bool,
-    /// Whether an agent is at work on the pins.
+    /// Whether a running agent holds the lock on the pins.
     pub agent: bool,
-    /// Schema of the pinned maps, if there are any.
+    /// Schema version of the current map set; `None` if there is none.
     pub schema: Option<u32>,
-    /// Portolan's programs.
+    /// Portolan's programs, linked or not.
     pub programs: Vec<ProgramFacts>,
-    /// Names of other programs for the same hooks, on the cgroup or above it, by hook.
+    /// Names of foreign programs on the same hooks, on the cgroup or its ancestors.
+    /// Keyed by the name of Portolan's program for the hook.
     pub others: BTreeMap<String, Vec<String>>,
-    /// Whether sockets can be listed and closed.
+    /// Whether `sock_diag` can list and close sockets; if not, why.
     pub sockets: Result<(), String>,
-    /// Mounts whose client is the kernel itself: type and place.
+    /// Network file systems whose client is the kernel: type and mount point.
     pub network_mounts: Vec<(String, String)>,
-    /// Whether kube-proxy runs here.
+    /// Whether a kube-proxy process is running.
     pub kube_proxy: bool,
-    /// Maps whose use can be counted from outside.
+    /// Usage of the maps whose entries can be counted; empty if no map set is pinned.
     pub maps: Vec<MapFacts>,
 }
 
-/// Looks at the machine. What cannot be looked at is left out.
+/// Inspects the machine. Best effort: what cannot be read is left out.
 pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
     let pins = Pins::new(bpffs);
     let cgroup = preflight::cgroup(cgroup).map(|path| {
@@ -95,8 +97,8 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
     });
     let all: BTreeMap<u32, ProgramInfo> = loaded_programs().flatten().map(|info| (info.id(), info)).collect();
     let mut own = Vec::new();
-    let set = of_current_set(&pins);
-    // The one that sees packets is there only while somebody wants it.
+    let set = current_set_map_ids(&pins);
+    // The packet program is attached only while a rule needs it.
     let packets = pins.link(HTTP_INGRESS.name).exists().then_some(&HTTP_INGRESS);
     let programs = PROGRAMS
         .iter()
@@ -130,8 +132,8 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
         }
     }
     let mounts = procfs::process::Process::myself().and_then(|process| process.mountinfo());
-    let of_kernel = |kind: &str| kind.starts_with("nfs") || matches!(kind, "cifs" | "smb3" | "ceph");
-    let network_mounts = mounts.into_iter().flatten().filter(|mount| of_kernel(&mount.fs_type));
+    let is_kernel_client = |kind: &str| kind.starts_with("nfs") || matches!(kind, "cifs" | "smb3" | "ceph");
+    let network_mounts = mounts.into_iter().flatten().filter(|mount| is_kernel_client(&mount.fs_type));
     Facts {
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         is_root: rustix::process::geteuid().is_root(),
@@ -155,8 +157,8 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
     }
 }
 
-/// Ids of the maps of the current set.
-fn of_current_set(pins: &Pins) -> BTreeSet<u32> {
+/// Returns the ids of the maps of the current set.
+fn current_set_map_ids(pins: &Pins) -> BTreeSet<u32> {
     let infos = maps::of_set().filter_map(|name| MapInfo::from_pin(pins.current_map(name)?).ok());
     infos.map(|info| info.id()).collect()
 }
@@ -165,15 +167,15 @@ fn is_of_another_set(program: &ProgramInfo, current: &BTreeSet<u32>) -> bool {
     let ids = program.map_ids().ok().flatten().unwrap_or_default();
     ids.into_iter().filter(|id| !current.contains(id)).filter_map(|id| MapInfo::from_id(id).ok()).any(|map| {
         let name = map.name_as_str().unwrap_or_default().to_owned();
-        maps::of_set().any(|own| own[..own.len().min(LONGEST_NAME)] == name)
+        maps::of_set().any(|own| own[..own.len().min(MAX_MAP_NAME_LEN)] == name)
     })
 }
 
-/// The maps whose entries can be counted from outside.
+/// Counts the entries of the maps that can be counted from user space.
 fn counted(pins: &Pins) -> Result<Vec<MapFacts>> {
     let mut facts = Vec::new();
     for name in maps::COUNTABLE {
-        let pin = pins.current_map(name).context("nothing is pinned")?;
+        let pin = pins.current_map(name).context("no map set is pinned")?;
         let data = MapData::from_pin(&pin)?;
         let size = MapInfo::from_pin(&pin)?.max_entries().into();
         facts.push(MapFacts { name: name.to_lowercase(), used: sys::count_entries(data.fd(), size)?, size });
@@ -181,7 +183,8 @@ fn counted(pins: &Pins) -> Result<Vec<MapFacts>> {
     Ok(facts)
 }
 
-/// Whether programs of another Portolan serve this very cgroup: what both would do is not what either means.
+/// Returns whether programs of another Portolan instance are attached to this cgroup.
+/// Two instances would rewrite the same connections.
 pub(crate) fn other_portolan(cgroup: &Path, pins: &Pins) -> Result<bool> {
     let folder = File::open(cgroup).with_context(|| format!("cannot open {}", cgroup.display()))?;
     for ProgramSpec { name, attach_type } in PROGRAMS {
@@ -193,8 +196,8 @@ pub(crate) fn other_portolan(cgroup: &Path, pins: &Pins) -> Result<bool> {
         }
         let is_ours = |info: &ProgramInfo| {
             let maps = info.map_ids().ok().flatten().unwrap_or_default();
-            let has = |wanted: &str| {
-                maps.iter().filter_map(|id| MapInfo::from_id(*id).ok()).any(|map| map.name_as_str() == Some(wanted))
+            let has = |map_name: &str| {
+                maps.iter().filter_map(|id| MapInfo::from_id(*id).ok()).any(|map| map.name_as_str() == Some(map_name))
             };
             info.name_as_str() == Some(name) && has(maps::SOCKETS)
         };

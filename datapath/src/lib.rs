@@ -1,6 +1,6 @@
-//! Portolan's side of the kernel: loads and attaches the programs, writes their maps, reads what they report.
+//! The kernel side of the agent: loads and attaches the eBPF programs, writes their maps, and reads their events.
 //!
-//! The only crate that knows aya.
+//! This is the only crate that depends on aya.
 
 mod btf;
 pub mod capabilities;

@@ -1,4 +1,4 @@
-//! The maps: written in the order that the table gives, read for what people and metrics ask.
+//! The BPF maps: written in the order that the table prescribes, and read for status and metrics.
 
 use std::{collections::BTreeSet, sync::atomic::Ordering};
 
@@ -18,30 +18,30 @@ use crate::{
     pins::{Pins, Set},
 };
 
-/// Maps of a set that have no size of their own to choose.
+/// Maps of a set whose size is fixed at compile time.
 pub(crate) const OF_FIXED_SIZE: [&str; 4] = ["EVENTS", "BUDGETS", "COUNTERS", "TIMES"];
-/// Maps that belong to no set: of sockets, and of who is left alone.
+/// Maps that all sets share: per-socket state and excluded cgroups.
 pub(crate) const OF_ALL_SETS: [&str; 5] = [SOCKETS, CONNECTIONS, "DATAGRAMS", "OPTED_OUT", "OPT_OUT_FILTER"];
 pub(crate) const SOCKETS: &str = "SOCKETS";
 pub(crate) const CONNECTIONS: &str = "CONNECTIONS";
 
-/// Maps whose entries in use can be counted from outside.
+/// Hash maps whose entries in use can be counted from user space.
 pub(crate) const COUNTABLE: [&str; 2] = ["FRONTENDS", "AFFINITY"];
 
-/// The kernel's flag for arrays that can be mapped into memory.
+/// `BPF_F_MMAPABLE` of linux/bpf.h: the array can be memory-mapped.
 const BPF_F_MMAPABLE: u32 = 1 << 10;
 
-/// A map of a set whose size is a setting: bytes of its keys and values, and its entries.
+/// The shape of a map whose size is configurable: key and value size in bytes, and number of entries.
 pub(crate) struct Shape {
     pub(crate) name: &'static str,
     key: usize,
     value: usize,
     pub(crate) entries: u32,
-    /// Whether it can be mapped into memory.
+    /// Whether the map is created with `BPF_F_MMAPABLE`.
     mapped: bool,
 }
 
-/// All of them.
+/// Returns the shapes of all maps of a set whose size depends on `sizes`.
 pub(crate) fn shapes(sizes: Sizes) -> [Shape; 13] {
     let array = |name, value, entries| Shape { name, key: size_of::<u32>(), value, entries, mapped: false };
     let mapped = |name, value, entries| Shape { mapped: true, ..array(name, value, entries) };
@@ -63,13 +63,13 @@ pub(crate) fn shapes(sizes: Sizes) -> [Shape; 13] {
     ]
 }
 
-/// Names of all maps of a set.
+/// Returns the names of all maps of a set.
 pub(crate) fn of_set() -> impl Iterator<Item = &'static str> {
     shapes(Sizes::default()).map(|shape| shape.name).into_iter().chain(OF_FIXED_SIZE)
 }
 
-/// Whether the maps of a set are as this version would make them. A pinned map is reused as it is, whatever its layout, so they are compared
-/// before.
+/// Returns whether the pinned maps of a set have the shapes that this version would create.
+/// The loader reuses a pinned map without checking its layout, so the check happens first.
 pub(crate) fn fits(pins: &Pins, set: Set, sizes: Sizes) -> bool {
     shapes(sizes).iter().all(|shape| {
         MapInfo::from_pin(pins.map(set, shape.name)).is_ok_and(|info| {
@@ -80,18 +80,18 @@ pub(crate) fn fits(pins: &Pins, set: Set, sizes: Sizes) -> bool {
     })
 }
 
-/// Totals over all CPUs.
+/// Global counters, summed over all CPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Outcomes that found the ring buffer full, or of a network namespace that floods it.
+    /// Outcomes dropped because the ring buffer was full or their network namespace exceeded its event budget.
     pub events_lost: u64,
-    /// Connections refused because the table contradicted itself.
+    /// Connections refused because the lookup found inconsistent map contents.
     pub inconsistent: u64,
-    /// Sockets on which nothing could be remembered.
+    /// Sockets for which per-socket state could not be allocated.
     pub no_memory: u64,
 }
 
-/// The entries of `RUNS` that a version uses.
+/// The smallest range of `RUNS` entries that covers everything added.
 #[derive(Default)]
 struct Range {
     bounds: Option<(u32, u32)>,
@@ -105,7 +105,7 @@ impl Range {
         }
     }
 
-    /// First and number.
+    /// Returns the start and length of the range, clamped to a map of `size` entries.
     fn within(&self, size: u32) -> (u32, u32) {
         let (start, end) = self.bounds.unwrap_or_default();
         (start.min(size), end.min(size) - start.min(size))
@@ -115,10 +115,10 @@ impl Range {
 /// The maps that the agent reads and writes.
 pub struct Maps {
     frontends: HashMap<MapData, FrontendKey, u32>,
-    /// Frontend id → which version counts. One store publishes.
+    /// Frontend id → index of the active version. A single atomic store publishes a version.
     current: MmapArray,
     versions: Array<MapData, FrontendVersion>,
-    /// Up to 10,000 for one version: a system call for each would take a millisecond.
+    /// Memory-mapped: a version has up to 10,000 slots, and a system call for each would take about a millisecond.
     slots: MmapArray,
     runs: Array<MapData, u32>,
     backends: Array<MapData, Backend>,
@@ -150,16 +150,16 @@ impl Maps {
             counters: PerCpuArray::try_from(take(bpf, "COUNTERS")?)?,
             times: PerCpuArray::try_from(take(bpf, "TIMES")?)?,
         };
-        let held = maps.read_back(sizes).context("cannot read what a former agent left")?;
-        Ok((maps, held))
+        let pinned = maps.read_back(sizes).context("cannot read the pinned maps of the previous agent")?;
+        Ok((maps, pinned))
     }
 
-    /// What the maps hold: frontends, the places that they use, and the backends and pools behind them.
+    /// Reads back what the maps contain: frontends, the ranges that they use, and their backends and pools.
     ///
     /// # Errors
-    /// The kernel does not let a map be read.
+    /// Returns an error if the kernel rejects a read.
     pub fn read_back(&self, sizes: Sizes) -> Result<PinnedState> {
-        let mut held = PinnedState::default();
+        let mut state = PinnedState::default();
         let (mut backends, mut pools) = (BTreeSet::new(), BTreeSet::new());
         for entry in self.frontends.iter() {
             let (_, id) = entry?;
@@ -171,43 +171,44 @@ impl Maps {
                 range.add(slot.first, slot.len);
                 pools.insert(slot.pool);
             }
-            let of_slots = range.within(sizes.slots);
-            for i in of_slots.0..of_slots.0 + of_slots.1 {
+            let slot_runs = range.within(sizes.slots);
+            for i in slot_runs.0..slot_runs.0 + slot_runs.1 {
                 backends.insert(self.runs.get(&i, 0)?);
             }
-            // Members are among those of the slots; behind them are their pools.
+            // The members are among the backends of the slots. Their pools follow, one entry each.
             range.add(version.members, version.member_count.saturating_mul(2));
             let runs = range.within(sizes.slots);
-            held.frontends.push(PinnedFrontend { id, index, version, runs });
+            state.frontends.push(PinnedFrontend { id, index, version, runs });
         }
         for (id, backend) in (0..sizes.backends).zip(self.backends.iter()) {
             let backend = backend?;
             if backends.contains(&id) {
-                held.backends.push((id, backend));
+                state.backends.push((id, backend));
             }
             if backend.epoch > 0 {
-                held.epochs.push((id, backend.epoch));
+                state.epochs.push((id, backend.epoch));
             }
         }
         for (id, limits) in (0..sizes.pools()).zip(self.pools.iter()).skip(1) {
             let limits = limits?;
             if pools.contains(&id) {
-                held.pools.push((id, limits));
+                state.pools.push((id, limits));
             }
             if limits.epoch > 0 {
-                held.pool_epochs.push((id, limits.epoch));
+                state.pool_epochs.push((id, limits.epoch));
             }
         }
-        Ok(held)
+        Ok(state)
     }
 
-    /// Does the writes, in their order.
+    /// Applies the writes in order.
     ///
     /// # Errors
-    /// The first write that the kernel did not take; those before it stand.
+    /// Returns an error at the first write that the kernel rejects.
+    /// Earlier writes stay in effect; later ones are not attempted.
     pub fn apply(&mut self, ops: &[Op]) -> Result<()> {
         for op in ops {
-            self.write(op).with_context(|| format!("the kernel did not take {op:?}"))?;
+            self.write(op).with_context(|| format!("kernel rejected write {op:?}"))?;
         }
         Ok(())
     }
@@ -215,7 +216,8 @@ impl Maps {
     fn write(&mut self, op: &Op) -> Result<()> {
         match op {
             Op::SetBackend(id, backend) => {
-                // Counters of sockets of the former endpoint stop with the epoch, before the new one is seen.
+                // The new epoch comes first: sockets of the previous endpoint stop counting here before the new one
+                // becomes visible.
                 let stats = BackendStats { epoch: backend.epoch, ..BackendStats::default() };
                 self.backend_stats.set(*id, stats, 0)?;
                 self.backend_use.set(*id, BackendUse::default(), 0)?;
@@ -223,7 +225,7 @@ impl Maps {
                 self.backends.set(*id, *backend, 0)?;
             }
             Op::ResetPool(id, limits) => {
-                // The other way round: the counters of a pool have no epoch of their own.
+                // The reverse order: the epoch of a pool is in its limits, not in its counters.
                 self.pools.set(*id, *limits, 0)?;
                 self.pool_stats.set(*id, PoolStats::default(), 0)?;
             }
@@ -240,7 +242,7 @@ impl Maps {
             }
             Op::SetVersion(index, version) => self.versions.set(*index, *version, 0)?,
             Op::ResetFrontend(id) => self.frontend_stats.set(*id, FrontendStats::default(), 0)?,
-            // All that leads from it was written before.
+            // Everything reachable from this version is already written.
             Op::Publish(id, index) => self.current.word(*id, 0)?.store(u64::from(*index), Ordering::SeqCst),
             Op::AddFrontend(key, id) => self.frontends.insert(*key, *id, 0)?,
             Op::RemoveFrontend(key) => self.frontends.remove(key)?,
@@ -248,42 +250,46 @@ impl Maps {
         Ok(())
     }
 
-    /// Whether successes of a backend must be told.
+    /// Sets whether the programs report successes of backend `id`. They always report failures.
     ///
     /// # Errors
-    /// There is no such id.
+    /// Returns an error if `id` is out of range.
     pub fn set_report_success(&mut self, id: u32, report_success: bool) -> Result<()> {
         Ok(self.report_success.set(id, u32::from(report_success), 0)?)
     }
 
-    /// The counters of a frontend.
+    /// Returns the counters of frontend `id`.
     ///
     /// # Errors
-    /// There is no such id.
+    /// Returns an error if `id` is out of range.
     pub fn frontend_stats(&self, id: u32) -> Result<FrontendStats> {
         Ok(self.frontend_stats.get(&id, 0)?)
     }
 
-    /// The counters of a backend.
+    /// Returns the counters of backend `id`.
     ///
     /// # Errors
-    /// There is no such id.
+    /// Returns an error if `id` is out of range.
     pub fn backend_stats(&self, id: u32) -> Result<BackendStats> {
         Ok(self.backend_stats.get(&id, 0)?)
     }
 
-    /// Who used a backend last, and what its responses said.
+    /// Returns which network namespaces used backend `id` last, and its HTTP/1 response counts.
     ///
     /// # Errors
-    /// There is no such id.
+    /// Returns an error if `id` is out of range.
     pub fn backend_use(&self, id: u32) -> Result<BackendUse> {
         Ok(self.backend_use.get(&id, 0)?)
     }
 
-    /// How long connects and round trips took, in microseconds: how many were below each power of two, and last the sum.
+    /// Returns two histograms, summed over all CPUs: connect times, and round-trip times.
+    ///
+    /// Each has [`TIME_BUCKETS`] elements.
+    /// Element `i` counts times from 2^(i-1) to below 2^i microseconds.
+    /// The last but one counts everything longer, and the last is the sum in microseconds.
     ///
     /// # Errors
-    /// The kernel does not let the map be read.
+    /// Returns an error if the kernel rejects the read.
     pub fn times(&self) -> Result<[Vec<u64>; 2]> {
         let half = |half: u32| -> Result<Vec<u64>> {
             let buckets = half * TIME_BUCKETS..(half + 1) * TIME_BUCKETS;
@@ -292,15 +298,15 @@ impl Maps {
         Ok([half(0)?, half(1)?])
     }
 
-    /// The counters of a pool's place.
+    /// Returns the counters of the pool at index `id` of `POOLS`.
     ///
     /// # Errors
-    /// There is no such place.
+    /// Returns an error if `id` is out of range.
     pub fn pool_stats(&self, id: u32) -> Result<PoolStats> {
         Ok(self.pool_stats.get(&id, 0)?)
     }
 
-    /// The frontend as the kernel holds it now: its id, and the version that counts.
+    /// Looks up a frontend in the kernel: its id and its active version. Returns `None` if there is no entry for `key`.
     pub fn frontend(&self, key: &FrontendKey) -> Option<(u32, FrontendVersion)> {
         let id = self.frontends.get(key, 0).ok()?;
         Some((id, self.versions.get(&self.current_version(id).ok()?, 0).ok()?))
@@ -310,10 +316,10 @@ impl Maps {
         Ok(self.current.word(id, 0)?.load(Ordering::SeqCst) as u32)
     }
 
-    /// Totals over all CPUs.
+    /// Returns the global counters, summed over all CPUs.
     ///
     /// # Errors
-    /// The kernel does not let the map be read.
+    /// Returns an error if the kernel rejects the read.
     pub fn counters(&self) -> Result<Counters> {
         let total = |counter: Counter| -> Result<u64> { Ok(self.counters.get(&(counter as u32), 0)?.iter().sum()) };
         Ok(Counters {
@@ -325,11 +331,11 @@ impl Maps {
 }
 
 pub(crate) fn take(bpf: &mut Ebpf, name: &str) -> Result<Map> {
-    bpf.take_map(name).with_context(|| format!("the embedded object has no map {name}"))
+    bpf.take_map(name).with_context(|| format!("BPF object is missing map {name}"))
 }
 
 fn mapped<T>(bpf: &mut Ebpf, name: &str, entries: u32) -> Result<MmapArray> {
-    let Map::Array(data) = take(bpf, name)? else { anyhow::bail!("{name} is not an array") };
+    let Map::Array(data) = take(bpf, name)? else { anyhow::bail!("map {name} is not an array") };
     MmapArray::open::<T>(data.fd(), entries)
 }
 

@@ -1,5 +1,6 @@
-//! Arrays of the kernel that lie in this process's memory as well: what is written by a single store no program sees half done, and what is
-//! added to is added to whatever programs do meanwhile.
+//! Memory-mapped BPF arrays.
+//!
+//! A single 8-byte store is atomic to programs, and atomic additions are not lost to concurrent updates by programs.
 
 use std::{
     os::fd::AsFd,
@@ -11,68 +12,70 @@ use anyhow::{Context as _, Result, ensure};
 use aya::Pod;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-/// Values of eight bytes or a multiple of that, one behind the other.
+/// A memory-mapped BPF array, whose values are contiguous and a multiple of eight bytes long.
 #[derive(Debug)]
 pub(crate) struct MmapArray {
     start: NonNull<AtomicU64>,
     entries: u32,
-    /// Words of a value.
+    /// Length of a value, in 8-byte words.
     words: usize,
 }
 
-// SAFETY: the memory is shared with the kernel anyway, and every access to it is atomic or volatile.
+// SAFETY: the memory is shared with the kernel, and every access is atomic or volatile.
 unsafe impl Send for MmapArray {}
 // SAFETY: as above.
 unsafe impl Sync for MmapArray {}
 
 impl MmapArray {
-    /// Maps an array with values of type `T` into memory.
+    /// Maps an array of `entries` values of type `T` into memory.
     ///
     /// # Errors
-    /// The kernel does not let it be mapped.
+    /// Returns an error if the kernel rejects the mapping.
     pub(crate) fn open<T>(map: impl AsFd, entries: u32) -> Result<Self> {
         const { assert!(size_of::<T>().is_multiple_of(8)) };
         let words = size_of::<T>() / 8;
         let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
-        // SAFETY: a new mapping, wherever the kernel has room for it.
+        // SAFETY: a new mapping at an address of the kernel's choice replaces no existing one.
         let start = unsafe { mmap(null_mut(), Self::bytes(entries, words), access, flags, map, 0) };
-        let start = start.context("cannot map an array into memory")?;
-        Ok(Self { start: NonNull::new(start.cast()).context("an array was mapped nowhere")?, entries, words })
+        let start = start.context("cannot map a BPF array into memory")?;
+        Ok(Self { start: NonNull::new(start.cast()).context("mmap returned null")?, entries, words })
     }
 
     pub(crate) fn len(&self) -> u32 {
         self.entries
     }
 
-    /// A word of a value.
+    /// Returns word `word` of the value at `index`.
     ///
     /// # Errors
-    /// There is no such value.
+    /// Returns an error if either is out of range.
     pub(crate) fn word(&self, index: u32, word: usize) -> Result<&AtomicU64> {
-        ensure!(index < self.entries && word < self.words, "there is no entry {index}");
-        // SAFETY: within the mapping, which lives as long as `self`; the kernel's arrays are aligned to eight bytes.
+        ensure!(index < self.entries && word < self.words, "no word {word} at index {index} of the array");
+        // SAFETY: the word is within the mapping, which lives as long as `self`; BPF arrays are aligned to eight bytes.
         Ok(unsafe { self.start.add(index as usize * self.words + word).as_ref() })
     }
 
-    /// A value as it is now. Programs may be changing it: what belongs together in it may be read apart.
+    /// Reads the value at `index`.
+    /// The read is not atomic: while a program writes the value, its words may be inconsistent with each other.
     ///
     /// # Errors
-    /// There is no such value.
+    /// Returns an error if `index` is out of range or `T` does not have the size of a value.
     pub(crate) fn read<T: Pod>(&self, index: u32) -> Result<T> {
-        ensure!(size_of::<T>() == self.words * 8, "values are {} words long", self.words);
-        ensure!(index < self.entries, "there is no entry {index}");
-        // SAFETY: a whole value within the mapping, of plain data.
+        ensure!(size_of::<T>() == self.words * 8, "wrong value type: values are {} words long", self.words);
+        ensure!(index < self.entries, "index {index} is out of range");
+        // SAFETY: the value is plain data, entirely within the mapping.
         Ok(unsafe { self.start.add(index as usize * self.words).cast::<T>().read_volatile() })
     }
 
-    /// Writes a value that no program reads yet. What is published by a later store is seen with it.
+    /// Writes a value that no program reads yet.
+    /// A later atomic store publishes it.
     ///
     /// # Errors
-    /// There is no such value.
+    /// Returns an error if `index` is out of range or `T` does not have the size of a value.
     pub(crate) fn write<T: Pod>(&self, index: u32, value: T) -> Result<()> {
-        ensure!(size_of::<T>() == self.words * 8, "values are {} words long", self.words);
-        ensure!(index < self.entries, "there is no entry {index}");
-        // SAFETY: a whole value within the mapping, of plain data.
+        ensure!(size_of::<T>() == self.words * 8, "wrong value type: values are {} words long", self.words);
+        ensure!(index < self.entries, "index {index} is out of range");
+        // SAFETY: the value is plain data, entirely within the mapping.
         unsafe { self.start.add(index as usize * self.words).cast::<T>().write_volatile(value) };
         Ok(())
     }
@@ -84,7 +87,7 @@ impl MmapArray {
 
 impl Drop for MmapArray {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, and nobody has a reference into it any more.
+        // SAFETY: this value owns the mapping, and no reference into it outlives the value.
         let unmapped = unsafe { munmap(self.start.as_ptr().cast(), Self::bytes(self.entries, self.words)) };
         debug_assert!(unmapped.is_ok(), "{unmapped:?}");
     }

@@ -1,4 +1,4 @@
-//! Network namespaces: those that there are, and whose one is.
+//! Finds network namespaces and their owners.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -17,11 +17,12 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
-/// Each network namespace that a process is in or that has a name, and where it was found.
-pub(crate) fn namespaces(trouble: &mut Vec<String>) -> Vec<(PathBuf, File)> {
+/// Returns every network namespace that a thread is in or that is named in `/run/netns`, each with its path.
+/// Appends errors to `errors`; the result is then incomplete.
+pub(crate) fn namespaces(errors: &mut Vec<String>) -> Vec<(PathBuf, File)> {
     let mut found: HashMap<(u64, u64), (PathBuf, File)> = HashMap::new();
     let mut add = |path: PathBuf| {
-        // Processes end while one looks; a namespace that was opened stays.
+        // Processes may exit during the scan; an open file keeps its namespace alive.
         let Ok(metadata) = fs::metadata(&path) else { return };
         if let Entry::Vacant(entry) = found.entry((metadata.dev(), metadata.ino()))
             && let Ok(file) = File::open(&path)
@@ -34,7 +35,7 @@ pub(crate) fn namespaces(trouble: &mut Vec<String>) -> Vec<(PathBuf, File)> {
             let is_process = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
             for entry in entries.flatten().filter(|entry| entry.file_name().to_str().is_some_and(is_process)) {
                 add(entry.path().join("ns/net"));
-                // Its threads may be elsewhere, and the first of them may have ended.
+                // Other threads may be in other namespaces, and the main thread may have exited.
                 for thread in fs::read_dir(entry.path().join("task")).into_iter().flatten().flatten() {
                     if thread.file_name() != entry.file_name() {
                         add(thread.path().join("ns/net"));
@@ -42,7 +43,7 @@ pub(crate) fn namespaces(trouble: &mut Vec<String>) -> Vec<(PathBuf, File)> {
                 }
             }
         }
-        Err(error) => trouble.push(format!("/proc cannot be read: {error}")),
+        Err(error) => errors.push(format!("cannot read /proc: {error}")),
     }
     for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
         add(entry.path());
@@ -50,23 +51,26 @@ pub(crate) fn namespaces(trouble: &mut Vec<String>) -> Vec<(PathBuf, File)> {
     found.into_values().collect()
 }
 
-/// Whose the network namespace with this cookie is, for people: its first process, and the cgroup of that; or its name. `None` where it is gone,
-/// or not to be seen. Goes through all namespaces, on a thread of its own.
+/// Describes the owner of the network namespace with this cookie, for display.
+///
+/// Returns its first process and the cgroup of that, or the path of a named namespace.
+/// Returns `None` if the namespace no longer exists or is not visible.
+/// Scans all namespaces, on a separate thread because that changes the thread's own namespace.
 pub(crate) fn name_namespace(cookie: u64) -> Option<String> {
     let find = move || {
         let found = namespaces(&mut Vec::new());
         let own = |(_, namespace): &(PathBuf, File)| cookie_of(namespace).is_ok_and(|its| its == cookie);
-        found.into_iter().find(own).map(|(path, _)| described(&path))
+        found.into_iter().find(own).map(|(path, _)| describe(&path))
     };
     thread::spawn(find).join().ok().flatten()
 }
 
-/// Moves this thread into the namespace.
+/// Returns the cookie of a network namespace. Moves the calling thread into it.
 fn cookie_of(namespace: &File) -> Result<u64> {
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
     let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
     let (mut cookie, mut len) = (0u64, size_of::<u64>() as libc::socklen_t);
-    // SAFETY: the option's value is eight bytes, and that is what there is room for.
+    // SAFETY: the option's value is eight bytes long, and so is the buffer.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -80,15 +84,15 @@ fn cookie_of(namespace: &File) -> Result<u64> {
     Ok(cookie)
 }
 
-/// A namespace by where it was found: `/proc/PID/ns/net`, or a name below `/run/netns`.
-fn described(path: &std::path::Path) -> String {
+/// Describes a namespace by the path where it was found: `/proc/PID/...`, or a name in `/run/netns`.
+fn describe(path: &std::path::Path) -> String {
     let process = path.parent().and_then(|folder| folder.parent()).filter(|folder| folder.starts_with("/proc"));
     let Some(process) = process else { return path.display().to_string() };
     let read = |name: &str| fs::read_to_string(process.join(name)).unwrap_or_default();
     let (name, cgroups) = (read("comm"), read("cgroup"));
     let cgroup = cgroups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
     let id = process.file_name().unwrap_or_default().to_string_lossy();
-    // Whoever runs it calls it as they like.
+    // A process chooses its own name, so replace control characters.
     let name: String = name.trim().chars().map(|letter| if letter.is_control() { '?' } else { letter }).collect();
     format!("process {id} ({name}) in cgroup {cgroup}")
 }

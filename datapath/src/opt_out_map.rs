@@ -1,4 +1,4 @@
-//! Whom the programs leave alone.
+//! The map of excluded cgroups.
 
 use std::collections::BTreeSet;
 
@@ -11,7 +11,9 @@ use portolan_common::OptOut;
 
 use crate::maps::{array, take};
 
-/// Cgroups whose processes are left alone. The maps belong to no set: who is left alone stays so while programs are exchanged.
+/// The cgroups whose connections Portolan does not touch.
+///
+/// All map sets share these maps, so pods stay excluded while programs are replaced.
 pub struct OptOutMap {
     cgroups: HashMap<MapData, u64, u32>,
     filter: Array<MapData, u64>,
@@ -22,18 +24,19 @@ impl OptOutMap {
         Ok(Self { cgroups: HashMap::try_from(take(bpf, "OPTED_OUT")?)?, filter: array(bpf, "OPT_OUT_FILTER")? })
     }
 
-    /// Leaves these alone, by their ids, and no others.
+    /// Replaces the excluded cgroups with those that have these ids.
     ///
     /// # Errors
-    /// There are more than [`OptOut::CAPACITY`], or the kernel does not take them; the others are as they were.
+    /// Returns an error if there are more than [`OptOut::CAPACITY`] ids or the kernel rejects a write.
+    /// Changes made before the failure stay in effect.
     pub fn set(&mut self, cgroups: &BTreeSet<u64>) -> Result<()> {
-        let held: BTreeSet<u64> = self.cgroups.keys().collect::<Result<_, _>>()?;
-        for gone in held.difference(cgroups) {
+        let current: BTreeSet<u64> = self.cgroups.keys().collect::<Result<_, _>>()?;
+        for gone in current.difference(cgroups) {
             self.cgroups.remove(gone)?;
         }
-        // The programs look at the filter first.
-        let added = cgroups.difference(&held).try_for_each(|cgroup| {
-            self.cgroups.insert(*cgroup, 1, 0).with_context(|| format!("cannot leave cgroup {cgroup} alone"))
+        // The programs check the filter first, so it changes last.
+        let added = cgroups.difference(&current).try_for_each(|cgroup| {
+            self.cgroups.insert(*cgroup, 1, 0).with_context(|| format!("cannot add cgroup {cgroup} to the opt-out map"))
         });
         let mut filter = 0;
         for cgroup in self.cgroups.keys() {

@@ -1,4 +1,4 @@
-//! What the kernel tells: outcomes of connections, and the programs' own words for debugging.
+//! Events from the kernel: connection outcomes, and the programs' debug log.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -10,42 +10,43 @@ use aya::{
 use portolan_common::{Outcome as Record, OutcomeKind};
 use tokio::io::unix::AsyncFd;
 
-/// How a connection attempt to an endpoint ended.
+/// An event of a connection to an endpoint: how the connect ended, or what came back on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
-    /// When, on CLOCK_MONOTONIC.
+    /// Time of the event, on CLOCK_MONOTONIC.
     pub at: Duration,
-    /// The endpoint.
+    /// The endpoint that the connection was assigned.
     pub backend: SocketAddr,
-    /// The frontend that the application had dialled.
+    /// Id of the frontend that the application dialed.
     pub frontend_id: u32,
-    /// How it ended.
+    /// What happened.
     pub kind: OutcomeKind,
-    /// The error that the application got, 0 for none; of a response, its status.
+    /// The errno that the application received, or 0 for none.
+    /// For [`OutcomeKind::Responded`], the HTTP status; for [`OutcomeKind::NotHttp`], the detected protocol.
     pub errno: u32,
-    /// Time from the SYN to the outcome.
+    /// Time from the SYN to the event.
     pub latency: Duration,
-    /// The network namespace of the application.
+    /// Cookie of the application's network namespace.
     pub netns_cookie: u64,
 }
 
-/// The ring buffer of outcomes.
+/// Reads connection outcomes from the `EVENTS` ring buffer.
 pub struct EventStream {
     ring: AsyncFd<RingBuf<MapData>>,
 }
 
 impl EventStream {
     pub(crate) fn open(bpf: &mut Ebpf) -> Result<Self> {
-        let map = bpf.take_map("EVENTS").context("the embedded object has no map EVENTS")?;
+        let map = bpf.take_map("EVENTS").context("BPF object is missing map EVENTS")?;
         let ring = RingBuf::try_from(map)?;
-        // SAFETY: the ring buffer owns its descriptor, and gives the same one as long as it lives.
+        // SAFETY: the ring buffer owns its descriptor and returns the same one for its whole lifetime.
         Ok(Self { ring: unsafe { AsyncFd::register(ring)? } })
     }
 
-    /// Waits until there are outcomes, and takes up to `limit` of them.
+    /// Waits until there are outcomes, and returns up to `limit` of them, at least one.
     ///
     /// # Errors
-    /// The ring buffer cannot be waited for.
+    /// Returns an error if the ring buffer cannot be polled.
     pub async fn next(&mut self, limit: usize) -> Result<Vec<Outcome>> {
         loop {
             let mut ready = self.ring.readable_mut().await?;
@@ -69,7 +70,7 @@ fn decode(bytes: &[u8]) -> Option<Outcome> {
     if bytes.len() != size_of::<Record>() {
         return None;
     }
-    // SAFETY: `Record` is plain data of exactly this length, and a read that need not be aligned.
+    // SAFETY: `Record` is plain data of exactly this length, and the read may be unaligned.
     let record = unsafe { bytes.as_ptr().cast::<Record>().read_unaligned() };
     Some(Outcome {
         at: Duration::from_nanos(record.time_ns),
@@ -82,7 +83,7 @@ fn decode(bytes: &[u8]) -> Option<Outcome> {
     })
 }
 
-/// Log lines of the programs.
+/// Reads the debug log of the programs.
 pub struct Logs {
     logger: AsyncFd<aya_log::EbpfLogger<&'static dyn log::Log>>,
 }
@@ -90,14 +91,14 @@ pub struct Logs {
 impl Logs {
     pub(crate) fn open(bpf: &mut Ebpf) -> Result<Self> {
         let logger = aya_log::EbpfLogger::init(bpf)?;
-        // SAFETY: the logger owns its ring buffer's descriptor, and gives the same one as long as it lives.
+        // SAFETY: the logger owns its ring buffer's descriptor and returns the same one for its whole lifetime.
         Ok(Self { logger: unsafe { AsyncFd::register(logger)? } })
     }
 
-    /// Passes on what the programs say, for ever.
+    /// Forwards log lines to the `log` crate until an error occurs.
     ///
     /// # Errors
-    /// The ring buffer cannot be waited for.
+    /// Returns an error if the ring buffer cannot be polled.
     pub async fn forward(&mut self) -> Result<()> {
         loop {
             let mut ready = self.logger.readable_mut().await?;

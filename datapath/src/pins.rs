@@ -1,13 +1,14 @@
-//! Where maps and links are pinned, so that they outlive the agent.
+//! The bpffs layout: maps and links are pinned so that they outlive the agent.
 //!
 //! ```text
-//! <bpffs>/links/<program>            the live links; they stay, whatever is put into them
-//!         sockets-v<layout>/<map>    what is kept on sockets, and of who is left alone
-//!         v<schema>-<set>/<map>      one set of maps: all the others
-//!         current -> v<schema>-<set> the set whose programs are in the links
+//! <bpffs>/links/<program>            live links; programs are replaced inside them
+//!         sockets-v<layout>/<map>    per-socket state and excluded cgroups
+//!         v<schema>-<set>/<map>      one map set: all other maps
+//!         current -> v<schema>-<set> the set that the linked programs use
 //! ```
-//! A version with another schema, or with other sizes, builds a set of its own beside the current one, fills it, puts its programs into the
-//! live links, and only then makes it the current one. Whatever kills it on the way leaves the former one in force.
+//! An agent with a different schema or different map sizes builds a new set beside the current one and fills it.
+//! It then replaces the programs in the live links, and only after that makes the new set current.
+//! If the agent is killed on the way, the previous set stays in effect.
 
 use std::{
     fs,
@@ -30,23 +31,23 @@ use crate::{preflight::is_bpffs, sys};
 
 const CURRENT: &str = "current";
 const LINKS: &str = "links";
-/// Where agents of this machine say which cgroups they serve.
+/// The directory of the lock files by which agents claim their cgroups.
 const RUN: &str = "/run/portolan";
-/// A lock is tried so often, with this pause.
+/// Attempts to take a lock at startup, [`LOCK_PAUSE`] apart.
 const LOCK_TRIES: u32 = 10;
 const LOCK_PAUSE: Duration = Duration::from_millis(50);
 
-/// The pins of one node.
+/// The pin paths below one bpffs directory.
 #[derive(Clone, Debug)]
 pub struct Pins {
     root: PathBuf,
 }
 
-/// A set of maps.
+/// Identifies one pinned map set, in the directory `v<schema>-<id>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Set {
     pub(crate) schema: u32,
-    /// Its name; sockets remember it.
+    /// A random nonzero id. Per-socket state refers to it.
     pub(crate) id: u32,
 }
 
@@ -62,68 +63,67 @@ impl Set {
 }
 
 impl Pins {
-    /// The pins below a folder on a bpffs.
+    /// Returns the pin paths below `bpffs`, a directory on a bpffs. It need not exist yet.
     pub fn new(bpffs: &Path) -> Self {
         Self { root: bpffs.to_owned() }
     }
 
-    /// The folder.
     pub(crate) fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Where a link is pinned.
+    /// Returns the pin path of the link of program `name`.
     pub fn link(&self, name: &str) -> PathBuf {
         self.root.join(LINKS).join(name)
     }
 
-    /// Where a map of a set is pinned.
     pub(crate) fn map(&self, set: Set, name: &str) -> PathBuf {
         self.root.join(set.folder()).join(name)
     }
 
-    /// Where a map is pinned that belongs to no set.
+    /// Returns the pin path of a map that all sets share.
     pub(crate) fn socket_map(&self, name: &str) -> PathBuf {
         self.root.join(format!("sockets-v{SOCKET_LAYOUT}")).join(name)
     }
 
-    /// Where a map of the current set is pinned, if there is one.
+    /// Returns the pin path of map `name` in the current set, or `None` if there is no current set.
     pub fn current_map(&self, name: &str) -> Option<PathBuf> {
         Some(self.map(self.current()?, name))
     }
 
-    /// Makes the folders, for root only.
+    /// Creates the directories that do not exist, accessible to root only.
     pub(crate) fn make_folders(&self) -> Result<()> {
         let folders = [self.root.clone(), self.root.join(LINKS), self.root.join(format!("sockets-v{SOCKET_LAYOUT}"))];
         folders.iter().try_for_each(|folder| make_folder(folder))
     }
 
-    /// Makes the folders, and takes them for this agent alone.
+    /// Creates the directories and locks them for this agent.
     pub(crate) fn prepare(&self) -> Result<OwnedFd> {
         self.make_folders()?;
-        lock_patiently(&self.root)?.with_context(|| {
-            format!("another agent is at work on {}; stop it, or give this one its own --bpffs", self.root.display())
+        lock_with_retry(&self.root)?.with_context(|| {
+            format!("another agent already uses {}; stop it, or give this one its own --bpffs", self.root.display())
         })
     }
 
-    /// The set whose programs are in the links.
+    /// Returns the set that the linked programs use, or `None` if there is none.
     pub(crate) fn current(&self) -> Option<Set> {
         let target = fs::read_link(self.root.join(CURRENT)).ok()?;
         Set::parse(target.to_str()?).filter(|set| self.root.join(set.folder()).exists())
     }
 
-    /// Makes a new set beside the others.
+    /// Creates the directory of a new, empty set beside the existing ones.
     pub(crate) fn new_set(&self) -> Result<Set> {
-        // Sockets may remember a set that has gone, so a name shall not come twice: each of these hashers has another seed.
+        // Per-socket state may refer to a removed set, so ids must not repeat.
+        // Each `RandomState` has a different seed, which makes its hash a random number.
         let taken: Vec<u32> = self.sets()?.into_iter().map(|set| set.id).collect();
         let drawn = std::iter::repeat_with(|| RandomState::new().build_hasher().finish() as u32);
-        let id = drawn.take(100).find(|id| *id != 0 && !taken.contains(id)).context("no name for a set of maps")?;
+        let id = drawn.take(100).find(|id| *id != 0 && !taken.contains(id)).context("no unused map set id")?;
         let set = Set { schema: SCHEMA_VERSION, id };
         make_folder(&self.root.join(set.folder()))?;
         Ok(set)
     }
 
-    /// Makes a set the current one, in one step.
+    /// Makes `set` the current one, atomically.
     pub(crate) fn make_current(&self, set: Set) -> Result<()> {
         let (draft, current) = (self.root.join("next"), self.root.join(CURRENT));
         match fs::remove_file(&draft) {
@@ -132,12 +132,13 @@ impl Pins {
         }
         symlink(set.folder(), &draft)
             .and_then(|()| fs::rename(&draft, &current))
-            .with_context(|| format!("cannot make {}", current.display()))
+            .with_context(|| format!("cannot create {}", current.display()))
     }
 
-    /// Removes all sets but these. Programs that are in a link keep their maps, pinned or not.
-    pub(crate) fn remove_sets_but(&self, kept: &[Set]) -> Result<()> {
-        for set in self.sets()?.into_iter().filter(|set| !kept.contains(set)) {
+    /// Removes all sets except `retained`.
+    /// Linked programs hold references to their maps, so removing the pins does not affect them.
+    pub(crate) fn remove_sets_but(&self, retained: &[Set]) -> Result<()> {
+        for set in self.sets()?.into_iter().filter(|set| !retained.contains(set)) {
             remove_all(&self.root.join(set.folder()), &mut |_| {})?;
         }
         Ok(())
@@ -149,7 +150,7 @@ impl Pins {
     }
 }
 
-/// A folder, locked for this process; `None` where another one has it.
+/// Locks a directory for this process. Returns `None` if another process holds the lock.
 pub(crate) fn lock(folder: &Path) -> Result<Option<OwnedFd>> {
     let directory = open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .with_context(|| format!("cannot open {}", folder.display()))?;
@@ -160,8 +161,9 @@ pub(crate) fn lock(folder: &Path) -> Result<Option<OwnedFd>> {
     }
 }
 
-/// The same for an agent that starts: the former one may be ending, or somebody may be looking whether there is one.
-fn lock_patiently(folder: &Path) -> Result<Option<OwnedFd>> {
+/// Like [`lock`], with retries, for agent startup.
+/// A previous agent may still be shutting down, or `portolan doctor` may hold the lock for a moment.
+fn lock_with_retry(folder: &Path) -> Result<Option<OwnedFd>> {
     for _ in 0..LOCK_TRIES {
         if let Some(locked) = lock(folder)? {
             return Ok(Some(locked));
@@ -171,40 +173,42 @@ fn lock_patiently(folder: &Path) -> Result<Option<OwnedFd>> {
     lock(folder)
 }
 
-/// Takes a cgroup for this agent alone, whatever its pins. The lock is a file that only root may open: a cgroup's own folder everybody may.
+/// Locks a cgroup for this agent, independently of the pins in use.
+/// The lock is a file that only root can open; any user could lock the cgroup directory itself.
 pub(crate) fn own_cgroup(cgroup: &Path) -> Result<OwnedFd> {
     let id = fs::metadata(cgroup).with_context(|| format!("cannot read {}", cgroup.display()))?.ino();
     let run = Path::new(RUN);
     fs::create_dir_all(run).with_context(|| format!("cannot create {}", run.display()))?;
     remove_locks(&mut |_| {})?;
     lock_file(&run.join(format!("cgroup-{id}.lock")), LOCK_TRIES)?.with_context(|| {
-        format!("another agent serves the cgroup {}; stop it, or give this one another --cgroup", cgroup.display())
+        format!("another agent serves the cgroup {}; stop it, or give this one a different --cgroup", cgroup.display())
     })
 }
 
-/// Removes the locks that agents have left which have ended, and tells each; whoever holds one still has it.
+/// Removes stale cgroup lock files of agents that have exited, and calls `on_removed` with each path.
+/// Locks that a running agent holds stay.
 ///
 /// # Errors
-/// Their folder cannot be read.
-pub fn remove_locks(tell: &mut dyn FnMut(&Path)) -> Result<()> {
+/// Returns an error if the lock directory cannot be read.
+pub fn remove_locks(on_removed: &mut dyn FnMut(&Path)) -> Result<()> {
     for lock in entries(Path::new(RUN))?.into_iter().filter(|path| path.extension().is_some_and(|it| it == "lock")) {
         if let Ok(Some(_held)) = lock_file(&lock, 1)
             && fs::remove_file(&lock).is_ok()
         {
-            tell(&lock);
+            on_removed(&lock);
         }
     }
     Ok(())
 }
 
-/// A file, locked for this process; `None` where another one has it.
+/// Locks a file for this process, creating it if necessary. Returns `None` if another process holds the lock.
 fn lock_file(path: &Path, tries: u32) -> Result<Option<OwnedFd>> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     for _ in 0..tries {
         let file =
             open(path, flags, Mode::RUSR | Mode::WUSR).with_context(|| format!("cannot open {}", path.display()))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            // One that was removed in between locks nobody out.
+            // A file that was removed before it was locked excludes no other process.
             Ok(()) if fs::metadata(path).is_ok_and(|now| fstat(&file).is_ok_and(|own| own.st_ino == now.ino())) => {
                 return Ok(Some(file));
             }
@@ -217,32 +221,33 @@ fn lock_file(path: &Path, tries: u32) -> Result<Option<OwnedFd>> {
     Ok(None)
 }
 
-/// Takes everything off the kernel that is pinned below the folder, of every version, and tells each thing.
+/// Detaches all programs and removes all state pinned below `bpffs`, of every version.
+/// Calls `on_removed` with the path of each removed pin.
 ///
 /// # Errors
-/// An agent is still at work, or something cannot be removed.
-pub fn cleanup(bpffs: &Path, mut tell: impl FnMut(&Path)) -> Result<()> {
+/// Returns an error if an agent is still running, `bpffs` is not on a bpffs, or a pin cannot be removed.
+pub fn cleanup(bpffs: &Path, mut on_removed: impl FnMut(&Path)) -> Result<()> {
     if !bpffs.exists() {
         return Ok(());
     }
-    ensure!(is_bpffs(bpffs), "{} is not on a bpffs: nothing of Portolan can be pinned there", bpffs.display());
+    ensure!(is_bpffs(bpffs), "{} is not on a bpffs, so Portolan cannot have pinned anything there", bpffs.display());
     let Some(_lock) = lock(bpffs)? else {
-        bail!("an agent is at work on {}; stop it first", bpffs.display());
+        bail!("an agent is running on {}; stop it first", bpffs.display());
     };
-    // Links first, so that nothing is rewritten any more when the rest goes.
+    // Links first, so that no connection is rewritten while the maps are removed.
     let mut all = entries(bpffs)?;
     all.sort_by_key(|path| path.file_name().is_none_or(|name| name != LINKS));
     for link in entries(&bpffs.join(LINKS))? {
-        // At once; one for which that fails goes with its pin, a moment later.
+        // Best effort: without an explicit detach, the kernel detaches the link some time after its pin is removed.
         let _ = sys::open(&link).and_then(sys::detach);
     }
     for path in all {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         if name == CURRENT || name == "next" {
             fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-            tell(&path);
+            on_removed(&path);
         } else if name == LINKS || name.starts_with('v') || name.starts_with("sockets-v") {
-            remove_all(&path, &mut tell)?;
+            remove_all(&path, &mut on_removed)?;
         }
     }
     remove_folder(bpffs)
@@ -257,14 +262,14 @@ fn make_folder(folder: &Path) -> Result<()> {
     }
 }
 
-fn remove_all(folder: &Path, tell: &mut dyn FnMut(&Path)) -> Result<()> {
+fn remove_all(folder: &Path, on_removed: &mut dyn FnMut(&Path)) -> Result<()> {
     for pin in entries(folder)? {
         if pin.is_dir() {
-            remove_all(&pin, tell)?;
+            remove_all(&pin, on_removed)?;
             continue;
         }
         fs::remove_file(&pin).with_context(|| format!("cannot remove {}", pin.display()))?;
-        tell(&pin);
+        on_removed(&pin);
     }
     remove_folder(folder)
 }
@@ -296,7 +301,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_sets() {
+    fn set_folder_name_round_trips() {
         let set = Set { schema: 2, id: 17 };
         assert_eq!(Set::parse(&set.folder()), Some(set));
         for other in ["v1", "links", "sockets-v1", "v2-", "v-3", "current", "v2-x"] {

@@ -1,4 +1,4 @@
-//! What the machine must have. Each thing that is missing is one clear line.
+//! Startup checks of the machine. Each missing requirement is a one-line error.
 
 use std::path::{Path, PathBuf};
 
@@ -12,14 +12,14 @@ use crate::{
     error::Unsupported,
 };
 
-/// What the check found.
+/// What the programs and the loader need to know about the machine.
 #[derive(Debug)]
 pub(crate) struct Environment {
-    /// The cgroup to serve.
+    /// The cgroup v2 directory whose processes are served.
     pub(crate) cgroup: PathBuf,
-    /// What the programs read of sockets.
+    /// Offsets of the socket fields that the programs read.
     pub(crate) offsets: Offsets,
-    /// Nanoseconds of a tick of the kernel's clock (`1 / CONFIG_HZ`).
+    /// Length of a kernel tick (`1 / CONFIG_HZ`), in nanoseconds.
     pub(crate) tick_ns: u32,
 }
 
@@ -35,41 +35,41 @@ impl Environment {
         let cgroup = cgroup(given)?;
         check_bpffs(bpffs)?;
         let offsets = btf::offsets(Path::new("/sys/kernel/btf/vmlinux"))?;
-        // The coarse clocks move with each tick.
+        // The coarse clocks advance once per tick, so their resolution is the tick length.
         let tick = clock_getres(ClockId::MonotonicCoarse);
         Ok(Self { cgroup, offsets, tick_ns: u32::try_from(tick.tv_nsec).unwrap_or_default() })
     }
 }
 
-/// The cgroup to serve: this one, or the root of cgroup v2.
+/// Returns the cgroup to serve: `given`, or the root of the cgroup v2 hierarchy.
 ///
 /// # Errors
-/// It is not there, or is none of version 2.
+/// Returns an error if the cgroup does not exist, is not cgroup v2, or no cgroup v2 is mounted.
 pub fn cgroup(given: Option<&Path>) -> Result<PathBuf, Unsupported> {
     let cgroup = given.map_or_else(cgroup2_root, |path| Ok(path.to_owned()))?;
     let unsupported = |what: String| Err(Unsupported(what));
     match filesystem(&cgroup) {
         Some(CGROUP2_MAGIC) => Ok(cgroup),
         Some(_) => {
-            unsupported(format!("{} is not on a cgroup v2 file system; give one with --cgroup", cgroup.display()))
+            unsupported(format!("{} is not on a cgroup v2 file system; set --cgroup to one that is", cgroup.display()))
         }
         None => {
-            unsupported(format!("cgroup {} does not exist; create it, or give another with --cgroup", cgroup.display()))
+            unsupported(format!("cgroup {} does not exist; create it, or set a different --cgroup", cgroup.display()))
         }
     }
 }
 
-/// The root of cgroup v2, wherever it is mounted.
+/// Finds the mount point of the cgroup v2 root.
 fn cgroup2_root() -> Result<PathBuf, Unsupported> {
     let mounts = procfs::process::Process::myself().and_then(|process| process.mountinfo());
-    let mounts = mounts.map_err(|error| Unsupported(format!("the mount table cannot be read: {error}")))?;
+    let mounts = mounts.map_err(|error| Unsupported(format!("cannot read the mount table: {error}")))?;
     let mut roots = mounts.into_iter().filter(|mount| mount.fs_type == "cgroup2" && mount.root == "/");
     roots.next().map(|mount| mount.mount_point).ok_or_else(|| {
         Unsupported("no cgroup v2 is mounted; mount it (mount -t cgroup2 none /sys/fs/cgroup) or boot with systemd.unified_cgroup_hierarchy=1".to_owned())
     })
 }
 
-/// Makes sure that the folder lies on a bpffs; mounts one at the usual place where there is none.
+/// Checks that `folder` is on a bpffs. Mounts one at [`DEFAULT_BPFFS`] if `folder` is below it and none is mounted.
 fn check_bpffs(folder: &Path) -> Result<(), Unsupported> {
     let existing = folder.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     if filesystem(existing) == Some(BPF_FS_MAGIC) {
@@ -84,12 +84,12 @@ fn check_bpffs(folder: &Path) -> Result<(), Unsupported> {
         }
     }
     Err(Unsupported(format!(
-        "{} is not on a bpffs; mount one (mount -t bpf bpf {DEFAULT_BPFFS}) or give another with --bpffs",
+        "{} is not on a bpffs; mount one (mount -t bpf bpf {DEFAULT_BPFFS}) or set --bpffs to a directory on one",
         folder.display()
     )))
 }
 
-/// Whether a path lies on a bpffs.
+/// Returns whether `path` exists and is on a bpffs.
 pub(crate) fn is_bpffs(path: &Path) -> bool {
     filesystem(path) == Some(BPF_FS_MAGIC)
 }

@@ -1,23 +1,23 @@
-//! The embedded object, and the names and hooks of its programs.
+//! The embedded BPF object, and the names and hooks of its programs.
 
 use crate::error::Unsupported;
 
-/// The compiled programs; empty where this crate was built without the eBPF toolchain.
+/// The compiled programs. Empty if this crate was built without the eBPF toolchain.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portolan.bpf.o"));
 
-/// The compiled programs.
+/// Returns the compiled BPF object.
 ///
 /// # Errors
-/// This crate was built without the eBPF toolchain.
+/// Returns an error if this crate was built without the eBPF toolchain.
 pub(crate) fn object() -> Result<&'static [u8], Unsupported> {
     if OBJECT.is_empty() {
-        let message = "this binary was built without the eBPF programs; run: cargo xtask toolchain, and build it again";
+        let message = "this binary was built without the eBPF programs; run `cargo xtask toolchain`, then rebuild";
         return Err(Unsupported(message.to_owned()));
     }
     Ok(OBJECT)
 }
 
-/// Where in the kernel a program is attached: `enum bpf_attach_type` of linux/bpf.h.
+/// The hooks in use, with the values of `enum bpf_attach_type` of linux/bpf.h.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum AttachType {
@@ -33,12 +33,11 @@ pub(crate) enum AttachType {
     Inet6Getpeername = 30,
 }
 
-/// A program of the object.
+/// A program of the BPF object and the hook that it attaches to.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ProgramSpec {
-    /// The name of its function, and of its pinned link.
+    /// The name of both its function and its pinned link.
     pub(crate) name: &'static str,
-    /// Its hook.
     pub(crate) attach_type: AttachType,
 }
 
@@ -46,7 +45,8 @@ const fn program(name: &'static str, attach_type: AttachType) -> ProgramSpec {
     ProgramSpec { name, attach_type }
 }
 
-/// The programs that are always attached, in the order of attachment: the end of connections is observed before the first one is rewritten.
+/// The programs that are always attached, in attach order.
+/// `sock_ops` comes first, so that no connection is rewritten before its close can be observed.
 pub(crate) const PROGRAMS: [ProgramSpec; 9] = [
     program("sock_ops", AttachType::SockOps),
     program("getpeername4", AttachType::Inet4Getpeername),
@@ -59,5 +59,5 @@ pub(crate) const PROGRAMS: [ProgramSpec; 9] = [
     program("connect6", AttachType::Inet6Connect),
 ];
 
-/// The one program that reads packets. It is attached only while a rule counts errors of an HTTP port.
+/// The only program that reads packets. Attached only while a rule enables error-based ejection on an HTTP port.
 pub(crate) const HTTP_INGRESS: ProgramSpec = program("received", AttachType::InetIngress);

@@ -1,7 +1,8 @@
-//! When nobody reads any more what was in force a moment ago.
+//! Grace periods: when no in-flight program can still read map entries that were replaced.
 //!
-//! Programs run inside the kernel's RCU read sections. The membarrier system call waits until every section that has begun has ended, so what
-//! it returns from is a fact, not a guess about how long a program may be held up.
+//! BPF programs run inside RCU read-side critical sections.
+//! The membarrier system call returns only after every section that had begun has ended.
+//! So the end of a grace period is certain, not an estimate of how long a program may be delayed.
 
 use std::{
     sync::mpsc::{Receiver, Sender, channel},
@@ -15,43 +16,46 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::capabilities;
 
-/// `MEMBARRIER_CMD_GLOBAL` of linux/membarrier.h, which is the kernel's `synchronize_rcu()`.
+/// `MEMBARRIER_CMD_GLOBAL` of linux/membarrier.h, which calls `synchronize_rcu()` in the kernel.
 const GLOBAL: libc::c_int = 1;
-/// Where a kernel with isolated CPUs has no such barrier: longer by far than a program of some hundred instructions is held up.
+/// Fallback delay for kernels with isolated CPUs, which reject the barrier.
+/// Far longer than a program of a few hundred instructions can be delayed.
 const WITHOUT_BARRIER: Duration = Duration::from_secs(1);
 
-/// Waits on a thread of its own, for the call takes some milliseconds.
+/// Waits for grace periods on a dedicated thread, because the system call takes several milliseconds.
 pub struct GracePeriods {
     epochs: Sender<GraceEpoch>,
     elapsed: UnboundedReceiver<GraceEpoch>,
 }
 
 impl GracePeriods {
-    /// Starts the thread.
+    /// Starts the waiting thread. It exits when the value is dropped.
     ///
     /// # Errors
-    /// There is none to be had.
+    /// Returns an error if the thread cannot be started.
     pub fn start() -> Result<Self> {
-        let (epochs, wanted) = channel();
+        let (epochs, pending) = channel();
         let (done, elapsed) = unbounded_channel();
         thread::Builder::new()
             .name("grace".to_owned())
             .spawn(move || {
-                // Nothing is lost where that is refused: a thread that waits.
+                // Best effort: this thread only waits.
                 let _ = capabilities::drop_capabilities();
-                wait_for(&wanted, &done);
+                wait_for(&pending, &done);
             })
-            .context("cannot start a thread")?;
+            .context("cannot start the grace period thread")?;
         Ok(Self { epochs, elapsed })
     }
 
-    /// Begins to wait for those who may be reading what this round has freed.
+    /// Starts waiting for programs that may still read what `epoch` freed.
+    /// [`Self::elapsed`] reports the end.
     pub fn begin(&self, epoch: GraceEpoch) {
-        // It ends with this value only.
+        // Cannot fail: the thread lives as long as this value.
         let _ = self.epochs.send(epoch);
     }
 
-    /// The next round whose readers have ended; earlier ones have as well.
+    /// Waits for the next epoch whose readers have all returned; that also covers every earlier epoch.
+    /// Cancel safe.
     pub async fn elapsed(&mut self) -> GraceEpoch {
         match self.elapsed.recv().await {
             Some(epoch) => epoch,
@@ -62,7 +66,7 @@ impl GracePeriods {
 
 fn wait_for(epochs: &Receiver<GraceEpoch>, done: &UnboundedSender<GraceEpoch>) {
     while let Ok(epoch) = epochs.recv() {
-        // One barrier for all that wait.
+        // One barrier covers all queued epochs.
         let epoch = epochs.try_iter().last().unwrap_or(epoch);
         barrier();
         if done.send(epoch).is_err() {
@@ -71,9 +75,11 @@ fn wait_for(epochs: &Receiver<GraceEpoch>, done: &UnboundedSender<GraceEpoch>) {
     }
 }
 
-/// Waits until every program that runs now has ended.
+/// Blocks until every BPF program that is running now has returned.
+///
+/// Takes several milliseconds, or one second if the kernel rejects the barrier.
 pub fn barrier() {
-    // SAFETY: a system call without pointers.
+    // SAFETY: the system call takes no pointers.
     if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } != 0 {
         thread::sleep(WITHOUT_BARRIER);
     }
@@ -84,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rounds_settle_in_order() {
+    fn grace_epochs_elapse_in_order() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let mut grace = GracePeriods::start().unwrap();
         (1..=5).for_each(|epoch| grace.begin(epoch));

@@ -1,5 +1,7 @@
-//! What aya does not do: exchange the program in the link of a cgroup, ask where that is attached, and read what a socket carries. aya keeps
-//! the descriptor of a link to itself, so a pinned one is opened here as well.
+//! `bpf()` commands that aya lacks: updating the program in a cgroup link, querying where a link is attached, and
+//! reading socket storage.
+//!
+//! aya does not expose the descriptor of a link, so pinned links are opened here too.
 
 use std::{
     ffi::CString,
@@ -23,7 +25,7 @@ const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
 
-/// Pins a link.
+/// Pins a link at a path on a bpffs.
 pub(crate) fn pin(link: impl AsFd, pin: &Path) -> io::Result<()> {
     object(BPF_OBJ_PIN, pin, link.as_fd().as_raw_fd() as u32).map(drop)
 }
@@ -31,11 +33,11 @@ pub(crate) fn pin(link: impl AsFd, pin: &Path) -> io::Result<()> {
 /// Opens a pinned link.
 pub(crate) fn open(pin: &Path) -> io::Result<OwnedFd> {
     let fd = object(BPF_OBJ_GET, pin, 0)?;
-    // SAFETY: the kernel has just given this descriptor to nobody else.
+    // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// A command about a thing and its place in a bpffs.
+/// Runs a command on a BPF object and its path on a bpffs.
 fn object(command: libc::c_long, path: &Path, fd: u32) -> io::Result<i32> {
     #[repr(C)]
     struct Attr {
@@ -45,11 +47,11 @@ fn object(command: libc::c_long, path: &Path, fd: u32) -> io::Result<i32> {
     }
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = Attr { path: path.as_ptr().addr() as u64, fd, flags: 0 };
-    // SAFETY: the attributes are those of these commands; the path outlives the call.
+    // SAFETY: `attr` has the layout that these commands expect, and the path outlives the call.
     unsafe { bpf(command, &mut attr) }
 }
 
-/// Attaches a program to a cgroup, beside those of others.
+/// Attaches a program to a cgroup through a new link, in addition to programs already attached there.
 pub(crate) fn attach(cgroup: impl AsFd, program: impl AsFd, attach_type: AttachType) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
@@ -64,20 +66,20 @@ pub(crate) fn attach(cgroup: impl AsFd, program: impl AsFd, attach_type: AttachT
         attach_type: attach_type as u32,
         flags: 0,
     };
-    // SAFETY: the attributes are those of this command, and outlive the call.
+    // SAFETY: `attr` has the layout that this command expects, and outlives the call.
     let fd = unsafe { bpf(BPF_LINK_CREATE, &mut attr)? };
-    // SAFETY: the kernel has just given this descriptor to nobody else.
+    // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Takes a link off its cgroup. Where only its pin is removed, the kernel does so some time later.
+/// Detaches a link from its cgroup at once. If only its pin is removed, the kernel detaches it some time later.
 pub(crate) fn detach(link: impl AsFd) -> io::Result<()> {
     let mut fd = link.as_fd().as_raw_fd() as u32;
-    // SAFETY: the command has this one attribute.
+    // SAFETY: the descriptor is the only attribute of this command.
     unsafe { bpf(BPF_LINK_DETACH, &mut fd) }.map(drop)
 }
 
-/// Puts another program into a live link, in one step: no connection sees neither of them.
+/// Replaces the program in a live link atomically: every connection sees the old program or the new one.
 pub(crate) fn update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     #[repr(C)]
     struct Attr {
@@ -92,31 +94,31 @@ pub(crate) fn update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
         flags: 0,
         old_prog_fd: 0,
     };
-    // SAFETY: the attributes are those of this command, and outlive the call.
+    // SAFETY: `attr` has the layout that this command expects, and outlives the call.
     unsafe { bpf(BPF_LINK_UPDATE, &mut attr) }.map(drop)
 }
 
-/// `struct bpf_link_info` for a cgroup.
+/// `struct bpf_link_info` of linux/bpf.h, for a cgroup link.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct LinkInfo {
     kind: u32,
     id: u32,
-    /// Id of the program in it.
+    /// Id of the linked program.
     pub(crate) program: u32,
     pad: u32,
-    /// Id of the cgroup that it is attached to; 0 where it no longer is.
+    /// Id of the cgroup that the link is attached to; 0 once it is detached.
     pub(crate) cgroup: u64,
     attach_type: u32,
     tail: u32,
 }
 
-/// The id of the cgroup that a link is attached to; 0 where it no longer is.
+/// Returns the id of the cgroup that a link is attached to, or 0 once it is detached.
 pub(crate) fn cgroup_id(link: impl AsFd) -> io::Result<u64> {
     Ok(info(link)?.cgroup)
 }
 
-/// What the kernel says of a link.
+/// Queries the kernel for the state of a link.
 pub(crate) fn info(link: impl AsFd) -> io::Result<LinkInfo> {
     #[repr(C)]
     struct Attr {
@@ -130,12 +132,13 @@ pub(crate) fn info(link: impl AsFd) -> io::Result<LinkInfo> {
         info_len: size_of::<LinkInfo>() as u32,
         info: (&raw mut info).addr() as u64,
     };
-    // SAFETY: the attributes are those of this command; `info` is as long as they say, and outlives the call.
+    // SAFETY: `attr` has the layout that this command expects; `info` has the stated length and outlives the call.
     unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)? };
     Ok(info)
 }
 
-/// Ids of the programs that run in a cgroup for a hook: those attached to it, or with `effective` those of the cgroups above as well.
+/// Returns the ids of the programs attached to a cgroup for a hook.
+/// With `effective`, includes programs inherited from its ancestors.
 pub(crate) fn programs_of(cgroup: impl AsFd, attach_type: AttachType, effective: bool) -> io::Result<Vec<u32>> {
     #[repr(C)]
     struct Attr {
@@ -147,7 +150,7 @@ pub(crate) fn programs_of(cgroup: impl AsFd, attach_type: AttachType, effective:
         count: u32,
         pad: u32,
     }
-    // The kernel allows 64 on one cgroup, and cgroups may be nested.
+    // The kernel allows 64 programs per cgroup, and cgroups may be nested.
     let mut ids = vec![0u32; 1024];
     let mut attr = Attr {
         target_fd: cgroup.as_fd().as_raw_fd() as u32,
@@ -158,13 +161,13 @@ pub(crate) fn programs_of(cgroup: impl AsFd, attach_type: AttachType, effective:
         count: ids.len() as u32,
         pad: 0,
     };
-    // SAFETY: the attributes are those of this command; the ids have the room that is said, and outlive the call.
+    // SAFETY: `attr` has the layout that this command expects; `ids` has the stated capacity and outlives the call.
     unsafe { bpf(BPF_PROG_QUERY, &mut attr)? };
     ids.truncate(attr.count as usize);
     Ok(ids)
 }
 
-/// What a map of socket storage has for a socket.
+/// Looks up the value of a socket in a socket storage map. Fails with ENOENT if the socket has none.
 pub(crate) fn lookup_socket<T: aya::Pod>(map: impl AsFd, socket: impl AsFd) -> io::Result<T> {
     #[repr(C)]
     struct Attr {
@@ -183,13 +186,14 @@ pub(crate) fn lookup_socket<T: aya::Pod>(map: impl AsFd, socket: impl AsFd) -> i
         value: value.as_mut_ptr().addr() as u64,
         flags: 0,
     };
-    // SAFETY: the attributes are those of this command; key and value are as long as those of the map, and outlive the call.
+    // SAFETY: `attr` has the layout that this command expects; key and value have the map's sizes and outlive the call.
     unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr)? };
-    // SAFETY: the kernel has written it, and any bytes are a value of plain data.
+    // SAFETY: the kernel has written the value, and any bytes are a valid `Pod`.
     Ok(unsafe { value.assume_init() })
 }
 
-/// How many entries a hash map has, up to `most`: where entries go while they are counted, the kernel begins anew.
+/// Counts the entries of a hash map, up to `most`.
+/// If a key is removed during the iteration, the kernel restarts from the first one; `most` bounds the loop.
 pub(crate) fn count_entries(map: impl AsFd, most: u64) -> io::Result<u64> {
     #[repr(C)]
     struct Attr {
@@ -198,7 +202,7 @@ pub(crate) fn count_entries(map: impl AsFd, most: u64) -> io::Result<u64> {
         key: u64,
         next_key: u64,
     }
-    // Longer than any key of ours.
+    // Longer than any key of Portolan's maps.
     let (mut key, mut next) = ([0u8; 64], [0u8; 64]);
     let mut count = 0;
     while count < most {
@@ -208,7 +212,7 @@ pub(crate) fn count_entries(map: impl AsFd, most: u64) -> io::Result<u64> {
             key: if count == 0 { 0 } else { key.as_mut_ptr().addr() as u64 },
             next_key: next.as_mut_ptr().addr() as u64,
         };
-        // SAFETY: the attributes are those of this command; both keys are long enough, and outlive the call.
+        // SAFETY: `attr` has the layout that this command expects; both keys are long enough and outlive the call.
         match unsafe { bpf(BPF_MAP_GET_NEXT_KEY, &mut attr) } {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(count),
             Err(error) => return Err(error),
@@ -221,9 +225,9 @@ pub(crate) fn count_entries(map: impl AsFd, most: u64) -> io::Result<u64> {
 }
 
 /// # Safety
-/// `attr` must be what the kernel expects for the command, and whatever it points to must be valid.
+/// `attr` must have the layout that `command` expects, and every pointer in it must be valid for the call.
 unsafe fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
-    // SAFETY: as the caller promises.
+    // SAFETY: the caller upholds the contract above.
     match unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) } {
         result if result < 0 => Err(io::Error::last_os_error()),
         result => Ok(result as i32),

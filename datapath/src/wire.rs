@@ -1,4 +1,4 @@
-//! What the agent and its helper exchange: frames of a length (four bytes, little-endian) and a postcard value.
+//! The protocol between agent and helper: each frame is a length (four bytes, little-endian) and a postcard value.
 
 use std::io::{self, Read, Write};
 
@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum HelperRequest {
-    /// Whose is the network namespace with this cookie?
+    /// Describe the owner of the network namespace with this cookie.
     Name(u64),
-    /// Attach the program that sees packets, and pin its link.
+    /// Attach the [`HTTP_INGRESS`](crate::programs::HTTP_INGRESS) program and pin its link.
     Packets,
 }
 
@@ -19,7 +19,7 @@ pub(crate) enum HelperResponse {
     Attached(Result<(), String>),
 }
 
-/// What is as long as said, and then that.
+/// Encodes a value as a frame.
 pub(crate) fn encode_frame(value: &impl Serialize) -> io::Result<Vec<u8>> {
     let bytes = postcard::to_extend(value, vec![0; 4]).map_err(io::Error::other)?;
     let mut bytes: Vec<u8> = bytes;
@@ -33,7 +33,7 @@ pub(crate) fn write(stream: &mut impl Write, value: &impl Serialize) -> io::Resu
     stream.write_all(&encode_frame(value)?)
 }
 
-/// `None`: the other side has ended.
+/// Reads one frame. Returns `None` if the peer has closed the stream.
 pub(crate) fn read<T: DeserializeOwned>(stream: &mut impl Read) -> Result<Option<T>> {
     let mut length = [0; 4];
     match stream.read_exact(&mut length) {
@@ -45,11 +45,15 @@ pub(crate) fn read<T: DeserializeOwned>(stream: &mut impl Read) -> Result<Option
     Ok(Some(postcard::from_bytes(&bytes)?))
 }
 
-/// The length of what follows.
+/// Decodes the length of the value that follows, and rejects one above [`MAX_FRAME_LEN`].
 pub(crate) fn frame_len(length: [u8; 4]) -> io::Result<usize> {
     let length = u32::from_le_bytes(length) as usize;
-    if length > LONGEST { Err(io::Error::other(format!("{length} bytes are too many"))) } else { Ok(length) }
+    if length > MAX_FRAME_LEN {
+        Err(io::Error::other(format!("frame of {length} bytes exceeds the limit of {MAX_FRAME_LEN}")))
+    } else {
+        Ok(length)
+    }
 }
 
 /// Enough for the endpoints of half a million services.
-const LONGEST: usize = 256 << 20;
+const MAX_FRAME_LEN: usize = 256 << 20;

@@ -1,4 +1,6 @@
-//! What is remembered on sockets, and what is counted of them; and how both are put right after a time in which no hook saw connections end.
+//! Per-socket state and counts of active connections.
+//!
+//! Also reconciles both with the sockets that exist, after a time in which no hook saw connections close.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -19,17 +21,19 @@ use crate::{
     pins::{Pins, Set},
 };
 
-/// Words of the counters of what there is now.
+/// Word offsets of the counts of active connections.
 const BACKEND_ACTIVE: usize = offset_of!(BackendStats, active) / 8;
 const POOL_ACTIVE: usize = offset_of!(PoolStats, active) / 8;
-/// The word in which a place says whose it is.
+/// Word offset of the cookie of the socket that owns a slot.
 const OWNER: usize = offset_of!(Connection, owner) / 8;
 
-/// A place whose connect has not begun for so long belongs to one that failed before it could, if no list of sockets has it. (Or to one of
-/// TCP_FASTOPEN_CONNECT that has sent nothing for so long: what it does then is not counted.)
+/// A slot is abandoned if its connect has not started for this long and no socket list contains its owner.
+///
+/// Its connect failed before a SYN was sent.
+/// Or the socket uses TCP_FASTOPEN_CONNECT and has sent nothing since; what it does later is not counted.
 const ABANDONED: Duration = Duration::from_secs(600);
 
-/// The maps that say so.
+/// The maps with per-socket state and counts of active connections.
 pub(crate) struct SocketAccounting {
     pub(super) storage: MapData,
     connections: MmapArray,
@@ -39,18 +43,18 @@ pub(crate) struct SocketAccounting {
     set: u32,
 }
 
-/// What a recount has put right.
+/// The corrections that reconciling made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reconciled {
-    /// Places that belonged to connections that there are not.
+    /// `CONNECTIONS` slots freed, because their sockets no longer exist.
     pub freed: usize,
-    /// Counts of connections, of endpoints and of pools, that were wrong.
+    /// Counts of active connections corrected, of backends and of pools.
     pub corrected: usize,
-    /// What looks wrong, but has to be looked at again.
+    /// Suspected errors that another run must confirm.
     pub unsettled: usize,
 }
 
-/// How things are at one moment.
+/// A snapshot of slot owners and active counts.
 pub(super) struct Counts {
     owners: Vec<(u32, u64)>,
     backends: Vec<u64>,
@@ -64,63 +68,63 @@ impl SocketAccounting {
             Ok((MapData::from_pin(&pin)?, MapInfo::from_pin(&pin)?.max_entries()))
         };
         let connections = MapData::from_pin(pins.socket_map(maps::CONNECTIONS))?;
-        let (backends, of_backends) = mapped("BACKEND_STATS")?;
-        let (pools, of_pools) = mapped("POOL_STATS")?;
+        let (backends, backend_entries) = mapped("BACKEND_STATS")?;
+        let (pools, pool_entries) = mapped("POOL_STATS")?;
         Ok(Self {
             storage: MapData::from_pin(pins.socket_map(maps::SOCKETS))?,
             connections: MmapArray::open::<Connection>(connections.fd(), Connection::CAPACITY)?,
-            backends: MmapArray::open::<BackendStats>(backends.fd(), of_backends)?,
-            pools: MmapArray::open::<PoolStats>(pools.fd(), of_pools)?,
+            backends: MmapArray::open::<BackendStats>(backends.fd(), backend_entries)?,
+            pools: MmapArray::open::<PoolStats>(pools.fd(), pool_entries)?,
             limits: aya::maps::Array::try_from(aya::maps::Map::Array(mapped("POOLS")?.0))?,
             set: set.id,
         })
     }
 
-    /// What is remembered of the TCP connection with this cookie, if it has a place of its own.
+    /// Returns the state of the TCP socket with this cookie, or `None` if it has no `CONNECTIONS` slot.
     pub(super) fn connection(&self, cookie: u64) -> Option<SocketState> {
         let connection: Connection = self.connections.read(cookie as u32 & (Connection::CAPACITY - 1)).ok()?;
         (connection.owner == cookie).then_some(connection.state)
     }
 
-    /// Places that are somebody's.
+    /// Counts the slots in use.
     pub(super) fn taken(&self) -> u32 {
         let taken =
-            |place: &u32| self.connections.word(*place, OWNER).is_ok_and(|owner| owner.load(Ordering::Relaxed) != 0);
+            |slot: &u32| self.connections.word(*slot, OWNER).is_ok_and(|owner| owner.load(Ordering::Relaxed) != 0);
         (0..self.connections.len()).filter(taken).count() as u32
     }
 
-    /// Places whose connect has not begun for too long.
+    /// Returns the slots whose connect has not started for [`ABANDONED`], as (slot, owner).
     pub(super) fn abandoned(&self, waiting: &mut Waiting, now: Instant) -> Result<Vec<(u32, u64)>> {
         let mut still = Vec::new();
-        for place in 0..self.connections.len() {
-            if self.connections.word(place, OWNER)?.load(Ordering::Relaxed) == 0 {
+        for slot in 0..self.connections.len() {
+            if self.connections.word(slot, OWNER)?.load(Ordering::Relaxed) == 0 {
                 continue;
             }
-            let connection: Connection = self.connections.read(place)?;
+            let connection: Connection = self.connections.read(slot)?;
             if connection.owner != 0 && connection.state.stage == SocketStage::None as u32 {
-                still.push((place, connection.owner));
+                still.push((slot, connection.owner));
             }
         }
         Ok(waiting.abandoned(&still, now))
     }
 
-    /// Frees a place, if it still is this socket's.
-    pub(super) fn free(&self, (place, owner): (u32, u64)) -> Result<bool> {
-        let word = self.connections.word(place, OWNER)?;
+    /// Frees a slot if the same socket still owns it. Returns whether it did.
+    pub(super) fn free(&self, (slot, owner): (u32, u64)) -> Result<bool> {
+        let word = self.connections.word(slot, OWNER)?;
         Ok(word.compare_exchange(owner, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok())
     }
 
-    /// Takes down how things are.
+    /// Takes a snapshot to compare with a list of all sockets.
     pub(super) fn now(&self) -> Result<Counts> {
         let mut owners = Vec::new();
-        for place in 0..self.connections.len() {
-            if self.connections.word(place, OWNER)?.load(Ordering::SeqCst) == 0 {
+        for slot in 0..self.connections.len() {
+            if self.connections.word(slot, OWNER)?.load(Ordering::SeqCst) == 0 {
                 continue;
             }
-            let connection: Connection = self.connections.read(place)?;
-            // One that has not begun to connect is in no list of sockets.
+            let connection: Connection = self.connections.read(slot)?;
+            // A socket that has not started to connect is in no socket list.
             if connection.owner != 0 && connection.state.stage != SocketStage::None as u32 {
-                owners.push((place, connection.owner));
+                owners.push((slot, connection.owner));
             }
         }
         let all = |of: &MmapArray, word| -> Result<Vec<u64>> {
@@ -129,8 +133,10 @@ impl SocketAccounting {
         Ok(Counts { owners, backends: all(&self.backends, BACKEND_ACTIVE)?, pools: all(&self.pools, POOL_ACTIVE)? })
     }
 
-    /// Leads places and counts to what was seen of all sockets since `before`. What is found for the first time is only remembered: a socket that came
-    /// or went while others were looked at may explain it.
+    /// Corrects slots and counts to match `seen`, all sockets listed since the snapshot `before`.
+    ///
+    /// A mismatch found for the first time is only recorded in `doubts`.
+    /// A socket that was opened or closed during the listing may explain it.
     pub(super) fn recount(&self, before: &Counts, seen: &Seen, doubts: &mut Doubts) -> Result<Reconciled> {
         let (mut backends, mut pools): (HashMap<u32, u64>, HashMap<u32, u64>) = Default::default();
         for state in seen.states.iter().filter(|state| state.set == self.set && state.stage != SocketStage::None as u32)
@@ -144,13 +150,13 @@ impl SocketAccounting {
             }
         }
         let mut recounted = Reconciled::default();
-        let former = std::mem::take(doubts);
-        let of_backends = (&self.backends, BACKEND_ACTIVE, before.backends.as_slice(), &backends);
-        doubts.backends = correct(of_backends, &former.backends, &mut recounted)?;
-        let of_pools = (&self.pools, POOL_ACTIVE, before.pools.as_slice(), &pools);
-        doubts.pools = correct(of_pools, &former.pools, &mut recounted)?;
+        let previous = std::mem::take(doubts);
+        let backend_counts = (&self.backends, BACKEND_ACTIVE, before.backends.as_slice(), &backends);
+        doubts.backends = correct(backend_counts, &previous.backends, &mut recounted)?;
+        let pool_counts = (&self.pools, POOL_ACTIVE, before.pools.as_slice(), &pools);
+        doubts.pools = correct(pool_counts, &previous.pools, &mut recounted)?;
         for owner in before.owners.iter().filter(|(_, owner)| !seen.cookies.contains(owner)) {
-            if former.owners.contains(owner) {
+            if previous.owners.contains(owner) {
                 recounted.freed += usize::from(self.free(*owner)?);
             } else {
                 doubts.owners.insert(*owner);
@@ -161,10 +167,10 @@ impl SocketAccounting {
     }
 }
 
-/// By how much a count is too high, by id.
+/// Id → by how much its count is too high.
 type Drifts = HashMap<u32, i64>;
 
-/// What looked wrong the last time.
+/// Mismatches that the previous run found and the next one must confirm.
 #[derive(Debug, Default)]
 pub(super) struct Doubts {
     owners: HashSet<(u32, u64)>,
@@ -172,10 +178,12 @@ pub(super) struct Doubts {
     pools: Drifts,
 }
 
-/// Takes off what counts are too high by twice in a row, where nobody changed them while it was looked. Gives back what looked wrong for the first time.
+/// Subtracts the excess of each count that was too high by the same amount twice in a row and has not changed since
+/// the snapshot.
+/// Returns the mismatches that are not confirmed yet.
 fn correct(
     (of, word, before, seen): (&MmapArray, usize, &[u64], &HashMap<u32, u64>),
-    former: &Drifts,
+    previous: &Drifts,
     recounted: &mut Reconciled,
 ) -> Result<Drifts> {
     let mut drifts = Drifts::new();
@@ -185,7 +193,7 @@ fn correct(
             continue;
         }
         let active = of.word(id, word)?;
-        if active.load(Ordering::SeqCst) == *before && former.get(&id) == Some(&drift) {
+        if active.load(Ordering::SeqCst) == *before && previous.get(&id) == Some(&drift) {
             active.fetch_sub(drift as u64, Ordering::SeqCst);
             recounted.corrected += 1;
         } else {
@@ -196,21 +204,21 @@ fn correct(
     Ok(drifts)
 }
 
-/// Places whose connect had not begun when they were looked at: whose they were, and since when.
+/// Slots whose connect had not started at the last scan: slot → owner, and when that owner was first seen.
 #[derive(Debug, Default)]
 pub(super) struct Waiting(HashMap<u32, (u64, Instant)>);
 
 impl Waiting {
-    /// Of those that wait now, the ones that have waited for too long.
+    /// Records `still`, the slots that wait now, and returns those that have waited for [`ABANDONED`].
     fn abandoned(&mut self, still: &[(u32, u64)], now: Instant) -> Vec<(u32, u64)> {
         let mut abandoned = Vec::new();
         let mut waiting = HashMap::with_capacity(still.len());
-        for (place, owner) in still {
-            let since = self.0.get(place).filter(|(former, _)| former == owner).map_or(now, |(_, since)| *since);
+        for (slot, owner) in still {
+            let since = self.0.get(slot).filter(|(previous, _)| previous == owner).map_or(now, |(_, since)| *since);
             if now.saturating_duration_since(since) >= ABANDONED {
-                abandoned.push((*place, *owner));
+                abandoned.push((*slot, *owner));
             }
-            waiting.insert(*place, (*owner, since));
+            waiting.insert(*slot, (*owner, since));
         }
         self.0 = waiting;
         abandoned
@@ -218,7 +226,7 @@ impl Waiting {
 }
 
 impl Seen {
-    /// Nothing yet.
+    /// Returns an empty list.
     pub(super) fn nothing() -> Self {
         Self { cookies: HashSet::new(), states: Vec::new() }
     }
@@ -229,15 +237,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_connect_that_never_began_gives_its_place_back() {
+    fn slot_of_connect_that_never_starts_is_reclaimed() {
         let (mut waiting, start) = (Waiting::default(), Instant::now());
         let after = |seconds| start + Duration::from_secs(seconds);
         assert_eq!(waiting.abandoned(&[(1, 10), (2, 20)], start), []);
-        // The place of the second is another one's meanwhile.
+        // The second slot has a different owner by now.
         assert_eq!(waiting.abandoned(&[(1, 10), (2, 21)], after(300)), []);
         assert_eq!(waiting.abandoned(&[(1, 10), (2, 21)], after(599)), []);
         assert_eq!(waiting.abandoned(&[(1, 10), (2, 21)], after(600)), [(1, 10)]);
-        // Gone for a moment is begun anew.
+        // A slot that was free for a moment starts over.
         assert_eq!(waiting.abandoned(&[], after(700)), []);
         assert_eq!(waiting.abandoned(&[(2, 21)], after(1000)), []);
     }

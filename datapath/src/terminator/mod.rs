@@ -1,7 +1,7 @@
-//! Ending connections: those to endpoints that are gone, and those that have outlived the limits of their pool.
+//! Terminates connections to removed or inactive endpoints, and connections that exceed the limits of their pool.
 //!
-//! The helper goes through the sockets of every network namespace, once for each batch of changes. Only sockets are ended that carry
-//! a state of Portolan's which their peer agrees with.
+//! The helper sweeps the sockets of every network namespace, once per batch of changes.
+//! It terminates a socket only if the socket has Portolan state and that state matches the socket's peer.
 
 mod accounting;
 mod request;
@@ -55,31 +55,32 @@ pub use self::{
     request::{ActiveEndpoints, Lifetime, RemovedEndpointTcp, SweepRequest},
 };
 
-/// A connection is idle when nothing was sent or received for so long.
+/// With [`RemovedEndpointTcp::Idle`], a connection is idle after this long without sent or received data.
 pub const IDLE: Duration = Duration::from_secs(5);
 
-/// Connections that are closed within a second because their endpoints get none any more: their applications come back at once, all to the same ones.
+/// Rate limit: at most this many connections to inactive endpoints are closed per [`MOVES_IN`].
+/// Their applications reconnect at once, all to the same endpoints.
 const MOVES: u64 = 20;
 const MOVES_IN: Duration = Duration::from_secs(1);
 
-/// How often places are looked through whose connect never began.
-const TIDY: Duration = Duration::from_secs(60);
+/// Interval between scans for `CONNECTIONS` slots whose connect never started.
+const REAP_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Why sockets were ended.
+/// Why a socket was closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Reason {
-    /// The endpoint is gone.
+    /// Its endpoint was removed.
     Gone,
     /// Nothing was sent or received for longer than `idleTimeout`.
     Idle,
-    /// It lasted longer than `maxConnectionDuration`.
+    /// It was open for longer than `maxConnectionDuration`.
     Age,
-    /// It was idle, and its endpoint gets no connections any more.
+    /// It was idle, and its endpoint receives no new connections.
     Inactive,
 }
 
 impl Reason {
-    /// As metrics and events name it.
+    /// Returns the value of the `reason` label in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Gone => "gone",
@@ -90,30 +91,31 @@ impl Reason {
     }
 }
 
-/// What a pass has done.
+/// The result of one sweep.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct SweepReport {
-    /// Whether it looked for connections to end, and not only counted them.
+    /// Whether the sweep looked for connections to close; if not, it only counted them.
     pub closing: bool,
-    /// Whether it was to count.
+    /// Whether the request asked to reconcile counts, successful or not.
     pub counting: bool,
-    /// Sockets that were ended, by reason, protocol and endpoint.
+    /// Number of sockets closed, by reason, protocol and endpoint.
     pub closed: BTreeMap<(Reason, Protocol, SocketAddr), u64>,
-    /// When the next of the connections to gone endpoints may be idle, if there are any.
+    /// Time until another sweep may close more: a connection may be idle by then, or the rate limit allows more.
+    /// `None` if no connection waits.
     pub wait: Option<Duration>,
-    /// How many more may be ended because their endpoints get no connections any more.
+    /// How many more connections to inactive endpoints the rate limit allows.
     moves: u64,
-    /// What was put right.
+    /// Corrections to slots and counts; `None` if not requested or the sweep had errors.
     pub recounted: Option<Reconciled>,
-    /// Network namespaces that were looked into.
+    /// Number of network namespaces visited.
     pub namespaces: usize,
-    /// What did not work.
+    /// Errors, one message each. The sweep continues past them.
     pub trouble: Vec<String>,
-    /// Endpoints whose connected UDP sockets may not all have been ended, for that reason.
+    /// Removed endpoints that may still have connected UDP sockets, because of errors. Request them again.
     pub unfinished: Option<RemovedEndpoints>,
 }
 
-/// The helper that does it, from outside.
+/// The agent's side of the sweeps, which the helper runs.
 pub struct Terminator {
     states: SocketAccounting,
     orders: UnboundedSender<SweepRequest>,
@@ -121,18 +123,19 @@ pub struct Terminator {
 }
 
 impl Terminator {
-    /// Speaks with the helper on this way, of the sockets whose states are pinned here, with ids of this set. To be called inside a runtime.
+    /// Opens the pinned socket state maps of `set`, and starts the tasks that talk to the helper over its socket.
+    /// Must be called within a Tokio runtime.
     pub(super) fn start(pins: &Pins, set: Set, helper: UnixStream) -> Result<Self> {
-        let states = SocketAccounting::open(pins, set).context("cannot open the sockets' states")?;
+        let states = SocketAccounting::open(pins, set).context("cannot open the socket state maps")?;
         helper.set_nonblocking(true)?;
         let (mut answers, mut asks) = tokio::net::UnixStream::from_std(helper)?.into_split();
-        let (orders, mut wanted) = unbounded_channel();
+        let (orders, mut pending) = unbounded_channel();
         let (done, passes) = unbounded_channel();
         tokio::spawn(async move {
-            while let Some(order) = wanted.recv().await {
+            while let Some(order) = pending.recv().await {
                 match encode_frame(&order) {
                     Ok(frame) => asks.write_all(&frame).await?,
-                    Err(error) => tracing::warn!("connections that should end go on: the order to end them: {error}"),
+                    Err(error) => tracing::warn!("failed to terminate some connections: cannot encode sweep: {error}"),
                 }
             }
             io::Result::Ok(())
@@ -151,36 +154,38 @@ impl Terminator {
         Ok(Self { states, orders, passes })
     }
 
-    /// Asks for a pass. Where one is under way, the next one follows, and of several that wait the last one counts.
+    /// Requests a sweep.
+    /// If one is in progress, the next one follows it; requests that queue up meanwhile are merged into one.
     pub fn begin(&self, order: SweepRequest) {
-        // It ends with this value only, or with the helper, which `done` tells.
+        // Fails only if the helper has exited, which `done` reports.
         let _ = self.orders.send(order);
     }
 
-    /// Connections that have a place of their own for what is remembered, and how many may.
+    /// Returns the number of `CONNECTIONS` slots in use, and the capacity of the map.
     pub fn places(&self) -> (u32, u32) {
         (self.states.taken(), portolan_common::Connection::CAPACITY)
     }
 
-    /// What the next pass has done.
+    /// Waits for the next sweep to finish, and returns its report.
     ///
     /// # Errors
-    /// The helper has ended.
+    /// Returns an error if the helper has exited.
     pub async fn done(&mut self) -> Result<SweepReport> {
-        self.passes.recv().await.context("the helper, which closes connections, has ended")
+        self.passes.recv().await.context("the helper exited, so connections can no longer be terminated")
     }
 }
 
-/// Whether sockets can be listed and ended on this machine; if not, why.
+/// Checks that `sock_diag` can list and close sockets on this machine; if not, returns why.
 pub(super) fn check() -> Result<(), String> {
-    let diag = Diag::open().map_err(|error| format!("no sock_diag: {error}"))?;
+    let diag = Diag::open().map_err(|error| format!("cannot open sock_diag: {error}"))?;
     for protocol in [Protocol::Tcp, Protocol::Udp] {
-        diag.check(protocol).map_err(|error| format!("{protocol} sockets cannot be ended: {error}"))?;
+        diag.check(protocol).map_err(|error| format!("cannot close {protocol} sockets through sock_diag: {error}"))?;
     }
     Ok(())
 }
 
-/// Does what it is told, until nobody tells it anything or takes what it has done. It moves this thread from namespace to namespace.
+/// Runs the requested sweeps until the request channel closes or `done` returns false.
+/// Moves the calling thread from one network namespace to the next.
 pub(super) fn work(
     states: &SocketAccounting,
     set: u32,
@@ -188,17 +193,17 @@ pub(super) fn work(
     mut done: impl FnMut(SweepReport) -> bool,
 ) {
     let own = File::open("/proc/thread-self/ns/net");
-    let (mut waiting, mut tidied) = (Waiting::default(), Instant::now());
+    let (mut waiting, mut reaped_at) = (Waiting::default(), Instant::now());
     let mut doubts = Doubts::default();
     let (mut moves, mut moves_since) = (MOVES, Instant::now());
     loop {
-        if tidied.elapsed() >= TIDY {
-            tidied = Instant::now();
-            if let Err(error) = reap_abandoned(states, &mut waiting, tidied) {
-                tracing::warn!("places of connections cannot be freed: {error:#}");
+        if reaped_at.elapsed() >= REAP_INTERVAL {
+            reaped_at = Instant::now();
+            if let Err(error) = reap_abandoned(states, &mut waiting, reaped_at) {
+                tracing::warn!("cannot reclaim abandoned connection slots: {error:#}");
             }
         }
-        let order = match orders.recv_timeout(TIDY) {
+        let order = match orders.recv_timeout(REAP_INTERVAL) {
             Ok(order) => order,
             Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => return,
@@ -215,7 +220,7 @@ pub(super) fn work(
         if order.recount {
             match sees_all_processes().and_then(|()| states.now()) {
                 Ok(now) => before = Some((now, Seen::nothing())),
-                Err(error) => pass.trouble.push(format!("connections cannot be counted: {error:#}")),
+                Err(error) => pass.trouble.push(format!("cannot count connections: {error:#}")),
             }
         }
         let mut seen = before.as_mut().map(|(_, seen)| seen);
@@ -227,23 +232,23 @@ pub(super) fn work(
             }
         }
         moves = pass.moves;
-        // A namespace lives as long as a thread is in it.
+        // A thread keeps the namespace that it is in alive, so leave the last one.
         if let Err(error) = own.as_ref().map_err(|error| error.to_string()).and_then(|own| {
             let back = move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Network));
             back.map_err(|error| error.to_string())
         }) {
-            pass.trouble.push(format!("cannot go back to the own namespace: {error}"));
+            pass.trouble.push(format!("cannot return to the original network namespace: {error}"));
         }
         if !datagrams.is_empty()
             && let Err(error) = close_datagrams(datagrams, states, &order, &mut pass)
         {
-            pass.trouble.push(format!("UDP sockets of endpoints that are gone: {error:#}"));
+            pass.trouble.push(format!("cannot close UDP sockets of removed endpoints: {error:#}"));
         }
-        // Of a part of all sockets nothing follows.
+        // A partial list of sockets proves nothing, so reconcile only after a sweep without errors.
         if let Some((before, seen)) = before.filter(|_| pass.trouble.is_empty()) {
             match states.recount(&before, &seen, &mut doubts) {
                 Ok(recounted) => pass.recounted = Some(recounted),
-                Err(error) => pass.trouble.push(format!("connections cannot be counted: {error:#}")),
+                Err(error) => pass.trouble.push(format!("cannot reconcile connection counts: {error:#}")),
             }
         }
         if !pass.trouble.is_empty() {
@@ -255,7 +260,7 @@ pub(super) fn work(
     }
 }
 
-/// Frees the places of connects that failed before they began: no hook hears of those.
+/// Frees the slots of connects that failed before they started; no hook sees those fail.
 fn reap_abandoned(states: &SocketAccounting, waiting: &mut Waiting, now: Instant) -> Result<()> {
     let abandoned = states.abandoned(waiting, now)?;
     if abandoned.is_empty() {
@@ -264,29 +269,31 @@ fn reap_abandoned(states: &SocketAccounting, waiting: &mut Waiting, now: Instant
     sees_all_processes()?;
     let own = File::open("/proc/thread-self/ns/net")?;
     let (mut seen, mut trouble) = (Seen::nothing(), Vec::new());
-    let looked = namespaces(&mut trouble).into_iter().try_for_each(|(_, namespace)| {
+    let counted = namespaces(&mut trouble).into_iter().try_for_each(|(_, namespace)| {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
         Ok(Diag::open()?.count(states, &mut seen)?)
     });
     move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Network))?;
-    looked.and_then(|()| trouble.pop().map_or(Ok(()), |why| Err(anyhow::anyhow!(why))))?;
+    counted.and_then(|()| trouble.pop().map_or(Ok(()), |why| Err(anyhow::anyhow!(why))))?;
     let gone = abandoned.into_iter().filter(|(_, owner)| !seen.cookies.contains(owner));
-    gone.into_iter().try_for_each(|place| states.free(place).map(drop))
+    gone.into_iter().try_for_each(|slot| states.free(slot).map(drop))
 }
 
-/// Of the sockets of some processes nothing follows for those of all.
+/// Checks that this process sees all processes of the machine.
+/// If not, a socket that is missing from the list may still exist.
 fn sees_all_processes() -> Result<()> {
-    /// Of the first process namespace, that of the machine (`PROC_PID_INIT_INO`).
+    /// Inode of the initial PID namespace (`PROC_PID_INIT_INO`), which is the host's.
     const FIRST: u64 = 0xefff_fffc;
     let own = fs::metadata("/proc/self/ns/pid")?.ino();
-    anyhow::ensure!(own == FIRST, "this agent does not see all processes of the machine; run it with hostPID: true");
+    anyhow::ensure!(own == FIRST, "the agent cannot see all processes of the machine; set hostPID: true");
     Ok(())
 }
 
-/// A UDP socket that is connected to an endpoint that may be gone, and the way to end it.
+/// A UDP socket connected to an endpoint that may be removed, and the netlink socket of its namespace to close it.
 type Datagrams = (Rc<Diag>, Connected);
 
-/// Ends the TCP connections of a namespace that the order is about, and finds the UDP sockets that it may be about.
+/// Closes the TCP connections of one namespace that match the request.
+/// Returns the UDP sockets that may match.
 fn one_namespace(
     namespace: &File,
     states: &SocketAccounting,
@@ -295,7 +302,7 @@ fn one_namespace(
     seen: Option<&mut Seen>,
     pass: &mut SweepReport,
 ) -> Result<Vec<Datagrams>> {
-    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).context("cannot get in")?;
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).context("cannot enter namespace")?;
     let diag = Rc::new(Diag::open()?);
     if let Some(seen) = seen {
         diag.count(states, seen).context("cannot list TCP connections")?;
@@ -326,7 +333,8 @@ fn one_namespace(
     Ok(may_be.map(|socket| (Rc::clone(&diag), socket)).collect())
 }
 
-/// Ends those UDP sockets that carry a state of ours. sock_diag does not show it for UDP, so each is borrowed from a process that has it.
+/// Closes those UDP sockets whose Portolan state matches the request.
+/// `sock_diag` does not report socket storage for UDP, so each socket is duplicated from a process that owns it.
 fn close_datagrams(
     sockets: Vec<Datagrams>,
     states: &SocketAccounting,
@@ -336,19 +344,19 @@ fn close_datagrams(
     sees_all_processes()?;
     let mut by_inode: HashMap<u64, Datagrams> =
         sockets.into_iter().map(|(diag, socket)| (socket.inode.into(), (diag, socket))).collect();
-    for process in procfs::process::all_processes().context("/proc cannot be read")?.flatten() {
+    for process in procfs::process::all_processes().context("cannot read /proc")?.flatten() {
         if by_inode.is_empty() {
             break;
         }
-        // Processes end while one looks, and so do their descriptors.
+        // Processes may exit and close descriptors during the scan.
         for (descriptor, inode) in descriptors(process.pid) {
             if !by_inode.contains_key(&inode) {
                 continue;
             }
-            // Another process may have it as well.
+            // On failure, another process may share the socket.
             let Ok(borrowed) = borrow(process.pid, descriptor) else { continue };
             let Some((diag, socket)) = by_inode.remove(&inode) else { continue };
-            // Where there is none, Portolan did not give it its peer.
+            // Without state, Portolan did not choose the socket's peer.
             let Ok(state) = sys::lookup_socket::<SocketState>(states.storage.fd(), &borrowed) else { continue };
             if state.backend == socket.peer
                 && state.protocol == Protocol::Udp.number()
@@ -357,7 +365,7 @@ fn close_datagrams(
                 match diag.destroy(Protocol::Udp, &socket) {
                     Ok(true) => pass.count(Reason::Gone, Protocol::Udp, &state),
                     Ok(false) => {}
-                    Err(error) => pass.trouble.push(format!("a UDP socket cannot be closed: {error}")),
+                    Err(error) => pass.trouble.push(format!("cannot close a UDP socket: {error}")),
                 }
             }
         }
@@ -365,7 +373,8 @@ fn close_datagrams(
     Ok(())
 }
 
-/// The descriptors of a process, and the inodes behind them. `/proc/PID/fd` is for the process's own user; this is for who may trace it.
+/// Returns the descriptors of a process with their inodes.
+/// Reads `/proc/PID/fdinfo`, which requires only ptrace access, while `/proc/PID/fd` is restricted to the owner.
 fn descriptors(process: i32) -> impl Iterator<Item = (i32, u64)> {
     let inode = |path: &Path| -> Option<u64> {
         let text = fs::read_to_string(path).ok()?;
@@ -375,9 +384,9 @@ fn descriptors(process: i32) -> impl Iterator<Item = (i32, u64)> {
     entries.filter_map(move |entry| Some((entry.file_name().to_str()?.parse().ok()?, inode(&entry.path())?)))
 }
 
-/// A descriptor of another process.
+/// Duplicates a descriptor of another process.
 fn borrow(process: i32, descriptor: i32) -> Result<OwnedFd> {
-    let process = Pid::from_raw(process).context("no process")?;
+    let process = Pid::from_raw(process).context("invalid process id")?;
     let process = pidfd_open(process, PidfdFlags::empty())?;
     Ok(pidfd_getfd(process, descriptor, PidfdGetfdFlags::empty())?)
 }

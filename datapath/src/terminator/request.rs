@@ -1,4 +1,4 @@
-//! What is looked for, and what becomes of each connection.
+//! Sweep requests, and the decision for each connection.
 
 use std::{collections::HashMap, fmt, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -9,56 +9,59 @@ use serde::{Deserialize, Serialize};
 
 use super::{IDLE, MOVES_IN, Reason, socket::Connection};
 
-/// What becomes of TCP connections to endpoints that are gone.
+/// What happens to TCP connections to removed endpoints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 pub enum RemovedEndpointTcp {
-    /// They go on until one of their ends closes them.
+    /// They stay open until either side closes them.
     #[default]
     Keep,
-    /// They are closed once they are idle: nothing was sent or received for five seconds.
+    /// They are closed once no data was sent or received for five seconds.
     Idle,
-    /// They are reset at once.
+    /// They are reset immediately.
     Reset,
 }
 
-/// How long connections of a pool may live.
+/// Lifetime limits of the connections of a pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lifetime {
-    /// Without traffic.
+    /// `idleTimeout`: maximum time without sent or received data; `None` for no limit.
     pub idle: Option<Duration>,
-    /// In all.
+    /// `maxConnectionDuration`: maximum time since the SYN; `None` for no limit.
     pub max_age: Option<Duration>,
 }
 
-/// Who gets the connections of a frontend.
+/// The endpoints that receive the new connections of a frontend.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ActiveEndpoints {
-    /// In order.
+    /// The endpoints, sorted.
     pub endpoints: Arc<[SocketAddr]>,
-    /// A connection to any other endpoint is closed once nothing was sent or received for so long.
+    /// A connection to any other endpoint is closed after this long without sent or received data.
     pub idle: Duration,
 }
 
-/// What to look for.
+/// What a sweep looks for.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct SweepRequest {
-    /// The endpoints that each frontend has, where connections to gone ones shall be looked for. A frontend that is not named is not looked at.
+    /// All endpoints of each frontend, sorted. Empty if the sweep does not look for removed endpoints.
+    /// For a frontend that is not listed, see `complete`.
     pub endpoints: HashMap<FrontendKey, Arc<[SocketAddr]>>,
-    /// Whether the endpoints of all frontends are known, so that what is not named is gone.
+    /// Whether `endpoints` lists all frontends.
+    /// If so, a frontend that is not listed has no endpoints left; if not, its connections stay.
     pub complete: bool,
-    /// Endpoints whose connected UDP sockets are looked for.
+    /// Removed endpoints whose connected UDP sockets are closed; `None` to skip UDP.
     pub gone_udp: Option<RemovedEndpoints>,
-    /// What becomes of TCP connections to gone endpoints.
+    /// What happens to TCP connections to removed endpoints.
     pub removed_endpoint_tcp: RemovedEndpointTcp,
-    /// Lifetimes by place and epoch of the pool.
+    /// Lifetime limits by (index in `POOLS`, epoch) of the pool.
     pub lifetimes: HashMap<(u32, u32), Lifetime>,
-    /// The endpoints that get connections of these frontends now: those to any other are closed once they are idle, a few at a time.
+    /// The endpoints that receive connections now, by frontend.
+    /// Idle connections to other endpoints are closed, subject to a rate limit.
     pub served: HashMap<FrontendKey, ActiveEndpoints>,
-    /// Whether places and counts of connections are to be led to what there is.
+    /// Whether to reconcile `CONNECTIONS` slots and counts of active connections with the sockets that exist.
     pub recount: bool,
 }
 
-/// What becomes of a connection.
+/// The decision for one connection.
 pub(super) enum Action {
     Keep,
     Wait(Duration),
@@ -66,7 +69,7 @@ pub(super) enum Action {
 }
 
 impl SweepRequest {
-    /// Both in one.
+    /// Merges a request with the one queued after it. The later `lifetimes` and `served` replace the earlier ones.
     pub(super) fn followed_by(self, next: Self) -> Self {
         let about_gone = next.is_about_gone();
         let removed_endpoint_tcp = if next.removed_endpoint_tcp == RemovedEndpointTcp::Keep {
@@ -81,7 +84,7 @@ impl SweepRequest {
             }
             (one, other) => one.or(other),
         };
-        // Who looks for what is gone knows what there is; of two the later one knows it better.
+        // A request that looks for removed endpoints lists the existing ones. Of two lists, use the later one.
         let (endpoints, complete) =
             if about_gone { (next.endpoints, next.complete) } else { (self.endpoints, self.complete) };
         let recount = self.recount || next.recount;
@@ -96,26 +99,26 @@ impl SweepRequest {
         }
     }
 
-    /// Whether connections to endpoints are looked for that are there.
+    /// Returns whether the sweep looks for connections to existing endpoints.
     pub(super) fn is_about_living(&self) -> bool {
         !self.lifetimes.is_empty() || !self.served.is_empty()
     }
 
-    /// Whether connections to gone endpoints are looked for.
+    /// Returns whether the sweep looks for connections to removed endpoints.
     pub(super) fn is_about_gone(&self) -> bool {
         self.gone_udp.is_some() || self.removed_endpoint_tcp != RemovedEndpointTcp::Keep
     }
 
-    /// What becomes of a TCP connection.
+    /// Decides what to do with a TCP connection. `set` is the id of the map set that pool ids refer to.
     pub(super) fn action_for(&self, connection: &Connection, set: u32) -> Action {
         let Connection { state, idle, .. } = connection;
         if self.removed_endpoint_tcp != RemovedEndpointTcp::Keep && self.is_gone(Protocol::Tcp, state) {
             let waits = self.removed_endpoint_tcp == RemovedEndpointTcp::Idle && *idle < IDLE;
             return if waits { Action::Wait(IDLE - *idle) } else { Action::Close(Reason::Gone) };
         }
-        // Before it stands there is nothing to measure by.
-        let stands = state.stage == SocketStage::Established as u32;
-        if stands
+        // Lifetime limits apply only once the connection is established.
+        let established = state.stage == SocketStage::Established as u32;
+        if established
             && state.set == set
             && state.pool != 0
             && let Some(lifetime) = self.lifetimes.get(&(state.pool, state.pool_epoch))
@@ -134,8 +137,8 @@ impl SweepRequest {
             return Action::Keep;
         }
         match served.idle.checked_sub(*idle) {
-            None if stands => Action::Close(Reason::Inactive),
-            // Busy ones are not looked at all the time.
+            None if established => Action::Close(Reason::Inactive),
+            // Bound how often busy connections are checked.
             left => Action::Wait(left.unwrap_or_default().max(MOVES_IN)),
         }
     }
@@ -148,7 +151,7 @@ impl SweepRequest {
     }
 }
 
-/// How long ago the connection was begun.
+/// Returns the time since the connection's SYN.
 fn age(state: &SocketState) -> Duration {
     let now = clock_gettime(ClockId::Monotonic);
     let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
@@ -170,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn orders_that_wait_become_one_in_which_nothing_is_lost() {
+    fn merging_queued_requests_loses_nothing() {
         let key = FrontendKey::new("172.16.0.1:53".parse::<SocketAddr>().unwrap().into(), Protocol::Udp.number());
         let udp = SweepRequest {
             endpoints: HashMap::from([(key, [].into())]),
@@ -191,7 +194,7 @@ mod tests {
                 && both.recount
                 && both.complete
         );
-        // The later one knows better what there is.
+        // The later list of endpoints is more recent.
         assert!(!udp.followed_by(reset).complete);
     }
 }

@@ -1,6 +1,7 @@
-//! sock_diag over netlink: the sockets of a network namespace with what Portolan remembers on them, and the end of one.
+//! `sock_diag` over netlink: lists the sockets of a network namespace with their Portolan state, and closes them.
 //!
-//! The messages are laid out by hand, for the crates that know sock_diag do not know the attribute that asks for socket storage.
+//! This module encodes the messages itself, because existing `sock_diag` crates lack the attribute that requests socket
+//! storage.
 //! Layouts: linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h.
 
 use std::{
@@ -28,7 +29,7 @@ const DUMP: u16 = 0x300;
 
 const INET_DIAG_INFO: u16 = 2;
 const INET_DIAG_SK_BPF_STORAGES: u16 = 20;
-/// As an attribute of a request.
+/// `INET_DIAG_REQ_SK_BPF_STORAGES`, an attribute of the request.
 const REQ_SK_BPF_STORAGES: u16 = 2;
 const REQ_MAP_FD: u16 = 1;
 const STORAGE: u16 = 1;
@@ -36,7 +37,7 @@ const STORAGE_MAP_VALUE: u16 = 3;
 const NESTED: u16 = 0x8000;
 
 const HEADER: usize = 16;
-/// `struct inet_diag_msg`, of which the socket's identity is a part.
+/// Size of `struct inet_diag_msg`, which contains the socket's identity and inode.
 const MESSAGE: usize = 72;
 const IDENTITY: std::ops::Range<usize> = 4..52;
 const INODE: std::ops::Range<usize> = 68..72;
@@ -49,7 +50,7 @@ const TCP_CLOSE_WAIT: u32 = 8;
 const TCP_LAST_ACK: u32 = 9;
 const TCP_CLOSING: u32 = 11;
 
-/// A way to the sockets of the namespace that the thread is in.
+/// A netlink socket for `sock_diag` in the network namespace in which it was opened.
 pub(super) struct Diag {
     netlink: Netlink,
 }
@@ -61,31 +62,31 @@ impl Diag {
         Ok(Self { netlink })
     }
 
-    /// The TCP connections with a state of ours whose peer is the endpoint that they were given.
+    /// Lists the TCP connections that have Portolan state and whose peer is the endpoint in it.
     pub(super) fn connections(&self, states: &SocketAccounting) -> io::Result<Vec<Connection>> {
         let mut found = Vec::new();
-        // Half closed ones are read from still.
-        let wanted = [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT];
-        self.streams(&wanted, states, &mut |body| {
+        // Half-closed connections may still receive data.
+        let tcp_states = [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT];
+        self.streams(&tcp_states, states, &mut |body| {
             found.extend(connection(body, &|cookie| states.connection(cookie)));
         })?;
         Ok(found)
     }
 
-    /// TCP sockets in these states, each with what is in its storage.
-    fn streams(&self, wanted: &[u32], states: &SocketAccounting, take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    /// Dumps the TCP sockets in `tcp_states`, each with its socket storage.
+    fn streams(&self, tcp_states: &[u32], states: &SocketAccounting, take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
         let mut map = Vec::new();
         attribute(&mut map, REQ_MAP_FD, &(states.storage.fd().as_fd().as_raw_fd() as u32).to_ne_bytes());
         let mut storage = Vec::new();
         attribute(&mut storage, REQ_SK_BPF_STORAGES | NESTED, &map);
-        self.dump(Protocol::Tcp, wanted.iter().fold(0, |all, one| all | 1 << one), &storage, take)
+        self.dump(Protocol::Tcp, tcp_states.iter().fold(0, |all, one| all | 1 << one), &storage, take)
     }
 
-    /// Adds all TCP sockets of the namespace that have a peer, and what is remembered of them.
+    /// Adds all connected TCP sockets of the namespace, and their Portolan state, to `seen`.
     pub(super) fn count(&self, states: &SocketAccounting, seen: &mut Seen) -> io::Result<()> {
-        let wanted =
+        let tcp_states =
             [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING];
-        self.streams(&wanted, states, &mut |body| {
+        self.streams(&tcp_states, states, &mut |body| {
             let Some(socket) = connected(body) else { return };
             seen.cookies.insert(socket.cookie());
             seen.states
@@ -93,16 +94,16 @@ impl Diag {
         })
     }
 
-    /// The UDP sockets that are connected. (Those that are not have no peer, and must be left alone.)
+    /// Lists the connected UDP sockets. Unconnected ones have no peer and are never closed.
     pub(super) fn datagrams(&self) -> io::Result<Vec<Connected>> {
         let mut found = Vec::new();
         self.dump(Protocol::Udp, 1 << TCP_ESTABLISHED, &[], &mut |body| found.extend(connected(body)))?;
         Ok(found)
     }
 
-    fn dump(&self, protocol: Protocol, wanted: u32, more: &[u8], take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    fn dump(&self, protocol: Protocol, tcp_states: u32, more: &[u8], take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
         for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
-            let mut body = request(family, protocol, wanted, &[0; 48]);
+            let mut body = request(family, protocol, tcp_states, &[0; 48]);
             body.extend(more);
             self.netlink.send(&message(SOCK_DIAG_BY_FAMILY, REQUEST | DUMP, &body), 0)?;
             self.answers(take)?;
@@ -116,7 +117,7 @@ impl Diag {
             let mut rest = bytes.as_slice();
             while let Some((kind, body, next)) = next_message(rest) {
                 match kind {
-                    // Either says how it ended: a list that broke off is none.
+                    // Both carry the result. An error discards a list that is cut short.
                     NLMSG_DONE | NLMSG_ERROR => return error(body),
                     SOCK_DIAG_BY_FAMILY => take(body),
                     _ => {}
@@ -126,14 +127,16 @@ impl Diag {
         }
     }
 
-    /// Whether sockets of a protocol can be ended: by ending one that there is not.
+    /// Checks that sockets of a protocol can be closed, by closing one that does not exist.
     pub(super) fn check(&self, protocol: Protocol) -> io::Result<()> {
-        let unknown_locality = Endpoint::from_words([0; 4], 0);
-        let socket = Connected { peer: unknown_locality, inode: 0, family: libc::AF_INET as u8, identity: [0; 48] };
+        let unspecified = Endpoint::from_words([0; 4], 0);
+        let socket = Connected { peer: unspecified, inode: 0, family: libc::AF_INET as u8, identity: [0; 48] };
         self.destroy(protocol, &socket).map(drop)
     }
 
-    /// Ends a socket: its application sees ECONNABORTED, and the peer of a TCP connection a reset. False where it has gone by itself.
+    /// Closes a socket with `SOCK_DESTROY`.
+    /// Its application sees ECONNABORTED, and the peer of a TCP connection receives a reset.
+    /// Returns false if the socket no longer exists.
     pub(super) fn destroy(&self, protocol: Protocol, socket: &Connected) -> io::Result<bool> {
         let body = request(socket.family, protocol, u32::MAX, &socket.identity);
         self.netlink.send(&message(SOCK_DESTROY, REQUEST | ACK, &body), 0)?;
@@ -159,7 +162,7 @@ fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
     bytes.extend(((HEADER + body.len()) as u32).to_ne_bytes());
     bytes.extend(kind.to_ne_bytes());
     bytes.extend(flags.to_ne_bytes());
-    // Sequence and port: each request is answered before the next one is sent.
+    // Sequence number and port id are zero, because only one request is in flight at a time.
     bytes.extend([0; 8]);
     bytes.extend(body);
     bytes
@@ -172,7 +175,7 @@ fn attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
     bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 
-/// The first message: its kind, its body, and what follows.
+/// Splits off the first message. Returns its type, its body, and the remaining bytes; `None` if it is incomplete.
 fn next_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     let len = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
     let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
@@ -180,7 +183,7 @@ fn next_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     Some((kind, body, bytes.get(len.next_multiple_of(4)..).unwrap_or_default()))
 }
 
-/// The attributes in these bytes, those of an unknown kind as well.
+/// Iterates over the netlink attributes as (type, value), including unknown types. Stops at a malformed one.
 fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let len = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
@@ -203,7 +206,7 @@ fn error(body: &[u8]) -> io::Result<()> {
     }
 }
 
-/// A connected socket out of its message.
+/// Parses a connected socket from an `inet_diag_msg`.
 fn connected(body: &[u8]) -> Option<Connected> {
     let family = *body.first()?;
     let identity: [u8; 48] = body.get(IDENTITY)?.try_into().ok()?;
@@ -211,26 +214,27 @@ fn connected(body: &[u8]) -> Option<Connected> {
     Some(Connected { peer: peer(family, &identity)?, inode, family, identity })
 }
 
-/// A connection of ours out of its message. What is remembered of it is found by its cookie, or is in the message.
+/// Parses a connection of Portolan's from an `inet_diag_msg` and its attributes.
+/// Its state comes from `by_cookie`, or else from the socket storage in the message.
 fn connection(body: &[u8], by_cookie: &dyn Fn(u64) -> Option<SocketState>) -> Option<Connection> {
     let socket = connected(body)?;
     let attributes = body.get(MESSAGE..)?;
     let state = by_cookie(socket.cookie()).or_else(|| stored(attributes))?;
-    // `struct tcp_info`: milliseconds since data was sent, and received.
+    // `struct tcp_info`: milliseconds since data was last sent (44) and received (52).
     let info = within(attributes, INET_DIAG_INFO)?;
     let milliseconds = |at: usize| Some(u32::from_ne_bytes(info.get(at..at + 4)?.try_into().ok()?));
     let idle = Duration::from_millis(milliseconds(44)?.min(milliseconds(52)?).into());
-    // What a former connect of the socket left does not count.
+    // If the peer differs, the state is stale: an earlier connect of the same socket left it.
     (state.backend == socket.peer).then_some(Connection { socket, state, idle })
 }
 
-/// The state out of the socket's storage.
+/// Extracts the state from the socket storage attributes.
 fn stored(attributes: &[u8]) -> Option<SocketState> {
     let value = within(within(within(attributes, INET_DIAG_SK_BPF_STORAGES)?, STORAGE)?, STORAGE_MAP_VALUE)?;
     if value.len() != size_of::<SocketState>() {
         return None;
     }
-    // SAFETY: `SocketState` is plain data of exactly this length, and a read that need not be aligned.
+    // SAFETY: `SocketState` is plain data of exactly this length, and the read may be unaligned.
     Some(unsafe { value.as_ptr().cast::<SocketState>().read_unaligned() })
 }
 
@@ -239,14 +243,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_are_taken_apart_whatever_they_hold() {
+    fn parser_accepts_truncated_messages() {
         let mut body = vec![0; MESSAGE];
         attribute(&mut body, 7, &[1, 2, 3]);
         attribute(&mut body, INET_DIAG_SK_BPF_STORAGES | NESTED, &[]);
         let bytes = message(SOCK_DIAG_BY_FAMILY, 0, &body);
         let (kind, inner, rest) = next_message(&bytes).unwrap();
         assert_eq!((kind, inner, rest), (SOCK_DIAG_BY_FAMILY, body.as_slice(), [].as_slice()));
-        assert!(connection(inner, &|_| None).is_none(), "nothing of ours is on it");
+        assert!(connection(inner, &|_| None).is_none(), "has no Portolan state");
         for len in 0..bytes.len() {
             assert!(next_message(&bytes[..len]).is_none());
             connection(&body[..len.min(body.len())], &|_| None);

@@ -4,7 +4,7 @@ use std::{collections::HashSet, time::Duration};
 
 use portolan_common::{Endpoint, SocketState};
 
-/// A socket with a peer.
+/// A connected TCP or UDP socket.
 pub(super) struct Connected {
     pub(super) peer: Endpoint,
     pub(super) inode: u32,
@@ -13,30 +13,30 @@ pub(super) struct Connected {
 }
 
 impl Connected {
-    /// The socket's cookie: two words, the lower one first.
+    /// Returns the socket's cookie, stored as two words, the lower one first.
     pub(super) fn cookie(&self) -> u64 {
         let word = |at: usize| u32::from_ne_bytes([0, 1, 2, 3].map(|byte| self.identity[at + byte]));
         u64::from(word(40)) | u64::from(word(44)) << 32
     }
 }
 
-/// All TCP sockets that there are.
+/// The TCP sockets found so far while listing all namespaces.
 pub(super) struct Seen {
     pub(super) cookies: HashSet<u64>,
-    /// What Portolan remembers of those that it has given their endpoints.
+    /// Portolan's state of those whose endpoint it chose.
     pub(super) states: Vec<SocketState>,
 }
 
-/// A TCP connection that Portolan has given its endpoint.
+/// A TCP connection whose endpoint Portolan chose.
 pub(super) struct Connection {
     pub(super) socket: Connected,
-    /// What Portolan remembers on it.
+    /// Portolan's state of the socket.
     pub(super) state: SocketState,
-    /// How long nothing was sent or received.
+    /// Time since data was last sent or received.
     pub(super) idle: Duration,
 }
 
-/// The peer out of `struct inet_diag_sockid`: two ports, two addresses.
+/// Parses the peer from a `struct inet_diag_sockid`: source and destination port, then both addresses.
 pub(super) fn peer(family: u8, identity: &[u8; 48]) -> Option<Endpoint> {
     let word = |at: usize| Some(u32::from_ne_bytes(identity.get(at..at + 4)?.try_into().ok()?));
     let port = u16::from_ne_bytes([identity[2], identity[3]]);
