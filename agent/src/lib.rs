@@ -1,4 +1,6 @@
-//! The agent: reads objects from files or API servers, drives the core, and writes to the data path.
+//! The node agent.
+//!
+//! It reads objects from files or API servers, drives `portolan-core`, and writes the result to the BPF data path.
 
 pub mod admin;
 pub mod cli;

@@ -1,4 +1,4 @@
-//! The binary: see `portolan --help`.
+//! Entry point of the `portolan` binary; see `portolan --help`.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! The asking side: HTTP over the admin socket.
+//! Client of the admin API: HTTP over a Unix socket.
 
 use std::{io::ErrorKind, path::Path};
 
@@ -15,17 +15,18 @@ use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
-/// An answer that comes in pieces.
+/// A streaming response, read line by line.
 pub struct Stream {
     body: Incoming,
+    /// Bytes that were received, but not yet returned as a line.
     rest: Vec<u8>,
 }
 
 impl Stream {
-    /// Asks for a path.
+    /// Sends a GET request for `path` (with its query) and returns the response once its headers have arrived.
     ///
     /// # Errors
-    /// No agent answers, or not well.
+    /// Returns an error if the connection to the agent fails, or if the status of the response is not 2xx.
     pub async fn open(socket: &Path, path: &str) -> Result<Self> {
         Self::ask(socket, Request::get(path).header(HOST, "portolan").body(Full::default())?).await
     }
@@ -33,9 +34,9 @@ impl Stream {
     async fn ask(socket: &Path, request: Request<Full<Bytes>>) -> Result<Self> {
         let stream = UnixStream::connect(socket).await.map_err(|error| {
             let what = if error.kind() == ErrorKind::PermissionDenied {
-                format!("{} is root's; ask as root", socket.display())
+                format!("{}: permission denied; run as root", socket.display())
             } else {
-                format!("no agent answers on {}; start one, or give its socket with --admin", socket.display())
+                format!("no agent is listening on {}; start one, or pass its socket with --admin", socket.display())
             };
             anyhow::Error::new(error).context(what)
         })?;
@@ -50,15 +51,15 @@ impl Stream {
             if status == StatusCode::CONFLICT {
                 bail!("{text}");
             }
-            bail!("the agent says {status}: {text}");
+            bail!("the agent returned {status}: {text}");
         }
         Ok(Self { body, rest: Vec::new() })
     }
 
-    /// The next line; `None` at the end.
+    /// Returns the next line without its newline, or `None` at the end of the stream.
     ///
     /// # Errors
-    /// The connection breaks.
+    /// Returns an error if the connection breaks.
     pub async fn next_line(&mut self) -> Result<Option<String>> {
         loop {
             if let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
@@ -73,23 +74,23 @@ impl Stream {
     }
 }
 
-/// Asks the agent for something.
+/// Sends a GET request and decodes the JSON response.
 ///
 /// # Errors
-/// No agent answers, or not well.
+/// Returns an error if no agent is listening, the request fails, or the response is not the expected JSON.
 pub async fn get<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T> {
     let stream = Stream::open(socket, path).await?;
     let text = stream.body.collect().await?.to_bytes();
-    serde_json::from_slice(&text).context("the agent's answer is not what this version expects; is it another version?")
+    serde_json::from_slice(&text).context("unexpected response from the agent; is it another version?")
 }
 
-/// Gives the agent something to do, and takes its answer.
+/// Sends a POST request with a JSON body and decodes the JSON response.
 ///
 /// # Errors
-/// No agent answers, or it has not done it.
+/// Returns an error if no agent is listening, the agent rejects the request, or the response is not the expected JSON.
 pub async fn post<T: DeserializeOwned>(socket: &Path, path: &str, what: &impl Serialize) -> Result<T> {
     let request = Request::post(path).header(HOST, "portolan").header(CONTENT_TYPE, "application/json");
     let stream = Stream::ask(socket, request.body(Full::from(serde_json::to_vec(what)?))?).await?;
     let text = stream.body.collect().await?.to_bytes();
-    serde_json::from_slice(&text).context("the agent's answer is not what this version expects; is it another version?")
+    serde_json::from_slice(&text).context("unexpected response from the agent; is it another version?")
 }

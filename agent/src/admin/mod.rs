@@ -1,5 +1,6 @@
-//! Doors to the running agent: the admin socket (root only, for `get`, `events` and orders by hand) and the HTTP address for
-//! metrics and probes, which only reads.
+//! Endpoints of the running agent: the admin socket, and the read-only HTTP address for metrics and probes.
+//!
+//! The admin socket is for root only. It serves queries, event streams, and manual overrides.
 
 mod client;
 mod server;

@@ -1,4 +1,4 @@
-//! The serving side.
+//! Server side of the admin socket and of the HTTP address.
 
 use std::{
     convert::Infallible,
@@ -34,66 +34,66 @@ use crate::{
 
 type Questions = mpsc::Sender<Request>;
 
-/// Whom the doors ask.
+/// Shared state of the request handlers.
 #[derive(Clone)]
 pub struct AdminState {
-    /// The one task that knows.
+    /// Requests to the reconciler, which owns all state.
     pub questions: mpsc::Sender<Request>,
-    /// Those who read.
+    /// Status of the sources, by cluster and resource.
     pub sources: Arc<Sources>,
-    /// Who is left alone.
+    /// Pods that are excluded by the opt-out label.
     pub registry: Arc<OptOutRegistry>,
 }
 
 impl FromRef<AdminState> for Questions {
-    fn from_ref(asked: &AdminState) -> Self {
-        asked.questions.clone()
+    fn from_ref(state: &AdminState) -> Self {
+        state.questions.clone()
     }
 }
 
 impl FromRef<AdminState> for Arc<Sources> {
-    fn from_ref(asked: &AdminState) -> Self {
-        Self::clone(&asked.sources)
+    fn from_ref(state: &AdminState) -> Self {
+        Self::clone(&state.sources)
     }
 }
 
 impl FromRef<AdminState> for Arc<OptOutRegistry> {
-    fn from_ref(asked: &AdminState) -> Self {
-        Self::clone(&asked.registry)
+    fn from_ref(state: &AdminState) -> Self {
+        Self::clone(&state.registry)
     }
 }
 
-/// The admin socket, for its owner alone.
+/// Binds the admin socket, with access only for its owner. Replaces the stale socket of an agent that is gone.
 ///
 /// # Errors
-/// Another agent listens there, or the path cannot be used.
+/// Returns an error if another agent is listening on `path`, or if the socket cannot be created there.
 pub fn bind_admin(path: &Path) -> Result<UnixListener> {
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).with_context(|| format!("--admin: cannot create {}", folder.display()))?;
     }
     if UnixStream::connect(path).is_ok() {
-        bail!("--admin {}: another agent listens there; give this one its own", path.display());
+        bail!("--admin {}: another agent is listening on this socket; choose another path", path.display());
     }
     match std::fs::symlink_metadata(path) {
-        // Left behind by an agent that was killed.
+        // Stale: left behind by an agent that was killed.
         Ok(metadata) if metadata.file_type().is_socket() => {
             std::fs::remove_file(path).with_context(|| format!("--admin: cannot replace {}", path.display()))?;
         }
-        Ok(_) => bail!("--admin {}: there is a file that is no socket; give another path", path.display()),
+        Ok(_) => bail!("--admin {}: the existing file is not a socket; choose another path", path.display()),
         Err(_) => {}
     }
-    // The mode must be right from the first moment on. No other thread makes files yet.
+    // The umask restricts the mode from the start, which a later chmod would not. No other thread creates files yet.
     let before = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
     let listener = UnixListener::bind(path);
     rustix::process::umask(before);
     listener.with_context(|| format!("--admin: cannot listen on {}", path.display()))
 }
 
-/// Answers on the admin socket, for ever.
+/// Serves the admin API until the future is dropped.
 ///
 /// # Errors
-/// The socket fails.
-pub async fn serve_admin(listener: UnixListener, asked: AdminState) -> Result<()> {
+/// Returns an error if the socket fails.
+pub async fn serve_admin(listener: UnixListener, state: AdminState) -> Result<()> {
     let router = Router::new()
         .route("/v1/report", get(report))
         .route("/v1/explain", get(explain))
@@ -102,29 +102,29 @@ pub async fn serve_admin(listener: UnixListener, asked: AdminState) -> Result<()
         .route("/v1/events", get(events))
         .route("/v1/orders", post(order))
         .route("/readyz", get(readyz))
-        .with_state(asked);
+        .with_state(state);
     Ok(axum::serve(listener, router).await?)
 }
 
-/// Answers on the HTTP address, for ever.
+/// Serves `/metrics`, `/healthz` and `/readyz` until the future is dropped.
 ///
 /// # Errors
-/// The socket fails.
-pub async fn serve_metrics(listener: TcpListener, asked: AdminState) -> Result<()> {
+/// Returns an error if the socket fails.
+pub async fn serve_metrics(listener: TcpListener, state: AdminState) -> Result<()> {
     let router = Router::new()
         .route("/metrics", get(show_metrics))
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(readyz))
-        .with_state(asked);
+        .with_state(state);
     Ok(axum::serve(listener, router).await?)
 }
 
-/// Asks the one task that knows.
+/// Sends a request to the reconciler and waits for its reply. Returns a 503 response if the agent is shutting down.
 async fn ask<T>(questions: &Questions, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Response> {
     let (reply, answer) = oneshot::channel();
-    let ending = |_| (StatusCode::SERVICE_UNAVAILABLE, "the agent is ending\n").into_response();
-    questions.send(request(reply)).await.map_err(|_| ending(()))?;
-    answer.await.map_err(|_| ending(()))
+    let shutting_down = |_| (StatusCode::SERVICE_UNAVAILABLE, "the agent is shutting down\n").into_response();
+    questions.send(request(reply)).await.map_err(|_| shutting_down(()))?;
+    answer.await.map_err(|_| shutting_down(()))
 }
 
 async fn report(State(questions): State<Questions>) -> Result<Response, Response> {
@@ -145,7 +145,7 @@ async fn explain(State(questions): State<Questions>, Query(which): Query<Which>)
     Ok(explanation.map_or_else(|| (StatusCode::NOT_FOUND, unknown).into_response(), |it| Json(it).into_response()))
 }
 
-/// What was done, or why it was not.
+/// Applies a manual override. Returns what was done, or 409 with the reason why it was rejected.
 async fn order(State(questions): State<Questions>, Json(order): Json<OverrideCommand>) -> Result<Response, Response> {
     Ok(match ask(&questions, |reply| Request::OverrideCommand(order, reply)).await? {
         Ok(said) => Json(said).into_response(),
@@ -159,22 +159,22 @@ struct Follow {
     follow: bool,
 }
 
-/// One JSON object on each line.
+/// Streams events as NDJSON: one JSON object per line.
 async fn events(State(questions): State<Questions>, Query(query): Query<Follow>) -> Result<Response, Response> {
-    let (kept, live) = ask(&questions, Request::Events).await?;
-    let kept = tokio_stream::iter(kept);
+    let (history, live) = ask(&questions, Request::Events).await?;
+    let history = tokio_stream::iter(history);
     let body = if query.follow {
-        // Who is too slow misses records; the stream goes on.
-        lines(kept.chain(BroadcastStream::new(live).filter_map(Result::ok)))
+        // A client that is too slow misses events; the stream continues.
+        lines(history.chain(BroadcastStream::new(live).filter_map(Result::ok)))
     } else {
-        lines(kept)
+        lines(history)
     };
     Ok(([("content-type", "application/x-ndjson")], body).into_response())
 }
 
-fn lines(records: impl Stream<Item = Event> + Send + 'static) -> Body {
-    Body::from_stream(records.map(|record| {
-        let mut line = serde_json::to_vec(&record).unwrap_or_default();
+fn lines(events: impl Stream<Item = Event> + Send + 'static) -> Body {
+    Body::from_stream(events.map(|event| {
+        let mut line = serde_json::to_vec(&event).unwrap_or_default();
         line.push(b'\n');
         Ok::<_, Infallible>(Bytes::from(line))
     }))
@@ -188,9 +188,9 @@ async fn show_opt_outs(State(registry): State<Arc<OptOutRegistry>>) -> Response 
     Json(registry.report()).into_response()
 }
 
-async fn show_metrics(State(asked): State<AdminState>) -> Result<Response, Response> {
-    let sample = ask(&asked.questions, Request::MetricsSnapshot).await?;
-    let text = metrics::render(&sample, &asked.sources.report(), &asked.registry.report())
+async fn show_metrics(State(state): State<AdminState>) -> Result<Response, Response> {
+    let sample = ask(&state.questions, Request::MetricsSnapshot).await?;
+    let text = metrics::render(&sample, &state.sources.report(), &state.registry.report())
         .map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response())?;
     Ok(([("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response())
 }

@@ -1,4 +1,4 @@
-//! `portolan agent`
+//! The `portolan agent` subcommand.
 
 use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
@@ -25,18 +25,19 @@ use crate::{
     source::{Sources, file, kubernetes},
 };
 
-/// Serves the connections of this node.
+/// Run the node agent.
 ///
-/// Loads the eBPF programs, keeps their maps true to the objects, and ejects endpoints that fail. Maps and programs are pinned: when
-/// the agent ends, for whatever reason, connections go on being served as they were, and the next one takes over. Only `portolan
-/// cleanup` takes them off.
+/// Loads the eBPF programs, keeps their maps in sync with the objects, and ejects failing endpoints.
+/// Maps and programs are pinned: when the agent exits, for whatever reason, the kernel keeps using the last published
+/// state, and the next agent adopts it. Only `portolan cleanup` removes them.
 #[derive(Debug, Args)]
 #[command(
     group = clap::ArgGroup::new("source").args(["config", "kubernetes"]).required(true),
     after_help = "Examples:\n  portolan agent --config /etc/portolan --cluster c1 --node $(hostname)\n  portolan agent --kubernetes --kubeconfig ~/.kube/config --cluster c1 --node $(hostname)"
 )]
 pub(super) struct AgentArgs {
-    /// Directory with the objects: DIR/*.yaml for the mesh, DIR/<cluster-id>/**/*.yaml for each cluster; of root, or readable for all
+    /// Directory with the objects: DIR/*.yaml for the mesh, DIR/<cluster-id>/**/*.yaml for each cluster; must belong to
+    /// root or be world-readable
     #[arg(long, value_name = "DIR", env = "PORTOLAN_CONFIG")]
     config: Option<PathBuf>,
     #[command(flatten)]
@@ -45,7 +46,7 @@ pub(super) struct AgentArgs {
     kubernetes: KubernetesArgs,
     #[command(flatten)]
     place: PlaceArgs,
-    /// Serve the processes below this cgroup [default: the cgroup v2 root]
+    /// Handle connections of processes in this cgroup and below [default: the cgroup v2 root]
     #[arg(long, value_name = "PATH", env = "PORTOLAN_CGROUP")]
     cgroup: Option<PathBuf>,
     #[command(flatten)]
@@ -54,67 +55,67 @@ pub(super) struct AgentArgs {
     admin: AdminArgs,
     #[command(flatten)]
     state: StateArgs,
-    /// Address for /metrics, /healthz and /readyz
+    /// Listen address for /metrics, /healthz and /readyz
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15920", env = "PORTOLAN_METRICS")]
     metrics: SocketAddr,
-    /// Time between looks at the whole directory, for what the watch may have missed
+    /// Interval between full rescans of the directory, for changes that the watch missed
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = humantime::parse_duration, env = "PORTOLAN_RESCAN")]
     rescan: Duration,
-    /// What becomes of TCP connections to endpoints that are gone (connected UDP is closed)
+    /// What to do with TCP connections to removed endpoints (connected UDP sockets are always closed)
     #[arg(long, value_enum, default_value_t, env = "PORTOLAN_GONE_CONNECTIONS")]
     gone_connections: RemovedEndpointTcp,
-    /// Active probes (portolan.io/probe) in a second at the most; 0: none
+    /// Maximum number of active probes (portolan.io/probe) per second; 0 disables them
     #[arg(long, value_name = "COUNT", default_value_t = 100, value_parser = clap::value_parser!(u32).range(..=10_000), env = "PORTOLAN_PROBES_PER_SECOND")]
     probes_per_second: u32,
-    /// What to log: error, warn, info, debug, trace, or by module
+    /// Log filter: error, warn, info, debug, trace, or per-module directives
     #[arg(long, value_name = "FILTER", default_value = "info", env = "PORTOLAN_LOG")]
     log: EnvFilter,
-    /// Have the programs in the kernel log each connection, for debugging; it costs time on every connect
+    /// Log each connection from the eBPF programs, for debugging; slows down every connect
     #[arg(long, value_enum, default_value_t, env = "PORTOLAN_PROGRAM_LOG")]
     program_log: ProgramLog,
     #[command(flatten)]
     sizes: SizeArgs,
 }
 
-/// This program.
+/// Path of the running binary, which also serves as the helper.
 const SELF: &str = "/proc/self/exe";
 
-/// Findings that wait to become Events: of more, the rest is in the log.
+/// Capacity of the queue of findings to report as Kubernetes Events. Findings beyond it appear only in the log.
 const FINDINGS: usize = 100;
 
-/// Objects from API servers, in place of a directory.
+/// Options for reading objects from API servers instead of a directory.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Kubernetes")]
 struct KubernetesArgs {
-    /// Read the objects from the API server, in place of a directory
+    /// Read the objects from the API server instead of a directory
     #[arg(long, env = "PORTOLAN_KUBERNETES")]
     kubernetes: bool,
-    /// How to reach the API server [default: as a pod does, by its service account]
+    /// Kubeconfig for the API server [default: the service account of the pod]
     #[arg(long, value_name = "FILE", env = "PORTOLAN_KUBECONFIG", conflicts_with = "config")]
     kubeconfig: Option<PathBuf>,
-    /// The API server's own address, in place of its Service's: then it is reached whatever becomes of that
+    /// Direct URL of the API server, used instead of its Service address: stays reachable if that Service breaks
     #[arg(long, value_name = "URL", env = "PORTOLAN_API_SERVER", conflicts_with = "config")]
     api_server: Option<http::Uri>,
-    /// Whether endpoints of other clusters are read as well, of those that Secrets in istio-system name
+    /// Also read endpoints of the remote clusters that Secrets in istio-system name
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, env = "PORTOLAN_OTHER_CLUSTERS")]
     other_clusters: bool,
-    /// Write findings as Events on the objects that they are about, one a second at the most
+    /// Report findings as Kubernetes Events on the objects concerned, at most one per second
     #[arg(long, env = "PORTOLAN_KUBERNETES_EVENTS", conflicts_with = "config")]
     kubernetes_events: bool,
-    /// Time after which everything is read again as a whole, whatever the watches say
-    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = a_second_or_more, env = "PORTOLAN_RESYNC", conflicts_with = "config")]
+    /// Interval between full relists, regardless of the watches
+    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = at_least_one_second, env = "PORTOLAN_RESYNC", conflicts_with = "config")]
     resync: Duration,
-    /// Time after which a watch begins anew; one that is silent for five seconds longer has stalled
-    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = a_second_or_more, env = "PORTOLAN_WATCH_TIMEOUT", conflicts_with = "config")]
+    /// Time after which a watch is restarted; a watch that stays silent for five seconds longer counts as stalled
+    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = at_least_one_second, env = "PORTOLAN_WATCH_TIMEOUT", conflicts_with = "config")]
     watch_timeout: Duration,
-    /// Time for which the endpoints of another cluster are believed while its API server cannot be reached
-    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = a_second_or_more, env = "PORTOLAN_REMOTE_GRACE", conflicts_with = "config")]
+    /// How long to keep using the endpoints of a remote cluster while its API server is unreachable
+    #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = at_least_one_second, env = "PORTOLAN_REMOTE_GRACE", conflicts_with = "config")]
     remote_grace: Duration,
 }
 
-fn a_second_or_more(text: &str) -> Result<Duration, String> {
+fn at_least_one_second(text: &str) -> Result<Duration, String> {
     let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
-    if time < Duration::from_secs(1) { Err("less than a second".to_owned()) } else { Ok(time) }
+    if time < Duration::from_secs(1) { Err("must be at least one second".to_owned()) } else { Ok(time) }
 }
 
 impl KubernetesArgs {
@@ -133,27 +134,25 @@ impl KubernetesArgs {
     }
 }
 
-/// How much fits into the kernel's maps.
+/// Capacities of the BPF maps.
 #[derive(Debug, Args)]
-#[command(
-    next_help_heading = "Sizes of the maps (another size makes new ones, which take the place of the old ones in one step)"
-)]
+#[command(next_help_heading = "Map sizes (changing a size creates new maps, which replace the old ones in one step)")]
 struct SizeArgs {
-    /// Service addresses with a port
+    /// Maximum number of frontends: pairs of Service address and port
     #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().frontends, value_parser = size(), env = "PORTOLAN_MAX_FRONTENDS")]
     max_frontends: u32,
-    /// Endpoints
+    /// Maximum number of endpoints
     #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().backends, value_parser = clap::value_parser!(u32).range(1..=262_143), env = "PORTOLAN_MAX_BACKENDS")]
     max_backends: u32,
-    /// Turns of all schedules, and entries of their runs
+    /// Maximum number of slots of all schedules, and of entries of all runs
     #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().slots, value_parser = size(), env = "PORTOLAN_MAX_SLOTS")]
     max_slots: u32,
-    /// Clients that come back to their endpoint (sessionAffinity); the one that was away longest makes room
+    /// Maximum number of client affinities (sessionAffinity); the least recently used one is evicted
     #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().affinities, value_parser = size(), env = "PORTOLAN_MAX_AFFINITIES")]
     max_affinities: u32,
 }
 
-/// Up to what a map of the kernel may have.
+/// Parses the size of a map: 1 to 2^26 entries.
 fn size() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1..=1 << 26)
 }
@@ -169,28 +168,33 @@ impl SizeArgs {
     }
 }
 
-/// Has large blocks of memory come from the system, and go back there at once. glibc takes the first one that is freed as a sign to keep all of that size from then
-/// on, and what reading the objects takes is several times what is kept of them.
+/// Pins glibc's mmap threshold, so that freed large blocks go back to the system at once.
+///
+/// By default, glibc raises the threshold when such a block is freed, and keeps blocks of that size from then on.
+/// Decoding the objects takes several times the memory of the result.
 fn keep_heap_small() {
-    // SAFETY: no other thread is there yet.
+    // SAFETY: no other thread exists yet.
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
     }
 }
 
-/// An agent of which a part is gone is worse than none: the kernel goes on serving, and the next one begins anew.
-fn end_on_panic() {
-    let told = std::panic::take_hook();
+/// Aborts the process on any panic.
+///
+/// A partially working agent is worse than none: without one, the pinned programs keep serving, and the next agent
+/// starts clean.
+fn abort_on_panic() {
+    let default_hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        told(panic);
+        default_hook(panic);
         std::process::abort();
     }));
 }
 
 pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     let mut filter = args.log;
-    // It logs whole answers that it cannot read, and there may be tokens in them.
+    // kube_client logs whole responses that it cannot decode, and they may contain tokens.
     if !filter.to_string().contains("kube_client") {
         filter = filter.add_directive("kube_client=off".parse()?);
     }
@@ -204,13 +208,13 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         .with_target(false)
         .init();
     keep_heap_small();
-    end_on_panic();
-    // One thread works, one answers.
+    abort_on_panic();
+    // One worker thread for the reconciler, one for requests.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .on_thread_start(|| {
             if let Err(error) = capabilities::drop_capabilities() {
-                panic!("a thread cannot give up its privileges: {error}");
+                panic!("cannot drop the capabilities of a worker thread: {error}");
             }
         })
         .enable_all()
@@ -223,7 +227,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         program: SELF.into(),
     };
     let reader = args.reader.reader();
-    // Before anything is loaded, by a thread that has given up its privileges, as those have that read it later.
+    // Check access before loading anything, on a thread without capabilities, like the threads that read it later.
     if let Some(config) = args.config.clone() {
         runtime.block_on(runtime.spawn_blocking(move || file::check(&config)))??;
     }
@@ -231,21 +235,21 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
     let from_api = args.kubernetes.options(&args.place, reader);
     let ended = runtime.block_on(async {
         let link = if args.config.is_none() { Some(kubernetes::connect(&from_api).await?) } else { None };
-        // A second agent hears first that it is one.
+        // Open the data path first: it takes the locks, so a second agent fails here.
         let (mut datapath, held) = Datapath::open(&options)?;
         let probe = SelfProbe::new(datapath.cgroup()).await?;
         let admin_socket = admin::bind_admin(&args.admin.admin)?;
         let metrics_socket = TcpListener::bind(args.metrics)
             .await
             .with_context(|| format!("--metrics: cannot listen on {}", args.metrics))?;
-        // All that needs privileges has been done; what may need them later is the helper's.
-        capabilities::drop_capabilities().context("cannot give up privileges")?;
+        // Privileged setup is complete. The helper does everything that needs privileges later.
+        capabilities::drop_capabilities().context("cannot drop capabilities")?;
         let (questions, requests) = mpsc::channel(16);
         let (changes, updates) = mpsc::channel(256);
-        let (teller, told) = args.kubernetes.kubernetes_events.then(|| mpsc::channel(FINDINGS)).unzip();
+        let (finding_tx, finding_rx) = args.kubernetes.kubernetes_events.then(|| mpsc::channel(FINDINGS)).unzip();
         let (sources, registry) = (Arc::new(Sources::default()), Arc::new(opt_out::OptOutRegistry::default()));
         let root = datapath.cgroup().to_owned();
-        let kernel = datapath.opted_out.take().context("who is left alone is kept twice")?;
+        let kernel = datapath.opted_out.take().context("the opt-out map has already been taken")?;
         let enforcer =
             opt_out::Enforcer { root, kernel, registry: Arc::clone(&registry), sources: Arc::clone(&sources) };
         let reconciler = Reconciler::new(
@@ -257,45 +261,45 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
             args.gone_connections,
             (PersistedState::read(&args.state.state), StateWriter::start(args.state.state)?),
         )
-        .telling(teller);
-        let asked = AdminState { questions, sources: Arc::clone(&sources), registry: Arc::clone(&registry) };
+        .telling(finding_tx);
+        let admin_state = AdminState { questions, sources: Arc::clone(&sources), registry: Arc::clone(&registry) };
         let source = async {
             match (args.config, link) {
                 (Some(config), _) => {
-                    // Files know of no pods.
+                    // File sources contain no pods, so no pod is opted out.
                     registry.want(opt_out::ByUid::new());
                     file::run(config, reader, args.rescan, sources, changes).await
                 }
-                (None, Some(link)) => kubernetes::run(from_api, link, sources, changes, told, registry).await,
-                // The command line allows no such thing.
-                (None, None) => anyhow::bail!("neither --config nor --kubernetes"),
+                (None, Some(link)) => kubernetes::run(from_api, link, sources, changes, finding_rx, registry).await,
+                // Unreachable: the argument group requires one of them.
+                (None, None) => anyhow::bail!("pass --config or --kubernetes"),
             }
         };
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let ended = tokio::select! {
             ended = tokio::spawn(reconciler.run(updates, requests)) => ended?,
-            // It ends well only where nobody listens any more, and who listened says why.
+            // The source returns `Ok` only when its receiver is gone; the reconciler then returns the reason.
             Err(error) = source => Err(error),
             ended = tokio::spawn(enforcer.run()) => Ok(ended?),
-            ended = admin::serve_admin(admin_socket, asked.clone()) => ended,
-            ended = admin::serve_metrics(metrics_socket, asked) => ended,
+            ended = admin::serve_admin(admin_socket, admin_state.clone()) => ended,
+            ended = admin::serve_metrics(metrics_socket, admin_state) => ended,
             _ = terminate.recv() => Ok(()),
             _ = interrupt.recv() => Ok(()),
         };
         let _ = std::fs::remove_file(&args.admin.admin);
         ended?;
-        tracing::info!("ending; programs and maps stay in place and go on serving");
+        tracing::info!("shutting down; pinned programs keep serving");
         Ok(ExitCode::SUCCESS)
     });
-    // Somebody may still be waiting for a disk; nothing that is left has to be finished.
+    // A blocking task may still wait for the disk. No remaining task has to finish.
     runtime.shutdown_background();
     ended
 }
 
-/// Is the helper of an agent.
+/// Runs the privileged helper process of an agent, until that agent exits.
 pub(super) fn run_helper(args: &HelperArgs) -> Result<ExitCode> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_target(false).init();
-    end_on_panic();
+    abort_on_panic();
     serve_helper(args)?;
     Ok(ExitCode::SUCCESS)
 }

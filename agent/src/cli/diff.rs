@@ -1,4 +1,4 @@
-//! What a change of the objects does to the shares.
+//! Output of `portolan plan diff`: how a change of the objects affects the shares.
 
 use anyhow::Result;
 use comfy_table::{CellAlignment, Table};
@@ -41,7 +41,7 @@ fn table(diff: &Diff) -> String {
     if diff.clients.is_empty() {
         text += "no share changes\n";
     }
-    for (title, findings) in [("New findings", &diff.findings.added), ("Findings that go", &diff.findings.removed)] {
+    for (title, findings) in [("New findings", &diff.findings.added), ("Resolved findings", &diff.findings.removed)] {
         text += &output::findings(title, findings);
     }
     text

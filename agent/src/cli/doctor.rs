@@ -1,4 +1,4 @@
-//! `portolan doctor`
+//! The `portolan doctor` subcommand.
 
 use std::{
     io::{Read as _, Write as _},
@@ -16,13 +16,13 @@ use super::{
 };
 use crate::doctor::{Diagnosis, State, diagnose};
 
-/// Looks at this machine, and says of each thing how it is and what to do about it.
+/// Run node preflight checks: report the result of each, and how to fix what fails.
 ///
-/// Changes nothing. Exit status 1 where something keeps Portolan from working.
+/// Changes nothing. Exit status 1 if a problem keeps Portolan from working.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  portolan doctor\n  portolan doctor -o json | jq '.programs'")]
 pub(super) struct DoctorArgs {
-    /// The cgroup that is to be served [default: the cgroup v2 root]
+    /// cgroup whose connections the agent handles [default: the cgroup v2 root]
     #[arg(long, value_name = "PATH", env = "PORTOLAN_CGROUP")]
     cgroup: Option<PathBuf>,
     #[command(flatten)]
@@ -43,25 +43,25 @@ pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode> {
     Ok(if diagnosis.has_errors() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// What a running agent says of itself; `None` where none answers.
+/// Queries the readiness of a running agent; `Err` has its reason, `None` means that no agent responds.
 fn ready(admin: &Path) -> Option<Result<(), String>> {
     let mut stream = std::os::unix::net::UnixStream::connect(admin).ok()?;
     stream.write_all(b"GET /readyz HTTP/1.0\r\nHost: portolan\r\n\r\n").ok()?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).ok()?;
-    let (head, body) = answer.split_once("\r\n\r\n")?;
+    let mut response = String::new();
+    stream.read_to_string(&mut response).ok()?;
+    let (head, body) = response.split_once("\r\n\r\n")?;
     Some(if head.split(' ').nth(1) == Some("200") { Ok(()) } else { Err(body.to_owned()) })
 }
 
 fn print(diagnosis: &Diagnosis) {
     for check in &diagnosis.checks {
-        let (word, colour) = match check.state {
+        let (word, color) = match check.state {
             State::Ok => ("ok", AnsiColor::Green),
             State::Note => ("note", AnsiColor::Cyan),
             State::Warning => ("warning", AnsiColor::Yellow),
             State::Error => ("error", AnsiColor::Red),
         };
-        let style = Style::new().fg_color(Some(colour.into()));
+        let style = Style::new().fg_color(Some(color.into()));
         anstream::println!("{style}{word:<8}{style:#}{}: {}", check.check, check.says);
         if !check.remedy.is_empty() {
             anstream::println!("        → {}", check.remedy);

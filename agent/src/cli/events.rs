@@ -1,4 +1,4 @@
-//! `portolan events`
+//! The `portolan events` subcommand.
 
 use std::process::ExitCode;
 
@@ -11,11 +11,11 @@ use super::{
 };
 use crate::{admin::Stream, controller::event_log::Event};
 
-/// Shows what has happened on this node, oldest first. JSON is one object on each line.
+/// Show events on this node, oldest first. JSON output has one object per line.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  portolan events --follow -o json")]
 pub(super) struct EventsArgs {
-    /// Go on with what happens from now on, until interrupted
+    /// Keep printing new events until interrupted
     #[arg(short, long)]
     follow: bool,
     #[command(flatten)]
@@ -31,16 +31,16 @@ pub(super) fn run(args: &EventsArgs) -> Result<ExitCode> {
             match args.output.output {
                 Format::Json => anstream::println!("{line}"),
                 Format::Yaml => {
-                    let record: Event = serde_json::from_str(&line)?;
+                    let event: Event = serde_json::from_str(&line)?;
                     anstream::print!(
                         "---
 {}",
-                        serde_saphyr::to_string(&record)?
+                        serde_saphyr::to_string(&event)?
                     );
                 }
                 Format::Table => {
-                    let record: Event = serde_json::from_str(&line)?;
-                    anstream::println!("{}  {:<9}  {}", record.time, record.kind, record.message);
+                    let event: Event = serde_json::from_str(&line)?;
+                    anstream::println!("{}  {:<9}  {}", event.time, event.kind, event.message);
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! `portolan explain`
+//! The `portolan explain` subcommand.
 
 use std::{path::PathBuf, process::ExitCode, str::FromStr};
 
@@ -18,28 +18,28 @@ use super::{
 };
 use crate::admin;
 
-/// Shows why each endpoint of a service has its share, step by step: which rule from which object routed, filtered, ranked, weighed
-/// and ejected.
+/// Explain why each endpoint of a service has its share, step by step: which rule from which object routed, filtered,
+/// ranked, weighted and ejected.
 ///
-/// Asks the running agent; with --config it reads the objects itself and needs no agent, no root and no kernel.
+/// Queries the running agent. With --config, reads the objects itself and needs no agent, root or BPF.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  portolan explain default/reviews\n  \
                   portolan explain default/reviews:9080 --config mesh/ --cluster c1 --node n1")]
 pub(super) struct ExplainArgs {
-    /// The service, and its port where only one is of interest
+    /// Service to explain; with PORT, only that port
     #[arg(value_name = "NAMESPACE/NAME[:PORT]")]
     service: Which,
-    /// Directory with the objects, in place of the running agent
+    /// Read the objects from this directory instead of querying the running agent
     #[arg(long, value_name = "DIR", requires = "cluster")]
     config: Option<PathBuf>,
     #[command(flatten)]
     reader: DecodeArgs,
-    /// With --config: id of the cluster that clients are in
+    /// With --config: ID of the cluster that the clients run in
     #[arg(long, value_name = "ID", requires = "config")]
     cluster: Option<String>,
     #[command(flatten)]
     at: At,
-    /// With --config: what would be if this endpoint (ADDRESS or ADDRESS:PORT) were ejected
+    /// With --config: assume that this endpoint (ADDRESS or ADDRESS:PORT) is ejected (repeatable)
     #[arg(long, value_name = "ADDRESS", requires = "config")]
     eject: Vec<String>,
     #[command(flatten)]
@@ -48,7 +48,7 @@ pub(super) struct ExplainArgs {
     output: OutputArgs,
 }
 
-/// A service, and perhaps one of its ports.
+/// A service, and optionally one of its ports: `NAMESPACE/NAME[:PORT]`.
 #[derive(Clone, Debug)]
 struct Which {
     name: NamespacedName,
@@ -60,10 +60,10 @@ impl FromStr for Which {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, port) = text.split_once(':').map_or((text, None), |(name, port)| (name, Some(port)));
-        let wrong = |_| format!("{text:?} is not NAMESPACE/NAME[:PORT]");
+        let invalid = |_| format!("{text:?} is not NAMESPACE/NAME[:PORT]");
         Ok(Self {
-            name: name.parse().map_err(wrong)?,
-            port: port.map(str::parse).transpose().map_err(|_| wrong(String::new()))?,
+            name: name.parse().map_err(invalid)?,
+            port: port.map(str::parse).transpose().map_err(|_| invalid(String::new()))?,
         })
     }
 }
@@ -107,13 +107,13 @@ fn text(explanation: &Explanation) -> String {
         text += &self::port(port);
     }
     if explanation.ports.is_empty() {
-        text += "no address of this service is served\n";
+        text += "Portolan handles no address of this service\n";
     }
     text + &output::findings("Findings", &explanation.findings)
 }
 
 fn port(port: &PortExplanation) -> String {
-    let mut text = format!("{}, {}, dialled at {}\n", port.service, port.host, port.frontends.join(", "));
+    let mut text = format!("{}, {}, dialed at {}\n", port.service, port.host, port.frontends.join(", "));
     for route in &port.routes {
         text += &self::route(route);
     }
@@ -143,7 +143,7 @@ fn route(route: &RouteExplanation) -> String {
         text += &indented(&output::render(&table, |i| output::style_of(&route.endpoints.get(i)?.endpoint.health)));
     }
     if !route.left_out.is_empty() {
-        let mut table = output::new_table(&["LEFT OUT", "CLUSTER", "WHY"]);
+        let mut table = output::new_table(&["EXCLUDED", "CLUSTER", "WHY"]);
         for left_out in &route.left_out {
             table.add_row(vec![left_out.address.clone(), left_out.cluster.clone(), left_out.why.clone()]);
         }

@@ -1,4 +1,4 @@
-//! `portolan get`
+//! The `portolan get` subcommand.
 
 use std::process::ExitCode;
 
@@ -19,25 +19,25 @@ use crate::{
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum What {
-    /// Each service: how it is shared, slots and connections in the kernel
+    /// Services: mode, share of each locality; slots and connections in the kernel
     Services,
-    /// Each endpoint: its share, connections, failures
+    /// Endpoints: share, connections, failures
     Endpoints,
-    /// The endpoints that are ejected, and until when
+    /// Ejected endpoints, and when their ejection ends
     Ejections,
-    /// What is read, of which cluster: objects, since when, what is wrong
+    /// Sources by cluster and resource: number of objects, last sync, errors
     Sources,
-    /// The pods of this node that are left alone, for a label asks for it
+    /// Pods of this node that a label excludes (portolan.io/opt-out)
     OptOuts,
 }
 
-/// Shows what the running agent intends, and beside it what the kernel holds.
+/// Show what the running agent intends, next to what the kernel holds.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example:\n  portolan get ejections\n  portolan get endpoints --service default/reviews -o json"
 )]
 pub(super) struct GetArgs {
-    /// What to show
+    /// Kind of state to show
     #[arg(value_enum)]
     what: What,
     #[command(flatten)]
@@ -73,9 +73,9 @@ fn sources(args: &GetArgs) -> Result<ExitCode> {
         output::print_value(args.output.output, &reading)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut table = output::new_table(&["CLUSTER", "RESOURCE", "OBJECTS", "SYNCED", "HEARD", "LISTS", "ERROR"]);
+    let mut table = output::new_table(&["CLUSTER", "RESOURCE", "OBJECTS", "SYNCED", "LAST SEEN", "LISTS", "ERROR"]);
     for source in &reading.sources {
-        let heard = source.lag_seconds.map(|seconds| {
+        let last_seen = source.lag_seconds.map(|seconds| {
             format!("{} ago", humantime::format_duration(std::time::Duration::from_secs(seconds as u64)))
         });
         table.add_row([
@@ -83,7 +83,7 @@ fn sources(args: &GetArgs) -> Result<ExitCode> {
             source.resource.clone(),
             source.objects.to_string(),
             source.synced.clone().unwrap_or_else(|| "never".to_owned()),
-            heard.unwrap_or_else(|| "never".to_owned()),
+            last_seen.unwrap_or_else(|| "never".to_owned()),
             source.lists.to_string(),
             source.error.clone().unwrap_or_default(),
         ]);
@@ -101,16 +101,16 @@ fn opt_outs(args: &GetArgs) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if outs.pods.is_empty() {
-        anstream::println!("nothing: no pod of this node is known to ask for it");
+        anstream::println!("no pod of this node is known to have opted out");
         return Ok(ExitCode::SUCCESS);
     }
-    let mut table = output::new_table(&["NAMESPACE", "POD", "ASKED BY", "CGROUP"]);
+    let mut table = output::new_table(&["NAMESPACE", "POD", "OPTED OUT BY", "CGROUP"]);
     for pod in &outs.pods {
         let asked_by = match pod.asked_by {
-            AskedBy::Pod => "its label",
-            AskedBy::Namespace => "its namespace",
+            AskedBy::Pod => "pod label",
+            AskedBy::Namespace => "namespace label",
         };
-        let cgroups = if pod.cgroups.is_empty() { "none found yet".to_owned() } else { pod.cgroups.join(" ") };
+        let cgroups = if pod.cgroups.is_empty() { "not found yet".to_owned() } else { pod.cgroups.join(" ") };
         table.add_row([pod.namespace.clone(), pod.name.clone(), asked_by.to_owned(), cgroups]);
     }
     output::write(&output::render(&table, |_| None))?;

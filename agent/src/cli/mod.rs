@@ -1,4 +1,4 @@
-//! The command line.
+//! The `portolan` command line: subcommands, shared arguments, and exit codes.
 
 mod agent;
 mod cleanup;
@@ -26,66 +26,66 @@ use portolan_datapath::{HELPER_VERB, HelperArgs, Unsupported};
 
 use crate::probe::self_probe;
 
-/// Gives every connection on a node to the right endpoint, in the kernel.
+/// Load-balances Service connections in the kernel, at connect().
 ///
-/// Reads Kubernetes and Istio objects, computes what they mean for this node, and has eBPF programs rewrite each connection to a
-/// Service address once, at connect().
+/// Reads Kubernetes and Istio objects, computes the policy for this node, and loads eBPF programs that rewrite each
+/// connection to a Service address once, at connect().
 #[derive(Debug, Parser)]
 #[command(name = "portolan", version, propagate_version = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// Print without colours (they are left out as well where NO_COLOR is set, or where no terminal is)
+    /// Print without colors (also disabled by NO_COLOR, and when the output is not a terminal)
     #[arg(long, global = true)]
     no_color: bool,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serves the connections of this node (needs root)
+    /// Run the node agent (needs root)
     Agent(Box<agent::AgentArgs>),
-    /// Shows how connections would be shared, from objects in files; needs no root and no kernel
+    /// Show each endpoint's share of new connections, computed from files; needs neither root nor BPF
     Plan(Box<plan::PlanArgs>),
-    /// Shows why each endpoint of a service has its share
+    /// Explain why each endpoint of a service has its share
     Explain(Box<explain::ExplainArgs>),
-    /// Shows what the running agent intends and what the kernel holds
+    /// Show what the running agent intends and what the kernel holds
     Get(get::GetArgs),
-    /// Takes an endpoint out by hand
+    /// Eject an endpoint manually
     Eject(overrides::EjectArgs),
-    /// Has a service leave a region by hand, before maintenance
+    /// Drain a service from a region, for example before maintenance
     Drain(overrides::DrainArgs),
-    /// Takes back what was ordered by hand
+    /// Revert a manual ejection or drain
     Restore(overrides::RestoreArgs),
-    /// Shows what has happened: ejections, releases, failed connections, changes
+    /// Show events: ejections, releases, failed connections, published changes
     Events(events::EventsArgs),
-    /// Looks at this machine: what is right, what is wrong, and what to do about it
+    /// Run node preflight checks and suggest fixes
     Doctor(doctor::DoctorArgs),
-    /// Takes everything of Portolan off the kernel; connections are no longer served
+    /// Detach the programs and remove all pinned state; connections then bypass Portolan
     Cleanup(cleanup::CleanupArgs),
-    /// The client of the agent's own probe
+    /// Run the client process of the agent's self-probe
     #[command(name = self_probe::VERB, hide = true)]
     SelfProbe {
-        /// The cgroup that is served
+        /// cgroup whose connections the agent handles
         cgroup: PathBuf,
     },
-    /// The part of the agent that keeps its privileges
+    /// Run the privileged helper process of the agent
     #[command(name = HELPER_VERB, hide = true)]
     Helper(HelperArgs),
-    /// Shows the version
-    FrontendVersion,
-    /// Prints a completion script for a shell
+    /// Print the version
+    Version,
+    /// Print a shell completion script
     Completions {
-        /// The shell
+        /// Shell to print the script for
         shell: clap_complete::Shell,
     },
 }
 
-/// Exit status where something does not work.
+/// Exit code for a failed operation.
 const FAILED: u8 = 1;
-/// Exit status where the command line is wrong or the machine lacks something.
+/// Exit code for a usage error, or for a machine that lacks a required feature.
 const UNSUPPORTED: u8 = 2;
 
-/// Runs the command line of this process.
+/// Parses the arguments of this process, runs the subcommand, and returns the exit code.
 pub fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(code) => code,
@@ -114,7 +114,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Cleanup(args) => cleanup::run(&args),
         Command::SelfProbe { cgroup } => self_probe::run_client(&cgroup).map(|()| ExitCode::SUCCESS),
         Command::Helper(args) => agent::run_helper(&args),
-        Command::FrontendVersion => {
+        Command::Version => {
             let schema = portolan_common::SCHEMA_VERSION;
             anstream::println!("portolan {} (map schema v{schema})", env!("CARGO_PKG_VERSION"));
             Ok(ExitCode::SUCCESS)
@@ -126,7 +126,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     }
 }
 
-/// The configuration directory, and how it is read.
+/// Configuration directory, and options for decoding it.
 #[derive(Debug, Args)]
 struct ConfigArgs {
     /// Directory with the objects: DIR/*.yaml for the mesh, DIR/<cluster-id>/**/*.yaml for each cluster
@@ -136,30 +136,30 @@ struct ConfigArgs {
     reader: DecodeArgs,
 }
 
-/// How objects are read.
+/// Options for decoding objects.
 #[derive(Debug, Args)]
 struct DecodeArgs {
     /// Accept endpoints and Service addresses in loopback and link-local ranges
     #[arg(long, env = "PORTOLAN_ALLOW_LOOPBACK_ENDPOINTS")]
     allow_loopback_endpoints: bool,
-    /// Where the endpoints of a cluster may be, whatever its objects say; anywhere, for one that is not named. May be given several times (in the
-    /// environment with ";" between them)
+    /// Address ranges that the endpoints of a cluster must be in; a cluster that is not listed may have any. Repeatable
+    /// (in the environment, separate values with ";")
     #[arg(long, value_name = "CLUSTER=CIDR[,CIDR…]", env = "PORTOLAN_CLUSTER_RANGES", value_delimiter = ';')]
     cluster_ranges: Vec<ClusterRanges>,
 }
 
 impl DecodeArgs {
     fn reader(&self) -> DecodeOptions {
-        // Once for each process.
+        // Leaked once per process, so that `DecodeOptions` stays `Copy`.
         let ranges = Vec::leak(self.cluster_ranges.clone());
         DecodeOptions { allow_loopback: self.allow_loopback_endpoints, ranges }
     }
 }
 
-/// Where the client is.
+/// Cluster and location of the clients.
 #[derive(Debug, Args)]
 struct PlaceArgs {
-    /// Id of the cluster that clients are in
+    /// ID of the cluster that the clients run in
     #[arg(long, value_name = "ID", env = "PORTOLAN_CLUSTER")]
     cluster: String,
     #[command(flatten)]
@@ -168,19 +168,19 @@ struct PlaceArgs {
 
 #[derive(Debug, Args)]
 struct At {
-    /// Name of the node that clients are on; its Node object says where that is
+    /// Node that the clients run on; its Node object gives the locality and labels
     #[arg(long, value_name = "NAME", env = "PORTOLAN_NODE")]
     node: Option<String>,
-    /// Where clients are, in place of a node or of what its Node object says
+    /// Locality of the clients; overrides the locality of the Node object
     #[arg(long, value_name = "REGION/ZONE/SUBZONE", env = "PORTOLAN_LOCALITY")]
     locality: Option<Locality>,
-    /// A label of the clients, beside those of the node, for failoverPriority
+    /// Client label for failoverPriority, in addition to the labels of the node (repeatable)
     #[arg(long = "label", value_name = "K=V", value_parser = label, env = "PORTOLAN_LABELS", value_delimiter = ',')]
     labels: Vec<(String, String)>,
 }
 
 fn label(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').filter(|(key, _)| !key.is_empty()).ok_or("not KEY=VALUE")?;
+    let (key, value) = text.split_once('=').filter(|(key, _)| !key.is_empty()).ok_or("expected KEY=VALUE")?;
     Ok((key.to_owned(), value.to_owned()))
 }
 
@@ -188,13 +188,13 @@ impl At {
     fn place(&self) -> ClientLocation {
         if self.node.is_none() && self.locality.is_none() {
             let message =
-                "where are the clients? --node or --locality says it (of plan, --all-nodes asks for every node)\n";
-            // Of the verb that was asked, not of all of them.
+                "the location of the clients is missing: pass --node or --locality (or --all-nodes with plan)\n";
+            // Print the usage of the invoked subcommand, not of the whole program.
             let verb = std::env::args().nth(1).unwrap_or_default();
             let mut command = Cli::command();
             command.build();
-            let asked = command.find_subcommand_mut(&verb).cloned();
-            asked.unwrap_or(command).error(ErrorKind::MissingRequiredArgument, message).exit();
+            let subcommand = command.find_subcommand_mut(&verb).cloned();
+            subcommand.unwrap_or(command).error(ErrorKind::MissingRequiredArgument, message).exit();
         }
         ClientLocation { node: self.node.clone(), locality: self.locality.clone(), labels: self.labels() }
     }
@@ -204,59 +204,59 @@ impl At {
     }
 }
 
-/// Where things are pinned.
+/// Location of the pinned maps and links.
 #[derive(Debug, Args)]
 struct PinsArgs {
-    /// Folder for the pins, on a bpffs
+    /// Directory for pinned maps and links, on a bpffs
     #[arg(long, value_name = "PATH", default_value = "/sys/fs/bpf/portolan", env = "PORTOLAN_BPFFS")]
     bpffs: PathBuf,
 }
 
-/// What outlives the agent.
+/// Location of the agent's state file.
 #[derive(Debug, Args)]
 struct StateArgs {
-    /// File for what outlives the agent: ejections, and orders by hand
+    /// File for state that outlives the agent: ejections and manual overrides
     #[arg(long, value_name = "FILE", default_value = "/var/lib/portolan/state.json", env = "PORTOLAN_STATE")]
     state: PathBuf,
 }
 
-/// The socket of the running agent.
+/// Location of the running agent's admin socket.
 #[derive(Debug, Args)]
 struct AdminArgs {
-    /// Admin socket of the agent
+    /// Path of the agent's admin socket
     #[arg(long, value_name = "SOCKET", default_value = "/run/portolan/admin.sock", env = "PORTOLAN_ADMIN")]
     admin: PathBuf,
 }
 
-/// Which services to show.
+/// Filters for the services to show.
 #[derive(Debug, Args)]
 struct SelectArgs {
-    /// Only this service
+    /// Show only this service
     #[arg(long, value_name = "NAMESPACE/NAME")]
     service: Option<NamespacedName>,
-    /// Only this port
+    /// Show only this port
     #[arg(long)]
     port: Option<u16>,
 }
 
 impl SelectArgs {
-    /// Leaves only these.
+    /// Removes all services from the report that do not match. Fails if a filter is set and nothing matches.
     fn apply(&self, report: &mut Report) -> Result<()> {
-        self.keep(report);
+        self.retain_matching(report);
         if report.services.is_empty() { self.found_nothing() } else { Ok(()) }
     }
 
-    /// Leaves only these in each; one of them at least must have some.
+    /// Filters every report. Fails if a filter is set and nothing matches in any of them.
     fn apply_to_all(&self, reports: &mut [Report]) -> Result<()> {
         self.keep_in_all(reports);
         if reports.iter().all(|report| report.services.is_empty()) { self.found_nothing() } else { Ok(()) }
     }
 
     fn keep_in_all(&self, reports: &mut [Report]) {
-        reports.iter_mut().for_each(|report| self.keep(report));
+        reports.iter_mut().for_each(|report| self.retain_matching(report));
     }
 
-    fn keep(&self, report: &mut Report) {
+    fn retain_matching(&self, report: &mut Report) {
         report.services.retain(|service| {
             let named = |name: &NamespacedName| name.namespace == service.namespace && name.name == service.name;
             self.port.is_none_or(|port| port == service.port) && self.service.as_ref().is_none_or(named)
@@ -264,13 +264,13 @@ impl SelectArgs {
     }
 
     fn found_nothing(&self) -> Result<()> {
-        let asked = self.service.is_some() || self.port.is_some();
-        anyhow::ensure!(!asked, "no service of this client is of that name and port");
+        let is_filtered = self.service.is_some() || self.port.is_some();
+        anyhow::ensure!(!is_filtered, "no service of this client matches --service and --port");
         Ok(())
     }
 }
 
-/// A runtime for the verbs that only ask.
+/// Runs a future on a single-threaded runtime, for subcommands that only query the agent.
 fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
@@ -280,7 +280,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn clap_definition_is_valid() {
         Cli::command().debug_assert();
     }
 }

@@ -1,4 +1,4 @@
-//! The policy without an agent: from the files to the verdict.
+//! Evaluates the policy from files, without an agent.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,20 +17,20 @@ use portolan_core::{
 
 use crate::source::file::Directory;
 
-/// What a directory says now.
+/// The objects of a configuration directory, at the time it was read.
 pub(super) struct Offline {
     pub(super) store: Store,
 }
 
 impl Offline {
-    /// Reads it.
+    /// Reads all objects below `root`.
     ///
     /// # Errors
-    /// The directory itself cannot be read.
+    /// Returns an error if `root` itself cannot be read. A problem with a single file becomes a finding.
     pub(super) fn read(root: &Path, reader: DecodeOptions) -> Result<Self> {
         let updates = Directory::new(root.to_owned(), reader)
             .scan(&BTreeSet::new())
-            .with_context(|| format!("the configuration directory {} cannot be read", root.display()))?;
+            .with_context(|| format!("cannot read the configuration directory {}", root.display()))?;
         let mut store = Store::default();
         for update in updates {
             store.apply(update, &mut Changes::default());
@@ -38,13 +38,13 @@ impl Offline {
         Ok(Self { store })
     }
 
-    /// The client in a place, and what is wrong with it.
+    /// Returns the client at a location, and findings about that location.
     pub(super) fn client(&self, cluster: &str, place: &ClientLocation) -> (Client, Vec<Finding>) {
         let mut findings = Vec::new();
         (place.client(cluster, &self.store, &mut findings), findings)
     }
 
-    /// What connections of a client would find.
+    /// Computes the shares of a client's new connections, and all findings.
     pub(super) fn report(&self, client: &Client, findings: Vec<Finding>, observed: &HealthView) -> Report {
         let mut output: PolicyOutput = assign(self.store.snapshot(), client, observed);
         output.findings.extend(self.store.findings());
@@ -55,23 +55,23 @@ impl Offline {
         Report::new(client, self.store.fingerprint(), &output)
     }
 
-    /// Adds to findings the files that their objects are in.
+    /// Sets the source file of each finding.
     pub(super) fn add_sources(&self, client: &Client, findings: &mut [Finding]) {
         for finding in findings {
             self.store.add_source(&client.cluster, finding);
         }
     }
 
-    /// The places of all nodes of a cluster.
+    /// Returns the locations of all nodes of a cluster. Fails if there is no node.
     pub(super) fn nodes(&self, cluster: &str, labels: &portolan_core::model::Labels) -> Result<Vec<ClientLocation>> {
         let nodes: BTreeMap<_, _> =
             self.store.snapshot().clusters.get(cluster).map(|own| own.nodes.clone()).unwrap_or_default();
-        ensure!(!nodes.is_empty(), "--all-nodes: the configuration has no Node of cluster {cluster}");
+        ensure!(!nodes.is_empty(), "--all-nodes: the configuration has no Node objects of cluster {cluster}");
         let place = |name: &String| ClientLocation { node: Some(name.clone()), locality: None, labels: labels.clone() };
         Ok(nodes.keys().map(place).collect())
     }
 
-    /// The endpoints that `--eject` means: one with this port, or with this address and any port.
+    /// Resolves the values of `--eject`: ADDRESS:PORT selects one endpoint, ADDRESS selects all of its ports.
     pub(super) fn ejected(&self, client: &Client, texts: &[String]) -> Result<HealthView> {
         let mut observed = HealthView::default();
         if texts.is_empty() {
@@ -82,13 +82,13 @@ impl Offline {
         let known: BTreeSet<SocketAddr> =
             routes.flat_map(|route| &route.pool.endpoints).map(|endpoint| endpoint.address).collect();
         for text in texts {
-            let meant: Vec<SocketAddr> = match (text.parse::<SocketAddr>(), text.parse::<IpAddr>()) {
+            let matching: Vec<SocketAddr> = match (text.parse::<SocketAddr>(), text.parse::<IpAddr>()) {
                 (Ok(address), _) => known.iter().filter(|known| **known == address).copied().collect(),
                 (_, Ok(ip)) => known.iter().filter(|known| known.ip() == ip).copied().collect(),
-                _ => bail!("--eject {text}: not ADDRESS or ADDRESS:PORT"),
+                _ => bail!("--eject {text}: expected ADDRESS or ADDRESS:PORT"),
             };
-            ensure!(!meant.is_empty(), "--eject {text}: no service of this client has such an endpoint");
-            observed.ejected_everywhere.extend(meant);
+            ensure!(!matching.is_empty(), "--eject {text}: no service of this client has such an endpoint");
+            observed.ejected_everywhere.extend(matching);
         }
         Ok(observed)
     }

@@ -1,4 +1,4 @@
-//! Tables for people, JSON and YAML for machines.
+//! Output of the subcommands: tables for people, JSON and YAML for scripts.
 
 use std::{
     collections::BTreeSet,
@@ -17,23 +17,23 @@ use serde::Serialize;
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
 pub(super) enum Format {
-    /// For people
+    /// Human-readable table
     #[default]
     Table,
-    /// For machines
+    /// JSON
     Json,
-    /// For machines
+    /// YAML
     Yaml,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct OutputArgs {
-    /// How to print
+    /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     pub(super) output: Format,
 }
 
-/// Which rows a table of a report has.
+/// Granularity of the rows in a report table.
 #[derive(Clone, Copy)]
 pub(super) enum Rows {
     Services,
@@ -49,30 +49,30 @@ pub(super) fn print(format: Format, report: &Report, rows: Rows) -> Result<()> {
     }
 }
 
-/// Several reports. Clients that send alike are shown together.
+/// Prints several reports. Clients with identical tables share one table.
 pub(super) fn print_all(format: Format, reports: &[Report], rows: Rows) -> Result<()> {
     if !matches!(format, Format::Table) {
         return print_value(format, &reports);
     }
-    let mut alike: Vec<(String, String)> = Vec::new();
+    let mut groups: Vec<(String, String)> = Vec::new();
     for report in reports {
         let table = table(report, rows);
         let head = client(&report.client);
-        match alike.iter_mut().find(|(_, other)| *other == table) {
+        match groups.iter_mut().find(|(_, other)| *other == table) {
             Some((heads, _)) => {
                 heads.truncate(heads.trim_end().len());
                 heads.push('\n');
                 heads.push_str(&head);
             }
-            None => alike.push((head, table)),
+            None => groups.push((head, table)),
         }
     }
-    let text: Vec<String> = alike.into_iter().map(|(heads, table)| heads + &table).collect();
+    let text: Vec<String> = groups.into_iter().map(|(heads, table)| heads + &table).collect();
     let all: BTreeSet<Finding> = reports.iter().flat_map(|report| &report.findings).cloned().collect();
     write(&(text.join("\n") + &findings("Findings", &all.into_iter().collect::<Vec<_>>())))
 }
 
-/// As JSON or YAML.
+/// Prints a value as YAML, or as JSON for any other format.
 pub(super) fn print_value(format: Format, value: &impl Serialize) -> Result<()> {
     match format {
         Format::Yaml => write(&serde_saphyr::to_string(value)?),
@@ -80,7 +80,7 @@ pub(super) fn print_value(format: Format, value: &impl Serialize) -> Result<()> 
     }
 }
 
-/// To standard output. A reader that has seen enough closes the pipe, which is no error.
+/// Writes to standard output. A broken pipe is not an error: the reader has closed it early.
 pub(super) fn write(text: &str) -> Result<()> {
     match anstream::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
@@ -88,20 +88,20 @@ pub(super) fn write(text: &str) -> Result<()> {
     }
 }
 
-/// How far long work is, for people who watch.
+/// Shows the progress of a long operation, if standard error is a terminal.
 pub(super) fn progress(what: &str, done: usize, all: usize) {
     let mut stderr = std::io::stderr();
     if all > 1 && stderr.is_terminal() {
         let end = if done == all { "\r\x1b[K" } else { "" };
-        // Nobody is the worse off for not seeing it.
+        // Best effort.
         let _ = write!(stderr, "\r{what} {done} of {all}{end}");
     }
 }
 
-/// The line that says for whom a table is.
+/// Formats the header line that names the client of a table.
 pub(super) fn client(client: &ClientReport) -> String {
     let node = client.node.as_ref().map(|node| format!(" node {node}")).unwrap_or_default();
-    let at = if client.locality.is_empty() { "an unknown place" } else { &client.locality };
+    let at = if client.locality.is_empty() { "an unknown locality" } else { &client.locality };
     format!("Client: cluster {}{node} at {at}\n\n", client.cluster)
 }
 
@@ -112,7 +112,7 @@ pub(super) fn new_table(header: &[&str]) -> Table {
     table
 }
 
-/// The table as text; rows by number have styles.
+/// Renders a table with a bold header. `style` returns the style of a row by its index, without the header.
 pub(super) fn render(table: &Table, style: impl Fn(usize) -> Option<Style>) -> String {
     let line = |(i, line): (usize, String)| {
         let style = i.checked_sub(1).map_or(Some(Style::new().bold()), &style).unwrap_or_default();
@@ -121,7 +121,7 @@ pub(super) fn render(table: &Table, style: impl Fn(usize) -> Option<Style>) -> S
     table.lines().enumerate().map(line).collect()
 }
 
-/// How an endpoint stands out.
+/// Returns the style that highlights an endpoint's health; `None` for plain text.
 pub(super) fn style_of(health: &str) -> Option<Style> {
     match health {
         "ejected" => Some(AnsiColor::Red.on_default()),
@@ -144,7 +144,7 @@ fn name(service: &ServiceReport) -> String {
     format!("{}/{}:{}{destination}{subset}", service.namespace, service.name, service.port)
 }
 
-/// The mode, and what annotations have made of it.
+/// Formats the mode of a service, with the annotations that extend it.
 fn mode(service: &ServiceReport) -> String {
     let with = |name: &str, says: &'static str| service.extensions.iter().any(|it| it == name).then_some(says);
     let parts = [
@@ -175,7 +175,7 @@ fn services(report: &Report, live: bool) -> String {
             mode(service),
             if service.cluster_local { "yes" } else { "no" }.to_owned(),
             match (service.on_empty.as_str(), shares.is_empty()) {
-                ("pass", _) => "left alone".to_owned(),
+                ("pass", _) => "passthrough".to_owned(),
                 (_, true) => "refused".to_owned(),
                 (_, false) => shares.join(", "),
             },
@@ -187,7 +187,7 @@ fn services(report: &Report, live: bool) -> String {
         }
         table.add_row(row);
     }
-    if report.services.is_empty() { "nothing\n".to_owned() } else { render(&table, |_| None) }
+    if report.services.is_empty() { "no services\n".to_owned() } else { render(&table, |_| None) }
 }
 
 fn endpoints(report: &Report, live: bool) -> String {
@@ -199,7 +199,7 @@ fn endpoints(report: &Report, live: bool) -> String {
     let mut styles = Vec::new();
     for service in &report.services {
         if service.endpoints.is_empty() || service.on_empty == "pass" {
-            let what = if service.on_empty == "pass" { "left alone" } else { "none: refused" };
+            let what = if service.on_empty == "pass" { "passthrough" } else { "no endpoints: refused" };
             table.add_row(vec![name(service), mode(service), what.to_owned()]);
             styles.push(None);
             continue;
@@ -227,7 +227,7 @@ fn endpoints(report: &Report, live: bool) -> String {
     if let Some(share) = table.column_mut(7) {
         share.set_cell_alignment(CellAlignment::Right);
     }
-    if styles.is_empty() { "nothing\n".to_owned() } else { render(&table, |i| styles.get(i).copied().flatten()) }
+    if styles.is_empty() { "no endpoints\n".to_owned() } else { render(&table, |i| styles.get(i).copied().flatten()) }
 }
 
 pub(super) fn or_unknown(locality: &str) -> &str {
@@ -243,7 +243,7 @@ pub(super) fn findings(title: &str, findings: &[Finding]) -> String {
     if lines.is_empty() { lines } else { format!("\n{title}:\n{lines}") }
 }
 
-/// One finding, with the line of the file that it is about.
+/// Formats one finding, with an excerpt of the line in the file that it refers to.
 fn finding(finding: &Finding) -> String {
     let (severity, style) = match finding.severity {
         Severity::Error => ("error  ", AnsiColor::Red.on_default()),

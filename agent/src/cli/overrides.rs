@@ -1,4 +1,4 @@
-//! `portolan eject`, `drain` and `restore`: orders by hand.
+//! The `portolan eject`, `drain` and `restore` subcommands: manual overrides.
 
 use std::{net::SocketAddr, process::ExitCode, time::Duration};
 
@@ -9,57 +9,60 @@ use portolan_core::{health::OverrideCommand, model::NamespacedName};
 use super::{AdminArgs, block_on};
 use crate::admin;
 
-/// Takes an endpoint out by hand: no new connections go to it, from this node.
+/// Eject an endpoint manually: this node opens no new connections to it.
 ///
-/// It holds over restarts of the agent and of the machine, until its time is up or `portolan restore` takes it back, and shows as a finding as long as
-/// it does. Connections that there are go on. No limit on ejections is asked.
+/// The override survives restarts of the agent and of the machine.
+/// It ends when --for expires or `portolan restore` reverts it, and is reported as a finding while it is active.
+/// Existing connections continue. Ejection limits do not apply.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  portolan eject 10.1.0.7:9080 --for 10m --reason 'disk is full'")]
 pub(super) struct EjectArgs {
-    /// The endpoint, as `portolan get endpoints` shows it
+    /// Endpoint, as shown by `portolan get endpoints`
     #[arg(value_name = "ADDRESS:PORT")]
     endpoint: SocketAddr,
-    /// It may come back after this time [default: when it is restored]
+    /// Duration of the ejection [default: until it is restored]
     #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration)]
     time: Option<Duration>,
-    /// Why, for whoever sees it
+    /// Reason, shown in findings and events
     #[arg(long, default_value = "")]
     reason: String,
     #[command(flatten)]
     admin: AdminArgs,
 }
 
-/// Has a service leave a region by hand: its new connections from this node go where they would if all endpoints there had failed.
+/// Drain a service from a region: its new connections from this node go where they would if all endpoints there had
+/// failed.
 ///
-/// For maintenance of a region. It holds as `portolan eject` does; `portolan restore NAMESPACE/NAME --region REGION` takes it back.
+/// Use it before maintenance of a region. The override lasts like that of `portolan eject`; revert it with
+/// `portolan restore NAMESPACE/NAME --region REGION`.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example:\n  portolan drain default/reviews --region cn-hangzhou --reason 'maintenance tonight'"
 )]
 pub(super) struct DrainArgs {
-    /// The service
+    /// Service to drain
     #[arg(value_name = "NAMESPACE/NAME")]
     service: NamespacedName,
-    /// The region
+    /// Region to drain the service from
     #[arg(long)]
     region: String,
-    /// Why, for whoever sees it
+    /// Reason, shown in findings and events
     #[arg(long, default_value = "")]
     reason: String,
     #[command(flatten)]
     admin: AdminArgs,
 }
 
-/// Takes back what `portolan eject` or `portolan drain` has ordered.
+/// Revert a `portolan eject` or `portolan drain`.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  portolan restore 10.1.0.7:9080\n  portolan restore default/reviews --region cn-hangzhou"
 )]
 pub(super) struct RestoreArgs {
-    /// The endpoint, or with --region the service
+    /// Endpoint to restore, or with --region the service
     #[arg(value_name = "ADDRESS:PORT|NAMESPACE/NAME")]
     what: String,
-    /// The region that was drained
+    /// Region that the service was drained from
     #[arg(long)]
     region: Option<String>,
     #[command(flatten)]
@@ -68,35 +71,32 @@ pub(super) struct RestoreArgs {
 
 pub(super) fn eject(args: &EjectArgs) -> Result<ExitCode> {
     let for_ms = args.time.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
-    give(&args.admin, &OverrideCommand::Eject { endpoint: args.endpoint, for_ms, reason: args.reason.clone() })
+    submit(&args.admin, &OverrideCommand::Eject { endpoint: args.endpoint, for_ms, reason: args.reason.clone() })
 }
 
 pub(super) fn drain(args: &DrainArgs) -> Result<ExitCode> {
     let (service, region, reason) = (args.service.clone(), args.region.clone(), args.reason.clone());
-    give(&args.admin, &OverrideCommand::Drain { service, region, reason })
+    submit(&args.admin, &OverrideCommand::Drain { service, region, reason })
 }
 
 pub(super) fn restore(args: &RestoreArgs) -> Result<ExitCode> {
-    let order = match &args.region {
+    let command = match &args.region {
         Some(region) => {
             let service = args.what.parse().map_err(anyhow::Error::msg)?;
             OverrideCommand::Undrain { service, region: region.clone() }
         }
         None => {
             let endpoint = args.what.parse().map_err(|_| {
-                anyhow::anyhow!(
-                    "{:?} is not ADDRESS:PORT; for a service that was drained, name its --region",
-                    args.what
-                )
+                anyhow::anyhow!("{:?} is not ADDRESS:PORT; to restore a drained service, name its --region", args.what)
             })?;
             OverrideCommand::Restore { endpoint }
         }
     };
-    give(&args.admin, &order)
+    submit(&args.admin, &command)
 }
 
-fn give(admin: &AdminArgs, order: &OverrideCommand) -> Result<ExitCode> {
-    let said: String = block_on(admin::post(&admin.admin, "/v1/orders", order))?;
-    anstream::println!("{said}");
+fn submit(admin: &AdminArgs, command: &OverrideCommand) -> Result<ExitCode> {
+    let message: String = block_on(admin::post(&admin.admin, "/v1/orders", command))?;
+    anstream::println!("{message}");
     Ok(ExitCode::SUCCESS)
 }

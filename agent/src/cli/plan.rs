@@ -1,4 +1,4 @@
-//! `portolan plan`
+//! The `portolan plan` and `portolan plan diff` subcommands.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -12,10 +12,10 @@ use super::{
     output::{self, OutputArgs, Rows},
 };
 
-/// Shows, for a client in one place, which endpoint gets which share of new connections, and what is wrong with the objects.
+/// Show each endpoint's share of new connections for clients at one location, and findings about the objects.
 ///
-/// The shares are computed by the same code that the agent uses, so they are what the kernel gives. Exit status 1 where a finding
-/// is an error.
+/// The agent uses the same code, so these are the shares that the kernel applies.
+/// Exit status 1 if a finding is an error.
 #[derive(Debug, Args)]
 #[command(
     args_conflicts_with_subcommands = true,
@@ -32,17 +32,17 @@ pub(super) struct PlanArgs {
     config: Option<PathBuf>,
     #[command(flatten)]
     reader: DecodeArgs,
-    /// Id of the cluster that clients are in
+    /// ID of the cluster that the clients run in
     #[arg(long, value_name = "ID", env = "PORTOLAN_CLUSTER", required = true)]
     cluster: Option<String>,
     #[command(flatten)]
     at: At,
-    /// Every node of the cluster in turn
+    /// Show every node of the cluster
     #[arg(long)]
     all_nodes: bool,
     #[command(flatten)]
     select: SelectArgs,
-    /// What would be if this endpoint (ADDRESS or ADDRESS:PORT) were ejected
+    /// Assume that this endpoint (ADDRESS or ADDRESS:PORT) is ejected (repeatable)
     #[arg(long, value_name = "ADDRESS")]
     eject: Vec<String>,
     #[command(flatten)]
@@ -51,25 +51,26 @@ pub(super) struct PlanArgs {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Shows what a change of the objects would do to the shares, before it is applied
+    /// Show how a change of the objects would affect the shares, before it is applied
     ///
-    /// Exit status 0: no share changes; 1: some do, or the new directory has errors that the old one has not; 2: they cannot be compared.
+    /// Exit status 0: no share changes; 1: some shares change, or the new directory has additional findings that are
+    /// errors; 2: the directories cannot be compared.
     Diff(DiffArgs),
 }
 
 #[derive(Debug, Args)]
 struct DiffArgs {
-    /// The objects as they are
+    /// Directory with the current objects
     #[arg(value_name = "DIR_A")]
     before: PathBuf,
-    /// The objects as they would be
+    /// Directory with the changed objects
     #[arg(value_name = "DIR_B")]
     after: PathBuf,
     #[command(flatten)]
     reader: DecodeArgs,
     #[command(flatten)]
     place: PlaceArgs,
-    /// Every node of the cluster in turn
+    /// Show every node of the cluster
     #[arg(long)]
     all_nodes: bool,
     #[command(flatten)]
@@ -81,7 +82,7 @@ struct DiffArgs {
 pub(super) fn run(args: &PlanArgs) -> Result<ExitCode> {
     if let Some(Verb::Diff(args)) = &args.verb {
         return run_diff(args).or_else(|error| {
-            // Not to be taken for a difference.
+            // Exit status 1 would mean a difference.
             anstream::eprintln!("portolan: {error:#}");
             Ok(ExitCode::from(UNSUPPORTED))
         });
@@ -100,7 +101,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<ExitCode> {
     Ok(ExitCode::from(if failed { FAILED } else { 0 }))
 }
 
-/// One report, or one for each node.
+/// Builds one report for the given location, or one per node of the cluster.
 fn reports(offline: &Offline, cluster: &str, (at, all_nodes): (&At, bool), eject: &[String]) -> Result<Vec<Report>> {
     let places = match all_nodes {
         true => offline.nodes(cluster, &at.labels())?,

@@ -1,89 +1,90 @@
-//! What is right and wrong with a machine, and what to do about it. Pure: facts in, verdicts out.
+//! Evaluates the facts about a machine for `portolan doctor`: checks, their results, and remedies. Pure: no I/O.
 
 use portolan_datapath::{Facts, MapFacts, ProgramFacts};
 use serde::{Deserialize, Serialize};
 
-/// The oldest kernel that Portolan is tested on.
-const OLDEST: (u32, u32) = (6, 1);
-/// Before this one, the kernel wrote into the addresses of its own clients what a program put there.
+/// Oldest kernel version that Portolan is tested on.
+const MIN_KERNEL: (u32, u32) = (6, 1);
+/// First kernel version that does not write the rewritten address back into the callers inside the kernel (NFS, SMB,
+/// Ceph).
 const KERNEL_CLIENTS: (u32, u32) = (6, 6);
-/// A map that is as full as this, in percent, should be larger.
+/// Fill level of a map from which it is reported, in percent.
 const NEARLY_FULL: u64 = 90;
 
-/// How it is with one thing.
+/// Result of a check, by increasing severity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// As it should be.
+    /// The check passed.
     Ok,
-    /// Something to know; connections are served.
+    /// Informational: not a problem in itself.
     Note,
-    /// Something may go wrong.
+    /// A feature is impaired, or a problem is likely.
     Warning,
-    /// Portolan does not work so.
+    /// Portolan cannot work.
     Error,
 }
 
-/// The verdict on one thing.
+/// One check and its result.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Check {
-    /// What was looked at.
+    /// Name of the check, such as `kernel` or `map frontends`.
     pub check: String,
-    /// How it is.
+    /// Result of the check.
     pub state: State,
-    /// What was seen.
+    /// Observation, for people.
     pub says: String,
-    /// What to do about it; empty where there is nothing to do.
+    /// What to do about the result; empty if nothing needs to be done.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub remedy: String,
 }
 
-/// What a doctor says.
+/// Output of `portolan doctor`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Diagnosis {
-    /// One verdict for each thing.
+    /// Checks, in the order in which they ran.
     pub checks: Vec<Check>,
-    /// Portolan's programs in the kernel.
+    /// Portolan's eBPF programs; empty without root.
     pub programs: Vec<Program>,
-    /// Use of the maps.
+    /// Fill levels of the pinned maps; empty without root.
     pub maps: Vec<MapFacts>,
 }
 
-/// A program in the kernel.
+/// One of Portolan's eBPF programs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Program {
-    /// Its name.
+    /// Name of the program, such as `connect4`.
     pub name: String,
-    /// Instructions that the verifier went through.
+    /// Instructions that the verifier processed; `None` if the kernel does not report it.
     pub verified_instructions: Option<u32>,
-    /// Bytes of it.
+    /// Size of the translated program in bytes; `None` if the kernel does not report it.
     pub bytes: Option<u32>,
-    /// Whether it is attached to the cgroup that is to be served.
+    /// Whether the program is attached to the cgroup given by `--cgroup`.
     pub attached: bool,
 }
 
 impl Diagnosis {
-    /// Whether something keeps Portolan from working.
+    /// Returns whether a problem keeps Portolan from working.
     pub fn has_errors(&self) -> bool {
         self.checks.iter().any(|check| check.state == State::Error)
     }
 }
 
-/// Judges a machine. `agent` is what a running agent says of itself: what it is not ready for.
+/// Evaluates all checks. `agent` is the readiness of the running agent; `None` means that no agent responds.
 pub fn diagnose(facts: &Facts, agent: Option<Result<(), String>>) -> Diagnosis {
     let mut checks = Checks::default();
     kernel(&mut checks, facts);
     machine(&mut checks, facts);
     if !facts.is_root {
-        // Nothing can be said of what cannot be seen.
+        // Without root, pins, programs and maps cannot be inspected.
         return Diagnosis { checks: checks.0, programs: Vec::new(), maps: Vec::new() };
     }
     sockets(&mut checks, facts);
     programs(&mut checks, facts);
-    neighbours(&mut checks, facts);
+    other_programs(&mut checks, facts);
     running(&mut checks, facts, agent);
     sizes(&mut checks, facts);
     let cgroup = facts.cgroup.as_ref().map_or(0, |(_, id)| *id);
@@ -109,7 +110,7 @@ impl Checks {
     }
 }
 
-/// The first two numbers of a kernel's version.
+/// Parses the first two numbers of a kernel release, such as `6.12.1-cloud`.
 fn version(kernel: &str) -> Option<(u32, u32)> {
     let mut numbers = kernel.split(|c: char| !c.is_ascii_digit()).map(str::parse);
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
@@ -118,16 +119,16 @@ fn version(kernel: &str) -> Option<(u32, u32)> {
 fn kernel(checks: &mut Checks, facts: &Facts) {
     let kernel = &facts.kernel;
     match version(kernel) {
-        Some(version) if version >= OLDEST => checks.ok("kernel", kernel),
+        Some(version) if version >= MIN_KERNEL => checks.ok("kernel", kernel),
         _ => checks.add(
             "kernel",
             State::Error,
-            format!("{kernel} is older than {}.{}, the oldest that Portolan is tested on", OLDEST.0, OLDEST.1),
-            "boot a later kernel",
+            format!("{kernel} is older than {}.{}, the oldest tested version", MIN_KERNEL.0, MIN_KERNEL.1),
+            "boot a newer kernel",
         ),
     }
     match &facts.btf {
-        Ok(()) => checks.ok("BTF", "the kernel describes its types"),
+        Ok(()) => checks.ok("BTF", "available"),
         Err(error) => checks.add("BTF", State::Error, error.to_string(), "use a kernel with CONFIG_DEBUG_INFO_BTF"),
     }
     if facts.network_mounts.is_empty() && version(kernel).is_some_and(|version| version < KERNEL_CLIENTS) {
@@ -135,10 +136,10 @@ fn kernel(checks: &mut Checks, facts: &Facts) {
             "kernel clients",
             State::Note,
             format!(
-                "before {}.{} a mount of NFS, SMB or Ceph by a Service address keeps its endpoint for good",
+                "before {}.{}, an NFS, SMB or Ceph mount by Service address stays bound to its first endpoint",
                 KERNEL_CLIENTS.0, KERNEL_CLIENTS.1
             ),
-            "mount by the server's own address",
+            "mount by the address of the server itself",
         );
     }
     for (kind, place) in &facts.network_mounts {
@@ -146,8 +147,11 @@ fn kernel(checks: &mut Checks, facts: &Facts) {
             checks.add(
                 "kernel clients",
                 State::Warning,
-                format!("{place} is a mount of {kind}: before {}.{} the kernel keeps the endpoint in place of a Service address that it dials, for good", KERNEL_CLIENTS.0, KERNEL_CLIENTS.1),
-                "mount by the server's own address, or boot a later kernel",
+                format!(
+                    "{place} is a {kind} mount: before {}.{}, a mount by Service address stays bound to one endpoint",
+                    KERNEL_CLIENTS.0, KERNEL_CLIENTS.1
+                ),
+                "mount by the address of the server itself, or boot a newer kernel",
             );
         }
     }
@@ -160,35 +164,35 @@ fn machine(checks: &mut Checks, facts: &Facts) {
         checks.add(
             "rights",
             State::Error,
-            "not root: programs cannot be loaded; those that are there, their maps and the agent were not looked at",
+            "not root: cannot load programs; skipped the checks of pinned programs, maps and the agent",
             "run as root",
         );
     }
     match &facts.cgroup {
         Ok((path, _)) => checks.ok("cgroup", path.display().to_string()),
-        Err(error) => checks.add("cgroup", State::Error, error.to_string(), "give one with --cgroup"),
+        Err(error) => checks.add("cgroup", State::Error, error.to_string(), "pass a cgroup with --cgroup"),
     }
     if !facts.is_root {
-        // Nor can its folder be looked into.
+        // The directory cannot be inspected without root.
     } else if facts.bpffs {
         checks.ok("bpffs", "mounted");
     } else {
         checks.add(
             "bpffs",
             State::Error,
-            "the folder for the pins is on no bpffs",
-            "mount -t bpf bpf /sys/fs/bpf (an agent does it by itself), or give a folder with --bpffs",
+            "the pin directory is not on a bpffs",
+            "run: mount -t bpf bpf /sys/fs/bpf (the agent does this itself), or pass a directory with --bpffs",
         );
     }
 }
 
 fn sockets(checks: &mut Checks, facts: &Facts) {
     match &facts.sockets {
-        Ok(()) => checks.ok("sock_diag", "sockets can be listed and ended"),
+        Ok(()) => checks.ok("sock_diag", "sockets can be listed and destroyed"),
         Err(error) => checks.add(
             "sock_diag",
             State::Warning,
-            format!("{error}: connections to what is gone, idle or too old go on"),
+            format!("{error}: connections to removed endpoints, and idle or expired connections, are not closed"),
             "load the modules tcp_diag and udp_diag, or use a kernel with CONFIG_INET_DIAG_DESTROY",
         ),
     }
@@ -204,14 +208,14 @@ fn programs(checks: &mut Checks, facts: &Facts) {
     let detached = is(|program, _| program.cgroup == Some(0));
     let elsewhere = is(|program, cgroup| program.cgroup.is_some_and(|own| own != 0 && own != cgroup));
     if missing.len() == facts.programs.len() {
-        checks.add("programs", State::Note, "none is attached: connections are not served", "start an agent");
+        checks.add("programs", State::Note, "no program is attached: connections bypass Portolan", "start an agent");
         return;
     }
-    let remedy = "a running agent puts it back within seconds; otherwise start one";
+    let remedy = "a running agent reattaches it within seconds; otherwise start one";
     for (names, what) in [
         (missing, "not attached"),
         (detached, "detached"),
-        (elsewhere, "attached to another cgroup, or to one that is gone"),
+        (elsewhere, "attached to another cgroup, or to a deleted one"),
     ] {
         if !names.is_empty() {
             checks.add("programs", State::Error, format!("{}: {what}", names.join(", ")), remedy);
@@ -223,61 +227,66 @@ fn programs(checks: &mut Checks, facts: &Facts) {
             "programs",
             State::Warning,
             format!(
-                "{}: of another set of maps than the current one; an agent was ended while it exchanged the programs. Connections are served; counts, limits and outcomes of new ones are not kept",
+                "{}: not using the current map set, because an agent was killed while replacing the programs; \
+                 connections are handled, but counters, limits and outcomes of new ones are lost",
                 mixed.join(", ")
             ),
             "start an agent",
         );
     }
     if checks.0.iter().all(|check| check.check != "programs") {
-        checks.ok("programs", format!("all {} are attached", facts.programs.len()));
+        checks.ok("programs", format!("all {} programs are attached", facts.programs.len()));
     }
 }
 
-fn neighbours(checks: &mut Checks, facts: &Facts) {
+fn other_programs(checks: &mut Checks, facts: &Facts) {
     let all = || facts.others.values().flatten();
     if all().any(|name| name.starts_with("cil_sock") || name.starts_with("cil_to")) {
         checks.add(
             "Cilium",
             State::Warning,
-            "its socket load balancer handles the same connects; who comes first decides",
+            "its socket load balancer handles the same connect() calls; the program that runs first wins",
             "set socketLB.enabled=false, or bpf-lb-sock=false, in Cilium",
         );
     }
     for (hook, names) in &facts.others {
-        let says = format!("{}, on the same hook", names.join(", "));
+        let says = format!("{}, attached to the same hook", names.join(", "));
         checks.add(&format!("other programs: {hook}"), State::Note, says, "");
     }
     if facts.kube_proxy {
-        let says = "kube-proxy runs here: it sees what Portolan leaves alone, and nothing else";
+        let says = "kube-proxy is running: it handles only the connections that bypass Portolan";
         checks.add("kube-proxy", State::Note, says, "");
     }
     if facts.others.is_empty() && !facts.kube_proxy {
-        checks.ok("neighbours", "nobody else handles connects");
+        checks.ok("neighbours", "no other program handles connect()");
     }
 }
 
 fn running(checks: &mut Checks, facts: &Facts, agent: Option<Result<(), String>>) {
     match (agent, facts.agent) {
-        (Some(Ok(())), _) => checks.ok("agent", "at work, and ready: it connects through its own programs"),
+        (Some(Ok(())), _) => checks.ok("agent", "running and ready: its self-probe connects through its own programs"),
         (Some(Err(why)), _) => {
             checks.add(
                 "agent",
                 State::Error,
-                format!("at work, and {}", why.trim()),
+                format!("running, but {}", why.trim()),
                 "see its log, or: portolan get services",
             );
         }
         (None, true) => checks.add(
             "agent",
             State::Warning,
-            "one is at work, and its admin socket does not answer",
-            "give its socket with --admin",
+            "an agent is running, but its admin socket does not respond",
+            "pass its socket with --admin",
         ),
         (None, false) => {
             let attached = facts.programs.iter().any(|program| program.cgroup.is_some_and(|cgroup| cgroup != 0));
-            let what = if attached { "none is at work: what was published last is served" } else { "none is at work" };
-            checks.add("agent", State::Note, what, "start one");
+            let what = if attached {
+                "no agent is running: the last published state is in use"
+            } else {
+                "no agent is running"
+            };
+            checks.add("agent", State::Note, what, "start an agent");
         }
     }
     match facts.schema {
@@ -286,10 +295,10 @@ fn running(checks: &mut Checks, facts: &Facts, agent: Option<Result<(), String>>
             "maps",
             State::Note,
             format!(
-                "schema v{schema}, of another version of Portolan (this one has v{})",
+                "schema v{schema}, from another version of Portolan (this version uses v{})",
                 portolan_common::SCHEMA_VERSION
             ),
-            "an agent of this version takes over in one step",
+            "an agent of this version replaces them in one step",
         ),
         None => {}
     }
@@ -298,13 +307,13 @@ fn running(checks: &mut Checks, facts: &Facts, agent: Option<Result<(), String>>
 fn sizes(checks: &mut Checks, facts: &Facts) {
     for MapFacts { name, used, size } in &facts.maps {
         let says = format!("{used} of {size} entries");
-        // Affinities make room by themselves.
+        // This map is an LRU: it evicts entries itself.
         if used * 100 >= size * NEARLY_FULL && name != "affinity" {
             checks.add(
                 &format!("map {name}"),
                 State::Warning,
                 says,
-                "start the agent with a larger size (portolan agent --help)",
+                "start the agent with a larger map size (see portolan agent --help)",
             );
         } else {
             checks.ok(&format!("map {name}"), says);
@@ -350,12 +359,12 @@ mod tests {
     }
 
     #[test]
-    fn a_healthy_machine_is_all_well() {
+    fn healthy_machine_passes_all_checks() {
         assert_eq!(states(&facts()), []);
     }
 
     #[test]
-    fn lesson_07_mounts_of_the_kernels_own_clients_are_a_warning_before_6_6() {
+    fn lesson_07_kernel_client_mounts_are_a_warning_before_6_6() {
         let mounts = vec![("nfs4".to_owned(), "/data".to_owned())];
         let of = |kernel: &str| {
             let facts = Facts { kernel: kernel.to_owned(), network_mounts: mounts.clone(), ..facts() };
@@ -369,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_in_its_place_is_an_error() {
+    fn misplaced_programs_and_missing_features_are_reported() {
         let with = |cgroup| {
             let mut facts = facts();
             facts.programs[0].cgroup = cgroup;
@@ -384,14 +393,14 @@ mod tests {
         let mut mixed = facts();
         mixed.programs[1].of_another_set = true;
         assert_eq!(states(&mixed), [("programs".to_owned(), State::Warning)]);
-        // Of what cannot be seen, nothing is said.
+        // Without root, what cannot be inspected is not reported.
         assert_eq!(states(&Facts { is_root: false, bpffs: false, ..mixed }), [("rights".to_owned(), State::Error)]);
         let not_ready = diagnose(&facts(), Some(Err("not ready".to_owned())));
         assert!(not_ready.has_errors());
     }
 
     #[test]
-    fn neighbours_and_full_maps_are_told() {
+    fn foreign_programs_and_full_maps_are_reported() {
         let others = BTreeMap::from([("connect4".to_owned(), vec!["cil_sock4_connect".to_owned()])]);
         let maps = vec![MapFacts { name: "frontends".to_owned(), used: 90, size: 100 }];
         let seen = states(&Facts { others, maps, kube_proxy: true, ..facts() });

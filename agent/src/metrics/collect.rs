@@ -1,5 +1,6 @@
-//! Counting for the metrics: the kernel's counters belong to backend ids, which come and go; people want true counters that only go
-//! up, by destination.
+//! Turns the kernel's counters into metrics.
+//!
+//! The kernel counts by backend id, and ids are reused. Metrics need monotonic counters by destination.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -20,83 +21,84 @@ use prometheus_client::metrics::histogram::Histogram;
 
 use crate::controller::Closed;
 
-/// Where connections went. Labels are few: no addresses.
+/// Destination of connections. It has no address, to bound the cardinality of the metrics.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Destination {
-    /// The service.
+    /// Namespace and name of the service.
     pub service: Arc<NamespacedName>,
-    /// The cluster of the endpoint.
+    /// ID of the cluster that the endpoint is in.
     pub cluster: Arc<str>,
-    /// Its locality.
+    /// Region, zone and subzone of the endpoint.
     pub locality: Arc<Locality>,
 }
 
-/// What became of the connections to a destination.
+/// Connection outcomes of a destination, since the agent started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Total {
-    /// Established.
+    /// Connections established.
     pub opened: u64,
-    /// Closed again.
+    /// Established connections that were closed.
     pub closed: u64,
-    /// Failed to connect.
+    /// Connects that failed.
     pub failed: u64,
-    /// Bytes sent on those that were closed.
+    /// Bytes sent on closed connections.
     pub sent_bytes: u64,
-    /// Bytes received on those that were closed.
+    /// Bytes received on closed connections.
     pub received_bytes: u64,
 }
 
-/// Ejections and overflows by pool.
+/// Counts by service, port and kind: `ejected`, `overflow` (suppressed by the limit), or `unconfirmed`.
 pub type HealthCounts = BTreeMap<(NamespacedName, u16, &'static str), u64>;
 
-/// Connections that were given an endpoint, and refused ones, by service and port.
+/// Number of connections with an endpoint and number of refused connections, by service and port.
 pub type ServiceTotals = BTreeMap<(NamespacedName, u16), (u64, u64)>;
 
-/// All that `/metrics` shows, at one moment.
+/// Snapshot of everything that `/metrics` shows.
 pub struct MetricsSnapshot {
-    /// By service and port.
+    /// Picks and refusals by service and port.
     pub services: ServiceTotals,
-    /// By destination.
+    /// Connection outcomes by destination.
     pub totals: BTreeMap<Destination, Total>,
-    /// Endpoints that are ejected now.
+    /// Number of endpoints that are currently ejected.
     pub ejected: usize,
-    /// Endpoints that are probed, and those whose probes fail.
+    /// Number of endpoints with an active probe, and of those whose probes fail.
     pub probed: [usize; 2],
-    /// Probes that passed, that failed, and that could not be made, so far.
+    /// Number of probes that succeeded, that failed, and that could not be made.
     pub probes: [u64; 3],
-    /// Ejections and overflows so far.
+    /// Ejections, suppressed ejections and unconfirmed ejections.
     pub health: HealthCounts,
-    /// Seconds from a change to the table that the kernel has.
+    /// Seconds from a change to the published table in the kernel.
     pub publish_seconds: Histogram,
-    /// Seconds from a failure to the table without the endpoint.
+    /// Seconds from a failure to the published table without the endpoint.
     pub ejection_seconds: Histogram,
-    /// Counters of the programs.
+    /// Error counters of the eBPF programs.
     pub counters: Counters,
-    /// How long connects and round trips took, as `Maps::times` has it.
+    /// Histograms of connect and round-trip times, in the format of `Maps::times`.
     pub times: [Vec<u64>; 2],
-    /// Connections that were refused because there were as many as there may be, by service and port.
+    /// Connections refused by `maxConnections`, by service and port.
     pub overflow: BTreeMap<(NamespacedName, u16), u64>,
-    /// Looks at all sockets so far.
+    /// Number of sweeps over all sockets.
     pub closing_passes: u64,
-    /// Connections that were ended.
+    /// Number of terminated connections, by reason and protocol.
     pub closed: Closed,
-    /// Entries in use and entries that there are, by map.
+    /// Map name, entries in use, and capacity of each map.
     pub occupancy: [(&'static str, u32, u32); 6],
-    /// Connections that have a place for what is remembered of them, and how many may.
+    /// Number of connections with a state entry, and the capacity for such entries.
     pub places: (u32, u32),
-    /// Whether everything is in place.
+    /// Whether the agent is ready.
     pub ready: bool,
-    /// What people should know.
+    /// All current findings.
     pub findings: Vec<Finding>,
 }
 
-/// The counts so far.
+/// Accumulates the counters of the kernel and of the agent.
 #[derive(Debug)]
 pub struct Collector {
     names: HashMap<SocketAddr, Vec<Name>>,
-    /// Whose each backend id is.
+    /// Endpoint of each backend id.
     addresses: Vec<Option<SocketAddr>>,
-    /// The counters of ids as they were last taken in, where they were not zero: most endpoints of a large mesh are never dialled.
+    /// Last collected counters of each backend id.
+    /// An id is absent while its counters are zero: most endpoints of a large mesh get no connections.
     seen: HashMap<u32, BackendStats>,
     totals: BTreeMap<Destination, Total>,
     health: HealthCounts,
@@ -106,13 +108,14 @@ pub struct Collector {
     ejection_seconds: Histogram,
 }
 
-/// What an endpoint belongs to.
+/// A service that an endpoint belongs to.
 #[derive(Debug)]
 struct Name {
-    /// The service whose assignments name it.
+    /// Service whose assignments contain the endpoint.
     owner: Arc<ServiceId>,
     destination: Arc<Destination>,
-    /// Whether they still do. What has gone keeps its name for its last connections, until somebody else has the address.
+    /// Whether they still do.
+    /// A removed endpoint keeps its name for its remaining connections, until another service gets the address.
     live: bool,
 }
 
@@ -133,7 +136,7 @@ impl Default for Collector {
 }
 
 impl Collector {
-    /// Says what the endpoints of a service belong to. One that serves several services counts for the first by name.
+    /// Records the destinations of a service's endpoints. An endpoint of several services counts for the first by name.
     pub fn name(&mut self, service: &ServiceId, before: &[Arc<Assignment>], after: &[Arc<Assignment>]) {
         for (_, endpoint) in endpoints(before) {
             for name in self.names.get_mut(&endpoint.address).into_iter().flatten() {
@@ -152,13 +155,15 @@ impl Collector {
         }
     }
 
-    /// Before these writes are done: takes in the counters that they would reset. Whether connections of former owners of these counters stand: one that ends
-    /// in the very moment may be taken off the new owner's.
+    /// Collects the counters that these writes reset; must run before the writes.
+    ///
+    /// Returns whether previous owners of these counters still have connections.
+    /// If such a connection closes at the same time, it may be subtracted from the counters of the new owner.
     pub fn before(&mut self, ops: &[Op], maps: &Maps) -> bool {
-        let mut stand = false;
+        let mut active = false;
         for op in ops {
             if let Op::ResetPool(id, _) = op {
-                stand |= maps.pool_stats(*id).is_ok_and(|stats| stats.active != 0);
+                active |= maps.pool_stats(*id).is_ok_and(|stats| stats.active != 0);
             }
             if let Op::ResetFrontend(id) = op {
                 self.seen_frontends.remove(id);
@@ -167,8 +172,8 @@ impl Collector {
                 let place = *id as usize;
                 if let Some(address) = self.addresses.get(place).copied().flatten() {
                     self.take(*id, address, maps);
-                    stand |= maps.backend_stats(*id).is_ok_and(|stats| stats.active != 0);
-                    // Its last connections are counted.
+                    active |= maps.backend_stats(*id).is_ok_and(|stats| stats.active != 0);
+                    // The counters of its last connections are collected.
                     if self.names.get(&address).is_some_and(|names| names.iter().all(|name| !name.live)) {
                         self.names.remove(&address);
                     }
@@ -180,16 +185,16 @@ impl Collector {
                 self.seen.remove(id);
             }
         }
-        stand
+        active
     }
 
-    /// Takes in the counters of all backends in use.
+    /// Collects the counters of all backends in use.
     pub fn collect(&mut self, layout: &Layout, maps: &Maps) {
         for (address, id) in layout.backends() {
             self.take(id, address, maps);
         }
-        let held: HashSet<SocketAddr> = self.addresses.iter().flatten().copied().collect();
-        self.names.retain(|address, _| held.contains(address));
+        let in_use: HashSet<SocketAddr> = self.addresses.iter().flatten().copied().collect();
+        self.names.retain(|address, _| in_use.contains(address));
     }
 
     fn take(&mut self, id: u32, address: SocketAddr, maps: &Maps) {
@@ -215,22 +220,22 @@ impl Collector {
         total.received_bytes += now.received_bytes.saturating_sub(before.received_bytes);
     }
 
-    /// Takes in the counters of a frontend.
+    /// Collects the counters of a frontend.
     pub fn take_frontend(&mut self, id: u32, service: &NamespacedName, port: u16, now: FrontendStats) {
         let before = self.seen_frontends.insert(id, now).unwrap_or_default();
-        // The id went to another frontend, whose counters began at zero.
+        // The id was reused by another frontend, whose counters started at zero.
         let before = if now.cursor < before.cursor { FrontendStats::default() } else { before };
         let (given, refused) = self.services.entry((service.clone(), port)).or_default();
         *given += now.given().saturating_sub(before.given());
         *refused += now.refused_in_all().saturating_sub(before.refused_in_all());
     }
 
-    /// By service and port.
+    /// Returns picks and refusals by service and port.
     pub fn services(&self) -> &ServiceTotals {
         &self.services
     }
 
-    /// Counts a verdict of the outlier detection.
+    /// Counts an event of outlier detection. The end of an ejection is not counted.
     pub fn count_health(&mut self, pool: &PoolKey, event: &DetectorEvent) {
         let kind = match event.kind {
             DetectorEventKind::Ejected { .. } => "ejected",
@@ -240,43 +245,43 @@ impl Collector {
         *self.health.entry((pool.service.name.clone(), pool.port, kind)).or_default() += 1;
     }
 
-    /// An ejection was not confirmed.
+    /// Counts an ejection that was not confirmed.
     pub fn count_unconfirmed(&mut self, pool: &PoolKey) {
         *self.health.entry((pool.service.name.clone(), pool.port, "unconfirmed")).or_default() += 1;
     }
 
-    /// A table was published.
+    /// Records the time from a change to its published table.
     pub fn published(&mut self, took: Duration) {
         self.publish_seconds.observe(took.as_secs_f64());
     }
 
-    /// An endpoint was ejected: so long after its failure nobody is sent there any more.
+    /// Records the time from a failure to the published table without the endpoint.
     pub fn ejected(&mut self, took: Duration) {
         self.ejection_seconds.observe(took.as_secs_f64());
     }
 
-    /// How long that took; shared, not copied.
+    /// Returns the histogram of ejection times. The clone shares its data with this collector.
     pub fn ejection_seconds(&self) -> Histogram {
         self.ejection_seconds.clone()
     }
 
-    /// How long publishing took; shared, not copied.
+    /// Returns the histogram of publish times. The clone shares its data with this collector.
     pub fn publish_seconds(&self) -> Histogram {
         self.publish_seconds.clone()
     }
 
-    /// By destination.
+    /// Returns the connection outcomes by destination.
     pub fn totals(&self) -> &BTreeMap<Destination, Total> {
         &self.totals
     }
 
-    /// Ejections and overflows.
+    /// Returns the counts of ejections, suppressed ejections and unconfirmed ejections.
     pub fn health(&self) -> &HealthCounts {
         &self.health
     }
 }
 
-/// The destination of an endpoint: one value for all that are alike.
+/// Returns the destination of an endpoint. Equal destinations share one allocation.
 fn shared(made: &mut Vec<Arc<Destination>>, service: &NamespacedName, endpoint: &Endpoint) -> Arc<Destination> {
     let place = (&endpoint.cluster, &endpoint.locality);
     let is_same = |own: &&Arc<Destination>| *own.service == *service && (&own.cluster, &own.locality) == place;
@@ -294,7 +299,7 @@ fn shared(made: &mut Vec<Arc<Destination>>, service: &NamespacedName, endpoint: 
     new
 }
 
-/// The endpoints of assignments, with their pools.
+/// Iterates over the endpoints of assignments, each with the key of its pool.
 fn endpoints(assignments: &[Arc<Assignment>]) -> impl Iterator<Item = (&PoolKey, &Endpoint)> {
     let pools = assignments.iter().flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
     pools.flat_map(|pool| pool.endpoints.iter().map(|endpoint| (&pool.key, endpoint)))

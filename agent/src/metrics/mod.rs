@@ -1,4 +1,7 @@
-//! `/metrics`: Istio's names where Istio has them, `portolan_*` for the rest. Every label has few values: no addresses.
+//! `/metrics` in the OpenMetrics text format.
+//!
+//! Names follow Istio's standard metrics where one exists; all others start with `portolan_`.
+//! Labels have low cardinality: no addresses.
 
 pub mod collect;
 
@@ -15,7 +18,7 @@ use prometheus_client::{
 use self::collect::{Destination, MetricsSnapshot, Total};
 use crate::{opt_out, source::SourceReport};
 
-/// Name, help, and which of the totals.
+/// Name and help of a metric, and the total that it shows.
 type Metric = (&'static str, &'static str, fn(&Total) -> u64);
 type Counters<L> = Family<L, Counter<u64, AtomicU64>>;
 
@@ -81,10 +84,10 @@ enum FindingSeverity {
     warning,
 }
 
-/// The text that Prometheus reads.
+/// Renders all metrics in the OpenMetrics text format.
 ///
 /// # Errors
-/// Formatting fails only where memory does.
+/// Returns an error if a metric cannot be encoded, which is not expected to happen.
 pub fn render(
     sample: &MetricsSnapshot,
     reading: &[SourceReport],
@@ -105,9 +108,9 @@ fn connections(registry: &mut Registry, sample: &MetricsSnapshot) {
     let metrics: [Metric; 5] = [
         ("istio_tcp_connections_opened", "Connections established", |total| total.opened),
         ("istio_tcp_connections_closed", "Connections closed after they were established", |total| total.closed),
-        ("istio_tcp_connections_failed", "Connects that were refused, reset or not answered", |total| total.failed),
-        ("istio_tcp_sent_bytes", "Bytes sent on connections that are closed", |total| total.sent_bytes),
-        ("istio_tcp_received_bytes", "Bytes received on connections that are closed", |total| total.received_bytes),
+        ("istio_tcp_connections_failed", "Connects that were refused, reset, or timed out", |total| total.failed),
+        ("istio_tcp_sent_bytes", "Bytes sent on closed connections", |total| total.sent_bytes),
+        ("istio_tcp_received_bytes", "Bytes received on closed connections", |total| total.received_bytes),
     ];
     for (name, help, value) in metrics {
         let family = Counters::<DestinationLabels>::default();
@@ -120,19 +123,19 @@ fn connections(registry: &mut Registry, sample: &MetricsSnapshot) {
 
 fn services(registry: &mut Registry, sample: &MetricsSnapshot) {
     let (picks, refused) = (Counters::<ServiceLabels>::default(), Counters::<ServiceLabels>::default());
-    for ((service, port), (given, report_refusals)) in &sample.services {
+    for ((service, port), (given, refusals)) in &sample.services {
         let labels = ServiceLabels { namespace: service.namespace.clone(), service: service.name.clone(), port: *port };
         picks.get_or_create(&labels).inc_by(*given);
-        refused.get_or_create(&labels).inc_by(*report_refusals);
+        refused.get_or_create(&labels).inc_by(*refusals);
     }
-    registry.register("portolan_picks", "Connections to the service that were given an endpoint", picks);
+    registry.register("portolan_picks", "Connections to the service that got an endpoint", picks);
     let overflow = Counters::<ServiceLabels>::default();
     for ((service, port), count) in &sample.overflow {
         let labels = ServiceLabels { namespace: service.namespace.clone(), service: service.name.clone(), port: *port };
         overflow.get_or_create(&labels).inc_by(*count);
     }
-    registry.register("portolan_overflow", "Connections refused because of maxConnections", overflow);
-    registry.register("portolan_refused", "Connections refused because the service had no endpoint to give", refused);
+    registry.register("portolan_overflow", "Connections refused by maxConnections", overflow);
+    registry.register("portolan_refused", "Connections refused: no eligible endpoint, or maxConnections", refused);
     let (ejections, overflows) = (Counters::<ServiceLabels>::default(), Counters::<ServiceLabels>::default());
     let unconfirmed = Counters::<ServiceLabels>::default();
     for ((service, port, kind), count) in &sample.health {
@@ -145,8 +148,8 @@ fn services(registry: &mut Registry, sample: &MetricsSnapshot) {
         family.get_or_create(&labels).inc_by(*count);
     }
     registry.register("portolan_ejections", "Endpoints ejected by outlier detection", ejections);
-    registry.register("portolan_ejection_overflows", "Ejections that maxEjectionPercent did not allow", overflows);
-    let about = "Ejections that one pod alone asked for, and nobody confirmed";
+    registry.register("portolan_ejection_overflows", "Ejections suppressed by maxEjectionPercent", overflows);
+    let about = "Ejections not confirmed: failures seen from a single pod";
     registry.register("portolan_ejections_unconfirmed", about, unconfirmed);
 }
 
@@ -156,34 +159,30 @@ fn agent(registry: &mut Registry, sample: &MetricsSnapshot) {
         gauge.set(value);
         gauge
     };
-    registry.register("portolan_ejected_endpoints", "Endpoints that are ejected now", gauge(sample.ejected as i64));
+    registry.register("portolan_ejected_endpoints", "Endpoints currently ejected", gauge(sample.ejected as i64));
     let [targets, failing] = sample.probed.map(|count| gauge(count as i64));
-    registry.register("portolan_probed_endpoints", "Endpoints that the agent probes (portolan.io/probe)", targets);
-    registry.register("portolan_failing_endpoints", "Endpoints whose probes fail now", failing);
+    registry.register("portolan_probed_endpoints", "Endpoints with an active probe (portolan.io/probe)", targets);
+    registry.register("portolan_failing_endpoints", "Endpoints that currently fail their active probe", failing);
     let probes = Counters::<ProbeLabels>::default();
-    for (result, count) in ["well", "failing", "unknown"].into_iter().zip(sample.probes) {
+    for (result, count) in ["success", "failing", "unknown"].into_iter().zip(sample.probes) {
         probes.get_or_create(&ProbeLabels { result }).inc_by(count);
     }
-    registry.register("portolan_probes", "Active probes; unknown: the agent could not ask", probes);
-    registry.register(
-        "portolan_ready",
-        "1 while everything is read and every hook is in place",
-        gauge(sample.ready.into()),
-    );
+    registry.register("portolan_probes", "Active probes by result; unknown: the agent could not probe", probes);
+    registry.register("portolan_ready", "1 while the agent is ready, see /readyz", gauge(sample.ready.into()));
     registry.register(
         "portolan_publish_seconds",
-        "Time from a change to the table in the kernel",
+        "Time from a change to the published table in the kernel",
         sample.publish_seconds.clone(),
     );
     registry.register(
         "portolan_ejection_seconds",
-        "Time from the failure that ejects an endpoint to the table without it in the kernel",
+        "Time from the failure that triggers an ejection to the published table without the endpoint",
         sample.ejection_seconds.clone(),
     );
     let names = ["portolan_connect_seconds", "portolan_round_trip_seconds"];
     let about = [
-        "Time from SYN to established, where endpoints may be ejected",
-        "Smoothed round trip time of connections when they were closed, where endpoints may be ejected",
+        "Time from SYN to established, where outlier detection is on",
+        "Smoothed round-trip time of connections at close, where outlier detection is on",
     ];
     for ((name, about), times) in names.into_iter().zip(about).zip(&sample.times) {
         registry.register_collector(Box::new(Times { name, about, times: times.clone() }));
@@ -191,19 +190,15 @@ fn agent(registry: &mut Registry, sample: &MetricsSnapshot) {
     let counters = [
         (
             "portolan_events_lost",
-            "Outcomes that found the ring buffer full, or of a pod that floods it",
+            "Connection outcomes dropped: ring buffer full, or pod over its event budget",
             sample.counters.events_lost,
         ),
         (
             "portolan_inconsistent",
-            "Connections refused because the table contradicted itself",
+            "Connections refused because the maps were inconsistent",
             sample.counters.inconsistent,
         ),
-        (
-            "portolan_no_memory",
-            "Sockets that were given an endpoint, but on which nothing could be remembered",
-            sample.counters.no_memory,
-        ),
+        ("portolan_no_memory", "Sockets that got an endpoint, but no per-socket state", sample.counters.no_memory),
     ];
     for (name, help, value) in counters {
         let counter = Counter::<u64, AtomicU64>::default();
@@ -216,26 +211,26 @@ fn agent(registry: &mut Registry, sample: &MetricsSnapshot) {
         used.get_or_create(&MapLabels { map }).set(entries.into());
         capacity.get_or_create(&MapLabels { map }).set(size.into());
     }
-    registry.register("portolan_map_entries", "Entries in use", used);
-    registry.register("portolan_map_capacity", "Entries that there are", capacity);
+    registry.register("portolan_map_entries", "Map entries in use", used);
+    registry.register("portolan_map_capacity", "Map capacity in entries", capacity);
     let passes = Counter::<u64, AtomicU64>::default();
     passes.inc_by(sample.closing_passes);
-    registry.register("portolan_closing_passes", "Looks for connections to end, in all network namespaces", passes);
+    registry.register("portolan_closing_passes", "Sweeps of all network namespaces for stale connections", passes);
     let schema = gauge(portolan_common::SCHEMA_VERSION.into());
-    registry.register("portolan_schema", "Version of the layout of the kernel's maps", schema);
+    registry.register("portolan_schema", "Schema version of the BPF maps", schema);
     let closed = Counters::<ClosedLabels>::default();
     for ((reason, protocol), count) in &sample.closed {
         let labels = ClosedLabels { reason: reason.as_str(), protocol: protocol.to_string() };
         closed.get_or_create(&labels).inc_by(*count);
     }
-    registry.register("portolan_closed_connections", "Connections that Portolan ended, by reason", closed);
+    registry.register("portolan_closed_connections", "Connections terminated by Portolan, by reason", closed);
     let findings = Family::<FindingLabels, Gauge>::default();
     for (severity, label) in [(Severity::Error, FindingSeverity::error), (Severity::Warning, FindingSeverity::warning)]
     {
         let count = sample.findings.iter().filter(|finding| finding.severity == severity).count();
         findings.get_or_create(&FindingLabels { severity: label }).set(count as i64);
     }
-    registry.register("portolan_findings", "Findings about objects, see `portolan get services`", findings);
+    registry.register("portolan_findings", "Current findings by severity, see `portolan get services`", findings);
 }
 
 fn sources(registry: &mut Registry, reading: &[SourceReport]) {
@@ -252,24 +247,24 @@ fn sources(registry: &mut Registry, reading: &[SourceReport]) {
             age.get_or_create(&labels).set(seconds);
         }
     }
-    registry.register("portolan_source_objects", "Objects that are held, see `portolan get sources`", objects);
-    registry.register("portolan_source_failing", "1 where something is wrong with the source now", failing);
-    registry.register("portolan_source_age_seconds", "Time since anything was last heard of the source", age);
-    registry.register("portolan_source_lists", "How often everything was read as a whole", lists);
+    registry.register("portolan_source_objects", "Objects held in memory, see `portolan get sources`", objects);
+    registry.register("portolan_source_failing", "1 while the source has an error", failing);
+    registry.register("portolan_source_age_seconds", "Time since the last sign of life of the source", age);
+    registry.register("portolan_source_lists", "Full lists of the source", lists);
 }
 
 fn opt_outs(registry: &mut Registry, outs: &opt_out::Report) {
     let pods = Gauge::<i64>::default();
     pods.set(outs.pods.iter().filter(|pod| !pod.cgroups.is_empty()).count() as i64);
-    registry.register("portolan_opted_out_pods", "Pods that are left alone, see `portolan get opt-outs`", pods);
+    registry.register("portolan_opted_out_pods", "Pods excluded by label, see `portolan get opt-outs`", pods);
 }
 
-/// A histogram that the kernel has counted.
+/// A histogram that the eBPF programs fill.
 #[derive(Debug)]
 struct Times {
     name: &'static str,
     about: &'static str,
-    /// Counts of times below each power of two microseconds, and last their sum.
+    /// Number of times below each power of two, in microseconds. The last element is the sum of all times.
     times: Vec<u64>,
 }
 
@@ -279,7 +274,7 @@ impl Collector for Times {
         let bounds = (0..).map(|power: i32| f64::from(power).exp2() / 1e6);
         let last = counts.len().saturating_sub(1);
         let buckets = bounds.zip(counts).enumerate();
-        // What is longer than all bounds has none.
+        // The last bucket has no upper bound.
         let buckets: Vec<(f64, u64)> =
             buckets.map(|(i, (bound, count))| (if i == last { f64::MAX } else { bound }, *count)).collect();
         let total = counts.iter().sum();

@@ -1,8 +1,9 @@
-//! Pods of this node that are left alone, because a label asks for it: which they are is the source's to say, and where the kernel finds them is
-//! found here.
+//! Excludes the opted-out pods of this node: finds their cgroups and writes these to the BPF maps.
 //!
-//! The programs know a pod by its cgroup, which the kubelet makes before anything of the pod runs. The kernel tells the agent of it; what the
-//! pod dials before the agent has answered is given to endpoints as that of others.
+//! The source decides which pods opt out.
+//! The BPF programs identify a pod by its cgroup, which the kubelet creates before any process of the pod runs.
+//! The agent learns of new cgroups through inotify.
+//! Connections that a pod makes before the agent has reacted are load-balanced as usual.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,29 +22,29 @@ use tokio::{sync::Notify, task::block_in_place, time::sleep};
 use super::registry::{ByUid, LABEL, OptOutRegistry};
 use crate::source::Sources;
 
-/// While somebody is to be left alone, cgroups are looked through so often, whatever was told of them.
-const LOOK: Duration = Duration::from_secs(10);
-/// What is made together is looked at together.
-const GATHER: Duration = Duration::from_millis(5);
-/// Pods' cgroups are no deeper than this.
-const DEPTH: u32 = 8;
-/// Part of the name of the cgroup below which the kubelet has all pods.
+/// Interval of full cgroup scans while any pod opts out, independent of inotify events.
+const RESCAN_INTERVAL: Duration = Duration::from_secs(10);
+/// Delay between an event and the scan, so that one scan covers a burst of events.
+const DEBOUNCE: Duration = Duration::from_millis(5);
+/// Maximum depth at which cgroups are searched.
+const MAX_DEPTH: u32 = 8;
+/// Part of the name of the cgroups below which the kubelet creates those of pods.
 const KUBEPODS: &str = "kubepods";
 
-/// Has the kernel leave alone whom the board names.
+/// Keeps the kernel's set of excluded cgroups in sync with the [`OptOutRegistry`].
 pub struct Enforcer {
-    /// The cgroup that is served.
+    /// Path of the served cgroup, to which the programs are attached.
     pub root: PathBuf,
-    /// The kernel's side.
+    /// The BPF maps that hold the excluded cgroups.
     pub kernel: OptOutMap,
-    /// Who is wanted.
+    /// The pods to exclude, and those that are excluded.
     pub registry: Arc<OptOutRegistry>,
-    /// Where what is wrong is noted.
+    /// Receives findings about opt-outs without effect and failed writes.
     pub sources: Arc<Sources>,
 }
 
 impl Enforcer {
-    /// Works until nobody can want anything any more.
+    /// Runs until the registry is dropped.
     pub async fn run(mut self) {
         let mut watch = Watch::default();
         let mut wanted = self.registry.wanted.subscribe();
@@ -51,25 +52,25 @@ impl Enforcer {
             let pods = wanted.borrow_and_update().clone();
             let idle = pods.as_ref().is_none_or(ByUid::is_empty);
             if let Some(pods) = pods {
-                // What was made before it was watched is seen the second time.
-                block_in_place(|| while self.look(&pods, &mut watch) {});
+                // A second scan finds the cgroups that appeared before their parents were watched.
+                block_in_place(|| while self.scan(&pods, &mut watch) {});
             }
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return },
-                () = watch.told.notified() => sleep(GATHER).await,
-                () = sleep(LOOK), if !idle => {}
+                () = watch.wakeup.notified() => sleep(DEBOUNCE).await,
+                () = sleep(RESCAN_INTERVAL), if !idle => {}
             }
         }
     }
 
-    /// Finds the pods and tells the kernel; whether there are cgroups that were not watched until now.
-    fn look(&mut self, pods: &ByUid, watch: &mut Watch) -> bool {
+    /// Finds the pods' cgroups and writes them to the kernel. Returns whether new cgroups are now watched.
+    fn scan(&mut self, pods: &ByUid, watch: &mut Watch) -> bool {
         let seen = if pods.is_empty() { Seen::default() } else { Seen::below(&self.root) };
         let mut done = pods.clone();
         let (mut ids, mut own) = (BTreeSet::new(), None);
         for (uid, path, id) in seen.pods {
             let Some(pod) = done.get_mut(&uid) else { continue };
-            if has_this_process(&path, DEPTH) {
+            if has_this_process(&path, MAX_DEPTH) {
                 own = Some(format!("{}/{}", pod.namespace, pod.name));
                 continue;
             }
@@ -79,7 +80,7 @@ impl Enforcer {
         }
         let own = own.map(|name| {
             let message = format!(
-                "Pod {name} is this agent's own, and is not left alone: its connections show whether the programs work"
+                "Pod {name} runs this agent and cannot opt out: its connections verify that the BPF programs work"
             );
             Finding::new(Code::OptOutLabel, format!("Pod {name}"), message)
         });
@@ -89,13 +90,12 @@ impl Enforcer {
                 self.sources.note("opt-out/kernel", None);
                 let mut shown = self.registry.done();
                 if *shown != done {
-                    tracing::info!(pods = done.len(), cgroups = ids.len(), "pods that are left alone ({LABEL})");
+                    tracing::info!(pods = done.len(), cgroups = ids.len(), "excluded pods changed ({LABEL})");
                     *shown = done;
                 }
             }
             Err(error) => {
-                let message =
-                    format!("pods that ask to be left alone ({LABEL}) are not all: {error:#}; tried again soon");
+                let message = format!("cannot update the excluded pods ({LABEL}): {error:#}; retrying");
                 self.sources.note("opt-out/kernel", Some(Finding::new(Code::KernelWrite, "Kernel", message)));
             }
         }
@@ -103,38 +103,40 @@ impl Enforcer {
     }
 }
 
-/// What tells of cgroups that come and go. Where the kernel has no more watches to give, they are looked through every [`LOOK`].
+/// Watches for created and removed cgroups.
+///
+/// If the kernel's limit of inotify watches is reached, scans every [`RESCAN_INTERVAL`] replace the events.
 #[derive(Default)]
 struct Watch {
-    told: Arc<Notify>,
+    wakeup: Arc<Notify>,
     watcher: Option<RecommendedWatcher>,
-    /// By path, with their ids: another one at the same path has to be watched anew.
+    /// Inode of each watched cgroup by path. A new cgroup at the same path needs a new watch.
     watched: BTreeMap<PathBuf, u64>,
 }
 
 impl Watch {
-    /// Watches these and no others; whether some were not watched until now.
+    /// Watches exactly the cgroups in `above`. Returns whether any of them is newly watched.
     fn follow(&mut self, above: BTreeMap<PathBuf, u64>) -> bool {
         if above.is_empty() {
             (self.watcher, self.watched) = (None, BTreeMap::new());
             return false;
         }
         if self.watcher.is_none() {
-            let told = Arc::clone(&self.told);
+            let wakeup = Arc::clone(&self.wakeup);
             self.watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-                // To look is an event as well.
+                // Ignore accesses: the scans themselves cause them.
                 if event.map_or(true, |it| it.kind.is_create() || it.kind.is_remove() || it.need_rescan()) {
-                    told.notify_one();
+                    wakeup.notify_one();
                 }
             })
             .inspect_err(|error| {
-                tracing::warn!("cgroups cannot be watched: {error}; they are looked through every {LOOK:?}");
+                tracing::warn!("cannot watch cgroups: {error}; scanning every {RESCAN_INTERVAL:?} instead");
             })
             .ok();
         }
         let Some(watcher) = &mut self.watcher else { return false };
         for (gone, _) in self.watched.extract_if(.., |path, id| above.get(path) != Some(id)) {
-            // It may be gone itself.
+            // Best effort: the cgroup may no longer exist.
             let _ = watcher.unwatch(&gone);
         }
         let before = self.watched.len();
@@ -147,7 +149,7 @@ impl Watch {
     }
 }
 
-/// Whether this process is in a cgroup, or below it.
+/// Returns whether this process is in the cgroup or, down to `depth` levels, below it.
 fn has_this_process(cgroup: &Path, depth: u32) -> bool {
     let own = std::process::id().to_string();
     let here = fs::read_to_string(cgroup.join("cgroup.procs")).is_ok_and(|all| all.lines().any(|line| line == own));
@@ -157,20 +159,20 @@ fn has_this_process(cgroup: &Path, depth: u32) -> bool {
         }))
 }
 
-/// The cgroups below one.
+/// The relevant cgroups below the served one.
 #[derive(Debug, Default)]
 struct Seen {
-    /// Those of pods: the pod's id, where it is, and its own id.
+    /// The cgroups of pods: the pod's UID, the cgroup's path and its ID (the inode).
     pods: Vec<(String, PathBuf, u64)>,
-    /// Those in which cgroups of pods may be made, with their ids.
+    /// Cgroups in which those of pods, or their ancestors, may appear, each with its ID (the inode).
     above: BTreeMap<PathBuf, u64>,
 }
 
 impl Seen {
     fn below(root: &Path) -> Self {
         let mut seen = Self::default();
-        // What goes away meanwhile is not there.
-        let _ = seen.visit(root, DEPTH, false);
+        // Best effort: a cgroup that disappears meanwhile is skipped.
+        let _ = seen.visit(root, MAX_DEPTH, false);
         let paths: Vec<PathBuf> = seen.above.keys().cloned().chain([root.to_owned()]).collect();
         for above in paths.iter().flat_map(|path| path.ancestors().take_while(|above| above.starts_with(root))) {
             if let Ok(metadata) = fs::metadata(above) {
@@ -180,8 +182,8 @@ impl Seen {
         seen
     }
 
-    /// `of_kubelet`: whether all in the folder is the kubelet's.
-    fn visit(&mut self, folder: &Path, depth: u32, of_kubelet: bool) -> io::Result<()> {
+    /// `in_kubepods`: whether the folder is a `kubepods` cgroup or below one.
+    fn visit(&mut self, folder: &Path, depth: u32, in_kubepods: bool) -> io::Result<()> {
         for entry in fs::read_dir(folder)?.flatten() {
             if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 continue;
@@ -189,25 +191,27 @@ impl Seen {
             let path = entry.path();
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            if let Some(uid) = of_kubelet.then(|| pod_of(&name)).flatten() {
+            if let Some(uid) = in_kubepods.then(|| pod_of(&name)).flatten() {
                 if let Ok(metadata) = entry.metadata() {
                     self.pods.push((uid, path, metadata.ino()));
                 }
                 continue;
             }
-            let of_kubelet = of_kubelet || name.contains(KUBEPODS);
-            if of_kubelet {
+            let in_kubepods = in_kubepods || name.contains(KUBEPODS);
+            if in_kubepods {
                 self.above.insert(path.clone(), 0);
             }
             if depth > 0 {
-                let _ = self.visit(&path, depth - 1, of_kubelet);
+                let _ = self.visit(&path, depth - 1, in_kubepods);
             }
         }
         Ok(())
     }
 }
 
-/// The id of the pod whose cgroup has this name: `pod<uid>`, or with systemd `kubepods-burstable-pod<uid>.slice`, in which `_` stands for `-`.
+/// Returns the UID of the pod whose cgroup has this name; `None` if it is not a pod's cgroup.
+///
+/// The format is `pod<uid>`, or `kubepods-burstable-pod<uid>.slice` with systemd, where `_` replaces `-` in the UID.
 fn pod_of(name: &str) -> Option<String> {
     let uid = match name.strip_suffix(".slice") {
         Some(slice) => slice.rsplit_once("-pod")?.1.replace('_', "-"),
@@ -221,7 +225,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cgroups_of_pods_are_told_by_their_names() {
+    fn pod_uid_is_parsed_from_cgroup_name() {
         let uid = "7c5e0b7e-9a1f-4d2c-8f2e-0123456789ab";
         let of = |name: &str| pod_of(name);
         assert_eq!(of(&format!("pod{uid}")).as_deref(), Some(uid));
@@ -234,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn only_below_kubepods_and_not_within_pods() {
+    fn pod_cgroups_are_found_below_kubepods_but_not_inside_pods() {
         let root = std::env::temp_dir().join(format!("portolan-opt-out-{}", std::process::id()));
         for path in
             ["system.slice/poda", "kubelet/kubepods/burstable/podb/podc", "kubelet/kubepods/podd", "kubepods.slice"]

@@ -1,4 +1,4 @@
-//! Pods of this node that a label excludes.
+//! Pods of this node that opt out of load balancing by a label.
 
 mod enforcer;
 mod registry;

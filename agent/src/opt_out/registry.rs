@@ -1,4 +1,5 @@
-//! Which pods are to be excluded, and which are. The source writes, the enforcer acts, everyone may look.
+//! The pods to exclude, and those that are excluded.
+//! The source sets the former, the enforcer applies them, and the admin API reports the latter.
 
 use std::{
     collections::BTreeMap,
@@ -8,54 +9,62 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-/// The label, of a pod or of a namespace for all of its pods: `"true"`, or `"false"` for a pod of a namespace that has it.
+/// The opt-out label of a pod, or of a namespace for all of its pods. `"true"` excludes the pods.
+///
+/// `"false"` on a pod overrides the label of its namespace.
 pub const LABEL: &str = "portolan.io/opt-out";
 
-/// Who has asked for it.
+/// The object whose label excludes a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AskedBy {
-    /// The pod's own label.
+    /// The pod itself.
     Pod,
-    /// The label of its namespace.
+    /// The pod's namespace.
     Namespace,
 }
 
-/// A pod that is to be left alone.
+/// A pod that opts out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Pod {
-    /// Its namespace.
+    /// The namespace of the pod.
     pub namespace: String,
-    /// Its name.
+    /// The name of the pod, without the namespace.
     pub name: String,
-    /// Who has asked for it.
+    /// The object whose label excludes the pod.
     pub asked_by: AskedBy,
-    /// Its cgroups, relative to the one that is served: it is left alone where there is one. Its containers may not have begun.
+    /// The pod's excluded cgroups, relative to the served one.
+    ///
+    /// Empty while the pod is not excluded yet, for example because the kubelet has not created its cgroup.
     #[serde(default)]
     pub cgroups: Vec<String>,
 }
 
-/// The answer of `get opt-outs`.
+/// The response to `get opt-outs`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// Each pod of this node.
+    /// The pods of this node that opt out, ordered by UID.
     pub pods: Vec<Pod>,
 }
 
-/// Pods by the id that their cgroups are named after.
+/// Pods by UID, which is part of the name of a pod's cgroup.
 pub type ByUid = BTreeMap<String, Pod>;
 
-/// Who is to be left alone, and who is. The source writes, the [`Enforcer`] does it, everybody may look.
+/// The pods to exclude, and those that are excluded.
+///
+/// The source sets the former, the [`Enforcer`](super::Enforcer) applies them, and the admin API reports the latter.
 #[derive(Debug, Default)]
 pub struct OptOutRegistry {
     pub(super) wanted: watch::Sender<Option<ByUid>>,
-    /// As far as it was done.
+    /// The pods as the enforcer last applied them, with their cgroups.
     done: Mutex<ByUid>,
 }
 
 impl OptOutRegistry {
-    /// These are to be left alone, and no others. Until this is said for the first time, whom a former agent left alone stays so.
+    /// Sets the pods to exclude, in place of all previous ones.
+    ///
+    /// Until the first call, the pods that the previous agent excluded stay excluded.
     pub fn want(&self, pods: ByUid) {
         self.wanted.send_if_modified(|wanted| {
             let new = wanted.as_ref() != Some(&pods);
@@ -66,7 +75,7 @@ impl OptOutRegistry {
         });
     }
 
-    /// As `get opt-outs` shows it.
+    /// Returns the report that `get opt-outs` shows.
     pub fn report(&self) -> Report {
         Report { pods: self.done().values().cloned().collect() }
     }

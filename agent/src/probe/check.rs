@@ -1,4 +1,4 @@
-//! One probe of one endpoint.
+//! Runs one probe of one endpoint: TCP connect, HTTP/1 request, or gRPC health check.
 
 use std::{
     io::{self, ErrorKind},
@@ -15,28 +15,28 @@ use tonic::transport::Channel;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tower::service_fn;
 
-/// What came of a probe.
+/// Result of a probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ProbeResult {
-    /// The endpoint is well.
+    /// The endpoint passed.
     Well,
-    /// It is not, and why.
+    /// The endpoint failed, for this reason.
     Failing(String),
-    /// The agent could not ask, which says nothing of the endpoint.
+    /// The agent could not probe, for this reason. The result says nothing about the endpoint.
     Unknown(String),
 }
 
-/// Probes an endpoint. It is not rewritten, for it goes to an endpoint and not to a Service.
+/// Probes an endpoint. The eBPF programs do not rewrite the connection, because an endpoint is not a Service address.
 pub async fn check(endpoint: SocketAddr, probe: &Probe) -> ProbeResult {
     let address = probe.dialled(endpoint);
-    let asked = async {
+    let attempt = async {
         match &probe.kind {
             ProbeKind::Tcp => connect(address).await.map(drop),
             ProbeKind::Http { path, headers } => http(address, path, headers).await,
             ProbeKind::Grpc { service } => grpc(address, service).await,
         }
     };
-    match timeout(probe.timeout, asked).await {
+    match timeout(probe.timeout, attempt).await {
         Ok(Ok(())) => ProbeResult::Well,
         Ok(Err(verdict)) => verdict,
         Err(_) => ProbeResult::Failing(format!("no answer within {}", humantime::format_duration(probe.timeout))),
@@ -47,18 +47,19 @@ async fn connect(address: SocketAddr) -> Result<TcpStream, ProbeResult> {
     TcpStream::connect(address).await.map_err(|error| refused(&error))
 }
 
-/// What this agent lacks (a route, a descriptor, a permission) says nothing of the endpoint.
+/// Classifies a failed connect. A local cause (no route, no file descriptor, no permission) says nothing about the
+/// endpoint.
 fn refused(error: &io::Error) -> ProbeResult {
-    let of_endpoint =
+    let is_remote =
         matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset | ErrorKind::TimedOut);
-    if of_endpoint { ProbeResult::Failing(error.to_string()) } else { ProbeResult::Unknown(error.to_string()) }
+    if is_remote { ProbeResult::Failing(error.to_string()) } else { ProbeResult::Unknown(error.to_string()) }
 }
 
 fn failing(error: impl std::fmt::Display) -> ProbeResult {
     ProbeResult::Failing(error.to_string())
 }
 
-/// As the kubelet judges it: any status from 200 to 399 is well. Redirects are not followed.
+/// Sends an HTTP/1 request. As in the kubelet, any status from 200 to 399 is a success. Does not follow redirects.
 async fn http(address: SocketAddr, path: &str, headers: &[(String, String)]) -> Result<(), ProbeResult> {
     let stream = connect(address).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(failing)?;
@@ -71,20 +72,21 @@ async fn http(address: SocketAddr, path: &str, headers: &[(String, String)]) -> 
         request = request.header(name, value);
     }
     let request = request.body(Empty::<Bytes>::new()).map_err(|error| ProbeResult::Unknown(error.to_string()))?;
-    // Does its work while the response is waited for, and ends with this.
+    // Drives the connection during the request, and is aborted on drop.
     let mut driver = JoinSet::new();
     driver.spawn(connection);
     let status = sender.send_request(request).await.map_err(failing)?.status();
-    let well = status >= StatusCode::OK && status < StatusCode::BAD_REQUEST;
-    if well { Ok(()) } else { Err(ProbeResult::Failing(format!("status {}", status.as_u16()))) }
+    let success = status >= StatusCode::OK && status < StatusCode::BAD_REQUEST;
+    if success { Ok(()) } else { Err(ProbeResult::Failing(format!("status {}", status.as_u16()))) }
 }
 
-/// gRPC's own health service.
+/// Queries the standard gRPC health service (`grpc.health.v1.Health/Check`).
 async fn grpc(address: SocketAddr, service: &str) -> Result<(), ProbeResult> {
-    // Of what makes a connection fail, the library keeps no more than that it did: it is given one.
+    // tonic does not expose why a connect failed.
+    // Connect here, and pass it the connection.
     let mut stream = Some(TokioIo::new(connect(address).await?));
     let once = service_fn(move |_| {
-        let stream = stream.take().ok_or_else(|| io::Error::other("the connection has ended"));
+        let stream = stream.take().ok_or_else(|| io::Error::other("the connection is closed"));
         async { stream }
     });
     let channel = Channel::from_shared(format!("http://{address}")).map_err(failing)?;

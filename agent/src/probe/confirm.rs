@@ -1,8 +1,11 @@
-//! Evidence before an endpoint is ejected for the whole node: one pod must not be able to do that for all others (a firewall of its own makes its
-//! connects fail). Where only one network namespace has seen failures, and others use the endpoint too, the agent dials it itself, once.
+//! Confirmation before an endpoint is ejected for the whole node.
 //!
-//! That connection is not rewritten, for it goes to an endpoint and not to a Service; endpoints that are frontends themselves cannot be dialled
-//! so, and what nobody can confirm is not done.
+//! A single pod must not be able to eject an endpoint for all others: its own firewall may make its connects fail.
+//! If only one network namespace has seen failures, and others use the endpoint too, the agent dials it once itself.
+//!
+//! The eBPF programs do not rewrite that connection, because an endpoint is not a Service address.
+//! An endpoint that is also a frontend cannot be dialed this way.
+//! An ejection that stays unconfirmed is not performed.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -11,52 +14,53 @@ use tokio::sync::{Semaphore, mpsc};
 
 use super::check::{ProbeResult, check};
 
-/// A connection is waited for so long at the most: long enough for a SYN that was lost to be repeated once.
-const LIMIT: Duration = Duration::from_millis(2_500);
+/// Maximum time to wait for a connection: long enough to retransmit a lost SYN once.
+const CONFIRM_TIMEOUT: Duration = Duration::from_millis(2_500);
 
-/// A connection of the agent's own, which fails no later than those of the pods do by their `connectTimeout`.
+/// Repermits a probe that makes one TCP connection. It times out no later than the `connectTimeout` of the pods.
 pub fn dial(connect_timeout: Option<Duration>) -> Probe {
-    let timeout = connect_timeout.map_or(LIMIT, |connect_timeout| connect_timeout.min(LIMIT));
+    let timeout = connect_timeout.map_or(CONFIRM_TIMEOUT, |connect_timeout| connect_timeout.min(CONFIRM_TIMEOUT));
     Probe { kind: ProbeKind::Tcp, port: None, period: Duration::MAX, timeout, failures: 1, successes: 1 }
 }
-/// Connections at once; further ones wait for their turn.
-const AT_ONCE: usize = 64;
-/// Others have used an endpoint lately if they did within this time.
+
+/// Maximum number of concurrent confirmations; further ones wait.
+const MAX_IN_FLIGHT: usize = 64;
+/// How long after its last use an endpoint counts as used by other pods.
 pub const LATELY: Duration = Duration::from_secs(300);
 
-/// What came of a connection of the agent's own.
+/// Result of a confirmation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Confirmation {
-    /// Where it went.
+    /// Endpoint that was probed.
     pub endpoint: SocketAddr,
-    /// What was asked.
+    /// Probe that was made, as passed to [`Confirmer::ask`].
     pub probe: Arc<Probe>,
-    /// Whether it failed as well.
+    /// Whether the agent's own probe failed too. False if the agent could not probe.
     pub failed: bool,
 }
 
-/// The one who dials.
+/// Runs confirmations in the background.
 #[derive(Clone, Debug)]
 pub struct Confirmer {
-    turns: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     seen: mpsc::UnboundedSender<Confirmation>,
 }
 
 impl Confirmer {
-    /// A new one, and what it will have seen.
+    /// Creates a confirmer and the channel on which it sends its results.
     pub fn new() -> (Self, mpsc::UnboundedReceiver<Confirmation>) {
         let (seen, results) = mpsc::unbounded_channel();
-        (Self { turns: Arc::new(Semaphore::new(AT_ONCE)), seen }, results)
+        (Self { permits: Arc::new(Semaphore::new(MAX_IN_FLIGHT)), seen }, results)
     }
 
-    /// Asks an endpoint what a probe asks. To be called inside a runtime.
+    /// Starts a probe of an endpoint. Must be called from within a Tokio runtime.
     pub fn ask(&self, endpoint: SocketAddr, probe: Arc<Probe>) {
-        let Self { turns, seen } = self.clone();
+        let Self { permits, seen } = self.clone();
         tokio::spawn(async move {
             // The semaphore is never closed.
-            let _turn = turns.acquire().await;
+            let _permit = permits.acquire().await;
             let failed = matches!(check(endpoint, &probe).await, ProbeResult::Failing(_));
-            // An error means that nobody wants to know any more.
+            // An error means that the receiver is gone.
             let _ = seen.send(Confirmation { endpoint, probe, failed });
         });
     }
@@ -69,16 +73,16 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_listener_answers_and_a_closed_port_does_not() {
+    async fn open_port_passes_and_closed_port_fails() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = listener.local_addr().unwrap();
-        let (witness, mut results) = Confirmer::new();
+        let (confirmer, mut results) = Confirmer::new();
         let probe = Arc::new(dial(None));
-        witness.ask(endpoint, Arc::clone(&probe));
+        confirmer.ask(endpoint, Arc::clone(&probe));
         let expected = Confirmation { endpoint, probe: Arc::clone(&probe), failed: false };
         assert_eq!(results.recv().await, Some(expected.clone()));
         drop(listener);
-        witness.ask(endpoint, probe);
+        confirmer.ask(endpoint, probe);
         assert_eq!(results.recv().await, Some(Confirmation { failed: true, ..expected }));
     }
 }

@@ -1,4 +1,4 @@
-//! Connections of the agent's own: active health checks of endpoints, confirmations before an ejection, and the self-probe.
+//! Connections that the agent makes itself: active health checks, confirmations before an ejection, and the self-probe.
 
 mod check;
 pub mod confirm;

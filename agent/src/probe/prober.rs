@@ -1,7 +1,8 @@
-//! Active probes: the agent asks endpoints by itself how they are, where a rule wants that. This file decides when, and what a row of answers
-//! means; `check` asks.
+//! Scheduling of active probes (`portolan.io/probe`): when to probe each endpoint, and when results change its state.
+//! The `check` module makes the probe.
 //!
-//! The probes of a node are spread over time, and there are never more in a second than is allowed: where rules want more, each waits longer.
+//! Probes are spread over time, and a rate limit applies to the whole node.
+//! If rules ask for more, every probe waits longer.
 
 use std::{
     cmp::Reverse,
@@ -22,51 +23,52 @@ use tokio::{
 
 use super::check::{ProbeResult, check};
 
-/// Probes at once; each holds a descriptor.
-const AT_ONCE: usize = 256;
-/// Half of these are for endpoints that are not taken for failing; another that is waits so long.
-const PUT_OFF: Duration = Duration::from_millis(100);
-/// Until something is known of an endpoint, it is asked so many times as often.
-const EAGERNESS: u32 = 10;
-/// A time between two probes may be so much shorter or longer, in percent, that they do not all fall together.
+/// Maximum number of concurrent probes; each uses a file descriptor.
+const MAX_IN_FLIGHT: usize = 256;
+/// Retry delay of a probe of a failing endpoint, while probes of failing endpoints use half of the limit.
+/// Hanging endpoints must not block the probes of healthy ones.
+const FAILING_RETRY_DELAY: Duration = Duration::from_millis(100);
+/// How many times more often an endpoint is probed until its state is known.
+const INITIAL_SPEEDUP: u32 = 10;
+/// Maximum deviation of an interval between probes, in percent, so that probes do not synchronize.
 const JITTER: u32 = 10;
 
-/// An endpoint is found to be otherwise than before.
+/// A state change of a probed endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Probed {
-    /// Which.
+    /// Endpoint and probe.
     pub target: Target,
-    /// The number that it was wanted under: what is found of a former one says nothing of this one.
+    /// Generation passed to [`Prober::set`]. A result of an earlier generation is stale.
     pub number: u64,
-    /// Why it is failing; `None`: it is well again.
+    /// Reason of the last failure; `None` if the endpoint has recovered.
     pub failing: Option<String>,
 }
 
-/// Probes so far.
+/// Number of finished probes by result, since the agent started.
 #[derive(Debug, Default)]
 pub struct Counts {
-    /// The endpoint was well.
+    /// Probes that succeeded.
     pub well: AtomicU64,
-    /// It was not.
+    /// Probes that failed.
     pub failing: AtomicU64,
-    /// The agent could not ask.
+    /// Probes that the agent could not make.
     pub unknown: AtomicU64,
 }
 
-/// The one who probes.
+/// Handle of the background task that probes endpoints.
 #[derive(Debug)]
 pub struct Prober {
     wanted: UnboundedSender<(Target, Option<u64>)>,
-    /// What has changed.
+    /// State changes of endpoints.
     pub found: UnboundedReceiver<Probed>,
-    /// Probes so far.
+    /// Number of finished probes by result.
     pub counts: Arc<Counts>,
-    /// Probes in a second at the most; with 0 there are none.
+    /// Maximum number of probes per second; 0 disables them.
     pub per_second: u32,
 }
 
 impl Prober {
-    /// Begins, with nothing to probe. To be called inside a runtime.
+    /// Starts the task, with nothing to probe. Must be called from within a Tokio runtime.
     pub fn start(per_second: u32) -> Self {
         let (wanted, targets) = unbounded_channel();
         let (sender, found) = unbounded_channel();
@@ -77,36 +79,36 @@ impl Prober {
         Self { wanted, found, counts, per_second }
     }
 
-    /// Has an endpoint probed from now on, under this number, or no longer.
+    /// Starts probing a target under this generation number, or stops with `None`.
     pub fn set(&self, target: Target, wanted: Option<u64>) {
-        // An error means that there are to be none.
+        // An error means that probes are disabled.
         let _ = self.wanted.send((target, wanted));
     }
 }
 
-/// When each target is due.
+/// Targets, their state, and the times of their next probes.
 #[derive(Debug, Default)]
 struct Schedule {
     rows: HashMap<Target, Row>,
-    /// With the number of the target's row: entries of rows that are gone are passed over.
+    /// Due time, generation and target. Entries of an old generation are stale and skipped.
     due: BinaryHeap<Reverse<(Instant, u64, Target)>>,
     hasher: RandomState,
 }
 
-/// The answers of one endpoint.
+/// State of one target.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Row {
     number: u64,
-    /// What it is taken for: well, until it has failed often enough.
+    /// Current state: passing until it fails often enough in a row.
     failing: bool,
-    /// Whether that has been seen, or is only presumed.
+    /// Whether a probe has established that state; until then it is assumed.
     known: bool,
-    /// Answers in a row that say the opposite.
+    /// Consecutive results that contradict the state.
     against: u32,
 }
 
 impl Row {
-    /// Takes an answer; whether it changes what the endpoint is taken for.
+    /// Records a result. Returns whether it changes the state.
     fn take(&mut self, probe: &Probe, failing: bool) -> bool {
         if failing == self.failing {
             self.known = true;
@@ -121,9 +123,9 @@ impl Row {
         true
     }
 
-    /// Time to the next probe.
+    /// Returns the time to the next probe, without jitter.
     fn wait(&self, probe: &Probe) -> Duration {
-        if self.known { probe.period } else { probe.period / EAGERNESS }
+        if self.known { probe.period } else { probe.period / INITIAL_SPEEDUP }
     }
 }
 
@@ -141,7 +143,7 @@ impl Schedule {
         }
     }
 
-    /// When the next is due.
+    /// Returns when the next probe is due, and drops stale entries.
     fn next(&mut self) -> Option<Instant> {
         while let Some(Reverse((at, number, target))) = self.due.peek() {
             if self.rows.get(target).is_some_and(|row| row.number == *number) {
@@ -152,13 +154,13 @@ impl Schedule {
         None
     }
 
-    /// The next, if it is due.
+    /// Removes and returns the next target, if it is due.
     fn take_due(&mut self, now: Instant) -> Option<(Target, u64)> {
         self.next().filter(|at| *at <= now)?;
         self.due.pop().map(|Reverse((_, number, target))| (target, number))
     }
 
-    /// Takes an answer, and plans the next probe; what has changed.
+    /// Records a result and schedules the next probe. Returns the state change, if any.
     fn take(&mut self, (target, number): (Target, u64), verdict: ProbeResult, now: Instant) -> Option<Probed> {
         let fraction = self.fraction(now.elapsed().as_nanos() as u64 ^ number.rotate_left(32));
         let row = self.rows.get_mut(&target).filter(|row| row.number == number)?;
@@ -174,24 +176,25 @@ impl Schedule {
         changed.then_some(Probed { target, number, failing })
     }
 
-    /// The next that is to be asked, and whether it is taken for failing; as so many are that are being asked.
-    fn begin(&mut self, now: Instant, of_failing: usize) -> Option<((Target, u64), bool)> {
+    /// Returns the target to probe now, and whether it is failing.
+    /// `failing_in_flight` is the number of running probes of failing targets.
+    fn begin(&mut self, now: Instant, failing_in_flight: usize) -> Option<((Target, u64), bool)> {
         let (target, number) = self.take_due(now)?;
         let is_failing = self.rows.get(&target).is_some_and(|row| row.failing);
-        if is_failing && of_failing >= AT_ONCE / 2 {
-            self.due.push(Reverse((now + PUT_OFF, number, target)));
+        if is_failing && failing_in_flight >= MAX_IN_FLIGHT / 2 {
+            self.due.push(Reverse((now + FAILING_RETRY_DELAY, number, target)));
             return None;
         }
         Some(((target, number), is_failing))
     }
 
-    /// Anything from 0 to 1, another one on each agent.
+    /// Returns a pseudo-random number in [0, 1), different on each agent.
     fn fraction(&self, of: u64) -> f64 {
         (self.hasher.hash_one(of) >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 
-/// Works until nobody wants to know any more.
+/// Runs until the [`Prober`] is dropped.
 async fn run(
     mut targets: UnboundedReceiver<(Target, Option<u64>)>,
     found: UnboundedSender<Probed>,
@@ -201,10 +204,10 @@ async fn run(
     let mut schedule = Schedule::default();
     let mut checks = JoinSet::new();
     let mut free = Instant::now();
-    // Checks under way of endpoints that are taken for failing: who hangs holds a place until its timeout.
-    let mut of_failing = 0;
+    // Running probes of failing endpoints. One that hangs occupies its slot until its timeout.
+    let mut failing_in_flight = 0;
     loop {
-        let due = schedule.next().map(|at| at.max(free)).filter(|_| checks.len() < AT_ONCE);
+        let due = schedule.next().map(|at| at.max(free)).filter(|_| checks.len() < MAX_IN_FLIGHT);
         let wait = async {
             match due {
                 Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -216,10 +219,10 @@ async fn run(
                 let Some((target, wanted)) = wanted else { return };
                 schedule.set(target, wanted, Instant::now());
             }
-            Some(frame_len) = checks.join_next() => {
-                // A check does not panic, and nobody ends one.
-                let Ok((asked, was_failing, verdict)) = frame_len else { continue };
-                of_failing -= usize::from(was_failing);
+            Some(finished) = checks.join_next() => {
+                // Checks neither panic nor are aborted.
+                let Ok((asked, was_failing, verdict)) = finished else { continue };
+                failing_in_flight -= usize::from(was_failing);
                 let count = match &verdict {
                     ProbeResult::Well => &counts.well,
                     ProbeResult::Failing(_) => &counts.failing,
@@ -234,9 +237,9 @@ async fn run(
             }
             () = wait => {
                 let now = Instant::now();
-                if let Some(((target, number), is_failing)) = schedule.begin(now, of_failing) {
+                if let Some(((target, number), is_failing)) = schedule.begin(now, failing_in_flight) {
                     free = now + pace;
-                    of_failing += usize::from(is_failing);
+                    failing_in_flight += usize::from(is_failing);
                     checks.spawn(async move {
                         let verdict = check(target.endpoint, &target.probe).await;
                         ((target, number), is_failing, verdict)
@@ -265,29 +268,29 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_answers_decide_and_one_of_the_other_sort_begins_them_anew() {
+    fn only_consecutive_results_change_the_state() {
         let target = target(3, 2);
         let mut row = Row::default();
-        let answers = [true, true, false, true, true, true, true, false, true, false, false, false];
-        let changes: Vec<bool> = answers.iter().map(|failing| row.take(&target.probe, *failing)).collect();
-        let changed: Vec<usize> = (0..answers.len()).filter(|i| changes[*i]).collect();
+        let results = [true, true, false, true, true, true, true, false, true, false, false, false];
+        let changes: Vec<bool> = results.iter().map(|failing| row.take(&target.probe, *failing)).collect();
+        let changed: Vec<usize> = (0..results.len()).filter(|i| changes[*i]).collect();
         assert_eq!(changed, [5, 10]);
         assert!(!row.failing);
     }
 
     #[test]
-    fn what_is_not_known_yet_is_asked_more_often_and_what_cannot_be_asked_changes_nothing() {
+    fn unknown_state_is_probed_more_often_and_unknown_results_change_nothing() {
         let (mut schedule, target, began) = (Schedule::default(), target(2, 1), Instant::now());
         schedule.set(target.clone(), Some(1), began);
         schedule.set(target.clone(), Some(1), began);
-        assert_eq!(schedule.due.len(), 1, "once is enough");
+        assert_eq!(schedule.due.len(), 1, "setting the same generation again is a no-op");
         let first = schedule.next().unwrap();
         assert!(first <= began + Duration::from_secs(1));
         let mut now = first;
         let mut answer = |schedule: &mut Schedule, verdict: ProbeResult| {
             now = now.max(schedule.next().unwrap());
             let asked = schedule.take_due(now).unwrap();
-            assert_eq!(schedule.take_due(now), None, "nobody is asked twice at once");
+            assert_eq!(schedule.take_due(now), None, "a target has at most one probe in flight");
             let probed = schedule.take(asked, verdict, now);
             (probed, schedule.next().unwrap() - now)
         };
@@ -303,7 +306,7 @@ mod tests {
             answer(&mut schedule, ProbeResult::Well).0,
             Some(Probed { target: target.clone(), number: 1, failing: None })
         );
-        // One that is under way when it is wanted no more, and then again, is not the new one's.
+        // A probe in flight while its target is removed and added again is stale.
         let at = schedule.next().unwrap();
         let asked = schedule.take_due(at).unwrap();
         schedule.set(target.clone(), None, at);
@@ -312,24 +315,24 @@ mod tests {
         assert_eq!(schedule.due.len(), 1);
     }
 
-    /// Those that hang hold their places until their timeouts: others shall have some as well.
+    /// Hanging endpoints occupy their slots until their timeouts, and must leave slots for others.
     #[test]
-    fn endpoints_that_are_taken_for_failing_have_half_of_the_places() {
+    fn failing_endpoints_get_at_most_half_of_the_slots() {
         let (mut schedule, target, began) = (Schedule::default(), target(1, 1), Instant::now());
         schedule.set(target.clone(), Some(1), began);
         let mut now = schedule.next().unwrap();
-        let (asked, was_failing) = schedule.begin(now, AT_ONCE).unwrap();
-        assert!(!was_failing, "of one that is not, nobody asks how many of the others there are");
+        let (asked, was_failing) = schedule.begin(now, MAX_IN_FLIGHT).unwrap();
+        assert!(!was_failing, "the limit applies only to failing endpoints");
         schedule.take(asked, ProbeResult::Failing("no".to_owned()), now);
         now = schedule.next().unwrap();
-        assert_eq!(schedule.begin(now, AT_ONCE / 2), None);
-        assert_eq!(schedule.next(), Some(now + PUT_OFF));
-        assert_eq!(schedule.begin(now + PUT_OFF, AT_ONCE / 2 - 1), Some(((target, 1), true)));
+        assert_eq!(schedule.begin(now, MAX_IN_FLIGHT / 2), None);
+        assert_eq!(schedule.next(), Some(now + FAILING_RETRY_DELAY));
+        assert_eq!(schedule.begin(now + FAILING_RETRY_DELAY, MAX_IN_FLIGHT / 2 - 1), Some(((target, 1), true)));
     }
 
     #[tokio::test]
-    async fn no_more_in_a_second_than_is_allowed() {
-        // Nobody listens: each probe of the loopback fails at once, and is counted.
+    async fn probe_rate_stays_within_the_limit() {
+        // No listener: each probe fails immediately, and is counted.
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = listener.local_addr().unwrap();
         drop(listener);
@@ -337,7 +340,7 @@ mod tests {
         let began = Instant::now();
         for i in 0..30u64 {
             let Target { probe, .. } = target(1, 1);
-            // Each is another target.
+            // A different period makes each a distinct target.
             let probe = Probe { period: Duration::from_millis(100 + i), ..(*probe).clone() };
             prober.set(Target { endpoint, probe: Arc::new(probe) }, Some(i));
         }
@@ -345,7 +348,7 @@ mod tests {
             let probed = prober.found.recv().await.unwrap();
             assert!(probed.failing.is_some(), "{probed:?}");
         }
-        // As often as it liked it would have been done after 10 ms.
+        // Without the limit, all would finish within about 10 ms.
         assert!(began.elapsed() >= Duration::from_millis(29 * 20), "{:?}", began.elapsed());
         assert!(prober.counts.failing.load(Ordering::Relaxed) >= 30);
     }

@@ -1,8 +1,9 @@
-//! The agent as its own client: it really connects through the programs, every few seconds, and readiness depends on what it sees.
+//! The self-probe: the agent connects through its own programs every few seconds, and readiness depends on the result.
 //!
-//! A process in the served cgroup (`client`) dials an address that is nobody's, which the maps send to this agent's own listener. What comes
-//! back proves that the programs are attached, that the maps are in force, and that names and answers are put right. All of it stays on
-//! loopback: were nothing rewritten, the connect would be refused there.
+//! A client process in the served cgroup dials an otherwise unused address.
+//! The programs rewrite that address to this agent's listener.
+//! The response proves that the programs are attached, that the maps are active, and that peer addresses are translated
+//! back. All traffic stays on loopback: without a rewrite, the connect would be refused there.
 
 use std::{
     net::{Ipv4Addr, SocketAddr, SocketAddrV4},
@@ -28,20 +29,20 @@ use tokio::{
 
 pub use super::self_probe_client::run as run_client;
 
-/// What the client dials: loopback, so that it stays on this machine, and an address there that nobody listens on.
+/// Address that the client dials: on loopback, so that traffic never leaves the machine, and without a listener.
 pub const FRONTEND: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::new(127, 80, 84, 76), 15_921));
-/// The hidden verb that the client is started with.
+/// Hidden subcommand that runs the client.
 pub const VERB: &str = "self-probe";
-/// Where it runs, in a cgroup that has no processes of its own.
+/// Name of the child cgroup for the client, if the cgroup itself cannot hold processes.
 pub const CGROUP: &str = "portolan-probe";
-/// What the listener says to whom it accepts, and what datagrams carry.
+/// Bytes that the listener sends on each connection, and payload of the datagrams.
 pub(super) const GREETING: &[u8] = b"portolan\n";
-/// Time between probes.
+/// Time between self-probes.
 pub const INTERVAL: Duration = Duration::from_secs(3);
-/// No answer takes longer on loopback, however busy the machine is.
-const LIMIT: Duration = Duration::from_secs(10);
+/// Timeout of one probe; generous, because all traffic is on loopback.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The listening side, and the way to the client.
+/// Listener of the self-probe; starts and queries the client process.
 #[derive(Debug)]
 pub struct SelfProbe {
     cgroup: PathBuf,
@@ -51,28 +52,28 @@ pub struct SelfProbe {
     wanted: Arc<Notify>,
 }
 
-/// What was seen: nothing wrong, or what.
+/// Result of a self-probe; `Err` has the reason of the failure.
 pub type Seen = Result<(), String>;
 
 impl SelfProbe {
-    /// Listens, for clients in this cgroup.
+    /// Binds the listeners on loopback, for a client in `cgroup`.
     ///
     /// # Errors
-    /// Loopback cannot be listened on.
+    /// Returns an error if a socket on loopback cannot be bound.
     pub async fn new(cgroup: &Path) -> Result<Self> {
         let local = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0);
-        let listener = TcpListener::bind(local).await.context("the self-probe cannot listen on loopback")?;
+        let listener = TcpListener::bind(local).await.context("cannot bind the TCP self-probe listener on loopback")?;
         let endpoint = listener.local_addr()?;
-        let datagrams = UdpSocket::bind(endpoint).await.context("the self-probe cannot listen on loopback")?;
+        let datagrams = UdpSocket::bind(endpoint).await.context("cannot bind the UDP self-probe socket on loopback")?;
         Ok(Self { cgroup: cgroup.to_owned(), listener, datagrams, endpoint, wanted: Arc::new(Notify::new()) })
     }
 
-    /// The agent's end of the probe.
+    /// Returns the address of the listener, which is the endpoint behind [`FRONTEND`].
     pub fn endpoint(&self) -> SocketAddr {
         self.endpoint
     }
 
-    /// What the kernel has to hold for it.
+    /// Returns the frontends that the kernel must have for the self-probe: [`FRONTEND`], TCP and UDP.
     pub fn table(&self) -> Table {
         let members = vec![(self.endpoint, 1)];
         let entry = FrontendSpec {
@@ -86,18 +87,21 @@ impl SelfProbe {
         Table { frontends: [Protocol::Tcp, Protocol::Udp].map(of).into() }
     }
 
-    /// Asks for a probe now.
+    /// Returns a handle that triggers a probe immediately.
     pub fn wanted(&self) -> Arc<Notify> {
         Arc::clone(&self.wanted)
     }
 
-    /// Answers, and probes whenever somebody asks for it and every few seconds from then on. What is seen goes to `seen`.
+    /// Serves the listeners and probes until the receiver of `seen` is dropped.
+    ///
+    /// The first probe waits for a notification of [`Self::wanted()`].
+    /// Later ones run every [`INTERVAL`], or when notified.
     pub async fn run(self, seen: mpsc::Sender<Seen>) {
         let Self { cgroup, listener, datagrams, wanted, .. } = self;
         let answer_streams = async {
             loop {
                 if let Ok((mut stream, _)) = listener.accept().await {
-                    // Who has gone away again sees no greeting, and says so.
+                    // If the client is gone, its probe has failed already.
                     let _ = stream.write_all(GREETING).await;
                 }
             }
@@ -137,10 +141,10 @@ async fn probe_once(client: &mut Option<Client>, cgroup: &Path) -> Result<()> {
         Some(client) => client,
         None => client.insert(Client::start(cgroup)?),
     };
-    timeout(LIMIT, client.ask()).await.context("the self-probe does not answer")?
+    timeout(PROBE_TIMEOUT, client.ask()).await.context("the self-probe client timed out")?
 }
 
-/// The process in the served cgroup; it ends with the agent, for it reads to the end of its input.
+/// The client process. It exits with the agent, because its standard input then ends.
 #[derive(Debug)]
 struct Client {
     questions: ChildStdin,
@@ -153,15 +157,15 @@ impl Client {
         let mut command = Command::new("/proc/self/exe");
         command.arg(VERB).arg(cgroup).stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
         let mut process =
-            command.spawn().with_context(|| format!("cannot start the self-probe in {}", cgroup.display()))?;
-        let questions = process.stdin.take().context("no stdin")?;
-        let answers = BufReader::new(process.stdout.take().context("no stdout")?).lines();
+            command.spawn().with_context(|| format!("cannot start the self-probe client in {}", cgroup.display()))?;
+        let questions = process.stdin.take().context("the self-probe client has no stdin")?;
+        let answers = BufReader::new(process.stdout.take().context("the self-probe client has no stdout")?).lines();
         Ok(Self { questions, answers, _process: process })
     }
 
     async fn ask(&mut self) -> Result<()> {
         self.questions.write_all(b"probe\n").await?;
-        let answer = self.answers.next_line().await?.context("the self-probe has ended")?;
+        let answer = self.answers.next_line().await?.context("the self-probe client has exited")?;
         ensure!(answer == "ok", "{answer}");
         Ok(())
     }

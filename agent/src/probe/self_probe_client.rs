@@ -1,4 +1,4 @@
-//! The dialling side: one line in, one line out.
+//! Client process of the self-probe: for each line of input, it probes and prints one line with the result.
 
 use std::{
     fs,
@@ -12,12 +12,12 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::self_probe::{FRONTEND, GREETING};
 
-const LIMIT: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Moves below the cgroup, probes for each line of input, and answers `ok` or what is wrong, until the input ends.
+/// Moves into the cgroup, then probes once per line of input, and prints `ok` or the error, until the input ends.
 ///
 /// # Errors
-/// The cgroup does not take this process, or nobody listens any more.
+/// Returns an error if the process cannot join the cgroup, or if standard input or output fails.
 pub fn run(cgroup: &Path) -> Result<()> {
     move_below(cgroup)?;
     for line in io::stdin().lock().lines() {
@@ -35,14 +35,14 @@ pub fn run(cgroup: &Path) -> Result<()> {
 
 fn probe() -> Result<()> {
     let mapped = mapped();
-    stream(FRONTEND).context("connect4 or getpeername4 does not do its work")?;
-    stream(mapped).context("connect6 or getpeername6 does not do its work")?;
-    datagram("127.0.0.1:0", FRONTEND).context("sendmsg4 or recvmsg4 does not do its work")?;
-    // Sent as IPv4, received as IPv6.
-    datagram("[::]:0", mapped).context("sendmsg4 or recvmsg6 does not do its work")
+    stream(FRONTEND).context("connect4 or getpeername4 does not work")?;
+    stream(mapped).context("connect6 or getpeername6 does not work")?;
+    datagram("127.0.0.1:0", FRONTEND).context("sendmsg4 or recvmsg4 does not work")?;
+    // An IPv4-mapped address on an IPv6 socket: sent as IPv4, received as IPv6.
+    datagram("[::]:0", mapped).context("sendmsg4 or recvmsg6 does not work")
 }
 
-/// The address as an IPv6 socket dials it.
+/// Returns [`FRONTEND`] as an IPv4-mapped IPv6 address.
 fn mapped() -> SocketAddr {
     let SocketAddr::V4(v4) = FRONTEND else { return FRONTEND };
     let address: Ipv6Addr = v4.ip().to_ipv6_mapped();
@@ -50,36 +50,36 @@ fn mapped() -> SocketAddr {
 }
 
 fn stream(to: SocketAddr) -> Result<()> {
-    let mut stream = TcpStream::connect_timeout(&to, LIMIT)?;
-    stream.set_read_timeout(Some(LIMIT))?;
+    let mut stream = TcpStream::connect_timeout(&to, TIMEOUT)?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     let peer = stream.peer_addr()?;
-    ensure!(peer == to, "the peer is {peer}");
+    ensure!(peer == to, "getpeername returned {peer}, expected {to}");
     let mut greeting = Vec::new();
     stream.read_to_end(&mut greeting)?;
-    ensure!(greeting == GREETING, "somebody else answered");
+    ensure!(greeting == GREETING, "unexpected response: another process answered");
     Ok(())
 }
 
 fn datagram(from: &str, to: SocketAddr) -> Result<()> {
     let socket = UdpSocket::bind(from)?;
-    socket.set_read_timeout(Some(LIMIT))?;
+    socket.set_read_timeout(Some(TIMEOUT))?;
     socket.send_to(GREETING, to)?;
     let mut buffer = [0; GREETING.len()];
     let (len, source) = socket.recv_from(&mut buffer)?;
-    ensure!(&buffer[..len] == GREETING, "somebody else answered");
-    ensure!(source == to, "the answer comes from {source}");
+    ensure!(&buffer[..len] == GREETING, "unexpected response: another process answered");
+    ensure!(source == to, "the response has source {source}, expected {to}");
     Ok(())
 }
 
-/// Sockets belong to the cgroup in which they are made.
+/// Moves this process into the cgroup, because a socket belongs to the cgroup of the process that creates it.
 fn move_below(cgroup: &Path) -> Result<()> {
-    // The root of all cgroups has no type, and every process is below it.
+    // The root cgroup has no `cgroup.type` file, and contains every process.
     if !cgroup.join("cgroup.type").exists() {
         return Ok(());
     }
-    // Where a cgroup passes resources on to others, it has no processes of its own.
-    let passes_on = fs::read_to_string(cgroup.join("cgroup.subtree_control")).is_ok_and(|it| !it.trim().is_empty());
-    let folder = if passes_on { cgroup.join(super::self_probe::CGROUP) } else { cgroup.to_owned() };
+    // A cgroup that delegates controllers cannot hold processes itself ("no internal processes" rule).
+    let delegates = fs::read_to_string(cgroup.join("cgroup.subtree_control")).is_ok_and(|it| !it.trim().is_empty());
+    let folder = if delegates { cgroup.join(super::self_probe::CGROUP) } else { cgroup.to_owned() };
     match fs::create_dir(&folder) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             return Err(error).with_context(|| format!("cannot create {}", folder.display()));

@@ -1,7 +1,8 @@
 //! The configuration directory: `DIR/*.yaml` for the mesh, `DIR/<cluster-id>/**/*.yaml` for a cluster.
 //!
-//! Watched, not polled. A file that somebody still has open for writing is left as it was until it is closed; a
-//! scan once a minute mends what a lost event may have missed.
+//! Changes arrive through inotify.
+//! A file that is open for writing keeps its last known state until the writer closes it.
+//! A periodic rescan (`--rescan`) makes up for lost events.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,41 +29,41 @@ use tokio::{
 
 use super::status::{Sources, Trouble};
 
-/// Directories below a cluster's that are still looked into.
+/// Maximum depth of subdirectories that are read below a cluster's directory.
 const MAX_DEPTH: usize = 8;
-/// Files that are larger are not read.
+/// Maximum size of a file in bytes. Larger files are reported as unreadable.
 const MAX_BYTES: u64 = 128 << 20;
-/// Events of one change come in bursts; they are waited for this long.
+/// Quiet period that ends a burst of events. One change usually causes several events.
 const BURST: Duration = Duration::from_millis(20);
-/// A file that is written without end does not hold up the others for longer than this.
+/// Maximum duration of a burst, so that a file under constant writes does not delay the others.
 const LONGEST_BURST: Duration = Duration::from_millis(200);
-/// What `get sources` counts.
+/// Resource name under which `get sources` reports the directory.
 const FILES: &str = "files";
 
-/// What is known of a configuration directory.
+/// A configuration directory and the state of its files as of the last scan.
 #[derive(Debug)]
 pub struct Directory {
     root: PathBuf,
     reader: DecodeOptions,
     seen: BTreeMap<String, Seen>,
-    /// What was known of files before the last scan, as far as it found them changed.
+    /// State before the last scan of each file that the scan found changed; `None` for a new file.
     before: BTreeMap<String, Option<Seen>>,
-    /// Files and folders that could not be read, and never were.
+    /// Files and directories that could not be read so far.
     unread: BTreeSet<String>,
-    /// Those of them that the last scan took out.
+    /// Entries that the last scan removed from `unread`.
     cleared: BTreeSet<String>,
 }
 
-/// A file as it was read last.
+/// The state of a file when it was last read.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     fingerprint: u64,
-    /// Whether objects from it are in force.
-    holds: bool,
+    /// Whether objects from this file are in effect.
+    has_objects: bool,
 }
 
 impl Directory {
-    /// A directory that was not looked at yet.
+    /// Creates the state of a directory that has not been scanned yet.
     pub fn new(root: PathBuf, reader: DecodeOptions) -> Self {
         Self {
             root,
@@ -74,11 +75,12 @@ impl Directory {
         }
     }
 
-    /// Looks at the whole directory and reports what is not as it was. Files in `being_written` count as
-    /// unchanged.
+    /// Scans the whole directory and returns the changes since the last scan.
+    ///
+    /// Files in `being_written` count as unchanged.
     ///
     /// # Errors
-    /// The directory itself cannot be read; nothing has changed then.
+    /// Returns an error if the directory itself cannot be read. The recorded state is then unchanged.
     pub fn scan(&mut self, being_written: &BTreeSet<PathBuf>) -> io::Result<Vec<Update>> {
         let root = identity(&self.root)?;
         let mut found = Found::default();
@@ -91,15 +93,15 @@ impl Directory {
                 found.files.insert(path, Scope::Mesh);
             }
         }
-        // Had it been moved away meanwhile, all that was in it would seem to be gone.
+        // If the directory was replaced during the scan, all of its files would seem deleted.
         if identity(&self.root)? != root {
-            return Err(io::Error::other("it was exchanged while it was looked at"));
+            return Err(io::Error::other("the directory was replaced during the scan"));
         }
         let Found { files, unreadable, mut troubles, .. } = found;
         let mut updates = Vec::new();
         let is_gone = |origin: &String| {
             let path = self.root.join(origin);
-            // Where a folder could not be read, its files may still be there.
+            // Files of an unreadable directory may still exist.
             !files.contains_key(&path) && !unreadable.keys().any(|folder| path.starts_with(folder))
         };
         let gone: Vec<_> = self.seen.keys().filter(|origin| is_gone(origin)).cloned().collect();
@@ -110,7 +112,7 @@ impl Directory {
         self.before.clear();
         let (mut unread, mut read) = (BTreeMap::new(), Vec::new());
         for (folder, error) in &unreadable {
-            let message = format!("cannot be read: {error}. What its files last said stays in force");
+            let message = format!("cannot be read: {error}; the last known objects of its files stay in effect");
             unread.insert(self.origin(folder), message);
         }
         for (path, scope) in files {
@@ -121,7 +123,7 @@ impl Directory {
             match read_file(&path) {
                 Ok(text) => read.extend(self.changed(origin, &scope, &text)),
                 Err(error) if self.seen.contains_key(&origin) => {
-                    let message = format!("cannot be read: {error}. What it last said stays in force");
+                    let message = format!("cannot be read: {error}; its last known objects stay in effect");
                     troubles.push(Finding::new(Code::Unreadable, &origin, message));
                 }
                 Err(error) => drop(unread.insert(origin, format!("cannot be read: {error}"))),
@@ -130,7 +132,7 @@ impl Directory {
         let root = &self.root;
         let is_over = |origin: &String| !unread.contains_key(origin) && !being_written.contains(&root.join(origin));
         self.cleared = self.unread.extract_if(.., |origin| is_over(origin)).collect();
-        // What could be read now is reported as such.
+        // Clear the findings of files that are no longer unreadable.
         for origin in self.cleared.iter().filter(|origin| !self.seen.contains_key(*origin)) {
             updates.push(Update::Remove { origin: origin.clone() });
         }
@@ -145,13 +147,13 @@ impl Directory {
         Ok(updates)
     }
 
-    /// Reports files that nothing is known of, for they are being written, as such that could not be read.
-    fn doubt(&mut self, being_written: &BTreeSet<PathBuf>) -> Vec<Update> {
+    /// Reports files as unread that are open for writing and were never read before.
+    fn report_unread(&mut self, being_written: &BTreeSet<PathBuf>) -> Vec<Update> {
         let mut updates = Vec::new();
         for path in being_written.iter().filter(|path| is_yaml(path) && !file_name(path).starts_with('.')) {
             let origin = self.origin(path);
             if !self.seen.contains_key(&origin) && self.unread.insert(origin.clone()) {
-                let findings = vec![Finding::new(Code::EmptyFile, &origin, "is being written").from_source(&origin)];
+                let findings = vec![Finding::new(Code::EmptyFile, &origin, "is open for writing").from_source(&origin)];
                 updates.push(Update::Replace { origin, contents: Contents { findings, ..Contents::default() } });
             }
         }
@@ -168,29 +170,30 @@ impl Directory {
             return None;
         }
         let mut contents = read_text(self.reader, scope, &origin, text);
-        let held = before.is_some_and(|before| before.holds);
-        if held && contents.empty {
+        let had_objects = before.is_some_and(|before| before.has_objects);
+        if had_objects && contents.empty {
             contents.findings.clear();
             contents.complete = false;
             let message =
-                "the file is empty all of a sudden: what it held stays in force; delete the file if it shall go";
+                "the file became empty: its last known objects stay in effect; to remove them, delete the file";
             contents.findings.push(Finding::new(Code::Emptied, &origin, message).from_source(&origin));
         }
-        let holds = !contents.objects.is_empty() || (held && !contents.complete);
-        self.seen.insert(origin.clone(), Seen { fingerprint: contents.fingerprint, holds });
+        let has_objects = !contents.objects.is_empty() || (had_objects && !contents.complete);
+        self.seen.insert(origin.clone(), Seen { fingerprint: contents.fingerprint, has_objects });
         self.before.insert(origin.clone(), before);
         Some(Update::Replace { origin, contents })
     }
 
-    /// Takes back what the last scan saw of these files, for it may have seen them half written.
-    fn forget(&mut self, updates: &mut Vec<Update>, being_written: &BTreeSet<PathBuf>) {
+    /// Reverts the last scan's results for these files, which it may have read half-written.
+    fn revert(&mut self, updates: &mut Vec<Update>, being_written: &BTreeSet<PathBuf>) {
         updates.retain(|update| match update {
             Update::Replace { origin, .. } if being_written.contains(&self.root.join(origin)) => {
                 match self.before.remove(origin).flatten() {
                     Some(before) => self.seen.insert(origin.clone(), before),
                     None => self.seen.remove(origin),
                 };
-                // Of what never was read, nothing is known still; what was only now found unreadable is found so again.
+                // A file that was unread before the scan stays unread.
+                // One that only this scan found unreadable is reported again by the next scan.
                 if self.cleared.contains(origin) {
                     self.unread.insert(origin.clone());
                 } else {
@@ -203,26 +206,26 @@ impl Directory {
     }
 }
 
-/// A file of any other kind could be without end, and so could reading it.
+/// Reads a regular file of at most [`MAX_BYTES`]. Reading a device or FIFO might never end.
 fn read_file(path: &Path) -> io::Result<String> {
     let metadata = std::fs::metadata(path)?;
     if !metadata.is_file() {
-        return Err(io::Error::other("it is no ordinary file"));
+        return Err(io::Error::other("not a regular file"));
     }
     if metadata.len() > MAX_BYTES {
         let mib = MAX_BYTES >> 20;
-        return Err(io::Error::other(format!("it is larger than {mib} MiB; make several of it")));
+        return Err(io::Error::other(format!("larger than {mib} MiB; split it into several files")));
     }
     std::fs::read_to_string(path)
 }
 
-/// What a walk through the folders has found.
+/// Results of a walk through the directory tree.
 #[derive(Default)]
 struct Found {
     files: BTreeMap<PathBuf, Scope>,
     unreadable: BTreeMap<PathBuf, String>,
     troubles: Vec<Finding>,
-    /// Device and inode of each folder on the way: symbolic links may lead in circles.
+    /// Device and inode of each visited directory, to break symbolic link loops.
     visited: BTreeSet<(u64, u64)>,
 }
 
@@ -241,7 +244,7 @@ impl Found {
         for (path, is_directory) in entries {
             match is_directory {
                 true if depth == 0 => {
-                    let message = format!("is nested deeper than {MAX_DEPTH} folders: left out");
+                    let message = format!("is nested deeper than {MAX_DEPTH} directories and is not read");
                     self.troubles.push(Finding::new(Code::TooLarge, path.display(), message));
                 }
                 true => self.walk(&path, scope, depth - 1),
@@ -254,12 +257,14 @@ impl Found {
     }
 }
 
-/// What tells a directory from another one in its place.
+/// Returns the device and inode of a path, which identify a directory even if another one takes its place.
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
     std::fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Entries and whether they are directories, in order, without hidden ones (editors' and Kubernetes' own).
+/// Lists the entries of a directory in order, each with whether it is a directory.
+///
+/// Skips hidden entries, which editors and Kubernetes volume mounts create.
 fn list(directory: &Path) -> io::Result<Vec<(PathBuf, bool)>> {
     let mut entries = Vec::new();
     for entry in std::fs::read_dir(directory)? {
@@ -269,9 +274,9 @@ fn list(directory: &Path) -> io::Result<Vec<(PathBuf, bool)>> {
         }
         match std::fs::metadata(&path) {
             Ok(metadata) => entries.push((path, metadata.is_dir())),
-            // It is gone by now, or a link to nowhere.
+            // Deleted meanwhile, or a dangling symbolic link.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // Whoever reads it will say what is wrong.
+            // Reading the file later reports the error.
             Err(_) => entries.push((path, false)),
         }
     }
@@ -287,20 +292,21 @@ fn is_yaml(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml" || extension == "json")
 }
 
-/// Whether there is such a directory.
+/// Checks that the configuration directory can be read.
 ///
 /// # Errors
-/// There is none, or it cannot be read.
+/// Returns an error if the directory does not exist or cannot be read.
 pub fn check(root: &Path) -> anyhow::Result<()> {
     use anyhow::Context as _;
-    std::fs::read_dir(root).map(drop).with_context(|| format!("--config {}: cannot be read", root.display()))
+    std::fs::read_dir(root).map(drop).with_context(|| format!("--config {}: cannot read the directory", root.display()))
 }
 
-/// Reports the directory's contents, and then each change, until the receiver is gone. It looks at all of it `every` so often, whatever
-/// the watch says.
+/// Sends the directory's contents, and then each change, until the receiver is gone.
+///
+/// Rescans the whole directory at the interval `every`, even without events.
 ///
 /// # Errors
-/// The directory cannot be read or watched at the start.
+/// Returns an error if the directory cannot be read or watched at startup.
 pub async fn run(
     root: PathBuf,
     reader: DecodeOptions,
@@ -309,13 +315,14 @@ pub async fn run(
     updates: mpsc::Sender<Vec<Update>>,
 ) -> anyhow::Result<()> {
     use anyhow::Context as _;
-    let root = std::fs::canonicalize(&root).with_context(|| format!("--config {}: cannot be read", root.display()))?;
+    let root = std::fs::canonicalize(&root)
+        .with_context(|| format!("--config {}: cannot read the directory", root.display()))?;
     let (sender, mut events) = mpsc::unbounded_channel();
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-        if event.as_ref().is_ok_and(|event| is_mere_reading(event.kind)) {
+        if event.as_ref().is_ok_and(|event| is_read_access(event.kind)) {
             return;
         }
-        // The receiver is gone only when the agent ends.
+        // The receiver is dropped only when the agent shuts down.
         let _ = sender.send(event);
     })?;
     watcher.watch(&root, RecursiveMode::Recursive).with_context(|| format!("cannot watch {}", root.display()))?;
@@ -324,11 +331,11 @@ pub async fn run(
     let mut being_written = BTreeSet::new();
     let first;
     (directory, first) = scan(directory, &being_written).await?;
-    let mut first = first.with_context(|| format!("cannot read {}", root.display()))?;
-    // Files that somebody is writing just now are not believed yet.
+    let mut first = first.with_context(|| format!("--config {}: cannot read the directory", root.display()))?;
+    // Ignore what was read of files that are being written.
     let mut again = drain(&mut events, &mut being_written).await;
-    directory.forget(&mut first, &being_written);
-    first.extend(directory.doubt(&being_written));
+    directory.revert(&mut first, &being_written);
+    first.extend(directory.report_unread(&being_written));
     first.push(Update::Synced);
     sources.synced("", FILES, directory.seen.len(), None);
     if updates.send(first).await.is_err() {
@@ -356,27 +363,27 @@ pub async fn run(
                 vec![Update::SourceFindings(vec![Finding::new(
                     Code::Unreadable,
                     root.display(),
-                    format!("cannot be read: {error}. All that it last said stays in force"),
+                    format!("cannot be read: {error}; its last known objects stay in effect"),
                 )])]
             }
         };
-        // A write that began while the scan was under way has sent its event by now, and is looked at in another scan.
+        // The event of a write that began during the scan has arrived by now. Another scan follows for it.
         again = drain(&mut events, &mut being_written).await;
-        directory.forget(&mut changes, &being_written);
+        directory.revert(&mut changes, &being_written);
         rescan = Instant::now() + every;
-        // All at once: an object that moves from one file to another is never gone.
+        // One batch, so that an object that moves between files never disappears.
         if updates.send(changes).await.is_err() {
             return Ok(());
         }
     }
 }
 
-/// The scans themselves open and read files, which is no change.
-fn is_mere_reading(kind: EventKind) -> bool {
+/// Returns whether an event is a mere read access. The scans themselves cause such events.
+fn is_read_access(kind: EventKind) -> bool {
     matches!(kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write))
 }
 
-/// Scans on a thread of its own: a disk that hangs shall not keep the agent from anything else.
+/// Scans on a blocking thread, so that a hung disk does not block the rest of the agent.
 async fn scan(
     mut directory: Directory,
     being_written: &BTreeSet<PathBuf>,
@@ -389,7 +396,7 @@ async fn scan(
     Ok(scanned.await?)
 }
 
-/// Takes the events of a burst, until there is a pause. Returns whether there were any.
+/// Consumes the events of a burst until there is a pause. Returns whether there were any.
 async fn drain(
     events: &mut mpsc::UnboundedReceiver<notify::Result<Event>>,
     being_written: &mut BTreeSet<PathBuf>,
@@ -403,10 +410,10 @@ async fn drain(
     any
 }
 
-/// Keeps track of which files are open for writing.
+/// Updates the set of files that are open for writing.
 fn note(event: notify::Result<Event>, being_written: &mut BTreeSet<PathBuf>) {
     let Some(event) = event.ok().filter(|event| !event.need_rescan()) else {
-        // Events were lost: what was open may have been closed.
+        // Events were lost, so open files may have been closed.
         being_written.clear();
         return;
     };

@@ -1,4 +1,6 @@
-//! Where objects come from. A source does the I/O and sends updates; what the objects mean is the core's.
+//! Sources of configuration objects: a directory of files, or Kubernetes API servers.
+//!
+//! A source performs the I/O and sends updates. The core crate decodes the objects and interprets them.
 
 pub mod file;
 pub mod kubernetes;

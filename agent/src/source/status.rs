@@ -1,4 +1,4 @@
-//! How each source is doing: what `get sources` and the metrics show, and whether everything has been read once.
+//! The status of each source: for `get sources`, for the metrics, and to detect the end of the initial sync.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -10,66 +10,66 @@ use portolan_core::model::Finding;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-/// One kind of objects of one cluster, as `get sources` shows it.
+/// The status of one resource of one cluster, as `get sources` shows it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SourceReport {
-    /// The cluster; empty for what is of the whole mesh.
+    /// The cluster ID; empty for the configuration directory.
     pub cluster: String,
-    /// What is read: a resource as `kubectl api-resources` names it, or `files`.
+    /// The resource, as `kubectl api-resources` names it (`plural.group`), or `files`.
     pub resource: String,
-    /// Objects that are held.
+    /// The number of objects (or files) currently known.
     pub objects: usize,
-    /// How far it has come: the server's own `resourceVersion`.
+    /// The `resourceVersion` up to which changes have been received; `None` for files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
-    /// When everything was last read as a whole (RFC 3339).
+    /// The time of the last complete list or scan (RFC 3339); `None` before the first one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub synced: Option<String>,
-    /// Seconds since anything was last heard: an object, a bookmark, or that a watch has begun.
+    /// Seconds since the last sign of life: an object, a bookmark, or the start of a watch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lag_seconds: Option<f64>,
-    /// How often everything was read as a whole.
+    /// The number of complete lists or scans so far.
     pub lists: u64,
-    /// What is wrong now.
+    /// The current error; `None` while the source is healthy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
-/// The answer of `get sources`.
+/// The response to `get sources`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SourcesReport {
-    /// Each kind of objects of each cluster.
+    /// One entry per cluster and resource, sorted by both.
     pub sources: Vec<SourceReport>,
 }
 
-/// What is wrong with a source.
+/// The reason why a source cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Trouble {
-    /// The resource is not there: nothing is wrong.
+    /// The API server does not have the resource, which is not an error.
     Missing,
-    /// It is not read, for a reason that was noted.
+    /// The source is not watched. A finding in [`Sources::notes`] gives the reason.
     Skipped,
-    /// It may not be read.
+    /// The API server denies access. Holds the error message.
     Forbidden(String),
-    /// It cannot be reached, or what comes from there makes no sense.
+    /// The source cannot be reached or sends invalid data. Holds the error message.
     Unreachable(String),
 }
 
-/// One kind of objects of one cluster.
+/// The status of one resource of one cluster.
 #[derive(Clone, Debug, Default)]
 pub struct Status {
     objects: usize,
     version: Option<String>,
     synced: Option<SystemTime>,
-    touch: Option<Instant>,
+    last_seen: Option<Instant>,
     lists: u64,
-    /// What is wrong now, and since when.
+    /// The current trouble and its start; `None` while the source is healthy.
     pub trouble: Option<(Trouble, Instant)>,
 }
 
 impl Status {
-    /// Whether all has been said that there is to say for now.
+    /// Returns whether the source was read once or is known to be unavailable.
     fn is_settled(&self) -> bool {
         let known = |trouble: &Trouble| matches!(trouble, Trouble::Missing | Trouble::Skipped | Trouble::Forbidden(_));
         self.synced.is_some() || self.trouble.as_ref().is_some_and(|(trouble, _)| known(trouble))
@@ -79,13 +79,13 @@ impl Status {
 type ByResource = BTreeMap<(String, String), Status>;
 type Notes = BTreeMap<String, Finding>;
 
-/// All of them. Who reads writes here, and everybody may look.
+/// The status of all sources. The sources write it; the admin API, metrics and readiness checks read it.
 #[derive(Debug)]
 pub struct Sources {
     all: Mutex<ByResource>,
     notes: Mutex<Notes>,
     changed: watch::Sender<()>,
-    /// How often something of a cluster was proven to be well.
+    /// How often each cluster was marked healthy.
     recoveries: watch::Sender<HashMap<String, u64>>,
 }
 
@@ -102,11 +102,11 @@ impl Default for Sources {
 
 impl Sources {
     fn with<T>(&self, work: impl FnOnce(&mut ByResource) -> T) -> T {
-        // A panic of another holder leaves figures, nothing that could be half done.
+        // Reusing a poisoned lock is safe: a panic leaves no invariant broken, only counters out of date.
         work(&mut self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 
-    /// Has everybody told where something is otherwise than before, beside the figures.
+    /// Updates a status and notifies watchers if it changed beyond its counters.
     fn status(&self, cluster: &str, resource: &str, work: impl FnOnce(&mut Status)) {
         let news = self.with(|all| {
             let mut new = false;
@@ -123,7 +123,7 @@ impl Sources {
         }
     }
 
-    /// What people should know of what is read, beside how it is doing; `None`: no longer.
+    /// Sets the finding stored under the key `about`, or clears it if `finding` is `None`.
     pub fn note(&self, about: &str, finding: Option<Finding>) {
         let mut notes = self.notes.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let before = match &finding {
@@ -136,40 +136,40 @@ impl Sources {
         }
     }
 
-    /// All that was noted.
+    /// Returns all current findings about sources, ordered by key.
     pub fn notes(&self) -> Vec<Finding> {
         self.notes.lock().unwrap_or_else(std::sync::PoisonError::into_inner).values().cloned().collect()
     }
 
-    /// Whether this is read.
+    /// Returns whether the resource is registered as a source.
     pub fn knows(&self, cluster: &str, resource: &str) -> bool {
         self.with(|all| all.contains_key(&(cluster.to_owned(), resource.to_owned())))
     }
 
-    /// This will be read.
+    /// Registers a resource that will be read. Idempotent.
     pub fn expect(&self, cluster: &str, resource: &str) {
         self.status(cluster, resource, |_| {});
     }
 
-    /// Something came from there, up to this version; so many objects are held now.
+    /// Records that data arrived, up to `version`, with `objects` objects now known. Clears any trouble.
     pub fn touch(&self, cluster: &str, resource: &str, objects: usize, version: &str) {
         self.status(cluster, resource, |status| {
-            (status.objects, status.touch, status.trouble) = (objects, Some(Instant::now()), None);
+            (status.objects, status.last_seen, status.trouble) = (objects, Some(Instant::now()), None);
             status.version = Some(version.to_owned());
         });
     }
 
-    /// Everything was read as a whole.
+    /// Records a complete list or scan. Clears any trouble.
     pub fn synced(&self, cluster: &str, resource: &str, objects: usize, version: Option<&str>) {
         self.status(cluster, resource, |status| {
-            (status.objects, status.touch, status.trouble) = (objects, Some(Instant::now()), None);
+            (status.objects, status.last_seen, status.trouble) = (objects, Some(Instant::now()), None);
             status.version = version.map(str::to_owned);
             status.synced = Some(SystemTime::now());
             status.lists += 1;
         });
     }
 
-    /// Something is wrong there.
+    /// Records that a source is in trouble. Keeps the start time of trouble that is already recorded.
     pub fn trouble(&self, cluster: &str, resource: &str, trouble: Trouble) {
         self.status(cluster, resource, |status| {
             let since = status.trouble.as_ref().map_or_else(Instant::now, |(_, since)| *since);
@@ -180,55 +180,56 @@ impl Sources {
         });
     }
 
-    /// A cluster's server does what it is asked: who waits for it need not wait any longer.
+    /// Records that a cluster's API server works again, which wakes the waiters of [`Sources::recoveries`].
     pub fn mark_healthy(&self, cluster: &str) {
         self.recoveries.send_modify(|of| *of.entry(cluster.to_owned()).or_default() += 1);
     }
 
-    /// Waits until something of a cluster is proven to be well, from this call on.
+    /// Returns a future that completes when the cluster is next marked healthy after this call.
     pub fn recoveries(&self, cluster: &str) -> impl Future<Output = ()> + Send + use<> {
         let mut recoveries = self.recoveries.subscribe();
         let before = recoveries.borrow().get(cluster).copied();
         let cluster = cluster.to_owned();
         async move {
-            // An error means that the agent is ending.
+            // An error means that the agent is shutting down.
             let _ = recoveries.wait_for(|of| of.get(&cluster).copied() != before).await;
         }
     }
 
-    /// This is no longer read; `None`: nothing of the cluster.
+    /// Removes a resource of a cluster, or all of the cluster if `resource` is `None`.
     pub fn forget(&self, cluster: &str, resource: Option<&str>) {
         self.with(|all| all.retain(|(of, what), _| of != cluster || resource.is_some_and(|gone| gone != what)));
         self.changed.send_replace(());
     }
 
-    /// Whether all that is read of a cluster was read once, but for some.
-    pub fn is_settled(&self, cluster: &str, but: &[String]) -> bool {
+    /// Returns whether every resource of a cluster, except those in `except`, is settled: read once or known to be
+    /// unavailable. Returns `false` for an unknown cluster.
+    pub fn is_settled(&self, cluster: &str, except: &[String]) -> bool {
         self.with(|all| {
-            let mut own = all.iter().filter(|((of, what), _)| of == cluster && !but.contains(what)).peekable();
+            let mut own = all.iter().filter(|((of, what), _)| of == cluster && !except.contains(what)).peekable();
             own.peek().is_some() && own.all(|(_, status)| status.is_settled())
         })
     }
 
-    /// Whether this was read once, or cannot be.
+    /// Returns whether the resource was read once or is known to be unavailable.
     pub fn has_settled(&self, cluster: &str, resource: &str) -> bool {
         let key = (cluster.to_owned(), resource.to_owned());
         self.with(|all| all.get(&key).is_some_and(Status::is_settled))
     }
 
-    /// Whether this was read once.
+    /// Returns whether the resource was read at least once.
     pub fn is_read(&self, cluster: &str, resource: &str) -> bool {
         let key = (cluster.to_owned(), resource.to_owned());
         self.with(|all| all.get(&key).is_some_and(|status| status.synced.is_some()))
     }
 
-    /// Whether nothing is wrong with this now.
+    /// Returns whether the resource was read and has no trouble now.
     pub fn is_well(&self, cluster: &str, resource: &str) -> bool {
         let key = (cluster.to_owned(), resource.to_owned());
         self.with(|all| all.get(&key).is_some_and(|status| status.synced.is_some() && status.trouble.is_none()))
     }
 
-    /// Whether something of a cluster may not be read, and never was.
+    /// Returns whether any resource of a cluster was never read and is forbidden or skipped.
     pub fn is_refused(&self, cluster: &str) -> bool {
         let refused = |status: &Status| {
             status.synced.is_none() && matches!(status.trouble, Some((Trouble::Forbidden(_) | Trouble::Skipped, _)))
@@ -236,14 +237,14 @@ impl Sources {
         self.with(|all| all.iter().any(|((of, _), status)| of == cluster && refused(status)))
     }
 
-    /// Everything, by cluster and resource.
+    /// Returns each source as cluster, resource and status, ordered by cluster and resource.
     pub fn all(&self) -> Vec<(String, String, Status)> {
         self.with(|all| {
             all.iter().map(|((cluster, what), status)| (cluster.clone(), what.clone(), status.clone())).collect()
         })
     }
 
-    /// The clusters of which something is read.
+    /// Returns the IDs of all clusters that have sources, sorted.
     pub fn clusters(&self) -> Vec<String> {
         self.with(|all| {
             let mut clusters: Vec<String> = all.keys().map(|(cluster, _)| cluster.clone()).collect();
@@ -252,12 +253,12 @@ impl Sources {
         })
     }
 
-    /// Tells of every change from now on.
+    /// Returns a receiver that is notified of each later change, except changes of counters.
     pub fn changes(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
     }
 
-    /// As `get sources` shows it.
+    /// Returns the report that `get sources` shows.
     pub fn report(&self) -> Vec<SourceReport> {
         let shown = |(cluster, resource, status): (String, String, Status)| SourceReport {
             cluster,
@@ -265,18 +266,20 @@ impl Sources {
             objects: status.objects,
             version: status.version,
             synced: status.synced.map(|at| humantime::format_rfc3339_millis(at).to_string()),
-            lag_seconds: status.touch.map(|touch| touch.elapsed().as_secs_f64()),
+            lag_seconds: status.last_seen.map(|at| at.elapsed().as_secs_f64()),
             lists: status.lists,
             error: status.trouble.map(|(trouble, _)| match trouble {
                 Trouble::Missing => "is not installed".to_owned(),
-                Trouble::Skipped => "cannot be followed: see the findings".to_owned(),
+                Trouble::Skipped => "not watched: see the findings".to_owned(),
                 Trouble::Forbidden(why) | Trouble::Unreachable(why) => why,
             }),
         };
         self.all().into_iter().map(shown).collect()
     }
 
-    /// How long a cluster has been out of reach: the shortest time of all that is read of it, and nothing while anything of it is well.
+    /// Returns how long a cluster has been unreachable: the shortest outage among its resources.
+    ///
+    /// Returns `None` while at least one of its resources is healthy.
     pub fn out_of_reach(&self, cluster: &str) -> Option<Duration> {
         self.with(|all| {
             let own = all.iter().filter(|((of, _), _)| of == cluster);
@@ -302,7 +305,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cluster_is_settled_once_all_of_it_was_read_or_cannot_be() {
+    fn cluster_is_settled_once_every_resource_is_synced_or_unavailable() {
         let sources = Sources::default();
         assert!(!sources.is_settled("c1", &[]));
         for what in ["services", "virtualservices", "pods"] {
@@ -320,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_a_cluster_hears_that_it_is_proven_and_of_no_other() {
+    fn recovery_wakes_only_waiters_of_that_cluster() {
         let sources = Sources::default();
         sources.mark_healthy("c2");
         let mut waiting = std::pin::pin!(sources.recoveries("c2"));
@@ -332,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cluster_is_out_of_reach_when_nothing_of_it_is_heard() {
+    fn cluster_is_out_of_reach_only_while_every_resource_is_unreachable() {
         let sources = Sources::default();
         sources.synced("c2", "services", 1, None);
         sources.synced("c2", "nodes", 1, None);

@@ -1,4 +1,5 @@
-//! The API server's own service is never emptied: without it nobody would learn that it is back.
+//! Keeps the API server's own Service from losing its last endpoint.
+//! Without one, the agent could not reach the API server to learn of new endpoints.
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
@@ -9,28 +10,28 @@ use portolan_core::{
 
 use super::WatchContext;
 
-/// Holds back what would leave `default/kubernetes` without an endpoint.
+/// Defers updates that would leave `default/kubernetes` without an endpoint.
 pub(super) struct Guard {
     context: WatchContext,
     name: NamespacedName,
-    /// Endpoints by slice, as far as they were passed on.
+    /// Ready endpoints of each slice that was passed on, by origin.
     passed: BTreeMap<String, Vec<SocketAddr>>,
-    /// What is held back.
-    held: BTreeMap<String, Update>,
+    /// Deferred updates by origin.
+    deferred: BTreeMap<String, Update>,
 }
 
 impl Guard {
     pub(super) fn new(context: &WatchContext) -> Self {
         let name = NamespacedName::new("default", "kubernetes");
-        Self { context: context.clone(), name, passed: BTreeMap::new(), held: BTreeMap::new() }
+        Self { context: context.clone(), name, passed: BTreeMap::new(), deferred: BTreeMap::new() }
     }
 
-    /// What may go on of an update, and of those that were held back.
+    /// Returns the updates that may be applied now: `update` unless it must wait, and deferred ones that need not.
     pub(super) fn pass(&mut self, update: Update) -> Vec<Update> {
         let service = format!("{}/services/{}", self.context.cluster, self.name);
         match &update {
             Update::Remove { origin } if *origin == service => {
-                self.note("is not there any more: it stays as it was");
+                self.note("was deleted; its last known state stays in effect");
                 return Vec::new();
             }
             Update::Replace { origin, .. } if *origin == service => {
@@ -47,7 +48,7 @@ impl Guard {
                 });
                 match slice {
                     Some(slice) => (origin.clone(), addresses(slice)),
-                    // Broken: its last good state stays.
+                    // The store keeps the last valid state of a broken slice.
                     None if contents.objects.iter().any(|read| read.object.is_none()) => return vec![update],
                     None => (origin.clone(), Vec::new()),
                 }
@@ -56,20 +57,20 @@ impl Guard {
             _ => return vec![update],
         };
         if endpoints.is_empty() && !self.passed.contains_key(&origin) {
-            // None of its own, or none that ever had an endpoint.
+            // Not a slice of this Service, or one that has had no endpoints so far.
             return vec![update];
         }
         let others = self.passed.iter().any(|(other, endpoints)| *other != origin && !endpoints.is_empty());
         if endpoints.is_empty() && !others {
-            self.held.insert(origin, update);
-            self.note("has no endpoint any more: the last ones stay");
+            self.deferred.insert(origin, update);
+            self.note("has no endpoints; the last known ones stay in effect");
             return Vec::new();
         }
-        self.held.remove(&origin);
+        self.deferred.remove(&origin);
         self.passed.insert(origin, endpoints);
         let mut updates = vec![update];
         if self.passed.values().any(|endpoints| !endpoints.is_empty()) {
-            for (origin, update) in std::mem::take(&mut self.held) {
+            for (origin, update) in std::mem::take(&mut self.deferred) {
                 self.passed.remove(&origin);
                 updates.push(update);
             }
@@ -82,8 +83,7 @@ impl Guard {
 
 impl Guard {
     fn note(&self, what: &str) {
-        let message =
-            format!("the API says that {} {what}, for without it nobody would learn that there are others", self.name);
+        let message = format!("the API server reports that {} {what}, to keep the API server reachable", self.name);
         let finding = Finding::new(Code::ApiServerHeld, format!("Service {}", self.name), message);
         self.context.sources.note("guard", Some(finding));
     }

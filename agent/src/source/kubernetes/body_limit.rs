@@ -1,4 +1,6 @@
-//! No answer of an API server is taken in without end: it is held in memory as a whole, and who sends it may be another cluster's server.
+//! Limits the size of response bodies.
+//!
+//! The client buffers a response in memory as a whole, and the sender may be a remote cluster's API server.
 
 use std::{
     pin::Pin,
@@ -10,25 +12,26 @@ use http_body_util::BodyExt as _;
 use hyper::body::{Body, Bytes, Frame};
 use tower::{BoxError, Layer, Service};
 
-/// Bytes of an answer, or of a line of a watch, at the most: twenty times the largest object that Kubernetes takes.
+/// Maximum size in bytes of a response body, or of one line of a watch: about twenty times the largest object that
+/// Kubernetes accepts.
 pub(super) const MOST: usize = 32 << 20;
 
-/// More than [`MOST`].
+/// The error for a body or watch line of more than [`MOST`] bytes.
 #[derive(Debug, thiserror::Error)]
-#[error("an answer has more than {MOST} bytes")]
+#[error("response exceeds {MOST} bytes")]
 pub(super) struct TooLong;
 
 impl TooLong {
-    /// Whether an error comes from one.
+    /// Returns whether this error is in the source chain of `error`.
     pub(super) fn is_behind(error: &(dyn std::error::Error + 'static)) -> bool {
         std::iter::successors(Some(error), |error| error.source()).any(|error| error.is::<Self>())
     }
 }
 
-/// An answer as it is taken in.
-type Taken = Pin<Box<dyn Body<Data = Bytes, Error = BoxError> + Send>>;
+/// A response body with the limit applied.
+type LimitedBody = Pin<Box<dyn Body<Data = Bytes, Error = BoxError> + Send>>;
 
-/// Makes it so for all that a client asks.
+/// The `tower` layer that limits all responses of a client.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BodyLimit;
 
@@ -50,7 +53,7 @@ where
     S: Service<Request<R>, Response = Response<B>, Error = BoxError, Future: Send + 'static>,
     B: Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
 {
-    type Response = Response<Taken>;
+    type Response = Response<LimitedBody>;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
 
@@ -59,15 +62,15 @@ where
     }
 
     fn call(&mut self, request: Request<R>) -> Self::Future {
-        let of_lines =
+        let per_line =
             request.uri().query().is_some_and(|query| query.split('&').any(|part| part.starts_with("watch=")));
         let answer = self.inner.call(request);
         Box::pin(async move {
             let answer = answer.await?;
-            // What is wrong is taken in as a whole.
-            let of_lines = of_lines && answer.status().is_success();
-            Ok(answer.map(|body| -> Taken {
-                Box::pin(Bounded { body: Box::pin(body.map_err(Into::into)), taken: 0, of_lines })
+            // The client buffers an error response as a whole.
+            let per_line = per_line && answer.status().is_success();
+            Ok(answer.map(|body| -> LimitedBody {
+                Box::pin(Bounded { body: Box::pin(body.map_err(Into::into)), taken: 0, per_line })
             }))
         })
     }
@@ -75,10 +78,10 @@ where
 
 struct Bounded<B> {
     body: Pin<Box<B>>,
-    /// Of the answer, or of the line that has begun.
+    /// Bytes received of the body, or of the current line.
     taken: usize,
-    /// Whether each line is taken in for itself.
-    of_lines: bool,
+    /// Whether the limit applies to each line, as in a watch.
+    per_line: bool,
 }
 
 impl<B: Body<Data = Bytes, Error = BoxError>> Body for Bounded<B> {
@@ -88,7 +91,7 @@ impl<B: Body<Data = Bytes, Error = BoxError>> Body for Bounded<B> {
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let Some(frame) = ready!(self.body.as_mut().poll_frame(context)?) else { return Poll::Ready(None) };
         if let Some(data) = frame.data_ref() {
-            let line = if self.of_lines { data.iter().rposition(|byte| *byte == b'\n') } else { None };
+            let line = if self.per_line { data.iter().rposition(|byte| *byte == b'\n') } else { None };
             self.taken = line.map_or(self.taken + data.len(), |end| data.len() - end - 1);
             if self.taken > MOST {
                 return Poll::Ready(Some(Err(TooLong.into())));
@@ -105,11 +108,11 @@ mod tests {
 
     use super::*;
 
-    async fn taken(parts: &[&'static str], times: usize, of_lines: bool) -> Result<usize, BoxError> {
+    async fn taken(parts: &[&'static str], times: usize, per_line: bool) -> Result<usize, BoxError> {
         let parts: Vec<&'static str> = std::iter::repeat_n(parts, times).flatten().copied().collect();
         let frames = parts.into_iter().map(|part| Ok::<_, BoxError>(Frame::data(Bytes::from_static(part.as_bytes()))));
         let body = Box::pin(StreamBody::new(stream::iter(frames)));
-        let mut bounded = Box::pin(Bounded { body, taken: 0, of_lines });
+        let mut bounded = Box::pin(Bounded { body, taken: 0, per_line });
         let mut all = 0;
         while let Some(frame) = bounded.frame().await {
             all += frame?.data_ref().map_or(0, Bytes::len);
@@ -118,7 +121,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_is_bounded_as_a_whole_and_a_watch_line_by_line() {
+    async fn body_is_limited_as_a_whole_and_watch_line_by_line() {
         const KIB: &str = match str::from_utf8(&[b'x'; 1024]) {
             Ok(text) => text,
             Err(_) => panic!(),

@@ -1,4 +1,4 @@
-//! Ways to an API server.
+//! Clients for API servers.
 
 use std::{
     net::SocketAddr,
@@ -26,16 +26,17 @@ use tower::{BoxError, Service, ServiceBuilder};
 
 use super::{body_limit::BodyLimit, list_watch::describe};
 
-/// How long to wait for a connection.
+/// Timeout for establishing a connection.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// A connection that has been silent for so long is asked whether it still stands.
+/// Idle time after which TCP keepalive probes a connection.
 const KEEPALIVE: Duration = Duration::from_secs(30);
-/// One that has not acknowledged anything for so long does not: what waits in it is asked for by another one.
-const UNHEARD: Duration = Duration::from_secs(10);
+/// TCP user timeout: a connection with data unacknowledged for this long is dead, and its requests fail.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The own API server's endpoints, once they are known: then its Service address is not needed to reach it, and so not the programs that this
-/// agent keeps.
+/// The endpoints of the local API server, once they are known.
+///
+/// Dialing them directly avoids the Service address, and so the dependency on the BPF programs that this agent manages.
 #[derive(Clone, Debug, Default)]
 pub(super) struct DirectAddress(Arc<RwLock<Vec<SocketAddr>>>);
 
@@ -44,7 +45,7 @@ impl DirectAddress {
         *self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner) = addresses;
     }
 
-    /// All of them, beginning with any.
+    /// Returns all endpoints, rotated to start at a random one.
     fn addresses(&self) -> Vec<SocketAddr> {
         let mut addresses = self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         if !addresses.is_empty() {
@@ -55,25 +56,25 @@ impl DirectAddress {
     }
 }
 
-/// The client of the cluster that the agent is in: as the kubeconfig says, or else as a pod's service account says.
+/// Creates the client for the local cluster from the kubeconfig, or else from the pod's service account.
 ///
 /// # Errors
-/// Nothing says how to reach it, or what does makes no sense.
+/// Returns an error if there is neither, or if the configuration is invalid.
 pub(super) async fn own(kubeconfig: Option<&Path>, server: Option<&Uri>, direct: &DirectAddress) -> Result<Client> {
-    // Their errors name their causes themselves.
-    let told = |error: &dyn std::error::Error| anyhow::anyhow!("{}", describe(error));
+    // Some of these errors already include their causes. `describe` avoids repeating them.
+    let to_anyhow = |error: &dyn std::error::Error| anyhow::anyhow!("{}", describe(error));
     let mut config = match kubeconfig {
         Some(path) => {
             let about = || format!("--kubeconfig {}", path.display());
-            let file = Kubeconfig::read_from(path).map_err(|error| told(&error)).with_context(about)?;
+            let file = Kubeconfig::read_from(path).map_err(|error| to_anyhow(&error)).with_context(about)?;
             let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
-            config.map_err(|error| told(&error)).with_context(about)?
+            config.map_err(|error| to_anyhow(&error)).with_context(about)?
         }
-        None => Config::incluster().map_err(|error| told(&error)).context(
-            "--kubernetes: this is no pod with a service account; --kubeconfig says how else to reach the API server",
+        None => Config::incluster().map_err(|error| to_anyhow(&error)).context(
+            "--kubernetes: not running in a pod with a service account; pass --kubeconfig to reach the API server",
         )?,
     };
-    // Whoever names a server means that one.
+    // An explicitly configured server is always used as given.
     let direct = if kubeconfig.is_none() && server.is_none() { direct.clone() } else { DirectAddress::default() };
     if let Some(server) = server {
         let host = config.cluster_url.host().map(|host| host.trim_matches(['[', ']']).to_owned());
@@ -83,15 +84,16 @@ pub(super) async fn own(kubeconfig: Option<&Path>, server: Option<&Uri>, direct:
     build(config, direct)
 }
 
-/// The client of another cluster, from a kubeconfig that somebody has put into a Secret.
+/// Creates the client for a remote cluster from the kubeconfig in a Secret.
 ///
 /// # Errors
-/// It makes no sense, or asks for what nobody but the owner of this node may ask for: programs to run, files to read.
+/// Returns an error if the kubeconfig is invalid, or requests what only the administrator of this node may configure:
+/// programs to run, files to read, a proxy, or a server whose certificate is not verified.
 pub(super) async fn of_secret(kubeconfig: &str) -> Result<Client> {
-    // What is wrong with it would be shown with what is around it, and that may be a token.
-    let Ok(file) = Kubeconfig::from_yaml(kubeconfig) else { bail!("is no kubeconfig") };
+    // Omit the parse error: it quotes the surrounding text, which may contain a token.
+    let Ok(file) = Kubeconfig::from_yaml(kubeconfig) else { bail!("not a valid kubeconfig") };
     let refuse = |what: &str| {
-        bail!("asks for {what}, which is not done for what comes from a Secret: it may hold a token or certificates")
+        bail!("it requests {what}, which is not allowed in a Secret; embed a token or certificates instead")
     };
     for own in file.auth_infos.iter().filter_map(|named| named.auth_info.as_ref()) {
         if own.exec.is_some() || own.auth_provider.is_some() {
@@ -109,10 +111,10 @@ pub(super) async fn of_secret(kubeconfig: &str) -> Result<Client> {
             return refuse("a proxy (proxy-url)");
         }
         if own.insecure_skip_tls_verify == Some(true) {
-            return refuse("a server that nobody has vouched for (insecure-skip-tls-verify)");
+            return refuse("an unverified server (insecure-skip-tls-verify)");
         }
         let server = own.server.as_deref().unwrap_or_default();
-        ensure!(server.starts_with("https://"), "its server is {server:?}, which is no https:// address");
+        ensure!(server.starts_with("https://"), "its server {server:?} is not an https:// URL");
     }
     build(Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?, DirectAddress::default())
 }
@@ -122,7 +124,7 @@ fn build(config: Config, direct: DirectAddress) -> Result<Client> {
     http.enforce_http(false);
     http.set_connect_timeout(Some(CONNECT));
     http.set_keepalive(Some(KEEPALIVE));
-    http.set_tcp_user_timeout(Some(UNHEARD));
+    http.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT));
     let https = config.rustls_https_connector_with_connector(Dialler { http, direct })?;
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
@@ -134,7 +136,7 @@ fn build(config: Config, direct: DirectAddress) -> Result<Client> {
     Ok(Client::new(service, config.default_namespace))
 }
 
-/// Dials the server itself, where it is known, and else what the configuration says.
+/// A connector that dials the API server's endpoints if they are known, and falls back to the configured address.
 #[derive(Clone)]
 struct Dialler {
     http: HttpConnector,
@@ -158,7 +160,7 @@ impl Service<Uri> for Dialler {
                     stream.set_nodelay(true)?;
                     sockopt::set_socket_keepalive(&stream, true)?;
                     sockopt::set_tcp_keepidle(&stream, KEEPALIVE)?;
-                    sockopt::set_tcp_user_timeout(&stream, UNHEARD.as_millis() as u32)?;
+                    sockopt::set_tcp_user_timeout(&stream, TCP_USER_TIMEOUT.as_millis() as u32)?;
                     return Ok(TokioIo::new(stream));
                 }
             }

@@ -1,4 +1,4 @@
-//! All that is followed of one cluster.
+//! The watches of one cluster.
 
 use std::collections::{HashMap, HashSet};
 
@@ -13,7 +13,7 @@ use super::{
     sink::{Known, Objects, doubt},
 };
 
-/// A cluster whose objects are followed, as long as this lives.
+/// A cluster whose objects are watched. Dropping this value stops the watches.
 pub(super) struct Cluster {
     context: WatchContext,
     id: String,
@@ -22,7 +22,7 @@ pub(super) struct Cluster {
 }
 
 impl Cluster {
-    /// Begins to follow a cluster.
+    /// Starts to watch a cluster.
     pub(super) fn start(context: &WatchContext, id: &str, client: &Client) -> Self {
         let mut cluster =
             Self { context: context.clone(), id: id.to_owned(), tasks: JoinSet::new(), known: HashMap::new() };
@@ -30,17 +30,17 @@ impl Cluster {
         cluster
     }
 
-    /// From now on by another client. What is known stays, until that one has listed what there is.
+    /// Switches to another client. Known objects stay in effect until the new client has listed them.
     pub(super) async fn swap(&mut self, client: &Client) {
         self.tasks.shutdown().await;
         self.follow(client);
     }
 
-    /// Stops, and has everything of the cluster forgotten.
+    /// Stops all watches and removes the cluster's objects from the store.
     pub(super) async fn init_done(mut self) {
         self.tasks.shutdown().await;
         self.context.sources.forget(&self.id, None);
-        // An error means that the agent is ending.
+        // An error means that the agent is shutting down.
         let _ = self
             .context
             .updates
@@ -69,7 +69,7 @@ impl Cluster {
         }
     }
 
-    /// Pods, while a rule asks for their labels.
+    /// Watches pods while a rule needs their labels.
     fn pods(&mut self, client: &Client) -> impl Future<Output = ()> + Send + use<> {
         let known = Known::clone(self.known.entry(PODS.plural).or_default());
         let (context, id, client) = (self.context.clone(), self.id.clone(), client.clone());
@@ -102,7 +102,7 @@ impl Cluster {
                 let prefix = format!("{id}/{}/", PODS.plural);
                 let news = vec![
                     Update::Prune { prefix, except: HashSet::new() },
-                    // If they could not be read, that matters no more.
+                    // If pods could not be read, that no longer matters.
                     Update::Remove { origin: doubt(&id, &PODS) },
                 ];
                 if context.updates.send(news).await.is_err() {

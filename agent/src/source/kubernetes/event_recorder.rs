@@ -1,7 +1,7 @@
-//! Findings about objects, as Kubernetes Events on them.
+//! Records findings about objects as Kubernetes Events.
 //!
-//! Every agent finds the same in the same objects. An Event has a name that says what it is about, so that of all agents the first one makes it, and
-//! the others are told that it is there.
+//! Every agent has the same findings about the same objects.
+//! The name of an Event is a hash of its content, so the first agent creates it and the others get a conflict (409).
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -22,14 +22,14 @@ use tokio::{
 
 use super::resources::{PODS, RESOURCES, Resource};
 
-/// Events of one agent follow each other no faster than this.
+/// Minimum interval between Events of one agent.
 const PACE: Duration = Duration::from_secs(1);
-/// How long an answer may take.
-const ANSWER: Duration = Duration::from_secs(10);
-/// Kubernetes takes no longer text, in bytes.
-const MOST: usize = 1_000;
+/// Timeout for recording one Event.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Maximum length of an Event's note in bytes. Kubernetes rejects more than 1024.
+const MAX_NOTE_BYTES: usize = 1_000;
 
-/// Who tells.
+/// Creates Events in the local cluster, on behalf of this node.
 pub(super) struct EventRecorder {
     pub(super) client: Client,
     pub(super) cluster: String,
@@ -37,25 +37,25 @@ pub(super) struct EventRecorder {
 }
 
 impl EventRecorder {
-    /// Tells of what comes, one after the other.
+    /// Records the received findings as Events, one at a time. Best effort: a failure is only logged.
     pub(super) async fn run(self, mut findings: mpsc::Receiver<Finding>) {
         while let Some(finding) = findings.recv().await {
             if !finding.cluster.is_empty() && finding.cluster != self.cluster {
                 continue;
             }
             let Some((resource, name)) = subject(&finding) else { continue };
-            match timeout(ANSWER, self.tell(&finding, resource, &name)).await {
+            match timeout(REQUEST_TIMEOUT, self.record(&finding, resource, &name)).await {
                 Ok(Ok(())) => {}
-                // Another agent was first.
+                // Another agent has already created this Event.
                 Ok(Err(kube::Error::Api(status))) if status.code == 409 => {}
-                Err(_) => tracing::debug!("no Event for {}: no answer", finding.object),
-                Ok(Err(error)) => tracing::debug!("no Event for {}: {error}", finding.object),
+                Err(_) => tracing::debug!("cannot record Event for {}: request timed out", finding.object),
+                Ok(Err(error)) => tracing::debug!("cannot record Event for {}: {error}", finding.object),
             }
             sleep(PACE).await;
         }
     }
 
-    async fn tell(&self, finding: &Finding, resource: &Resource, name: &NamespacedName) -> kube::Result<()> {
+    async fn record(&self, finding: &Finding, resource: &Resource, name: &NamespacedName) -> kube::Result<()> {
         let named = ListParams::default().fields(&format!("metadata.name={}", name.name));
         let mut version = 0;
         let (found, kind) = loop {
@@ -69,7 +69,7 @@ impl EventRecorder {
                 found => break (found?, kind),
             }
         };
-        // It is gone by now.
+        // The object was deleted meanwhile.
         let Some(object) = found.items.into_iter().next() else { return Ok(()) };
         let namespace = if name.namespace.is_empty() { "default" } else { &name.namespace };
         let text = if finding.field.is_empty() {
@@ -82,10 +82,10 @@ impl EventRecorder {
         let event = json!({
             "apiVersion": "events.k8s.io/v1", "kind": "Event",
             "metadata": {"name": format!("portolan.{:016x}", hasher.finish()), "namespace": namespace},
-            // Microseconds: Kubernetes takes no other form.
+            // A MicroTime: Kubernetes requires exactly six fractional digits.
             "eventTime": humantime::format_rfc3339_micros(SystemTime::now()).to_string(),
             "type": "Warning", "action": "Read", "reason": finding.code.to_string(),
-            "note": text[..text.floor_char_boundary(MOST)],
+            "note": text[..text.floor_char_boundary(MAX_NOTE_BYTES)],
             "reportingController": "portolan.io/agent", "reportingInstance": if self.node.is_empty() { &self.cluster } else { &self.node },
             "regarding": {"apiVersion": kind.api_version, "kind": kind.kind, "name": name.name, "namespace": object.metadata.namespace,
                 "uid": object.metadata.uid},
@@ -100,7 +100,7 @@ impl EventRecorder {
     }
 }
 
-/// The object that a finding is about, where it is one that is read of the API.
+/// Returns the resource and name of the object that a finding is about; `None` if it was not read from the API.
 fn subject(finding: &Finding) -> Option<(&'static Resource, NamespacedName)> {
     let (kind, name) = finding.object.split_once(' ')?;
     let resource = RESOURCES.iter().chain([&PODS]).find(|it| it.kind.is_some_and(|own| own.to_string() == kind))?;

@@ -1,7 +1,7 @@
-//! One resource of an API server, followed for ever: listed page by page, watched from there, listed again where that is called for.
+//! The list-and-watch loop for one resource of an API server: list in pages, watch from there, list again when needed.
 //!
-//! Not kube's own watcher, for it keeps to itself what `get sources` is to tell: that a watch has begun, and that a bookmark has come
-//! (docs/adr/0016-kubernetes.md). What is sent and read is kube's.
+//! kube's own watcher hides the start of a watch and the arrival of bookmarks, both of which `get sources` reports
+//! (docs/adr/0016-kubernetes.md). Requests and responses still go through kube's types.
 
 use std::time::Duration;
 
@@ -21,60 +21,61 @@ use super::{
 };
 use crate::source::Trouble;
 
-/// Letters of an error that are shown.
-const LONGEST: usize = 500;
-/// Objects of a page; fewer where so many are too long an answer.
+/// Maximum number of characters shown of an error.
+const MAX_ERROR_CHARS: usize = 500;
+/// Objects per list page. A page that exceeds the body limit is requested again with fewer.
 const PAGE: u32 = 500;
-/// So many times fewer.
-const SMALLER: u32 = 8;
-/// A server ends a watch itself after the time that it is asked for; one that is silent for so much longer has stalled.
-const SLACK: Duration = Duration::from_secs(5);
-/// An answer to a list takes no longer than this.
-const ANSWER: Duration = Duration::from_secs(60);
-/// What is not there, or may not be read, is asked for again after this time, or when everything is read again anyway.
-const LATER: Duration = Duration::from_secs(60);
-/// A watch that ends sooner was not worth beginning: the next one waits.
-const SHORTEST: Duration = Duration::from_secs(1);
-/// Of one kind of objects there are no more than that, whatever a server says.
-const MOST: usize = 1_000_000;
-/// A watch is refused so often before everything is listed again.
-const REFUSALS: u32 = 5;
-/// What was there and is not any more, or may not be read, may be so because the server is on its way up: for so long, what it last said stays in
-/// force, and it is asked again soon.
-const PATIENCE: Duration = Duration::from_secs(300);
+/// Factor by which a page that is too large shrinks.
+const PAGE_DIVISOR: u32 = 8;
+/// Grace period after the requested watch timeout, at which the server should have ended the watch. A watch that is
+/// silent for longer has stalled.
+const STALL_GRACE: Duration = Duration::from_secs(5);
+/// Timeout for one page of a list.
+const LIST_TIMEOUT: Duration = Duration::from_secs(60);
+/// Maximum delay before a retry, for example of a resource that is missing or forbidden. The resync interval caps it.
+const RETRY_DELAY: Duration = Duration::from_secs(60);
+/// Minimum duration of a watch. After one that ends sooner, the next one waits for the backoff.
+const MIN_WATCH: Duration = Duration::from_secs(1);
+/// Maximum number of objects of one resource. Protects the agent's memory from a faulty server.
+const MAX_OBJECTS: usize = 1_000_000;
+/// Number of rejected watches after which everything is listed again.
+const MAX_WATCH_REFUSALS: u32 = 5;
+/// How long a 403, or a 404 for a resource that existed, may be due to a server that is starting.
+/// Until then, the last known state stays in effect and retries follow the backoff.
+const STARTUP_GRACE: Duration = Duration::from_secs(300);
 
-/// What takes the objects.
+/// Receives the objects of a resource. The method names follow kube's watcher events.
 pub(super) trait Sink: Send {
-    /// A list begins.
+    /// Handles the start of a list.
     fn init(&mut self);
-    /// An object of it.
+    /// Handles an object of the current list.
     fn init_apply(&mut self, object: Raw);
-    /// It has ended: what was not in it is gone.
+    /// Handles the end of the list. Objects that were not in it are gone.
     fn init_done(&mut self);
-    /// An object is new, or not as it was.
+    /// Handles a new or changed object.
     fn apply(&mut self, object: Raw);
-    /// An object is gone.
+    /// Handles a deleted object.
     fn delete(&mut self, object: &Raw);
-    /// Nothing is known, for it may not be read, and never was.
+    /// Handles a resource that is forbidden and has no known objects.
     fn unavailable(&mut self);
-    /// How many objects are held.
+    /// Returns the number of known objects.
     fn len(&self) -> usize;
-    /// Passes on what has come; whether somebody still wants it.
+    /// Passes on pending changes. Returns `false` if their receiver is gone.
     fn flush(&mut self) -> impl Future<Output = bool> + Send;
 }
 
-/// Why following has to begin again.
+/// The reason why a list or watch ended early.
 enum WatchEnd {
-    /// What is asked for is too long ago.
+    /// The server no longer has the requested version (410).
     Gone,
-    /// It is time to read everything again.
+    /// A full list is due.
     Resync,
-    /// Nothing came for too long.
+    /// The server was silent for too long.
     Stalled,
     Api(kube::Error),
-    /// It says more than can be.
+    /// The response exceeds a limit. Holds the error message.
     TooMuch(String),
-    /// Nobody listens any more.
+    /// The receiver of changes is gone.
     Over,
 }
 
@@ -82,44 +83,44 @@ impl From<kube::Error> for WatchEnd {
     fn from(error: kube::Error) -> Self {
         match &error {
             kube::Error::Api(status) if status.code == 410 => Self::Gone,
-            _ if TooLong::is_behind(&error) => Self::TooMuch(format!("an answer has more than {MOST_BYTES} bytes")),
+            _ if TooLong::is_behind(&error) => Self::TooMuch(format!("a response exceeds {MOST_BYTES} bytes")),
             _ => Self::Api(error),
         }
     }
 }
 
-/// Which objects of a resource are meant, as far as the resource itself leaves it open.
+/// Selectors that limit which objects of a resource are read, in addition to those of the [`Resource`] itself.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Only {
     pub(super) fields: Option<String>,
     pub(super) labels: Option<&'static str>,
 }
 
-/// Follows one resource of one cluster.
+/// Lists and watches one resource of one cluster.
 pub(super) struct ListWatcher<S> {
     pub(super) context: WatchContext,
     pub(super) cluster: String,
     pub(super) resource: &'static Resource,
-    /// Which of them.
+    /// Selectors for the objects to read.
     pub(super) sole_kind: Only,
     pub(super) client: kube::Client,
     pub(super) sink: S,
 }
 
 impl<S: Sink> ListWatcher<S> {
-    /// Works until nobody listens any more.
+    /// Runs until the sink's receiver is gone.
     pub(super) async fn run(mut self) {
         let name = self.resource.name();
         let (mut backoff, mut version, mut tried) = (DefaultBackoff::default(), 0, 0);
-        // Where in time the last list was taken, or the watch has come to.
+        // The version that the last list or watch event had; `None` if a list is needed.
         let mut at: Option<String> = None;
         let mut again = self.next_resync();
-        // Since when it is not there, and since when it may not be read.
+        // Since when the resource has been missing (404), and forbidden (403).
         let (mut missing, mut forbidden): (Option<Instant>, Option<Instant>) = (None, None);
-        // Whether it was tried at once because something else got through, in vain.
+        // Whether another watch's recovery has already cut a wait short since the last success.
         let mut hurried = false;
-        let (mut report_refusals, mut listed_at) = (0, Instant::now());
-        // Whether what came last was silence: that a watch begins says nothing then.
+        let (mut refusals, mut listed_at) = (0, Instant::now());
+        // Whether the last watch stalled. The start of a new one then does not prove that the server works.
         let mut stalled = false;
         self.context.sources.expect(&self.cluster, &name);
         loop {
@@ -134,9 +135,9 @@ impl<S: Sink> ListWatcher<S> {
                     (missing, forbidden, hurried) = (None, None, false);
                     if listed.is_some() {
                         (at, again, tried) = (listed, self.next_resync(), 0);
-                        (report_refusals, listed_at, stalled) = (0, Instant::now(), false);
-                    } else if began.elapsed() < SHORTEST {
-                        sleep(backoff.next().unwrap_or(SHORTEST)).await;
+                        (refusals, listed_at, stalled) = (0, Instant::now(), false);
+                    } else if began.elapsed() < MIN_WATCH {
+                        sleep(backoff.next().unwrap_or(MIN_WATCH)).await;
                     } else {
                         backoff.reset();
                     }
@@ -144,16 +145,17 @@ impl<S: Sink> ListWatcher<S> {
                 }
                 Err(broken) => broken,
             };
-            let later = LATER.min(self.context.resync);
+            let later = RETRY_DELAY.min(self.context.resync);
             let error = match broken {
                 WatchEnd::Over => return,
                 WatchEnd::Resync => {
                     at = None;
                     continue;
                 }
-                // At once, but not in a circle: of a list, the next page may be too long ago, and of a server everything.
+                // List again at once, but not in a tight loop: a list's continue token may expire too, and a faulty
+                // server may reject every version.
                 WatchEnd::Gone => {
-                    if at.take().is_none() || listed_at.elapsed() < SLACK {
+                    if at.take().is_none() || listed_at.elapsed() < STALL_GRACE {
                         sleep(backoff.next().unwrap_or(later)).await;
                     }
                     continue;
@@ -161,8 +163,8 @@ impl<S: Sink> ListWatcher<S> {
                 WatchEnd::Stalled => {
                     stalled = true;
                     let why = format!(
-                        "nothing came for {:?}, though the connection stands",
-                        self.context.watch_timeout + SLACK
+                        "nothing received for {:?} although the connection is open",
+                        self.context.watch_timeout + STALL_GRACE
                     );
                     self.context.sources.trouble(&self.cluster, &name, Trouble::Unreachable(why));
                     continue;
@@ -178,10 +180,10 @@ impl<S: Sink> ListWatcher<S> {
                 kube::Error::Api(status) => status.code,
                 _ => 0,
             };
-            // A server that refuses a watch again and again may have another history by now.
-            report_refusals += u32::from(!matches!(status, 0 | 401 | 403 | 429));
-            if status == 400 || report_refusals >= REFUSALS || Instant::now() >= again {
-                (at, report_refusals) = (None, 0);
+            // A server that keeps rejecting a watch may have lost the history that `at` refers to.
+            refusals += u32::from(!matches!(status, 0 | 401 | 403 | 429));
+            if status == 400 || refusals >= MAX_WATCH_REFUSALS || Instant::now() >= again {
+                (at, refusals) = (None, 0);
             }
             let optional = self.resource.versions.len() > 1;
             let trouble = match status {
@@ -193,14 +195,14 @@ impl<S: Sink> ListWatcher<S> {
                         continue;
                     }
                     let since = *missing.get_or_insert_with(Instant::now);
-                    // Who answers so to everything is not the API server.
+                    // A proxy in front of the API server may return 404 for everything: check that Services work.
                     let itself = self.context.sources.is_well(&self.cluster, &RESOURCES[0].name());
-                    if self.sink.len() == 0 || (since.elapsed() > PATIENCE && itself) {
+                    if self.sink.len() == 0 || (since.elapsed() > STARTUP_GRACE && itself) {
                         self.sink.init();
                         self.sink.init_done();
                         Trouble::Missing
                     } else {
-                        Trouble::Unreachable("is not there any more".to_owned())
+                        Trouble::Unreachable("no longer exists".to_owned())
                     }
                 }
                 403 => {
@@ -209,15 +211,15 @@ impl<S: Sink> ListWatcher<S> {
                     }
                     (missing, forbidden) = (None, forbidden.or_else(|| Some(Instant::now())));
                     let verb = if at.is_some() { "watch" } else { "list" };
-                    Trouble::Forbidden(format!("may not {verb} {name}: the API server says that it is forbidden"))
+                    Trouble::Forbidden(format!("not allowed to {verb} {name}: the API server returned 403 Forbidden"))
                 }
                 _ => {
                     missing = None;
                     Trouble::Unreachable(describe(&error))
                 }
             };
-            // A server that starts forbids everything until it has read its roles.
-            let for_long = forbidden.is_some_and(|since| since.elapsed() > PATIENCE);
+            // A starting API server returns 403 for everything until it has loaded its RBAC roles.
+            let for_long = forbidden.is_some_and(|since| since.elapsed() > STARTUP_GRACE);
             let wait = match &trouble {
                 Trouble::Forbidden(_) if !for_long => backoff.next().unwrap_or(later).min(later),
                 Trouble::Missing | Trouble::Skipped | Trouble::Forbidden(_) => jittered(later),
@@ -228,8 +230,8 @@ impl<S: Sink> ListWatcher<S> {
             if !self.sink.flush().await {
                 return;
             }
-            // Where one gets through, all try, but once.
-            let soon = wait.min(jittered(SHORTEST));
+            // When another watch of the cluster recovers, retry early, but only once.
+            let soon = wait.min(jittered(MIN_WATCH));
             let recoveries = self.context.sources.recoveries(&self.cluster);
             sleep(soon).await;
             tokio::select! {
@@ -243,7 +245,7 @@ impl<S: Sink> ListWatcher<S> {
         Instant::now() + jittered(self.context.resync)
     }
 
-    /// Reads everything; the moment in the server's history that this was.
+    /// Lists all objects. Returns the list's `resourceVersion`.
     async fn list(&mut self, api: &Api<Raw>) -> Result<String, WatchEnd> {
         let mut params = ListParams {
             limit: Some(PAGE),
@@ -263,17 +265,17 @@ impl<S: Sink> ListWatcher<S> {
                     Ok::<_, kube::Error>((list.items, list.metadata))
                 }
             };
-            let page = timeout(ANSWER, page).await.map_err(|_| WatchEnd::Stalled)?.map_err(WatchEnd::from);
+            let page = timeout(LIST_TIMEOUT, page).await.map_err(|_| WatchEnd::Stalled)?.map_err(WatchEnd::from);
             let (items, list): (Vec<Raw>, _) = match (page, params.limit) {
                 (Err(WatchEnd::TooMuch(_)), Some(limit @ 2..)) => {
-                    params.limit = Some((limit / SMALLER).max(1));
+                    params.limit = Some((limit / PAGE_DIVISOR).max(1));
                     continue;
                 }
                 (page, _) => page?,
             };
             (objects, pages) = (objects + items.len(), pages + 1);
-            if objects > MOST || pages > objects + MOST / PAGE as usize {
-                return Err(WatchEnd::TooMuch(format!("it says that there are more than {MOST} of them")));
+            if objects > MAX_OBJECTS || pages > objects + MAX_OBJECTS / PAGE as usize {
+                return Err(WatchEnd::TooMuch(format!("the list exceeds {MAX_OBJECTS} objects or has too many pages")));
             }
             items.into_iter().for_each(|object| self.sink.init_apply(object));
             match list.continue_.filter(|token| !token.is_empty()) {
@@ -289,7 +291,7 @@ impl<S: Sink> ListWatcher<S> {
         Ok(at)
     }
 
-    /// Takes in what changes from a moment on, until the server ends it.
+    /// Watches for changes since the version `at`, and advances it, until the server ends the watch.
     async fn watch(
         &mut self,
         api: &Api<Raw>,
@@ -304,7 +306,7 @@ impl<S: Sink> ListWatcher<S> {
             label_selector: self.sole_kind.labels.map(str::to_owned),
             ..WatchParams::default()
         };
-        let silence = self.context.watch_timeout + SLACK;
+        let silence = self.context.watch_timeout + STALL_GRACE;
         let begun = async {
             Ok::<BoxStream<'_, kube::Result<WatchEvent<Raw>>>, kube::Error>(if self.resource.metadata_only {
                 api.watch_metadata(&params, at).await?.map_ok(of_metadata).boxed()
@@ -313,15 +315,15 @@ impl<S: Sink> ListWatcher<S> {
             })
         };
         let mut events = timeout(silence, begun).await.map_err(|_| WatchEnd::Stalled)??;
-        // Once nothing has broken for a while; after silence, that says nothing either.
-        let mut mark_healthy = (!*stalled).then(|| Instant::now() + SHORTEST);
+        // A watch that holds for a while proves that the server works, except after a stall.
+        let mut healthy_at = (!*stalled).then(|| Instant::now() + MIN_WATCH);
         if !*stalled {
             self.context.sources.touch(&self.cluster, &name, self.sink.len(), at);
         }
         loop {
             let until = again.min(Instant::now() + silence);
-            let Ok(next) = timeout_at(mark_healthy.map_or(until, |at| until.min(at)), events.next()).await else {
-                if mark_healthy.take().is_some_and(|at| at < until) {
+            let Ok(next) = timeout_at(healthy_at.map_or(until, |at| until.min(at)), events.next()).await else {
+                if healthy_at.take().is_some_and(|at| at < until) {
                     self.context.sources.mark_healthy(&self.cluster);
                     continue;
                 }
@@ -369,12 +371,12 @@ fn of_metadata(event: WatchEvent<kube::core::PartialObjectMeta<Raw>>) -> WatchEv
     }
 }
 
-/// Half to the whole of a time: what many agents do again and again, they shall not do all at once.
+/// Returns a random duration between half of `time` and all of it, so that agents do not act in lockstep.
 fn jittered(time: Duration) -> Duration {
     time.mul_f64(rand::random_range(0.5..=1.0))
 }
 
-/// An error and what is behind it, once each, in one line.
+/// Formats an error with its causes on one line. Omits causes that the text already contains.
 pub(super) fn describe(error: &dyn std::error::Error) -> String {
     let mut text = String::new();
     let mut next = Some(error);
@@ -387,6 +389,6 @@ pub(super) fn describe(error: &dyn std::error::Error) -> String {
         }
         next = error.source();
     }
-    // A server may say whatever it likes.
-    text.chars().take(LONGEST).collect::<String>().replace('\n', " ")
+    // The text may come from the server, so limit its length and keep it on one line.
+    text.chars().take(MAX_ERROR_CHARS).collect::<String>().replace('\n', " ")
 }

@@ -1,6 +1,7 @@
-//! API servers: the own cluster's, and those of others that Secrets name.
+//! Kubernetes API servers: the local cluster's, and those of the remote clusters that Secrets name.
 //!
-//! Each object is an origin of its own, `cluster/resource/namespace/name`; what it means is for the same readers as in files.
+//! Each object is an origin of its own, `cluster/resource/namespace/name`.
+//! The decoders are the same as for files.
 
 mod apiserver_guard;
 mod body_limit;
@@ -46,35 +47,35 @@ use self::{
 use super::status::{Sources, Trouble};
 use crate::opt_out::{self as opted_out, OptOutRegistry};
 
-/// Other clusters that cannot be reached hold up the beginning for no longer than this.
-const FIRST: Duration = Duration::from_secs(30);
-/// How often it is looked whether a cluster has been away for too long.
+/// Maximum time that unreachable remote clusters delay the initial sync, after the local cluster is synced.
+const MAX_REMOTE_WAIT: Duration = Duration::from_secs(30);
+/// Interval of the checks for clusters that have been unreachable for too long.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How API servers are reached and followed.
+/// How to reach and watch API servers.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Id of the own cluster.
+    /// ID of the local cluster.
     pub cluster: String,
-    /// The node: whose pods may be left alone, and for Events.
+    /// Name of this node, to find its opted-out pods and to report Events. Empty if unknown.
     pub node: String,
-    /// How the own API server is reached; without it, as a pod reaches it.
+    /// Kubeconfig for the local API server; `None` to use the pod's service account.
     pub kubeconfig: Option<PathBuf>,
-    /// The own API server, in place of the one that the configuration names.
+    /// Address of the local API server, which overrides the one in the configuration.
     pub server: Option<http::Uri>,
-    /// Whether other clusters are followed, as Secrets name them.
+    /// Whether to watch the remote clusters that Secrets name.
     pub others: bool,
-    /// How often everything is read again as a whole, at the latest.
+    /// Maximum interval between full lists.
     pub resync: Duration,
-    /// How long a watch goes on.
+    /// Timeout of a watch request, after which the server ends the watch.
     pub watch_timeout: Duration,
-    /// How long the endpoints of another cluster that is out of reach are believed.
+    /// How long the endpoints of an unreachable remote cluster stay in use.
     pub remote_grace: Duration,
-    /// How objects are read.
+    /// Options for decoding objects.
     pub reader: DecodeOptions,
 }
 
-/// What all who follow something have at hand.
+/// The context that all watches share.
 #[derive(Clone)]
 struct WatchContext {
     cluster: String,
@@ -87,7 +88,7 @@ struct WatchContext {
     direct: DirectAddress,
 }
 
-/// Who asks for the labels of pods: nobody reads pods for nothing.
+/// The objects that need pod labels. Pods are watched only while there are any.
 #[derive(Debug)]
 struct PodLabelDemand {
     asking: Mutex<HashSet<String>>,
@@ -99,7 +100,7 @@ impl PodLabelDemand {
         Self { asking: Mutex::default(), wanted: watch::Sender::new(false) }
     }
 
-    /// An object asks for them, or does not.
+    /// Records whether the object `origin` needs pod labels.
     fn note(&self, origin: &str, asks: bool) {
         let mut asking = self.asking.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let new = if asks { asking.insert(origin.to_owned()) } else { asking.remove(origin) };
@@ -118,34 +119,35 @@ impl PodLabelDemand {
     }
 }
 
-/// The way to the own API server.
+/// A client for the local API server.
 pub struct ApiServer {
     client: Client,
     direct: DirectAddress,
 }
 
-/// Finds the way to the own API server; nothing is asked of it yet.
+/// Creates the client for the local API server. Sends no request yet.
 ///
 /// # Errors
-/// Nothing says how to reach it, or what does makes no sense.
+/// Returns an error if there is no configuration for the API server, or if it is invalid.
 pub async fn connect(options: &Options) -> Result<ApiServer> {
     let direct = DirectAddress::default();
     let client = client::own(options.kubeconfig.as_deref(), options.server.as_ref(), &direct).await?;
     Ok(ApiServer { client, direct })
 }
 
-/// Follows the own cluster and all others, until the receiver is gone.
+/// Watches the local cluster and all remote clusters until the receiver of `updates` is gone.
 ///
-/// `told`: findings that are to become Events on their objects; `registry`: where pods are named that are to be left alone.
+/// Findings received from `findings` become Events on their objects.
+/// The opted-out pods of this node go to `registry`.
 ///
 /// # Errors
-/// A part of it has ended.
+/// Returns an error if a background task ends.
 pub async fn run(
     options: Options,
     ApiServer { client, direct }: ApiServer,
     sources: Arc<Sources>,
     updates: mpsc::Sender<Vec<Update>>,
-    told: Option<mpsc::Receiver<Finding>>,
+    findings: Option<mpsc::Receiver<Finding>>,
     registry: Arc<OptOutRegistry>,
 ) -> Result<()> {
     let context = WatchContext {
@@ -158,12 +160,12 @@ pub async fn run(
         wants: Arc::new(PodLabelDemand::new()),
         direct,
     };
-    tracing::info!(cluster = options.cluster, "reading from the API server");
+    tracing::info!(cluster = options.cluster, "watching the API server");
     let _own = Cluster::start(&context, &options.cluster, &client);
     let mut others = JoinSet::new();
-    if let Some(told) = told {
+    if let Some(findings) = findings {
         let (client, cluster, node) = (client.clone(), options.cluster.clone(), options.node.clone());
-        others.spawn(EventRecorder { client, cluster, node }.run(told));
+        others.spawn(EventRecorder { client, cluster, node }.run(findings));
     }
     if options.others {
         let (sink, secrets) = SecretSink::new(&context);
@@ -178,7 +180,7 @@ pub async fn run(
     }
 
     if options.node.is_empty() {
-        // Clients are in a place, and on no node that could have pods.
+        // Without a node name there are no pods of this node that could opt out.
         registry.want(opted_out::ByUid::new());
     } else {
         let lists = Lists::new(registry, Arc::clone(&sources));
@@ -202,65 +204,68 @@ pub async fn run(
         unknown: BTreeSet::new(),
         synced: false,
         lost: BTreeSet::new(),
-        said: Vec::new(),
+        reported: Vec::new(),
     };
     let mut changes = overseer.sources.changes();
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            changed = changes.changed() => changed.context("nobody follows anything any more")?,
+            changed = changes.changed() => changed.context("all watches ended")?,
             _ = ticks.tick() => {}
             Some(ended) = others.join_next() => {
                 ended?;
-                bail!("who follows Secrets, other clusters or pods to be left alone has ended");
+                bail!("a background watch ended unexpectedly (Secrets, remote clusters, opt-outs or Events)");
             }
             () = updates.closed() => return Ok(()),
         }
-        let news = overseer.look();
+        let news = overseer.check();
         if !news.is_empty() && updates.send(news).await.is_err() {
             return Ok(());
         }
     }
 }
 
-/// Where the store is told that nothing is known of a cluster.
-fn doubt(id: &str) -> String {
+/// Returns the origin that stands for a whole cluster while it is not fully read.
+fn unread_origin(id: &str) -> String {
     format!("{id}/")
 }
 
-/// What the store is told: it may have endpoints.
-fn doubted(id: &str) -> Update {
+/// Returns the update that marks a cluster as not fully read: it may have endpoints that are not known.
+fn unread_marker(id: &str) -> Update {
     let contents = Contents { sole_kind: Some(Kind::EndpointSlice), ..Contents::default() };
-    Update::Replace { origin: doubt(id), contents }
+    Update::Replace { origin: unread_origin(id), contents }
 }
 
-/// In place of a cluster's id: any that may be there. No cluster is called so.
+/// Wildcard in place of a cluster ID: any remote cluster that may exist. No cluster has this name.
 const ANY: &str = "*";
 
-/// What is read of the own cluster that its services are not made of.
-fn aside() -> [String; 3] {
+/// Returns the names of the local cluster's resources that do not define services.
+fn auxiliary_resources() -> [String; 3] {
     [SECRETS.name(), OWN_PODS.name(), LABELLED_NAMESPACES.name()]
 }
 
-/// Sees to it that what is known is said as a whole: that everything was read, what is wrong, who has been away for too long.
+/// Derives cluster-wide updates from the status of all sources: the end of the initial sync, findings, and clusters
+/// that have been unreachable for too long.
 struct Overseer {
     options: Options,
     sources: Arc<Sources>,
     context: WatchContext,
     began: Instant,
-    /// When all of the own cluster was read.
+    /// When the local cluster was fully read for the first time.
     own: Option<Instant>,
     synced: bool,
-    /// Clusters that were not waited for, and of which nothing is known yet.
+    /// Remote clusters that were not fully read in time for the initial sync, and still are not.
     unknown: BTreeSet<String>,
-    /// Clusters whose endpoints are not believed any more.
+    /// Clusters that have been unreachable for longer than `remote_grace`.
     lost: BTreeSet<String>,
-    said: Vec<Finding>,
+    /// The findings that were sent last.
+    reported: Vec<Finding>,
 }
 
 impl Overseer {
-    fn look(&mut self) -> Vec<Update> {
+    /// Returns the updates that a change of the sources' status calls for.
+    fn check(&mut self) -> Vec<Update> {
         let mut news = Vec::new();
         let mut others = self.sources.clusters();
         others.retain(|id| *id != self.options.cluster);
@@ -269,10 +274,13 @@ impl Overseer {
             let away = self.sources.out_of_reach(id).is_some_and(|time| time >= self.options.remote_grace);
             if away != self.lost.contains(id) {
                 if away {
-                    tracing::warn!(cluster = id, "out of reach for too long: its endpoints get no connections");
+                    tracing::warn!(
+                        cluster = id,
+                        "cluster unreachable for longer than --remote-grace: its endpoints receive no connections"
+                    );
                     self.lost.insert(id.clone());
                 } else {
-                    tracing::info!(cluster = id, "within reach again");
+                    tracing::info!(cluster = id, "cluster reachable again");
                     self.lost.remove(id);
                 }
                 news.push(Update::ClusterUnreachable { cluster: id.clone(), unreachable: away });
@@ -282,67 +290,68 @@ impl Overseer {
             news.push(Update::ClusterUnreachable { cluster: id, unreachable: false });
         }
         let findings = self.findings(others);
-        if findings != self.said {
+        if findings != self.reported {
             if !self.synced {
-                // Nothing is published yet that would tell of them.
-                for finding in findings.iter().filter(|finding| !self.said.contains(finding)) {
+                // Findings are not published before the initial sync completes, so log them here.
+                for finding in findings.iter().filter(|finding| !self.reported.contains(finding)) {
                     tracing::warn!("{} {}: {}", finding.code, finding.object, finding.message);
                 }
             }
-            self.said.clone_from(&findings);
+            self.reported.clone_from(&findings);
             news.push(Update::SourceFindings(findings));
         }
-        self.init(others, &mut news);
+        self.report_sync(others, &mut news);
         news
     }
 
-    /// Whether all of a cluster was read that its services are made of.
+    /// Returns whether all resources that define a cluster's services are settled.
     fn is_settled(&self, id: &str) -> bool {
         let pods = !self.context.wants.any() || self.sources.knows(id, &PODS.name());
-        self.sources.is_settled(id, &aside()) && pods
+        self.sources.is_settled(id, &auxiliary_resources()) && pods
     }
 
-    /// Whether all has been read that services are not made of: who the other clusters are, who is left alone.
-    fn is_settled_aside(&self) -> bool {
+    /// Returns whether the resources that do not define services are settled: Secrets of remote clusters, and opt-outs.
+    fn auxiliary_settled(&self) -> bool {
         let own = &self.options.cluster;
-        aside().iter().all(|name| !self.sources.knows(own, name) || self.sources.has_settled(own, name))
+        auxiliary_resources().iter().all(|name| !self.sources.knows(own, name) || self.sources.has_settled(own, name))
     }
 
-    /// Whether there is no knowing which other clusters there are.
+    /// Returns whether the set of remote clusters is not known yet.
     fn lacks_secrets(&self) -> bool {
         self.options.others && !self.sources.is_read(&self.options.cluster, &SECRETS.name())
     }
 
-    /// Whether something of a cluster is not known.
+    /// Returns whether a part of a cluster has not been read, or is forbidden.
     fn lacks(&self, id: &str) -> bool {
         !self.is_settled(id) || self.sources.is_refused(id)
     }
 
-    /// Whether the others have been waited for as long as they may be.
+    /// Returns whether the time limit for the initial sync of remote clusters has passed.
     fn is_late(&self) -> bool {
-        self.own.is_some_and(|own| own.elapsed() >= FIRST)
+        self.own.is_some_and(|own| own.elapsed() >= MAX_REMOTE_WAIT)
     }
 
-    /// Says once that everything was read; and what of it was not, and when it is after all.
-    fn init(&mut self, others: &[String], news: &mut Vec<Update>) {
+    /// Reports the end of the initial sync, once. Also marks the remote clusters that are missing from it, and clears
+    /// each mark when the cluster is read.
+    fn report_sync(&mut self, others: &[String], news: &mut Vec<Update>) {
         if self.own.is_none() && self.is_settled(&self.options.cluster) {
             self.own = Some(Instant::now());
         }
-        let all = || self.is_settled_aside() && others.iter().all(|id| self.is_settled(id));
+        let all = || self.auxiliary_settled() && others.iter().all(|id| self.is_settled(id));
         if !self.synced && self.own.is_some() && (self.is_late() || all()) {
             self.synced = true;
             self.unknown = others.iter().filter(|id| self.lacks(id)).cloned().collect();
             self.unknown.extend(self.lacks_secrets().then(|| ANY.to_owned()));
-            // What a former agent has published of them stays.
-            news.extend(self.unknown.iter().map(|id| doubted(id)));
-            tracing::info!(took = ?self.began.elapsed(), without = ?self.unknown, "everything has been read");
+            // What the previous agent published of these clusters stays in effect.
+            news.extend(self.unknown.iter().map(|id| unread_marker(id)));
+            tracing::info!(took = ?self.began.elapsed(), without = ?self.unknown, "initial sync complete");
             news.push(Update::Synced);
         }
-        // Those that are named now are not known yet.
+        // Clusters that have been named since are not fully read yet.
         if self.unknown.contains(ANY) {
             let is_new = |id: &&String| self.lacks(id) && !self.unknown.contains(*id);
             let new: Vec<String> = others.iter().filter(is_new).cloned().collect();
-            news.extend(new.iter().map(|id| doubted(id)));
+            news.extend(new.iter().map(|id| unread_marker(id)));
             self.unknown.extend(new);
         }
         let is_known = |id: &String| match id.as_str() {
@@ -351,7 +360,7 @@ impl Overseer {
         };
         let known: Vec<String> = self.unknown.iter().filter(|id| is_known(id)).cloned().collect();
         for id in known {
-            news.push(Update::Remove { origin: doubt(&id) });
+            news.push(Update::Remove { origin: unread_origin(&id) });
             self.unknown.remove(&id);
         }
     }
@@ -366,7 +375,7 @@ impl Overseer {
             match &status.trouble {
                 Some((Trouble::Forbidden(why), _)) => {
                     let message = format!(
-                        "{why}. What it last said stays in force; grant list and watch of {resource}, as deploy/ does"
+                        "{why}; its last known state stays in effect; grant list and watch on {resource}, as in deploy/"
                     );
                     findings.push(Finding::new(Code::SourceForbidden, object, message).in_cluster(&cluster));
                 }
@@ -374,19 +383,19 @@ impl Overseer {
                     unreachable = Some((cluster, format!("{resource}: {why}")));
                 }
                 None if late && !self.sources.is_settled(&cluster, &[]) && seen.insert(cluster.clone()) => {
-                    unreachable = Some((cluster, format!("{resource}: nothing has come yet")));
+                    unreachable = Some((cluster, format!("{resource}: no response yet")));
                 }
                 _ => {}
             }
             if let Some((cluster, why)) = unreachable.take() {
                 let stays = if self.lost.contains(&cluster) {
-                    "It has been away for too long, so its endpoints get no connections"
+                    "unreachable for longer than --remote-grace, so its endpoints receive no connections"
                 } else if others.contains(&cluster) {
-                    "What it last said stays in force for a while (--remote-grace)"
+                    "its last known state stays in effect for --remote-grace"
                 } else {
-                    "What it last said stays in force"
+                    "its last known state stays in effect"
                 };
-                let message = format!("the API server cannot be read: {why}. {stays}");
+                let message = format!("cannot read from the API server: {why}; {stays}");
                 let finding = Finding::new(Code::SourceUnreachable, format!("Cluster {cluster}"), message);
                 findings.push(finding.in_cluster(&cluster));
             }
@@ -401,7 +410,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pods_are_wanted_while_somebody_asks() {
+    fn pods_are_watched_while_an_object_needs_their_labels() {
         let wants = PodLabelDemand::new();
         wants.note("a", true);
         wants.note("b", true);

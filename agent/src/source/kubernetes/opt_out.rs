@@ -1,4 +1,4 @@
-//! Which pods of this node ask to be left alone: by their own label, or by that of their namespace.
+//! Finds the pods of this node that opt out, by their own label or by that of their namespace.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -13,17 +13,19 @@ use crate::{
     source::Sources,
 };
 
-/// The annotation of the API's image of a pod that the kubelet runs from a file.
+/// The annotation that marks a mirror pod: the API object of a static pod, which the kubelet runs from a file.
 const STATIC: &str = "kubernetes.io/config.mirror";
 
-/// An object that has or may have the label.
+/// A pod or namespace that may have the opt-out label.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Labelled {
     namespace: String,
     name: String,
     uid: String,
+    /// The value of the label, if present.
     says: Option<String>,
-    /// Whether the kubelet runs it from a file: its cgroup is called after that, which is for the API to say and not to vouch for.
+    /// Whether this is the mirror pod of a static pod.
+    /// The kubelet names the cgroup of a static pod after an ID that the API reports but does not guarantee.
     is_static: bool,
 }
 
@@ -33,26 +35,26 @@ impl Labelled {
         Self { namespace, name, uid: object.uid(), says: object.label(LABEL), is_static: object.has_annotation(STATIC) }
     }
 
-    /// What its label asks for; `None` where there is none, or one that nobody understands.
+    /// Returns the label's parsed value; `None` if the label is missing or invalid.
     fn asks(&self) -> Option<bool> {
         self.says.as_ref()?.parse().ok()
     }
 
-    /// Why its label has no effect.
+    /// Returns the reason why the label has no effect, if it has none.
     fn trouble(&self) -> Option<String> {
         let says = self.says.as_ref()?;
         match self.asks() {
             None => Some(format!("has {says:?}, which is neither \"true\" nor \"false\"")),
-            Some(true) if self.is_static => Some("is run from a file, and cannot be left alone".to_owned()),
+            Some(true) if self.is_static => Some("is a static pod, which cannot opt out".to_owned()),
             Some(_) => None,
         }
     }
 }
 
-/// By name.
+/// Labeled objects by `namespace/name`.
 type All = BTreeMap<String, Labelled>;
 
-/// What is known; `None`: not yet.
+/// The current lists; each is `None` until it has been read once.
 #[derive(Debug, Default)]
 struct Known {
     pods: Option<All>,
@@ -60,16 +62,18 @@ struct Known {
 }
 
 impl Known {
-    /// Who is to be left alone, and labels that have no effect. Both lists have to be there, for a namespace's label counts for its pods.
+    /// Returns the pods to exclude, and descriptions of labels that have no effect.
+    ///
+    /// Returns `None` until both lists are known, because a namespace's label applies to its pods.
     fn wanted(&self) -> Option<(ByUid, Vec<String>)> {
         let (pods, namespaces) = (self.pods.as_ref()?, self.namespaces.as_ref()?);
         let by_name: BTreeMap<&str, &Labelled> =
             namespaces.values().map(|namespace| (namespace.name.as_str(), namespace)).collect();
         let asked_by = |pod: &Labelled| {
-            let of_namespace = || by_name.get(pod.namespace.as_str()).and_then(|namespace| namespace.asks());
+            let namespace_asks = || by_name.get(pod.namespace.as_str()).and_then(|namespace| namespace.asks());
             match pod.asks() {
                 Some(asks) => asks.then_some(AskedBy::Pod),
-                None => of_namespace().unwrap_or_default().then_some(AskedBy::Namespace),
+                None => namespace_asks().unwrap_or_default().then_some(AskedBy::Namespace),
             }
         };
         let wanted = pods.values().filter(|pod| !pod.is_static).filter_map(|pod| {
@@ -77,19 +81,19 @@ impl Known {
             let asked_by = asked_by(pod)?;
             Some((pod.uid.clone(), Pod { namespace, name, asked_by, cgroups: Vec::new() }))
         });
-        let strange = namespaces
+        let invalid = namespaces
             .values()
             .map(|namespace| ("Namespace ", namespace))
             .chain(pods.values().map(|pod| ("Pod ", pod)));
-        let strange = strange.filter_map(|(kind, it)| {
+        let invalid = invalid.filter_map(|(kind, it)| {
             let namespace = if it.namespace.is_empty() { String::new() } else { format!("{}/", it.namespace) };
             Some(format!("{kind}{namespace}{} {}", it.name, it.trouble()?))
         });
-        Some((wanted.collect(), strange.collect()))
+        Some((wanted.collect(), invalid.collect()))
     }
 }
 
-/// What both lists lead to.
+/// Combines the lists of pods and namespaces and publishes the resulting opt-outs.
 #[derive(Clone)]
 pub(super) struct Lists {
     known: Arc<Mutex<Known>>,
@@ -102,12 +106,12 @@ impl Lists {
         Self { known: Arc::default(), registry, sources }
     }
 
-    /// Takes the pods of this node.
+    /// Returns the sink for the pods of this node.
     pub(super) fn pods(&self) -> ListSink {
         self.sink(|known| &mut known.pods)
     }
 
-    /// Takes the namespaces that have the label.
+    /// Returns the sink for the namespaces that have the label.
     pub(super) fn namespaces(&self) -> ListSink {
         self.sink(|known| &mut known.namespaces)
     }
@@ -117,19 +121,19 @@ impl Lists {
     }
 
     fn publish(&self, known: &Known) {
-        let Some((wanted, strange)) = known.wanted() else { return };
+        let Some((wanted, invalid)) = known.wanted() else { return };
         self.registry.want(wanted);
-        let finding = (!strange.is_empty())
-            .then(|| Finding::new(Code::OptOutLabel, format!("Label {LABEL}"), strange.join("; ")));
+        let finding = (!invalid.is_empty())
+            .then(|| Finding::new(Code::OptOutLabel, format!("Label {LABEL}"), invalid.join("; ")));
         self.sources.note("opt-out/labels", finding);
     }
 }
 
-/// Takes one of the two lists.
+/// The sink for one of the two lists.
 pub(super) struct ListSink {
     all: All,
     listed: HashSet<String>,
-    /// Whether there was a whole list.
+    /// Whether a complete list has been received.
     complete: bool,
     place: fn(&mut Known) -> &mut Option<All>,
     to: Lists,
@@ -159,7 +163,7 @@ impl Sink for ListSink {
         self.all.remove(&object.name());
     }
 
-    /// Whom a former agent left alone stays so.
+    /// Does nothing: the opt-outs that the previous agent applied stay in effect.
     fn unavailable(&mut self) {}
 
     fn len(&self) -> usize {
@@ -195,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pods_own_label_counts_before_that_of_its_namespace() {
+    fn pod_label_overrides_namespace_label() {
         let mut known = Known {
             pods: Some(All::from([
                 labelled("out", "by-namespace", None),
@@ -210,17 +214,17 @@ mod tests {
         };
         assert_eq!(known.wanted(), None);
         known.namespaces = Some(All::from([labelled("", "out", Some("true")), labelled("", "in", Some(""))]));
-        let (wanted, strange) = known.wanted().unwrap();
+        let (wanted, invalid) = known.wanted().unwrap();
         let wanted: Vec<_> = wanted.values().map(|pod| (pod.name.as_str(), pod.asked_by)).collect();
         assert_eq!(
             wanted,
             [("by-label", AskedBy::Pod), ("by-namespace", AskedBy::Namespace), ("strange", AskedBy::Namespace)]
         );
         assert_eq!(
-            strange,
+            invalid,
             [
                 "Namespace in has \"\", which is neither \"true\" nor \"false\"",
-                "Pod in/static is run from a file, and cannot be left alone",
+                "Pod in/static is a static pod, which cannot opt out",
                 "Pod out/strange has \"yes\", which is neither \"true\" nor \"false\"",
             ]
         );

@@ -1,4 +1,4 @@
-//! An object as the API gives it.
+//! Undecoded API objects.
 
 use std::borrow::Cow;
 
@@ -7,18 +7,22 @@ use kube::core::{ApiResource, DynamicResourceScope, PartialObjectMeta, Resource}
 use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 
-/// What of an object's metadata is bookkeeping: it changes where nothing does.
+/// Metadata fields that can change although nothing of interest to Portolan has changed.
 const BOOKKEEPING: [&str; 7] =
     ["managedFields", "resourceVersion", "generation", "uid", "creationTimestamp", "selfLink", "ownerReferences"];
-/// Annotations that repeat the object, or are written again and again.
+/// Annotations that repeat the object or change often.
 const NOISE: [&str; 2] =
     ["kubectl.kubernetes.io/last-applied-configuration", "endpoints.kubernetes.io/last-change-trigger-time"];
-/// Any object, whatever is in it: what is wrong with it is for the reader of its kind to say, and no reason to lose the others of its list.
+
+/// An API object of any kind, with any content.
+///
+/// Deserialization accepts malformed objects, so that one of them does not make its whole list unreadable.
+/// The decoder of the kind reports what is wrong.
 #[derive(Clone, Debug)]
 pub(super) struct Raw {
-    /// Its name, namespace and version, as far as it has them.
+    /// Name, namespace and version. With metadata-only reads, also the annotations and the UID.
     metadata: ObjectMeta,
-    /// All of it but the bookkeeping.
+    /// The whole object without `status`, bookkeeping and noise.
     object: Value,
 }
 
@@ -44,7 +48,7 @@ impl Raw {
         Self { metadata, object }
     }
 
-    /// Of an object of which only the metadata was asked for.
+    /// Creates an object from a metadata-only read. Keeps the name, namespace, labels, annotations, UID and version.
     pub(super) fn of_metadata(object: PartialObjectMeta<Self>) -> Self {
         let ObjectMeta { name, namespace, labels, annotations, uid, resource_version, .. } = object.metadata;
         let metadata = ObjectMeta { name, namespace, annotations, uid, resource_version, ..ObjectMeta::default() };
@@ -52,34 +56,34 @@ impl Raw {
         Self { metadata, object }
     }
 
-    /// `namespace/name`, or what there is of it.
+    /// Returns `namespace/name`. Either part is empty if the object lacks it.
     pub(super) fn name(&self) -> String {
         let namespace = self.metadata.namespace.as_deref().unwrap_or_default();
         format!("{namespace}/{}", self.metadata.name.as_deref().unwrap_or_default())
     }
 
-    /// Namespace and name.
+    /// Returns the namespace and the name, each empty if missing.
     pub(super) fn parts(&self) -> (String, String) {
         (self.metadata.namespace.clone().unwrap_or_default(), self.metadata.name.clone().unwrap_or_default())
     }
 
-    /// One of its labels.
+    /// Returns the value of a label; `None` if it is missing or not a string.
     pub(super) fn label(&self, name: &str) -> Option<String> {
         let labels = self.object.pointer("/metadata/labels")?;
         labels.get(name)?.as_str().map(str::to_owned)
     }
 
-    /// The id that the API has given to it, where only the metadata was asked for.
+    /// Returns the UID. Empty unless only the metadata was read.
     pub(super) fn uid(&self) -> String {
         self.metadata.uid.clone().unwrap_or_default()
     }
 
-    /// Whether it has an annotation, where only the metadata was asked for.
+    /// Returns whether the annotation is present. Always `false` unless only the metadata was read.
     pub(super) fn has_annotation(&self, name: &str) -> bool {
         self.metadata.annotations.as_ref().is_some_and(|annotations| annotations.contains_key(name))
     }
 
-    /// One of its fields.
+    /// Returns a copy of a top-level field; null if it is missing.
     pub(super) fn field(&self, name: &str) -> Value {
         self.object.get(name).cloned().unwrap_or_default()
     }
@@ -88,7 +92,7 @@ impl Raw {
         self.metadata.resource_version.as_deref()
     }
 
-    /// As it would stand in a file. Items of a list do not say what they are.
+    /// Returns the object as it would be in a file. Adds `apiVersion` and `kind`, which list items lack.
     pub(super) fn into_value(self, resource: &ApiResource) -> Value {
         let mut object = self.object;
         if let Some(fields) = object.as_object_mut() {
@@ -143,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bookkeeping_is_left_out_and_nonsense_is_no_error() {
+    fn bookkeeping_is_stripped_and_malformed_objects_are_accepted() {
         let read = |value: Value| serde_json::from_value::<Raw>(value).unwrap();
         let of = |version: &str| {
             read(json!({"metadata": {"name": "a", "namespace": "n", "resourceVersion": version, "labels": {"a": "b"},

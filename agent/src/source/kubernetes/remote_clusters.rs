@@ -1,4 +1,4 @@
-//! Other clusters: those that Secrets of Istio's name, as they come, change and go.
+//! Remote clusters. Istio's remote-cluster Secrets add, change and remove them.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -26,16 +26,16 @@ use super::{
 };
 use crate::source::Trouble;
 
-/// The label of Secrets that hold the kubeconfigs of other clusters.
+/// Label selector for the Secrets that hold the kubeconfigs of remote clusters.
 pub(super) const LABEL: &str = "istio/multiCluster=true";
 
-/// How long a server may take that is asked for the first time.
-const ANSWER: std::time::Duration = std::time::Duration::from_secs(10);
+/// Timeout of each request that verifies a new kubeconfig.
+const REQUEST_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 
-/// What Secrets say: by the name of each, kubeconfigs by the id of their cluster.
+/// Kubeconfigs by cluster ID, for each Secret by its `namespace/name`.
 pub(super) type Secrets = BTreeMap<String, BTreeMap<String, String>>;
 
-/// Takes the Secrets.
+/// The sink for remote-cluster Secrets.
 pub(super) struct SecretSink {
     context: WatchContext,
     secrets: Secrets,
@@ -45,8 +45,8 @@ pub(super) struct SecretSink {
 
 impl SecretSink {
     pub(super) fn new(context: &WatchContext) -> (Self, watch::Receiver<Secrets>) {
-        let (wanted, told) = watch::channel(Secrets::new());
-        (Self { context: context.clone(), secrets: Secrets::new(), listed: None, wanted }, told)
+        let (wanted, receiver) = watch::channel(Secrets::new());
+        (Self { context: context.clone(), secrets: Secrets::new(), listed: None, wanted }, receiver)
     }
 
     fn take(&mut self, object: Raw) {
@@ -60,7 +60,7 @@ impl SecretSink {
                 self.context.sources.note(&note, None);
             }
             Err(error) => {
-                let message = format!("cannot be read: {error}. The clusters that it last named stay");
+                let message = format!("cannot be decoded: {error}; the clusters that it last named stay in effect");
                 self.context
                     .sources
                     .note(&note, Some(Finding::new(Code::RemoteCluster, format!("Secret {name}"), message)));
@@ -102,7 +102,7 @@ impl Sink for SecretSink {
     }
 
     async fn flush(&mut self) -> bool {
-        // Before anybody asks whether all of them were read.
+        // Register the clusters before the initial sync can complete without them.
         for id in self.secrets.values().flat_map(BTreeMap::keys).filter(|id| **id != self.context.cluster) {
             self.context.sources.expect(id, &RESOURCES[0].name());
         }
@@ -117,15 +117,16 @@ impl Sink for SecretSink {
     }
 }
 
-/// A cluster that is followed: the Secret that names it, and how it is told of another kubeconfig.
+/// A watched remote cluster: the Secret that names it, and the channel for new kubeconfigs.
 struct Remote {
     secret: String,
-    /// `None`: it is named no more. That the sender is gone means nothing but that the agent ends.
+    /// The current kubeconfig; `None` once no Secret names the cluster.
+    /// A dropped sender means only that the agent is shutting down.
     kubeconfig: watch::Sender<Option<String>>,
     task: JoinHandle<()>,
 }
 
-/// Follows other clusters, as Secrets name them.
+/// Watches the remote clusters that Secrets name.
 pub(super) async fn run(context: WatchContext, mut secrets: watch::Receiver<Secrets>) {
     let mut running: BTreeMap<String, Remote> = BTreeMap::new();
     loop {
@@ -133,12 +134,12 @@ pub(super) async fn run(context: WatchContext, mut secrets: watch::Receiver<Secr
         let gone: Vec<String> = running.keys().filter(|id| !wanted.contains_key(*id)).cloned().collect();
         for id in gone {
             let Some(Remote { task, kubeconfig, .. }) = running.remove(&id) else { continue };
-            tracing::info!(cluster = id, "no Secret names it any more");
+            tracing::info!(cluster = id, "remote cluster removed: no Secret names it");
             kubeconfig.send_replace(None);
-            // A cluster that comes back at once shall not be forgotten after that.
+            // Wait for the end, so that a cluster that returns at once is not removed afterwards.
             let _ = task.await;
         }
-        // Those that were named so shortly that nobody has followed them.
+        // Remove clusters that were named too briefly for a watch to start.
         let is_known = |id: &String| *id == context.cluster || wanted.contains_key(id);
         for id in context.sources.clusters().into_iter().filter(|id| !is_known(id)) {
             context.sources.forget(&id, None);
@@ -156,9 +157,9 @@ pub(super) async fn run(context: WatchContext, mut secrets: watch::Receiver<Secr
                     });
                 }
                 None => {
-                    tracing::info!(cluster = id, secret, "another cluster");
-                    let (kubeconfig, told) = watch::channel(Some(text));
-                    let task = tokio::spawn(follow(context.clone(), id.clone(), secret.clone(), told));
+                    tracing::info!(cluster = id, secret, "remote cluster added");
+                    let (kubeconfig, receiver) = watch::channel(Some(text));
+                    let task = tokio::spawn(follow(context.clone(), id.clone(), secret.clone(), receiver));
                     running.insert(id, Remote { secret, kubeconfig, task });
                 }
             }
@@ -169,14 +170,16 @@ pub(super) async fn run(context: WatchContext, mut secrets: watch::Receiver<Secr
     }
 }
 
-/// Whose kubeconfig counts for each cluster: who has named it already, or else the first by name.
+/// Selects the Secret and kubeconfig for each cluster.
+///
+/// The Secret already in use has precedence, then the first by name.
 fn choose(
     context: &WatchContext,
     running: &BTreeMap<String, Remote>,
     secrets: &Secrets,
 ) -> BTreeMap<String, (String, String)> {
     let mut chosen: BTreeMap<String, (String, String)> = BTreeMap::new();
-    let mut doubles = Vec::new();
+    let mut duplicates = Vec::new();
     let all = || secrets.iter().flat_map(|(secret, of)| of.iter().map(move |(id, text)| (secret, id, text)));
     let holds = |id: &String, secret: &String| running.get(id).is_some_and(|remote| remote.secret == *secret);
     let (first, then): (Vec<_>, Vec<_>) = all().partition(|(secret, id, _)| holds(id, secret));
@@ -186,18 +189,18 @@ fn choose(
         }
         match chosen.get(id) {
             Some((other, _)) => {
-                doubles.push(format!("cluster {id} is named by {secret} as well as by {other}, which counts"));
+                duplicates.push(format!("cluster {id} is also named by {secret}, which is ignored; {other} is used"));
             }
             None => drop(chosen.insert(id.clone(), (secret.clone(), text.clone()))),
         }
     }
-    let finding = (!doubles.is_empty())
-        .then(|| Finding::new(Code::RemoteCluster, format!("Secrets of {MESH_NAMESPACE}"), doubles.join("; ")));
+    let finding = (!duplicates.is_empty())
+        .then(|| Finding::new(Code::RemoteCluster, format!("Secrets of {MESH_NAMESPACE}"), duplicates.join("; ")));
     context.sources.note("double", finding);
     chosen
 }
 
-/// Follows one cluster, until nobody names it any more.
+/// Watches one cluster until no Secret names it.
 async fn follow(context: WatchContext, id: String, secret: String, mut kubeconfig: watch::Receiver<Option<String>>) {
     let note = format!("remote/{id}");
     let find = |message: String| {
@@ -205,44 +208,44 @@ async fn follow(context: WatchContext, id: String, secret: String, mut kubeconfi
     };
     let mut cluster: Option<Cluster> = None;
     let mut backoff = DefaultBackoff::default();
-    let mut in_force = 0;
+    let mut active_fingerprint = 0;
     loop {
         let Some(text) = kubeconfig.borrow_and_update().clone() else { break };
         let print = fingerprint(&text);
-        let stays = if cluster.is_some() { "; the former kubeconfig stays in force" } else { "" };
-        let found = if print == in_force {
-            // It was changed, and changed back.
+        let stays = if cluster.is_some() { "; the previous kubeconfig stays in use" } else { "" };
+        let found = if print == active_fingerprint {
+            // The kubeconfig was changed and changed back.
             None
         } else {
             match client::of_secret(&text).await {
-                Err(error) => Some((find(format!("cannot be followed: its kubeconfig {error:#}{stays}")), false)),
+                Err(error) => Some((find(format!("cannot be watched: kubeconfig rejected: {error:#}{stays}")), false)),
                 Ok(client) => match &mut cluster {
                     None => {
                         cluster = Some(Cluster::start(&context, &id, &client));
-                        in_force = print;
+                        active_fingerprint = print;
                         None
                     }
-                    // The new one counts once it has answered.
-                    Some(cluster) => match answers(&client).await {
+                    // Use the new kubeconfig only once it has been verified.
+                    Some(cluster) => match verify_access(&client).await {
                         Ok(()) => {
                             cluster.swap(&client).await;
-                            in_force = print;
+                            active_fingerprint = print;
                             None
                         }
                         Err(error) => {
-                            Some((find(format!("does not answer to its new kubeconfig: {error}{stays}")), true))
+                            Some((find(format!("cannot be read with its new kubeconfig: {error}{stays}")), true))
                         }
                     },
                 },
             }
         };
-        let again = found.as_ref().is_some_and(|(_, again)| *again);
+        let retry = found.as_ref().is_some_and(|(_, retry)| *retry);
         if cluster.is_none() {
             context.sources.trouble(&id, &RESOURCES[0].name(), Trouble::Skipped);
         }
         context.sources.note(&note, found.map(|(finding, _)| finding));
         let wait = async {
-            if again { sleep(backoff.next().unwrap_or(context.resync)).await } else { std::future::pending().await }
+            if retry { sleep(backoff.next().unwrap_or(context.resync)).await } else { std::future::pending().await }
         };
         tokio::select! {
             changed = kubeconfig.changed() => {
@@ -260,16 +263,16 @@ async fn follow(context: WatchContext, id: String, secret: String, mut kubeconfi
     }
 }
 
-/// Whether everything that would be read can be; if not, why.
-async fn answers(client: &Client) -> Result<(), String> {
+/// Checks that all resources of a remote cluster can be listed. Returns the first failure as text.
+async fn verify_access(client: &Client) -> Result<(), String> {
     for resource in RESOURCES.iter().filter(|resource| resource.of_all) {
         let mut params = ListParams::default().limit(1);
         params.field_selector = resource.fields.map(str::to_owned);
         let (api, _) = resource.api(client.clone(), 0);
-        match timeout(ANSWER, api.list_metadata(&params)).await {
+        match timeout(REQUEST_TIMEOUT, api.list_metadata(&params)).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => return Err(describe(&error)),
-            Err(_) => return Err(format!("no answer within {ANSWER:?}")),
+            Err(_) => return Err(format!("no response within {REQUEST_TIMEOUT:?}")),
         }
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! What is read of an API server: these resources, with these verbs, and nothing else. `deploy/` grants exactly this.
+//! The resources that are read from an API server. `deploy/` grants exactly the access that they need.
 
 use kube::{
     Api, Client,
@@ -8,24 +8,24 @@ use portolan_core::{decode::MESH_NAMESPACE, model::Kind};
 
 use super::raw_object::Raw;
 
-/// A kind of objects.
+/// A Kubernetes API resource, and which part of it is read.
 #[derive(Debug)]
 pub(super) struct Resource {
-    /// What they become; `None`: no objects of Portolan's.
+    /// The kind that objects are decoded as; `None` for Secrets, which do not go to the store.
     pub(super) kind: Option<Kind>,
     group: &'static str,
-    /// Versions of the API, the one that is tried first first. What is read is the same in all of them.
+    /// API versions in the order in which they are tried. The fields that are read are the same in all of them.
     pub(super) versions: &'static [&'static str],
     pub(super) plural: &'static str,
-    /// Only in this namespace.
+    /// The only namespace that is read; `None` for all.
     namespace: Option<&'static str>,
-    /// Only those.
+    /// Field selector that limits which objects are read.
     pub(super) fields: Option<&'static str>,
-    /// What it is read for, where something else is read of the same resource.
+    /// Suffix of the name, to tell this apart from another watch of the same resource.
     purpose: Option<&'static str>,
-    /// Whether labels and names are enough.
+    /// Whether to read only the objects' metadata.
     pub(super) metadata_only: bool,
-    /// Whether it is read of other clusters too: those add endpoints to services that are here, and decide nothing.
+    /// Whether to read it from remote clusters too. These only add endpoints to local services and hold no policy.
     pub(super) of_all: bool,
 }
 
@@ -48,12 +48,12 @@ const fn istio(kind: Kind, plural: &'static str) -> Resource {
     Resource { group: "networking.istio.io", versions, of_all: false, ..core(kind, plural) }
 }
 
-/// Everything but pods.
+/// The resources that are always watched. Excludes pods.
 pub(super) static RESOURCES: [Resource; 9] = [
     core(Kind::Service, "services"),
     Resource { group: "discovery.k8s.io", ..core(Kind::EndpointSlice, "endpointslices") },
     Resource { metadata_only: true, ..core(Kind::Node, "nodes") },
-    // Of namespaces, only the label of Istio's own says something: the network of the cluster.
+    // Only the label of `istio-system` matters: it names the cluster's network.
     Resource { metadata_only: true, fields: Some("metadata.name=istio-system"), ..core(Kind::Namespace, "namespaces") },
     Resource {
         namespace: Some(MESH_NAMESPACE),
@@ -67,30 +67,30 @@ pub(super) static RESOURCES: [Resource; 9] = [
     istio(Kind::WorkloadEntry, "workloadentries"),
 ];
 
-/// Pods, while a rule asks for their labels.
+/// Pods, watched while a rule needs their labels.
 pub(super) static PODS: Resource = Resource { metadata_only: true, ..core(Kind::Pod, "pods") };
 
-/// Pods of this node: some of them may be left alone.
+/// Pods of this node, to find those that opt out.
 pub(super) static OWN_PODS: Resource =
     Resource { purpose: Some("opt-out"), metadata_only: true, of_all: false, ..core(Kind::Pod, "pods") };
 
-/// Namespaces whose pods may be left alone.
+/// Namespaces whose pods may opt out.
 pub(super) static LABELLED_NAMESPACES: Resource =
     Resource { purpose: Some("opt-out"), metadata_only: true, of_all: false, ..core(Kind::Namespace, "namespaces") };
 
-/// Secrets of Istio's that name other clusters.
+/// Istio's Secrets with the kubeconfigs of remote clusters.
 pub(super) static SECRETS: Resource =
     Resource { namespace: Some(MESH_NAMESPACE), of_all: false, kind: None, ..core(Kind::MeshConfig, "secrets") };
 
 impl Resource {
-    /// `plural.group`, as `kubectl` has it, and what it is read for.
+    /// Returns `plural.group`, as in `kubectl`, followed by the purpose in parentheses if there is one.
     pub(super) fn name(&self) -> String {
         let name =
             if self.group.is_empty() { self.plural.to_owned() } else { format!("{}.{}", self.plural, self.group) };
         self.purpose.map_or_else(|| name.clone(), |purpose| format!("{name} ({purpose})"))
     }
 
-    /// The API of it, in one of its versions.
+    /// Returns the API for this resource, in the version with this index (modulo their number).
     pub(super) fn api(&self, client: Client, version: usize) -> (Api<Raw>, ApiResource) {
         let version = self.versions[version % self.versions.len()];
         let kind = self.kind.map_or_else(|| "Secret".to_owned(), |kind| kind.to_string());

@@ -1,4 +1,4 @@
-//! Objects of a cluster, on their way to the store.
+//! Decodes the objects of a cluster and sends them to the store.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,10 +15,10 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::{WatchContext, apiserver_guard::Guard, list_watch::Sink, raw_object::Raw, resources::Resource};
 
-/// What is in the store of one resource of a cluster: where each object came from, and what it said. It outlives who follows.
+/// The objects of one resource of a cluster that are in the store: fingerprint by origin. Outlives a single watch.
 pub(super) type Known = Arc<tokio::sync::Mutex<HashMap<String, u64>>>;
 
-/// Takes the objects of one resource.
+/// The sink for the objects of one resource.
 pub(super) struct Objects {
     context: WatchContext,
     resource: &'static Resource,
@@ -26,11 +26,11 @@ pub(super) struct Objects {
     scope: Scope,
     api: ApiResource,
     known: OwnedMutexGuard<HashMap<String, u64>>,
-    /// What a list has had so far.
+    /// Origins received so far in the current list.
     listed: HashSet<String>,
-    /// Whether the store was told that nothing is known.
-    doubted: bool,
-    /// Whether the store may hold what is known no more: who followed before may have been stopped on the way.
+    /// Whether the store has the mark that the resource cannot be read.
+    marked_unread: bool,
+    /// Whether the store may hold objects that are not in `known`, because the previous watch was interrupted.
     stale: bool,
     guard: Option<Guard>,
     out: Vec<Update>,
@@ -47,7 +47,7 @@ impl Objects {
         let guarded = matches!(resource.kind, Some(Kind::EndpointSlice | Kind::Service));
         let guard = (cluster == context.cluster && guarded).then(|| Guard::new(context));
         let mut known = known.lock_owned().await;
-        // All that is known is said once more, and the store compares.
+        // Send each known object once more. The store ignores those that did not change.
         known.values_mut().for_each(|print| *print = 0);
         let stale = !known.is_empty();
         Self {
@@ -58,7 +58,7 @@ impl Objects {
             api: resource.api(client, 0).1,
             known,
             listed: HashSet::new(),
-            doubted: false,
+            marked_unread: false,
             stale,
             guard,
             out: Vec::new(),
@@ -72,7 +72,7 @@ impl Objects {
     fn take(&mut self, origin: String, object: Raw) {
         let contents = read_value(self.context.reader, &self.scope, &origin, object.into_value(&self.api));
         if self.known.insert(origin.clone(), contents.fingerprint) != Some(contents.fingerprint) {
-            // Of a broken one, the last good state stays in force, and with it what that asks for.
+            // A broken object keeps its last valid state in effect, and with it the need for pod labels.
             if self.cluster == self.context.cluster && contents.objects.iter().all(|read| read.object.is_some()) {
                 self.context.wants.note(&origin, asks_for_labels(&contents));
             }
@@ -118,7 +118,7 @@ impl Sink for Objects {
             let prefix = format!("{}/{}/", self.cluster, self.resource.plural);
             self.out.push(Update::Prune { prefix, except: listed });
         }
-        if std::mem::take(&mut self.doubted) {
+        if std::mem::take(&mut self.marked_unread) {
             let origin = self.doubt();
             self.out.push(Update::Remove { origin });
         }
@@ -134,8 +134,8 @@ impl Sink for Objects {
     }
 
     fn unavailable(&mut self) {
-        // Other clusters decide nothing: what is not known of them leaves nothing open.
-        if self.cluster == self.context.cluster && !std::mem::replace(&mut self.doubted, true) {
+        // Remote clusters hold no policy, so unread resources of theirs leave no decision open.
+        if self.cluster == self.context.cluster && !std::mem::replace(&mut self.marked_unread, true) {
             let contents = Contents { sole_kind: self.resource.kind, ..Contents::default() };
             let origin = self.doubt();
             self.out.push(Update::Replace { origin, contents });
@@ -152,21 +152,21 @@ impl Sink for Objects {
     }
 }
 
-/// Where the store is told that nothing is known of a resource.
+/// Returns the origin that stands for a whole resource while it cannot be read.
 pub(super) fn doubt(cluster: &str, resource: &Resource) -> String {
     format!("{cluster}/{}", resource.plural)
 }
 
-/// Whether a rule asks for the labels of pods.
+/// Returns whether a rule in `contents` needs pod labels, for a subset or a `failoverPriority`.
 fn asks_for_labels(contents: &Contents) -> bool {
     contents.objects.iter().filter_map(|read| read.object.as_ref()).any(|object| match object {
         Object::DestinationRule(rule) => {
-            let of_balancer = |policy: &portolan_core::model::TrafficPolicy| {
+            let needs_labels = |policy: &portolan_core::model::TrafficPolicy| {
                 policy.locality().is_some_and(|setting| !setting.failover_priority.is_empty())
             };
             let policies = [&rule.policy].into_iter().chain(rule.policy.ports.values());
-            rule.subsets.iter().any(|subset| !subset.labels.is_empty() || of_balancer(&subset.policy))
-                || policies.into_iter().any(of_balancer)
+            rule.subsets.iter().any(|subset| !subset.labels.is_empty() || needs_labels(&subset.policy))
+                || policies.into_iter().any(needs_labels)
         }
         Object::MeshConfig(config) => !config.locality.failover_priority.is_empty(),
         _ => false,
