@@ -1,4 +1,4 @@
-//! What an agent takes while it serves.
+//! Memory and CPU time of idle agents.
 
 use std::time::{Duration, Instant};
 
@@ -12,23 +12,24 @@ use crate::{
     world::spent,
 };
 
-/// One agent.
+/// The cost of one agent.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct AgentCost {
     pub(crate) services: u32,
     pub(crate) endpoints: u32,
-    /// Seconds from its start to ready, with the objects in files.
+    /// Seconds from start to ready, with the objects in files.
     pub(crate) ready: f64,
-    /// MiB of its own memory (anonymous), which is what it keeps, and MiB that the maps take in the kernel.
+    /// Anonymous memory of the agent and its helper process, in MiB.
     pub(crate) mib: f64,
+    /// Kernel memory of the maps, in MiB.
     pub(crate) maps_mib: f64,
-    /// Part of one processor while nothing changes.
+    /// Fraction of one CPU that the agent uses while nothing changes.
     pub(crate) idle: f64,
 }
 
-/// Of agents that have nothing to do.
+/// Measures agents whose objects do not change, over this many seconds.
 pub(crate) fn run(served: &[(u32, ActiveEndpoints)], seconds: f64) -> Result<Vec<AgentCost>> {
-    progress("agents at rest");
+    progress("idle agents");
     let spent_by_all =
         || -> Result<Vec<f64>> { served.iter().map(|(_, node)| spent(node.agent.process.id())).collect() };
     let (before, began) = (spent_by_all()?, Instant::now());
@@ -43,7 +44,7 @@ pub(crate) fn run(served: &[(u32, ActiveEndpoints)], seconds: f64) -> Result<Vec
             ready: node.ready,
             mib: agent_memory(&node.agent)?,
             maps_mib: node.map_bytes()? / f64::from(1 << 20),
-            // Threads end, and their time with them.
+            // The CPU time of threads that exit is lost, so the difference can be negative.
             idle: ((after - before) / took.as_nanos() as f64).max(0.0),
         })
     };

@@ -1,4 +1,5 @@
-//! Connections through Portolan, beside those that go straight, by DNAT, and through a sidecar: each in turn, round after round.
+//! Connections through Portolan, compared with direct ones, DNAT and sidecars.
+//! All of them take turns in every round.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -18,26 +19,29 @@ use crate::{
     world::{ENDPOINT_PORT, ENDPOINTS, Port, SERVICE, SERVICE_PORT, Worker, World, client, spent},
 };
 
-/// How long to measure.
+/// The amount of work per round, and the table sizes.
 #[derive(Clone, Debug)]
 pub(crate) struct Effort {
     pub(crate) rounds: usize,
-    /// Connects of an arm in a round.
+    /// Connects per arm and round.
     pub(crate) connects: usize,
+    /// Requests, round trips and datagrams per arm and round.
     pub(crate) requests: usize,
+    /// Bytes of bulk data per arm and round.
     pub(crate) bulk: usize,
-    /// Sizes of the tables.
+    /// Table sizes, as numbers of Services.
     pub(crate) services: Vec<u32>,
 }
 
-/// Connects a second where they are begun at a rate.
+/// Connects per second in the paced (open-loop) measurement.
 pub(crate) const PACE: f64 = 5_000.0;
 
-/// Where an arm's client dials.
+/// What an arm's client dials.
 enum Way {
-    /// The ports of an address, by TCP and UDP.
+    /// An address, with its echo, sink and quiet TCP ports and its UDP port.
     Address([u8; 4], [u16; 4]),
-    /// A proxy's ports on loopback: it accepts everything, so only a request says anything, and it has no UDP.
+    /// A proxy on loopback: its first port, and its index.
+    /// It accepts every connect, so only requests are meaningful, and it has no UDP.
     Proxy(u16, usize),
 }
 
@@ -47,16 +51,18 @@ struct Running {
     way: Way,
 }
 
-/// What was left running, for what is measured after.
+/// The figures, and the nodes that keep running for later parts.
 pub(crate) struct Measured {
     pub(crate) arms: Vec<Arm>,
-    /// The nodes that Portolan serves, by services.
+    /// The nodes with an agent, by number of Services.
     pub(crate) served: Vec<(u32, ActiveEndpoints)>,
-    /// What serves, as long as this lives.
+    /// Keeps the server and its namespace alive.
     _world: (World, Worker),
 }
 
-/// Sets everything up, and measures.
+/// Sets up all arms, and measures them.
+///
+/// `envoy` is the path to Envoy, or the reason why there is none.
 pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measured> {
     let world = World::new()?;
     let mut server = world.serve(&ENDPOINTS, None)?;
@@ -66,43 +72,43 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
         served.push((*services, ActiveEndpoints::start(&world, *services)?));
     }
     let (mut clients, mut running, mut missing) = (Vec::new(), Vec::new(), Vec::new());
-    let own_ports = [SERVICE_PORT, SERVICE_PORT + 1, SERVICE_PORT + 2, 53];
-    let straight = [ENDPOINT_PORT, ENDPOINT_PORT + 1, ENDPOINT_PORT + 2, ENDPOINT_PORT];
+    let service_ports = [SERVICE_PORT, SERVICE_PORT + 1, SERVICE_PORT + 2, 53];
+    let endpoint_ports = [ENDPOINT_PORT, ENDPOINT_PORT + 1, ENDPOINT_PORT + 2, ENDPOINT_PORT];
     let with = |last: u8| [SERVICE[0], SERVICE[1], SERVICE[2], last];
 
-    // In the namespace of the first node, but not one of its pods.
+    // In the namespace of the first node, but outside of its pods' cgroup.
     let first = &served[0].1.bed;
     clients.push(client(&first.namespace, None)?);
-    let direct = Arm::new("direct", "the endpoint's address, no program on the way", None);
-    running.push(Running { arm: direct, client: 0, way: Way::Address(ENDPOINTS[0], straight) });
+    let direct = Arm::new("direct", "endpoint address, no eBPF programs", None);
+    running.push(Running { arm: direct, client: 0, way: Way::Address(ENDPOINTS[0], endpoint_ports) });
     for (services, node) in &served {
         clients.push(client(&node.bed.namespace, Some(&node.bed.cgroup))?);
         let inside = clients.len() - 1;
-        let about = "the endpoint's address, past Portolan's programs";
+        let about = "endpoint address, through Portolan's programs";
         let arm = Arm::new(format!("miss, {services}"), about, Some(*services));
-        running.push(Running { arm, client: inside, way: Way::Address(ENDPOINTS[0], straight) });
+        running.push(Running { arm, client: inside, way: Way::Address(ENDPOINTS[0], endpoint_ports) });
         for (algorithm, last) in ALGORITHMS {
             if last != SERVICE[3] && *services != effort.services[0] {
                 continue;
             }
             let (name, about) = match algorithm {
-                "ROUND_ROBIN" => ("hit", "the Service address, rewritten"),
-                "LEAST_REQUEST" => ("least request", "the same, of two the one with fewer connections"),
-                _ => ("hash", "the same, by the client's hash"),
+                "ROUND_ROBIN" => ("hit", "Service address, round robin"),
+                "LEAST_REQUEST" => ("least request", "Service address, least request"),
+                _ => ("hash", "Service address, consistent hash"),
             };
             let arm = Arm::new(format!("{name}, {services}"), about, Some(*services));
-            running.push(Running { arm, client: inside, way: Way::Address(with(last), own_ports) });
+            running.push(Running { arm, client: inside, way: Way::Address(with(last), service_ports) });
         }
     }
     let mut namespaces = Vec::new();
     type Rules = fn(&Namespace, u32) -> Result<()>;
     let kinds: [(&str, &str, Rules); 2] = [
-        ("nftables", "DNAT as kube-proxy's nftables mode writes it", dnat::nftables),
-        ("iptables", "DNAT as kube-proxy's iptables mode writes it", dnat::iptables),
+        ("nftables", "DNAT with the rules of kube-proxy's nftables mode", dnat::nftables),
+        ("iptables", "DNAT with the rules of kube-proxy's iptables mode", dnat::iptables),
     ];
     for (kind, about, rules) in kinds {
         for services in &effort.services {
-            progress(&format!("writing the rules of {kind} for {services} services"));
+            progress(&format!("writing {kind} rules for {services} services"));
             let mut arm = Arm::new(format!("{kind}, {services}"), about, Some(*services));
             let namespace = Namespace::new(unique("dnat"))?;
             world.connect(&namespace)?;
@@ -112,19 +118,19 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
                 continue;
             }
             clients.push(client(&namespace, None)?);
-            running.push(Running { arm, client: clients.len() - 1, way: Way::Address(SERVICE, own_ports) });
+            running.push(Running { arm, client: clients.len() - 1, way: Way::Address(SERVICE, service_ports) });
             namespaces.push(namespace);
         }
     }
-    let mut ipvs = Arm::new("IPVS", "as kube-proxy's IPVS mode has it", None);
+    let mut ipvs = Arm::new("IPVS", "kube-proxy's IPVS mode", None);
     ipvs.missing = Some(no_ipvs().to_owned());
     missing.push(ipvs);
     let mut proxies: Vec<Proxy> = Vec::new();
     let sidecars: [(&str, &str, u16, Result<Proxy>); 2] = [
-        ("HAProxy", "a sidecar, one thread", HAPROXY, proxies::haproxy(&first.namespace)),
+        ("HAProxy", "sidecar, one thread", HAPROXY, proxies::haproxy(&first.namespace)),
         (
             "Envoy",
-            "a sidecar, one worker",
+            "sidecar, one worker",
             ENVOY,
             envoy
                 .map_err(|why| anyhow::anyhow!("{why}"))
@@ -145,7 +151,7 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
         }
     }
 
-    // The first round warms up and does not count.
+    // Round 0 is a warm-up, and is not recorded.
     for round in 0..=effort.rounds {
         progress(&format!("round {round} of {}", effort.rounds));
         for own in &mut running {
@@ -166,12 +172,12 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
     Ok(Measured { arms, served, _world: (world, server) })
 }
 
-/// Why there is no arm with IPVS.
+/// Returns why there is no IPVS arm.
 fn no_ipvs() -> &'static str {
     let loads =
         || std::process::Command::new("modprobe").arg("ip_vs").output().is_ok_and(|output| output.status.success());
     if Path::new("/proc/net/ip_vs").exists() || loads() {
-        "this kernel has IPVS, but this benchmark does not know how to set it up yet"
+        "this kernel has IPVS, but the benchmark does not support it yet"
     } else {
         "this kernel has no IPVS (CONFIG_IP_VS)"
     }
@@ -181,6 +187,7 @@ fn one_line(error: &anyhow::Error) -> String {
     format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
+/// Measures one round of an arm that dials an address.
 fn addressed(
     client: &mut Worker,
     server: &mut Worker,
@@ -210,6 +217,7 @@ fn addressed(
     Ok(round)
 }
 
+/// Measures one round of an arm that dials a proxy.
 fn proxied(client: &mut Worker, server: &mut Worker, port: u16, proxy: &Proxy, effort: &Effort) -> Result<Round> {
     let at = |more: u16| SocketAddr::from(([127, 0, 0, 1], port + more));
     let mut round = Round::new();
@@ -217,7 +225,7 @@ fn proxied(client: &mut Worker, server: &mut Worker, port: u16, proxy: &Proxy, e
     Ok(round)
 }
 
-/// Requests, round trips and bulk.
+/// Measures requests, round trips and bulk transfer.
 fn streams(
     client: &mut Worker,
     server: &mut Worker,
@@ -227,12 +235,12 @@ fn streams(
     effort: &Effort,
     round: &mut Round,
 ) -> Result<()> {
-    let proxys = || proxy.map_or(Ok(0.0), |proxy| spent(proxy.process.id()));
-    let before = server.ask(&Task::Spent)?.spent + proxys()?;
+    let proxy_time = || proxy.map_or(Ok(0.0), |proxy| spent(proxy.process.id()));
+    let before = server.ask(&Task::Spent)?.spent + proxy_time()?;
     let requests = client.ask(&Task::Request { to: echo, count: effort.requests })?;
-    let others = server.ask(&Task::Spent)?.spent + proxys()? - before;
+    let others = server.ask(&Task::Spent)?.spent + proxy_time()? - before;
     let count = requests.count as f64;
-    ensure!(count > 0.0, "no request was made");
+    ensure!(count > 0.0, "the client made no requests");
     let [p50, _, p99, _] = requests.percentiles;
     round.extend([("request p50", p50), ("request p99", p99)]);
     round.insert("requests per second", count / requests.seconds);

@@ -1,4 +1,4 @@
-//! What kube-proxy would put in Portolan's place: its rules, as its nftables and its iptables mode write them.
+//! DNAT as kube-proxy does it: rules in the form of its nftables and iptables modes.
 
 use std::{
     fmt::Write as _,
@@ -11,10 +11,11 @@ use portolan_tests::Namespace;
 
 use crate::world::{self, ENDPOINT_PORT, SERVICE, SERVICE_PORT};
 
-/// Endpoints of each service that is not dialled: with ten, iptables would have half a million rules at 10,000 services.
+/// Number of endpoints of each Service that clients do not dial.
+/// With ten, iptables would have half a million rules at 10,000 Services.
 pub(crate) const ENDPOINTS: u32 = 2;
 
-/// One port of one service.
+/// One port of a Service, with the addresses behind it.
 struct Service {
     address: String,
     protocol: &'static str,
@@ -22,7 +23,8 @@ struct Service {
     endpoints: Vec<(String, u16)>,
 }
 
-/// So many services, the one that is dialled in the middle: kube-proxy's order has nothing to do with what is dialled.
+/// Returns `count` Services, with the dialed one in the middle.
+/// kube-proxy's order is unrelated to traffic, so the middle is the average position in a list of rules.
 fn services(count: u32) -> Vec<Service> {
     let dotted = |address: [u8; 4]| std::net::Ipv4Addr::from(address).to_string();
     let other = |i: u32| Service {
@@ -43,7 +45,7 @@ fn services(count: u32) -> Vec<Service> {
     all
 }
 
-/// kube-proxy's nftables mode: one map of verdicts, a chain for each service and for each endpoint.
+/// Installs the rules of kube-proxy's nftables mode: one verdict map, and a chain per Service and per endpoint.
 pub(crate) fn nftables(namespace: &Namespace, count: u32) -> Result<()> {
     let services = services(count);
     let mut rules = String::from("add table ip kube-proxy\n");
@@ -109,7 +111,8 @@ pub(crate) fn nftables(namespace: &Namespace, count: u32) -> Result<()> {
     feed(namespace, &["nft", "-f", "-"], &rules)
 }
 
-/// kube-proxy's iptables mode: one list of all services, which each first packet goes through from its beginning.
+/// Installs the rules of kube-proxy's iptables mode: one list of all Services.
+/// The first packet of each connection traverses it from the beginning.
 pub(crate) fn iptables(namespace: &Namespace, count: u32) -> Result<()> {
     let services = services(count);
     let mut chains = String::from("*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-POSTROUTING - [0:0]\n");
@@ -141,17 +144,22 @@ pub(crate) fn iptables(namespace: &Namespace, count: u32) -> Result<()> {
     feed(namespace, &["iptables-legacy-restore", "--noflush"], &format!("{chains}{rules}COMMIT\n"))
 }
 
-/// Runs a program inside with this to read.
+/// Runs a program inside a namespace, with `text` as its standard input.
 fn feed(namespace: &Namespace, program: &[&str], text: &str) -> Result<()> {
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let mut command = Command::new("ip");
     command.env("PATH", path).args(["netns", "exec", namespace.name()]).args(program);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
-    let mut stdin = child.stdin.take().context("no stdin")?;
+    let mut stdin = child.stdin.take().context("the program has no stdin pipe")?;
     let written = stdin.write_all(text.as_bytes());
     drop(stdin);
     let output = child.wait_with_output()?;
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{}: {}", program[0], complaint.lines().take(3).collect::<Vec<_>>().join("; "));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "{} failed: {}",
+        program[0],
+        stderr.lines().take(3).collect::<Vec<_>>().join("; ")
+    );
     Ok(written?)
 }

@@ -1,4 +1,4 @@
-//! Endpoints that fail one after the other, and many at once: a twentieth of a mesh.
+//! Endpoints that fail one after another, and then a twentieth of a mesh at once.
 
 use std::{
     net::SocketAddr,
@@ -18,36 +18,45 @@ use serde_json::json;
 use crate::{files::memory, progress, world::spent};
 
 const ENDPOINTS: u32 = 10;
+/// Port of healthy endpoints.
 const GOOD: u16 = 9080;
+/// Port of endpoints whose server stops during the measurement.
 const BAD: u16 = 9081;
-/// Nobody ever listens there.
+/// Port without a listener: connects are refused from the start.
 const DEAD: u16 = 9082;
-/// No agent takes longer.
+/// Time limit for each wait.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// What came of it.
+/// Figures of both kinds of failure.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Failing {
     pub(crate) services: u32,
     pub(crate) endpoints: u32,
-    /// Endpoints that fail at the same moment.
+    /// Number of endpoints that fail at the same moment.
     pub(crate) failing: u32,
-    /// Milliseconds from that moment until the last of them is ejected, as long as connections come.
+    /// Milliseconds from that moment until the last of them is ejected, under continuous load.
     pub(crate) until: f64,
-    /// Connections that were made meanwhile and a little after, and those of them that failed.
+    /// Connections made by the load generator in total.
     pub(crate) connections: u64,
+    /// Connections of those that failed.
     pub(crate) failed: u64,
-    /// Milliseconds from a failure in the kernel to the table without the endpoint, by the bounds of the agent's histogram, within which half
-    /// of them lie and 99 of 100: of those that fail at once, and of as many as `single` that fail one after the other on an idle machine.
+    /// Milliseconds from a failure in the kernel to a published table without the endpoint: p50, p99.
+    /// These are bucket bounds of the agent's histogram, for the endpoints that fail at once.
     pub(crate) within: [f64; 2],
+    /// Number of endpoints that fail one after another, on an otherwise idle machine.
     pub(crate) single: u32,
+    /// The same as `within`, for these endpoints.
     pub(crate) single_within: [f64; 2],
-    /// Seconds of processor time of the agent, and its memory before and after, MiB.
+    /// CPU time of the agent, in seconds.
     pub(crate) spent: f64,
+    /// Anonymous memory of the agent in MiB, before and after.
     pub(crate) mib: [f64; 2],
 }
 
-/// So many services with ten endpoints each; of half of them one fails.
+/// Measures a mesh of `services` Services with ten endpoints each.
+///
+/// First, one endpoint in each of a fifth of the Services fails, one after another.
+/// Then one endpoint in each of another half of the Services fails, all at once.
 pub(crate) fn run(services: u32) -> Result<Failing> {
     let (failing, single) = (services / 2, services / 5);
     progress(&format!("{failing} of {} endpoints fail at once", services * ENDPOINTS));
@@ -85,22 +94,22 @@ pub(crate) fn run(services: u32) -> Result<Failing> {
     directory.write("c1/all.yaml", &objects)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
     let own = agent.process.id();
-    let mib = || memory(own, "RssAnon:").context("the agent has ended");
-    // One after the other: each of these services has its turn, and one of its ten endpoints refuses.
+    let mib = || memory(own, "RssAnon:").context("the agent has exited");
+    // One after another: dial every endpoint of each of these Services. One in ten refuses.
     let mut client = bed.dialler()?;
     for frontend in &frontends[failing as usize..(failing + single) as usize] {
         client.dial(&frontend.to_string(), ENDPOINTS)?;
     }
-    wait_until("those to be ejected", LIMIT, || {
+    wait_until("endpoints that fail one by one to be ejected", LIMIT, || {
         let ejected = metric(&agent, "portolan_ejected_endpoints")?;
         ensure!(ejected >= f64::from(single), "{ejected}");
         Ok(())
     })?;
     let one_by_one = agent.http("/metrics")?.1;
     let before = (mib()?, spent(own)?);
-    // Every service leads to the same server, whatever its number.
+    // Load on all Services. The healthy endpoints of all of them are the same server.
     let load = Load::start_with(bed.place(), &frontends, u64::MAX, None, 2)?;
-    wait_until("connections to come", LIMIT, || {
+    wait_until("load on all services", LIMIT, || {
         let opened = metric(&agent, "istio_tcp_connections_opened_total")?;
         ensure!(opened > 2.0 * f64::from(services), "{opened}");
         Ok(())
@@ -108,14 +117,17 @@ pub(crate) fn run(services: u32) -> Result<Failing> {
     let began = Instant::now();
     drop(bad);
     while metric(&agent, "portolan_ejected_endpoints")? < f64::from(failing + single) {
-        ensure!(began.elapsed() < LIMIT, "not all are ejected after {LIMIT:?}");
+        ensure!(began.elapsed() < LIMIT, "not all failing endpoints are ejected after {LIMIT:?}");
         std::thread::park_timeout(Duration::from_millis(2));
     }
     let until = began.elapsed().as_secs_f64() * 1e3;
     let summary = load.stop()?;
     let text = agent.http("/metrics")?.1;
     let within = |after: &str, before: &str| -> Result<[f64; 2]> {
-        let of = |part| quantile(after, before, "portolan_ejection_seconds", part).context("no histogram");
+        let of = |part| {
+            quantile(after, before, "portolan_ejection_seconds", part)
+                .context("/metrics has no samples of portolan_ejection_seconds")
+        };
         Ok([of(0.5)? * 1e3, of(0.99)? * 1e3])
     };
     Ok(Failing {
@@ -133,14 +145,15 @@ pub(crate) fn run(services: u32) -> Result<Failing> {
     })
 }
 
-/// The sum of a metric over its labels.
+/// Returns the sum of a metric over all label values.
 fn metric(agent: &Agent, name: &str) -> Result<f64> {
     let text = agent.http("/metrics")?.1;
     let lines = text.lines().filter(|line| line.starts_with(name) && !line.starts_with('#'));
     Ok(lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
 }
 
-/// The bound of the histogram's bucket within which this part of all lies that came between two moments.
+/// Returns the upper bound of the bucket with a quantile (`part`, 0 to 1) of the samples between two scrapes.
+/// Returns `None` if there are no samples.
 fn quantile(after: &str, before: &str, name: &str, part: f64) -> Option<f64> {
     let (after, before) = (buckets(after, name), buckets(before, name));
     let count = |i: usize| Some(after.get(i)?.1 - before.get(i).map_or(0.0, |(_, count)| *count));
@@ -149,7 +162,7 @@ fn quantile(after: &str, before: &str, name: &str, part: f64) -> Option<f64> {
     Some(after[found].0)
 }
 
-/// Bounds and counts of a histogram.
+/// Parses the buckets of a histogram without labels: upper bounds and cumulative counts.
 fn buckets(text: &str, name: &str) -> Vec<(f64, f64)> {
     let prefix = format!("{name}_bucket{{le=\"");
     let buckets = text.lines().filter_map(|line| {
@@ -165,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quantiles_of_a_histogram() {
+    fn quantile_is_bucket_bound_of_samples_between_scrapes() {
         let text = "x_bucket{le=\"0.001\"} 5\nx_bucket{le=\"0.005\"} 10\nx_bucket{le=\"+Inf\"} 10\n";
         assert_eq!(quantile(text, "", "x", 0.5), Some(0.001));
         assert_eq!(quantile(text, "", "x", 0.99), Some(0.005));

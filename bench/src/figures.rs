@@ -1,13 +1,13 @@
-//! Figures of many rounds: medians, how sure they are, and ratios between arms of the same round.
+//! Statistics over many rounds: medians, their confidence intervals, and ratios between arms of the same round.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-/// What an arm has measured in one round, by measure.
+/// The figures of one arm in one round, by measure.
 pub(crate) type Round = BTreeMap<&'static str, f64>;
 
-/// A median with its 95 % interval, where there are values enough for one.
+/// A median, with its 95 % confidence interval if there are enough values for one.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Median {
     pub(crate) median: f64,
@@ -15,7 +15,9 @@ pub(crate) struct Median {
 }
 
 impl Median {
-    /// Of these values; `None` of nothing. The interval follows from their order: how many of n lie below the median is binomial.
+    /// Returns the median of the values, or `None` if there are none.
+    ///
+    /// The interval comes from order statistics: how many of n values lie below the true median is binomial.
     pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
@@ -31,7 +33,8 @@ impl Median {
     }
 }
 
-/// How many values at either end lie outside of the narrowest interval that holds the median with 95 %; `None` where all of them are too few.
+/// Returns how many of `n` sorted values at either end lie outside the narrowest 95 % interval of the median.
+/// Returns `None` if `n` values are too few for such an interval.
 fn outside(n: usize) -> Option<usize> {
     let (mut below, mut chance) = (0.0, 0.5_f64.powi(i32::try_from(n).ok()?));
     let mut outside = None;
@@ -46,24 +49,24 @@ fn outside(n: usize) -> Option<usize> {
     outside
 }
 
-/// A percentile of sorted values, `part` between 0 and 1.
+/// Returns a percentile of sorted values (nearest rank; `part` is between 0 and 1), or `None` if there are no values.
 pub(crate) fn percentile(sorted: &[f64], part: f64) -> Option<f64> {
     sorted.get((sorted.len().saturating_sub(1) as f64 * part).round() as usize).copied()
 }
 
-/// What one arm has measured.
+/// One way to reach the endpoints, and its figures.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Arm {
     pub(crate) name: String,
     pub(crate) about: String,
-    /// Services in the table, where there is one.
+    /// Number of Services in the table; `None` for arms without one.
     pub(crate) services: Option<u32>,
-    /// Why it did not run.
+    /// Why the arm did not run; `None` if it did.
     pub(crate) missing: Option<String>,
     #[serde(skip)]
     pub(crate) rounds: Vec<Round>,
     pub(crate) figures: BTreeMap<&'static str, Median>,
-    /// By measure, to the arm `direct`, round by round.
+    /// Median of the per-round ratios to the arm `direct`, by measure.
     pub(crate) ratios: BTreeMap<&'static str, Median>,
 }
 
@@ -77,7 +80,7 @@ impl Arm {
         self.figures.get(measure).map(|figure| figure.median)
     }
 
-    /// Medians of its rounds, and of their ratios to those of another arm.
+    /// Computes the medians of the rounds, and of their ratios to the same rounds of the arm `direct`.
     pub(crate) fn sum_up(&mut self, direct: &[Round]) {
         let measures: Vec<&'static str> = self.rounds.first().into_iter().flat_map(Round::keys).copied().collect();
         for measure in measures {
@@ -94,7 +97,7 @@ impl Arm {
     }
 }
 
-/// The ratio of a measure between two arms, round by round.
+/// Returns the median of the per-round ratios of a measure between two arms.
 pub(crate) fn ratio(one: &Arm, other: &Arm, measure: &str) -> Option<Median> {
     let pairs = one.rounds.iter().zip(&other.rounds);
     Median::of(pairs.filter_map(|(one, other)| Some(one.get(measure)? / other.get(measure)?)))
@@ -105,9 +108,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn medians_and_their_intervals() {
+    fn medians_have_sign_test_intervals() {
         let of = |n: u32| Median::of((1..=n).map(f64::from)).unwrap();
-        // Tables of the sign test: ranks 6 and 16 of 21, 2 and 9 of 10, 1 and 6 of 6.
+        // From tables of the sign test: ranks 6 and 16 of 21, 2 and 9 of 10, 1 and 6 of 6.
         assert_eq!((of(21).median, of(21).interval), (11.0, Some((6.0, 16.0))));
         assert_eq!((of(10).median, of(10).interval), (5.5, Some((2.0, 9.0))));
         assert_eq!((of(6).median, of(6).interval), (3.5, Some((1.0, 6.0))));
@@ -116,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn ratios_are_those_of_the_same_round() {
+    fn ratios_compare_the_same_round() {
         let round = |value| Round::from([("x", value)]);
         let mut arm = Arm::new("a", "", None);
         arm.rounds = vec![round(2.0), round(20.0), round(200.0)];

@@ -1,4 +1,4 @@
-//! What the verbs that read a directory cost on a large one.
+//! Run time and memory of the subcommands that read a configuration directory.
 
 use std::{
     process::{Child, Command, Stdio},
@@ -11,17 +11,17 @@ use serde::Serialize;
 
 use crate::{progress, served::write_mesh};
 
-/// A verb, and what it took.
+/// One subcommand, and its cost.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Verb {
     pub(crate) verb: String,
     pub(crate) services: u32,
     pub(crate) seconds: f64,
-    /// Memory at most.
+    /// Peak resident memory.
     pub(crate) mib: f64,
 }
 
-/// `plan` and `explain` on a mesh of so many services, each with ten endpoints.
+/// Runs `plan` and `explain` on a mesh of `services` Services with ten endpoints each.
 pub(crate) fn run(services: u32) -> Result<Vec<Verb>> {
     let directory = Directory::new()?;
     write_mesh(&directory, services)?;
@@ -40,28 +40,30 @@ pub(crate) fn run(services: u32) -> Result<Vec<Verb>> {
     verbs.into_iter().map(one).collect()
 }
 
-/// Waits for a process; its memory at most, in MiB. Its own peak is in /proc until it is waited for; what is read last is the nearest to it.
+/// Waits for a process, and returns its peak memory in MiB.
+///
+/// The kernel removes the process's own peak from /proc when it exits, so this polls and keeps the last value.
 fn peak(child: &mut Child) -> Result<f64> {
     let mut peak = 0.0_f64;
     loop {
         peak = peak.max(memory(child.id(), "VmHWM:").unwrap_or_default());
         if let Some(status) = child.try_wait()? {
-            ensure!(status.success(), "it failed: {status}");
+            ensure!(status.success(), "the subcommand failed: {status}");
             return Ok(peak);
         }
         std::thread::park_timeout(Duration::from_millis(2));
     }
 }
 
-/// A line of a process's memory, in MiB; none once it has ended.
+/// Returns a field of `/proc/PID/status` such as `VmHWM:` in MiB, or `None` if the process has exited.
 pub(crate) fn memory(process: u32, line: &str) -> Option<f64> {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let value = status.lines().find_map(|own| own.strip_prefix(line))?;
     Some(value.split_whitespace().next()?.parse::<f64>().ok()? / 1024.0)
 }
 
-/// Memory of an agent and its helper that is their own, in MiB.
+/// Returns the anonymous memory of an agent and its helper process, in MiB.
 pub(crate) fn agent_memory(agent: &Agent) -> Result<f64> {
-    let own = |process| memory(process, "RssAnon:").context("the agent has ended");
+    let own = |process| memory(process, "RssAnon:").context("the agent has exited");
     Ok(own(agent.process.id())? + own(agent.helper()?)?)
 }

@@ -1,4 +1,4 @@
-//! What the programs take inside the kernel, by its own count, whatever the number of services.
+//! Run time of the eBPF programs by the kernel's own statistics, for several numbers of Services.
 
 use std::net::SocketAddr;
 
@@ -20,50 +20,52 @@ use crate::{
 
 const ENDPOINTS: u32 = 10;
 
-/// Mean nanoseconds, by the kernel's own count.
+/// Mean run time of the programs in nanoseconds, from the kernel's statistics (`BPF_STATS_RUN_TIME`).
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct InKernel {
     pub(crate) services: u32,
     pub(crate) endpoints: u32,
-    /// Threads that dial at once.
+    /// Threads that dial concurrently.
     pub(crate) threads: usize,
-    /// connect4 where a Service is dialled.
+    /// `connect4` for a connect to a Service address.
     pub(crate) hit: f64,
-    /// connect4 where something else is dialled.
+    /// `connect4` for a connect to any other address.
     pub(crate) miss: f64,
-    /// sock_ops, each of its events, where a Service is dialled.
+    /// `sock_ops`, per event, for connections to a Service address.
     pub(crate) outcome: f64,
-    /// A program that does nothing: what the counting itself takes, and is in all the others.
+    /// An empty program: the overhead of the statistics, which is included in all other figures.
     pub(crate) nothing: f64,
 }
 
-/// One program, by the kernel's own count.
+/// The kernel's statistics of one program.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Program {
     pub(crate) program: &'static str,
-    /// How often it ran.
+    /// Number of runs.
     pub(crate) runs: u64,
-    /// Mean nanoseconds.
+    /// Mean run time in nanoseconds.
     pub(crate) mean: f64,
 }
 
-/// Programs that run on requests and datagrams; getpeername takes a call of its own.
+/// The programs that requests and datagrams trigger. `getpeername4` needs an explicit call, so it is not measured.
 const PROGRAMS: [&str; 4] = ["connect4", "sock_ops", "sendmsg4", "recvmsg4"];
 
-/// So many connections each: one service with 1, 2 and more threads, which share its cursor; and more services, over all of them in turn.
+/// Measures every combination with this many connections.
+///
+/// One Service is dialed by 1, 2 and 4 threads, which share its cursor. Larger tables are dialed in turn by 4 threads.
 pub(crate) fn run(services: &[u32], connections: u64) -> Result<Vec<InKernel>> {
-    let of_one = [1, 2, 4].map(|threads| (1, threads));
-    let of_more = services.iter().filter(|services| **services > 1).map(|services| (*services, 4));
+    let single_service = [1, 2, 4].map(|threads| (1, threads));
+    let larger_tables = services.iter().filter(|services| **services > 1).map(|services| (*services, 4));
     let measured = |(services, threads)| {
         progress(&format!("in the kernel, {services} services, {threads} threads"));
         measure(services, threads, connections)
     };
-    of_one.into_iter().chain(of_more).map(measured).collect()
+    single_service.into_iter().chain(larger_tables).map(measured).collect()
 }
 
-/// What each program takes on so many requests and datagrams to a service of this node.
+/// Measures each program on this many requests and datagrams to a Service of this node.
 pub(crate) fn programs(node: &ActiveEndpoints, count: usize) -> Result<Vec<Program>> {
-    progress("in the kernel, program by program");
+    progress("in the kernel, per program");
     let bed = &node.bed;
     let mut client = client(&bed.namespace, Some(&bed.cgroup))?;
     let _counting = Counting::begin()?;
@@ -83,7 +85,7 @@ fn mean(from: (u64, u64), to: (u64, u64)) -> f64 {
     (to.0 - from.0) as f64 / (to.1 - from.1).max(1) as f64
 }
 
-/// So many services, each with ten endpoints of its own.
+/// Returns the frontends of `count` Services, and a table in which each has ten endpoints of its own.
 fn services(count: u32) -> (Vec<SocketAddr>, Table) {
     let frontend = |i: u32| SocketAddr::from(([172, 16 + (i >> 16) as u8, (i >> 8) as u8, i as u8], 80));
     let endpoint = |i: u32| SocketAddr::from(([10, 1 + (i >> 16) as u8, (i >> 8) as u8, i as u8], 9080));
@@ -95,12 +97,12 @@ fn services(count: u32) -> (Vec<SocketAddr>, Table) {
 
 fn measure(count: u32, threads: usize, connections: u64) -> Result<InKernel> {
     let bed = Bed::named("kernel")?;
-    // All of 10.0.0.0/8 is this node's own, and one server listens on all of it.
+    // One server listens on all of 10.0.0.0/8, which is local to the node.
     bed.namespace.ip(&["route", "add", "local", "10.0.0.0/8", "dev", "lo"])?;
     let everywhere = SocketAddr::from(([0, 0, 0, 0], 9080));
     let _server = Servers::start(Place { namespace: Some(&bed.namespace), cgroup: None }, &[(everywhere, 0, 0)])?;
     let (frontends, table) = services(count);
-    // Before Portolan: what runs first pays for what is in no cache.
+    // Attached before Portolan, because the program that runs first pays for cold caches.
     let nothing = Foreign::attach(&bed.cgroup)?;
     let mut direct = Direct::new(&bed, Sizes::default())?;
     direct.publish(&table)?;
@@ -126,10 +128,10 @@ fn measure(count: u32, threads: usize, connections: u64) -> Result<InKernel> {
     })
 }
 
-/// Nanoseconds and runs of a program so far.
+/// Returns the total run time in nanoseconds and the number of runs of a pinned program.
 fn counted(bed: &Bed, name: &str) -> Result<(u64, u64)> {
     let link = bpftool(&["link", "show", "pinned"], bed.pins().join("links").join(name).as_os_str())?;
-    let id = link["prog_id"].as_u64().context("no program in the link")?;
+    let id = link["prog_id"].as_u64().context("bpftool reports no program for the link")?;
     let program = bpftool(&["prog", "show", "id"], id.to_string().as_ref())?;
     let field = |name: &str| program[name].as_u64().unwrap_or(0);
     Ok((field("run_time_ns"), field("run_cnt")))

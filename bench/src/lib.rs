@@ -1,3 +1,3 @@
-//! What the benchmark and its client share.
+//! Types that the benchmark and its load generator share.
 
 pub mod task;

@@ -1,21 +1,21 @@
-//! Where it was measured.
+//! A description of the machine that the benchmark ran on.
 
 use std::{fs, process::Command};
 
 use serde::Serialize;
 
-/// This machine, and what ran on it.
+/// The machine's hardware, kernel and software versions.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Machine {
     pub(crate) kernel: String,
     pub(crate) processor: String,
     pub(crate) processors: usize,
     pub(crate) memory_gib: f64,
-    /// What guards against faults of the processor: name and state.
+    /// CPU vulnerabilities that affect the machine, with the state of their mitigations.
     pub(crate) mitigations: Vec<(String, String)>,
-    /// Programs and their versions.
+    /// Names and versions of the programs under test.
     pub(crate) versions: Vec<(String, String)>,
-    /// Other work on the machine when it began: the load of the last minute.
+    /// One-minute load average before the first part.
     pub(crate) load: String,
 }
 
@@ -50,8 +50,8 @@ impl Machine {
         ] {
             versions.extend(version(program, argument).map(|version| (name.to_owned(), version)));
         }
-        let of_envoy = envoy.and_then(|program| version(&program.display().to_string(), "--version"));
-        versions.extend(of_envoy.map(|version| ("Envoy".to_owned(), version)));
+        let envoy_version = envoy.and_then(|program| version(&program.display().to_string(), "--version"));
+        versions.extend(envoy_version.map(|version| ("Envoy".to_owned(), version)));
         Self {
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             processor: field(&read("/proc/cpuinfo"), "model name"),
@@ -64,7 +64,7 @@ impl Machine {
     }
 }
 
-/// The first thing in what a program says of itself that looks like a version.
+/// Returns the first word of a program's output that looks like a version.
 fn version(program: &str, argument: &str) -> Option<String> {
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let output = Command::new("env").env("PATH", path).args([program, argument]).output().ok()?;

@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: what Portolan costs and how fast it is, beside what a user would run in its place, on this machine, in one run.
+//! `cargo xtask bench`: measures the cost and speed of Portolan next to its alternatives, on one machine in one run.
 
 mod agents;
 mod api;
@@ -23,49 +23,50 @@ use clap::{Parser, ValueEnum};
 
 use crate::{connections::Effort, machine::Machine, report::Report};
 
-/// Measures what Portolan costs and how fast it is, side by side with what would stand in its place, and writes a report (needs root).
+/// Measures the cost and speed of Portolan next to its alternatives, and writes a report (needs root).
 ///
-/// Arms take turns, round after round, so that whatever else this machine does hits all of them; ratios are between arms of the same round. Nothing is sent
-/// anywhere but into network namespaces that the benchmark makes.
+/// All arms run in every round, so unrelated load on the machine affects all of them alike.
+/// Ratios compare arms of the same round.
+/// All traffic stays inside network namespaces that the benchmark creates.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask bench", bin_name = "cargo xtask bench")]
 struct Options {
-    /// Only these parts
+    /// Run only these parts
     #[arg(long, value_enum, value_delimiter = ',')]
-    only: Vec<WeightedGroup>,
-    /// Few rounds and small tables, under a minute: shows that every arm runs, not how fast anything is
+    only: Vec<Part>,
+    /// Smoke run, under a minute: few rounds and small tables. Shows that every arm runs; the figures mean nothing
     #[arg(long)]
     quick: bool,
-    /// Rounds; in each, every arm has its turn
+    /// Number of rounds; every arm runs once per round
     #[arg(long, default_value_t = 21, value_parser = clap::value_parser!(u16).range(10..))]
     rounds: u16,
-    /// Sizes of the tables
+    /// Table sizes to measure, as numbers of Services
     #[arg(long, value_delimiter = ',', default_values_t = [1, 100, 1_000, 10_000])]
     services: Vec<u32>,
-    /// Where the report goes
+    /// Output directory for the report
     #[arg(long, default_value = "bench-report")]
     report: PathBuf,
-    /// Envoy's executable; without it, Envoy is listed as missing
+    /// Path to the Envoy executable; if absent, the report lists Envoy as missing
     #[arg(long, value_name = "PATH")]
     envoy: Option<PathBuf>,
-    /// Why there is none
-    #[arg(long, hide = true, default_value = "no --envoy was given")]
+    /// Why --envoy is absent; shown in the report
+    #[arg(long, hide = true, default_value = "--envoy was not given")]
     no_envoy: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum WeightedGroup {
-    /// Connections, requests and datagrams, by arm and by size of the table; agents at rest
+enum Part {
+    /// Connections, requests and datagrams, by arm and table size; cost of idle agents
     Connections,
-    /// Time inside the kernel's hooks
+    /// Run time of the eBPF programs, by the kernel's own statistics
     Kernel,
-    /// From objects to the kernel's maps
+    /// Compilation of objects into tables, and their publication in the BPF maps
     Tables,
-    /// An agent on an API server: from nothing, and one change
+    /// An agent that reads from an API server: initial sync, and propagation of single changes
     Api,
-    /// An endpoint dies, or many at once; an agent comes and goes
+    /// Failure of one endpoint and of many at once; agent restarts and upgrades
     Reaction,
-    /// `plan` and `explain` on many files
+    /// Run time and memory of `plan` and `explain` on a large configuration directory
     Files,
 }
 
@@ -84,52 +85,52 @@ fn main() -> Result<()> {
     };
     let envoy = options.envoy.as_deref();
     let mut report = Report::new(Machine::look(envoy), quick);
-    // Written after each part: what was measured is not lost with a part that breaks off.
-    let keep = |report: &mut Report| {
+    // Save after each part, so that a later failure does not discard earlier results.
+    let save = |report: &mut Report| {
         report.judge();
         report.write(&options.report)
     };
-    if wanted(WeightedGroup::Connections) {
+    if wanted(Part::Connections) {
         let measured = connections::run(&effort, envoy.ok_or(options.no_envoy.as_str()))?;
         report.arms = measured.arms;
         report.agents = agents::run(&measured.served, if quick { 1.0 } else { 10.0 })?;
-        keep(&mut report)?;
+        save(&mut report)?;
         report.programs = kernel::programs(&measured.served[0].1, if quick { 50 } else { 20_000 })?;
-        keep(&mut report)?;
+        save(&mut report)?;
     }
-    if wanted(WeightedGroup::Kernel) {
+    if wanted(Part::Kernel) {
         report.kernel = kernel::run(&services, if quick { 500 } else { 100_000 })?;
-        keep(&mut report)?;
+        save(&mut report)?;
     }
-    if wanted(WeightedGroup::Tables) {
+    if wanted(Part::Tables) {
         report.tables = tables::run(&services, if quick { 20 } else { 2_000 })?;
-        keep(&mut report)?;
+        save(&mut report)?;
     }
-    if wanted(WeightedGroup::Api) {
+    if wanted(Part::Api) {
         let most = services.iter().copied().max().unwrap_or(1);
         report.on_api = Some(api::run(most, if quick { 20 } else { 2_000 })?);
-        keep(&mut report)?;
+        save(&mut report)?;
     }
-    if wanted(WeightedGroup::Reaction) {
+    if wanted(Part::Reaction) {
         report.reaction = reaction::run(if quick { 1 } else { 10 }, envoy)?;
-        keep(&mut report)?;
+        save(&mut report)?;
         report.failing = Some(failing::run(if quick { 20 } else { 1_000 })?);
-        keep(&mut report)?;
+        save(&mut report)?;
         report.away = reaction::away(if quick { 3.0 } else { 12.0 })?;
-        keep(&mut report)?;
+        save(&mut report)?;
     }
-    if wanted(WeightedGroup::Files) {
+    if wanted(Part::Files) {
         report.files = files::run(services.iter().copied().max().unwrap_or(1).max(10))?;
-        keep(&mut report)?;
+        save(&mut report)?;
     }
     print!("{}", report.text());
-    let wrong = report.not_finite();
-    ensure!(wrong.is_empty(), "these did not run, or their figures are none: {}", wrong.join(", "));
-    println!("\nthe report is in {}: report.md, report.json, index.html, and charts", options.report.display());
+    let invalid = report.not_finite();
+    ensure!(invalid.is_empty(), "missing or invalid figures for: {}", invalid.join(", "));
+    println!("\nreport written to {}: report.md, report.json, index.html and charts", options.report.display());
     Ok(())
 }
 
-/// Says what is done now.
+/// Reports progress on stderr.
 fn progress(what: &str) {
     eprintln!("bench: {what}");
 }

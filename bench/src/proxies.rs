@@ -1,4 +1,4 @@
-//! Sidecars: proxies in the client's namespace, which the client dials on loopback.
+//! Sidecar proxies: they run in the client's namespace, and the client dials them on loopback.
 
 use std::{
     fmt::Write as _,
@@ -15,22 +15,23 @@ use serde_json::{Value, json};
 
 use crate::world::{ENDPOINT_PORT, ENDPOINTS};
 
-/// Failures in a row after which an endpoint is ejected, as the rule for Portolan says as well.
+/// Consecutive failures that eject an endpoint, in Envoy's configuration and in the rule for Portolan.
 pub(crate) const FAILURES: u32 = 3;
-/// After which an unanswered connect has failed.
+/// Timeout of an unanswered connect, in both as well.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_millis(250);
 
-/// A proxy that runs.
+/// A running proxy, with the directory of its configuration and log.
 pub(crate) struct Proxy {
     pub(crate) process: Process,
     _files: Directory,
 }
 
-/// HAProxy, one thread, port by port to the server. Its ports begin at this one.
+/// First port of HAProxy; the second one follows it.
 pub(crate) const HAPROXY: u16 = 15_100;
-/// Envoy, one worker.
+/// First port of Envoy; the second one follows it.
 pub(crate) const ENVOY: u16 = 15_200;
 
+/// Starts HAProxy with one thread, which forwards its two ports to the echo and sink ports of the server.
 pub(crate) fn haproxy(namespace: &Namespace) -> Result<Proxy> {
     let mut config = String::from(
         "global\n  nbthread 1\n  maxconn 4000\ndefaults\n  mode tcp\n  timeout connect 1s\n  timeout client 60s\n  timeout server 60s\n",
@@ -44,11 +45,11 @@ pub(crate) fn haproxy(namespace: &Namespace) -> Result<Proxy> {
     }
     let path = format!("{}:/usr/sbin", std::env::var("PATH").unwrap_or_default());
     let found = std::env::split_paths(&path).map(|folder| folder.join("haproxy")).find(|file| file.is_file());
-    let program = found.context("haproxy is not installed")?;
+    let program = found.context("haproxy is not installed (Debian package haproxy)")?;
     start(namespace, &program, "haproxy.cfg", &config, HAPROXY, &|file| vec!["-db".into(), "-f".into(), file.into()])
 }
 
-/// Envoy, port by port to these endpoints.
+/// Starts Envoy with one worker, which forwards its two ports to the echo and sink ports of these endpoints.
 pub(crate) fn envoy(namespace: &Namespace, program: &Path, endpoints: &[[u8; 4]]) -> Result<Proxy> {
     let cluster = |port: u16| -> Value {
         let address = |endpoint: &[u8; 4], port: u16| {
@@ -98,7 +99,7 @@ fn start(
     let mut process = Process::spawn(command, Place { namespace: Some(namespace), cgroup: None })?;
     wait_until(&format!("{} to listen", program.display()), Duration::from_secs(30), || {
         let log = || fs::read_to_string(files.scratch("log")).unwrap_or_default();
-        ensure!(process.child().try_wait()?.is_none(), "it has ended: {}", log());
+        ensure!(process.child().try_wait()?.is_none(), "the proxy exited: {}", log());
         let address = SocketAddr::from(([127, 0, 0, 1], port));
         namespace.enter(|| Ok(TcpStream::connect(address).map(drop)?))
     })?;

@@ -1,4 +1,5 @@
-//! An endpoint dies: how many requests it takes with it, and for how long. And an agent that comes and goes.
+//! Reaction to the death of an endpoint: failed requests, and time until the last one.
+//! Also requests during agent restarts and upgrades.
 
 use std::{
     net::SocketAddr,
@@ -26,48 +27,49 @@ use crate::{
 };
 
 const ENDPOINTS: [[u8; 4]; 2] = [[10, 0, 0, 3], [10, 0, 0, 4]];
-/// Requests a second where connects hang: more could not hang at once.
+/// Requests per second if connects hang. A higher rate would need more threads, since every request can hang.
 pub(crate) const RATE: f64 = 1_000.0;
-/// Requests a second where connects are refused: three failures are but a millisecond.
+/// Requests per second if connects are refused: three failures take only a few milliseconds.
 pub(crate) const REFUSED_RATE: f64 = 2_000.0;
-/// Seconds before the endpoint dies, and in all.
+/// Seconds of load before the endpoint dies.
 const BEFORE: f64 = 0.8;
+/// Seconds of load in total.
 const SECONDS: f64 = 2.5;
 
 /// How an endpoint dies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) enum Death {
-    /// Its process ends: connects are refused.
+    /// Its process exits, and connects are refused.
     Refused,
-    /// Its machine is silent: connects are not answered.
+    /// Its machine drops packets, and connects time out.
     Blackholed,
 }
 
-/// What came of it.
+/// Figures for one balancer and one kind of death, over all repetitions.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Reaction {
     pub(crate) who: &'static str,
     pub(crate) death: Death,
-    /// Requests that failed.
+    /// Requests that failed after the death.
     pub(crate) failed: Median,
-    /// Milliseconds from the death to the beginning of the last request that failed.
+    /// Milliseconds from the death to the start of the last request that failed.
     pub(crate) last: Median,
-    /// Requests that failed before anything died, in all: there should be none.
+    /// Requests that failed before the death, over all repetitions; expected to be 0.
     pub(crate) before: usize,
-    /// Milliseconds by which a request was begun too late, at the most.
+    /// Largest delay of a request behind its scheduled start, in milliseconds.
     pub(crate) late: Median,
 }
 
-/// What came of one death.
+/// Figures of one repetition.
 struct Seen {
-    /// Requests that failed before it.
+    /// Requests that failed before the death.
     before: usize,
     failed: usize,
     last: f64,
     late: f64,
 }
 
-/// What came of an agent's coming and going.
+/// Requests that were made while the agent was restarted over and over.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Away {
     pub(crate) what: &'static str,
@@ -75,19 +77,19 @@ pub(crate) struct Away {
     pub(crate) failed: usize,
 }
 
-/// Each death so many times, for Portolan and for Envoy where there is one.
+/// Repeats each kind of death `times` times, for Portolan and, if available, for Envoy.
 pub(crate) fn run(times: usize, envoy: Option<&Path>) -> Result<Vec<Reaction>> {
     let mut all = Vec::new();
     for death in [Death::Refused, Death::Blackholed] {
-        let (mut portolan, mut of_envoy) = (Vec::new(), Vec::new());
+        let (mut portolan, mut envoy_runs) = (Vec::new(), Vec::new());
         for time in 1..=times {
             progress(&format!("an endpoint dies ({death:?}), {time} of {times}"));
             portolan.push(once(death, None)?);
             if let Some(program) = envoy {
-                of_envoy.push(once(death, Some(program))?);
+                envoy_runs.push(once(death, Some(program))?);
             }
         }
-        for (who, seen) in [("Portolan", portolan), ("Envoy", of_envoy)] {
+        for (who, seen) in [("Portolan", portolan), ("Envoy", envoy_runs)] {
             let before = seen.iter().map(|seen| seen.before).sum();
             let of = |figure: fn(&Seen) -> f64| Median::of(seen.iter().map(figure));
             let figures = of(|seen| seen.failed as f64).zip(of(|seen| seen.last)).zip(of(|seen| seen.late));
@@ -97,7 +99,7 @@ pub(crate) fn run(times: usize, envoy: Option<&Path>) -> Result<Vec<Reaction>> {
     Ok(all)
 }
 
-/// A node with two endpoints, an agent with the rules that Envoy has as well, and their servers.
+/// A node, two servers as endpoints, and outlier detection rules equal to Envoy's configuration.
 struct Stage {
     bed: Bed,
     directory: Directory,
@@ -123,9 +125,9 @@ impl Stage {
     }
 }
 
-/// One of two endpoints dies.
+/// Runs load against two endpoints, one of which dies.
 fn once(death: Death, envoy: Option<&Path>) -> Result<Seen> {
-    // Of those that hang there are as many as begin in a second.
+    // Every request can hang, so there are enough threads for those that start within about a second.
     let (rate, threads) = if death == Death::Refused { (REFUSED_RATE, 100) } else { (RATE, 1_200) };
     let mut stage = Stage::new()?;
     let (mut agent, mut proxy) = (None, None);
@@ -139,7 +141,7 @@ fn once(death: Death, envoy: Option<&Path>) -> Result<Seen> {
             (client(&stage.bed.namespace, None)?, SocketAddr::from(([127, 0, 0, 1], ENVOY)))
         }
     };
-    // Everything has been dialled once, and Envoy knows its endpoints.
+    // Warm up: every endpoint is dialed once, and Envoy has its endpoints.
     client.ask(&Task::Request { to, count: 20 })?;
     client.begin(&Task::Watch { to, rate, seconds: SECONDS, threads })?;
     pause(BEFORE);
@@ -148,7 +150,7 @@ fn once(death: Death, envoy: Option<&Path>) -> Result<Seen> {
         Death::Refused => stage.servers[1].kill(),
         Death::Blackholed => {
             let address = format!("{}/32", std::net::Ipv4Addr::from(ENDPOINTS[1]));
-            // Nor is anybody told that it is gone, where this machine forwards packets.
+            // The blackhole route drops packets silently. Without it, a kernel that forwards could answer with ICMP.
             stage.world.namespace.ip(&["route", "add", "blackhole", &address])?;
             stage.world.namespace.ip(&["address", "delete", &address, "dev", "lo"])?;
         }
@@ -162,7 +164,9 @@ fn once(death: Death, envoy: Option<&Path>) -> Result<Seen> {
     Ok(Seen { before, failed: failed().count() - before, last: last as f64 / 1e6, late: late as f64 / 1e6 })
 }
 
-/// An agent that is killed and started again while requests run; and one that is started with other sizes, which goes as an upgrade does.
+/// Restarts an agent over and over while requests run.
+///
+/// The second series alternates between map sizes, which takes the same path as an upgrade.
 pub(crate) fn away(seconds: f64) -> Result<Vec<Away>> {
     let stage = Stage::new()?;
     let to = SocketAddr::from((SERVICE, SERVICE_PORT));
@@ -170,21 +174,21 @@ pub(crate) fn away(seconds: f64) -> Result<Vec<Away>> {
     let mut client = client(&stage.bed.namespace, Some(&stage.bed.cgroup))?;
     let mut all = Vec::new();
     for (what, more) in [
-        ("killed and started again", &[][..]),
-        ("replaced by one with other maps, as an upgrade does", &["--max-backends", "2000"][..]),
+        ("killed and restarted", &[][..]),
+        ("replaced with new maps, as in an upgrade", &["--max-backends", "2000"][..]),
     ] {
-        progress(&format!("an agent is {what}"));
+        progress(&format!("requests while the agent is {what}"));
         client.begin(&Task::Watch { to, rate: RATE, seconds, threads: 100 })?;
         let end = Instant::now() + Duration::from_secs_f64(seconds);
-        let (mut turn, mut times) = (false, 0);
+        let (mut alternate, mut times) = (false, 0);
         while Instant::now() + Duration::from_secs(1) < end {
             agent.process.kill();
-            turn = !turn;
-            agent = stage.bed.agent_with(&stage.directory, "c1", "node-0", if turn { more } else { &[] })?;
+            alternate = !alternate;
+            agent = stage.bed.agent_with(&stage.directory, "c1", "node-0", if alternate { more } else { &[] })?;
             times += 1;
         }
         let answer: Measurement = client.answer()?;
-        ensure!(times > 0, "the agent was not away");
+        ensure!(times > 0, "the agent was never restarted: the run is too short");
         let failed = answer.watched.iter().filter(|one| one.answer.is_none()).count();
         all.push(Away { what, requests: answer.count, failed });
     }

@@ -1,4 +1,4 @@
-//! A node that Portolan serves: its agent, as a user would run it, and the objects that it reads.
+//! A node with an agent, run as a user would run it, and the objects that the agent reads.
 
 use std::{ffi::OsStr, fmt::Write as _, time::Instant};
 
@@ -11,26 +11,26 @@ use serde_json::{Value, json};
 
 use crate::world::{self, ENDPOINT_PORT, SERVICE, SERVICE_PORT, World};
 
-/// Endpoints of each service that is not dialled.
+/// Number of endpoints of each Service that clients do not dial.
 pub(crate) const ENDPOINTS: u32 = 10;
 pub(crate) const NODES: u32 = 100;
-/// Services in one file.
+/// Number of Services per file.
 const IN_FILE: u32 = 100;
 
-/// The node, with its agent at work.
+/// A node whose agent is running.
 pub(crate) struct ActiveEndpoints {
     pub(crate) agent: Agent,
     _directory: Directory,
     pub(crate) bed: Bed,
-    /// Seconds from its start until it was ready.
+    /// Seconds from the agent's start until it was ready.
     pub(crate) ready: f64,
 }
 
-/// The services that are dialled, by algorithm: the last byte of their addresses.
+/// The Services that clients dial: the load-balancing algorithm, and the last byte of the cluster IP.
 pub(crate) const ALGORITHMS: [(&str, u8); 3] = [("ROUND_ROBIN", 10), ("LEAST_REQUEST", 11), ("hash", 12)];
 
 impl ActiveEndpoints {
-    /// A node of a mesh with so many services.
+    /// Starts an agent on a new node, in a mesh with `services` Services.
     pub(crate) fn start(world: &World, services: u32) -> Result<Self> {
         let bed = Bed::named(&format!("node{services}"))?;
         world.connect(&bed.namespace)?;
@@ -52,7 +52,7 @@ impl ActiveEndpoints {
         Ok(Self { agent, _directory: directory, bed, ready })
     }
 
-    /// Bytes that the maps take in the kernel.
+    /// Returns the kernel memory of the agent's pinned maps, in bytes.
     pub(crate) fn map_bytes(&self) -> Result<f64> {
         let mut all = 0.0;
         for folder in std::fs::read_dir(self.bed.pins())?.flatten().map(|entry| entry.path()) {
@@ -70,7 +70,7 @@ impl ActiveEndpoints {
     }
 }
 
-/// What the agent is told where its own sizes do not do.
+/// Returns the agent's flags for the map sizes, or none if the defaults suffice.
 fn sizes(services: u32) -> Vec<String> {
     if services <= 10_000 {
         return Vec::new();
@@ -83,20 +83,21 @@ fn as_words(words: &[String]) -> Vec<&str> {
     words.iter().map(String::as_str).collect()
 }
 
-/// Asks bpftool of a thing.
+/// Runs bpftool on a pin or an ID, and returns its JSON output.
 pub(crate) fn bpftool(what: &[&str], pin: &OsStr) -> Result<Value> {
-    // Debian has it among the programs of administrators.
+    // Debian installs bpftool in /usr/sbin, which may be missing from PATH.
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let shown = std::process::Command::new("bpftool").env("PATH", path).arg("-j").args(what).arg(pin).output()?;
-    anyhow::ensure!(shown.status.success(), "bpftool: {}", String::from_utf8_lossy(&shown.stderr));
-    serde_json::from_slice(&shown.stdout).context("bpftool")
+    anyhow::ensure!(shown.status.success(), "bpftool failed: {}", String::from_utf8_lossy(&shown.stderr));
+    serde_json::from_slice(&shown.stdout).context("bpftool printed invalid JSON")
 }
 
 fn name(last: u8) -> String {
     format!("web-{last}")
 }
 
-/// A service with all ports of the server, and these endpoints.
+/// Returns a Service with all ports of the server, and its EndpointSlice with these endpoints.
+/// `last` is the last byte of the cluster IP.
 pub(crate) fn dialled(last: u8, endpoints: &[[u8; 4]]) -> [Value; 2] {
     let name = name(last);
     let address = std::net::Ipv4Addr::from([SERVICE[0], SERVICE[1], SERVICE[2], last]).to_string();
@@ -104,9 +105,9 @@ pub(crate) fn dialled(last: u8, endpoints: &[[u8; 4]]) -> [Value; 2] {
     let mut own: Vec<Value> =
         (0..).zip(ports).map(|(i, port)| json!({"name": port, "port": SERVICE_PORT + i})).collect();
     own.push(json!({"name": "datagrams", "port": 53, "protocol": "UDP"}));
-    let mut behind: Vec<Value> =
+    let mut slice_ports: Vec<Value> =
         (0..).zip(ports).map(|(i, port)| json!({"name": port, "port": ENDPOINT_PORT + i, "protocol": "TCP"})).collect();
-    behind.push(json!({"name": "datagrams", "port": ENDPOINT_PORT, "protocol": "UDP"}));
+    slice_ports.push(json!({"name": "datagrams", "port": ENDPOINT_PORT, "protocol": "UDP"}));
     let service = json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"},
         "spec": {"clusterIP": address, "clusterIPs": [address], "ports": own},
@@ -115,12 +116,14 @@ pub(crate) fn dialled(last: u8, endpoints: &[[u8; 4]]) -> [Value; 2] {
     let slice = json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
         "metadata": {"name": format!("{name}-1"), "namespace": "default", "labels": {"kubernetes.io/service-name": name}},
-        "ports": behind, "endpoints": endpoints.iter().map(endpoint).collect::<Vec<_>>(),
+        "ports": slice_ports, "endpoints": endpoints.iter().map(endpoint).collect::<Vec<_>>(),
     });
     [service, slice]
 }
 
-/// The rest of the mesh: nodes in three regions, a rule for all, and services that nobody dials.
+/// Writes the rest of the mesh.
+///
+/// These are nodes in three regions, one DestinationRule for all Services, and Services that no client dials.
 pub(crate) fn write_mesh(directory: &Directory, services: u32) -> Result<()> {
     let rule = json!({"trafficPolicy": {
         "outlierDetection": {"consecutive5xxErrors": 3, "maxEjectionPercent": 50},
@@ -140,7 +143,7 @@ pub(crate) fn write_mesh(directory: &Directory, services: u32) -> Result<()> {
     Ok(())
 }
 
-/// A service that nobody dials, and its endpoints.
+/// Returns Service number `i` of those that no client dials, and its EndpointSlice.
 pub(crate) fn other(i: u32) -> [Value; 2] {
     let dotted = |address: u32| std::net::Ipv4Addr::from(address).to_string();
     let name = format!("s-{i}");

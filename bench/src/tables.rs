@@ -1,4 +1,4 @@
-//! From objects to the kernel's maps: all of a mesh from nothing, and one endpoint that changes.
+//! From objects to BPF maps: time to build the table of a whole mesh, and to apply the change of one endpoint.
 
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,8 @@ use crate::{figures::percentile, progress};
 const ENDPOINTS: u32 = 10;
 const NODES: u32 = 100;
 
-/// A third of the endpoints is in each of three regions; failover and distribution are in force for a part of the services.
+/// Rules of every mesh: outlier detection and failover for all Services, and a split by region for a tenth of them.
+/// Endpoints are spread evenly over three regions.
 const RULES: &str = "
 apiVersion: networking.istio.io/v1
 kind: DestinationRule
@@ -41,25 +42,25 @@ spec:
     loadBalancer: {localityLbSetting: {distribute: [{from: r0, to: {r0: 80, r1: 15, r2: 5}}]}}
 ";
 
-/// Rules that are always there.
-const OF_ALL: u32 = 2;
+/// Number of DestinationRules in [`RULES`].
+const SHARED_RULES: u32 = 2;
 
-/// How long it took.
+/// Times for one mesh.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Built {
     pub(crate) services: u32,
     pub(crate) endpoints: u32,
-    /// DestinationRules: two for all, or one for each service besides.
+    /// Number of DestinationRules: the two of [`RULES`], plus one per Service that has its own.
     pub(crate) rules: u32,
-    /// Seconds: the policy on all of them.
+    /// Seconds to compile the policy of all Services.
     pub(crate) policy: f64,
-    /// Seconds: its verdict, laid out and written into empty maps.
+    /// Seconds to lay out the compiled table and write it into empty maps.
     pub(crate) written: f64,
-    /// Milliseconds from a change of one endpoint to the kernel's having it: p50, p99.
+    /// Milliseconds from the change of one endpoint to its publication in the maps: p50, p99.
     pub(crate) change: [f64; 2],
 }
 
-/// With each number of services, and so many changes; and with a rule for each of the most.
+/// Measures each mesh size with this many changes, and the largest one again with a DestinationRule per Service.
 pub(crate) fn run(services: &[u32], changes: u32) -> Result<Vec<Built>> {
     let most = services.iter().copied().max().unwrap_or(1);
     let without = services.iter().map(|services| (*services, 0));
@@ -67,7 +68,7 @@ pub(crate) fn run(services: &[u32], changes: u32) -> Result<Vec<Built>> {
 }
 
 fn build(services: u32, rules: u32, changes: u32) -> Result<Built> {
-    progress(&format!("tables of {services} services, {rules} of them with rules of their own"));
+    progress(&format!("tables of {services} services, {rules} of them with their own rule"));
     let mut store = store(services, rules)?;
     let (client, observed) = (client(), HealthView::default());
     let bed = Bed::named("tables")?;
@@ -81,13 +82,13 @@ fn build(services: u32, rules: u32, changes: u32) -> Result<Built> {
     let complete = began.elapsed();
     let mut times: Vec<f64> = Vec::with_capacity(changes as usize);
     for turn in 0..changes {
-        // Every service has its turn, and every other time its endpoint comes back.
+        // Even turns make an endpoint of the next Service unready; odd turns make it ready again.
         let update = slice((turn / 2 * 7) % services, turn % 2 == 1);
         let began = Instant::now();
         let mut changed = Changes::default();
         store.apply(update, &mut changed);
         let changed_services = compiler.compile(store.snapshot(), &client, &observed, &changed);
-        ensure!(changed_services.len() == 1, "{} services were computed anew", changed_services.len());
+        ensure!(changed_services.len() == 1, "one change recompiled {} services instead of 1", changed_services.len());
         direct.change(&Table::new(changed_services.iter().flat_map(|service| &service.after)))?;
         times.push(began.elapsed().as_secs_f64() * 1e3);
     }
@@ -97,14 +98,14 @@ fn build(services: u32, rules: u32, changes: u32) -> Result<Built> {
     Ok(Built {
         services,
         endpoints: services * ENDPOINTS,
-        rules: rules + OF_ALL,
+        rules: rules + SHARED_RULES,
         policy: seconds(policy),
         written: seconds(complete.saturating_sub(policy)),
         change: [at(0.5), at(0.99)],
     })
 }
 
-/// The default, or what so many services need.
+/// Returns the default map sizes, enlarged where this many Services need it.
 fn sizes_for(services: u32) -> Sizes {
     let own = Sizes::default();
     Sizes { backends: own.backends.max(services * ENDPOINTS + 1), slots: own.slots.max(services * 64), ..own }
@@ -121,7 +122,7 @@ fn object(kind: Kind, name: NamespacedName, object: Object) -> Update {
     Update::Replace { origin: format!("c1/{kind}/{name}"), contents }
 }
 
-/// The endpoints of a service; `ready` says of the first whether it is.
+/// Returns an update with the EndpointSlice of Service `i`, in which `ready` sets the condition of the first endpoint.
 fn slice(i: u32, ready: bool) -> Update {
     let endpoint = |e: u32| SliceEndpoint {
         address: (0x0a00_0000 + i * ENDPOINTS + e + 1).to_be_bytes().into(),
@@ -141,7 +142,7 @@ fn slice(i: u32, ready: bool) -> Update {
     object(Kind::EndpointSlice, slice.name.clone(), Object::EndpointSlice(slice.into()))
 }
 
-/// The rule of a service.
+/// Returns the DestinationRule of Service `i`, as YAML.
 fn rule(i: u32) -> String {
     let NamespacedName { namespace, name } = name(i);
     let algorithm = ["LEAST_REQUEST", "RANDOM", "ROUND_ROBIN"][i as usize % 3];

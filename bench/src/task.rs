@@ -1,92 +1,94 @@
-//! What the benchmark's client is asked to do, and what it answers: a line of JSON each.
+//! The protocol between the benchmark and its load generator: one JSON object per line, tasks in, measurements out.
 
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-/// What to do, one after the other on one CPU.
+/// A task for the load generator, which runs tasks one at a time on the CPU that it is pinned to.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Task {
-    /// Connect and close. The server need not accept: nobody is woken while a connect is timed.
+    /// Connects and closes, without sending.
+    /// The server does not need to accept, so no wakeup falls into the timed part.
     Connect {
-        /// Where to.
+        /// Address to connect to.
         to: SocketAddr,
-        /// How often.
+        /// Number of connections; at most the server's listen backlog (4,096).
         count: usize,
-        /// Begun at this rate, a second, whatever the ones before take; each is timed from when it should have begun. Absent: one after the other.
+        /// Connections per second, started on schedule regardless of earlier ones (open loop).
+        /// Each is timed from its scheduled start. `None`: one after another, each timed by itself.
         rate: Option<f64>,
     },
-    /// Connect, send a byte, have it back, close.
+    /// Per request: connects, sends one byte, reads one byte back, closes.
     Request {
-        /// Where to.
+        /// Address to connect to.
         to: SocketAddr,
-        /// How often.
+        /// Number of requests.
         count: usize,
     },
-    /// On one connection: send a byte, have it back.
+    /// On one connection: sends one byte and reads one byte back, repeatedly.
     RoundTrips {
-        /// Where to.
+        /// Address to connect to.
         to: SocketAddr,
-        /// How often.
+        /// Number of round trips.
         count: usize,
     },
-    /// On one connection: so many bytes.
+    /// On one connection: sends bulk data, and reads an acknowledgment after each MiB.
     Bulk {
-        /// Where to.
+        /// Address to connect to: the server's sink port.
         to: SocketAddr,
-        /// How many.
+        /// Bytes to send; rounded down to whole MiB.
         bytes: usize,
     },
-    /// From one socket: send a datagram, have it back.
+    /// Sends UDP datagrams of one byte, and waits for the reply to each.
     Datagrams {
-        /// Where to.
+        /// Address to send to.
         to: SocketAddr,
-        /// How often.
+        /// Number of datagrams.
         count: usize,
-        /// Each from a socket of its own, which is connected.
+        /// Whether each datagram has its own, connected socket; otherwise all share one unconnected socket.
         connected: bool,
     },
-    /// Requests at a rate from many threads, each of which is told of.
+    /// Makes requests at a fixed rate from many threads (open loop), and records each in [`Measurement::watched`].
     Watch {
-        /// Where to.
+        /// Address to connect to.
         to: SocketAddr,
-        /// A second.
+        /// Requests per second.
         rate: f64,
-        /// For how long.
+        /// Duration in seconds.
         seconds: f64,
-        /// As many may hang at once.
+        /// Number of threads, which bounds the number of requests in flight.
         threads: usize,
     },
-    /// Server: take all connections that wait.
+    /// Server only: accepts and closes all connections that wait in the listen queues of the third ports.
     Empty,
-    /// Processor time so far.
+    /// Reports the CPU time that the process has used so far, and does nothing else.
     Spent,
 }
 
-/// What came of it.
+/// The result of a [`Task`].
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Measurement {
-    /// Nanoseconds of each: p50, p90, p99, p99.9.
+    /// Latency in nanoseconds at p50, p90, p99 and p99.9.
     pub percentiles: [f64; 4],
-    /// How many there were.
+    /// Number of operations measured.
     pub count: usize,
-    /// How long it took in all.
+    /// Wall-clock time of the whole task, in seconds.
     pub seconds: f64,
-    /// Processor time of this process, user and system, nanoseconds: for the task, or of `Spent` in all.
+    /// CPU time of the process (user and system) in nanoseconds: used by this task, or in total for [`Task::Spent`].
     pub spent: f64,
-    /// What came of each request of a [`Task::Watch`].
+    /// Every request of a [`Task::Watch`], sorted by start time; empty for other tasks.
     pub watched: Vec<Watched>,
 }
 
-/// One request that was watched.
+/// One request of a [`Task::Watch`].
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Watched {
-    /// When it began, nanoseconds of CLOCK_MONOTONIC.
+    /// Start time, in nanoseconds of `CLOCK_MONOTONIC`.
     pub began: u64,
-    /// How long it took, nanoseconds.
+    /// Duration in nanoseconds.
     pub took: u64,
-    /// By how much it was begun too late, nanoseconds.
+    /// Delay of the actual start behind the scheduled start, in nanoseconds.
     pub late: u64,
-    /// What the server answered; none: it failed.
+    /// The byte that the server answered with, or `None` if the request failed.
     pub answer: Option<u8>,
 }

@@ -1,4 +1,5 @@
-//! What the arms run in: a namespace with the server, one with a client for each table that is measured, all on this machine.
+//! The environment of the arms: one network namespace with the server, and one with a client per measured table.
+//! All of them are on this machine.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
@@ -10,7 +11,7 @@ use anyhow::{Context as _, Result};
 use portolan_bench::task::{Measurement, Task};
 use portolan_tests::{Cgroup, Namespace, Place, Process, binary, link, unique};
 
-/// The endpoints that serve. Port by port: echo, sink, queue.
+/// Addresses of the server. Each listens on three ports from [`ENDPOINT_PORT`] on, in the order of [`Port`].
 pub(crate) const ENDPOINTS: [[u8; 4]; 10] = {
     let mut all = [[10, 0, 0, 1]; 10];
     let mut i = 0;
@@ -21,22 +22,23 @@ pub(crate) const ENDPOINTS: [[u8; 4]; 10] = {
     all
 };
 pub(crate) const ENDPOINT_PORT: u16 = 9080;
-/// The service that is dialled. Port by port the same, and by UDP the echo.
+/// Cluster IP of the Service that clients dial.
+/// Its ports from [`SERVICE_PORT`] on map to those of the endpoints; UDP port 53 maps to the echo port.
 pub(crate) const SERVICE: [u8; 4] = [172, 16, 0, 10];
 pub(crate) const SERVICE_PORT: u16 = 80;
 
-/// Which port of the server, or of the service, a task goes to.
+/// A port of the server or of the Service, as an offset from its first port.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Port {
-    /// What is sent comes back.
+    /// Echoes what it receives.
     Echo = 0,
-    /// What is sent is counted.
+    /// Discards what it receives, and acknowledges each MiB.
     Sink = 1,
-    /// Connections wait.
+    /// Leaves connections in the listen queue until [`Task::Empty`].
     Quiet = 2,
 }
 
-/// The server's namespace.
+/// The server's namespace, and the links from it to the clients' namespaces.
 pub(crate) struct World {
     pub(crate) namespace: Namespace,
     links: std::cell::Cell<u8>,
@@ -48,7 +50,7 @@ impl World {
         Ok(Self { namespace, links: 0.into() })
     }
 
-    /// Gives a client's namespace a way to the server, and to no other place.
+    /// Links a client's namespace to the server's, with routes to nothing else.
     pub(crate) fn connect(&self, client: &Namespace) -> Result<()> {
         let number = self.links.get() + 1;
         self.links.set(number);
@@ -56,11 +58,12 @@ impl World {
         link((client, "eth0", &near), (&self.namespace, &format!("to{number}"), &far))?;
         let via = format!("192.168.{number}.2");
         client.ip(&["route", "add", "10.0.0.0/8", "via", &via])?;
-        // For DNAT: an address is looked up before it is rewritten.
+        // DNAT needs a route to the Service address: the kernel routes before it rewrites.
         client.ip(&["route", "add", "172.16.0.0/12", "via", &via])
     }
 
-    /// A server at these addresses of this namespace.
+    /// Starts a server on these addresses, which it adds to the namespace.
+    /// If `answer` is set, the echo port answers with that byte instead of the received one.
     pub(crate) fn serve(&self, addresses: &[[u8; 4]], answer: Option<u8>) -> Result<Worker> {
         let mut arguments = vec!["server".to_owned(), last_cpu()];
         arguments.extend(answer.into_iter().flat_map(|byte| ["--answer".to_owned(), byte.to_string()]));
@@ -69,23 +72,23 @@ impl World {
             arguments.push(SocketAddr::from((*address, ENDPOINT_PORT)).to_string());
         }
         let mut server = Worker::start(&arguments, Place { namespace: Some(&self.namespace), cgroup: None })?;
-        // It listens once it answers.
+        // A reply means that the server listens.
         server.ask(&Task::Empty)?;
         Ok(server)
     }
 }
 
-/// A client in a namespace, and in a cgroup where programs shall see it.
+/// Starts a client in a namespace, and in a cgroup if eBPF programs shall apply to it.
 pub(crate) fn client(namespace: &Namespace, cgroup: Option<&Cgroup>) -> Result<Worker> {
     Worker::start(&["client".to_owned(), "0".to_owned()], Place { namespace: Some(namespace), cgroup })
 }
 
-/// The server's processor: another one than the client's, where there is one.
+/// Returns the number of the server's CPU: the last one, so it differs from the client's unless there is only one.
 fn last_cpu() -> String {
     (std::thread::available_parallelism().map_or(1, usize::from) - 1).to_string()
 }
 
-/// A process of the benchmark: one line in, one line out.
+/// A `bench-load` process, with a pipe for tasks and one for measurements.
 pub(crate) struct Worker {
     tasks: ChildStdin,
     answers: BufReader<ChildStdout>,
@@ -97,41 +100,41 @@ impl Worker {
         let mut command = Command::new(binary("bench-load")?);
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = Process::spawn(command, place)?;
-        let tasks = process.child().stdin.take().context("no stdin")?;
-        let answers = BufReader::new(process.child().stdout.take().context("no stdout")?);
+        let tasks = process.child().stdin.take().context("bench-load has no stdin pipe")?;
+        let answers = BufReader::new(process.child().stdout.take().context("bench-load has no stdout pipe")?);
         Ok(Self { tasks, answers, process })
     }
 
-    /// Has it do something, and waits for what came of it.
+    /// Runs a task to its end, and returns the measurement.
     pub(crate) fn ask(&mut self, task: &Task) -> Result<Measurement> {
         self.begin(task)?;
         self.answer().with_context(|| format!("{task:?}"))
     }
 
-    /// Has it do something.
+    /// Starts a task. [`Self::answer`] returns its measurement.
     pub(crate) fn begin(&mut self, task: &Task) -> Result<()> {
         serde_json::to_writer(&mut self.tasks, task)?;
         Ok(writeln!(self.tasks)?)
     }
 
-    /// What came of it.
+    /// Waits for the measurement of the task that runs.
     pub(crate) fn answer(&mut self) -> Result<Measurement> {
         let mut line = String::new();
-        anyhow::ensure!(self.answers.read_line(&mut line)? > 0, "bench-load has ended");
+        anyhow::ensure!(self.answers.read_line(&mut line)? > 0, "bench-load exited without an answer");
         Ok(serde_json::from_str(&line)?)
     }
 
-    /// Ends it.
+    /// Kills the process.
     pub(crate) fn kill(&mut self) {
         self.process.kill();
     }
 }
 
-/// Nanoseconds of processor time that a process has had, all its threads together.
+/// Returns the CPU time that the live threads of a process have used, in nanoseconds.
 pub(crate) fn spent(process: u32) -> Result<f64> {
     let mut all = 0.0;
     for task in std::fs::read_dir(format!("/proc/{process}/task"))?.flatten() {
-        // Threads end while one looks.
+        // A thread can exit between the directory listing and this read.
         let text = std::fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
         all += text.split(' ').next().and_then(|spent| spent.parse::<f64>().ok()).unwrap_or_default();
     }

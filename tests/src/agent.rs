@@ -1,4 +1,4 @@
-//! A node with an agent: everything that a test of the agent needs.
+//! A node with an agent: the fixture for tests of the agent.
 
 use std::{
     fs::{self, File},
@@ -20,35 +20,36 @@ use crate::{
     sweep, unique, wait_until,
 };
 
-/// How long an agent may take to be ready: generous, for machines under load.
+/// How long an agent may take to become ready. This is generous, for machines under load.
 const READY: Duration = Duration::from_secs(30);
-/// Where agents serve metrics, each in its own namespace.
+/// Metrics address of all agents. Each has its own network namespace.
 const METRICS: &str = "127.0.0.1:15920";
 
-/// A node: a network namespace, a cgroup for its pods, a place for pins. Everything is gone with the value.
+/// A node: a network namespace, a cgroup for its pods, and a bpffs directory for pins.
+/// All of them are removed when the value is dropped.
 #[derive(Debug)]
 pub struct Bed {
-    /// Its network.
+    /// The network namespace of the agent and of pods without their own.
     pub namespace: Namespace,
-    /// Its pods.
+    /// The parent cgroup of the node's pods, to which the agent attaches its programs.
     pub cgroup: Cgroup,
     pins: PathBuf,
     files: Directory,
 }
 
 impl Bed {
-    /// A new node.
+    /// Creates a node.
     ///
     /// # Errors
-    /// The machine does not let one be made; root is needed.
+    /// Returns an error if the namespace, the cgroup, or a directory cannot be created. Root is required.
     pub fn new() -> Result<Self> {
         Self::named("node")
     }
 
-    /// A new node, with a word in its name for people who look.
+    /// Creates a node with `what` in its name, which makes it easy to find with `ip netns`.
     ///
     /// # Errors
-    /// The machine does not let one be made; root is needed.
+    /// Returns an error if the namespace, the cgroup, or a directory cannot be created. Root is required.
     pub fn named(what: &str) -> Result<Self> {
         sweep::sweep_dead_runs();
         let name = unique(what);
@@ -60,54 +61,54 @@ impl Bed {
         })
     }
 
-    /// Where a pod of this node runs.
+    /// Returns the place of a pod on this node that has no network namespace of its own.
     pub fn place(&self) -> Place<'_> {
         Place { namespace: Some(&self.namespace), cgroup: Some(&self.cgroup) }
     }
 
-    /// A client on this node.
+    /// Starts a client in a pod of this node.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// Returns an error if the client cannot be started.
     pub fn dialler(&self) -> Result<Dialler> {
         Dialler::start(self.place())
     }
 
-    /// Where the agent pins.
+    /// Returns the bpffs directory in which this node's agent pins its objects.
     pub fn pins(&self) -> &PathBuf {
         &self.pins
     }
 
-    /// The admin socket of this node's agent.
+    /// Returns the path of the agent's admin socket.
     pub fn admin(&self) -> PathBuf {
         self.files.scratch("admin.sock")
     }
 
-    /// Where this node's agent keeps what outlives it.
+    /// Returns the path of the agent's state file.
     pub fn state(&self) -> PathBuf {
         self.files.scratch("state.json")
     }
 
-    /// Starts this node's agent, and does not wait for it.
+    /// Starts this node's agent without waiting for it.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// Returns an error if the agent cannot be started.
     pub fn start(&self, directory: &Directory, cluster: &str, node: &str) -> Result<Agent> {
         self.start_with(directory, cluster, node, &[])
     }
 
-    /// Starts this node's agent with further arguments, and does not wait for it.
+    /// Starts this node's agent with additional arguments, without waiting for it.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// Returns an error if the agent cannot be started.
     pub fn start_with(&self, directory: &Directory, cluster: &str, node: &str, more: &[&str]) -> Result<Agent> {
         self.start_of("portolan", directory, cluster, node, more)
     }
 
-    /// The same with an agent of another version: the name of its program.
+    /// Starts another version of the agent (`program` is the name of its binary), without waiting for it.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// Returns an error if the agent cannot be started.
     pub fn start_of(
         &self,
         program: &str,
@@ -120,30 +121,32 @@ impl Bed {
         self.spawn(command)
     }
 
-    /// Starts this node's agent, which reads from an API server, and does not wait for it.
+    /// Starts this node's agent with an API server as its source, without waiting for it.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// Returns an error if the agent cannot be started.
     pub fn start_on_api(&self, kubeconfig: &Path, cluster: &str, node: &str, more: &[&str]) -> Result<Agent> {
         let mut command = Command::new(binary("portolan")?);
         command.args(["agent", "--kubernetes", "--kubeconfig"]).arg(kubeconfig);
         self.spawn(self.complete(command, cluster, node, more))
     }
 
-    /// The same, and waits until it is ready.
+    /// Starts this node's agent with an API server as its source, and waits until it is ready.
     ///
     /// # Errors
-    /// It does not become ready; its log is in the error.
+    /// Returns an error, with the agent's log, if it does not become ready.
     pub fn agent_on_api(&self, kubeconfig: &Path, cluster: &str, node: &str, more: &[&str]) -> Result<Agent> {
         let mut agent = self.start_on_api(kubeconfig, cluster, node, more)?;
         agent.wait_ready()?;
         Ok(agent)
     }
 
-    /// Starts this node's agent as a pod that has an account and is told where the API server is, and waits until it is ready.
+    /// Starts this node's agent as in a pod of a cluster, and waits until it is ready.
+    ///
+    /// It finds the service account at the usual path, and the API server's address in `KUBERNETES_SERVICE_*`.
     ///
     /// # Errors
-    /// It does not become ready; its log is in the error.
+    /// Returns an error, with the agent's log, if it does not become ready.
     pub fn agent_in_cluster(
         &self,
         account: &Path,
@@ -151,7 +154,7 @@ impl Bed {
         (cluster, node): (&str, &str),
         more: &[&str],
     ) -> Result<Agent> {
-        // Where every pod has its account, for this one alone.
+        // The service account at the usual path, in a private mount namespace.
         const IN_POD: &str = "mount -t tmpfs none /run && mkdir -p /run/secrets/kubernetes.io && \
             ln -s \"$0\" /run/secrets/kubernetes.io/serviceaccount && exec \"$@\"";
         let mut inside = Command::new(binary("portolan")?);
@@ -167,10 +170,10 @@ impl Bed {
         Ok(agent)
     }
 
-    /// Starts this node's agent by another program, which confines it, and does not wait for it.
+    /// Starts this node's agent under a wrapper that confines it, without waiting for it.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// Returns an error if the agent cannot be started.
     pub fn start_under(&self, program: &[&str], directory: &Directory, cluster: &str, node: &str) -> Result<Agent> {
         let inside = self.command("portolan", directory, cluster, node, &[])?;
         let mut command = Command::new(program[0]);
@@ -178,10 +181,10 @@ impl Bed {
         self.spawn(command)
     }
 
-    /// Starts an agent that waits before each of its steps.
+    /// Starts an agent that pauses before each of its [`Steps`].
     ///
     /// # Errors
-    /// It cannot be started, or the kernel does not let it be watched.
+    /// Returns an error if the agent cannot be started, or if its system calls cannot be intercepted.
     pub fn start_watched(
         &self,
         program: &str,
@@ -210,7 +213,7 @@ impl Bed {
 
     fn complete(&self, mut command: Command, cluster: &str, node: &str, more: &[&str]) -> Command {
         command.args(["--cluster", cluster, "--node", node]);
-        // What is given in addition counts.
+        // Additional arguments override the defaults.
         let own = [
             ("--cgroup", self.cgroup.path().display().to_string()),
             ("--bpffs", self.pins.display().to_string()),
@@ -227,42 +230,42 @@ impl Bed {
         self.spawn_at(command, self.admin())
     }
 
-    /// Starts an agent that answers at this socket.
+    /// Starts an agent whose admin socket is at `admin`.
     pub(crate) fn spawn_at(&self, mut command: Command, admin: PathBuf) -> Result<Agent> {
         let log = self.files.scratch("agent.log");
-        // What a former agent of this node has logged is not this one's.
+        // Discard the log of the node's previous agent.
         let _ = fs::remove_file(&log);
         let out = File::options().create(true).append(true).open(&log)?;
         command.stderr(out.try_clone()?).stdout(out);
-        // The agent runs on the node, outside the cgroup of the pods.
+        // The agent runs on the node, outside the pods' cgroup.
         let process = Process::spawn(command, Place { namespace: Some(&self.namespace), cgroup: None })?;
         Ok(Agent { process, admin, log, namespace: self.namespace.open()? })
     }
 
-    /// Starts this node's agent, and waits until it is ready.
+    /// Starts this node's agent and waits until it is ready.
     ///
     /// # Errors
-    /// It does not become ready; its log is in the error.
+    /// Returns an error, with the agent's log, if it does not become ready.
     pub fn agent(&self, directory: &Directory, cluster: &str, node: &str) -> Result<Agent> {
         let mut agent = self.start(directory, cluster, node)?;
         agent.wait_ready()?;
         Ok(agent)
     }
 
-    /// Starts this node's agent with further arguments, and waits until it is ready.
+    /// Starts this node's agent with additional arguments and waits until it is ready.
     ///
     /// # Errors
-    /// It does not become ready; its log is in the error.
+    /// Returns an error, with the agent's log, if it does not become ready.
     pub fn agent_with(&self, directory: &Directory, cluster: &str, node: &str, more: &[&str]) -> Result<Agent> {
         let mut agent = self.start_with(directory, cluster, node, more)?;
         agent.wait_ready()?;
         Ok(agent)
     }
 
-    /// The same with an agent of another version.
+    /// Starts another version of the agent (`program` is the name of its binary) and waits until it is ready.
     ///
     /// # Errors
-    /// It does not become ready; its log is in the error.
+    /// Returns an error, with the agent's log, if it does not become ready.
     pub fn agent_of(
         &self,
         program: &str,
@@ -276,50 +279,51 @@ impl Bed {
         Ok(agent)
     }
 
-    /// Runs `portolan` with these arguments.
+    /// Runs `portolan` with these arguments, outside the node's namespace and cgroup.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// Returns an error if `portolan` cannot be started. A nonzero exit status is not an error.
     pub fn portolan(&self, arguments: &[&str]) -> Result<Output> {
         Ok(Command::new(binary("portolan")?).args(arguments).output()?)
     }
 
-    /// A server that greets each connection with `greeting`, hears it out, and closes it. It runs as long as the test does.
+    /// Starts a TCP server that sends `greeting` on each connection, reads to its end, and closes it.
+    /// The server runs until the test process exits.
     ///
     /// # Errors
-    /// The address cannot be listened on.
+    /// Returns an error if the server cannot listen on the address.
     pub fn serve(&self, address: &str, greeting: &str) -> Result<()> {
         self.serve_in(&self.namespace, address, greeting)
     }
 
-    /// The same in another namespace.
+    /// Starts the server of [`Self::serve`] in another namespace.
     ///
     /// # Errors
-    /// The address cannot be listened on.
+    /// Returns an error if the server cannot listen on the address.
     pub fn serve_in(&self, namespace: &Namespace, address: &str, greeting: &str) -> Result<()> {
         Serving::start(namespace, address, greeting).map(drop)
     }
 
-    /// The same, until it is told to stop.
+    /// Starts the server of [`Self::serve`], and returns a handle that can stop it.
     ///
     /// # Errors
-    /// The address cannot be listened on.
+    /// Returns an error if the server cannot listen on the address.
     pub fn serve_until(&self, address: &str, greeting: &str) -> Result<Serving> {
         Serving::start(&self.namespace, address, greeting)
     }
 
-    /// A server that answers each datagram with `greeting`. It runs as long as the test does.
+    /// Starts a UDP server that answers each datagram with `greeting`. It runs until the test process exits.
     ///
     /// # Errors
-    /// The address cannot be listened on.
+    /// Returns an error if the server cannot listen on the address.
     pub fn serve_datagrams(&self, address: &str, greeting: &str) -> Result<()> {
         self.serve_datagrams_in(&self.namespace, address, greeting)
     }
 
-    /// The same in another namespace.
+    /// Starts the server of [`Self::serve_datagrams`] in another namespace.
     ///
     /// # Errors
-    /// The address cannot be listened on.
+    /// Returns an error if the server cannot listen on the address.
     pub fn serve_datagrams_in(&self, namespace: &Namespace, address: &str, greeting: &str) -> Result<()> {
         let address: SocketAddr = address.parse()?;
         let socket = namespace.enter(|| UdpSocket::bind(address).context("cannot listen"))?;
@@ -327,34 +331,36 @@ impl Bed {
         thread::spawn(move || {
             let mut buffer = [0; 512];
             while let Ok((_, from)) = socket.recv_from(&mut buffer) {
-                // A client that has gone away is no concern of the server's.
+                // The client may be gone already.
                 let _ = socket.send_to(greeting.as_bytes(), from);
             }
         });
         Ok(())
     }
 
-    /// Has `client` make one connection with a server on `address`, and returns once nobody listens there any more. Another test may start a
-    /// process meanwhile, which holds the listener between its fork and its exec, so that closing it here is not the end of it.
+    /// Runs `client` against a server on `address` that accepts one connection, and returns once the port is closed.
+    ///
+    /// Closing the listener here is not sufficient.
+    /// A process that another test starts meanwhile holds a copy of the listener between its fork and its exec.
     ///
     /// # Errors
-    /// The address cannot be listened on, or `client` fails.
+    /// Returns an error if the server cannot listen on the address, or if `client` fails.
     pub fn serve_once<T>(&self, address: &str, client: impl FnOnce() -> Result<T>) -> Result<T> {
         let address: SocketAddr = address.parse()?;
         let listener = self.namespace.enter(|| TcpListener::bind(address).context("cannot listen"))?;
         let server = thread::spawn(move || listener.accept().map(drop));
         let served = client()?;
         server.join().expect("accepting does not panic")?;
-        wait_until("the server to be gone", READY, || {
+        wait_until("the port to close", READY, || {
             let error = self.namespace.enter(|| Ok(TcpStream::connect(address).err()))?;
-            ensure!(error.is_some_and(|error| error.kind() == ErrorKind::ConnectionRefused), "somebody listens");
+            ensure!(error.is_some_and(|error| error.kind() == ErrorKind::ConnectionRefused), "the port is still open");
             Ok(())
         })?;
         Ok(served)
     }
 }
 
-/// A server that greets; it goes on if the value is dropped.
+/// A server that greets its clients. It keeps running when the value is dropped.
 #[derive(Debug)]
 pub struct Serving {
     listener: Arc<TcpListener>,
@@ -367,9 +373,9 @@ impl Serving {
         let (own, greeting) = (Arc::clone(&listener), greeting.to_owned());
         thread::spawn(move || {
             while let Ok((mut stream, _)) = own.accept() {
-                // A client that has gone away is no concern of the server's.
+                // The client may be gone already.
                 let greeted = stream.write_all(greeting.as_bytes());
-                // Most have nothing to say, and are done with at once. Who stays does not keep the others waiting.
+                // A client that stays connected must not delay the others.
                 let _ = stream.shutdown(Shutdown::Write);
                 if greeted.is_ok() {
                     thread::spawn(move || stream.read_to_end(&mut Vec::new()));
@@ -379,10 +385,10 @@ impl Serving {
         Ok(Self { listener })
     }
 
-    /// Nobody listens any more once this is done, whoever holds the socket as well.
+    /// Stops listening, even if other processes hold copies of the socket.
     ///
     /// # Errors
-    /// The kernel does not do it.
+    /// Returns an error if the kernel rejects the shutdown.
     pub fn stop(self) -> Result<()> {
         Ok(rustix::net::shutdown(&*self.listener, rustix::net::Shutdown::Both)?)
     }
@@ -401,10 +407,10 @@ impl Drop for Bed {
     }
 }
 
-/// A running agent; killed with the value.
+/// A running agent, killed when the value is dropped.
 #[derive(Debug)]
 pub struct Agent {
-    /// Its process.
+    /// The process that was started: the agent's, unless a wrapper runs it.
     pub process: Process,
     admin: PathBuf,
     log: PathBuf,
@@ -412,10 +418,10 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Waits until it says that it is ready.
+    /// Waits until `/readyz` returns 200.
     ///
     /// # Errors
-    /// It does not, or it ends.
+    /// Returns an error, with the agent's log, if the agent exits or does not become ready in time.
     pub fn wait_ready(&mut self) -> Result<()> {
         let ready = wait_until("the agent to be ready", READY, || {
             if let Some(status) = self.process.child().try_wait()? {
@@ -428,23 +434,23 @@ impl Agent {
         let log = || fs::read_to_string(&self.log).unwrap_or_default();
         match ready {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(status)) => bail!("the agent ended with {status}:\n{}", log()),
+            Ok(Err(status)) => bail!("the agent exited with {status}:\n{}", log()),
             Err(error) => Err(error.context(log())),
         }
     }
 
-    /// Asks its HTTP address.
+    /// Sends a GET request to the agent's metrics address, and returns the status and the body.
     ///
     /// # Errors
-    /// It does not answer.
+    /// Returns an error if the agent does not respond.
     pub fn http(&self, path: &str) -> Result<(u16, String)> {
         self.http_within(path, READY * patience())
     }
 
-    /// The same, of an agent that may be held up: it answers within this time.
+    /// Sends a GET request with its own read timeout, for an agent that may be blocked.
     ///
     /// # Errors
-    /// It does not.
+    /// Returns an error if the agent does not respond within `bound`.
     pub fn http_within(&self, path: &str, bound: Duration) -> Result<(u16, String)> {
         let namespace = self.namespace.try_clone()?;
         let request = format!("GET {path} HTTP/1.0\r\n\r\n");
@@ -468,10 +474,10 @@ impl Agent {
         Ok((status, body.unwrap_or_default()))
     }
 
-    /// Findings of a code: `object: message`.
+    /// Returns the findings with this code, each as `object: message`.
     ///
     /// # Errors
-    /// The agent does not answer.
+    /// Returns an error if the agent does not respond.
     pub fn findings(&self, code: &str) -> Result<Vec<String>> {
         let report = self.get("services")?;
         let of = report["findings"].as_array().into_iter().flatten().filter(|finding| finding["code"] == code);
@@ -479,10 +485,10 @@ impl Agent {
         Ok(of.map(|finding| format!("{}: {}", text(&finding["object"]), text(&finding["message"]))).collect())
     }
 
-    /// `portolan get WHAT -o json`
+    /// Returns the report of `portolan get WHAT -o json`.
     ///
     /// # Errors
-    /// The agent does not answer.
+    /// Returns an error if the agent does not respond.
     pub fn get(&self, what: &str) -> Result<Value> {
         let mut command = Command::new(binary("portolan")?);
         let output = command.args(["get", what, "-o", "json", "--admin"]).arg(&self.admin).output()?;
@@ -490,10 +496,10 @@ impl Agent {
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
-    /// What `portolan explain` says of a service (`namespace/name`).
+    /// Returns the report of `portolan explain` on a service (`namespace/name`).
     ///
     /// # Errors
-    /// The agent does not answer, or has no such service.
+    /// Returns an error if the agent does not respond or does not know the service.
     pub fn explain(&self, service: &str) -> Result<Value> {
         let mut command = Command::new(binary("portolan")?);
         let output = command.args(["explain", service, "-o", "json", "--admin"]).arg(&self.admin).output()?;
@@ -501,10 +507,10 @@ impl Agent {
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
-    /// The events so far, oldest first.
+    /// Returns the agent's events so far, oldest first.
     ///
     /// # Errors
-    /// The agent does not answer.
+    /// Returns an error if the agent does not respond.
     pub fn events(&self) -> Result<Vec<Value>> {
         let mut command = Command::new(binary("portolan")?);
         let output = command.args(["events", "-o", "json", "--admin"]).arg(&self.admin).output()?;
@@ -512,24 +518,24 @@ impl Agent {
         String::from_utf8(output.stdout)?.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
     }
 
-    /// The process that keeps its privileges.
+    /// Returns the process ID of the agent's privileged helper.
     ///
     /// # Errors
-    /// There is none.
+    /// Returns an error if there is no helper.
     pub fn helper(&self) -> Result<u32> {
         helper_of(self.process.id())
     }
 
-    /// What the agent has logged.
+    /// Returns the agent's log so far; empty if it cannot be read.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 }
 
-/// The process that keeps the privileges of an agent's process.
+/// Returns the process ID of the privileged helper of the agent with this process ID.
 ///
 /// # Errors
-/// There is none.
+/// Returns an error if there is no helper.
 pub fn helper_of(agent: u32) -> Result<u32> {
     let own = format!("PPid:\t{agent}");
     let is_helper = |process: &u32| {
@@ -538,5 +544,5 @@ pub fn helper_of(agent: u32) -> Result<u32> {
         status.lines().any(|line| line == own) && line.split(|byte| *byte == 0).nth(1) == Some(b"helper")
     };
     let mut processes = fs::read_dir("/proc")?.flatten().filter_map(|it| it.file_name().to_str()?.parse().ok());
-    processes.find(is_helper).context("no helper")
+    processes.find(is_helper).context("the agent has no helper process")
 }

@@ -1,4 +1,5 @@
-//! The agent in a container, as a node's runtime makes it of what `deploy/` says: capabilities, seccomp, a read-only root, the node's processes.
+//! The agent in a container, set up from `deploy/` as a node's runtime does: capabilities, seccomp, a read-only root
+//! filesystem, the node's PID namespace.
 
 use std::{
     fs,
@@ -12,9 +13,9 @@ use serde_json::{Value, json};
 
 use crate::{Agent, Bed, Directory, binary, unique};
 
-/// The profile of Debian's container tools: the runtimes' default ones are made of the same list.
+/// Seccomp profile of Debian's container tools. The default profiles of the runtimes come from the same list.
 const PROFILE: &str = "/usr/share/containers/seccomp.json";
-/// What runtimes hide from containers, and let them read only.
+/// Paths that runtimes hide from containers. They mount those in [`READ_ONLY`] read-only.
 const MASKED: [&str; 8] = [
     "/proc/acpi",
     "/proc/kcore",
@@ -27,10 +28,10 @@ const MASKED: [&str; 8] = [
 ];
 const READ_ONLY: [&str; 6] = ["/proc/asound", "/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
-/// A container that runs, and is gone with the value.
+/// A running container, deleted when the value is dropped.
 #[derive(Debug)]
 pub struct Container {
-    /// The agent in it; its process is that of the runtime.
+    /// The agent in the container. Its `process` is the runtime's (`runc run`); see [`Self::process`].
     pub agent: Agent,
     id: String,
     state: PathBuf,
@@ -38,10 +39,13 @@ pub struct Container {
 }
 
 impl Container {
-    /// Starts the container of a DaemonSet on a node, with an account for an API server, and waits until the agent is ready.
+    /// Starts a container on a node, and waits until the agent is ready.
+    ///
+    /// `of` is the container in the DaemonSet's pod template.
+    /// `account` is the directory of a service account for the API server at `server`.
     ///
     /// # Errors
-    /// What the runtime says; the agent does not become ready.
+    /// Returns an error if `of` is invalid, the runtime fails, or the agent does not become ready.
     pub fn start(bed: &Bed, of: &Value, account: &Path, server: SocketAddr) -> Result<Self> {
         let files = Directory::new()?;
         let (id, state) = (unique("container"), files.scratch("state"));
@@ -94,7 +98,7 @@ impl Container {
             "mounts": mounts,
             "linux": {
                 "cgroupsPath": format!("/{id}"),
-                // The network and the processes are the node's.
+                // The network and PID namespaces are the node's.
                 "namespaces": [
                     {"type": "mount"}, {"type": "ipc"}, {"type": "uts"},
                     {"type": "network", "path": format!("/run/netns/{}", bed.namespace.name())}],
@@ -102,7 +106,7 @@ impl Container {
             },
         });
         fs::write(files.scratch("config.json"), config.to_string())?;
-        let bundle = files.scratch("config.json").parent().context("no folder")?.to_owned();
+        let bundle = files.scratch("config.json").parent().context("no parent directory")?.to_owned();
         let mut command = Command::new("runc");
         command.arg("--root").arg(&state).args(["run", "--bundle"]).arg(bundle).arg(&id);
         let agent = bed.spawn_at(command, files.scratch("run").join("admin.sock"))?;
@@ -111,10 +115,10 @@ impl Container {
         Ok(container)
     }
 
-    /// The agent's own process.
+    /// Returns the process ID of the agent in the container.
     ///
     /// # Errors
-    /// The runtime does not know.
+    /// Returns an error if the runtime does not report one.
     pub fn process(&self) -> Result<u32> {
         let output = Command::new("runc").arg("--root").arg(&self.state).args(["state", &self.id]).output()?;
         let state: Value = serde_json::from_slice(&output.stdout)?;
@@ -126,7 +130,7 @@ impl Drop for Container {
     fn drop(&mut self) {
         let ended = Command::new("runc").arg("--root").arg(&self.state).args(["delete", "--force", &self.id]).status();
         if !ended.as_ref().is_ok_and(std::process::ExitStatus::success) {
-            eprintln!("the container {} cannot be ended: {ended:?}", self.id);
+            eprintln!("cannot delete container {}: {ended:?}", self.id);
         }
     }
 }
@@ -136,14 +140,14 @@ fn array(value: &Value) -> impl Iterator<Item = &Value> {
 }
 
 fn text(value: &Value) -> Result<&str> {
-    value.as_str().with_context(|| format!("{value} is no text"))
+    value.as_str().with_context(|| format!("{value} is not a string"))
 }
 
 fn bind(source: &Path, destination: &str, how: &str) -> Value {
     json!({"destination": destination, "type": "bind", "source": source, "options": ["rbind", how]})
 }
 
-/// What an image has: the program, what it is linked with, and places for what is mounted.
+/// Fills the root filesystem as an image does: the program, its shared libraries, and mount points.
 fn fill(root: &Path, mounts: &[Value]) -> Result<()> {
     for mount in mounts {
         let destination = text(&mount["destination"])?.replace("/var/run/", "/run/");
@@ -155,13 +159,13 @@ fn fill(root: &Path, mounts: &[Value]) -> Result<()> {
     let output = Command::new("ldd").arg(&program).output()?;
     for library in String::from_utf8(output.stdout)?.split_whitespace().filter(|word| word.starts_with('/')) {
         let to = root.join(library.trim_start_matches('/'));
-        fs::create_dir_all(to.parent().context("no folder")?)?;
+        fs::create_dir_all(to.parent().context("no parent directory")?)?;
         fs::copy(library, to)?;
     }
     Ok(())
 }
 
-/// The profile, for who has these capabilities.
+/// Returns the seccomp profile of a container with these capabilities.
 fn seccomp(capabilities: &[String]) -> Result<Value> {
     let profile: Value = serde_json::from_str(&fs::read_to_string(PROFILE).context(PROFILE)?)?;
     let (own, word) = match std::env::consts::ARCH {
@@ -185,6 +189,6 @@ fn seccomp(capabilities: &[String]) -> Result<Value> {
         rule
     });
     let rules: Vec<Value> = rules.collect();
-    ensure!(profile["defaultAction"] == "SCMP_ACT_ERRNO" && rules.len() > 5, "{PROFILE} allows everything");
+    ensure!(profile["defaultAction"] == "SCMP_ACT_ERRNO" && rules.len() > 5, "{PROFILE} does not restrict syscalls");
     Ok(json!({"defaultAction": "SCMP_ACT_ERRNO", "architectures": [own], "syscalls": rules}))
 }

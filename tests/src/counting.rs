@@ -1,4 +1,4 @@
-//! The kernel's own count of what programs take.
+//! The kernel's run-time statistics of BPF programs.
 
 use std::os::fd::{FromRawFd as _, OwnedFd};
 
@@ -8,20 +8,21 @@ use crate::foreign::bpf;
 
 const BPF_ENABLE_STATS: libc::c_long = 32;
 
-/// As long as this lives, the kernel counts how often each program runs and for how long. It ends with the process, however that ends.
+/// While this value exists, the kernel counts the runs and the run time of every BPF program.
+/// Counting also stops when the process exits for any reason.
 #[derive(Debug)]
-pub struct Counting(#[allow(dead_code, reason = "held")] OwnedFd);
+pub struct Counting(#[allow(dead_code, reason = "dropping it stops the counting")] OwnedFd);
 
 impl Counting {
-    /// Has it count.
+    /// Enables the statistics, for all programs on the machine.
     ///
     /// # Errors
-    /// The kernel does not.
+    /// Returns an error if the kernel refuses `BPF_ENABLE_STATS`.
     pub fn begin() -> Result<Self> {
-        // BPF_STATS_RUN_TIME
+        // The zero is BPF_STATS_RUN_TIME.
         let mut attr = [0u32; 32];
-        let fd = bpf(BPF_ENABLE_STATS, &mut attr).context("the kernel does not count what programs take")?;
-        // SAFETY: the kernel has just given this descriptor to nobody else.
+        let fd = bpf(BPF_ENABLE_STATS, &mut attr).context("cannot enable BPF run-time statistics")?;
+        // SAFETY: the kernel just returned this descriptor, so nothing else owns it.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 }

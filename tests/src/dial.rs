@@ -1,5 +1,6 @@
-//! A client in a cgroup of its own: a process that dials what the test tells it, and says what it saw. A thread of the test could
-//! not be one, for a process belongs to its cgroup as a whole.
+//! A client in a cgroup: a process that runs the tasks that a test sends it, and reports the results.
+//!
+//! It cannot be a thread of the test, because a process belongs to its cgroup as a whole.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
@@ -12,192 +13,194 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Place, Process, binary};
 
-/// What to do.
+/// A task for the client. Tasks and replies are lines of JSON.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Task {
-    /// Connect, read the greeting to its end, close; so many times, each with a socket of its own.
+    /// Connects, reads the greeting to its end, and closes, each time with a new socket.
     Dial {
-        /// Where to.
+        /// Address to connect to.
         to: SocketAddr,
-        /// How often.
+        /// Number of connections.
         times: u32,
-        /// With an IPv6 socket and the v4-mapped form of an IPv4 address.
+        /// Whether to use an IPv6 socket and the v4-mapped form of an IPv4 address.
         mapped: bool,
-        /// With a non-blocking socket.
+        /// Whether the socket is non-blocking.
         nonblocking: bool,
-        /// Bytes to send once connected.
+        /// Number of bytes to send once connected.
         send: usize,
     },
-    /// Connect, dissolve the connection with AF_UNSPEC, and connect the same socket elsewhere.
+    /// Connects, disconnects with AF_UNSPEC, and connects the same socket to another address.
     Redial {
-        /// First.
+        /// First address.
         to: SocketAddr,
-        /// Then.
+        /// Second address.
         then: SocketAddr,
     },
-    /// Begin to connect, and close before there is an answer.
+    /// Starts to connect, and closes the socket before an answer arrives.
     GiveUp {
-        /// Where to.
+        /// Address to connect to.
         to: SocketAddr,
     },
-    /// Dial again and again until told to stop; the reply counts.
+    /// Dials repeatedly until [`Task::Stop`]. The reply has the counts `good` and `bad`.
     Load {
-        /// Where to.
+        /// Address to connect to.
         to: SocketAddr,
     },
-    /// Stop the load.
+    /// Stops the running [`Task::Load`], whose reply is the only one.
     Stop,
-    /// Connect so many times, and keep the connections.
+    /// Opens connections and keeps them.
     Hold {
-        /// Where to.
+        /// Address to connect to.
         to: SocketAddr,
-        /// How often.
+        /// Number of connections.
         times: u32,
     },
-    /// Connect a UDP socket, and keep it.
+    /// Connects a UDP socket and keeps it.
     HoldDatagram {
-        /// Where to.
+        /// Address to connect to.
         to: SocketAddr,
-        /// With an IPv6 socket and the v4-mapped form of an IPv4 address.
+        /// Whether to use an IPv6 socket and the v4-mapped form of an IPv4 address.
         mapped: bool,
-        /// Where it is connected to after that.
+        /// Address to reconnect the socket to; `None` to leave it as it is.
         then: Option<SocketAddr>,
     },
-    /// Be another user from now on.
+    /// Switches the client to another user for good.
     Become {
-        /// Which one.
+        /// User ID, also used as the group ID.
         uid: u32,
     },
-    /// What has become of what was kept: no error while it is open, ENOTCONN where the peer has closed it, the error where it was ended.
+    /// Reports the state of each kept socket in `errno`.
+    ///
+    /// This is 0 while the connection is open, ENOTCONN after the peer has closed it, and otherwise the socket's error.
     Held,
-    /// Close what was kept.
+    /// Closes the kept sockets, except for those of [`Sender::Kept`] and [`Sender::KeptConnected`].
     Release,
-    /// Send datagrams, and say who answered each.
+    /// Sends datagrams, and reports the sender of each answer.
     Datagrams {
-        /// Where to.
+        /// Address to send to.
         to: SocketAddr,
-        /// How many.
+        /// Number of datagrams.
         times: u32,
-        /// From which sockets.
+        /// Sockets to send from.
         from: Sender,
-        /// With IPv6 sockets and the v4-mapped form of an IPv4 address.
+        /// Whether to use IPv6 sockets and the v4-mapped form of an IPv4 address.
         mapped: bool,
     },
-    /// Send datagrams from one unconnected socket to several addresses in turn, as often as said, and say who answered each.
+    /// Sends datagrams from one unconnected socket to several addresses in turn, and reports the sender of each answer.
     DatagramsAround {
-        /// Where to.
+        /// Addresses to send to.
         to: Vec<SocketAddr>,
-        /// How often.
+        /// Number of rounds over all addresses.
         times: u32,
     },
-    /// Connect a UDP socket, dissolve that with AF_UNSPEC, and send a datagram elsewhere from the same socket.
+    /// Sends from a connected UDP socket, disconnects it with AF_UNSPEC, and sends to another address from it.
     Reuse {
-        /// First.
+        /// First address.
         to: SocketAddr,
-        /// Then.
+        /// Second address.
         then: SocketAddr,
     },
-    /// Connect in a way of its own; the server's greeting is read where there is a connection.
+    /// Connects in a special way, and reads the server's greeting if the connection succeeds.
     Dialled {
-        /// Where to.
+        /// Address to connect to.
         to: SocketAddr,
-        /// Which way.
+        /// How to connect.
         way: Way,
     },
-    /// Report SO_KEEPALIVE, TCP_KEEPIDLE, TCP_KEEPINTVL and TCP_KEEPCNT of a connection, when the application has set the first to `own`.
+    /// Connects, and reports SO_KEEPALIVE, TCP_KEEPIDLE, TCP_KEEPINTVL, and TCP_KEEPCNT in `values`.
     Keepalive {
-        /// Where to.
+        /// Address to connect to.
         to: SocketAddr,
-        /// What the application sets.
+        /// Value of SO_KEEPALIVE that the application sets before it connects.
         own: bool,
     },
-    /// Report TCP_USER_TIMEOUT (milliseconds) as the application sees it, when set to `own` before the connect.
+    /// Connects, and reports TCP_USER_TIMEOUT (milliseconds) as the application sees it in `value`.
     UserTimeout {
-        /// Where to.
+        /// Address to connect to.
         to: SocketAddr,
-        /// What the application sets; 0 for nothing.
+        /// Milliseconds that the application sets before it connects; 0 to set nothing.
         own: u32,
     },
 }
 
-/// Sockets that datagrams are sent from.
+/// The sockets that datagrams are sent from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Sender {
-    /// A connected one for each.
+    /// A connected socket for each datagram.
     Connected,
-    /// A connected one for each, which names the address once more with each datagram (sendto).
+    /// A connected socket for each datagram, which passes the address to `sendto()` as well.
     ConnectedTo,
-    /// An unconnected one for each.
+    /// An unconnected socket for each datagram.
     Fresh,
-    /// One unconnected one for all.
+    /// One unconnected socket for all datagrams.
     Same,
-    /// One unconnected one, the same for all tasks of the client; its port is the reply's value.
+    /// One unconnected socket, shared by all tasks of the client. Its port is the reply's `value`.
     Kept,
-    /// The same, connected with the first task; it names the address once more with each datagram.
+    /// As [`Self::Kept`], but the first task connects it. Each datagram passes the address to `sendto()` as well.
     KeptConnected,
-    /// One unconnected one, and one system call for all (sendmmsg).
+    /// One unconnected socket, and one `sendmmsg()` for all datagrams.
     Batch,
 }
 
-/// Ways to connect.
+/// A special way to connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Way {
-    /// With data in the SYN: sendto() with MSG_FASTOPEN.
+    /// With data in the SYN: `sendto()` with MSG_FASTOPEN.
     FastOpen,
-    /// With TCP_FASTOPEN_CONNECT: connect() sends nothing, the first write does.
+    /// With TCP_FASTOPEN_CONNECT: the first write sends the SYN, not `connect()`.
     FastOpenConnect,
-    /// From an address that the socket was bound to before.
+    /// From a source address that the socket is bound to first.
     Bound(SocketAddr),
-    /// A Multipath TCP socket.
+    /// With a Multipath TCP socket.
     Multipath,
-    /// An SCTP socket.
+    /// With an SCTP socket.
     Sctp,
 }
 
-/// One connection as the client saw it.
+/// The result of one connection or datagram, as the client saw it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {
-    /// What `getpeername` said.
+    /// Result of `getpeername()`, or the sender of the answering datagram; `None` if there is none.
     pub peer: Option<SocketAddr>,
-    /// What the server said.
+    /// Data that the server sent, which may be empty.
     pub greeting: String,
-    /// The error of the connect; 0 for none.
+    /// Error number of the first call that failed; 0 on success, -1 for an error without a number.
     pub errno: i32,
 }
 
-/// What was seen.
+/// The reply to a task. Fields that the task does not use have their default values.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Reply {
-    /// Each connection.
+    /// One entry for each connection or datagram, in order.
     pub seen: Vec<Seen>,
-    /// Connections of a load that went well.
+    /// Number of successful connections of a load.
     pub good: u64,
-    /// Connections of a load that failed.
+    /// Number of failed connections of a load.
     pub bad: u64,
-    /// A figure that was asked for.
+    /// The number that the task reports, such as a port.
     pub value: u32,
-    /// Figures that were asked for.
+    /// The numbers that [`Task::Keepalive`] reports.
     pub values: Vec<u32>,
 }
 
 impl Reply {
-    /// The greetings, in order.
+    /// Returns the greetings, in order.
     pub fn greetings(&self) -> Vec<&str> {
         self.seen.iter().map(|seen| seen.greeting.as_str()).collect()
     }
 
-    /// The errors, in order.
+    /// Returns the error numbers, in order.
     pub fn errnos(&self) -> Vec<i32> {
         self.seen.iter().map(|seen| seen.errno).collect()
     }
 
-    /// How many connections were greeted with this.
+    /// Returns the number of connections that got this greeting.
     pub fn count(&self, greeting: &str) -> usize {
         self.seen.iter().filter(|seen| seen.greeting == greeting).count()
     }
 }
 
-/// A running client.
+/// A running client process, killed when the value is dropped.
 #[derive(Debug)]
 pub struct Dialler {
     tasks: ChildStdin,
@@ -206,10 +209,10 @@ pub struct Dialler {
 }
 
 impl Dialler {
-    /// Starts one.
+    /// Starts a client in `place`.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// Returns an error if the client cannot be started.
     pub fn start(place: Place<'_>) -> Result<Self> {
         let mut command = Command::new(binary("dial")?);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -219,30 +222,30 @@ impl Dialler {
         Ok(Self { tasks, replies, _process: process })
     }
 
-    /// Has it do something, and waits for what it saw.
+    /// Sends a task, and waits for the reply.
     ///
     /// # Errors
-    /// It has ended.
+    /// Returns an error if the client has exited.
     pub fn run(&mut self, task: &Task) -> Result<Reply> {
         self.begin(task)?;
         let mut line = String::new();
-        ensure!(self.replies.read_line(&mut line)? > 0, "the client has ended");
+        ensure!(self.replies.read_line(&mut line)? > 0, "the client has exited");
         Ok(serde_json::from_str(&line)?)
     }
 
-    /// Begins a load; [`Task::Stop`] ends it.
+    /// Sends a task without waiting for the reply, for [`Task::Load`].
     ///
     /// # Errors
-    /// It has ended.
+    /// Returns an error if the client has exited.
     pub fn begin(&mut self, task: &Task) -> Result<()> {
         writeln!(self.tasks, "{}", serde_json::to_string(task)?)?;
         Ok(())
     }
 
-    /// Dials so many times.
+    /// Dials an address `times` times with [`Task::Dial`].
     ///
     /// # Errors
-    /// It has ended.
+    /// Returns an error if `to` is not an address or if the client has exited.
     pub fn dial(&mut self, to: &str, times: u32) -> Result<Reply> {
         self.run(&Task::Dial { to: to.parse()?, times, mapped: false, nonblocking: false, send: 0 })
     }

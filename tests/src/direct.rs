@@ -1,4 +1,4 @@
-//! The data path without an agent: tables as a test makes them, published as fast as it can.
+//! The data path without an agent: tables that a test builds, published as fast as possible.
 
 use std::{
     collections::BTreeSet,
@@ -19,20 +19,20 @@ use tokio::runtime::Runtime;
 
 use crate::{Bed, binary};
 
-/// Programs on a node's pods, and what they are told.
+/// Programs attached to a node's pods, and the tables that they read.
 pub struct Direct {
     datapath: Datapath,
     layout: Layout,
-    /// The last round that has not settled.
+    /// The last grace epoch that has not elapsed; `None` if all have.
     open: Option<GraceEpoch>,
     runtime: Runtime,
 }
 
 impl Direct {
-    /// Attaches the programs to the pods of a node, with empty tables.
+    /// Attaches the programs to a node's pods, with empty tables.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns an error if the kernel rejects a map, a program, or an attachment.
     pub fn new(bed: &Bed, sizes: Sizes) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let options = Options {
@@ -49,19 +49,19 @@ impl Direct {
         Ok(Self { datapath, layout: Layout::from_held(sizes, held), open: None, runtime })
     }
 
-    /// Publishes a table in the place of the last one, and gives back what nobody reads any more.
+    /// Publishes a table in place of the last one, and reclaims entries that no program can still be reading.
     ///
     /// # Errors
-    /// It does not fit, or what the kernel says.
+    /// Returns an error if the table does not fit, or if the kernel rejects a write.
     pub fn publish(&mut self, table: &Table) -> Result<()> {
         let written = self.layout.update(table, Completeness::Complete);
         self.write(written)
     }
 
-    /// Publishes these frontends; all others stay as they are.
+    /// Publishes these frontends, and leaves all others unchanged.
     ///
     /// # Errors
-    /// They do not fit, or what the kernel says.
+    /// Returns an error if the frontends do not fit, or if the kernel rejects a write.
     pub fn change(&mut self, table: &Table) -> Result<()> {
         let written = self.layout.change(table, &[], Completeness::Complete);
         self.write(written)
@@ -73,25 +73,25 @@ impl Direct {
             self.datapath.grace.begin(epoch);
             self.open = Some(epoch);
         }
-        // Those that have settled by now.
+        // Reclaim the epochs that have elapsed by now.
         while let Poll::Ready(epoch) = self.poll_settled() {
             self.elapsed(epoch);
         }
-        ensure!(refused.is_empty(), "{refused:?} do not fit");
+        ensure!(refused.is_empty(), "some frontends do not fit: {refused:?}");
         Ok(())
     }
 
-    /// Waits until some of what was freed may be used again, if there is anything to wait for.
+    /// Waits until freed entries can be reused. Returns at once if none are pending.
     ///
     /// # Errors
-    /// It takes too long.
+    /// Returns an error if no grace epoch elapses within 10 seconds.
     pub fn reclaim(&mut self) -> Result<()> {
         if self.open.is_none() {
             return Ok(());
         }
         let elapsed =
             async { tokio::time::timeout(std::time::Duration::from_secs(10), self.datapath.grace.elapsed()).await };
-        let epoch = self.runtime.block_on(elapsed).context("nothing settles")?;
+        let epoch = self.runtime.block_on(elapsed).context("no grace epoch elapsed within 10 s")?;
         self.elapsed(epoch);
         Ok(())
     }
@@ -106,29 +106,29 @@ impl Direct {
         self.open.take_if(|open| *open <= epoch);
     }
 
-    /// Leaves these cgroups alone, by their ids, and no others.
+    /// Opts out exactly these cgroups, by ID.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns an error if the kernel rejects a write.
     pub fn leave_alone(&mut self, cgroups: &BTreeSet<u64>) -> Result<()> {
-        self.datapath.opted_out.as_mut().context("somebody else keeps them")?.set(cgroups)
+        self.datapath.opted_out.as_mut().context("the opt-out map has another owner")?.set(cgroups)
     }
 
-    /// Entries in use, by map.
+    /// Returns the number of entries in use, by map.
     pub fn occupancy(&self) -> Vec<(&'static str, u32)> {
         self.layout.occupancy().map(|(name, used, _)| (name, used)).into()
     }
 
-    /// Connections that found the table in contradiction to itself.
+    /// Returns the number of connections whose lookup found the table inconsistent.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns an error if the kernel rejects a read of the counters.
     pub fn inconsistent(&self) -> Result<u64> {
         Ok(self.datapath.maps.counters()?.inconsistent)
     }
 }
 
-/// A table of TCP frontends, each with endpoints that take turns.
+/// Builds a table of TCP frontends, each of which uses its endpoints in turn, with equal weights.
 pub fn table(frontends: impl IntoIterator<Item = (SocketAddr, Vec<SocketAddr>)>) -> Table {
     let entry = |endpoints: Vec<SocketAddr>| FrontendSpec {
         schedule: std::sync::Arc::new(if endpoints.is_empty() {

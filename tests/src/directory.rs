@@ -1,4 +1,4 @@
-//! A configuration directory that is gone with the value.
+//! A configuration directory that is removed when its value is dropped.
 
 use std::{
     fs,
@@ -13,79 +13,80 @@ use tempfile::TempDir;
 
 use crate::{binary, unique};
 
-const NOBODY: u32 = 65_534;
+const UNPRIVILEGED: u32 = 65_534;
 
-/// A configuration directory.
+/// A temporary directory, with a configuration directory and scratch files in it.
 #[derive(Debug)]
 pub struct Directory {
     folder: TempDir,
 }
 
 impl Directory {
-    /// An empty one, which every user may read.
+    /// Creates an empty directory that every user can read.
     ///
     /// # Errors
-    /// There is no room.
+    /// Returns an error if the directory cannot be created.
     pub fn new() -> Result<Self> {
         let folder = tempfile::Builder::new().prefix(&unique("files-")).tempdir()?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
         Ok(Self { folder })
     }
 
-    /// A command that runs `portolan` as a user who may do nothing.
+    /// Returns a command that runs `portolan` as an unprivileged user.
     ///
     /// # Errors
-    /// It was not built.
+    /// Returns an error if the binary was not built or cannot be copied.
     pub fn portolan_as_nobody(&self) -> Result<Command> {
-        // Where it was built, that user may not even look.
+        // The user may have no access to the build directory.
         let copy = self.scratch("portolan");
         if !copy.exists() {
-            // By another process: were it written here, a child of another thread could hold it open for writing, and it could not be run.
+            // Copied by another process: if written here, a child that another thread forks could inherit the
+            // writable descriptor, and running the copy would fail with ETXTBSY.
             let status = Command::new("cp").arg(binary("portolan")?).arg(&copy).status()?;
-            ensure!(status.success(), "cp ended with {status}");
+            ensure!(status.success(), "cp exited with {status}");
         }
         let mut command = Command::new(copy);
-        command.uid(NOBODY).gid(NOBODY);
+        command.uid(UNPRIVILEGED).gid(UNPRIVILEGED);
         Ok(command)
     }
 
-    /// Where it is.
+    /// Returns the path of the configuration directory, which exists once a file has been written.
     pub fn path(&self) -> PathBuf {
         self.folder.path().join("config")
     }
 
-    /// `portolan plan` for a node: the answer, and the exit status. It runs as a user who may do nothing.
+    /// Runs `portolan plan` for a node, as an unprivileged user. Returns the JSON report and the exit status.
     ///
     /// # Errors
-    /// It says neither that all is well nor that there are findings.
+    /// Returns an error if the exit status is neither 0 nor 1 (findings), or if the output is not JSON.
     pub fn plan(&self, cluster: &str, node: &str, more: &[&str]) -> Result<(Value, i32)> {
         let mut command = self.portolan_as_nobody()?;
         command.arg("plan").arg("--config").arg(self.path()).args(["--cluster", cluster, "--node", node, "-o", "json"]);
         let output = command.args(more).output()?;
         let code = output.status.code().unwrap_or(-1);
-        ensure!((0..=1).contains(&code), "plan ended with {code}: {}", String::from_utf8_lossy(&output.stderr));
+        ensure!((0..=1).contains(&code), "plan exited with {code}: {}", String::from_utf8_lossy(&output.stderr));
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         Ok((serde_json::from_slice(&output.stdout).context(text)?, code))
     }
 
-    /// A place for other files of the test.
+    /// Returns a path for another file of the test, outside the configuration.
     pub fn scratch(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// Puts objects into a file (`c1/services.yaml`), in one step, as a careful writer does.
+    /// Writes objects to a file of the configuration (`c1/services.yaml`), atomically.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// Returns an error if the file cannot be written.
     pub fn write(&self, file: &str, objects: &[Value]) -> Result<()> {
         let documents: Vec<String> = objects.iter().map(|object| format!("{object:#}\n")).collect();
         self.write_text(file, &documents.join("---\n"))
     }
 
-    /// Puts text into a file, in one step.
+    /// Writes text to a file of the configuration, atomically.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// Returns an error if the file cannot be written.
     pub fn write_text(&self, file: &str, text: &str) -> Result<()> {
         let path = self.path().join(file);
         let folder = path.parent().unwrap_or(Path::new("/"));
@@ -96,10 +97,10 @@ impl Directory {
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// The objects that were put into files of a folder, not those of the folders in it.
+    /// Returns the objects in the files of a directory that the test has written, without subdirectories.
     ///
     /// # Errors
-    /// A file cannot be read.
+    /// Returns an error if a file cannot be read, or if another program wrote it.
     pub fn objects(&self, folder: &str) -> Result<Vec<Value>> {
         let mut objects = Vec::new();
         for entry in fs::read_dir(self.path().join(folder))?.flatten() {
@@ -108,16 +109,16 @@ impl Directory {
                 continue;
             }
             for document in fs::read_to_string(entry.path())?.split("---\n") {
-                objects.push(serde_json::from_str(document).context("it was not written by this test")?);
+                objects.push(serde_json::from_str(document).context("not a document that this test wrote")?);
             }
         }
         Ok(objects)
     }
 
-    /// Removes a file.
+    /// Removes a file of the configuration.
     ///
     /// # Errors
-    /// It is not there.
+    /// Returns an error if the file does not exist.
     pub fn remove(&self, file: &str) -> Result<()> {
         fs::remove_file(self.path().join(file)).with_context(|| format!("cannot remove {file}"))
     }

@@ -1,4 +1,4 @@
-//! Somebody else's program on a cgroup: it lets everything go on.
+//! A third-party program on a cgroup, which allows every connection.
 
 use std::{
     fs::{self, File},
@@ -17,7 +17,8 @@ const CGROUP_SOCK_ADDR: u32 = 18;
 const CONNECT4: u32 = 10;
 const ALLOW_MULTI: u32 = 2;
 
-/// A program on the connect4 hook, attached the old way, without a link; it is detached with the value.
+/// A program on the connect4 hook, attached with `BPF_PROG_ATTACH` instead of a link.
+/// It is detached when the value is dropped.
 #[derive(Debug)]
 pub struct Foreign {
     program: OwnedFd,
@@ -25,10 +26,10 @@ pub struct Foreign {
 }
 
 impl Foreign {
-    /// Attaches one to a cgroup.
+    /// Attaches a program to a cgroup.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns an error if the kernel rejects the program or its attachment.
     pub fn attach(cgroup: &Cgroup) -> Result<Self> {
         // r0 = 1; exit
         let code: [u64; 2] = [0x0000_0001_0000_00b7, 0x0000_0000_0000_0095];
@@ -43,22 +44,23 @@ impl Foreign {
         attr[13] = u32::from_ne_bytes([name[4], name[5], name[6], name[7]]);
         attr[17] = CONNECT4;
         let program = bpf(BPF_PROG_LOAD, &mut attr).context("cannot load a program")?;
-        // SAFETY: the kernel has just given this descriptor to nobody else.
+        // SAFETY: the kernel just returned this descriptor, so nothing else owns it.
         let program = unsafe { OwnedFd::from_raw_fd(program) };
         let foreign = Self { program, cgroup: File::open(cgroup.path())? };
         foreign.change(BPF_PROG_ATTACH).context("cannot attach a program")?;
         Ok(foreign)
     }
 
-    /// Whether it is attached still: it can be detached only then.
+    /// Returns whether the program is still attached, by detaching and reattaching it.
     pub fn is_attached(&self) -> bool {
         self.change(BPF_PROG_DETACH).and_then(|()| self.change(BPF_PROG_ATTACH)).is_ok()
     }
 
-    /// Nanoseconds that it has run, and how often, while the kernel counts that.
+    /// Returns the program's run time in nanoseconds and its number of runs.
+    /// The kernel counts both only while a [`Counting`](crate::Counting) exists.
     ///
     /// # Errors
-    /// The kernel does not say.
+    /// Returns an error if the kernel does not report them.
     pub fn counted(&self) -> Result<(u64, u64)> {
         let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", self.program.as_raw_fd()))?;
         let field = |name: &str| -> Result<u64> {
@@ -93,7 +95,7 @@ fn set_pointer(attr: &mut [u32; 32], at: usize, pointer: usize) {
 }
 
 pub(crate) fn bpf(command: libc::c_long, attr: &mut [u32; 32]) -> io::Result<i32> {
-    // SAFETY: the attributes are those of the command; what they point to outlives the call.
+    // SAFETY: the attributes match the command, and what they point to outlives the call.
     match unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_mut_ptr(), size_of_val(attr)) } {
         result if result < 0 => Err(io::Error::last_os_error()),
         result => Ok(result as i32),

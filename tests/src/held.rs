@@ -1,4 +1,4 @@
-//! A file that nobody gets to open, as on a disk that does not answer.
+//! A file whose opens block, as on a disk that does not respond.
 
 use std::{path::Path, time::Duration};
 
@@ -8,32 +8,33 @@ use nix::{
     sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags},
 };
 
-/// Whoever opens the file waits until the value is dropped.
+/// Blocks every open of a file until the value is dropped, through fanotify permission events.
 pub struct Held(Fanotify);
 
 impl Held {
-    /// Holds this file.
+    /// Starts to block opens of `file`.
     ///
     /// # Errors
-    /// Not root, or a kernel without fanotify permissions.
+    /// Returns an error without root, or if the kernel has no fanotify permission events.
     pub fn open(file: &Path) -> Result<Self> {
-        let held = Fanotify::init(InitFlags::FAN_CLASS_CONTENT | InitFlags::FAN_CLOEXEC, EventFFlags::O_RDONLY)
-            .context("the kernel has no fanotify, or root is missing")?;
-        held.mark(MarkFlags::FAN_MARK_ADD, MaskFlags::FAN_OPEN_PERM, nix::fcntl::AT_FDCWD, Some(file))
-            .with_context(|| format!("cannot hold {}", file.display()))?;
-        Ok(Self(held))
+        let fanotify = Fanotify::init(InitFlags::FAN_CLASS_CONTENT | InitFlags::FAN_CLOEXEC, EventFFlags::O_RDONLY)
+            .context("cannot initialize fanotify (needs root and CONFIG_FANOTIFY_ACCESS_PERMISSIONS)")?;
+        fanotify
+            .mark(MarkFlags::FAN_MARK_ADD, MaskFlags::FAN_OPEN_PERM, nix::fcntl::AT_FDCWD, Some(file))
+            .with_context(|| format!("cannot block opens of {}", file.display()))?;
+        Ok(Self(fanotify))
     }
 
-    /// Returns once somebody waits.
+    /// Returns once a process is blocked in its open.
     ///
     /// # Errors
-    /// Nobody does, for that long.
+    /// Returns an error if no process opens the file within `bound` times [`patience`](crate::patience).
     pub fn wait(&self, bound: Duration) -> Result<()> {
         use std::os::fd::AsFd as _;
         let mut ready = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
         let bound = bound * crate::wait::patience();
         let waiting = poll(&mut ready, PollTimeout::try_from(bound)?)?;
-        ensure!(waiting == 1, "nobody opened the file within {bound:?}");
+        ensure!(waiting == 1, "no process opened the file within {bound:?}");
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
-//! Portolan's test bed: network namespaces, cgroups, processes and agents that are gone when the test is, and the demo that plays
-//! the users' scenarios on them.
+//! Portolan's test bed, and the demo that runs the user scenarios on it.
+//!
+//! Network namespaces, cgroups, processes, and agents are removed when their values are dropped.
 
 mod agent;
 pub mod api;
@@ -42,7 +43,7 @@ pub use wait::{patience, wait_until};
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A name that no other test, and no other run at the same time, has.
+/// Returns a name, `ptl<pid>-<n>-<what>`, that no other test and no concurrent run uses.
 pub fn unique(what: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("ptl{}-{}-{what}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))

@@ -1,20 +1,20 @@
-//! Network namespaces: a node of its own, without any way to the outside.
+//! Network namespaces: isolated nodes without a route to the outside.
 
 use std::{fs::File, os::fd::AsFd as _, process::Command, thread};
 
 use anyhow::{Context as _, Result, ensure};
 
-/// A namespace that is deleted with the value.
+/// A network namespace that is deleted when the value is dropped.
 #[derive(Debug)]
 pub struct Namespace {
     name: String,
 }
 
 impl Namespace {
-    /// A new one, with loopback up and nothing else.
+    /// Creates a namespace with loopback up and no other interface.
     ///
     /// # Errors
-    /// `ip` is missing or refuses.
+    /// Returns an error if `ip` is missing or fails.
     pub fn new(name: String) -> Result<Self> {
         ip(&["netns", "add", &name])?;
         let namespace = Self { name };
@@ -22,81 +22,82 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// Its name for `ip netns`.
+    /// Returns the namespace's name, as in `ip netns`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Runs `ip` inside.
+    /// Runs `ip` in the namespace.
     ///
     /// # Errors
-    /// `ip` refuses.
+    /// Returns an error if `ip` fails.
     pub fn ip(&self, arguments: &[&str]) -> Result<()> {
         ip(&[&["-n", &self.name], arguments].concat())
     }
 
-    /// Runs any program inside.
+    /// Runs a program in the namespace, and waits for it.
     ///
     /// # Errors
-    /// It cannot be started, or fails.
+    /// Returns an error if the program cannot be started or fails.
     pub fn run(&self, program: &str, arguments: &[&str]) -> Result<()> {
         ip(&[&["netns", "exec", &self.name, program], arguments].concat())
     }
 
-    /// Gives loopback another address.
+    /// Adds an address to loopback.
     ///
     /// # Errors
-    /// `ip` refuses.
+    /// Returns an error if `ip` fails.
     pub fn add_address(&self, address: &str) -> Result<()> {
         let family_option: &[&str] = if address.contains(':') { &["nodad"] } else { &[] };
         self.ip(&[&["address", "add", address, "dev", "lo"], family_option].concat())
     }
 
-    /// Has everything to an address vanish without an answer, as a dead machine or a silent firewall does.
+    /// Silently drops all packets to an address, as a dead machine or a firewall does.
     ///
     /// # Errors
-    /// `ip` refuses.
+    /// Returns an error if `ip` fails.
     pub fn swallow(&self, address: &str) -> Result<()> {
         if self.ip(&["link", "show", "hole"]).is_err() {
-            // Frames that are addressed to nobody: the other end drops them.
+            // Without ARP, frames have no valid destination address, and the other end drops them.
             self.ip(&["link", "add", "hole", "type", "veth", "peer", "name", "pit"])?;
             self.ip(&["link", "set", "hole", "arp", "off", "up"])?;
             self.ip(&["link", "set", "pit", "up"])?;
             self.ip(&["address", "add", "192.0.2.1/32", "dev", "hole"])?;
         }
-        // It may not have been an address of this namespace.
+        // The address may not belong to this namespace.
         let _ = self.ip(&["address", "delete", address, "dev", "lo"]);
         self.ip(&["route", "add", address, "dev", "hole"])
     }
 
-    /// Takes [`Self::swallow`] back: the address is this namespace's own again.
+    /// Undoes [`Self::swallow`]. The address belongs to this namespace again.
     ///
     /// # Errors
-    /// `ip` refuses.
+    /// Returns an error if `ip` fails.
     pub fn restore(&self, address: &str) -> Result<()> {
         self.ip(&["route", "delete", address, "dev", "hole"])?;
         self.add_address(address)
     }
 
-    /// The namespace itself.
+    /// Opens the namespace's file, which can outlive its name.
     ///
     /// # Errors
-    /// It is gone.
+    /// Returns an error if the namespace no longer exists.
     pub fn open(&self) -> Result<File> {
         let path = format!("/run/netns/{}", self.name);
         File::open(&path).with_context(|| format!("cannot open {path}"))
     }
 
-    /// Does something on a thread inside: sockets made there belong to the namespace wherever they are used.
+    /// Runs `work` on a thread in the namespace.
+    /// Sockets created there belong to the namespace wherever they are used.
     ///
     /// # Errors
-    /// The thread cannot get in, or what the work says.
+    /// Returns an error if the thread cannot enter the namespace, or the error of `work`.
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         enter(&self.open()?, work)
     }
 }
 
-/// The same in a namespace that is held open.
+/// Runs `work` on a thread in an open namespace; see [`Namespace::enter`].
 pub(crate) fn enter<T: Send>(namespace: &File, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     thread::scope(|scope| {
         let inside = scope.spawn(move || {
@@ -118,10 +119,10 @@ impl Drop for Namespace {
     }
 }
 
-/// Connects two namespaces by a pair of interfaces with these addresses (with their prefix lengths).
+/// Connects two namespaces with a veth pair. Each side is (namespace, interface, address with prefix length).
 ///
 /// # Errors
-/// `ip` refuses.
+/// Returns an error if `ip` fails.
 pub fn link(left: (&Namespace, &str, &str), right: (&Namespace, &str, &str)) -> Result<()> {
     let peer = ["peer", "name", right.1, "netns", right.0.name()];
     left.0.ip(&[&["link", "add", left.1, "type", "veth"], &peer[..]].concat())?;

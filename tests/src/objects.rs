@@ -1,8 +1,8 @@
-//! Kubernetes and Istio objects for tests, as JSON, which is YAML too.
+//! Kubernetes and Istio objects for tests, as JSON, which is also valid YAML.
 
 use serde_json::{Value, json};
 
-/// A Node in a place (`region/zone/subzone`).
+/// Returns a Node with the labels of a locality (`region/zone/subzone`).
 pub fn node(name: &str, locality: &str) -> Value {
     let mut parts = locality.split('/');
     let mut labels = serde_json::Map::new();
@@ -14,7 +14,7 @@ pub fn node(name: &str, locality: &str) -> Value {
     json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}})
 }
 
-/// A Service in `default` with one port, `http`.
+/// Returns a Service in `default` with one TCP port, named `http`.
 pub fn service(name: &str, addresses: &[&str], port: u16) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"},
@@ -22,21 +22,21 @@ pub fn service(name: &str, addresses: &[&str], port: u16) -> Value {
     })
 }
 
-/// A Service in `default` with one UDP port, `dns`.
+/// Returns a Service in `default` with one UDP port, named `dns`.
 pub fn udp_service(name: &str, addresses: &[&str], port: u16) -> Value {
     let mut object = service(name, addresses, port);
     object["spec"]["ports"] = json!([{"name": "dns", "port": port, "protocol": "UDP"}]);
     object
 }
 
-/// Endpoints of that Service: address, node and pod.
+/// Returns an EndpointSlice for a [`udp_service`]. Each endpoint is (address, node, pod).
 pub fn udp_slice(service: &str, port: u16, endpoints: &[(&str, &str, &str)]) -> Value {
     let mut object = slice(service, port, endpoints);
     object["ports"] = json!([{"name": "dns", "port": port, "protocol": "UDP"}]);
     object
 }
 
-/// Endpoints of that Service: address, node and pod.
+/// Returns an EndpointSlice for a [`service`](fn@service). Each endpoint is (address, node, pod).
 pub fn slice(service: &str, port: u16, endpoints: &[(&str, &str, &str)]) -> Value {
     let family = if endpoints.first().is_some_and(|(address, ..)| address.contains(':')) { "IPv6" } else { "IPv4" };
     let list: Vec<Value> = endpoints
@@ -58,12 +58,12 @@ pub fn slice(service: &str, port: u16, endpoints: &[(&str, &str, &str)]) -> Valu
     })
 }
 
-/// A Pod in `default` with labels.
+/// Returns a Pod in `default` with these labels.
 pub fn pod(name: &str, labels: &Value) -> Value {
     json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "default", "labels": labels}})
 }
 
-/// The MeshConfig, in its ConfigMap.
+/// Returns the ConfigMap `istio-system/istio` with this MeshConfig.
 pub fn mesh_config(mesh: &Value) -> Value {
     json!({
         "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"},
@@ -71,7 +71,7 @@ pub fn mesh_config(mesh: &Value) -> Value {
     })
 }
 
-/// A DestinationRule in `default`.
+/// Returns a DestinationRule in `default` for `host`, with the fields of `spec` in its spec.
 pub fn destination_rule(host: &str, spec: &Value) -> Value {
     let mut rule = json!({
         "apiVersion": "networking.istio.io/v1", "kind": "DestinationRule",
@@ -83,7 +83,7 @@ pub fn destination_rule(host: &str, spec: &Value) -> Value {
     rule
 }
 
-/// A VirtualService in `default` whose one `tcp` route leads to a subset.
+/// Returns a VirtualService in `default` for `host`, whose only `tcp` route leads to a subset of `to`.
 pub fn tcp_route(host: &str, to: &str, subset: &str) -> Value {
     json!({
         "apiVersion": "networking.istio.io/v1", "kind": "VirtualService",
@@ -92,7 +92,7 @@ pub fn tcp_route(host: &str, to: &str, subset: &str) -> Value {
     })
 }
 
-/// The same Service or EndpointSlice with a port that is not HTTP.
+/// Renames the ports of a Service or EndpointSlice to `tcp`, so that they are not HTTP.
 pub fn plain(mut object: Value) -> Value {
     let ports = if object["kind"] == "Service" { &mut object["spec"]["ports"] } else { &mut object["ports"] };
     for port in ports.as_array_mut().into_iter().flatten() {

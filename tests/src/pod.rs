@@ -1,4 +1,4 @@
-//! A pod of a node with a network of its own.
+//! A pod with its own network namespace.
 
 use std::process::{Command, Stdio};
 
@@ -6,20 +6,20 @@ use anyhow::Result;
 
 use crate::{Bed, Dialler, Namespace, Place, Process, link, unique};
 
-/// A pod with a network of its own, in the node's cgroup; it reaches what the node has in 10.0.0.0/8.
+/// A pod with its own network namespace, in the node's pod cgroup. It routes 10.0.0.0/8 through the node.
 #[derive(Debug)]
 pub struct Pod {
-    /// A client in it.
+    /// A test client that runs in the pod.
     pub client: Dialler,
-    /// Its network.
+    /// The pod's network namespace.
     pub namespace: Namespace,
 }
 
 impl Pod {
-    /// A new one, of this number on the node.
+    /// Creates a pod. `number` must be unique on the node: the pod's address is `192.168.{number}.1`.
     ///
     /// # Errors
-    /// The machine does not let one be made.
+    /// Returns an error if the namespace, its link, the route, or the client cannot be created.
     pub fn new(bed: &Bed, number: u8) -> Result<Self> {
         let namespace = Namespace::new(unique("pod"))?;
         let (inside, outside) = (format!("192.168.{number}.1/30"), format!("192.168.{number}.2/30"));
@@ -29,10 +29,10 @@ impl Pod {
         Ok(Self { client, namespace })
     }
 
-    /// Its own firewall resets all connections to an endpoint.
+    /// Makes the pod's own firewall reset all TCP connections to port 9080 of `address`.
     ///
     /// # Errors
-    /// There is no nft.
+    /// Returns an error if `nft` is missing or rejects the rule.
     pub fn rejects(&self, address: &str) -> Result<()> {
         let rule = format!("ip daddr {address} tcp dport 9080 reject with tcp reset");
         self.namespace
@@ -40,10 +40,10 @@ impl Pod {
         self.namespace.run("nft", &[&format!("add rule ip own out {rule}")])
     }
 
-    /// Starts a program in it, whose output is a pipe.
+    /// Starts a program in the pod, with stdout as a pipe.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// Returns an error if the program cannot be started.
     pub fn start(&self, bed: &Bed, program: &str, arguments: &[&str]) -> Result<Process> {
         let mut command = Command::new(program);
         command.args(arguments).stdout(Stdio::piped());

@@ -1,4 +1,4 @@
-//! Processes in a namespace and a cgroup, which end with the value.
+//! Processes in a namespace and a cgroup, which are killed when their values are dropped.
 
 use std::{
     env,
@@ -16,16 +16,16 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{Cgroup, Namespace, wait_until};
 
-/// Where a process runs.
+/// Where a process runs. `Default` inherits everything from the test.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Place<'a> {
-    /// Network namespace.
+    /// Network namespace; `None` inherits the test's.
     pub namespace: Option<&'a Namespace>,
-    /// Cgroup.
+    /// Cgroup; `None` inherits the test's.
     pub cgroup: Option<&'a Cgroup>,
 }
 
-/// A process that is killed with the value.
+/// A process that is killed when the value is dropped.
 #[derive(Debug)]
 pub struct Process {
     child: Child,
@@ -33,10 +33,10 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts a program there.
+    /// Starts a program in `place`.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// Returns an error if the namespace or the cgroup cannot be entered, or if the program cannot be started.
     pub fn spawn(mut command: Command, place: Place<'_>) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let namespace = place.namespace.map(Namespace::open).transpose()?;
@@ -44,7 +44,7 @@ impl Process {
         // SAFETY: the closure only makes system calls with descriptors that were opened before the fork.
         unsafe {
             command.pre_exec(move || {
-                // Nothing may outlive the test, even one that is killed.
+                // No process may outlive the test, even a test that is killed.
                 if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
                     return Err(io::Error::last_os_error());
                 }
@@ -65,39 +65,39 @@ impl Process {
         Ok(Self { child, name })
     }
 
-    /// The process itself.
+    /// Returns the underlying [`Child`], for its pipes and its status.
     pub fn child(&mut self) -> &mut Child {
         &mut self.child
     }
 
-    /// Its id.
+    /// Returns the process ID.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// Sends a signal.
+    /// Sends a signal to the process.
     ///
     /// # Errors
-    /// The process is gone.
+    /// Returns an error if the process no longer exists.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         kill_process(Pid::from_child(&self.child), signal).with_context(|| format!("cannot signal {}", self.name))
     }
 
-    /// Waits for its end.
+    /// Waits until the process exits, for at most `bound` times [`patience`](crate::patience).
     ///
     /// # Errors
-    /// It does not end in time.
+    /// Returns an error if the process is still running after that time.
     pub fn wait(&mut self, bound: Duration) -> Result<ExitStatus> {
         let name = self.name.clone();
-        wait_until(&format!("{name} to end"), bound, || match self.child.try_wait()? {
+        wait_until(&format!("{name} to exit"), bound, || match self.child.try_wait()? {
             Some(status) => Ok(status),
-            None => bail!("it runs"),
+            None => bail!("still running"),
         })
     }
 
-    /// Ends it at once.
+    /// Kills the process with SIGKILL and reaps it.
     pub fn kill(&mut self) {
-        // An error means that it has ended already.
+        // An error means that it has exited already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -114,13 +114,13 @@ fn procs_of(cgroup: &Cgroup) -> Result<File> {
     OpenOptions::new().write(true).open(&path).with_context(|| format!("cannot open {}", path.display()))
 }
 
-/// A binary of this workspace, beside the one that runs.
+/// Returns the path of a workspace binary, in the build directory of the running one.
 ///
 /// # Errors
-/// It was not built.
+/// Returns an error if the binary was not built.
 pub fn binary(name: impl AsRef<OsStr>) -> Result<PathBuf> {
     let own = env::current_exe()?;
-    // Tests lie in a folder of their own, where one may have a program's name.
+    // Test executables are in `deps`, where one may have the same name as a program.
     let mut folders = own.ancestors().skip(1).filter(|folder| !folder.ends_with("deps"));
     let found = folders.next().map(|folder| folder.join(name.as_ref())).filter(|path| path.is_file());
     let missing = || format!("{} is not built; run: cargo xtask test", Path::new(name.as_ref()).display());

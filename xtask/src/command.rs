@@ -1,4 +1,4 @@
-//! Running other programs.
+//! Helpers to find and run other programs.
 
 use std::{
     env, fs,
@@ -8,42 +8,42 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// The root of the repository.
+/// Returns the root directory of the repository.
 pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new(".")).to_owned()
 }
 
-/// The cargo that runs this.
+/// Returns a command for the cargo that runs xtask, in the repository's root.
 pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root()).args(arguments);
     command
 }
 
-/// Where cargo puts what it builds.
+/// Returns cargo's target directory.
 pub(crate) fn cargo_target() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), Into::into)
 }
 
-/// Runs a program, and shows what it says.
+/// Runs a program with inherited output, and fails if it exits with an error.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let name = show(command);
     let status = command.status().with_context(|| format!("cannot start {name}"))?;
-    ensure!(status.success(), "{name} ended with {status}");
+    ensure!(status.success(), "{name} failed with {status}");
     Ok(())
 }
 
-/// Runs a program for what it says.
+/// Runs a program and returns its stdout; stderr becomes part of the error.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let name = show(command);
     let output = command.output().with_context(|| format!("cannot start {name}"))?;
     if !output.status.success() {
-        bail!("{name} ended with {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+        bail!("{name} failed with {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Where a program is: on PATH, among those for administrators, or where Debian keeps PostgreSQL's.
+/// Searches a program on PATH, in the sbin directories, and in Debian's directories for PostgreSQL.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
@@ -52,11 +52,11 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
     folders.map(|folder| folder.join(program)).find(|file| file.is_file())
 }
 
-/// Stops where root is missing.
+/// Fails unless the process runs as root. `what` is the subject of the message.
 pub(crate) fn need_root(what: &str) -> Result<()> {
     ensure!(
         rustix::process::geteuid().is_root(),
-        "{what} loads eBPF programs and makes network namespaces: run it as root"
+        "{what} loads eBPF programs and creates network namespaces: run it as root"
     );
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask demo`
+//! `cargo xtask demo`: builds what the demo needs, and runs its scenarios.
 
 use std::process::ExitCode;
 
@@ -11,27 +11,27 @@ use crate::{
     packages, toolchain,
 };
 
-/// How to play.
+/// Options of the demo.
 #[derive(Debug, Args)]
-#[command(after_help = plays())]
+#[command(after_help = list_scenarios())]
 pub(crate) struct DemoArgs {
-    /// Only the plays whose name contains this
+    /// Run only the scenarios whose name contains this
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
-    /// Have the agents read from API servers (a stand-in for each cluster), in place of files
+    /// Have the agents read from API servers (one stand-in per cluster) instead of files
     #[arg(long)]
     kubernetes: bool,
-    /// Leave the last clusters running to look at, until interrupted
+    /// Keep the last clusters running for inspection, until interrupted
     #[arg(long)]
     keep: bool,
-    /// All steps as JSON at the end
+    /// Print all steps as JSON at the end
     #[arg(long)]
     json: bool,
 }
 
-fn plays() -> String {
-    let plays = demo::plays().map(|(name, about)| format!("  {name:<20} {about}\n"));
-    format!("Plays:\n{}", plays.collect::<String>())
+fn list_scenarios() -> String {
+    let scenarios = demo::plays().map(|(name, about)| format!("  {name:<20} {about}\n"));
+    format!("Scenarios:\n{}", scenarios.collect::<String>())
 }
 
 pub(crate) fn run(args: &DemoArgs) -> Result<ExitCode> {
@@ -40,7 +40,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<ExitCode> {
         let names: Vec<&str> = demo::plays().map(|(name, _)| name).collect();
         ensure!(
             names.iter().any(|name| name.contains(only.as_str())),
-            "--only {only}: the plays are {}",
+            "--only {only} matches no scenario; available: {}",
             names.join(", ")
         );
     }
@@ -49,19 +49,20 @@ pub(crate) fn run(args: &DemoArgs) -> Result<ExitCode> {
     demo::run(&Options { only: args.only.clone(), keep: args.keep, kubernetes: args.kubernetes, json: args.json })
 }
 
-/// Everything that clusters are made of.
+/// Sets up the toolchain and packages, and builds the agent and the test programs.
 pub(crate) fn prepare() -> Result<()> {
     toolchain::ensure(false)?;
     packages::ensure_programs(&packages::BENCH)?;
     run_command(&mut cargo(&["build", "--quiet", "--package", "portolan", "--package", "portolan-tests", "--bins"]))
 }
 
-/// An agent with another schema of the maps, which tests upgrade to: `portolan-next`, beside the real one.
+/// Builds an agent with another map schema as `portolan-next` next to the real one, for tests of upgrades.
 pub(crate) fn prepare_next() -> Result<()> {
     run_command(&mut cargo(&["build", "--quiet", "--package", "portolan", "--features", "next-schema"]))?;
     let built = cargo_target().join("debug");
-    // By another process: were it written here, it could not be run while a child of another thread holds it open.
+    // Copy in another process: a child that another thread forks meanwhile could inherit the file opened for writing,
+    // and running it would then fail with ETXTBSY.
     run_command(std::process::Command::new("cp").arg(built.join("portolan")).arg(built.join("portolan-next")))?;
-    // The real one again, which was not built anew but has to be put back.
+    // Put the real agent back in place. It is cached, so this compiles nothing.
     run_command(&mut cargo(&["build", "--quiet", "--package", "portolan"]))
 }

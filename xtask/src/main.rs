@@ -1,4 +1,4 @@
-//! Chores of the repository. Each does all its own set-up.
+//! Development tasks of the repository. Each does its own set-up.
 
 mod bench;
 mod command;
@@ -15,25 +15,26 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Parser;
 
-/// Chores of the repository. Each does all its own set-up on a fresh Debian machine with Rust.
+/// Development tasks of the repository. Each does its own set-up on a fresh Debian machine with Rust.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Task {
-    /// Finds or installs what the eBPF programs are built with
+    /// Finds or installs the toolchain for the eBPF programs
     Toolchain {
-        /// Begin anew, even if there is one
+        /// Set up from scratch, even if a toolchain exists
         #[arg(long)]
         force: bool,
     },
-    /// Plays the users' scenarios on two clusters made of network namespaces (needs root)
+    /// Runs the demo scenarios on two clusters made of network namespaces (needs root)
     Demo(demo::DemoArgs),
-    /// Runs everything that must hold: format, lints, unit tests, the chart, tests in the kernel, a smoke run of the benchmark, the demo (needs root)
+    /// Runs all checks: format, lints, unit tests, the chart, kernel tests, a smoke run of the benchmark, the demo
+    /// (needs root)
     Test(test::TestArgs),
-    /// Runs the tests in the kernel in this one and in Debian's 6.1 and 6.12, booted in QEMU (needs root)
+    /// Runs the kernel tests on this kernel, and on Debian's 6.1 and 6.12 in QEMU (needs root)
     Vm(vm::VmArgs),
-    /// Measures what Portolan costs, beside what stands in its place (needs root)
+    /// Measures the cost and speed of Portolan next to its alternatives (needs root)
     Bench(bench::BenchArgs),
-    /// Renders deploy/manifests from the chart, and checks both
+    /// Renders deploy/manifests from the chart, and validates both
     Manifests(manifests::ManifestArgs),
 }
 

@@ -1,4 +1,4 @@
-//! Debian packages that are installed where they are missing.
+//! Installs missing Debian packages.
 
 use std::{fs, io::Write as _, os::unix::fs::OpenOptionsExt as _, path::Path, process::Command};
 
@@ -6,11 +6,11 @@ use anyhow::{Result, bail};
 
 use crate::command::{find, run};
 
-/// Programs that the demo and the tests run, and their packages.
+/// Programs that the demo, the tests and the benchmark run, with their packages.
 pub(crate) const BENCH: [(&str, &str); 4] =
     [("ip", "iproute2"), ("bpftool", "bpftool"), ("nginx", "nginx-light"), ("curl", "curl")];
 
-/// Clients and servers that tests put through Service addresses, and their packages.
+/// Clients and servers that tests run through Service addresses, with their packages.
 pub(crate) const CLIENTS: [(&str, &str); 10] = [
     ("javac", "default-jdk-headless"),
     ("python3", "python3"),
@@ -24,15 +24,15 @@ pub(crate) const CLIENTS: [(&str, &str); 10] = [
     ("nft", "nftables"),
 ];
 
-/// What makes containers, and its packages; the profile is no program.
+/// What tests need to run containers, with packages. The second entry is a seccomp profile, found by its path.
 pub(crate) const CONTAINERS: [(&str, &str); 2] =
     [("runc", "runc"), ("/usr/share/containers/seccomp.json", "golang-github-containers-common")];
 
-/// What would stand in Portolan's place, and what fetches more of it.
+/// Alternatives that the benchmark compares with, with their packages. Python is needed to install Envoy.
 pub(crate) const PEERS: [(&str, &str); 4] =
     [("nft", "nftables"), ("iptables-legacy-restore", "iptables"), ("haproxy", "haproxy"), ("python3", "python3")];
 
-/// Programs that boot another kernel, and their packages.
+/// Programs that are needed to boot another kernel, with their packages.
 pub(crate) const VM: [(&str, &str); 7] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
@@ -43,27 +43,33 @@ pub(crate) const VM: [(&str, &str); 7] = [
     ("dpkg", "dpkg"),
 ];
 
-/// Makes sure that these programs are there.
+/// Installs the packages of those programs that are missing.
 pub(crate) fn ensure_programs(programs: &[(&str, &str)]) -> Result<()> {
     let missing: Vec<&str> =
         programs.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
     install(&missing)
 }
 
-/// Installs packages, or says what to install by hand.
+/// Installs packages.
+///
+/// # Errors
+/// Returns an error with the manual command if apt-get or root is missing, or if the installation fails.
 pub(crate) fn install(packages: &[&str]) -> Result<()> {
     if packages.is_empty() {
         return Ok(());
     }
-    let by_hand = format!("apt-get install --no-install-recommends {}", packages.join(" "));
+    let manual = format!("apt-get install --no-install-recommends {}", packages.join(" "));
     if find("apt-get").is_none() || !rustix::process::geteuid().is_root() {
-        bail!("these packages are missing; install them by hand (Debian's names): {by_hand}");
+        bail!(
+            "cannot install missing packages without apt-get and root; install them manually (Debian names): {manual}"
+        );
     }
     eprintln!("installing: {}", packages.join(" "));
     let _quiet = NoServices::begin()?;
     run(&mut apt(&["update", "-qq"]))?;
     let mut install = apt(&["install", "-qq", "--no-install-recommends"]);
-    run(install.args(packages)).map_err(|error| error.context(format!("by hand: {by_hand}")))
+    run(install.args(packages))
+        .map_err(|error| error.context(format!("cannot install packages; to do so manually: {manual}")))
 }
 
 fn apt(arguments: &[&str]) -> Command {
@@ -72,7 +78,7 @@ fn apt(arguments: &[&str]) -> Command {
     command
 }
 
-/// A package that brings a server shall not start it on this machine.
+/// Keeps packages from starting their services at installation, with a `policy-rc.d` that is removed on drop.
 struct NoServices {
     made: bool,
 }
@@ -93,7 +99,7 @@ impl NoServices {
 impl Drop for NoServices {
     fn drop(&mut self) {
         if self.made {
-            // It was there a moment ago; if somebody has removed it, that is fine.
+            // Best effort: it may already be gone.
             let _ = fs::remove_file(POLICY);
         }
     }

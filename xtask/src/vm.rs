@@ -1,7 +1,8 @@
-//! `cargo xtask vm`: the tests in the kernel, in other kernels than this machine's.
+//! `cargo xtask vm`: runs the kernel tests on other kernels than this machine's.
 //!
-//! Each kernel boots in QEMU with a file system in memory that holds the test binaries, the agent, the programs that they run, and the libraries of all of
-//! these. No disk, no network: what a test needs it makes for itself, as on this machine.
+//! Each kernel boots in QEMU with an initramfs that contains the test binaries, the agent, the programs that they run,
+//! and the shared libraries of all of these.
+//! The VM has no disk and no network: tests create what they need, as they do on this machine.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,11 +22,11 @@ use crate::{
     demo, packages,
 };
 
-/// Series of Debian's kernels that are tested.
+/// Debian kernel series that are tested by default.
 const SERIES: [&str; 2] = ["6.1", "6.12"];
-/// The files of tests that are about the kernel.
+/// Test binaries that exercise the kernel.
 const TESTS: [&str; 8] = ["lessons", "datapath", "datagrams", "algorithms", "limits", "outcomes", "restart", "storm"];
-/// Modules that tests need, where a kernel has them as modules, each after those that it needs itself.
+/// Kernel modules that tests need, in load order: each comes after its dependencies. Built-in ones are skipped.
 const MODULES: [&str; 10] = [
     "veth",
     "inet_diag",
@@ -38,64 +39,64 @@ const MODULES: [&str; 10] = [
     "ip6_udp_tunnel",
     "sctp",
 ];
-/// Programs that tests run.
+/// Programs that tests run inside the VM.
 const PROGRAMS: [&str; 2] = ["ip", "bpftool"];
-/// No run takes longer, even where every instruction is emulated.
+/// Time limit of one boot, generous enough for full emulation.
 const LIMIT: Duration = Duration::from_secs(3_600);
-/// What a line of the console begins with that is meant for this program.
+/// Prefix of console lines that carry a test result.
 const MARK: &str = "@vm ";
 
-/// Which kernels, and which tests.
+/// Options of `cargo xtask vm`.
 #[derive(Debug, Args)]
 pub(crate) struct VmArgs {
-    /// A kernel image to boot, in place of Debian's 6.1 and 6.12; may be given several times
+    /// Kernel image to boot instead of Debian's 6.1 and 6.12; repeatable
     #[arg(long, value_name = "PATH")]
     kernel: Vec<PathBuf>,
-    /// Folder with that kernel's modules (lib/modules/<version>), where it has parts as modules
+    /// Directory with that kernel's modules (lib/modules/<version>), if it is modular
     #[arg(long, value_name = "PATH")]
     modules: Option<PathBuf>,
-    /// Only these series of Debian's kernels
+    /// Debian kernel series to test; repeatable
     #[arg(long, value_name = "SERIES", default_values_t = SERIES.map(str::to_owned))]
     series: Vec<String>,
-    /// Only this file of tests; may be given several times
+    /// Run only this test binary; repeatable
     #[arg(long, value_name = "NAME")]
     test: Vec<String>,
-    /// Only tests whose name contains this
+    /// Run only tests whose name contains this
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
-    /// QEMU's accelerator: "kvm" is faster where it works
+    /// QEMU accelerator; "kvm" is faster where available
     #[arg(long, value_name = "NAME", default_value = "tcg,thread=multi")]
     accel: String,
-    /// Leave this machine's own kernel out
+    /// Skip this machine's own kernel
     #[arg(long)]
     no_host: bool,
-    /// Show everything that the kernels say
+    /// Show the whole console output of the VMs
     #[arg(long)]
     verbose: bool,
 }
 
-/// A kernel to boot.
+/// A kernel to boot, with its image and, if it is modular, its module directory.
 struct Kernel {
     name: String,
     image: PathBuf,
     modules: Option<PathBuf>,
 }
 
-/// What the verifier went through for a program.
+/// The number of instructions that the verifier processed for a program, and the budget for it.
 struct Counted {
     program: String,
     instructions: u32,
     budget: u32,
 }
 
-/// What came of the tests in one kernel.
+/// Test results on one kernel.
 struct Outcome {
     kernel: String,
-    /// Files of tests, and whether all of each passed.
+    /// Test binaries, and whether all tests of each passed.
     tests: Vec<(String, bool)>,
-    /// Instructions that the verifier went through, and may, by program.
+    /// Verifier statistics per program.
     programs: Vec<Counted>,
-    /// Files of tests in which the machine ended; each was begun anew in another one, once.
+    /// Test binaries during which the VM died. Each was retried once in a fresh VM.
     ended_in: Vec<String>,
     took: Duration,
 }
@@ -108,7 +109,7 @@ impl Outcome {
 
 pub(crate) fn run(args: &VmArgs) -> Result<ExitCode> {
     need_root("the test")?;
-    ensure!(cfg!(target_arch = "x86_64"), "other kernels can be booted on x86-64 only");
+    ensure!(cfg!(target_arch = "x86_64"), "cargo xtask vm supports only x86-64");
     demo::prepare()?;
     demo::prepare_next()?;
     packages::ensure_programs(&packages::VM)?;
@@ -131,41 +132,45 @@ pub(crate) fn run(args: &VmArgs) -> Result<ExitCode> {
     Ok(if outcomes.iter().all(Outcome::passed) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Debian's, or those that were asked for.
+/// Returns the kernels given with `--kernel`, or else Debian's.
 fn kernels(args: &VmArgs) -> Result<Vec<Kernel>> {
     if args.kernel.is_empty() {
         return args.series.iter().map(|series| debian(series)).collect();
     }
     let named = args.kernel.iter().map(|image| {
-        ensure!(image.is_file(), "--kernel {}: there is no such file", image.display());
+        ensure!(image.is_file(), "--kernel {}: no such file", image.display());
         let name = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Kernel { name, image: image.clone(), modules: args.modules.clone() })
     });
     named.collect()
 }
 
-/// The latest of Debian's kernels of a series; fetched once.
+/// Returns the latest Debian kernel of a series. It is downloaded once, and cached below `.toolchain`.
 fn debian(series: &str) -> Result<Kernel> {
     let folder = root().join(".toolchain/kernels").join(series);
     if !folder.join("boot").exists() {
-        ensure!(find("apt-cache").is_some(), "Debian's kernels come from apt; give another with --kernel PATH");
+        ensure!(
+            find("apt-cache").is_some(),
+            "downloading a Debian kernel needs apt; pass an image with --kernel PATH instead"
+        );
         let package = latest(series)?;
-        eprintln!("fetching {package}");
+        eprintln!("downloading {package}");
         fs::create_dir_all(&folder)?;
         run_command(Command::new("apt-get").args(["-qq", "download", &package]).current_dir(&folder))?;
         let fetched = entries(&folder)?.into_iter().find(|path| path.extension().is_some_and(|it| it == "deb"));
-        let fetched = fetched.with_context(|| format!("apt-get has not left {package}"))?;
+        let fetched = fetched.with_context(|| format!("apt-get download {package} left no .deb file"))?;
         run_command(Command::new("dpkg").arg("-x").arg(&fetched).arg(&folder))?;
         fs::remove_file(fetched)?;
     }
     let image = entries(&folder.join("boot"))?.into_iter().find(|path| named(path).starts_with("vmlinuz"));
-    let image = image.with_context(|| format!("{} holds no kernel; remove it, and try again", folder.display()))?;
+    let image =
+        image.with_context(|| format!("{} contains no kernel image; remove it and try again", folder.display()))?;
     let name = named(&image).trim_start_matches("vmlinuz-").to_owned();
     let modules = ["lib/modules", "usr/lib/modules"].map(|place| folder.join(place).join(&name));
     Ok(Kernel { modules: modules.into_iter().find(|place| place.exists()), name, image })
 }
 
-/// The package with the latest kernel of a series.
+/// Returns the name of the package with the latest kernel of a series.
 fn latest(series: &str) -> Result<String> {
     let pattern = format!("^linux-image-{}\\..*-cloud-amd64$", series.replace('.', "\\."));
     let search = || output(Command::new("apt-cache").args(["search", "--names-only", &pattern]));
@@ -180,10 +185,10 @@ fn latest(series: &str) -> Result<String> {
     };
     let names = found.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned);
     let latest = names.max_by_key(|name| numbers(name));
-    latest.with_context(|| format!("this Debian offers no kernel {series}; give one with --kernel PATH"))
+    latest.with_context(|| format!("apt offers no kernel {series}; pass an image with --kernel PATH"))
 }
 
-/// The executables of these files of tests.
+/// Builds these test binaries, and returns their names and paths in the given order.
 fn test_binaries(tests: &[&str]) -> Result<Vec<(String, PathBuf)>> {
     let mut build = cargo(&["test", "--quiet", "--package", "portolan-tests", "--no-run", "--message-format=json"]);
     for test in tests {
@@ -193,7 +198,7 @@ fn test_binaries(tests: &[&str]) -> Result<Vec<(String, PathBuf)>> {
     let messages = built.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let mut found: Vec<(String, PathBuf)> = messages
         .filter_map(|message| {
-            // Programs may have the names of tests.
+            // Other targets can have the same name as a test.
             let is_test = message["target"]["kind"].as_array()?.iter().any(|kind| kind == "test");
             let executable = message["executable"].as_str().filter(|_| is_test)?;
             Some((message["target"]["name"].as_str()?.to_owned(), PathBuf::from(executable)))
@@ -201,11 +206,11 @@ fn test_binaries(tests: &[&str]) -> Result<Vec<(String, PathBuf)>> {
         .collect();
     found.retain(|(name, _)| tests.contains(&name.as_str()));
     found.sort_by_key(|(name, _)| tests.iter().position(|test| test == name));
-    ensure!(found.len() == tests.len(), "of {tests:?} only {found:?} were built");
+    ensure!(found.len() == tests.len(), "expected the test binaries {tests:?}, but cargo built only {found:?}");
     Ok(found)
 }
 
-/// The same tests in this machine's kernel.
+/// Runs the tests on this machine's kernel.
 fn host(binaries: &[(String, PathBuf)], filter: Option<&str>) -> Result<Outcome> {
     let began = Instant::now();
     let (mut tests, mut programs) = (Vec::new(), Vec::new());
@@ -214,7 +219,7 @@ fn host(binaries: &[(String, PathBuf)], filter: Option<&str>) -> Result<Outcome>
         command.arg("--nocapture").args(filter).stdout(Stdio::piped()).stderr(Stdio::null()).env("RUST_BACKTRACE", "0");
         let mut child = command.spawn()?;
         let mut log = Vec::new();
-        for line in BufReader::new(child.stdout.take().context("no stdout")?).lines() {
+        for line in BufReader::new(child.stdout.take().context("the test has no stdout pipe")?).lines() {
             let line = line?;
             programs.extend(counted(&line));
             log.push(line);
@@ -230,8 +235,11 @@ fn host(binaries: &[(String, PathBuf)], filter: Option<&str>) -> Result<Outcome>
     Ok(Outcome { kernel, tests, programs, ended_in: Vec::new(), took: began.elapsed() })
 }
 
-/// All files of tests in a kernel. Where the machine ends in the midst of one, which is a failure whatever it was, that one and the rest are run in a
-/// fresh machine, so that more is known of them; but not a third time.
+/// Runs all test binaries on a kernel.
+///
+/// If the VM dies during one, the run counts as failed.
+/// That binary and the remaining ones continue in a fresh VM, to get more results.
+/// If a VM dies in the same binary again, this returns an error.
 fn all_of(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Result<Outcome> {
     let mut outcome = boot(kernel, binaries, args)?;
     while outcome.tests.len() < binaries.len() {
@@ -239,10 +247,10 @@ fn all_of(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Res
         let name = rest[0].0.clone();
         ensure!(
             !outcome.ended_in.contains(&name),
-            "kernel {} ended in {name} again; what it said is above",
+            "the VM with kernel {} died in {name} again; see its console output above",
             kernel.name
         );
-        eprintln!("  the machine has ended in {name}; what it said last is above. A fresh one goes on from there");
+        eprintln!("  the VM died in {name}; see its console output above. Continuing in a fresh VM");
         outcome.ended_in.push(name);
         let more = boot(kernel, rest, args)?;
         outcome.tests.extend(more.tests);
@@ -252,7 +260,7 @@ fn all_of(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Res
     Ok(outcome)
 }
 
-/// Boots a kernel, and follows its console until it powers off, or ends otherwise.
+/// Boots a kernel, and reads test results from its console until it powers off or dies.
 fn boot(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Result<Outcome> {
     let began = Instant::now();
     let folder = tempfile::tempdir()?;
@@ -265,7 +273,7 @@ fn boot(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Resul
     qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut qemu = qemu.spawn().context("cannot start qemu-system-x86_64")?;
     let id = rustix::process::Pid::from_child(&qemu);
-    // A machine that hangs is switched off; then its console ends.
+    // The watchdog kills a VM that hangs, which closes its console.
     let (done, watch) = std::sync::mpsc::channel::<()>();
     let watchdog = std::thread::spawn(move || {
         if watch.recv_timeout(LIMIT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
@@ -273,7 +281,7 @@ fn boot(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Resul
         }
     });
     let (mut tests, mut programs, mut log) = (Vec::new(), Vec::new(), Vec::new());
-    let mut console = BufReader::new(qemu.stdout.take().context("no console")?);
+    let mut console = BufReader::new(qemu.stdout.take().context("qemu has no stdout pipe")?);
     let mut line = Vec::new();
     while console.read_until(b'\n', &mut line)? > 0 {
         let text = String::from_utf8_lossy(&line).trim_end().to_owned();
@@ -309,7 +317,7 @@ fn boot(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Resul
     Ok(Outcome { kernel: kernel.name.clone(), tests, programs, ended_in: Vec::new(), took: began.elapsed() })
 }
 
-/// What the machine boots from: a file system in memory.
+/// Builds the initramfs, and returns the path of the image.
 fn file_system(
     kernel: &Kernel,
     binaries: &[(String, PathBuf)],
@@ -320,15 +328,15 @@ fn file_system(
     for place in ["bin", "proc", "sys", "dev", "run/netns", "tmp", "etc", "tests/deps", "modules"] {
         fs::create_dir_all(tree.join(place))?;
     }
-    let busybox = find("busybox").context("no busybox")?;
+    let busybox = find("busybox").context("busybox is not installed")?;
     fs::copy(&busybox, tree.join("bin/busybox"))?;
     let mut libraries = BTreeSet::new();
     for program in PROGRAMS {
-        let path = fs::canonicalize(find(program).with_context(|| format!("no {program}"))?)?;
+        let path = fs::canonicalize(find(program).with_context(|| format!("{program} is not installed"))?)?;
         fs::copy(&path, tree.join("bin").join(program))?;
         libraries.extend(libraries_of(&path)?);
     }
-    let built = binaries[0].1.ancestors().nth(2).context("a test binary without a folder")?;
+    let built = binaries[0].1.ancestors().nth(2).context("a test binary has no grandparent directory")?;
     for name in ["portolan", "portolan-next", "dial", "storm"] {
         libraries.extend(install(&built.join(name), &tree.join("tests").join(name))?);
     }
@@ -342,7 +350,7 @@ fn file_system(
     }
     let mut modules = Vec::new();
     for (i, name) in MODULES.iter().enumerate() {
-        // A kernel that has it built in has no file of it.
+        // A built-in module has no file.
         if let Some(file) = kernel.modules.as_deref().and_then(|folder| module(folder, name)) {
             unpack(&file, &tree.join(format!("modules/{i}-{name}.ko")))?;
             modules.push(format!("/modules/{i}-{name}.ko"));
@@ -356,7 +364,7 @@ fn file_system(
     Ok(image)
 }
 
-/// The first process of the machine.
+/// Returns the init script of the VM.
 fn script(modules: &[String], binaries: &[(String, PathBuf)], filter: Option<&str>) -> String {
     let mut lines: Vec<String> = [
         "#!/bin/busybox sh",
@@ -383,7 +391,7 @@ fn script(modules: &[String], binaries: &[(String, PathBuf)], filter: Option<&st
     lines.join("\n") + "\npoweroff -f\n"
 }
 
-/// Copies an executable without what only a debugger needs, and gives its libraries.
+/// Copies an executable without debug information, and returns its shared libraries.
 fn install(from: &Path, to: &Path) -> Result<Vec<PathBuf>> {
     run_command(Command::new("strip").arg("--strip-debug").arg("-o").arg(to).arg(from))?;
     libraries_of(from)
@@ -395,7 +403,7 @@ fn libraries_of(program: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths.map(PathBuf::from).collect())
 }
 
-/// The file of a kernel's module.
+/// Returns the file of a kernel module, or `None` if there is none.
 fn module(folder: &Path, name: &str) -> Option<PathBuf> {
     let mut folders = vec![folder.join("kernel")];
     while let Some(folder) = folders.pop() {
@@ -430,12 +438,12 @@ fn pack(tree: &Path, image: &Path) -> Result<()> {
     let mut cpio = Command::new("cpio");
     cpio.args(["--quiet", "-o", "-H", "newc"]).current_dir(tree).stdin(Stdio::piped()).stdout(fs::File::create(image)?);
     let mut cpio = cpio.spawn().context("cannot start cpio")?;
-    cpio.stdin.take().context("no stdin")?.write_all(names.as_bytes())?;
-    ensure!(cpio.wait()?.success(), "cpio cannot pack the file system");
+    cpio.stdin.take().context("cpio has no stdin pipe")?.write_all(names.as_bytes())?;
+    ensure!(cpio.wait()?.success(), "cpio failed to pack the initramfs");
     Ok(())
 }
 
-/// A program and the instructions that the verifier went through, as the tests print them.
+/// Parses a line `verified program NAME COUNT of BUDGET` from the output of the tests.
 fn counted(line: &str) -> Option<Counted> {
     let mut words = line.split("verified program ").nth(1)?.split_whitespace();
     let (program, instructions) = (words.next()?.to_owned(), words.next()?.parse().ok()?);
@@ -450,17 +458,17 @@ fn print(outcomes: &[Outcome]) {
             outcome.tests.iter().filter(|(_, passed)| !passed).map(|(name, _)| name.as_str()).collect();
         let verdict = match (outcome.passed(), failed.as_slice()) {
             (true, _) => "passed".to_owned(),
-            (false, []) => "FAILED: a machine has ended".to_owned(),
+            (false, []) => "FAILED: a VM died".to_owned(),
             (false, failed) => format!("FAILED: {}", failed.join(", ")),
         };
         println!(
-            "{:<28} {} files of tests, {:.0} s: {verdict}",
+            "{:<28} {} test binaries, {:.0} s: {verdict}",
             outcome.kernel,
             outcome.tests.len(),
             outcome.took.as_secs_f64()
         );
         for name in &outcome.ended_in {
-            println!("{:<28} its machine ended once in {name}, which was run again in a fresh one", "");
+            println!("{:<28} its VM died once in {name}, which was retried in a fresh VM", "");
         }
     }
     let programs = outcomes.iter().flat_map(|outcome| &outcome.programs);
@@ -468,7 +476,7 @@ fn print(outcomes: &[Outcome]) {
     if budgets.is_empty() {
         return;
     }
-    println!("\ninstructions that the verifier went through:");
+    println!("\ninstructions processed by the verifier:");
     print!("{:<14}", "program");
     outcomes.iter().for_each(|outcome| print!("{:>28}", outcome.kernel));
     println!("{:>10}", "budget");

@@ -1,8 +1,12 @@
-//! The benchmark's client, and its server. Both read tasks from stdin, a line of JSON each, and answer each with a line.
+//! The benchmark's load generator and server.
+//! Both read tasks from stdin, one JSON object per line, and answer each with a line on stdout.
 //!
-//! `bench-load client CPU` dials. `bench-load server CPU ADDRESS…` listens on three ports of each address: on the first, a byte comes back as it was
-//! sent, or `--answer BYTE` in its place, by TCP and by UDP; the second swallows what it gets, and answers each MiB; connections to the third wait
-//! until they are all taken at once.
+//! `bench-load client CPU` generates load.
+//! `bench-load server CPU [--answer BYTE] ADDRESS:PORT…` listens on three consecutive ports of each address:
+//!
+//! 1. Echo, over TCP and UDP. Over TCP, `--answer BYTE` replaces every byte with this one.
+//! 2. Sink: discards what it receives, and sends one byte after each MiB.
+//! 3. Queue: connections wait in the listen queue until [`Task::Empty`] accepts all of them.
 
 use std::{
     collections::HashMap,
@@ -26,15 +30,15 @@ use rustix::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// What fits into a server's queue (`net.core.somaxconn`).
+/// Listen backlog of the server (the default of `net.core.somaxconn`).
 const QUEUE: i32 = 4_096;
 const MIB: usize = 1 << 20;
-/// A thread of a watch needs little.
+/// Stack size of the threads of a watch, in bytes.
 const STACK: usize = 128 << 10;
-/// Until all of them are there.
+/// Time for all threads of a watch to start.
 const START: Duration = Duration::from_millis(300);
-/// A request that hangs for so long has failed.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Timeout of connects and reads; a request that hangs longer counts as failed.
+const TIMEOUT: Duration = Duration::from_secs(2);
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -91,7 +95,7 @@ fn client(task: Task) -> Result<Measurement> {
             })?
         }
         Task::Watch { to, rate, seconds, threads } => watch(to, rate, seconds, threads)?,
-        Task::Empty => bail!("only a server has a queue"),
+        Task::Empty => bail!("the client has no listen queue: send Empty to the server"),
         Task::Spent => return Ok(Measurement { spent: spent(), ..Measurement::default() }),
     };
     answer.seconds = began.elapsed().as_secs_f64();
@@ -99,13 +103,13 @@ fn client(task: Task) -> Result<Measurement> {
     Ok(answer)
 }
 
-/// Processor time of this process so far, nanoseconds.
+/// Returns the CPU time of this process so far, in nanoseconds.
 fn spent() -> f64 {
     let now = clock_gettime(ClockId::ProcessCPUTime);
     now.tv_sec as f64 * 1e9 + now.tv_nsec as f64
 }
 
-/// Times each of so many.
+/// Runs an operation `count` times, and times each run.
 fn each(count: usize, mut one: impl FnMut(usize) -> Result<()>) -> Result<Measurement> {
     let mut times = Vec::with_capacity(count);
     for i in 0..count {
@@ -116,6 +120,7 @@ fn each(count: usize, mut one: impl FnMut(usize) -> Result<()>) -> Result<Measur
     Ok(of(times))
 }
 
+/// Summarizes durations.
 fn of(mut times: Vec<Duration>) -> Measurement {
     times.sort_unstable();
     let last = times.len().saturating_sub(1) as f64;
@@ -123,7 +128,7 @@ fn of(mut times: Vec<Duration>) -> Measurement {
     Measurement { percentiles: [0.5, 0.9, 0.99, 0.999].map(at), count: times.len(), ..Measurement::default() }
 }
 
-/// A socket that is closed with a reset: no port waits for anything.
+/// Returns a socket that is closed with a RST, so that no port stays in TIME_WAIT.
 fn stream_socket() -> Result<Socket> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.set_linger(Some(Duration::ZERO))?;
@@ -132,12 +137,12 @@ fn stream_socket() -> Result<Socket> {
 
 fn datagram_socket() -> Result<UdpSocket> {
     let socket = UdpSocket::bind("0.0.0.0:0")?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(TIMEOUT))?;
     Ok(socket)
 }
 
 fn connects(to: SocketAddr, count: usize, rate: Option<f64>) -> Result<Measurement> {
-    ensure!(count <= QUEUE as usize, "{count} connections do not fit into the server's queue of {QUEUE}");
+    ensure!(count <= QUEUE as usize, "{count} connections exceed the server's listen backlog of {QUEUE}");
     let to = to.into();
     let mut times = Vec::with_capacity(count);
     let start = Instant::now();
@@ -162,8 +167,8 @@ fn connects(to: SocketAddr, count: usize, rate: Option<f64>) -> Result<Measureme
 fn request(to: SocketAddr) -> Result<u8> {
     let socket = stream_socket()?;
     socket.set_tcp_nodelay(true)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
-    socket.connect_timeout(&to.into(), PATIENCE)?;
+    socket.set_read_timeout(Some(TIMEOUT))?;
+    socket.connect_timeout(&to.into(), TIMEOUT)?;
     round_trip(&mut socket.into())
 }
 
@@ -183,12 +188,12 @@ fn bulk(to: SocketAddr, bytes: usize) -> Result<Measurement> {
     })
 }
 
-/// Open loop: requests begin when they should, whatever becomes of the others.
+/// Makes requests in an open loop: each starts on schedule, regardless of earlier ones.
 fn watch(to: SocketAddr, rate: f64, seconds: f64, threads: usize) -> Result<Measurement> {
     let total = (rate * seconds) as usize;
     let (next, watched) = (AtomicUsize::new(0), Mutex::new(Vec::with_capacity(total)));
     let start = Instant::now() + START;
-    let one_after_the_other = || {
+    let worker = || {
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
             if i >= total {
@@ -208,7 +213,7 @@ fn watch(to: SocketAddr, rate: f64, seconds: f64, threads: usize) -> Result<Meas
     };
     thread::scope(|scope| -> Result<()> {
         for _ in 0..threads {
-            thread::Builder::new().stack_size(STACK).spawn_scoped(scope, one_after_the_other)?;
+            thread::Builder::new().stack_size(STACK).spawn_scoped(scope, worker)?;
         }
         Ok(())
     })?;
@@ -235,13 +240,13 @@ fn server(cpu: &str, addresses: &[&str], answer: Option<u8>) -> Result<()> {
         thread::Builder::new().name("datagrams".to_owned()).spawn(move || {
             let mut buffer = [0; 512];
             while let Ok((len, from)) = datagrams.recv_from(&mut buffer) {
-                // A client that has gone away is no concern of the server's.
+                // Best effort: the client may be gone.
                 let _ = datagrams.send_to(&buffer[..len], from);
             }
         })?;
         thread::Builder::new().name("sink".to_owned()).spawn(move || {
             for stream in sink.incoming().flatten() {
-                let _ = swallow(stream);
+                let _ = discard(stream);
             }
         })?;
     }
@@ -260,7 +265,7 @@ fn server(cpu: &str, addresses: &[&str], answer: Option<u8>) -> Result<()> {
                 }
             }
             Task::Spent => {}
-            _ => bail!("a server does not dial"),
+            _ => bail!("the server handles only Empty and Spent"),
         }
         Ok(Measurement { spent: spent(), ..Measurement::default() })
     })
@@ -274,7 +279,8 @@ fn listen(address: SocketAddr) -> Result<TcpListener> {
     Ok(socket.into())
 }
 
-fn swallow(mut stream: TcpStream) -> io::Result<()> {
+/// Discards what a client sends, and acknowledges each MiB.
+fn discard(mut stream: TcpStream) -> io::Result<()> {
     let mut buffer = vec![0; MIB];
     loop {
         stream.read_exact(&mut buffer)?;
@@ -282,7 +288,7 @@ fn swallow(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
-/// One thread for all connections.
+/// Serves all echo connections in one thread, with epoll. Returns only on an error.
 fn echo_all(listeners: &[TcpListener], answer: Option<u8>) -> Result<()> {
     let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     let id = |descriptor: i32| epoll::EventData::new_u64(descriptor as u64);
@@ -311,12 +317,12 @@ fn echo_all(listeners: &[TcpListener], answer: Option<u8>) -> Result<()> {
             }
             let Some(stream) = streams.get_mut(&which) else { continue };
             let mut bytes = [0; 64];
-            let goes_on = match stream.read(&mut bytes) {
+            let keep_open = match stream.read(&mut bytes) {
                 Ok(0) => false,
                 Ok(len) => stream.write_all(&answer.map_or(bytes, |own| [own; 64])[..len]).is_ok(),
                 Err(error) => error.kind() == ErrorKind::WouldBlock,
             };
-            if !goes_on {
+            if !keep_open {
                 streams.remove(&which);
             }
         }

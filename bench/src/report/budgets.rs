@@ -1,4 +1,4 @@
-//! What was promised, held against what was measured.
+//! Performance budgets, and whether the measured figures meet them.
 
 use serde::Serialize;
 
@@ -8,30 +8,30 @@ use crate::{
     reaction::Death,
 };
 
-/// What was promised, and what was measured.
+/// One budget with its measured figure, as text for the report.
 #[derive(Serialize)]
 pub(super) struct Budget {
     pub(super) what: String,
     pub(super) goal: String,
     pub(super) measured: String,
-    pub(super) verdict: PolicyOutput,
+    pub(super) verdict: Verdict,
 }
 
-/// Whether it was held.
+/// Whether a figure meets its budget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub(super) enum PolicyOutput {
+pub(super) enum Verdict {
     Met,
     NotMet,
-    /// The goal lies within the interval: it cannot be told.
+    /// Inconclusive: the goal lies within the confidence interval, or there is none.
     Open,
 }
 
-impl PolicyOutput {
+impl Verdict {
     fn of(met: bool) -> Self {
         if met { Self::Met } else { Self::NotMet }
     }
 
-    /// Whether a figure is surely at most, or surely more than that.
+    /// Checks an upper limit against the confidence interval.
     fn at_most(figure: Median, goal: f64) -> Self {
         match figure.interval {
             Some((_, high)) if high <= goal => Self::Met,
@@ -40,7 +40,7 @@ impl PolicyOutput {
         }
     }
 
-    /// The other way round.
+    /// Checks a lower limit against the confidence interval.
     fn at_least(figure: Median, goal: f64) -> Self {
         match figure.interval {
             Some((low, _)) if low >= goal => Self::Met,
@@ -49,7 +49,7 @@ impl PolicyOutput {
         }
     }
 
-    /// Whether a ratio is surely 1, by three in a hundred.
+    /// Checks that a ratio is 1, with a tolerance of 3 %.
     fn equal(ratio: Median) -> Self {
         match ratio.interval {
             Some((low, high)) if low >= 0.97 && high <= 1.03 => Self::Met,
@@ -62,16 +62,16 @@ impl PolicyOutput {
         match self {
             Self::Met => "met",
             Self::NotMet => "not met",
-            Self::Open => "cannot be told",
+            Self::Open => "inconclusive",
         }
     }
 }
 
 impl Report {
-    /// Holds the figures against the budgets.
+    /// Evaluates all budgets on the figures so far.
     pub(crate) fn judge(&mut self) {
         let mut budgets = Vec::new();
-        let mut add = |what: String, goal: String, measured: String, verdict: PolicyOutput| {
+        let mut add = |what: String, goal: String, measured: String, verdict: Verdict| {
             budgets.push(Budget { what, goal, measured, verdict });
         };
         let arm = |name: &str| self.arms.iter().find(|arm| arm.name == name && !arm.rounds.is_empty());
@@ -82,31 +82,31 @@ impl Report {
             for (measure, of) in [("connect p50", "p50"), ("connect p99", "p99")] {
                 if let Some(ratio) = hit.ratios.get(measure) {
                     let what = format!("connect() through Portolan / direct, {of}, {services} services");
-                    add(what, "≤ 1.05".to_owned(), with_interval(*ratio), PolicyOutput::at_most(*ratio, 1.05));
+                    add(what, "≤ 1.05".to_owned(), with_interval(*ratio), Verdict::at_most(*ratio, 1.05));
                 }
             }
             if let Some(ratio) = arm(&format!("nftables, {services}")).and_then(|dnat| ratio(dnat, hit, "connect p50"))
             {
-                let what = format!("connect() by DNAT (nftables) / through Portolan, p50, {services} services");
-                add(what, "≥ 3".to_owned(), with_interval(ratio), PolicyOutput::at_least(ratio, 3.0));
+                let what = format!("connect() with DNAT (nftables) / through Portolan, p50, {services} services");
+                add(what, "≥ 3".to_owned(), with_interval(ratio), Verdict::at_least(ratio, 3.0));
             }
         }
         if let Some(hit) = services.first().and_then(|first| arm(&format!("hit, {first}"))) {
             for proxy in ["Envoy", "HAProxy"] {
                 if let Some(ratio) = arm(proxy).and_then(|proxy| ratio(hit, proxy, "requests per second")) {
                     let what =
-                        format!("connections per second, one request each, one client, through Portolan / {proxy}");
-                    add(what, "≥ 3".to_owned(), with_interval(ratio), PolicyOutput::at_least(ratio, 3.0));
+                        format!("requests per second, one connection each, one client, through Portolan / {proxy}");
+                    add(what, "≥ 3".to_owned(), with_interval(ratio), Verdict::at_least(ratio, 3.0));
                 }
             }
             for measure in ["round trip p50", "MiB per second"] {
                 if let Some(ratio) = hit.ratios.get(measure) {
                     let what = format!("{measure} on an open connection / direct");
-                    add(what, "no difference (3 %)".to_owned(), with_interval(*ratio), PolicyOutput::equal(*ratio));
+                    add(what, "no difference (3 %)".to_owned(), with_interval(*ratio), Verdict::equal(*ratio));
                 }
             }
         }
-        // The programs that look at packets are attached where a rule counts errors of HTTP ports: with one service, none does.
+        // Packet inspection is attached only if a rule counts HTTP errors. With one Service, none does.
         if let (Some(first), Some(last)) = (services.first(), services.last())
             && let (Some(without), Some(with)) = (arm(&format!("hit, {first}")), arm(&format!("hit, {last}")))
             && *first == 1
@@ -114,71 +114,56 @@ impl Report {
         {
             let what = |measure: &str| {
                 format!(
-                    "{measure} of a connection that no rule looks at, while those of others are looked at / while none is"
+                    "{measure} of an uninspected connection, with packet inspection for other connections / without"
                 )
             };
             if let Some(ratio) = ratio(with, without, "round trip p50") {
-                let verdict = PolicyOutput::at_most(ratio, 1.03);
+                let verdict = Verdict::at_most(ratio, 1.03);
                 add(what("round trip p50"), "≤ 1.03".to_owned(), with_interval(ratio), verdict);
             }
             if let Some(ratio) = ratio(with, without, "MiB per second") {
-                let verdict = PolicyOutput::at_least(ratio, 0.97);
+                let verdict = Verdict::at_least(ratio, 0.97);
                 add(what("MiB per second"), "≥ 0.97".to_owned(), with_interval(ratio), verdict);
             }
         }
         for row in self.kernel.iter().filter(|row| row.services == 1 && row.threads == 1 || row.services > 1) {
-            let net = |figure: f64| format!("{figure:.0} ns, of which {:.0} ns are the counting", row.nothing);
-            let what = format!("connect4 in the kernel, a hit, {} services", row.services);
-            add(what, "≤ 300 ns".to_owned(), net(row.hit), PolicyOutput::of(row.hit <= 300.0));
-            let what = format!("connect4 in the kernel, a miss, {} services", row.services);
-            add(what, "≤ 100 ns".to_owned(), net(row.miss), PolicyOutput::of(row.miss <= 100.0));
+            let net = |figure: f64| format!("{figure:.0} ns, including {:.0} ns for statistics", row.nothing);
+            let what = format!("connect4 run time, hit, {} services", row.services);
+            add(what, "≤ 300 ns".to_owned(), net(row.hit), Verdict::of(row.hit <= 300.0));
+            let what = format!("connect4 run time, miss, {} services", row.services);
+            add(what, "≤ 100 ns".to_owned(), net(row.miss), Verdict::of(row.miss <= 100.0));
         }
-        // The most services, with rules for all of them.
+        // The last row without a DestinationRule per Service: the largest table with only the shared rules.
         if let Some(last) = self.tables.iter().rev().find(|row| row.rules < row.services) {
-            let what = format!("one endpoint changed to published, p99, {} services", last.services);
-            add(
-                what,
-                "≤ 1 ms".to_owned(),
-                format!("{:.3} ms", last.change[1]),
-                PolicyOutput::of(last.change[1] <= 1.0),
-            );
-            let what = format!("full table from empty, {} services, {} endpoints", last.services, last.endpoints);
+            let what = format!("endpoint change to publication, p99, {} services", last.services);
+            add(what, "≤ 1 ms".to_owned(), format!("{:.3} ms", last.change[1]), Verdict::of(last.change[1] <= 1.0));
+            let what = format!("full table from scratch, {} services, {} endpoints", last.services, last.endpoints);
             let whole = last.policy + last.written;
-            add(what, "≤ 1 s".to_owned(), format!("{whole:.2} s"), PolicyOutput::of(whole <= 1.0));
+            add(what, "≤ 1 s".to_owned(), format!("{whole:.2} s"), Verdict::of(whole <= 1.0));
         }
         if let Some(own) = self.reaction.iter().find(|one| one.who == "Portolan" && one.death == Death::Refused) {
-            let what = "an endpoint refuses: until the last request to it begins".to_owned();
-            add(
-                what,
-                "≤ 5 ms".to_owned(),
-                format!("{} ms", of_median(own.last, 1)),
-                PolicyOutput::at_most(own.last, 5.0),
-            );
+            let what = "endpoint refuses connects: time until the last failing request starts".to_owned();
+            add(what, "≤ 5 ms".to_owned(), format!("{} ms", of_median(own.last, 1)), Verdict::at_most(own.last, 5.0));
         }
         if let Some(failing) = &self.failing {
-            let what = format!("from a failure to the table without the endpoint, p99 of {}", failing.single);
+            let what = format!("failure to publication without the endpoint, p99 of {}", failing.single);
             let within = failing.single_within[1];
-            add(what, "≤ 5 ms".to_owned(), format!("within {within:.1} ms"), PolicyOutput::of(within <= 5.0));
+            add(what, "≤ 5 ms".to_owned(), format!("within {within:.1} ms"), Verdict::of(within <= 5.0));
         }
         if let Some(last) = self.agents.last() {
-            let what = format!("agent's memory, {} endpoints", last.endpoints);
-            add(what, "≤ 150 MiB".to_owned(), format!("{:.0} MiB", last.mib), PolicyOutput::of(last.mib <= 150.0));
-            let what = "agent's processor time while nothing changes".to_owned();
+            let what = format!("agent memory, {} endpoints", last.endpoints);
+            add(what, "≤ 150 MiB".to_owned(), format!("{:.0} MiB", last.mib), Verdict::of(last.mib <= 150.0));
+            let what = "idle agent, CPU time".to_owned();
             add(
                 what,
                 "≈ 0".to_owned(),
-                format!("{:.2} % of one", last.idle * 100.0),
-                PolicyOutput::of(last.idle <= 0.01),
+                format!("{:.2} % of one CPU", last.idle * 100.0),
+                Verdict::of(last.idle <= 0.01),
             );
         }
         for away in &self.away {
             let what = format!("failed requests while the agent is {}", away.what);
-            add(
-                what,
-                "0".to_owned(),
-                format!("{} of {}", away.failed, away.requests),
-                PolicyOutput::of(away.failed == 0),
-            );
+            add(what, "0".to_owned(), format!("{} of {}", away.failed, away.requests), Verdict::of(away.failed == 0));
         }
         self.budgets = budgets;
     }

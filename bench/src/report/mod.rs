@@ -1,4 +1,4 @@
-//! What was measured, for people and for machines.
+//! The benchmark's report, as JSON, Markdown and HTML.
 
 mod budgets;
 mod charts;
@@ -23,18 +23,18 @@ use crate::{
     tables::Built,
 };
 
-/// Everything.
+/// All figures of a run; serialized as `report.json`.
 #[derive(Serialize)]
 pub(crate) struct Report {
     machine: Machine,
-    /// Whether it was a smoke run, whose figures say nothing.
+    /// Whether this is a smoke run (`--quick`), whose figures mean nothing.
     quick: bool,
     budgets: Vec<Budget>,
     pub(crate) arms: Vec<Arm>,
     pub(crate) agents: Vec<AgentCost>,
-    /// Nanoseconds.
+    /// Run times of the programs, in nanoseconds.
     pub(crate) kernel: Vec<InKernel>,
-    /// On requests and datagrams to one service, one after the other.
+    /// Run time per program, for sequential requests and datagrams to one Service.
     pub(crate) programs: Vec<Program>,
     pub(crate) tables: Vec<Built>,
     pub(crate) on_api: Option<OnApi>,
@@ -44,13 +44,13 @@ pub(crate) struct Report {
     pub(crate) files: Vec<Verb>,
 }
 
-/// A table of the report, with what is to be said of it.
+/// A section of the report: a table, with an introduction and charts.
 struct Section {
     title: &'static str,
     about: String,
     header: Vec<String>,
     rows: Vec<Vec<String>>,
-    /// Its name, and what is drawn.
+    /// File name without extension, and SVG text.
     charts: Vec<(&'static str, String)>,
 }
 
@@ -61,10 +61,10 @@ impl Report {
         Self { machine, quick, budgets, arms, agents, kernel, programs, tables, on_api, reaction, failing, away, files }
     }
 
-    /// Names of figures that are no numbers.
+    /// Returns the names of figures that are missing, not finite or implausible.
     pub(crate) fn not_finite(&self) -> Vec<String> {
-        let mut wrong = Vec::new();
-        let mut check = |name: String, is: bool| wrong.extend((!is).then_some(name));
+        let mut invalid = Vec::new();
+        let mut check = |name: String, is: bool| invalid.extend((!is).then_some(name));
         for arm in &self.arms {
             check(arm.name.clone(), may_be_missing(arm) || !arm.figures.is_empty());
             for (measure, figure) in arm.figures.iter().chain(&arm.ratios) {
@@ -105,10 +105,10 @@ impl Report {
         for verb in &self.files {
             check(verb.verb.clone(), verb.seconds > 0.0 && verb.mib > 1.0);
         }
-        wrong
+        invalid
     }
 
-    /// Writes all forms of it into a folder.
+    /// Writes the report and its charts into a directory, in all formats.
     pub(crate) fn write(&self, folder: &Path) -> Result<()> {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let sections = self.sections()?;
@@ -125,7 +125,7 @@ impl Report {
             .try_for_each(|(name, svg)| write(&format!("{name}.svg"), svg))
     }
 
-    /// For the terminal: the budgets.
+    /// Returns the summary for the terminal: all budgets.
     pub(crate) fn text(&self) -> String {
         let line = |budget: &Budget| {
             format!("  {:<14}  {}: {} (goal {})\n", budget.verdict.as_str(), budget.what, budget.measured, budget.goal)
@@ -139,13 +139,18 @@ impl Report {
             pairs.iter().map(|(name, value)| format!("{name}: {value}")).collect::<Vec<_>>().join("; ")
         };
         let mut lines = vec![
-            format!("Kernel {}, {}, {} processors, {:.0} GiB; load when it began: {}.", machine.kernel, machine.processor, machine.processors, machine.memory_gib, machine.load),
+            format!(
+                "Kernel {}, {}, {} CPUs, {:.0} GiB; load at start: {}.",
+                machine.kernel, machine.processor, machine.processors, machine.memory_gib, machine.load
+            ),
             format!("Versions: {}.", pairs(&machine.versions)),
             format!("Mitigations: {}.", pairs(&machine.mitigations)),
-            "Medians over rounds, with their 95 % intervals; ratios are between arms of the same round. Client and server are pinned to a processor each.".to_owned(),
+            "Medians over rounds, with 95 % confidence intervals. Ratios compare arms of the same round. \
+             Client and server are each pinned to a CPU."
+                .to_owned(),
         ];
         if self.quick {
-            lines.insert(0, "A smoke run: these figures say nothing.".to_owned());
+            lines.insert(0, "Smoke run: these figures mean nothing.".to_owned());
         }
         lines
     }
@@ -175,7 +180,7 @@ impl Report {
         Section {
             title: "Budgets",
             about: String::new(),
-            header: words(&["what", "goal", "measured", ""]),
+            header: words(&["budget", "goal", "measured", "result"]),
             rows: self.budgets.iter().map(row).collect(),
             charts: Vec::new(),
         }
@@ -203,7 +208,9 @@ impl Report {
         let bars = self.arms.iter().filter_map(|arm| Some((arm.name.clone(), arm.figure("connect p50")? / 1e3)));
         let chart = charts::bars("connect(), p50, µs", &bars.collect::<Vec<_>>())?;
         let about = format!(
-            "connect() to a queue that nobody takes from, so that nobody is woken; µs. Paced: begun {PACE:.0} times a second whatever the ones before take, each timed from when it should have begun. Proxies accept everything: see the requests."
+            "Time of connect(), in µs, to a listener that does not accept, so no process wakes up. \
+             Paced: {PACE:.0} connects per second, started on schedule, each timed from its scheduled start. \
+             Proxies accept every connect, so they are compared by requests below."
         );
         Ok(Section {
             title: "connect()",
@@ -251,8 +258,12 @@ impl Report {
         );
         header.extend(words(&["round trip / direct", "MiB per second / direct"]));
         Section {
-            title: "Requests, and what comes after connect()",
-            about: "A request is a connection with one byte there and one back; one client, one after the other. Processor time: user and system, of client, server and proxy. Round trips and bulk on one open connection. Datagrams: from one socket; connected: from a socket each.".to_owned(),
+            title: "Requests, round trips and datagrams",
+            about: "Per request: connect, one byte there, one byte back, close; sequentially, from one client. \
+                    Processor time is user and system time of client, server and proxy. \
+                    Round trips and bulk use one open connection. \
+                    Datagrams use one socket; connected datagrams use a new socket each."
+                .to_owned(),
             header,
             rows: self.arms.iter().filter(|arm| arm.missing.is_none()).map(row).collect(),
             charts: Vec::new(),
@@ -279,7 +290,12 @@ impl Report {
             .collect();
         Ok(Section {
             title: "connect() by number of services",
-            about: "µs. Always the same service is dialled, one of so many. It has ten endpoints in all arms; the other services have ten for Portolan, and two in the rules for DNAT. Of kube-proxy's rules those are there that a connection from the node itself goes through on its way to a cluster address; left out are node ports, external and load balancer addresses, and the filter table's firewall, which would cost DNAT more.".to_owned(),
+            about: "Times in µs. Clients always dial the same Service, one of many. It has ten endpoints in all arms. \
+                    The other Services have ten endpoints each for Portolan, and two each in the DNAT rules. \
+                    The DNAT rules are those of kube-proxy that a connection from the node to a cluster IP traverses. \
+                    They leave out node ports, external and load balancer IPs, and the firewall of the filter table, \
+                    which would make DNAT slower."
+                .to_owned(),
             header: words(&["", "services", "p50", "p99"]),
             rows,
             charts: vec![("services", charts::lines("connect(), p50, µs, by number of services", &lines)?)],
@@ -299,8 +315,11 @@ impl Report {
         };
         Section {
             title: "The agent",
-            about: "As a process, with the objects in files: seconds until it is ready (most of it reads YAML); memory of its own; memory of the maps in the kernel, which is theirs from the start; part of a processor while nothing changes.".to_owned(),
-            header: words(&["services", "endpoints", "ready, s", "memory, MiB", "maps, MiB", "at rest, %"]),
+            about: "An agent process that reads its objects from files: \
+                    seconds from start to ready (mostly parsing YAML), its anonymous memory, \
+                    the kernel memory of its maps (allocated at start), and its CPU use while nothing changes."
+                .to_owned(),
+            header: words(&["services", "endpoints", "ready, s", "memory, MiB", "maps, MiB", "idle CPU, %"]),
             rows: self.agents.iter().map(row).collect(),
             charts: Vec::new(),
         }
@@ -309,8 +328,11 @@ impl Report {
     fn section_of_programs(&self) -> Section {
         let row = |row: &Program| vec![row.program.to_owned(), row.runs.to_string(), format!("{:.0}", row.mean)];
         Section {
-            title: "In the kernel, program by program",
-            about: "Mean nanoseconds of a run, by the kernel's own count, on as many requests, datagrams from one socket and datagrams from a socket each, one after the other, to one service.".to_owned(),
+            title: "Program run time, per program",
+            about: "Mean time per run in ns, from the kernel's statistics. \
+                    The load is requests, datagrams from one socket and datagrams from a new socket each, \
+                    in equal numbers, sequentially, to one Service."
+                .to_owned(),
             header: words(&["program", "runs", "ns"]),
             rows: self.programs.iter().map(row).collect(),
             charts: Vec::new(),
@@ -324,9 +346,20 @@ impl Report {
                 .concat()
         };
         Section {
-            title: "In the kernel",
-            about: "Mean nanoseconds of a run, by the kernel's own count (bpf_stats), over all services in turn. Threads of one service share its cursor. A program that does nothing shows what the counting takes, which is in all the others.".to_owned(),
-            header: words(&["services", "endpoints", "threads", "connect4, hit", "connect4, miss", "sock_ops, an event", "nothing"]),
+            title: "Program run time, by number of services",
+            about: "Mean time per run in ns, from the kernel's statistics (bpf_stats). \
+                    All Services are dialed in turn. Threads that dial the same Service share its cursor. \
+                    The empty program shows the overhead of the statistics, which all other figures include."
+                .to_owned(),
+            header: words(&[
+                "services",
+                "endpoints",
+                "threads",
+                "connect4, hit",
+                "connect4, miss",
+                "sock_ops, per event",
+                "empty program",
+            ]),
             rows: self.kernel.iter().map(row).collect(),
             charts: Vec::new(),
         }
@@ -345,9 +378,20 @@ impl Report {
             ]
         };
         Section {
-            title: "From objects to the kernel's maps",
-            about: "All services from nothing: seconds for the policy, and for its verdict to be laid out and written into empty maps. One endpoint that changes, from the store to the kernel: milliseconds.".to_owned(),
-            header: words(&["services", "endpoints", "rules", "policy, s", "written, s", "change p50, ms", "change p99, ms"]),
+            title: "From objects to BPF maps",
+            about: "Full table from scratch: seconds to compile the policy, \
+                    and to lay out its output and write it into empty maps. \
+                    Change of one endpoint: milliseconds from the store to the maps."
+                .to_owned(),
+            header: words(&[
+                "services",
+                "endpoints",
+                "rules",
+                "policy, s",
+                "written, s",
+                "change p50, ms",
+                "change p99, ms",
+            ]),
             rows: self.tables.iter().map(row).collect(),
             charts: Vec::new(),
         }
@@ -368,13 +412,25 @@ impl Report {
             .reaction
             .iter()
             .map(|one| (format!("{}, {}", one.who, format!("{:?}", one.death).to_lowercase()), one.last.median));
-        let chart = charts::bars("ms from the death to the last request that failed", &bars.collect::<Vec<_>>())?;
+        let chart = charts::bars("ms from the death to the last failed request", &bars.collect::<Vec<_>>())?;
         Ok(Section {
-            title: "An endpoint dies",
+            title: "Endpoint failure",
             about: format!(
-                "One of two, at {REFUSED_RATE:.0} requests a second where it refuses and {RATE:.0} where it is silent, whatever becomes of the ones before; with the same rules for both: three failures in a row eject it, a connect shall fail after 250 ms. Milliseconds to the beginning of the last request that failed, and by how much requests were begun too late at the most."
+                "One of two endpoints dies under open-loop load: \
+                 {REFUSED_RATE:.0} requests per second if it refuses connects, {RATE:.0} if it drops packets. \
+                 Both balancers have the same rules: three consecutive failures eject an endpoint, \
+                 and the connect timeout is 250 ms. \
+                 The table has milliseconds from the death to the start of the last failed request, \
+                 and the largest delay of a request behind its schedule."
             ),
-            header: words(&["how", "who", "failed requests", "until the last, ms", "begun late, ms", "failed before"]),
+            header: words(&[
+                "failure",
+                "balancer",
+                "failed requests",
+                "last failure, ms",
+                "start delay, ms",
+                "failed before",
+            ]),
             rows: self.reaction.iter().map(row).collect(),
             charts: vec![("reaction", chart)],
         })
@@ -383,9 +439,9 @@ impl Report {
     fn section_of_away(&self) -> Section {
         let row = |away: &Away| vec![away.what.to_owned(), away.requests.to_string(), away.failed.to_string()];
         Section {
-            title: "The agent comes and goes",
-            about: format!("Again and again, at {RATE:.0} requests a second."),
-            header: words(&["it is", "requests", "failed"]),
+            title: "Agent restarts",
+            about: format!("The agent restarts over and over, under {RATE:.0} requests per second."),
+            header: words(&["the agent is", "requests", "failed"]),
             rows: self.away.iter().map(row).collect(),
             charts: Vec::new(),
         }
@@ -401,10 +457,10 @@ impl Report {
             ]
         };
         Section {
-            title: "Verbs that read files",
-            about: "Services with ten endpoints each, a hundred to a file. Nearly all of the time reads YAML."
+            title: "Subcommands that read files",
+            about: "Services have ten endpoints each, 100 Services per file. Nearly all time goes into parsing YAML."
                 .to_owned(),
-            header: words(&["", "services", "seconds", "MiB at most"]),
+            header: words(&["command", "services", "seconds", "peak MiB"]),
             rows: self.files.iter().map(row).collect(),
             charts: Vec::new(),
         }
@@ -413,18 +469,22 @@ impl Report {
 
 fn section_of_api(on_api: &OnApi) -> Section {
     Section {
-        title: "The agent on an API server",
+        title: "Agent on an API server",
         about: format!(
-            "A stand-in for one, which speaks the real protocol over HTTPS, with lists in pages of 500: seconds until the agent is ready, and its processor time until then; its memory at the most, and what it and its helper have after. One endpoint that changes, {} times, each when the one before was published: milliseconds from the server's having it to the running agent's having published it.",
+            "The API server is a stand-in that speaks the real protocol over HTTPS, with lists in pages of 500. \
+             Seconds until the agent is ready, and its CPU time until then. \
+             Its peak memory, and the anonymous memory of agent and helper once ready. \
+             {} changes of one endpoint, each after the previous one is published: \
+             milliseconds from the change on the server to its publication by the agent.",
             on_api.changes
         ),
         header: words(&[
             "services",
             "endpoints",
             "ready, s",
-            "processor time, s",
-            "memory at most, MiB",
-            "after, MiB",
+            "CPU time, s",
+            "peak memory, MiB",
+            "memory when ready, MiB",
             "change p50, ms",
             "change p99, ms",
         ]),
@@ -447,19 +507,24 @@ fn section_of_failing(failing: &Failing) -> Section {
     Section {
         title: "Many endpoints fail at once",
         about: format!(
-            "{} endpoints of {} in {} services refuse from one moment on, while two threads dial all services in turn as fast as they can; the first failure ejects. Milliseconds until the last is ejected: each must be dialled before. From a failure in the kernel to the table without the endpoint: the bounds, in the agent's histogram, within which half of them and 99 of 100 are; and the same of {} that are found to fail one after the other before, while the machine has nothing else to do.",
+            "{} endpoints of {} in {} Services start to refuse connects at the same moment, \
+             while two threads dial all Services in turn as fast as they can. The first failure ejects. \
+             Milliseconds until the last one is ejected, which includes the time until it is dialed. \
+             p50 and p99 from a failure in the kernel to a published table without the endpoint, \
+             as bucket bounds of the agent's histogram. \
+             One by one: the same for {} endpoints that fail in sequence beforehand, on an otherwise idle machine.",
             failing.failing, failing.endpoints, failing.services, failing.single
         ),
         header: words(&[
             "all ejected, ms",
             "connections",
             "failed",
-            "ejected within, half, ms",
-            "99 %, ms",
-            "one by one, half, ms",
-            "99 %, ms",
-            "agent's processor time, s",
-            "its memory, MiB",
+            "ejected within, p50, ms",
+            "p99, ms",
+            "one by one, p50, ms",
+            "p99, ms",
+            "agent CPU time, s",
+            "agent memory, MiB",
         ]),
         rows: vec![vec![
             format!("{until:.0}"),
@@ -476,7 +541,7 @@ fn section_of_failing(failing: &Failing) -> Section {
     }
 }
 
-/// What this machine need not have.
+/// Returns whether an arm may be missing: not every machine has IPVS or Envoy.
 fn may_be_missing(arm: &Arm) -> bool {
     arm.missing.is_some() && ["IPVS", "Envoy"].contains(&arm.name.as_str())
 }

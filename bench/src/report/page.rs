@@ -1,15 +1,15 @@
-//! The report as Markdown, and as a page that needs nothing else.
+//! Renders the report as Markdown, and as a self-contained HTML page.
 
 use std::fmt::Write as _;
 
 use super::Section;
 
-const TITLE: &str = "What Portolan costs";
+const TITLE: &str = "Portolan benchmark";
 
 pub(super) fn markdown(heading: &[String], sections: &[Section]) -> String {
     let mut page = format!("# {TITLE}\n");
     let mut line = |text: &str| {
-        // Writing into a string does not fail.
+        // Writing to a `String` cannot fail.
         let _ = writeln!(page, "{text}");
     };
     for text in heading {

@@ -1,7 +1,7 @@
-//! A stand-in for an API server: HTTPS, tokens, lists in pages, watches with bookmarks, and the ways in which the real one goes wrong.
+//! A fake API server: HTTPS, bearer tokens, paginated lists, watches with bookmarks, and a real one's failure modes.
 //!
-//! It answers what an agent asks, list and watch, as the documentation of Kubernetes describes them. It stores what it is given and validates
-//! nothing.
+//! It serves list and watch requests as the Kubernetes documentation describes them, and creates Events.
+//! It stores objects without validation.
 
 mod request;
 mod serve;
@@ -23,7 +23,7 @@ use tokio_rustls::TlsAcceptor;
 use self::{serve::Serving, state::State};
 use crate::{Directory, Namespace, netns::enter};
 
-/// The stand-in. It is gone with the value.
+/// The fake API server. It shuts down when the value is dropped.
 pub struct Api {
     shared: Arc<Shared>,
     runtime: Option<tokio::runtime::Runtime>,
@@ -35,10 +35,10 @@ pub struct Api {
     number: u32,
 }
 
-/// What requests see.
+/// The state that all request handlers share.
 struct Shared {
     state: Mutex<State>,
-    /// The version of the last change.
+    /// The resource version of the last change.
     changed: watch::Sender<u64>,
 }
 
@@ -58,10 +58,10 @@ impl Shared {
 const TOKEN: &str = "the-first-token";
 
 impl Api {
-    /// A new one, with nothing in it, that nobody can reach yet.
+    /// Creates a server without objects, which does not listen yet.
     ///
     /// # Errors
-    /// There is no room for it.
+    /// Returns an error if its certificates, runtime, or directory cannot be created.
     pub fn new() -> Result<Self> {
         let authority_key = KeyPair::generate()?;
         let mut authority = CertificateParams::new(Vec::new())?;
@@ -93,10 +93,11 @@ impl Api {
         })
     }
 
-    /// Listens in a namespace, on its loopback address; how to reach it there, in a file for `--kubeconfig`. The token is in a file of its own.
+    /// Listens on the loopback address of a namespace, and returns the path of a kubeconfig for `--kubeconfig`.
+    /// The kubeconfig names a token file, which [`Self::rotate`] rewrites.
     ///
     /// # Errors
-    /// It cannot listen there.
+    /// Returns an error if it cannot listen there, or cannot write the files.
     pub fn reach(&mut self, namespace: &Namespace) -> Result<PathBuf> {
         let address = self.listen(namespace, "127.0.0.1:0".parse()?)?;
         let token = self.files.scratch("token");
@@ -109,10 +110,10 @@ impl Api {
         Ok(path)
     }
 
-    /// The folder with the account that a pod has: a token, and who has signed the server's certificate.
+    /// Returns a directory laid out like a pod's service account: `token`, `ca.crt`, `namespace`.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// Returns an error if the directory cannot be written.
     pub fn account(&self) -> Result<PathBuf> {
         let account = self.files.scratch("account");
         fs::create_dir_all(&account)?;
@@ -122,20 +123,21 @@ impl Api {
         Ok(account)
     }
 
-    /// The Secret by which another cluster's agents follow this one, under an id, from a namespace.
+    /// Listens in a namespace, and returns the remote-cluster Secret for it.
+    /// With this Secret, another cluster's agents in that namespace watch this server as cluster `id`.
     ///
     /// # Errors
-    /// It cannot listen there.
+    /// Returns an error if it cannot listen there.
     pub fn secret(&mut self, namespace: &Namespace, id: &str) -> Result<Value> {
         let address = self.listen(namespace, "127.0.0.1:0".parse()?)?;
         let kubeconfig = self.kubeconfig(address, &json!({"token": TOKEN}));
         Ok(secret(&format!("istio-remote-secret-{id}"), &[(id, &kubeconfig.to_string())]))
     }
 
-    /// Listens at an address in a namespace.
+    /// Listens on an address in a namespace, and returns the actual address (a port of 0 is replaced).
     ///
     /// # Errors
-    /// It cannot.
+    /// Returns an error if it cannot listen there.
     pub fn listen(&mut self, namespace: &Namespace, address: SocketAddr) -> Result<SocketAddr> {
         let listener = namespace.enter(|| Ok(TcpListener::bind(address)?))?;
         let address = listener.local_addr()?;
@@ -144,7 +146,7 @@ impl Api {
         Ok(address)
     }
 
-    /// A kubeconfig for this server at an address.
+    /// Returns a kubeconfig for this server at `address`. `user` holds the credentials: `token` or `tokenFile`.
     pub fn kubeconfig(&self, address: SocketAddr, user: &Value) -> Value {
         json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "it",
@@ -155,13 +157,13 @@ impl Api {
         })
     }
 
-    /// The certificate of the authority that has signed the server's.
+    /// Returns the certificate of the authority that signed the server's, as PEM.
     pub fn certificate(&self) -> &str {
         &self.certificate
     }
 
     fn serve(&mut self, listeners: Vec<TcpListener>) -> Result<()> {
-        let runtime = self.runtime.as_ref().context("it has ended")?;
+        let runtime = self.runtime.as_ref().context("the API server has shut down")?;
         let serving = self.serving.get_or_insert_default();
         for listener in listeners {
             listener.set_nonblocking(true)?;
@@ -172,48 +174,48 @@ impl Api {
         Ok(())
     }
 
-    /// Goes away: connections break, new ones are refused.
+    /// Stops serving: open connections break, and new ones are refused. The objects stay.
     pub fn stop(&mut self) {
         if let (Some(runtime), Some(serving)) = (&self.runtime, self.serving.take()) {
             runtime.block_on(serving.end());
         }
     }
 
-    /// Is back, with all that it held.
+    /// Serves again on the same addresses, with the same objects.
     ///
     /// # Errors
-    /// Its addresses are taken.
+    /// Returns an error if one of its addresses is in use.
     pub fn start(&mut self) -> Result<()> {
         let bind = |(namespace, address): &(File, SocketAddr)| enter(namespace, || Ok(TcpListener::bind(*address)?));
         let listeners: Vec<TcpListener> = self.listeners.iter().map(bind).collect::<Result<_>>()?;
         self.serve(listeners)
     }
 
-    /// Takes objects, or changed ones.
+    /// Creates or updates objects. Those that are unchanged cause no watch event.
     pub fn apply(&self, objects: &[Value]) {
         self.shared.change(|state| objects.iter().for_each(|object| state.apply(object)));
     }
 
-    /// Takes objects, or changed ones, and tells no watch of them.
+    /// Creates or updates objects without watch events.
     pub fn apply_unseen(&self, objects: &[Value]) {
         self.shared.change(|state| {
-            let told = state.history.len();
+            let len = state.history.len();
             objects.iter().for_each(|object| state.apply(object));
-            state.history.truncate(told);
+            state.history.truncate(len);
         });
     }
 
-    /// Holds these objects, and no others but Secrets.
+    /// Replaces all objects with these. Secrets that are not among them stay.
     pub fn replace(&self, objects: &[Value]) {
         self.shared.change(|state| state.replace(objects));
     }
 
-    /// Deletes an object; whether there was one.
+    /// Deletes an object. Returns whether it existed.
     pub fn delete(&self, resource: &str, namespace: &str, name: &str) -> bool {
         self.shared.change(|state| state.delete(resource, namespace, name))
     }
 
-    /// Lets nobody read a resource (`virtualservices.networking.istio.io`), or lets everybody again. Watches under way go on.
+    /// Forbids reads of a resource (`virtualservices.networking.istio.io`), or allows them. Open watches continue.
     pub fn forbid(&self, resource: &str, forbidden: bool) {
         self.shared.change(|state| {
             let of = &mut state.manners.forbidden;
@@ -221,7 +223,7 @@ impl Api {
         });
     }
 
-    /// Has no API of this group, or has it again.
+    /// Installs or uninstalls an API group. Requests for a group that is not installed get 404.
     pub fn install(&self, group: &str, installed: bool) {
         self.shared.change(|state| {
             let of = &mut state.manners.missing;
@@ -229,7 +231,7 @@ impl Api {
         });
     }
 
-    /// Forgets the history of its changes: who watches from an earlier moment on is told that it is gone.
+    /// Compacts the history: a watch from an earlier resource version gets 410 (Expired).
     pub fn forget_history(&self) {
         self.shared.change(|state| {
             state.version += 1;
@@ -238,7 +240,7 @@ impl Api {
         });
     }
 
-    /// Breaks all watches in the middle of a line.
+    /// Breaks all open watches in the middle of a line.
     pub fn break_watches(&self) {
         self.shared.change(|state| {
             state.version += 1;
@@ -246,57 +248,57 @@ impl Api {
         });
     }
 
-    /// Watches say nothing any more and do not end, or do again. Those that have begun to stall stay so.
+    /// Makes watches stall (no data, no end), or stops making them stall. Watches that already stall stay stalled.
     pub fn stall(&self, stalls: bool) {
         self.shared.change(|state| state.manners.stalls = stalls);
     }
 
-    /// Lines of watches come byte by byte.
+    /// Sends the lines of watches byte by byte.
     pub fn dribble(&self) {
         self.shared.change(|state| state.manners.dribbles = true);
     }
 
-    /// Lists come in pages of so many objects; the first continuation is too old, if so said.
+    /// Serves lists in pages of `of` objects. With `first_expires`, the next continue token gets 410 (Expired).
     pub fn pages(&self, of: usize, first_expires: bool) {
         self.shared.change(|state| (state.page, state.manners.expires_page) = (of, first_expires));
     }
 
-    /// From now on only this token is good. It is in the file that kubeconfigs name, if so said.
+    /// Accepts only this token from now on, and writes it to the file that the kubeconfigs of [`Self::reach`] name.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// Returns an error if the file cannot be written.
     pub fn rotate(&self, token: &str) -> Result<()> {
         self.shared.change(|state| state.tokens = [token.to_owned()].into());
         Ok(fs::write(self.files.scratch("token"), token)?)
     }
 
-    /// The token that it has given out is good, or is not: where clocks differ, not yet.
+    /// Accepts or rejects the original token. With clock skew, a real server rejects a new token at first.
     pub fn accept(&self, accepted: bool) {
         let tokens = if accepted { vec![TOKEN.to_owned()] } else { Vec::new() };
         self.shared.change(|state| state.tokens = tokens.into_iter().collect());
     }
 
-    /// How often a resource was listed or watched (`list`, `watch`).
+    /// Returns how many requests there were for a resource with a verb (`list`, `watch`, `create`).
     pub fn asked(&self, verb: &'static str, resource: &str) -> u64 {
         self.shared.state().asked.get(&(verb, resource.to_owned())).copied().unwrap_or_default()
     }
 
-    /// The field selectors with which a resource was asked for; empty for none.
+    /// Returns the distinct field selectors in requests for a resource. An empty string stands for none.
     pub fn selectors(&self, resource: &str) -> Vec<String> {
         self.shared.state().selectors.get(resource).into_iter().flatten().cloned().collect()
     }
 
-    /// Events that were created.
+    /// Returns the Events that clients created, oldest first.
     pub fn events(&self) -> Vec<Value> {
         self.shared.state().events.clone()
     }
 
-    /// All that was asked, by verb and resource.
+    /// Returns the (verb, resource) pairs of all requests.
     pub fn all_asked(&self) -> std::collections::BTreeSet<(String, String)> {
         self.shared.state().asked.keys().map(|(verb, resource)| ((*verb).to_owned(), resource.clone())).collect()
     }
 
-    /// The version of the last change.
+    /// Returns the resource version of the last change.
     pub fn version(&self) -> u64 {
         self.shared.state().version
     }
@@ -310,7 +312,7 @@ impl Drop for Api {
     }
 }
 
-/// A Secret that names other clusters: their ids, and kubeconfigs.
+/// Returns a remote-cluster Secret in `istio-system` from pairs of (cluster ID, kubeconfig).
 pub fn secret(name: &str, kubeconfigs: &[(&str, &str)]) -> Value {
     let data: serde_json::Map<String, Value> =
         kubeconfigs.iter().map(|(id, text)| ((*id).to_owned(), json!(base64(text.as_bytes())))).collect();

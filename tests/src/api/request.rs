@@ -1,25 +1,25 @@
-//! What a request to an API server asks for.
+//! Parsing of list and watch requests.
 
 use std::collections::HashMap;
 
 use hyper::{Uri, header::HeaderMap};
 use serde_json::Value;
 
-/// A list or a watch.
+/// A list or watch request.
 #[derive(Clone, Debug)]
 pub(super) struct Query {
-    /// As in `endpointslices.discovery.k8s.io`.
+    /// Plural and group, as in `endpointslices.discovery.k8s.io`.
     pub(super) resource: String,
-    /// Of the API.
+    /// Group and version, as in `discovery.k8s.io/v1`.
     pub(super) api_version: String,
     namespace: Option<String>,
     parameters: HashMap<String, String>,
-    /// Whether metadata are enough.
+    /// Whether the client asks for `PartialObjectMetadata`.
     pub(super) metadata_only: bool,
 }
 
 impl Query {
-    /// `None`: no such path.
+    /// Parses a request. Returns `None` if the path names no resource.
     pub(super) fn read(uri: &Uri, headers: &HeaderMap) -> Option<Self> {
         let parts: Vec<&str> = uri.path().split('/').filter(|part| !part.is_empty()).collect();
         let (group, version, rest) = match parts.as_slice() {
@@ -58,12 +58,12 @@ impl Query {
         matches!(self.parameter("watch"), Some("true" | "1"))
     }
 
-    /// The API group; empty for the core.
+    /// Returns the API group; empty for the core group.
     pub(super) fn group(&self) -> &str {
         self.resource.split_once('.').map_or("", |(_, group)| group)
     }
 
-    /// Whether an object of the resource is meant.
+    /// Returns whether an object of this resource matches the namespace and the selectors.
     pub(super) fn wants(&self, object: &Value) -> bool {
         let metadata = &object["metadata"];
         let in_namespace = self.namespace.as_ref().is_none_or(|namespace| metadata["namespace"] == namespace.as_str());
@@ -86,7 +86,7 @@ impl Query {
             })
     }
 
-    /// The object as it is sent.
+    /// Returns the object in the representation that the client asks for.
     pub(super) fn shown(&self, object: &Value) -> Value {
         if self.metadata_only {
             return serde_json::json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": object["metadata"]});

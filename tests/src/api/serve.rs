@@ -1,4 +1,4 @@
-//! Answers, connection by connection.
+//! Request handling, with one task per connection.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -17,12 +17,12 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::{Shared, request::Query};
 
-/// How often a watch that asks for them gets a bookmark.
+/// Interval between bookmarks in watches that request them.
 const BOOKMARKS: Duration = Duration::from_millis(500);
-/// How long a watch goes on that does not say.
+/// Seconds after which a watch without `timeoutSeconds` ends.
 const LONGEST: u64 = 1_800;
 
-/// Everything that is served now.
+/// The tasks of all listeners. Each owns the tasks of its connections.
 #[derive(Default)]
 pub(super) struct Serving {
     tasks: JoinSet<()>,
@@ -33,20 +33,20 @@ impl Serving {
         self.tasks.spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
-                // Who has ended has ended.
+                // Reap finished connections.
                 while connections.try_join_next().is_some() {}
                 let (acceptor, shared) = (acceptor.clone(), Arc::clone(&shared));
                 connections.spawn(async move {
                     let Ok(stream) = acceptor.accept(stream).await else { return };
                     let answer = service_fn(move |request| answer(Arc::clone(&shared), request));
-                    // A connection that breaks is the client's business.
+                    // A broken connection is not the server's concern.
                     let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
                 });
             }
         });
     }
 
-    /// All connections break.
+    /// Closes all listeners and breaks all connections.
     pub(super) async fn end(mut self) {
         self.tasks.shutdown().await;
     }
@@ -80,13 +80,13 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
     if !query.is_watch() {
         return Ok(list(&shared, &query));
     }
-    let (lines, told) = mpsc::channel(16);
+    let (lines, receiver) = mpsc::channel(16);
     tokio::spawn(watch(shared, query, lines));
-    let body = Body::from_stream(ReceiverStream::new(told));
+    let body = Body::from_stream(ReceiverStream::new(receiver));
     Ok(Response::builder().header("content-type", "application/json").body(body).unwrap_or_default())
 }
 
-/// Takes an Event, and nothing else.
+/// Creates an Event. Any other resource gets 405.
 async fn create(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
     let Some(query) = Query::read(request.uri(), request.headers()) else {
         return refusal(404, "NotFound", "the server could not find the requested resource");
@@ -95,19 +95,19 @@ async fn create(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
     let mut state = shared.state();
     *state.asked.entry(("create", query.resource.clone())).or_default() += 1;
     let Ok(object) = serde_json::from_slice::<Value>(&body) else {
-        return refusal(400, "BadRequest", "no JSON");
+        return refusal(400, "BadRequest", "the body is not JSON");
     };
     if query.resource != "events.events.k8s.io" {
-        return refusal(405, "MethodNotAllowed", "only Events are created");
+        return refusal(405, "MethodNotAllowed", "only Events can be created");
     }
-    // A MicroTime has six digits, neither more nor less.
+    // A MicroTime has exactly six fractional digits.
     let time = object["eventTime"].as_str().unwrap_or_default();
     if time.len() != "2026-01-01T00:00:00.000000Z".len() || time.as_bytes().get(19) != Some(&b'.') {
-        return refusal(400, "BadRequest", &format!("eventTime: {time:?} is no MicroTime"));
+        return refusal(400, "BadRequest", &format!("eventTime: {time:?} is not a MicroTime"));
     }
     let same = |known: &Value| known["metadata"]["name"] == object["metadata"]["name"];
     if state.events.iter().any(same) {
-        return refusal(409, "AlreadyExists", "there is one");
+        return refusal(409, "AlreadyExists", "the Event already exists");
     }
     state.events.push(object.clone());
     let mut response = Response::new(Body::from(object.to_string()));
@@ -146,7 +146,7 @@ fn list(shared: &Shared, query: &Query) -> Response<Body> {
     {
         last = format!("{namespace}~{name}");
         let mut shown = query.shown(object);
-        // Items of a list do not say what they are.
+        // Items of a list have no `kind` and no `apiVersion`.
         if let Some(fields) = shown.as_object_mut() {
             fields.remove("kind");
             fields.remove("apiVersion");
@@ -167,7 +167,7 @@ fn list(shared: &Shared, query: &Query) -> Response<Body> {
 
 type Lines = mpsc::Sender<Result<Bytes, std::io::Error>>;
 
-/// What happens from a version on, line by line, until the time is over or nobody reads.
+/// Streams the changes after a resource version as lines, until the timeout or until the client disconnects.
 async fn watch(shared: Arc<Shared>, query: Query, lines: Lines) {
     let end = Instant::now() + Duration::from_secs(query.number("timeoutSeconds").unwrap_or(LONGEST));
     let began = shared.state().version;
@@ -180,8 +180,8 @@ async fn watch(shared: Arc<Shared>, query: Query, lines: Lines) {
         let (news, forgotten, version, manners) = {
             let state = shared.state();
             let first = state.history.partition_point(|change| change.version <= at);
-            let told = |change: &super::state::Change| Some((change.told(&query)?, query.shown(&change.object)));
-            let news: Vec<_> = state.history.range(first..).filter_map(told).collect();
+            let visible = |change: &super::state::Change| Some((change.told(&query)?, query.shown(&change.object)));
+            let news: Vec<_> = state.history.range(first..).filter_map(visible).collect();
             (news, at < state.forgotten, state.version, state.manners.clone())
         };
         if manners.stalls {
@@ -195,12 +195,12 @@ async fn watch(shared: Arc<Shared>, query: Query, lines: Lines) {
         }
         if forgotten {
             let gone = status(410, "Expired", &format!("too old resource version: {at} ({version})"));
-            let _ = say(&lines, &json!({"type": "ERROR", "object": gone}), false).await;
+            let _ = send_line(&lines, &json!({"type": "ERROR", "object": gone}), false).await;
             return;
         }
         for (kind, object) in news {
             let line = json!({"type": kind, "object": object});
-            if !say(&lines, &line, manners.dribbles).await {
+            if !send_line(&lines, &line, manners.dribbles).await {
                 return;
             }
         }
@@ -209,7 +209,7 @@ async fn watch(shared: Arc<Shared>, query: Query, lines: Lines) {
             next_bookmark = Instant::now() + BOOKMARKS;
             let kind = if query.metadata_only { "PartialObjectMetadata" } else { "Any" };
             let object = json!({"kind": kind, "apiVersion": "v1", "metadata": {"resourceVersion": at.to_string(), "creationTimestamp": null}});
-            if !say(&lines, &json!({"type": "BOOKMARK", "object": object}), manners.dribbles).await {
+            if !send_line(&lines, &json!({"type": "BOOKMARK", "object": object}), manners.dribbles).await {
                 return;
             }
         }
@@ -223,8 +223,8 @@ async fn watch(shared: Arc<Shared>, query: Query, lines: Lines) {
     }
 }
 
-/// Whether somebody reads.
-async fn say(lines: &Lines, value: &Value, dribbles: bool) -> bool {
+/// Sends a line. Returns whether the client is still connected.
+async fn send_line(lines: &Lines, value: &Value, dribbles: bool) -> bool {
     let line = Bytes::from(format!("{value}\n"));
     if !dribbles {
         return lines.send(Ok(line)).await.is_ok();

@@ -1,25 +1,26 @@
-//! What the stand-in for an API server holds: objects, and the history of their changes.
+//! The state of the fake API server: objects, and the history of their changes.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use serde_json::{Value, json};
 
-/// Group and plural, as in `endpointslices.discovery.k8s.io`; namespace; name.
+/// Resource (plural and group, as in `endpointslices.discovery.k8s.io`), namespace, and name.
 type Key = (String, String, String);
 
-/// A change.
+/// An entry of the history.
 #[derive(Clone, Debug)]
 pub(super) struct Change {
     pub(super) version: u64,
     pub(super) resource: String,
-    /// The object before, if there was one.
+    /// The previous version of the object; `None` if it is new.
     pub(super) before: Option<Value>,
     pub(super) object: Value,
     pub(super) gone: bool,
 }
 
 impl Change {
-    /// What it is for who asks for some of the objects: one that comes among them, or leaves them, comes and goes.
+    /// Returns the type of the event in a watch of this query; `None` if the watch does not see the change.
+    /// An object that starts or stops matching the selectors is added or deleted.
     pub(super) fn told(&self, query: &super::request::Query) -> Option<&'static str> {
         if self.resource != query.resource {
             return None;
@@ -34,20 +35,20 @@ impl Change {
     }
 }
 
-/// How it misbehaves.
+/// Faults that the server simulates.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Manners {
-    /// Resources that may not be read.
+    /// Resources whose requests get 403.
     pub(super) forbidden: HashSet<String>,
-    /// API groups that are not installed.
+    /// API groups whose requests get 404.
     pub(super) missing: HashSet<String>,
-    /// Watches go on without a word.
+    /// Whether watches stay open but send nothing.
     pub(super) stalls: bool,
-    /// Lines of watches come in pieces.
+    /// Whether the lines of watches arrive byte by byte.
     pub(super) dribbles: bool,
     /// Watches that began before this version break in the middle of a line.
     pub(super) breaks_before: u64,
-    /// The next continuation of a list is too old.
+    /// Whether the next continue token gets 410.
     pub(super) expires_page: bool,
 }
 
@@ -56,17 +57,17 @@ pub(super) struct State {
     pub(super) version: u64,
     objects: BTreeMap<Key, Value>,
     pub(super) history: VecDeque<Change>,
-    /// Changes up to this version are not known any more.
+    /// The history up to this version has been compacted.
     pub(super) forgotten: u64,
     pub(super) tokens: HashSet<String>,
     pub(super) manners: Manners,
-    /// Requests by verb and resource.
+    /// Number of requests by verb and resource.
     pub(super) asked: HashMap<(&'static str, String), u64>,
     /// Field selectors of requests, by resource.
     pub(super) selectors: HashMap<String, HashSet<String>>,
-    /// Events that were created.
+    /// Events that clients created.
     pub(super) events: Vec<Value>,
-    /// Objects of a page at the most.
+    /// Maximum number of objects in a page of a list.
     pub(super) page: usize,
 }
 
@@ -86,7 +87,7 @@ impl State {
         }
     }
 
-    /// Takes an object, or a changed one. One that is as it was makes no change.
+    /// Creates or updates an object. An unchanged object causes no event.
     pub(super) fn apply(&mut self, object: &Value) {
         let (resource, namespaced) = resource_of(object);
         let field = |path: &str| object.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -134,7 +135,7 @@ impl State {
         true
     }
 
-    /// All objects but these are deleted, and these are applied.
+    /// Deletes all other objects except Secrets, then applies these.
     pub(super) fn replace(&mut self, objects: &[Value]) {
         let kept: HashSet<Key> = objects
             .iter()
@@ -156,7 +157,7 @@ impl State {
         objects.iter().for_each(|object| self.apply(object));
     }
 
-    /// Objects of a resource after a place, in order, with their places.
+    /// Returns the objects that match a query, in key order, that follow the position `after` (namespace, name).
     pub(super) fn list<'a>(
         &'a self,
         query: &'a super::request::Query,
@@ -170,7 +171,7 @@ impl State {
     }
 }
 
-/// The resource of an object, and whether it is in a namespace.
+/// Returns the resource of an object (plural and group), and whether it is namespaced.
 pub(super) fn resource_of(object: &Value) -> (String, bool) {
     let group = object["apiVersion"].as_str().unwrap_or_default().split_once('/').map_or("", |(group, _)| group);
     let kind = object["kind"].as_str().unwrap_or_default().to_lowercase();

@@ -1,5 +1,7 @@
-//! The Bookinfo programs of the demo: productpage calls details and reviews, reviews calls ratings. Each is a process of its own, listens
-//! on its pod's address, dials Service addresses only, makes one attempt for each call, and opens a new connection for it.
+//! The Bookinfo services of the demo: productpage calls details and reviews, reviews calls ratings.
+//!
+//! Each pod is a process that listens on the pod's address and dials only Service addresses.
+//! Each call is a single attempt over a new connection.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -21,7 +23,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-/// A caller waits this long for a whole answer.
+/// Time limit of a call, including the whole response.
 const LIMIT: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -34,28 +36,28 @@ enum Role {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Sickness {
-    /// Every answer has status 500
+    /// Every response has status 500
     Errors,
-    /// Every connection is reset once something was asked
+    /// Every connection is reset when a request arrives
     Resets,
-    /// Nothing is ever answered
+    /// No request is ever answered
     Hangs,
 }
 
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// What this pod is
+    /// Service that this pod runs
     role: Role,
-    /// The pod's address
+    /// Address and port of the pod to listen on
     #[arg(long)]
     listen: SocketAddr,
-    /// The pod's name
+    /// Name of the pod, which pages show
     #[arg(long)]
     pod: String,
-    /// v1 shows no stars, v2 black ones, v3 red ones
+    /// Version of reviews: v1 shows no stars, v2 black stars, v3 red stars
     #[arg(long, default_value = "v1")]
     version: String,
-    /// It listens, and is not well
+    /// Fault to simulate: the pod listens, but does not serve
     #[arg(long)]
     sick: Option<Sickness>,
     /// Service address of details
@@ -91,17 +93,17 @@ async fn main() -> Result<()> {
     Ok(axum::serve(listener, router.with_state(arguments)).await?)
 }
 
-/// Accepts, and does not answer.
+/// Accepts connections without answering: resets each when a request arrives, or keeps it open.
 async fn be_sick(listener: TcpListener, sickness: Sickness) -> Result<()> {
-    let mut held = Vec::new();
+    let mut open = Vec::new();
     loop {
         let (mut stream, _) = listener.accept().await?;
         if let Sickness::Resets = sickness {
-            // Who is gone already need not be reset.
+            // A client that is already gone needs no reset.
             let _ = stream.read(&mut [0; 1]).await;
             socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
         } else {
-            held.push(stream);
+            open.push(stream);
         }
     }
 }
@@ -181,9 +183,9 @@ async fn ratings() -> Response {
     (StatusCode::OK, Json(json!({"id": 0, "ratings": {"Reviewer1": 5, "Reviewer2": 4}}))).into_response()
 }
 
-/// One attempt, over a connection of its own.
+/// Calls a service in a single attempt over a new connection.
 async fn call(service: Option<SocketAddr>, path: &str) -> Result<Value> {
-    let service = service.context("this pod was not told the Service address")?;
+    let service = service.context("the Service address to call is not configured")?;
     tokio::time::timeout(LIMIT, async {
         let stream = TcpStream::connect(service).await.with_context(|| format!("cannot connect to {service}"))?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
@@ -197,5 +199,5 @@ async fn call(service: Option<SocketAddr>, path: &str) -> Result<Value> {
         Ok(serde_json::from_slice(&response.into_body().collect().await?.to_bytes())?)
     })
     .await
-    .with_context(|| format!("no answer from {service}"))?
+    .with_context(|| format!("no response from {service} in time"))?
 }

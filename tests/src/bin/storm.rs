@@ -1,8 +1,9 @@
-//! Load for the tests and benchmarks of the data path, as much as the machine gives.
+//! Load generator for the tests and benchmarks of the data path, as fast as the machine allows.
 //!
-//! `storm serve ADDRESS=SERVICE/ENDPOINT…` accepts on each address, says the two numbers, and closes.
-//! `storm load --threads N --count N [--record FILE] FRONTEND…` dials the frontends in turn, the i-th of which must lead to service i, until
-//! so many connections were made or its input ends. It answers with one line of JSON.
+//! `storm serve ADDRESS=SERVICE/ENDPOINT…` accepts on each address, sends the two numbers as bytes, and closes.
+//! `storm load --threads N --count N [--record FILE] FRONTEND…` dials the frontends in turn.
+//! Frontend i must lead to service i.
+//! The load stops after `--count` connections or when stdin is closed, and prints its result as one line of JSON.
 
 use std::{
     fs::File,
@@ -23,7 +24,7 @@ use portolan_tests::storm::{Connection, Summary};
 use rustix::time::{ClockId, clock_gettime};
 use socket2::{Domain, Socket, Type};
 
-/// No connection takes longer.
+/// Read timeout of a connection.
 const LIMIT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Parser)]
@@ -56,8 +57,8 @@ fn main() -> Result<()> {
 
 fn serve(addresses: &[String]) -> Result<()> {
     for address in addresses {
-        let (address, id) = address.split_once('=').context("ADDRESS=SERVICE/ENDPOINT")?;
-        let (service, endpoint) = id.split_once('/').context("SERVICE/ENDPOINT")?;
+        let (address, id) = address.split_once('=').context("expected ADDRESS=SERVICE/ENDPOINT")?;
+        let (service, endpoint) = id.split_once('/').context("expected SERVICE/ENDPOINT after the address")?;
         let id: [u8; 2] = [service.parse()?, endpoint.parse()?];
         let address: SocketAddr = address.parse()?;
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
@@ -67,13 +68,13 @@ fn serve(addresses: &[String]) -> Result<()> {
         let listener = TcpListener::from(socket);
         thread::spawn(move || {
             for mut stream in listener.incoming().flatten() {
-                // Who has gone away has gone.
+                // The client may be gone already.
                 let _ = stream.write_all(&id);
             }
         });
     }
     println!("listening");
-    // As long as somebody holds the other end.
+    // Serve until stdin is closed.
     io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())
 }
@@ -101,12 +102,12 @@ fn run(load: Load) -> Result<Summary> {
         .collect();
     let mut summary = Summary::default();
     for worker in workers {
-        let Ok(own) = worker.join() else { bail!("a worker has panicked") };
+        let Ok(own) = worker.join() else { bail!("a worker panicked") };
         summary.add(own?);
     }
     summary.seconds = began.elapsed().as_secs_f64();
     if let Some(record) = record {
-        record.lock().map_err(|_| anyhow::anyhow!("a worker has panicked"))?.flush()?;
+        record.lock().map_err(|_| anyhow::anyhow!("a worker panicked"))?.flush()?;
     }
     Ok(summary)
 }
@@ -146,19 +147,19 @@ fn work(
         if let Some(record) = record
             && own.len() > 1 << 16
         {
-            record.lock().map_err(|_| anyhow::anyhow!("a worker has panicked"))?.write_all(&own)?;
+            record.lock().map_err(|_| anyhow::anyhow!("a worker panicked"))?.write_all(&own)?;
             own.clear();
         }
     }
     if let Some(record) = record {
-        record.lock().map_err(|_| anyhow::anyhow!("a worker has panicked"))?.write_all(&own)?;
+        record.lock().map_err(|_| anyhow::anyhow!("a worker panicked"))?.write_all(&own)?;
     }
     Ok(summary)
 }
 
 fn dial(to: SocketAddr) -> io::Result<[u8; 2]> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
-    // Closed with a reset: no port waits for anything.
+    // Close with a reset, so that no port stays in TIME_WAIT.
     socket.set_linger(Some(Duration::ZERO))?;
     socket.set_read_timeout(Some(LIMIT))?;
     socket.connect(&to.into())?;
@@ -167,7 +168,7 @@ fn dial(to: SocketAddr) -> io::Result<[u8; 2]> {
     Ok(id)
 }
 
-/// Nanoseconds of CLOCK_MONOTONIC.
+/// Returns the time of CLOCK_MONOTONIC in nanoseconds.
 fn now() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()

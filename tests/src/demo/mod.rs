@@ -1,4 +1,4 @@
-//! The demo: the users' two scenarios, played with real programs on a real kernel, step by step.
+//! The demo: the users' scenarios, run step by step with real programs on a real kernel.
 
 mod pages;
 mod regions;
@@ -15,27 +15,27 @@ use crate::sweep_on_interrupt;
 
 pub use report::{Report, Step};
 
-/// How to play.
+/// Options of a demo run.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// Only the plays whose name contains this.
+    /// Run only the scenarios whose name contains this; `None` runs all.
     pub only: Option<String>,
-    /// Leave everything running at the end, until interrupted.
+    /// Keep the last clusters running at the end, until interrupted.
     pub keep: bool,
-    /// Have the agents read from API servers, in place of files.
+    /// Have the agents read from API servers instead of files.
     pub kubernetes: bool,
-    /// JSON at the end, in place of lines on the way.
+    /// Print JSON to stdout at the end. Progress goes to stderr.
     pub json: bool,
 }
 
-/// A part of a scenario that can be played alone.
+/// A scenario. Each one can run alone.
 struct Play {
     name: &'static str,
     about: &'static str,
     play: fn(&mut World, &mut Report) -> Result<()>,
 }
 
-/// A scenario: the clusters that it needs, and its plays.
+/// A group of scenarios that share a pair of clusters.
 struct Scenario {
     name: &'static str,
     build: fn(bool) -> Result<World>,
@@ -44,44 +44,49 @@ struct Scenario {
 
 const SCENARIOS: [Scenario; 2] = [regions::SCENARIO, retention::SCENARIO];
 
-/// The plays, with what they show.
+/// Returns the name and the description of each scenario.
 pub fn plays() -> impl Iterator<Item = (&'static str, &'static str)> {
     SCENARIOS.iter().flat_map(|scenario| scenario.plays).map(|play| (play.name, play.about))
 }
 
-/// Plays, and says at the end how many steps passed.
+/// Runs the selected scenarios, and prints how many steps passed. The exit code is a failure if one did not.
 ///
 /// # Errors
-/// The machine does not let the clusters be made. A step that fails is no error: it is reported, and the next play begins.
+/// Returns an error if no scenario matches, or if the clusters cannot be created.
+/// A step that fails is not an error: it is reported, and the next scenario starts.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let wanted = |play: &Play| options.only.as_ref().is_none_or(|only| play.name.contains(only.as_str()));
-    if !SCENARIOS.iter().flat_map(|scenario| scenario.plays).any(wanted) {
+    let selected = |play: &Play| options.only.as_ref().is_none_or(|only| play.name.contains(only.as_str()));
+    if !SCENARIOS.iter().flat_map(|scenario| scenario.plays).any(selected) {
         let names: Vec<_> = plays().map(|(name, _)| name).collect();
-        bail!("--only {}: no such play; there are: {}", options.only.as_deref().unwrap_or_default(), names.join(", "));
+        bail!(
+            "--only {}: no such scenario; the scenarios are {}",
+            options.only.as_deref().unwrap_or_default(),
+            names.join(", ")
+        );
     }
     sweep_on_interrupt()?;
     let mut report = Report::new(options.json);
-    let mut kept = None;
+    let mut last_world = None;
     for scenario in &SCENARIOS {
-        if !scenario.plays.iter().any(wanted) {
+        if !scenario.plays.iter().any(selected) {
             continue;
         }
         let from = if options.kubernetes { ", objects from API servers" } else { "" };
         report.note(&format!("setting up: {}{from}", scenario.name));
-        // One at a time: both use the addresses of the scenario.
-        drop(kept.take());
+        // Only one pair of clusters at a time, because both use the same addresses.
+        drop(last_world.take());
         let mut world = (scenario.build)(options.kubernetes)?;
-        for play in scenario.plays.iter().filter(|play| wanted(play)) {
+        for play in scenario.plays.iter().filter(|play| selected(play)) {
             report.begin(play.name, play.about);
             if let Err(error) = (play.play)(&mut world, &mut report) {
-                report.step("goes through", "no error", &format!("{error:#}"), false);
+                report.step("the scenario completes", "no error", &format!("{error:#}"), false);
                 report.note(&world.logs());
             }
         }
-        kept = Some(world);
+        last_world = Some(world);
     }
     let failed = report.close();
-    if let Some(world) = kept.filter(|_| options.keep) {
+    if let Some(world) = last_world.filter(|_| options.keep) {
         world.wait_for_visitors();
     }
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })

@@ -1,8 +1,8 @@
-//! Pages as curl got them through the gateway.
+//! Pages that curl fetched through the gateway.
 
 use std::{collections::BTreeMap, fmt};
 
-/// What pages showed.
+/// The pages of one curl run.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Pages {
     pages: Vec<String>,
@@ -12,7 +12,7 @@ const HEAD: &str = "<!DOCTYPE html>";
 const SORRY: &str = "Sorry, product reviews are currently unavailable";
 
 impl Pages {
-    /// From the output of curl, one page behind the other.
+    /// Splits the output of curl, in which one page follows another.
     pub(super) fn new(text: &str) -> Self {
         Self { pages: text.split(HEAD).skip(1).map(str::to_owned).collect() }
     }
@@ -21,22 +21,22 @@ impl Pages {
         self.pages.len()
     }
 
-    /// Lines with "full stars", as the scenario counts them.
+    /// Counts the lines with "full stars", as the scenario does: two per page with stars.
     pub(super) fn stars(&self) -> usize {
         self.pages.iter().flat_map(|page| page.lines()).filter(|line| line.contains("full stars")).count()
     }
 
-    /// Pages on which the call to reviews had failed.
+    /// Counts the pages on which the call to reviews failed.
     pub(super) fn errors(&self) -> usize {
         self.pages.iter().filter(|page| page.contains(SORRY)).count()
     }
 
-    /// Pages with reviews of pods whose name begins like this.
+    /// Counts the pages with reviews from pods whose name starts with `pod`.
     pub(super) fn from(&self, pod: &str) -> usize {
         self.pages.iter().filter(|page| page.contains(&format!("<!-- reviews: {pod}"))).count()
     }
 
-    /// Pages by productpage pod.
+    /// Counts the pages by productpage pod.
     pub(super) fn by_productpage(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
         for page in &self.pages {
@@ -53,7 +53,7 @@ impl fmt::Display for Pages {
     }
 }
 
-/// What pages should show, in the same words.
+/// Formats expected counts in the same way as [`Pages`].
 pub(super) fn expect(pages: usize, stars: usize, errors: usize) -> String {
     format!("{pages} pages, {stars} lines with full stars, {errors} errors")
 }

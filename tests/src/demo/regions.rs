@@ -1,4 +1,4 @@
-//! Inter-region disaster recovery: baseline, failover, outages, distribution.
+//! Disaster recovery between regions: baseline, failover, outages, distribution.
 
 use std::{
     thread,
@@ -26,25 +26,25 @@ pub(super) const SCENARIO: Scenario = Scenario {
     plays: &[
         Play {
             name: "baseline",
-            about: "no rules: reviews v1, v2 and v3 share evenly, whatever their region",
+            about: "no rules: reviews v1, v2, and v3 get equal shares, regardless of region",
             play: baseline,
         },
         Play {
             name: "failover",
-            about: "reviews of Hangzhou scaled to zero: all pages from Shanghai, and back",
+            about: "reviews in Hangzhou scaled to zero and back: failover to Shanghai and failback",
             play: failover,
         },
         Play {
             name: "outage",
-            about: "reviews of Hangzhou refuse: ejection, Shanghai, release, second ejection",
+            about: "reviews in Hangzhou refuses connections: ejection, failover, release, second ejection",
             play: outage,
         },
-        Play { name: "blackhole", about: "reviews of Hangzhou answer nothing at all", play: blackhole },
-        Play { name: "sick", about: "reviews of Hangzhou accepts, and answers 500, resets, or hangs", play: sick },
-        Play { name: "distribution", about: "90 % to Hangzhou, 10 % to Shanghai", play: distribution },
+        Play { name: "blackhole", about: "packets to reviews in Hangzhou are silently dropped", play: blackhole },
+        Play { name: "sick", about: "reviews in Hangzhou accepts, then returns 500, resets, or hangs", play: sick },
+        Play { name: "distribution", about: "90% to Hangzhou, 10% to Shanghai", play: distribution },
         Play {
             name: "exclusive",
-            about: "failover and distribution in one setting exclude each other, as in Istio",
+            about: "failover and distribution in one setting are mutually exclusive, as in Istio",
             play: exclusive,
         },
     ],
@@ -54,8 +54,8 @@ const HANGZHOU: usize = 0;
 const SHANGHAI: usize = 1;
 const BOUND: Duration = Duration::from_secs(30);
 
-/// productpage runs where the gateway is. In both regions, the mesh-wide shares would count twice: for the gateway's call and for
-/// productpage's.
+/// Builds the clusters, with productpage only in the gateway's region.
+/// In both regions, the mesh-wide shares would apply twice: to the gateway's call and to productpage's.
 fn build(kubernetes: bool) -> Result<World> {
     let mut world = World::new(
         [
@@ -73,14 +73,14 @@ fn build(kubernetes: bool) -> Result<World> {
     Ok(world)
 }
 
-/// Reviews in so many pods, by version; the settings; and everything in force.
+/// Scales reviews by version, applies the settings, and waits until they are in effect.
 fn set(world: &mut World, v1: usize, v2: usize, v3: usize, mesh: &Value, reviews: Option<&Value>) -> Result<()> {
     world.scale(HANGZHOU, "reviews", "v1", v1)?;
     world.scale(SHANGHAI, "reviews", "v2", v2)?;
     world.scale(HANGZHOU, "reviews", "v3", v3)?;
     world.apply("mesh.yaml", &[mesh_config(mesh)])?;
     let rule = reviews.map(|policy| destination_rule("reviews", &json!({"trafficPolicy": policy})));
-    // A file without objects in it would look like an accident.
+    // The agent ignores a file that became empty, so the file always has a rule.
     world.apply("rules.yaml", &[rule.unwrap_or_else(|| destination_rule("productpage", &json!({})))])?;
     world.settle()
 }
@@ -95,7 +95,7 @@ fn distribute_setting() -> Value {
         {"from": "cn-hangzhou/*", "to": {"cn-hangzhou/*": 90, "cn-shanghai/*": 10}}]}})
 }
 
-/// The scenario's DestinationRule, with these additions to its outlierDetection.
+/// Returns the traffic policy of the scenario's DestinationRule, with `more` added to its outlierDetection.
 fn reviews_policy(more: &Value) -> Value {
     let mut policy = json!({
         "connectionPool": {"http": {"maxRequestsPerConnection": 1}},
@@ -116,23 +116,23 @@ fn baseline(world: &mut World, report: &mut Report) -> Result<()> {
     let pages = world.pages(HANGZHOU, "/productpage", 30)?;
     let seen = ["v1", "v2", "v3"].map(|version| format!("{version} {}", pages.from(&format!("reviews-{version}"))));
     report.check("30 pages by version of reviews", "v1 10, v2 10, v3 10", &seen.join(", "));
-    report.check("nothing fails", "0 errors", &format!("{} errors", pages.errors()));
+    report.check("no page fails", "0 errors", &format!("{} errors", pages.errors()));
     Ok(())
 }
 
 fn failover(world: &mut World, report: &mut Report) -> Result<()> {
     set(world, 1, 1, 0, &failover_setting(), Some(&reviews_policy(&json!({}))))?;
     let pages = world.pages(HANGZHOU, "/productpage", 10)?;
-    report.check("Hangzhou serves itself (v1 has no stars)", &expect(10, 0, 0), &pages.to_string());
+    report.check("Hangzhou serves its own traffic (v1 has no stars)", &expect(10, 0, 0), &pages.to_string());
 
     set(world, 0, 1, 0, &failover_setting(), Some(&reviews_policy(&json!({}))))?;
     let pages = world.pages(HANGZHOU, "/productpage", 10)?;
-    report.check("no replicas in Hangzhou: all from Shanghai (v2)", &expect(10, 20, 0), &pages.to_string());
+    report.check("no replicas in Hangzhou: all pages from Shanghai (v2)", &expect(10, 20, 0), &pages.to_string());
     report.check("10 of 10 from v2", "10", &pages.from("reviews-v2-ack-shanghai").to_string());
 
     set(world, 1, 1, 0, &failover_setting(), Some(&reviews_policy(&json!({}))))?;
     let pages = world.pages(HANGZHOU, "/productpage", 10)?;
-    report.check("Hangzhou is back, and traffic with it", &expect(10, 0, 0), &pages.to_string());
+    report.check("Hangzhou is back, and so is its traffic", &expect(10, 0, 0), &pages.to_string());
     Ok(())
 }
 
@@ -146,14 +146,14 @@ fn ejected(world: &World) -> Result<usize> {
         .sum())
 }
 
-/// Endpoints of reviews whose probes fail.
+/// Counts the endpoints of reviews whose probes fail.
 fn unhealthy(world: &World) -> Result<usize> {
     let report = world.get(HANGZHOU, "services")?;
     let endpoints = service_named(&report, "reviews")?["endpoints"].as_array().cloned().unwrap_or_default();
     Ok(endpoints.iter().filter(|endpoint| endpoint["health"] == "unhealthy").count())
 }
 
-/// Pages until so many endpoints are ejected; returns how many of them had an error.
+/// Requests pages until `wanted` endpoints are ejected. Returns the number of pages with an error.
 fn until_ejected(world: &World, wanted: usize) -> Result<usize> {
     let mut errors = 0;
     for _ in 0..400 {
@@ -165,7 +165,7 @@ fn until_ejected(world: &World, wanted: usize) -> Result<usize> {
         errors += failed;
         if failed > 0 {
             wait_until("the ejection", BOUND, || {
-                ensure!(ejected(world)? > before, "none after a failed page");
+                ensure!(ejected(world)? > before, "no new ejection after a failed page");
                 Ok(())
             })?;
         }
@@ -174,19 +174,19 @@ fn until_ejected(world: &World, wanted: usize) -> Result<usize> {
 }
 
 fn outage(world: &mut World, report: &mut Report) -> Result<()> {
-    // The default percentage first: three endpoints, of which 10 % are none.
+    // The default maxEjectionPercent first: 10% of 4 endpoints rounds down to none.
     set(world, 3, 1, 0, &failover_setting(), Some(&reviews_policy(&json!({}))))?;
     world.kill(HANGZHOU, "reviews");
     let pages = world.pages(HANGZHOU, "/productpage", 9)?;
     report.check(
-        "10 % of 4 endpoints is none: nothing is ejected, every page fails",
+        "10% of 4 endpoints rounds down to none: no ejection, every page fails",
         &expect(9, 0, 9),
         &pages.to_string(),
     );
     let findings = world.plan(HANGZHOU, &[])?.0["findings"].to_string();
     let said = findings.contains("maxEjectionPercent") && findings.contains("none is ever ejected");
     report.step(
-        "a finding says so",
+        "a finding reports it",
         "a finding about maxEjectionPercent",
         if said { "it does" } else { &findings },
         said,
@@ -195,40 +195,40 @@ fn outage(world: &mut World, report: &mut Report) -> Result<()> {
     world.revive(HANGZHOU, "reviews", 3)?;
     set(world, 3, 1, 0, &failover_setting(), Some(&reviews_policy(&json!({"maxEjectionPercent": 100}))))?;
     let pages = world.pages(HANGZHOU, "/productpage", 9)?;
-    report.check("maxEjectionPercent 100, all well", &expect(9, 0, 0), &pages.to_string());
+    report.check("maxEjectionPercent 100, all endpoints healthy", &expect(9, 0, 0), &pages.to_string());
     world.kill(HANGZHOU, "reviews");
     let errors = until_ejected(world, 3)?;
-    report.check("an outage: one failed page for each local endpoint", "3", &errors.to_string());
+    report.check("outage: one failed page for each local endpoint", "3", &errors.to_string());
     let pages = world.pages(HANGZHOU, "/productpage", 10)?;
-    report.check("then all from Shanghai", &expect(10, 20, 0), &pages.to_string());
+    report.check("then all pages from Shanghai", &expect(10, 20, 0), &pages.to_string());
     let explanation = world.explain(HANGZHOU, "default/reviews")?;
     let why = |endpoint: &Value| endpoint["why"].as_str().unwrap_or_default().to_owned();
     let endpoints = explanation["ports"][0]["routes"][0]["endpoints"].as_array().cloned().unwrap_or_default();
     let ejected =
-        endpoints.iter().filter(|endpoint| why(endpoint).contains("ejected, for connections to it failed")).count();
-    let serving = endpoints.iter().filter(|endpoint| why(endpoint).contains("share the 100 % of priority 1")).count();
+        endpoints.iter().filter(|endpoint| why(endpoint).contains("ejected by outlier detection or by an")).count();
+    let serving = endpoints.iter().filter(|endpoint| why(endpoint).contains("share the 100% of priority 1")).count();
     let seen = format!("{ejected} ejected, {serving} serving");
-    report.check("`portolan explain` says why", "3 ejected, 1 serving", &seen);
+    report.check("`portolan explain` gives the reasons", "3 ejected, 1 serving", &seen);
 
-    // One pod recovers, two do not: the former is taken back for good, the latter are ejected again.
+    // One pod recovers and stays in use. The other two do not, and are ejected again.
     world.revive(HANGZHOU, "reviews", 1)?;
-    report.note("       (waiting for the ejections to end: one minute)");
+    report.note("       (waiting one minute for the ejections to end)");
     let seen_before = world.events(HANGZHOU)?.len();
     let again = second_ejections(world, seen_before)?;
     let times: Vec<f64> = release_times(&world.events(HANGZHOU)?)?;
     let shown: Vec<_> = times.iter().map(|time| format!("{time:.1} s")).collect();
     let in_time = times.len() == 3 && times.iter().all(|time| (60.0..61.2).contains(time));
-    report.step("released after the base time, at the next sweep", "3 × 60 to 61 s", &shown.join(", "), in_time);
+    report.step("released at the first sweep after baseEjectionTime", "3 × 60 to 61 s", &shown.join(", "), in_time);
     report.check("the two that still refuse are ejected for twice as long", "120 s, 120 s", &again);
     let pages = world.pages(HANGZHOU, "/productpage", 100)?;
     let local = pages.from("reviews-v1");
     let seen = format!("{} errors, {local} of 100 local", pages.errors());
-    // One of three is healthy: a third, times 1.4, is 46 %.
-    report.check("the one that recovered serves again, as far as it can carry", "0 errors, 46 of 100 local", &seen);
+    // One of three is healthy: a third, times the overprovisioning factor of 1.4, is 46%.
+    report.check("the recovered pod serves its region's remaining share", "0 errors, 46 of 100 local", &seen);
     Ok(())
 }
 
-/// Keeps pages coming until two endpoints have been ejected once more; returns for how long.
+/// Requests pages until two endpoints have been ejected again. Returns the durations of these ejections.
 fn second_ejections(world: &World, seen: usize) -> Result<String> {
     let end = Instant::now() + Duration::from_secs(90);
     while Instant::now() < end {
@@ -245,7 +245,7 @@ fn second_ejections(world: &World, seen: usize) -> Result<String> {
     bail!("no second ejection within 90 s")
 }
 
-/// Seconds from each endpoint's last first ejection to its release.
+/// Returns, for each release, the seconds since the last ejection of that endpoint before it.
 fn release_times(events: &[Value]) -> Result<Vec<f64>> {
     let mut times = Vec::new();
     for released in events.iter().filter(|event| event["kind"] == "released") {
@@ -260,7 +260,7 @@ fn release_times(events: &[Value]) -> Result<Vec<f64>> {
     Ok(times)
 }
 
-/// Time of day of an event, in seconds.
+/// Returns the time of day of an event, in seconds.
 fn seconds(event: &Value) -> Result<f64> {
     let time = event["time"].as_str().unwrap_or_default();
     let clock = time.split('T').nth(1).unwrap_or_default().trim_end_matches('Z');
@@ -270,28 +270,29 @@ fn seconds(event: &Value) -> Result<f64> {
 fn blackhole(world: &mut World, report: &mut Report) -> Result<()> {
     let mut policy = reviews_policy(&json!({"maxEjectionPercent": 100}));
     policy["connectionPool"]["tcp"] = json!({"connectTimeout": "1s"});
-    // Fresh pods: those of the outage are ejected for a while yet.
+    // Fresh pods, because those of the outage are still ejected.
     set(world, 0, 1, 0, &failover_setting(), Some(&policy))?;
     set(world, 1, 1, 0, &failover_setting(), Some(&policy))?;
     world.revive(HANGZHOU, "reviews", 1)?;
     let pages = world.pages(HANGZHOU, "/productpage", 10)?;
-    report.check("all well", &expect(10, 0, 0), &pages.to_string());
+    report.check("all endpoints healthy", &expect(10, 0, 0), &pages.to_string());
     world.swallow(HANGZHOU, "reviews", true)?;
     let began = Instant::now();
     let errors = until_ejected(world, 1)?;
-    report.check("packets vanish: one failed page", "1", &errors.to_string());
+    report.check("packets are dropped: one failed page", "1", &errors.to_string());
     let took = began.elapsed();
     let seen = format!("{:.1} s", took.as_secs_f64());
-    report.step("given up after connectTimeout, 1 s", "1 to 4 s", &seen, (1.0..4.0).contains(&took.as_secs_f64()));
+    report.step("connect fails after connectTimeout, 1 s", "1 to 4 s", &seen, (1.0..4.0).contains(&took.as_secs_f64()));
     let pages = world.pages(HANGZHOU, "/productpage", 10)?;
-    report.check("then all from Shanghai", &expect(10, 20, 0), &pages.to_string());
+    report.check("then all pages from Shanghai", &expect(10, 20, 0), &pages.to_string());
     world.swallow(HANGZHOU, "reviews", false)
 }
 
-/// What listens is not always well. For each way: failed pages, and the time until the last of them.
+/// Tests endpoints that listen but do not serve.
+/// Reports the failed pages for each fault, and the time until the last one.
 fn sick(world: &mut World, report: &mut Report) -> Result<()> {
     let played = play_sick(world, report);
-    // Nobody is left who is not well, whatever came of it.
+    // Remove the faulty pods, whatever the result.
     world.scale(HANGZHOU, "reviews", "v1", 0)?;
     played
 }
@@ -299,11 +300,11 @@ fn sick(world: &mut World, report: &mut Report) -> Result<()> {
 fn play_sick(world: &mut World, report: &mut Report) -> Result<()> {
     let policy = reviews_policy(&json!({"maxEjectionPercent": 100, "consecutive5xxErrors": 2}));
     for (how, about) in [
-        ("errors", "every answer is a 500"),
-        ("resets", "every connection is reset, which is asked to count"),
-        ("hangs", "nothing is ever answered, and the agent probes"),
+        ("errors", "every response is a 500"),
+        ("resets", "every connection is reset, with early resets counted"),
+        ("hangs", "requests hang, with an active probe"),
     ] {
-        // Fresh pods, whom nobody has ejected yet.
+        // Fresh pods that have not been ejected yet.
         set(world, 0, 1, 0, &failover_setting(), Some(&policy))?;
         set(world, 1, 1, 0, &failover_setting(), Some(&policy))?;
         let mut rule = destination_rule("reviews", &json!({"trafficPolicy": policy}));
@@ -323,35 +324,36 @@ fn play_sick(world: &mut World, report: &mut Report) -> Result<()> {
         world.make_sick(HANGZHOU, "reviews", how)?;
         let began = Instant::now();
         if how == "hangs" {
-            // Connections stand, and applications give up: no outcome that the kernel could tell from patience. A probe does not wait.
+            // Connections are established, and then applications time out.
+            // The kernel cannot tell this from a normal close, but a probe can.
             let mut failed = 0;
             while unhealthy(world)? == 0 {
-                ensure!(began.elapsed() < BOUND, "its probes do not fail");
+                ensure!(began.elapsed() < BOUND, "the probes did not fail in time");
                 failed += world.pages(HANGZHOU, "/productpage", 1)?.errors();
             }
             let took = began.elapsed();
             report.step(
-                &format!("{about}: failed pages until it is out"),
+                &format!("{about}: failed pages until it is unhealthy"),
                 "1 to 3",
                 &failed.to_string(),
                 (1..=3).contains(&failed),
             );
-            report.note(&format!("       (two probes, a second apart, have failed after {:.1} s)", took.as_secs_f64()));
-            report.check("nobody is ejected: no connection has failed", "0", &ejected(world)?.to_string());
+            report.note(&format!("       (two probes, one second apart, failed after {:.1} s)", took.as_secs_f64()));
+            report.check("no endpoint is ejected: no connection failed", "0", &ejected(world)?.to_string());
             let pages = world.pages(HANGZHOU, "/productpage", 10)?;
-            report.check(&format!("{about}: then all from Shanghai"), &expect(10, 20, 0), &pages.to_string());
+            report.check(&format!("{about}: then all pages from Shanghai"), &expect(10, 20, 0), &pages.to_string());
             continue;
         }
         let failed = world.pages(HANGZHOU, "/productpage", 2)?.errors();
         let took = began.elapsed();
         report.check(&format!("{about}: two pages fail"), "2", &failed.to_string());
-        report.note(&format!("       (the last failed page was done after {:.0} ms)", took.as_secs_f64() * 1e3));
+        report.note(&format!("       (the last failed page finished after {:.0} ms)", took.as_secs_f64() * 1e3));
         wait_until("the ejection", BOUND, || {
-            ensure!(ejected(world)? == 1, "nobody is ejected");
+            ensure!(ejected(world)? == 1, "no endpoint is ejected");
             Ok(())
         })?;
         let pages = world.pages(HANGZHOU, "/productpage", 10)?;
-        report.check(&format!("{about}: then all from Shanghai"), &expect(10, 20, 0), &pages.to_string());
+        report.check(&format!("{about}: then all pages from Shanghai"), &expect(10, 20, 0), &pages.to_string());
     }
     Ok(())
 }
@@ -369,7 +371,7 @@ fn distribution(world: &mut World, report: &mut Report) -> Result<()> {
     let measured = [("cn-hangzhou/cn-hangzhou-h", local), ("cn-shanghai/cn-shanghai-b", remote)]
         .map(|(place, count)| format!("{place} {}", count as f64 / 10.0));
     report.check(
-        "`portolan plan`, without root, says what was measured (percent)",
+        "`portolan plan`, without root, matches the measurement (percent)",
         &shown.join(", "),
         &measured.join(", "),
     );
@@ -385,7 +387,7 @@ fn exclusive(world: &mut World, report: &mut Report) -> Result<()> {
     both["localityLbSetting"]["failover"] = failover_setting()["localityLbSetting"]["failover"].clone();
     world.apply("mesh.yaml", &[mesh_config(&both)])?;
     let (plan, status) = world.plan(HANGZHOU, &[])?;
-    let said = plan["findings"].to_string().contains("exclude each other");
+    let said = plan["findings"].to_string().contains("mutually exclusive");
     let seen = format!(
         "exit status {status}, {}",
         if said { "a finding that they exclude each other" } else { "no such finding" }
@@ -395,14 +397,14 @@ fn exclusive(world: &mut World, report: &mut Report) -> Result<()> {
         "exit status 1, a finding that they exclude each other",
         &seen,
     );
-    wait_until("the agent to see the broken setting", BOUND, || {
-        ensure!(world.get(HANGZHOU, "services")?["findings"].to_string().contains("exclude each other"), "no finding");
+    wait_until("the agent to report the conflict", BOUND, || {
+        ensure!(world.get(HANGZHOU, "services")?["findings"].to_string().contains("mutually exclusive"), "no finding");
         Ok(())
     })?;
     let pages = world.pages(HANGZHOU, "/productpage", 10)?;
-    report.check("the agent keeps the last good setting, 90/10", &expect(10, 2, 0), &pages.to_string());
+    report.check("the agent keeps the last valid setting, 90/10", &expect(10, 2, 0), &pages.to_string());
     set(world, 1, 1, 0, &failover_setting(), Some(&reviews_policy(&json!({}))))?;
     let pages = world.pages(HANGZHOU, "/productpage", 10)?;
-    report.check("failover alone in its place", &expect(10, 0, 0), &pages.to_string());
+    report.check("failover alone instead", &expect(10, 0, 0), &pages.to_string());
     Ok(())
 }

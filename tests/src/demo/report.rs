@@ -1,25 +1,25 @@
-//! What was expected, what was seen.
+//! Expected and observed results.
 
 use std::io::Write as _;
 
 use serde::Serialize;
 
-/// One thing that was looked at.
+/// A checked result.
 #[derive(Clone, Debug, Serialize)]
 pub struct Step {
-    /// The play that it belongs to.
+    /// Name of the scenario.
     pub play: String,
-    /// What was looked at.
+    /// What was checked.
     pub step: String,
-    /// What should be.
+    /// The expected value, as text.
     pub expected: String,
-    /// What was.
+    /// The observed value, as text.
     pub seen: String,
-    /// Whether it was as it should be.
+    /// Whether the observed value is acceptable.
     pub pass: bool,
 }
 
-/// All steps so far.
+/// The steps so far, which are printed as they complete.
 #[derive(Debug)]
 pub struct Report {
     steps: Vec<Step>,
@@ -39,13 +39,13 @@ impl Report {
         Self { steps: Vec::new(), play: String::new(), json }
     }
 
-    /// For people who watch; goes to stderr where stdout is for a machine.
+    /// Prints text for people: to stdout, or to stderr if stdout carries JSON.
     pub(super) fn note(&self, text: &str) {
         if self.json {
             eprintln!("{text}");
         } else {
             println!("{text}");
-            // Progress shall be seen while it is made, through a pipe as well.
+            // Flush, so that progress is visible through a pipe too.
             let _ = std::io::stdout().flush();
         }
     }
@@ -69,12 +69,12 @@ impl Report {
         });
     }
 
-    /// A step that passes where what was seen is what was expected.
+    /// Records a step that passes if `seen` equals `expected`.
     pub(super) fn check(&mut self, step: &str, expected: &str, seen: &str) {
         self.step(step, expected, seen, expected == seen);
     }
 
-    /// The last word. Returns whether a step failed.
+    /// Prints the summary. Returns whether a step failed.
     pub(super) fn close(&self) -> bool {
         let failed = self.steps.iter().filter(|step| !step.pass).count();
         let passed = self.steps.len() - failed;

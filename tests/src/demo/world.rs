@@ -1,4 +1,6 @@
-//! Two clusters: each a network namespace with pods, a gateway and an agent of its own, joined by a link, and a client in front.
+//! Two linked clusters, and a client in front of them.
+//!
+//! Each cluster is a network namespace with its own pods, gateway, and agent.
 
 use std::{
     io::Read as _,
@@ -16,13 +18,13 @@ use crate::{
     unique, wait_until,
 };
 
-/// How long anything may take to settle.
+/// Time limit for any change to take effect.
 const BOUND: Duration = Duration::from_secs(30);
 const PORT: u16 = 9080;
-/// The programs of Bookinfo and the last byte of their Service addresses.
+/// The services of Bookinfo, with the last byte of their Service addresses.
 const SERVICES: [(&str, u8); 4] = [("productpage", 10), ("details", 20), ("reviews", 30), ("ratings", 40)];
 
-/// A cluster as the scenario describes it.
+/// The ID and the locality of a cluster.
 pub(super) struct Plan {
     pub(super) id: &'static str,
     pub(super) region: &'static str,
@@ -31,13 +33,13 @@ pub(super) struct Plan {
 
 struct Cluster {
     plan: Plan,
-    // Before the bed: its cgroup can go when its processes have.
+    // Declared before the bed, so that the processes exit before their cgroup is removed.
     pods: Vec<Pod>,
     gateway: Option<Process>,
     agent: Agent,
     bed: Bed,
     index: usize,
-    /// Its API server, where the agents read from those.
+    /// The cluster's API server; `None` if the agents read files.
     api: Option<Api>,
 }
 
@@ -46,7 +48,7 @@ struct Pod {
     version: &'static str,
     name: String,
     address: String,
-    /// In which way it is not well.
+    /// The fault that the pod's process simulates (`--sick`); `None` if it is healthy.
     sick: Option<&'static str>,
     process: Option<Process>,
 }
@@ -60,8 +62,9 @@ pub(super) struct World {
 }
 
 impl World {
-    /// Two empty clusters, and the Services of Bookinfo with `extra` ones (name and last byte of the address).
-    /// Agents read the objects from files, or else from API servers: each cluster has one, and a Secret that names the other.
+    /// Creates two clusters without pods, with the Services of Bookinfo and `extra` ones (name, last address byte).
+    ///
+    /// Agents read files, or, with `kubernetes`, one API server per cluster, which has a Secret for the other one.
     pub(super) fn new(plans: [Plan; 2], extra: &[(&'static str, u8)], kubernetes: bool) -> Result<Self> {
         let directory = Directory::new()?;
         let client = Namespace::new(unique("client"))?;
@@ -93,7 +96,7 @@ impl World {
         Ok(world)
     }
 
-    /// Tells the API servers what the files say: to each those of its own cluster, and those of the mesh.
+    /// Copies the objects in the files to the API servers: to each one those of its own cluster and the mesh-wide ones.
     fn publish(&self) -> Result<()> {
         for cluster in &self.clusters {
             let Some(api) = &cluster.api else { continue };
@@ -104,7 +107,7 @@ impl World {
         Ok(())
     }
 
-    /// Sets a deployment to so many pods: processes start or end, and the EndpointSlice follows.
+    /// Scales a deployment: starts or kills processes, and updates the EndpointSlice.
     pub(super) fn scale(
         &mut self,
         cluster: usize,
@@ -130,14 +133,14 @@ impl World {
         self.publish()
     }
 
-    /// The processes of a deployment end; its endpoints stay listed, and refuse.
+    /// Kills the processes of a deployment. Its endpoints stay listed, and refuse connections.
     pub(super) fn kill(&mut self, cluster: usize, service: &str) {
         for pod in self.clusters[cluster].pods.iter_mut().filter(|pod| pod.service == service) {
             pod.process = None;
         }
     }
 
-    /// Processes that were killed start again: the first `count` of the deployment.
+    /// Restarts the first `count` killed processes of a deployment.
     pub(super) fn revive(&mut self, cluster: usize, service: &str, count: usize) -> Result<()> {
         let dead = |pod: &Pod| pod.service == service && pod.process.is_none();
         let pods: Vec<usize> =
@@ -145,7 +148,7 @@ impl World {
         pods.into_iter().take(count).try_for_each(|pod| self.start(cluster, pod))
     }
 
-    /// The processes of a deployment start anew, and are not well in this way.
+    /// Restarts the processes of a deployment with a simulated fault.
     pub(super) fn make_sick(&mut self, cluster: usize, service: &str, how: &'static str) -> Result<()> {
         self.kill(cluster, service);
         for pod in self.clusters[cluster].pods.iter_mut().filter(|pod| pod.service == service) {
@@ -154,7 +157,7 @@ impl World {
         self.revive(cluster, service, usize::MAX)
     }
 
-    /// Everything to the pods of a deployment vanishes; its endpoints stay listed.
+    /// Drops all packets to the pods of a deployment, or stops dropping them. Its endpoints stay listed.
     pub(super) fn swallow(&self, cluster: usize, service: &str, swallow: bool) -> Result<()> {
         let Cluster { pods, bed, .. } = &self.clusters[cluster];
         for pod in pods.iter().filter(|pod| pod.service == service) {
@@ -181,7 +184,7 @@ impl World {
         })
     }
 
-    /// nginx, as the ingress gateway of the cluster: it dials Services, once for each request.
+    /// Starts nginx as the cluster's ingress gateway. It dials Services, once for each request.
     fn start_gateway(&mut self, cluster: usize) -> Result<()> {
         let address = gateway_address(cluster);
         let Cluster { bed, gateway, plan, .. } = &mut self.clusters[cluster];
@@ -190,7 +193,7 @@ impl World {
             format!("location = /productpage {{ proxy_pass http://{}; }}\n", service_address(cluster, SERVICES[0].1));
         for (i, (_, byte)) in self.extra_services.iter().enumerate() {
             let service = service_address(cluster, *byte);
-            // The path is rewritten, as the scenario's VirtualService does it.
+            // Rewrite the path, as the scenario's VirtualService does.
             locations += &format!("location = /productpage{} {{ proxy_pass http://{service}/productpage; }}\n", i + 1);
         }
         let scratch = self.directory.scratch(&format!("nginx-{}", plan.id));
@@ -212,7 +215,7 @@ impl World {
         })
     }
 
-    /// Puts mesh-wide objects into a file; an empty list empties the mesh of them.
+    /// Writes mesh-wide objects to a file. An empty list removes the file.
     pub(super) fn apply(&self, file: &str, objects: &[Value]) -> Result<()> {
         if objects.is_empty() {
             self.directory.remove(file)?;
@@ -222,19 +225,24 @@ impl World {
         self.publish()
     }
 
-    /// Waits until every agent intends what the objects now say.
+    /// Waits until every agent has applied the current objects.
     pub(super) fn settle(&self) -> Result<()> {
         for cluster in &self.clusters {
-            wait_until(&format!("the agent of {} to take the change", cluster.plan.id), BOUND, || {
+            wait_until(&format!("the agent of {} to apply the change", cluster.plan.id), BOUND, || {
                 let (planned, held) = (self.plan(cluster.index, &[])?.0, cluster.agent.get("services")?);
                 if cluster.api.is_some() {
                     self.has_read(cluster)?;
-                    ensure!(intended(&planned) == intended(&held), "{} is not {}", intended(&held), intended(&planned));
+                    ensure!(
+                        intended(&planned) == intended(&held),
+                        "the agent has applied {}, expected {}",
+                        intended(&held),
+                        intended(&planned)
+                    );
                     return Ok(());
                 }
                 ensure!(
                     planned["config"] == held["config"],
-                    "it has read {}, not {}",
+                    "the agent has read {}, expected {}",
                     held["config"],
                     planned["config"]
                 );
@@ -244,41 +252,41 @@ impl World {
         Ok(())
     }
 
-    /// Whether an agent has come to where the API servers are.
+    /// Returns an error unless an agent has read the latest version of every API server.
     fn has_read(&self, cluster: &Cluster) -> Result<()> {
         let sources = cluster.agent.get("sources")?;
         for of in &self.clusters {
             let version = of.api.as_ref().map_or(0, Api::version);
             for source in sources["sources"].as_array().into_iter().flatten().filter(|it| it["cluster"] == of.plan.id) {
                 let seen = source["version"].as_str().and_then(|seen| seen.parse::<u64>().ok());
-                ensure!(seen.is_some_and(|seen| seen >= version), "it is not at {version}: {source}");
+                ensure!(seen.is_some_and(|seen| seen >= version), "it has not reached {version}: {source}");
             }
         }
         Ok(())
     }
 
-    /// `portolan plan` for a cluster's node: the answer, and the exit status.
+    /// Runs `portolan plan` for a cluster's node. Returns the report and the exit status.
     pub(super) fn plan(&self, cluster: usize, more: &[&str]) -> Result<(Value, i32)> {
         let plan = &self.clusters[cluster].plan;
         self.directory.plan(plan.id, &node_name(plan), more)
     }
 
-    /// What the agent of a cluster says: `services`, `endpoints` or `ejections`.
+    /// Returns a report of a cluster's agent: `services`, `endpoints`, or `ejections`.
     pub(super) fn get(&self, cluster: usize, what: &str) -> Result<Value> {
         self.clusters[cluster].agent.get(what)
     }
 
-    /// Why a service's endpoints have their shares, as the agent of a cluster explains it.
+    /// Returns the report of `portolan explain` on a service from a cluster's agent.
     pub(super) fn explain(&self, cluster: usize, service: &str) -> Result<Value> {
         self.clusters[cluster].agent.explain(service)
     }
 
-    /// The events of a cluster's agent.
+    /// Returns the events of a cluster's agent, oldest first.
     pub(super) fn events(&self, cluster: usize) -> Result<Vec<Value>> {
         self.clusters[cluster].agent.events()
     }
 
-    /// Connections that the kernel of a cluster's node has counted to endpoints of a service, by their cluster.
+    /// Returns the kernel's connection counts on a cluster's node for a service, by the endpoints' cluster.
     pub(super) fn connections(&self, cluster: usize, service: &str) -> Result<[u64; 2]> {
         let report = self.get(cluster, "endpoints")?;
         let mut counts = [0; 2];
@@ -291,7 +299,7 @@ impl World {
         Ok(counts)
     }
 
-    /// So many pages, one after another, through a cluster's gateway, by curl, from outside.
+    /// Fetches `count` pages, one after another, with curl from the client through a cluster's gateway.
     pub(super) fn pages(&self, gateway: usize, path: &str, count: usize) -> Result<Pages> {
         let mut command = Command::new("curl");
         command.args(["--silent", "--show-error", "--max-time", "300", "--noproxy", "*"]);
@@ -303,11 +311,11 @@ impl World {
         let mut output = curl.child().stdout.take().context("curl has no output")?;
         output.read_to_string(&mut text)?;
         let status = curl.wait(BOUND)?;
-        ensure!(status.success(), "curl ended with {status}");
+        ensure!(status.success(), "curl exited with {status}");
         Ok(Pages::new(&text))
     }
 
-    /// The programs on a node's cgroup, as bpftool shows them.
+    /// Returns the programs on a node's cgroup, as `bpftool` lists them.
     pub(super) fn programs(&self, cluster: usize) -> Result<String> {
         let output =
             Command::new("bpftool").args(["cgroup", "tree"]).arg(self.clusters[cluster].bed.cgroup.path()).output()?;
@@ -315,7 +323,7 @@ impl World {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// What the agents have logged, for when something went wrong.
+    /// Returns the agents' logs, to print after a failure.
     pub(super) fn logs(&self) -> String {
         let logs = self
             .clusters
@@ -324,9 +332,9 @@ impl World {
         logs.collect::<Vec<_>>().join("\n")
     }
 
-    /// Says how to look around, and leaves the end to an interrupt.
+    /// Prints how to inspect the clusters, and waits for an interrupt.
     pub(super) fn wait_for_visitors(&self) -> ! {
-        println!("\nLeft running. Objects: {}", self.directory.path().display());
+        println!("\nThe clusters keep running. Objects: {}", self.directory.path().display());
         for cluster in &self.clusters {
             let gateway = gateway_address(cluster.index);
             println!(
@@ -337,7 +345,7 @@ impl World {
                 cluster.bed.cgroup.path().display()
             );
         }
-        println!("Ctrl-C takes everything down.");
+        println!("Press Ctrl-C to clean up.");
         loop {
             std::thread::park();
         }
@@ -359,7 +367,7 @@ impl Cluster {
     }
 }
 
-/// What a report says of services, without what has happened to their endpoints.
+/// Returns the configuration of services in a report, without the runtime state of their endpoints.
 fn intended(report: &Value) -> Value {
     let of =
         |endpoint: &Value| json!([endpoint["address"], endpoint["cluster"], endpoint["priority"], endpoint["weight"]]);
@@ -386,7 +394,7 @@ fn write_cluster(directory: &Directory, index: usize, plan: &Plan, extra: &[(&'s
     directory.write(&format!("{}/cluster.yaml", plan.id), &objects)
 }
 
-/// Namespaces joined in a line: client, first cluster, second cluster; and the client with the second as well. Nothing leads outside.
+/// Links the two clusters' namespaces, and the client's namespace to both. There is no route to the outside.
 fn join(beds: &[Bed; 2], client: &Namespace) -> Result<()> {
     let [first, second] = [&beds[0].namespace, &beds[1].namespace];
     link((first, "second", "192.168.0.1/30"), (second, "first", "192.168.0.2/30"))?;

@@ -179,7 +179,7 @@ fn the_agents_own_pod_is_not_left_alone() -> Result<()> {
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
     std::fs::write(of_a.path().join("cgroup.procs"), agent.process.id().to_string())?;
     api.apply(&[labelled("a", Some("true"))]);
-    wait_finding(&agent, "PTL0114", "Pod default/a is this agent's own")?;
+    wait_finding(&agent, "PTL0114", "Pod default/a runs this agent")?;
     assert_eq!(client_in(&bed, &of_a)?.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
     assert_eq!(agent.get("opt-outs")?["pods"][0]["cgroups"], json!([]));
     Ok(())

@@ -48,7 +48,7 @@ fn other_clusters_come_change_and_go() -> Result<()> {
     // The same id once more, in another Secret: it does not count. The own id: neither.
     let imposter = secret("another", &[("c2", "{}"), ("c1", "{}")]);
     api.apply(&[imposter]);
-    wait_finding(&agent, "PTL0112", "cluster c2 is named by istio-system/another as well")?;
+    wait_finding(&agent, "PTL0112", "cluster c2 is also named by istio-system/another")?;
     assert_eq!(endpoints(&agent, "web")?, both);
     assert!(api.delete("secrets", "istio-system", "another"));
     wait_no_finding(&agent, "PTL0112")?;
@@ -56,15 +56,15 @@ fn other_clusters_come_change_and_go() -> Result<()> {
     // Another kubeconfig: nonsense and a dead address change nothing, one that answers does.
     let instead = |text: &str| secret("istio-remote-secret-c2", &[("c2", text)]);
     api.apply(&[instead("users: [")]);
-    wait_finding(&agent, "PTL0112", "is no kubeconfig")?;
+    wait_finding(&agent, "PTL0112", "not a valid kubeconfig")?;
     api.apply(&[instead("users: [{user: {token: hush-hush}]")]);
-    wait_finding(&agent, "PTL0112", "is no kubeconfig")?;
+    wait_finding(&agent, "PTL0112", "not a valid kubeconfig")?;
     assert!(!agent.log().contains("hush"), "{}", agent.log());
     let runs = json!({"command": "/bin/false", "apiVersion": "client.authentication.k8s.io/v1"});
     api.apply(&[instead(&other.kubeconfig("127.0.0.1:9".parse()?, &json!({"exec": runs})).to_string())]);
     wait_finding(&agent, "PTL0112", "a program to run")?;
     api.apply(&[instead(&other.kubeconfig("127.0.0.1:9".parse()?, &json!({"token": "t"})).to_string())]);
-    wait_finding(&agent, "PTL0112", "does not answer to its new kubeconfig")?;
+    wait_finding(&agent, "PTL0112", "cannot be read with its new kubeconfig")?;
     assert_eq!(endpoints(&agent, "web")?, both);
     let (third, moved) = second(&bed, "10.2.0.1")?;
     api.apply(&[moved]);
@@ -162,7 +162,7 @@ fn endpoints_of_others_outlive_an_agent_when_nobody_says_who_they_are() -> Resul
     agent.process.kill();
     api.forbid("secrets", true);
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &SOON)?;
-    wait_finding(&agent, "PTL0111", "may not list secrets")?;
+    wait_finding(&agent, "PTL0111", "not allowed to list secrets")?;
     assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
     other.replace(&[node("n2", "r2/z1"), plain(service("web", &["172.17.0.10"], 80))]);
     api.forbid("secrets", false);

@@ -28,7 +28,7 @@ fn nothing_fails_while_the_api_is_away_and_one_list_brings_all_back() -> Result<
     let lists = api.asked("list", "services");
 
     api.stop();
-    wait_finding(&agent, "PTL0110", "cannot be read")?;
+    wait_finding(&agent, "PTL0110", "cannot read from the API server")?;
     let load = Load::start(bed.place(), &[WEB.parse()?], 50_000, None)?.finish()?;
     ensure!(load.bad == 0 && load.good == 50_000, "{load:?}");
     assert_eq!(agent.http("/readyz")?.0, 200, "what is served is served as it should be");
@@ -97,7 +97,7 @@ fn a_watch_that_stalls_is_noticed() -> Result<()> {
     api.apply(&[web_slice(&["10.0.0.2"])]);
     // It stays, whatever else is begun.
     for _ in 0..3 {
-        wait_finding(&agent, "PTL0110", "nothing came for 6s")?;
+        wait_finding(&agent, "PTL0110", "nothing received for 6s")?;
         let watches = api.asked("watch", "services");
         wait_until("another watch", BOUND, || {
             ensure!(api.asked("watch", "services") > watches);
@@ -116,7 +116,7 @@ fn a_resource_that_may_not_be_read_is_named_and_the_rest_works() -> Result<()> {
     api.forbid("virtualservices.networking.istio.io", true);
     api.apply(&web(&["10.0.0.1"]));
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &SOON)?;
-    wait_finding(&agent, "PTL0111", "may not list virtualservices.networking.istio.io")?;
+    wait_finding(&agent, "PTL0111", "not allowed to list virtualservices.networking.istio.io")?;
     let mut client = bed.dialler()?;
     assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
     api.apply(&[web_slice(&["10.0.0.2"])]);
@@ -132,7 +132,7 @@ fn settings_that_may_not_be_read_keep_traffic_in_its_cluster() -> Result<()> {
     api.forbid("configmaps", true);
     api.apply(&web(&["10.0.0.1"]));
     let mut agent = bed.start_on_api(&kubeconfig, "c1", "n1", &SOON)?;
-    wait_finding(&agent, "PTL0034", "what must stay in its cluster")?;
+    wait_finding(&agent, "PTL0034", "clusterLocal settings are unknown")?;
     let (status, why) = agent.http("/readyz")?;
     assert!(status == 503 && why.contains("settings cannot be read"), "{status} {why}");
     api.forbid("configmaps", false);
@@ -244,10 +244,10 @@ fn the_api_servers_own_service_is_never_emptied() -> Result<()> {
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
     let mut client = bed.dialler()?;
     api.apply(&[own(&[])]);
-    wait_finding(&agent, "PTL0113", "the last ones stay")?;
+    wait_finding(&agent, "PTL0113", "the last known ones stay")?;
     let own_service = plain(service("kubernetes", &["172.16.0.1"], 443));
     assert!(api.delete("services", "default", "kubernetes"));
-    wait_finding(&agent, "PTL0113", "is not there any more")?;
+    wait_finding(&agent, "PTL0113", "was deleted")?;
     assert_eq!(client.dial("172.16.0.1:443", 2)?.greetings(), ["10.0.0.1"; 2]);
     api.apply(&[own_service]);
     assert_eq!(client.dial("172.16.0.1:443", 2)?.greetings(), ["10.0.0.1"; 2]);
@@ -278,7 +278,7 @@ fn without_a_way_to_the_api_the_agent_says_so_in_one_line() -> Result<()> {
     let directory = Directory::new()?;
     let missing = directory.scratch("none");
     for (arguments, complaint) in [
-        (vec!["--kubernetes"], "no pod with a service account"),
+        (vec!["--kubernetes"], "not running in a pod"),
         (vec!["--kubernetes", "--kubeconfig", missing.to_str().unwrap()], "--kubeconfig"),
         (vec!["--kubernetes", "--config", "/etc"], "cannot be used with"),
         (vec![], "--config"),

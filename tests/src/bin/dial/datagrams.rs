@@ -1,4 +1,4 @@
-//! UDP in all its ways.
+//! Tasks that send UDP datagrams.
 
 use std::{
     io,
@@ -14,7 +14,8 @@ use super::{LIMIT, errno};
 
 const PAYLOAD: &[u8] = b"?";
 
-/// Sends so many, and hears each answer before the next is sent, unless they go in one call. Gives the last socket's port as well.
+/// Sends `times` datagrams, and waits for each answer before the next one, except in a batch.
+/// Returns the results and the last socket's local port, which is 0 for a batch.
 pub(super) fn send(to: SocketAddr, times: u32, from: Sender, kept: &mut Option<UdpSocket>) -> Result<(Vec<Seen>, u32)> {
     let mut seen = Vec::new();
     let keeps = matches!(from, Sender::Kept | Sender::KeptConnected);
@@ -49,9 +50,9 @@ pub(super) fn send(to: SocketAddr, times: u32, from: Sender, kept: &mut Option<U
             ask(&socket, to)
         };
         if connected && one.errno == 0 {
-            // What the answer says it comes from, and what the socket says it is connected to, must be the same.
+            // The answer's source address must be the peer that the socket reports.
             let peer = socket.peer_addr()?;
-            ensure!(one.peer == Some(peer), "{:?} answers, {peer} is the peer", one.peer);
+            ensure!(one.peer == Some(peer), "the answer came from {:?}, but the socket's peer is {peer}", one.peer);
             one.peer = Some(peer);
         }
         seen.push(one);
@@ -66,14 +67,14 @@ pub(super) fn send(to: SocketAddr, times: u32, from: Sender, kept: &mut Option<U
     Ok((seen, port))
 }
 
-/// From one socket to several addresses in turn.
+/// Sends from one unconnected socket to several addresses in turn, in `times` rounds.
 pub(super) fn around(to: &[SocketAddr], times: u32) -> Result<Vec<Seen>> {
     let Some(first) = to.first() else { return Ok(Vec::new()) };
     let socket = unconnected(*first)?;
     Ok((0..times).flat_map(|_| to).map(|to| ask(&socket, *to)).collect())
 }
 
-/// A connected socket that is not connected any more, and sends elsewhere.
+/// Sends from a connected socket, disconnects it, and sends to another address from it.
 pub(super) fn reuse(to: SocketAddr, then: SocketAddr) -> Result<Vec<Seen>> {
     let socket = unconnected(to)?;
     socket.connect(to)?;
@@ -110,18 +111,18 @@ fn failed(error: &io::Error) -> Seen {
     Seen { errno: errno(Err(io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(-1)))), ..Seen::default() }
 }
 
-/// All of them in one sendmmsg.
+/// Sends all datagrams with one `sendmmsg()`.
 fn batch(socket: &UdpSocket, to: SocketAddr, times: u32) -> Result<()> {
     let address = SockAddr::from(to);
     let mut part = libc::iovec { iov_base: PAYLOAD.as_ptr().cast_mut().cast(), iov_len: PAYLOAD.len() };
-    // SAFETY: all zero is a valid message, of nothing.
+    // SAFETY: an all-zero message is valid and empty.
     let mut message: libc::mmsghdr = unsafe { std::mem::zeroed() };
     message.msg_hdr.msg_name = address.as_ptr().cast_mut().cast();
     message.msg_hdr.msg_namelen = address.len();
     message.msg_hdr.msg_iov = &raw mut part;
     message.msg_hdr.msg_iovlen = 1;
     let mut messages = vec![message; times as usize];
-    // SAFETY: the messages are as many as said, and what they point to outlives the call.
+    // SAFETY: there are `times` messages, and what they point to outlives the call.
     let sent = unsafe { libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr(), times, 0) };
     ensure!(sent == times as i32, "sent {sent} of {times}: {}", io::Error::last_os_error());
     Ok(())

@@ -1,4 +1,4 @@
-//! The client of the tests, see `portolan_tests::dial`.
+//! The test client; see `portolan_tests::dial`.
 
 mod datagrams;
 mod ways;
@@ -17,7 +17,7 @@ use portolan_tests::dial::{Reply, Seen, Task};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Socket, Type};
 
-/// No answer takes longer in a test.
+/// Time limit for a connect and for a read.
 const LIMIT: Duration = Duration::from_secs(30);
 
 fn main() -> Result<()> {
@@ -94,7 +94,7 @@ fn run(task: &Task, tasks: &Receiver<Task>, held: &mut Held) -> Result<Reply> {
             held.sockets.push((socket, 0));
         }
         Task::Become { uid } => become_user(*uid)?,
-        Task::Held => reply.seen = held.sockets.iter_mut().map(what_became).collect::<Result<_>>()?,
+        Task::Held => reply.seen = held.sockets.iter_mut().map(socket_state).collect::<Result<_>>()?,
         Task::Release => held.sockets.clear(),
         Task::Datagrams { to, times, from, mapped } => {
             let to = if *mapped { mapped_form(*to) } else { *to };
@@ -127,16 +127,17 @@ fn run(task: &Task, tasks: &Receiver<Task>, held: &mut Held) -> Result<Reply> {
     Ok(reply)
 }
 
-/// Sockets that outlive the task that made them.
+/// Sockets that outlive the task that created them.
 #[derive(Default)]
 struct Held {
-    /// Each with the error that was seen: the kernel tells it once.
+    /// Each with its last error (0 for none), because the kernel reports an error only once.
     sockets: Vec<(Socket, i32)>,
+    /// Socket of `Sender::Kept` and `Sender::KeptConnected`.
     kept: Option<UdpSocket>,
 }
 
-/// No error while it is open, and ENOTCONN where the peer has closed it.
-fn what_became((socket, ended): &mut (Socket, i32)) -> Result<Seen> {
+/// Returns the state of a socket: no error while it is open, ENOTCONN if the peer closed it, or the socket's error.
+fn socket_state((socket, ended): &mut (Socket, i32)) -> Result<Seen> {
     if let Some(error) = socket.take_error()?.and_then(|error| error.raw_os_error()) {
         *ended = error;
     }
@@ -191,12 +192,12 @@ fn errno(result: io::Result<()>) -> i32 {
     result.err().map_or(0, |error| error.raw_os_error().unwrap_or(-1))
 }
 
-/// Be another user, whose /proc is that user's as well.
+/// Switches to another user, who then also owns this process's /proc entries.
 fn become_user(uid: u32) -> Result<()> {
     // SAFETY: system calls without pointers.
     let done = unsafe { libc::setresgid(uid, uid, uid) == 0 && libc::setresuid(uid, uid, uid) == 0 };
     ensure!(done, io::Error::last_os_error());
-    // Both are gone with the former user.
+    // Changing the user resets both.
     for (option, value) in [(libc::PR_SET_DUMPABLE, 1), (libc::PR_SET_PDEATHSIG, libc::SIGKILL)] {
         // SAFETY: as above.
         ensure!(unsafe { libc::prctl(option, value) } == 0, io::Error::last_os_error());

@@ -1,4 +1,4 @@
-//! Connects that are not plain ones.
+//! Special ways to connect.
 
 use std::{
     io::{self, Read as _},
@@ -14,7 +14,7 @@ use super::{LIMIT, errno};
 
 const DATA: &[u8] = b"x";
 
-/// Connects, and reads the server's greeting.
+/// Connects in a special way, and reads the server's greeting.
 pub(super) fn dial(to: SocketAddr, way: Way) -> Result<Seen> {
     let protocol = match way {
         Way::Multipath => Some(Protocol::MPTCP),
@@ -23,7 +23,7 @@ pub(super) fn dial(to: SocketAddr, way: Way) -> Result<Seen> {
     };
     let socket = match Socket::new(Domain::for_address(to), Type::STREAM, protocol) {
         Ok(socket) => socket,
-        // This kernel has no such protocol.
+        // This kernel does not support SCTP.
         Err(error) if way == Way::Sctp => return Ok(Seen { errno: errno(Err(error)), ..Seen::default() }),
         Err(error) => return Err(error.into()),
     };
@@ -42,7 +42,7 @@ pub(super) fn dial(to: SocketAddr, way: Way) -> Result<Seen> {
     let mut stream = TcpStream::from(socket);
     let mut greeting = String::new();
     let peer = stream.peer_addr().ok();
-    // SCTP has no half of a connection to end.
+    // SCTP has no half-closed connections.
     if way != Way::Sctp {
         stream.shutdown(std::net::Shutdown::Write)?;
     }
@@ -52,7 +52,7 @@ pub(super) fn dial(to: SocketAddr, way: Way) -> Result<Seen> {
 
 fn send_fast(socket: RawFd, to: SocketAddr) -> io::Result<()> {
     let address = SockAddr::from(to);
-    // SAFETY: buffer and address are as long as said, and outlive the call.
+    // SAFETY: the buffer and the address have the given lengths and outlive the call.
     let sent = unsafe {
         libc::sendto(
             socket,
@@ -68,7 +68,7 @@ fn send_fast(socket: RawFd, to: SocketAddr) -> io::Result<()> {
 
 fn set_fast_open_connect(socket: RawFd) -> io::Result<()> {
     let on: libc::c_int = 1;
-    // SAFETY: the option's value is as long as said, and outlives the call.
+    // SAFETY: the option's value has the given length and outlives the call.
     let set = unsafe {
         libc::setsockopt(
             socket,
