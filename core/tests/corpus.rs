@@ -1,5 +1,5 @@
-//! Every text that the fuzzer's corpus holds, and every example in `docs/`, goes through from the reader to the report.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! Runs every text of the fuzzing corpus, and every example in `docs/`, from decoding to the report.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod common;
 
@@ -16,7 +16,7 @@ fn texts(folder: &str) -> Vec<(String, String)> {
     let mut texts = Vec::new();
     for entry in fs::read_dir(&folder).unwrap() {
         let path = entry.unwrap().path();
-        // The fuzzer's own finds need not be text.
+        // Inputs that the fuzzer found need not be UTF-8.
         let text = String::from_utf8_lossy(&fs::read(&path).unwrap()).into_owned();
         texts.push((path.file_name().unwrap().to_string_lossy().into_owned(), text));
     }
@@ -25,16 +25,16 @@ fn texts(folder: &str) -> Vec<(String, String)> {
 }
 
 #[test]
-fn nothing_in_the_corpus_does_harm() {
+fn corpus_does_not_panic() {
     for (name, text) in texts("fuzz/corpus/readers") {
         println!("{name}");
         through(&text);
     }
 }
 
-/// What begins with `# PTL0002` has just such a finding; what begins otherwise has none.
+/// The findings of each example include the codes on its first line, such as `# PTL0002`.
 #[test]
-fn the_examples_have_the_findings_that_they_show() {
+fn examples_have_the_findings_in_their_first_lines() {
     let mut shown = 0;
     for (name, text) in texts("../docs/examples/broken") {
         through(&text);
@@ -50,12 +50,12 @@ fn the_examples_have_the_findings_that_they_show() {
             shown += 1;
         }
     }
-    assert!(shown >= 10, "only {shown} codes are shown");
+    assert!(shown >= 10, "the examples show only {shown} codes");
 }
 
-/// One section for each code, in order, with its title; no others.
+/// The findings page has exactly one section for each code, in order and with its title and severity.
 #[test]
-fn the_page_of_findings_is_whole() {
+fn findings_page_is_complete() {
     let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/findings.md")).unwrap();
     let sections: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix("## ")).collect();
     let codes: Vec<String> = Code::ALL.iter().map(|code| format!("{code}: {}", code.title())).collect();
@@ -66,9 +66,9 @@ fn the_page_of_findings_is_whole() {
     }
 }
 
-/// Time and memory are bounded by what the parser counts, so these come back at once, as findings.
+/// The limits of the parser bound time and memory, so each of these becomes a finding quickly.
 #[test]
-fn bombs_are_defused() {
+fn yaml_bombs_are_rejected() {
     let mut laughs = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n".to_owned();
     for i in 1..12 {
         let p = i - 1;
@@ -84,9 +84,9 @@ fn bombs_are_defused() {
     }
 }
 
-/// As `kubectl get -o yaml` prints a large cluster: one List, of more than 100,000 lines.
+/// A large cluster as `kubectl get -o yaml` prints it: one List with more than 100,000 lines.
 #[test]
-fn a_list_of_a_hundred_thousand_lines_is_read() {
+fn list_of_a_hundred_thousand_lines_is_read() {
     let mut text = "apiVersion: v1\nkind: List\nitems:\n".to_owned();
     for i in 0..10_000 {
         text += &format!(

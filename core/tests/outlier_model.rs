@@ -1,7 +1,7 @@
-//! Outlier detection beside a model of Envoy's, written for nothing but to be compared: every host has all its fields, the sweep comes with every
-//! interval, and nothing is skipped. Ten thousand random sequences of events, of settings that change and of restarts go through both, and are compared
-//! at every step.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! Compares outlier detection with a simple model of Envoy: every host has all fields, and the sweep runs at every
+//! interval.
+//! Both process random sequences of events, configuration changes, and restarts, and are compared after every step.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,7 +17,7 @@ use proptest::prelude::*;
 
 const SEQUENCES: u32 = 10_000;
 
-/// One host, as Envoy's `DetectorHostMonitorImpl` has it. Times are milliseconds.
+/// A host with the fields of `DetectorHostMonitorImpl` in Envoy. Times are milliseconds.
 #[derive(Clone, Debug, Default)]
 struct Host {
     consecutive_5xx: u32,
@@ -51,7 +51,7 @@ impl Model {
         (millis(self.settings.base_ejection_time) * host.multiplier).min(millis(self.settings.max_ejection_time))
     }
 
-    /// `onConsecutiveErrorWorker`; whether the counter goes back to zero.
+    /// `onConsecutiveErrorWorker` in Envoy. Returns whether to reset the counter.
     fn reached(&mut self, now: u64, name: u8) -> bool {
         let active = self.ejected().len();
         let total = self.hosts.len();
@@ -72,7 +72,7 @@ impl Model {
         true
     }
 
-    /// `putHttpResponseCode`
+    /// `putHttpResponseCode` in Envoy.
     fn code(&mut self, now: u64, name: u8, code: u16) {
         let (gateway, errors) = (self.settings.gateway_errors, self.settings.consecutive_errors);
         let Some(host) = self.hosts.get_mut(&name) else { return };
@@ -99,7 +99,7 @@ impl Model {
         let split = self.settings.local_origin_errors;
         match (signal, split) {
             (Signal::Status(code), _) => self.code(now, name, code),
-            // Portolan's own: as a response of 500.
+            // Portolan only: counts like a response with status 500.
             (Signal::Broken, _) => self.code(now, name, 500),
             (Signal::Refused | Signal::TimedOut, Some(threshold)) => {
                 let Some(host) = self.hosts.get_mut(&name) else { return };
@@ -123,7 +123,7 @@ impl Model {
         }
     }
 
-    /// `onIntervalTimer`
+    /// `onIntervalTimer` in Envoy.
     fn sweep(&mut self, now: u64) {
         let interval = millis(self.settings.interval);
         let times: Vec<u64> = self.hosts.values().map(|host| self.time(host)).collect();
@@ -140,7 +140,7 @@ impl Model {
 }
 
 impl Model {
-    /// Portolan's own rule for settings that change: ejections stay, and what was counted under other thresholds is forgotten.
+    /// A rule of Portolan for changed settings: ejections stay, and counters are reset if the thresholds changed.
     fn configure(&mut self, settings: OutlierDetection, success_criterion: SuccessCriterion, now: u64) {
         if settings.interval != self.settings.interval {
             self.next_sweep = now + millis(settings.interval);
@@ -153,15 +153,16 @@ impl Model {
         (self.settings, self.success_criterion) = (settings, success_criterion);
     }
 
-    /// And for another agent that takes over: ejections and multipliers outlive the former one, counters do not; what is over by then is over.
+    /// A rule of Portolan for restarts: ejections and multipliers persist, counters do not.
+    /// What expired in the meantime has expired.
     fn restart(&mut self, now: u64) {
         let interval = millis(self.settings.interval);
         let times: Vec<u64> = self.hosts.values().map(|host| self.time(host)).collect();
         for (host, time) in self.hosts.values_mut().zip(times) {
             let (gone, is_over) = (now - host.ejected_at, host.ejected && now - host.ejected_at >= time);
-            let well = if is_over { (gone - time) / interval } else { 0 };
+            let healthy_intervals = if is_over { (gone - time) / interval } else { 0 };
             *host = Host {
-                multiplier: host.multiplier.saturating_sub(well),
+                multiplier: host.multiplier.saturating_sub(healthy_intervals),
                 ejected: host.ejected && !is_over,
                 ejected_at: host.ejected_at,
                 ..Host::default()
@@ -265,12 +266,12 @@ fn compare(settings: OutlierDetection, success_criterion: SuccessCriterion, step
                 detector.set_hosts(&model.hosts.keys().copied().map(address).collect());
                 detector.restore(at(now), Duration::ZERO, saved);
             }
-            Step::Hosts(wanted) => {
-                model.hosts.retain(|name, _| wanted.contains(name));
-                for name in wanted {
+            Step::Hosts(names) => {
+                model.hosts.retain(|name, _| names.contains(name));
+                for name in names {
                     model.hosts.entry(*name).or_default();
                 }
-                detector.set_hosts(&wanted.iter().copied().map(address).collect());
+                detector.set_hosts(&names.iter().copied().map(address).collect());
             }
         }
         let expected: Vec<(SocketAddr, Instant)> = model
@@ -292,7 +293,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: SEQUENCES, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_sequence_of_events_tells_them_apart(
+    fn detector_agrees_with_the_envoy_model(
         settings in settings(), success_criterion in success_criterion(), steps in prop::collection::vec(step(), 1..120),
     ) {
         compare(settings, success_criterion, steps);

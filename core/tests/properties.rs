@@ -1,5 +1,5 @@
-//! What holds for every configuration.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! Properties that hold for every configuration.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod common;
 
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 const CLUSTERS: [&str; 2] = ["c1", "c2"];
 const REGIONS: [&str; 3] = ["r1", "r2", "r3"];
 
-/// One endpoint: whose, where, and in what state.
+/// An endpoint, as indices of its service, cluster, region, and state.
 #[derive(Clone, Debug)]
 struct Spec {
     service: usize,
@@ -27,11 +27,12 @@ struct Spec {
     state: usize,
 }
 
-/// Objects, each with the cluster that it is of; `None`: the mesh's.
+/// A generated configuration.
 #[derive(Clone, Debug)]
 struct Configuration {
+    /// Objects with their clusters; `None` for objects of the mesh.
     objects: Vec<(Option<&'static str>, Value)>,
-    retained: bool,
+    cluster_local: bool,
     panics: bool,
 }
 
@@ -69,7 +70,7 @@ fn configurations() -> impl Strategy<Value = Configuration> {
     let routed = select(vec![0, 1, 2, 3, 4]);
     let others = (0..3usize, 0..3usize, select(vec!["", "n1", "n2"]));
     (specs(), policies(), any::<bool>(), distribution, routed, others).prop_map(
-        |(specs, policy, retained, distribution, routed, (machines, banks, network))| {
+        |(specs, policy, cluster_local, distribution, routed, (machines, banks, network))| {
             let panics = policy.pointer("/outlierDetection/minHealthPercent").is_some_and(|percent| *percent != json!(0));
             let mut objects = Vec::new();
             for cluster in CLUSTERS {
@@ -88,7 +89,7 @@ fn configurations() -> impl Strategy<Value = Configuration> {
             }
             for (i, spec) in specs.iter().enumerate() {
                 objects.push((Some(CLUSTERS[spec.cluster]), slice(i, spec)));
-                // Of some, the pod is not known.
+                // Some endpoints have no Pod.
                 if i % 4 > 0 {
                     let version = format!("v{}", spec.state % 2);
                     let pod = json!({"apiVersion": "v1", "kind": "Pod",
@@ -136,19 +137,19 @@ fn configurations() -> impl Strategy<Value = Configuration> {
                         "spec": {"hosts": ["s0"], "tcp": [{"route": route[..routed]}]}}),
                 ));
             }
-            if retained {
+            if cluster_local {
                 objects.push((
                     None,
                     json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"},
                         "data": {"mesh": "serviceSettings: [{settings: {clusterLocal: true}, hosts: ['*']}]"}}),
                 ));
             }
-            Configuration { objects, retained, panics }
+            Configuration { objects, cluster_local, panics }
         },
     )
 }
 
-/// A slice with one endpoint.
+/// Returns an EndpointSlice with one endpoint.
 fn slice(i: usize, spec: &Spec) -> Value {
     let conditions = match spec.state {
         0 => json!({"ready": false, "serving": false, "terminating": false}),
@@ -165,7 +166,8 @@ fn slice(i: usize, spec: &Spec) -> Value {
             "nodeName": format!("{}-{}", CLUSTERS[spec.cluster], REGIONS[spec.region])}]})
 }
 
-/// Files of the configuration: objects are spread over several of each cluster, in the order given.
+/// Returns the files of a configuration: `count` for each cluster and for the mesh, with the objects in the given
+/// order.
 fn files(objects: &[(Option<&'static str>, Value)], count: usize) -> Vec<(Scope, String, String)> {
     let scopes = [None, Some("c1"), Some("c2")];
     let mut files = Vec::new();
@@ -196,8 +198,8 @@ fn everywhere(addresses: impl IntoIterator<Item = String>) -> HealthView {
     HealthView { ejected_everywhere, ..HealthView::default() }
 }
 
-/// Without what tells where objects came from.
-fn bare(mut report: Report) -> Report {
+/// Removes sources and positions from the findings, because they depend on the files.
+fn without_sources(mut report: Report) -> Report {
     for finding in &mut report.findings {
         finding.source.clear();
         finding.position = None;
@@ -206,16 +208,16 @@ fn bare(mut report: Report) -> Report {
     report
 }
 
-fn verdict(compiler: &Compiler) -> PolicyOutput {
-    let mut verdict = compiler.output();
-    verdict.findings.sort();
-    verdict
+fn sorted_output(compiler: &Compiler) -> PolicyOutput {
+    let mut output = compiler.output();
+    output.findings.sort();
+    output
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
-    /// Over all destinations of a port, with the part that is refused: all or nothing.
+    /// The shares of all destinations of a port and the refused share sum to one, or all of them are zero.
     #[test]
     fn shares_sum_to_one_or_zero(configuration in configurations()) {
         let report = world(&configuration.objects, 1).report("c1", "c1-r1");
@@ -228,15 +230,15 @@ proptest! {
     }
 
     #[test]
-    fn nobody_outside_the_cluster_under_retention(configuration in configurations()) {
-        prop_assume!(configuration.retained);
+    fn cluster_local_services_have_no_remote_endpoints(configuration in configurations()) {
+        prop_assume!(configuration.cluster_local);
         let report = world(&configuration.objects, 1).report("c1", "c1-r1");
         for endpoint in report.services.iter().flat_map(|service| &service.endpoints) {
             prop_assert_eq!(&endpoint.cluster, "c1");
         }
     }
 
-    /// Without panic, which is there to send to what was ejected.
+    /// Configurations with panic mode are excluded, because it uses ejected endpoints.
     #[test]
     fn ejecting_an_endpoint_never_raises_its_share(configuration in configurations(), ejected in vec(0..14usize, 0..6)) {
         prop_assume!(!configuration.panics);
@@ -259,30 +261,30 @@ proptest! {
         }
     }
 
-    /// Neither the order of objects, nor the files that they are in.
+    /// The order of objects and their distribution over files do not matter.
     #[test]
-    fn order_changes_nothing(configuration in configurations(), seed in any::<u64>(), count in 1..4usize) {
-        let straight = bare(world(&configuration.objects, 1).report("c1", "c1-r1"));
+    fn object_order_does_not_matter(configuration in configurations(), seed in any::<u64>(), count in 1..4usize) {
+        let in_order = without_sources(world(&configuration.objects, 1).report("c1", "c1-r1"));
         let mut objects = configuration.objects;
-        // A shuffle by the seed.
+        // Shuffles by the seed.
         let mut state = seed | 1;
         for i in (1..objects.len()).rev() {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             objects.swap(i, (state >> 33) as usize % (i + 1));
         }
-        prop_assert_eq!(bare(world(&objects, count).report("c1", "c1-r1")), straight);
+        prop_assert_eq!(without_sources(world(&objects, count).report("c1", "c1-r1")), in_order);
     }
 
-    /// Following changes one by one comes to the same as computing everything anew.
+    /// Incremental compilation gives the same output as a full compilation.
     #[test]
-    fn following_changes_is_as_good_as_starting_anew(
+    fn incremental_and_full_compilation_agree(
         from in configurations(),
         to in configurations(),
         ejections in vec((0..2usize, 0..14u8), 0..4),
         twice in 0..8usize,
     ) {
         let mut world = world(&from.objects, 3);
-        // Some are in another file as well, which goes in the end.
+        // Some objects are in a second file as well, which is emptied at the end.
         let copies: Vec<_> = from.objects.iter().filter(|(of, _)| *of == Some("c1")).take(twice).map(|(_, it)| it.to_string()).collect();
         let own = Scope::Cluster("c1".to_owned());
         world.put(&own, "c1/copies.yaml", &(copies.join("\n---\n") + "\n"));
@@ -293,9 +295,9 @@ proptest! {
         for (scope, origin, text) in files(&to.objects, 3).into_iter().chain(last) {
             let changes = world.put(&scope, &origin, &text);
             compiler.compile(world.0.snapshot(), &client, &observed, &changes);
-            let mut anew = assign(world.0.snapshot(), &client, &observed);
-            anew.findings.sort();
-            prop_assert_eq!(verdict(&compiler), anew);
+            let mut full = assign(world.0.snapshot(), &client, &observed);
+            full.findings.sort();
+            prop_assert_eq!(sorted_output(&compiler), full);
         }
         for (cluster, i) in ejections {
             let pools: Vec<_> = compiler.output().assignments.iter().flat_map(|it| &it.routes).map(|it| it.pool.key.clone()).collect();
@@ -305,9 +307,9 @@ proptest! {
                 observed.ejected.entry(pool).or_default().insert(format!("10.{cluster}.0.{i}:80").parse().unwrap());
                 compiler.compile(world.0.snapshot(), &client, &observed, &changes);
             }
-            let mut anew = assign(world.0.snapshot(), &client, &observed);
-            anew.findings.sort();
-            prop_assert_eq!(verdict(&compiler), anew);
+            let mut full = assign(world.0.snapshot(), &client, &observed);
+            full.findings.sort();
+            prop_assert_eq!(sorted_output(&compiler), full);
         }
     }
 }

@@ -2,15 +2,16 @@
 
 use std::{fmt, os::fd::OwnedFd, path::PathBuf};
 
-use anyhow::{Context as _, Result, bail, ensure};
 use aya::{Ebpf, EbpfLoader};
 use portolan_common::SCHEMA_VERSION;
 use portolan_core::table::{PinnedState, Sizes};
 
 use crate::{
+    error::{Context as _, Result, bail, ensure},
     helper::Helper,
     hooks::Hooks,
     inspect,
+    map_specs::{self, Entries},
     maps::{self, Maps},
     opt_out_map::OptOutMap,
     outcomes::{EventStream, Logs},
@@ -126,17 +127,13 @@ impl Datapath {
         loader.override_global("TICK_NS", &environment.tick_ns, true);
         loader.override_global("SET", &set.id, true);
         loader.override_global(aya_log::LEVEL, &level, true);
-        for shape in maps::shapes(options.sizes) {
-            loader.map_max_entries(shape.name, shape.entries);
-            loader.map_pin_path(shape.name, pins.map(set, shape.name));
+        for spec in &map_specs::MAPS {
+            if let Entries::Setting(entries) = spec.entries {
+                loader.map_max_entries(spec.name, entries(&options.sizes));
+            }
+            loader.map_pin_path(spec.name, pins.map_pin(set, spec));
         }
-        for name in maps::OF_FIXED_SIZE {
-            loader.map_pin_path(name, pins.map(set, name));
-        }
-        for name in maps::OF_ALL_SETS {
-            loader.map_pin_path(name, pins.socket_map(name));
-        }
-        let mut bpf = loader.load(object()?).context("kernel rejected Portolan's maps")?;
+        let mut bpf = loader.load(object()?).context("kernel rejected the BPF maps")?;
         let mut hooks = Hooks::load(&mut bpf, environment.cgroup, pins.clone())?;
         let logs = match options.log {
             ProgramLog::Off => None,

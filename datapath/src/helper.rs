@@ -21,11 +21,11 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use rustix::thread::CapabilitySet;
 
 use crate::{
     capabilities,
+    error::{Context as _, Error, Result, bail, ensure},
     netns::name_namespace,
     pins::{Pins, Set},
     programs::HTTP_INGRESS,
@@ -114,8 +114,8 @@ impl Helper {
     /// Has the helper attach the packet program and pin its link.
     pub(crate) fn attach_packets(&self) -> Result<()> {
         match self.ask(&HelperRequest::Packets)? {
-            HelperResponse::Attached(result) => result.map_err(|error| anyhow!(error)),
-            HelperResponse::Named(_) => Err(anyhow!("unexpected response from the helper")),
+            HelperResponse::Attached(result) => result.map_err(Error::State),
+            HelperResponse::Named(_) => Err(Error::State("unexpected response from the helper".to_owned())),
         }
     }
 
@@ -193,7 +193,9 @@ pub fn serve(args: &HelperArgs) -> Result<()> {
         end();
     })?;
     while let Some(order) = read::<SweepRequest>(&mut orders)? {
-        sender.send(order)?;
+        if sender.send(order).is_err() {
+            bail!("the terminator thread has ended");
+        }
     }
     Ok(())
 }

@@ -10,13 +10,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{
     Ebpf,
     programs::{Program, ProgramFd},
 };
 
 use crate::{
+    error::{Context as _, Result, bail, ensure},
     helper::Helper,
     pins::{Pins, Set},
     programs::{HTTP_INGRESS, PROGRAMS},
@@ -80,7 +80,7 @@ impl Hooks {
 
     fn attach_one(&self, bpf: &mut Ebpf, name: &str) -> Result<OwnedFd> {
         let pin = self.pins.link(name);
-        let program = bpf.program_mut(name).ok_or_else(|| anyhow!("BPF object is missing program {name}"))?;
+        let program = bpf.program_mut(name).context("BPF object does not contain this program")?;
         if pin.exists() {
             let pinned = sys::open(&pin).with_context(|| format!("cannot open {}", pin.display()))?;
             match sys::cgroup_id(&pinned)? {

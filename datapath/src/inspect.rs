@@ -7,7 +7,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result};
 use aya::{
     maps::{MapData, MapInfo},
     programs::{ProgramInfo, loaded_programs},
@@ -16,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     btf,
-    error::Unsupported,
-    maps,
+    error::{Context as _, Result, Unsupported},
+    map_specs::{self, Scope},
     pins::{self, Pins},
     preflight,
     programs::{HTTP_INGRESS, PROGRAMS, ProgramSpec},
@@ -71,7 +70,7 @@ pub struct Facts {
     pub bpffs: bool,
     /// Whether a running agent holds the lock on the pins.
     pub agent: bool,
-    /// Schema version of the current map set; `None` if there is none.
+    /// Schema of the pinned map_specs::{self, Scope}, if there are any.
     pub schema: Option<u32>,
     /// Portolan's programs, linked or not.
     pub programs: Vec<ProgramFacts>,
@@ -159,7 +158,7 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
 
 /// Returns the ids of the maps of the current set.
 fn current_set_map_ids(pins: &Pins) -> BTreeSet<u32> {
-    let infos = maps::of_set().filter_map(|name| MapInfo::from_pin(pins.current_map(name)?).ok());
+    let infos = map_specs::of_scope(Scope::Set).filter_map(|spec| MapInfo::from_pin(pins.current_map(spec.name)?).ok());
     infos.map(|info| info.id()).collect()
 }
 
@@ -167,14 +166,14 @@ fn is_of_another_set(program: &ProgramInfo, current: &BTreeSet<u32>) -> bool {
     let ids = program.map_ids().ok().flatten().unwrap_or_default();
     ids.into_iter().filter(|id| !current.contains(id)).filter_map(|id| MapInfo::from_id(id).ok()).any(|map| {
         let name = map.name_as_str().unwrap_or_default().to_owned();
-        maps::of_set().any(|own| own[..own.len().min(MAX_MAP_NAME_LEN)] == name)
+        map_specs::of_scope(Scope::Set).any(|own| own.name[..own.name.len().min(MAX_MAP_NAME_LEN)] == name)
     })
 }
 
 /// Counts the entries of the maps that can be counted from user space.
 fn counted(pins: &Pins) -> Result<Vec<MapFacts>> {
     let mut facts = Vec::new();
-    for name in maps::COUNTABLE {
+    for name in map_specs::MAPS.iter().filter(|spec| spec.countable).map(|spec| spec.name) {
         let pin = pins.current_map(name).context("no map set is pinned")?;
         let data = MapData::from_pin(&pin)?;
         let size = MapInfo::from_pin(&pin)?.max_entries().into();
@@ -199,7 +198,7 @@ pub(crate) fn other_portolan(cgroup: &Path, pins: &Pins) -> Result<bool> {
             let has = |map_name: &str| {
                 maps.iter().filter_map(|id| MapInfo::from_id(*id).ok()).any(|map| map.name_as_str() == Some(map_name))
             };
-            info.name_as_str() == Some(name) && has(maps::SOCKETS)
+            info.name_as_str() == Some(name) && has(map_specs::SOCKETS.name)
         };
         if loaded_programs().flatten().any(|info| others.contains(&info.id()) && is_ours(&info)) {
             return Ok(true);

@@ -9,6 +9,7 @@ mod error;
 mod helper;
 mod hooks;
 mod inspect;
+mod map_specs;
 mod maps;
 mod mmap_array;
 mod netns;
@@ -24,7 +25,7 @@ mod wire;
 
 pub use self::{
     datapath::{Datapath, Options, ProgramLog},
-    error::Unsupported,
+    error::{Error, Result, Unsupported},
     helper::{Helper, HelperArgs, VERB as HELPER_VERB, serve as serve_helper},
     inspect::{Facts, MapFacts, ProgramFacts, inspect},
     maps::{Counters, Maps},
@@ -34,6 +35,7 @@ pub use self::{
     preflight::cgroup,
     rcu::{GracePeriods, barrier},
     terminator::{
-        ActiveEndpoints, IDLE, Lifetime, Reason, Reconciled, RemovedEndpointTcp, SweepReport, SweepRequest, Terminator,
+        ActiveEndpoints, Closed, IDLE, Lifetime, Reason, Reconciled, RemovedEndpointTcp, SweepReport, SweepRequest,
+        Terminator,
     },
 };

@@ -2,80 +2,35 @@
 
 use std::{collections::BTreeSet, sync::atomic::Ordering};
 
-use anyhow::{Context as _, Result};
 use aya::{
     Ebpf, Pod,
     maps::{Array, HashMap, Map, MapData, MapInfo, PerCpuArray},
 };
 use portolan_common::{
-    Affinity, AffinityKey, Backend, BackendStats, BackendUse, Counter, FrontendKey, FrontendStats, FrontendVersion,
-    PoolLimits, PoolStats, Slot, TIME_BUCKETS,
+    Backend, BackendStats, BackendUse, Counter, FrontendKey, FrontendStats, FrontendVersion, PoolLimits, PoolStats,
+    Slot, TIME_BUCKETS,
 };
-use portolan_core::table::{Op, PinnedFrontend, PinnedState, Sizes};
+use portolan_core::table::{BackendId, FrontendId, Op, PinnedFrontend, PinnedState, PoolId, Sizes, VersionIndex};
 
 use crate::{
+    error::{Context as _, Result, bail},
+    map_specs::{self, MapSpec, Scope},
     mmap_array::MmapArray,
     pins::{Pins, Set},
 };
 
-/// Maps of a set whose size is fixed at compile time.
-pub(crate) const OF_FIXED_SIZE: [&str; 4] = ["EVENTS", "BUDGETS", "COUNTERS", "TIMES"];
-/// Maps that all sets share: per-socket state and excluded cgroups.
-pub(crate) const OF_ALL_SETS: [&str; 5] = [SOCKETS, CONNECTIONS, "DATAGRAMS", "OPTED_OUT", "OPT_OUT_FILTER"];
-pub(crate) const SOCKETS: &str = "SOCKETS";
-pub(crate) const CONNECTIONS: &str = "CONNECTIONS";
-
-/// Hash maps whose entries in use can be counted from user space.
-pub(crate) const COUNTABLE: [&str; 2] = ["FRONTENDS", "AFFINITY"];
-
 /// `BPF_F_MMAPABLE` of linux/bpf.h: the array can be memory-mapped.
 const BPF_F_MMAPABLE: u32 = 1 << 10;
 
-/// The shape of a map whose size is configurable: key and value size in bytes, and number of entries.
-pub(crate) struct Shape {
-    pub(crate) name: &'static str,
-    key: usize,
-    value: usize,
-    pub(crate) entries: u32,
-    /// Whether the map is created with `BPF_F_MMAPABLE`.
-    mapped: bool,
-}
-
-/// Returns the shapes of all maps of a set whose size depends on `sizes`.
-pub(crate) fn shapes(sizes: Sizes) -> [Shape; 13] {
-    let array = |name, value, entries| Shape { name, key: size_of::<u32>(), value, entries, mapped: false };
-    let mapped = |name, value, entries| Shape { mapped: true, ..array(name, value, entries) };
-    let hash = |name, key, value, entries| Shape { name, key, value, entries, mapped: false };
-    [
-        hash("FRONTENDS", size_of::<FrontendKey>(), size_of::<u32>(), sizes.frontends),
-        mapped("CURRENT", size_of::<u64>(), sizes.frontends),
-        mapped("VERSIONS", size_of::<FrontendVersion>(), sizes.versions()),
-        mapped("SLOTS", size_of::<Slot>(), sizes.slots),
-        array("RUNS", size_of::<u32>(), sizes.slots),
-        array("BACKENDS", size_of::<Backend>(), sizes.backends),
-        array("POOLS", size_of::<PoolLimits>(), sizes.pools()),
-        mapped("FRONTEND_STATS", size_of::<FrontendStats>(), sizes.frontends),
-        mapped("BACKEND_STATS", size_of::<BackendStats>(), sizes.backends),
-        mapped("BACKEND_USE", size_of::<BackendUse>(), sizes.backends),
-        mapped("POOL_STATS", size_of::<PoolStats>(), sizes.pools()),
-        array("TROUBLED", size_of::<u32>(), sizes.backends),
-        hash("AFFINITY", size_of::<AffinityKey>(), size_of::<Affinity>(), sizes.affinities),
-    ]
-}
-
-/// Returns the names of all maps of a set.
-pub(crate) fn of_set() -> impl Iterator<Item = &'static str> {
-    shapes(Sizes::default()).map(|shape| shape.name).into_iter().chain(OF_FIXED_SIZE)
-}
-
-/// Returns whether the pinned maps of a set have the shapes that this version would create.
-/// The loader reuses a pinned map without checking its layout, so the check happens first.
+/// Reports whether the pinned maps of a set are as this version would create them.
+///
+/// The loader reuses a pinned map as it is, whatever its layout.
 pub(crate) fn fits(pins: &Pins, set: Set, sizes: Sizes) -> bool {
-    shapes(sizes).iter().all(|shape| {
-        MapInfo::from_pin(pins.map(set, shape.name)).is_ok_and(|info| {
-            let mapped = info.map_flags() & BPF_F_MMAPABLE != 0;
-            (info.key_size(), info.value_size(), info.max_entries(), mapped)
-                == (shape.key as u32, shape.value as u32, shape.entries, shape.mapped)
+    map_specs::of_scope(Scope::Set).all(|spec| {
+        MapInfo::from_pin(pins.map(set, spec.name)).is_ok_and(|info| {
+            let mmapable = info.map_flags() & BPF_F_MMAPABLE != 0;
+            (info.key_size(), info.value_size(), info.max_entries(), mmapable)
+                == (spec.key_size, spec.value_size, spec.entries.number(&sizes), spec.mmapable)
         })
     })
 }
@@ -135,20 +90,20 @@ pub struct Maps {
 impl Maps {
     pub(crate) fn open(bpf: &mut Ebpf, sizes: Sizes) -> Result<(Self, PinnedState)> {
         let maps = Self {
-            frontends: HashMap::try_from(take(bpf, "FRONTENDS")?)?,
-            current: mapped::<u64>(bpf, "CURRENT", sizes.frontends)?,
-            versions: array(bpf, "VERSIONS")?,
-            slots: mapped::<Slot>(bpf, "SLOTS", sizes.slots)?,
-            runs: array(bpf, "RUNS")?,
-            backends: array(bpf, "BACKENDS")?,
-            pools: array(bpf, "POOLS")?,
-            frontend_stats: array(bpf, "FRONTEND_STATS")?,
-            backend_stats: array(bpf, "BACKEND_STATS")?,
-            backend_use: array(bpf, "BACKEND_USE")?,
-            pool_stats: array(bpf, "POOL_STATS")?,
-            report_success: array(bpf, "TROUBLED")?,
-            counters: PerCpuArray::try_from(take(bpf, "COUNTERS")?)?,
-            times: PerCpuArray::try_from(take(bpf, "TIMES")?)?,
+            frontends: HashMap::try_from(take(bpf, map_specs::FRONTENDS)?)?,
+            current: mapped::<u64>(bpf, map_specs::CURRENT, sizes.frontends)?,
+            versions: array(bpf, map_specs::VERSIONS)?,
+            slots: mapped::<Slot>(bpf, map_specs::SLOTS, sizes.slots)?,
+            runs: array(bpf, map_specs::RUNS)?,
+            backends: array(bpf, map_specs::BACKENDS)?,
+            pools: array(bpf, map_specs::POOLS)?,
+            frontend_stats: array(bpf, map_specs::FRONTEND_STATS)?,
+            backend_stats: array(bpf, map_specs::BACKEND_STATS)?,
+            backend_use: array(bpf, map_specs::BACKEND_USE)?,
+            pool_stats: array(bpf, map_specs::POOL_STATS)?,
+            report_success: array(bpf, map_specs::TROUBLED)?,
+            counters: PerCpuArray::try_from(take(bpf, map_specs::COUNTERS)?)?,
+            times: PerCpuArray::try_from(take(bpf, map_specs::TIMES)?)?,
         };
         let pinned = maps.read_back(sizes).context("cannot read the pinned maps of the previous agent")?;
         Ok((maps, pinned))
@@ -163,8 +118,9 @@ impl Maps {
         let (mut backends, mut pools) = (BTreeSet::new(), BTreeSet::new());
         for entry in self.frontends.iter() {
             let (_, id) = entry?;
+            let id = FrontendId::new(id);
             let index = self.current_version(id)?;
-            let version = self.versions.get(&index, 0)?;
+            let version = self.versions.get(&index.get(), 0)?;
             let mut range = Range::default();
             for i in version.base..version.base.saturating_add(version.period).min(sizes.slots) {
                 let slot: Slot = self.slots.read(i)?;
@@ -182,7 +138,8 @@ impl Maps {
         }
         for (id, backend) in (0..sizes.backends).zip(self.backends.iter()) {
             let backend = backend?;
-            if backends.contains(&id) {
+            let (id, is_used) = (BackendId::new(id), backends.contains(&id));
+            if is_used {
                 state.backends.push((id, backend));
             }
             if backend.epoch > 0 {
@@ -191,7 +148,8 @@ impl Maps {
         }
         for (id, limits) in (0..sizes.pools()).zip(self.pools.iter()).skip(1) {
             let limits = limits?;
-            if pools.contains(&id) {
+            let (id, is_used) = (PoolId::new(id), pools.contains(&id));
+            if is_used {
                 state.pools.push((id, limits));
             }
             if limits.epoch > 0 {
@@ -219,17 +177,17 @@ impl Maps {
                 // The new epoch comes first: sockets of the previous endpoint stop counting here before the new one
                 // becomes visible.
                 let stats = BackendStats { epoch: backend.epoch, ..BackendStats::default() };
-                self.backend_stats.set(*id, stats, 0)?;
-                self.backend_use.set(*id, BackendUse::default(), 0)?;
-                self.report_success.set(*id, 0, 0)?;
-                self.backends.set(*id, *backend, 0)?;
+                self.backend_stats.set(id.get(), stats, 0)?;
+                self.backend_use.set(id.get(), BackendUse::default(), 0)?;
+                self.report_success.set(id.get(), 0, 0)?;
+                self.backends.set(id.get(), *backend, 0)?;
             }
             Op::ResetPool(id, limits) => {
                 // The reverse order: the epoch of a pool is in its limits, not in its counters.
-                self.pools.set(*id, *limits, 0)?;
-                self.pool_stats.set(*id, PoolStats::default(), 0)?;
+                self.pools.set(id.get(), *limits, 0)?;
+                self.pool_stats.set(id.get(), PoolStats::default(), 0)?;
             }
-            Op::SetPool(id, limits) => self.pools.set(*id, *limits, 0)?,
+            Op::SetPool(id, limits) => self.pools.set(id.get(), *limits, 0)?,
             Op::SetRuns(first, ids) => {
                 for (i, id) in (*first..).zip(ids) {
                     self.runs.set(i, *id, 0)?;
@@ -240,11 +198,11 @@ impl Maps {
                     self.slots.write(i, *slot)?;
                 }
             }
-            Op::SetVersion(index, version) => self.versions.set(*index, *version, 0)?,
-            Op::ResetFrontend(id) => self.frontend_stats.set(*id, FrontendStats::default(), 0)?,
+            Op::SetVersion(index, version) => self.versions.set(index.get(), *version, 0)?,
+            Op::ResetFrontend(id) => self.frontend_stats.set(id.get(), FrontendStats::default(), 0)?,
             // Everything reachable from this version is already written.
-            Op::Publish(id, index) => self.current.word(*id, 0)?.store(u64::from(*index), Ordering::SeqCst),
-            Op::AddFrontend(key, id) => self.frontends.insert(*key, *id, 0)?,
+            Op::Publish(id, index) => self.current.word(id.get(), 0)?.store(u64::from(index.get()), Ordering::SeqCst),
+            Op::AddFrontend(key, id) => self.frontends.insert(*key, id.get(), 0)?,
             Op::RemoveFrontend(key) => self.frontends.remove(key)?,
         }
         Ok(())
@@ -254,32 +212,32 @@ impl Maps {
     ///
     /// # Errors
     /// Returns an error if `id` is out of range.
-    pub fn set_report_success(&mut self, id: u32, report_success: bool) -> Result<()> {
-        Ok(self.report_success.set(id, u32::from(report_success), 0)?)
+    pub fn set_report_success(&mut self, id: BackendId, report_success: bool) -> Result<()> {
+        Ok(self.report_success.set(id.get(), u32::from(report_success), 0)?)
     }
 
     /// Returns the counters of frontend `id`.
     ///
     /// # Errors
     /// Returns an error if `id` is out of range.
-    pub fn frontend_stats(&self, id: u32) -> Result<FrontendStats> {
-        Ok(self.frontend_stats.get(&id, 0)?)
+    pub fn frontend_stats(&self, id: FrontendId) -> Result<FrontendStats> {
+        Ok(self.frontend_stats.get(&id.get(), 0)?)
     }
 
     /// Returns the counters of backend `id`.
     ///
     /// # Errors
     /// Returns an error if `id` is out of range.
-    pub fn backend_stats(&self, id: u32) -> Result<BackendStats> {
-        Ok(self.backend_stats.get(&id, 0)?)
+    pub fn backend_stats(&self, id: BackendId) -> Result<BackendStats> {
+        Ok(self.backend_stats.get(&id.get(), 0)?)
     }
 
     /// Returns which network namespaces used backend `id` last, and its HTTP/1 response counts.
     ///
     /// # Errors
     /// Returns an error if `id` is out of range.
-    pub fn backend_use(&self, id: u32) -> Result<BackendUse> {
-        Ok(self.backend_use.get(&id, 0)?)
+    pub fn backend_use(&self, id: BackendId) -> Result<BackendUse> {
+        Ok(self.backend_use.get(&id.get(), 0)?)
     }
 
     /// Returns two histograms, summed over all CPUs: connect times, and round-trip times.
@@ -302,18 +260,18 @@ impl Maps {
     ///
     /// # Errors
     /// Returns an error if `id` is out of range.
-    pub fn pool_stats(&self, id: u32) -> Result<PoolStats> {
-        Ok(self.pool_stats.get(&id, 0)?)
+    pub fn pool_stats(&self, id: PoolId) -> Result<PoolStats> {
+        Ok(self.pool_stats.get(&id.get(), 0)?)
     }
 
     /// Looks up a frontend in the kernel: its id and its active version. Returns `None` if there is no entry for `key`.
-    pub fn frontend(&self, key: &FrontendKey) -> Option<(u32, FrontendVersion)> {
-        let id = self.frontends.get(key, 0).ok()?;
-        Some((id, self.versions.get(&self.current_version(id).ok()?, 0).ok()?))
+    pub fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, FrontendVersion)> {
+        let id = FrontendId::new(self.frontends.get(key, 0).ok()?);
+        Some((id, self.versions.get(&self.current_version(id).ok()?.get(), 0).ok()?))
     }
 
-    fn current_version(&self, id: u32) -> Result<u32> {
-        Ok(self.current.word(id, 0)?.load(Ordering::SeqCst) as u32)
+    fn current_version(&self, id: FrontendId) -> Result<VersionIndex> {
+        Ok(VersionIndex::new(self.current.word(id.get(), 0)?.load(Ordering::SeqCst) as u32))
     }
 
     /// Returns the global counters, summed over all CPUs.
@@ -330,15 +288,16 @@ impl Maps {
     }
 }
 
-pub(crate) fn take(bpf: &mut Ebpf, name: &str) -> Result<Map> {
-    bpf.take_map(name).with_context(|| format!("BPF object is missing map {name}"))
+/// Takes a map out of the loaded object.
+pub(crate) fn take(bpf: &mut Ebpf, spec: MapSpec) -> Result<Map> {
+    bpf.take_map(spec.name).with_context(|| format!("BPF object is missing map {}", spec.name))
 }
 
-fn mapped<T>(bpf: &mut Ebpf, name: &str, entries: u32) -> Result<MmapArray> {
-    let Map::Array(data) = take(bpf, name)? else { anyhow::bail!("map {name} is not an array") };
+fn mapped<T>(bpf: &mut Ebpf, spec: MapSpec, entries: u32) -> Result<MmapArray> {
+    let Map::Array(data) = take(bpf, spec)? else { bail!("map {} is not an array", spec.name) };
     MmapArray::open::<T>(data.fd(), entries)
 }
 
-pub(crate) fn array<V: Pod>(bpf: &mut Ebpf, name: &str) -> Result<Array<MapData, V>> {
-    Ok(Array::try_from(take(bpf, name)?)?)
+pub(crate) fn array<V: Pod>(bpf: &mut Ebpf, spec: MapSpec) -> Result<Array<MapData, V>> {
+    Ok(Array::try_from(take(bpf, spec)?)?)
 }

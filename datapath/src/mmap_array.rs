@@ -8,9 +8,10 @@ use std::{
     sync::atomic::AtomicU64,
 };
 
-use anyhow::{Context as _, Result, ensure};
 use aya::Pod;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::error::{Context as _, Result, ensure};
 
 /// A memory-mapped BPF array, whose values are contiguous and a multiple of eight bytes long.
 #[derive(Debug)]

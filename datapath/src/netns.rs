@@ -11,11 +11,12 @@ use std::{
     thread,
 };
 
-use anyhow::Result;
 use rustix::{
     net::{AddressFamily, SocketType, socket},
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
+
+use crate::error::Result;
 
 /// Returns every network namespace that a thread is in or that is named in `/run/netns`, each with its path.
 /// Appends errors to `errors`; the result is then incomplete.
@@ -80,7 +81,9 @@ fn cookie_of(namespace: &File) -> Result<u64> {
             &raw mut len,
         )
     };
-    anyhow::ensure!(result == 0, std::io::Error::last_os_error());
+    if result != 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
     Ok(cookie)
 }
 

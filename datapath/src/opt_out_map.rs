@@ -2,14 +2,17 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
     maps::{Array, HashMap, MapData},
 };
 use portolan_common::OptOut;
 
-use crate::maps::{array, take};
+use crate::{
+    error::{Context as _, Result},
+    map_specs,
+    maps::{array, take},
+};
 
 /// The cgroups whose connections Portolan does not touch.
 ///
@@ -21,7 +24,10 @@ pub struct OptOutMap {
 
 impl OptOutMap {
     pub(crate) fn open(bpf: &mut Ebpf) -> Result<Self> {
-        Ok(Self { cgroups: HashMap::try_from(take(bpf, "OPTED_OUT")?)?, filter: array(bpf, "OPT_OUT_FILTER")? })
+        Ok(Self {
+            cgroups: HashMap::try_from(take(bpf, map_specs::OPTED_OUT)?)?,
+            filter: array(bpf, map_specs::OPT_OUT_FILTER)?,
+        })
     }
 
     /// Replaces the excluded cgroups with those that have these ids.

@@ -2,13 +2,15 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
     maps::{MapData, RingBuf},
 };
 use portolan_common::{Outcome as Record, OutcomeKind};
+use portolan_core::table::FrontendId;
 use tokio::io::unix::AsyncFd;
+
+use crate::{error::Result, map_specs, maps};
 
 /// An event of a connection to an endpoint: how the connect ended, or what came back on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +20,7 @@ pub struct Outcome {
     /// The endpoint that the connection was assigned.
     pub backend: SocketAddr,
     /// Id of the frontend that the application dialed.
-    pub frontend_id: u32,
+    pub frontend_id: FrontendId,
     /// What happened.
     pub kind: OutcomeKind,
     /// The errno that the application received, or 0 for none.
@@ -37,10 +39,10 @@ pub struct EventStream {
 
 impl EventStream {
     pub(crate) fn open(bpf: &mut Ebpf) -> Result<Self> {
-        let map = bpf.take_map("EVENTS").context("BPF object is missing map EVENTS")?;
+        let map = maps::take(bpf, map_specs::EVENTS)?;
         let ring = RingBuf::try_from(map)?;
         // SAFETY: the ring buffer owns its descriptor and returns the same one for its whole lifetime.
-        Ok(Self { ring: unsafe { AsyncFd::register(ring)? } })
+        Ok(Self { ring: unsafe { AsyncFd::register(ring).map_err(std::io::Error::from)? } })
     }
 
     /// Waits until there are outcomes, and returns up to `limit` of them, at least one.
@@ -75,7 +77,7 @@ fn decode(bytes: &[u8]) -> Option<Outcome> {
     Some(Outcome {
         at: Duration::from_nanos(record.time_ns),
         backend: record.backend.socket_addr(),
-        frontend_id: record.frontend_id,
+        frontend_id: FrontendId::new(record.frontend_id),
         kind: OutcomeKind::from_u32(record.kind)?,
         errno: record.errno,
         latency: Duration::from_nanos(record.latency_ns),
@@ -90,9 +92,9 @@ pub struct Logs {
 
 impl Logs {
     pub(crate) fn open(bpf: &mut Ebpf) -> Result<Self> {
-        let logger = aya_log::EbpfLogger::init(bpf)?;
+        let logger = aya_log::EbpfLogger::init(bpf).map_err(std::io::Error::other)?;
         // SAFETY: the logger owns its ring buffer's descriptor and returns the same one for its whole lifetime.
-        Ok(Self { logger: unsafe { AsyncFd::register(logger)? } })
+        Ok(Self { logger: unsafe { AsyncFd::register(logger).map_err(std::io::Error::from)? } })
     }
 
     /// Forwards log lines to the `log` crate until an error occurs.

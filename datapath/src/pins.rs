@@ -23,11 +23,15 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
 use portolan_common::{SCHEMA_VERSION, SOCKET_LAYOUT};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, open};
 
-use crate::{preflight::is_bpffs, sys};
+use crate::{
+    error::{Context as _, Result, bail, ensure},
+    map_specs::{MapSpec, Scope},
+    preflight::is_bpffs,
+    sys,
+};
 
 const CURRENT: &str = "current";
 const LINKS: &str = "links";
@@ -79,6 +83,14 @@ impl Pins {
 
     pub(crate) fn map(&self, set: Set, name: &str) -> PathBuf {
         self.root.join(set.folder()).join(name)
+    }
+
+    /// Where a map is pinned, with this set as the current one.
+    pub(crate) fn map_pin(&self, set: Set, spec: &MapSpec) -> PathBuf {
+        match spec.scope {
+            Scope::Set => self.map(set, spec.name),
+            Scope::Shared => self.socket_map(spec.name),
+        }
     }
 
     /// Returns the pin path of a map that all sets share.

@@ -10,11 +10,13 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
 use portolan_core::table::GraceEpoch;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::capabilities;
+use crate::{
+    capabilities,
+    error::{Context as _, Result},
+};
 
 /// `MEMBARRIER_CMD_GLOBAL` of linux/membarrier.h, which calls `synchronize_rcu()` in the kernel.
 const GLOBAL: libc::c_int = 1;
@@ -93,9 +95,9 @@ mod tests {
     fn grace_epochs_elapse_in_order() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let mut grace = GracePeriods::start().unwrap();
-        (1..=5).for_each(|epoch| grace.begin(epoch));
-        let mut last = 0;
-        while last < 5 {
+        (1..=5).for_each(|epoch| grace.begin(GraceEpoch::new(epoch)));
+        let mut last = GraceEpoch::new(0);
+        while last < GraceEpoch::new(5) {
             let next = runtime.block_on(grace.elapsed());
             assert!(next > last);
             last = next;

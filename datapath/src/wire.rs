@@ -2,8 +2,9 @@
 
 use std::io::{self, Read, Write};
 
-use anyhow::Result;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::error::Result;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum HelperRequest {

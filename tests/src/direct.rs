@@ -49,6 +49,11 @@ impl Direct {
         Ok(Self { datapath, layout: Layout::from_held(sizes, held), open: None, runtime })
     }
 
+    /// Returns the data path itself.
+    pub fn kernel(&mut self) -> &mut Datapath {
+        &mut self.datapath
+    }
+
     /// Publishes a table in place of the last one, and reclaims entries that no program can still be reading.
     ///
     /// # Errors
@@ -111,7 +116,7 @@ impl Direct {
     /// # Errors
     /// Returns an error if the kernel rejects a write.
     pub fn leave_alone(&mut self, cgroups: &BTreeSet<u64>) -> Result<()> {
-        self.datapath.opted_out.as_mut().context("the opt-out map has another owner")?.set(cgroups)
+        Ok(self.datapath.opted_out.as_mut().context("the opt-out map has another owner")?.set(cgroups)?)
     }
 
     /// Returns the number of entries in use, by map.

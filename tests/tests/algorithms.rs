@@ -1,5 +1,5 @@
-//! Who is taken inside a locality: every algorithm, with real connections.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! Endpoint selection within a locality: every algorithm, with real connections.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 const BOUND: Duration = Duration::from_secs(20);
 const WEB: &str = "172.16.0.10:80";
 
-/// A service with so many endpoints in each of some regions (`10.<region>.0.<i>`), and a rule.
+/// A service with a number of endpoints in each region (`10.<region>.0.<i>`), and a rule.
 struct World {
     bed: Bed,
     directory: Directory,
@@ -46,7 +46,7 @@ impl World {
         Ok(())
     }
 
-    /// Writes the objects, without these endpoints.
+    /// Writes the objects, except for these endpoints.
     fn write(&self, without: &[&str]) -> Result<()> {
         let addresses = self.addresses();
         let nodes = ["n0", "n1", "n2"];
@@ -70,7 +70,7 @@ impl World {
         self.bed.agent(&self.directory, "c1", "n0")
     }
 
-    /// So many pods: network namespaces, each with the endpoints of its own.
+    /// Creates `count` pods: network namespaces, each with its own copies of the endpoints.
     fn pods(&self, count: usize) -> Result<Vec<Namespace>> {
         let pods: Result<Vec<Namespace>> = (0..count).map(|_| Namespace::new(unique("pod"))).collect();
         let pods = pods?;
@@ -92,14 +92,14 @@ fn counts(client: &mut Dialler, times: u32) -> Result<BTreeMap<String, u32>> {
     Ok(counts)
 }
 
-/// The endpoint that a client is given each time.
+/// Returns the endpoint that a client gets each time.
 fn only(client: &mut Dialler) -> Result<String> {
     let counts = counts(client, 5)?;
     ensure!(counts.len() == 1, "{counts:?}");
     Ok(counts.into_keys().next().unwrap())
 }
 
-/// Active connections of each endpoint, as the kernel counts them.
+/// Returns the active connections of each endpoint, as the kernel counts them.
 fn active(agent: &Agent) -> Result<BTreeMap<String, u64>> {
     let report = agent.get("endpoints")?;
     let endpoints = report["services"][0]["endpoints"].as_array().into_iter().flatten();
@@ -112,7 +112,7 @@ fn active(agent: &Agent) -> Result<BTreeMap<String, u64>> {
 }
 
 #[test]
-fn random_is_random_and_keeps_the_shares() -> Result<()> {
+fn random_selection_keeps_the_split() -> Result<()> {
     let split = json!({"distribute": [{"from": "r0/*", "to": {"r0/*": 80, "r1/*": 20}}]});
     let world = World::new(&[4, 1], json!({"loadBalancer": {"simple": "RANDOM", "localityLbSetting": split}}))?;
     let agent = world.agent()?;
@@ -120,31 +120,31 @@ fn random_is_random_and_keeps_the_shares() -> Result<()> {
     let reply = client.dial(WEB, 2_000)?;
     let mut of: BTreeMap<&str, f64> = BTreeMap::new();
     reply.greetings().into_iter().for_each(|greeting| *of.entry(greeting).or_default() += 1.0);
-    // Five times 400, each within six standard deviations.
+    // Five counts of 400 are expected, each within six standard deviations.
     assert_eq!(of.len(), 5, "{of:?}");
     assert!(of.values().all(|count| (count - 400.0).abs() < 6.0 * (2_000.0f64 * 0.2 * 0.8).sqrt()), "{of:?}");
-    // In turn, no endpoint would ever be taken twice in a row.
+    // Under round robin, no endpoint would be selected twice in a row.
     let twice = reply.seen.windows(2).filter(|pair| pair[0].greeting == pair[1].greeting).count();
-    assert!(twice > 100, "{twice} of 2,000 were like the one before");
+    assert!(twice > 100, "{twice} of 2,000 repeated the previous endpoint");
     assert_eq!(agent.get("services")?["services"][0]["algorithm"], json!("RANDOM"));
     Ok(())
 }
 
 #[test]
-fn least_request_goes_where_fewer_connections_are() -> Result<()> {
+fn least_request_prefers_endpoints_with_fewer_connections() -> Result<()> {
     let split = json!({"distribute": [{"from": "r0/*", "to": {"r0/*": 90, "r1/*": 10}}]});
     let world = World::new(&[2, 2], json!({"loadBalancer": {"simple": "LEAST_REQUEST", "localityLbSetting": split}}))?;
     let agent = world.agent()?;
     let mut busy = world.bed.dialler()?;
-    // Of two endpoints both are drawn, and the one with fewer connections gets the next: they stay level.
+    // With two endpoints, both are drawn, and the one with fewer connections is selected: they stay level.
     busy.run(&Task::Hold { to: WEB.parse()?, times: 200 })?;
     let levels = active(&agent)?;
     assert_eq!(levels["10.0.0.1"], levels["10.0.0.2"], "{levels:?}");
     assert_eq!((levels["10.0.0.1"], levels["10.1.0.1"], levels["10.1.0.2"]), (90, 10, 10), "{levels:?}");
-    // One leaves and comes back empty: it gets all of its locality's until it is level.
+    // One endpoint is removed and added again, without connections: it gets all of its locality's until it is level.
     world.write(&["10.0.0.1"])?;
     let mut client = world.bed.dialler()?;
-    wait_until("the endpoint to go", BOUND, || {
+    wait_until("the endpoint to be removed", BOUND, || {
         ensure!(!counts(&mut client, 40)?.contains_key("10.0.0.1"));
         Ok(())
     })?;
@@ -155,9 +155,9 @@ fn least_request_goes_where_fewer_connections_are() -> Result<()> {
     })?;
     let reply = counts(&mut client, 100)?;
     assert_eq!((reply.get("10.0.0.1"), reply.get("10.0.0.2")), (Some(&90), None), "{reply:?}");
-    // The share of a locality stays exact.
+    // The split between localities stays exact.
     assert_eq!(reply["10.1.0.1"] + reply["10.1.0.2"], 10, "{reply:?}");
-    // The application crashes: its connections are not counted for ever.
+    // The application exits without closing. Its connections are no longer counted.
     drop(busy);
     wait_until("no connection to be active", BOUND, || {
         let levels = active(&agent)?;
@@ -167,17 +167,17 @@ fn least_request_goes_where_fewer_connections_are() -> Result<()> {
 }
 
 #[test]
-fn active_connections_are_counted_over_restarts_and_failures() -> Result<()> {
+fn active_connections_are_counted_across_restarts_and_failures() -> Result<()> {
     let world = World::new(&[2], json!({"loadBalancer": {"simple": "LEAST_REQUEST"}}))?;
     let mut agent = world.agent()?;
-    let mut held = world.bed.dialler()?;
-    held.run(&Task::Hold { to: WEB.parse()?, times: 10 })?;
+    let mut holder = world.bed.dialler()?;
+    holder.run(&Task::Hold { to: WEB.parse()?, times: 10 })?;
     agent.process.kill();
-    // Without an agent they are counted all the same.
-    held.run(&Task::Hold { to: WEB.parse()?, times: 10 })?;
+    // They are counted without an agent as well.
+    holder.run(&Task::Hold { to: WEB.parse()?, times: 10 })?;
     let agent = world.agent()?;
     assert_eq!(active(&agent)?.values().sum::<u64>(), 20);
-    // Connects that fail, that are given up, and that never leave are not active afterwards.
+    // Connects that fail, are aborted, or never send a SYN are not active afterwards.
     world.bed.namespace.ip(&["address", "delete", "10.0.0.1/32", "dev", "lo"])?;
     let mut client = world.bed.dialler()?;
     assert!(client.dial(WEB, 20)?.errnos().iter().any(|errno| *errno != 0));
@@ -185,7 +185,7 @@ fn active_connections_are_counted_over_restarts_and_failures() -> Result<()> {
     for _ in 0..10 {
         client.run(&Task::GiveUp { to: WEB.parse()? })?;
     }
-    held.run(&Task::Release)?;
+    holder.run(&Task::Release)?;
     wait_until("no connection to be active", BOUND, || {
         let levels = active(&agent)?;
         ensure!(levels.values().all(|count| *count == 0), "{levels:?}");
@@ -194,7 +194,7 @@ fn active_connections_are_counted_over_restarts_and_failures() -> Result<()> {
 }
 
 #[test]
-fn a_hash_sends_each_client_to_its_own_endpoint() -> Result<()> {
+fn consistent_hash_sends_each_client_to_one_endpoint() -> Result<()> {
     let hash = json!({"loadBalancer": {"consistentHash": {"useSourceIp": true}}});
     let world = World::new(&[5], hash)?;
     let mut agent = world.agent()?;
@@ -206,22 +206,22 @@ fn a_hash_sends_each_client_to_its_own_endpoint() -> Result<()> {
     };
     let before = of("at first")?;
     let used: std::collections::BTreeSet<&String> = before.iter().collect();
-    assert!(used.len() >= 3, "24 clients are at {used:?}");
+    assert!(used.len() >= 3, "24 clients use {used:?}");
     // A new agent changes nothing.
     agent.process.kill();
     let agent = world.agent()?;
     assert_eq!(of("after a restart")?, before);
-    // An endpoint goes: its own clients move, and hardly any other.
+    // An endpoint is removed: its clients move, and few others.
     let gone = before[0].clone();
     world.write(&[&gone])?;
-    wait_until("the endpoint to go", BOUND, || {
+    wait_until("the endpoint to be removed", BOUND, || {
         ensure!(agent.get("services")?["services"][0]["endpoints"].as_array().map(Vec::len) == Some(4));
         Ok(())
     })?;
     let after = of("without one")?;
     assert!(!after.contains(&gone));
     let moved = before.iter().zip(&after).filter(|(before, after)| **before != gone && before != after).count();
-    assert!(moved <= 4, "{moved} of the others' clients have moved: {before:?} {after:?}");
+    assert!(moved <= 4, "{moved} clients of other endpoints moved: {before:?} {after:?}");
     world.write(&[])?;
     wait_until("the endpoint to be back", BOUND, || {
         ensure!(agent.get("services")?["services"][0]["endpoints"].as_array().map(Vec::len) == Some(5));
@@ -232,7 +232,7 @@ fn a_hash_sends_each_client_to_its_own_endpoint() -> Result<()> {
 }
 
 #[test]
-fn who_comes_back_is_held_to_the_limits_as_well() -> Result<()> {
+fn connection_limit_applies_to_session_affinity() -> Result<()> {
     let mut world = World::new(&[3], json!({"connectionPool": {"tcp": {"maxConnections": 3}}}))?;
     world.affinity = Some(600);
     world.write(&[])?;
@@ -241,9 +241,9 @@ fn who_comes_back_is_held_to_the_limits_as_well() -> Result<()> {
     let hold = Task::Hold { to: WEB.parse()?, times: 4 };
     let errnos = client.run(&hold)?.errnos();
     assert_eq!(errnos.iter().filter(|errno| **errno != 0).count(), 1, "{errnos:?}");
-    // In another version of the frontend, too.
+    // The same holds in another version of the frontend.
     let own = active(&agent)?.into_iter().find(|(_, count)| *count == 3).map(|(address, _)| address);
-    let own = own.context("not all went to one endpoint")?;
+    let own = own.context("the connections went to several endpoints")?;
     let other = ["10.0.0.1", "10.0.0.2"].into_iter().find(|address| *address != own).unwrap();
     world.write(&[other])?;
     wait_until("the change", BOUND, || {
@@ -262,7 +262,7 @@ fn who_comes_back_is_held_to_the_limits_as_well() -> Result<()> {
 }
 
 #[test]
-fn a_client_comes_back_to_its_endpoint_while_it_is_live_and_in_time() -> Result<()> {
+fn session_affinity_lasts_until_timeout_or_removal() -> Result<()> {
     let mut world = World::new(&[3], json!({}))?;
     world.affinity = Some(3);
     world.write(&[])?;
@@ -272,16 +272,16 @@ fn a_client_comes_back_to_its_endpoint_while_it_is_live_and_in_time() -> Result<
     let mut clients = clients?;
     let all = |clients: &mut Vec<Dialler>| -> Result<Vec<String>> { clients.iter_mut().map(only).collect() };
     let before = all(&mut clients)?;
-    // New clients take the turns: two each.
+    // New clients follow round robin: two for each endpoint.
     let mut sorted = before.clone();
     sorted.sort();
     assert_eq!(sorted, ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2", "10.0.0.3", "10.0.0.3"]);
     agent.process.kill();
     let agent = world.agent()?;
     assert_eq!(all(&mut clients)?, before, "a new agent changes nothing");
-    // What is taken away is left at once, although nothing has run out; the others' clients stay.
+    // Clients leave a removed endpoint at once, before the timeout. Clients of other endpoints stay.
     world.write(&[&before[0]])?;
-    wait_until("the endpoint to go", BOUND, || {
+    wait_until("the endpoint to be removed", BOUND, || {
         ensure!(agent.get("services")?["services"][0]["endpoints"].as_array().map(Vec::len) == Some(2));
         Ok(())
     })?;
@@ -291,10 +291,10 @@ fn a_client_comes_back_to_its_endpoint_while_it_is_live_and_in_time() -> Result<
         assert_eq!(before_one != after_one, was_gone, "{before:?} {after:?}");
     }
     let given = agent.get("services")?["services"][0]["kernel"]["connections"].as_u64();
-    assert_eq!(given, Some(90), "connections of clients that came back are counted");
-    // Who has been away for longer than the timeout takes a turn like a new one.
+    assert_eq!(given, Some(90), "connections selected by affinity are counted");
+    // After the timeout, a client is treated as a new one.
     world.write(&[])?;
-    wait_until("the endpoint to be back, and its turn to come", BOUND, || {
+    wait_until("the endpoint to be back and to be selected", BOUND, || {
         std::thread::park_timeout(Duration::from_millis(3_100));
         ensure!(only(&mut clients[1])? != after[1]);
         Ok(())

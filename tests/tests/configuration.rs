@@ -1,6 +1,6 @@
-//! What the agent makes of its configuration: files while they are written, routes, and machines that lack something.
+//! Configuration: files that change while they are read, routes, and unsuitable machines.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::{fs, io::Write as _, process::Command, time::Duration};
 
@@ -18,7 +18,7 @@ const ECONNREFUSED: i32 = 111;
 const EHOSTUNREACH: i32 = 113;
 
 #[test]
-fn a_write_that_is_half_done_or_broken_keeps_the_last_good_state() -> Result<()> {
+fn partial_or_invalid_write_keeps_the_last_good_state() -> Result<()> {
     let bed = Bed::new()?;
     bed.namespace.add_address("10.0.0.1/32")?;
     bed.serve("10.0.0.1:9080", "web")?;
@@ -30,9 +30,9 @@ fn a_write_that_is_half_done_or_broken_keeps_the_last_good_state() -> Result<()>
     let mut client = bed.dialler()?;
     let path = directory.path().join("c1/web.yaml");
     let good = fs::read_to_string(&path)?;
-    // The agent has read everything that was there when this returns: a marker after it has arrived.
+    // Returns once the agent has read everything written before: it then has seen a marker that is written afterwards.
     let mut marker = 0;
-    let mut settled = |agent: &Agent| -> Result<()> {
+    let mut sync = |agent: &Agent| -> Result<()> {
         marker += 1;
         let name = format!("marker-{marker}");
         directory.write("c1/marker.yaml", &[service(&name, &["172.16.9.9"], 80)])?;
@@ -42,16 +42,16 @@ fn a_write_that_is_half_done_or_broken_keeps_the_last_good_state() -> Result<()>
         })
     };
 
-    // Half of it is written, and the writer takes its time: the text as it stands is sound YAML, without the endpoints.
+    // A slow writer has written half of the file. The text so far is valid YAML, but without the endpoints.
     let half = good.split("---").next().unwrap_or_default();
     let mut writer = fs::File::create(&path)?;
     writer.write_all(half.as_bytes())?;
     writer.flush()?;
-    settled(&agent)?;
-    assert_eq!(client.dial("172.16.0.10:80", 3)?.greetings(), ["web"; 3], "while it is being written");
+    sync(&agent)?;
+    assert_eq!(client.dial("172.16.0.10:80", 3)?.greetings(), ["web"; 3], "while the file is being written");
     writer.write_all(&good.as_bytes()[half.len()..])?;
     drop(writer);
-    settled(&agent)?;
+    sync(&agent)?;
     assert_eq!(client.dial("172.16.0.10:80", 3)?.greetings(), ["web"; 3]);
 
     let mut portless = objects[0].clone();
@@ -59,9 +59,9 @@ fn a_write_that_is_half_done_or_broken_keeps_the_last_good_state() -> Result<()>
     let without_ports = format!("{portless}\n---\n{}", objects[1]);
     for (what, text, said) in [
         ("a syntax error", "kind: Service\nmetadata: {name: [".to_owned(), "unclosed bracket"),
-        ("an endpoint's port that is none", good.replace("\"port\": 9080", "\"port\": \"http\""), "ports[0].port"),
+        ("an invalid endpoint port", good.replace("\"port\": 9080", "\"port\": \"http\""), "ports[0].port"),
         ("an empty file", String::new(), "became empty"),
-        ("a file of nothing", "\n# nothing\n".to_owned(), "became empty"),
+        ("a file with only a comment", "\n# nothing\n".to_owned(), "became empty"),
         ("a Service without ports", without_ports, "add at least one port"),
     ] {
         directory.write_text("c1/web.yaml", &text)?;
@@ -73,26 +73,26 @@ fn a_write_that_is_half_done_or_broken_keeps_the_last_good_state() -> Result<()>
         assert_eq!(client.dial("172.16.0.10:80", 3)?.greetings(), ["web"; 3], "{what}");
         assert!(agent.log().lines().any(|line| line.contains("ERROR") && line.contains(said)), "{}", agent.log());
         directory.write_text("c1/web.yaml", &good)?;
-        wait_until("the finding to go", BOUND, || {
+        wait_until("the finding to be cleared", BOUND, || {
             let findings = agent.get("services")?["findings"].to_string();
             ensure!(!findings.contains("c1/web.yaml"), "{findings}");
             Ok(())
         })?;
     }
-    // Something that was never readable keeps nothing else from going.
+    // A file that was never readable does not affect others.
     directory.write_text("c1/never.yaml", "kind: [")?;
-    // What is taken out on purpose goes.
+    // Endpoints that are removed deliberately are removed.
     directory.write("c1/web.yaml", &objects[..1])?;
-    wait_until("the endpoints to go", BOUND, || {
+    wait_until("the endpoints to be removed", BOUND, || {
         let errnos = client.dial("172.16.0.10:80", 1)?.errnos();
-        // While a file cannot be read that may hold the settings, connections stay in their cluster: strictly.
+        // While a file that may hold the mesh settings is unreadable, clusterLocal is strict.
         ensure!(errnos == [EHOSTUNREACH], "{errnos:?}");
         Ok(())
     })
 }
 
 #[test]
-fn a_route_by_weight_and_a_weight_of_zero() -> Result<()> {
+fn route_weights_are_exact_and_zero_gets_nothing() -> Result<()> {
     let directory = Directory::new()?;
     let destination =
         |subset: &str, weight: u32| json!({"destination": {"host": "web", "subset": subset}, "weight": weight});
@@ -133,9 +133,9 @@ fn a_route_by_weight_and_a_weight_of_zero() -> Result<()> {
     Ok(())
 }
 
-/// Envoy's weighted clusters: one that is empty fails its share; the others were not meant for it.
+/// As for weighted clusters in Envoy, an empty destination fails its share, which the others do not take over.
 #[test]
-fn a_route_that_leads_to_nobody_refuses_its_share_and_no_more() -> Result<()> {
+fn route_to_an_empty_destination_refuses_only_its_share() -> Result<()> {
     let directory = Directory::new()?;
     let destination = |host: &str, subset: &str, weight: u32| json!({"destination": {"host": host, "subset": subset}, "weight": weight});
     let route = json!({
@@ -185,7 +185,7 @@ fn a_route_that_leads_to_nobody_refuses_its_share_and_no_more() -> Result<()> {
 }
 
 #[test]
-fn what_the_machine_lacks_is_one_clear_line() -> Result<()> {
+fn unsuitable_machine_is_reported_in_one_line() -> Result<()> {
     let directory = Directory::new()?;
     directory.write("c1/node.yaml", &[node("n1", "r1")])?;
     let bed = Bed::new()?;
@@ -209,7 +209,7 @@ fn what_the_machine_lacks_is_one_clear_line() -> Result<()> {
         assert_eq!((code, text.lines().count()), (Some(2), 1), "{said}: {text}");
         assert!(text.starts_with("portolan: ") && text.contains(said), "{said}: {text}");
     }
-    // No cgroup v2 anywhere in the mount table.
+    // No cgroup v2 in the mount table.
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c"]);
     command.arg(format!(
@@ -225,7 +225,7 @@ fn what_the_machine_lacks_is_one_clear_line() -> Result<()> {
     Ok(())
 }
 
-/// In a mount namespace in which this folder is empty.
+/// Returns a command that runs `binary` in a mount namespace in which this directory is empty.
 fn without(binary: &std::path::Path, folder: &str) -> Command {
     let mut command = Command::new("unshare");
     command

@@ -1,5 +1,5 @@
-//! UDP in the kernel: connected and not, IPv4, IPv6 and the one as the other.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! UDP: connected and unconnected sockets, IPv4, IPv6, and v4-mapped addresses.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -18,7 +18,7 @@ const EHOSTUNREACH: i32 = 113;
 const BOUND: Duration = Duration::from_secs(20);
 const DNS: &str = "172.16.0.53:53";
 
-/// A name server with so many endpoints, 10.0.0.1 and so on, each of which says its name.
+/// Starts a DNS service with `count` endpoints, 10.0.0.1 and up. Each responds with its name.
 fn name_server(bed: &Bed, count: usize) -> Result<Directory> {
     for i in 1..=count {
         bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
@@ -45,7 +45,7 @@ fn send(client: &mut Dialler, to: &str, times: u32, from: Sender) -> Result<Repl
 const ALL: [Sender; 5] = [Sender::Connected, Sender::ConnectedTo, Sender::Fresh, Sender::Same, Sender::Batch];
 
 #[test]
-fn every_family_and_socket_hears_from_the_service() -> Result<()> {
+fn every_family_and_socket_type_gets_replies_from_the_service() -> Result<()> {
     let bed = Bed::new()?;
     for (address, greeting) in [("10.0.0.1", "four"), ("fd00::1", "six")] {
         bed.namespace.add_address(&format!("{address}/{}", if greeting == "four" { 32 } else { 128 }))?;
@@ -75,13 +75,13 @@ fn every_family_and_socket_hears_from_the_service() -> Result<()> {
             assert!(reply.seen.iter().all(|seen| seen.peer == Some(peer.parse().unwrap())), "{from:?}: {reply:?}");
         }
     }
-    // What is no Service is left alone.
+    // Other destinations are not rewritten.
     for from in ALL {
         let direct = send(&mut client, "10.0.0.1:5353", 1, from)?;
         assert_eq!((direct.seen[0].peer, direct.greetings()), (Some("10.0.0.1:5353".parse()?), vec!["four"]));
     }
     assert_eq!(send(&mut client, "172.16.0.53:54", 1, Sender::Fresh)?.errnos(), [ENETUNREACH]);
-    // Each socket is one connection: three with a socket for each datagram, and one where a socket sends all three.
+    // Each socket counts as one connection: three if each datagram has a socket, one if a socket sends all three.
     let report = agent.get("endpoints")?;
     let of = |i: usize| report["services"][i]["endpoints"][0]["kernel"]["connections"].clone();
     assert_eq!((of(0), of(1)), (json!(22), json!(11)), "{report:#}");
@@ -89,7 +89,7 @@ fn every_family_and_socket_hears_from_the_service() -> Result<()> {
 }
 
 #[test]
-fn sockets_are_shared_out_and_a_conversation_stays() -> Result<()> {
+fn sockets_are_balanced_and_a_flow_keeps_its_endpoint() -> Result<()> {
     let bed = Bed::new()?;
     let directory = name_server(&bed, 3)?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
@@ -106,14 +106,14 @@ fn sockets_are_shared_out_and_a_conversation_stays() -> Result<()> {
 }
 
 #[test]
-fn a_conversation_moves_on_when_its_endpoint_has_no_turns_any_more() -> Result<()> {
+fn flow_moves_when_its_endpoint_is_removed() -> Result<()> {
     let bed = Bed::new()?;
     let directory = name_server(&bed, 3)?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
     let mut client = bed.dialler()?;
     let first = send(&mut client, DNS, 3, Sender::Kept)?;
     let own: usize = first.seen[0].greeting.trim_start_matches("pod").parse()?;
-    // The others change, again and again: it stays.
+    // The other endpoints change repeatedly, and the flow keeps its endpoint.
     let other = own % 3 + 1;
     for pods in [vec![own, other], vec![1, 2, 3], vec![own]] {
         endpoints(&directory, &pods)?;
@@ -127,17 +127,17 @@ fn a_conversation_moves_on_when_its_endpoint_has_no_turns_any_more() -> Result<(
         assert_eq!((reply.count(&format!("pod{own}")), reply.value), (3, first.value), "{reply:?}");
     }
     endpoints(&directory, &[other])?;
-    wait_until("the socket to go elsewhere", BOUND, || {
+    wait_until("the flow to move", BOUND, || {
         let reply = send(&mut client, DNS, 1, Sender::Kept)?;
         ensure!(reply.greetings() == [format!("pod{other}")], "{reply:?}");
-        // The socket is the same: who is not connected is not closed.
+        // The socket is the same: unconnected sockets are not closed.
         ensure!(reply.value == first.value && reply.seen[0].peer == Some(DNS.parse()?), "{reply:?}");
         Ok(())
     })
 }
 
 #[test]
-fn one_socket_may_speak_with_many_services() -> Result<()> {
+fn one_socket_can_use_many_services() -> Result<()> {
     let bed = Bed::new()?;
     let directory = Directory::new()?;
     let mut objects = vec![node("n1", "r1")];
@@ -162,7 +162,7 @@ fn one_socket_may_speak_with_many_services() -> Result<()> {
 }
 
 #[test]
-fn a_conversation_that_goes_on_is_not_pushed_out_by_many_others() -> Result<()> {
+fn active_flow_is_not_evicted_by_many_others() -> Result<()> {
     let bed = Bed::new()?;
     let directory = name_server(&bed, 3)?;
     let mut others = Vec::new();
@@ -178,13 +178,13 @@ fn a_conversation_that_goes_on_is_not_pushed_out_by_many_others() -> Result<()> 
     let mut client = bed.dialler()?;
     let reply = client.run(&Task::DatagramsAround { to: around, times: 3 })?;
     let own: Vec<&str> = reply.seen.iter().step_by(2).map(|seen| seen.greeting.as_str()).collect();
-    assert_eq!(own, vec![own[0]; 36], "the one that is used all the time stays");
+    assert_eq!(own, vec![own[0]; 36], "the active flow keeps its endpoint");
     assert!(reply.seen.iter().step_by(2).all(|seen| seen.peer == Some(DNS.parse().unwrap())), "{reply:?}");
     Ok(())
 }
 
 #[test]
-fn nobody_to_take_is_an_error_of_the_call() -> Result<()> {
+fn service_without_endpoints_fails_connect_and_sendto() -> Result<()> {
     let bed = Bed::new()?;
     let directory = name_server(&bed, 1)?;
     endpoints(&directory, &[])?;
@@ -195,7 +195,7 @@ fn nobody_to_take_is_an_error_of_the_call() -> Result<()> {
     }
     let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["*"]}]});
     directory.write("mesh.yaml", &[mesh_config(&keep)])?;
-    wait_until("the service to be kept", BOUND, || {
+    wait_until("the service to be cluster-local", BOUND, || {
         ensure!(agent.get("services")?["services"][0]["clusterLocal"] == json!(true));
         Ok(())
     })?;

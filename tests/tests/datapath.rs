@@ -1,12 +1,14 @@
-//! Connections in the kernel: real programs, real sockets.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! TCP connections through the real BPF programs.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use portolan::kernel::facts;
 use portolan_tests::{
     Agent, Bed, Directory, Places,
     dial::Task,
+    direct::Direct,
     objects::{destination_rule, node, service, slice},
     wait_until,
 };
@@ -15,7 +17,15 @@ use serde_json::json;
 const ENETUNREACH: i32 = 101;
 const BOUND: Duration = Duration::from_secs(20);
 
-/// Two regions on one node: `near` at 10.0.0.x, `far` at 10.1.0.x; 90 % near, 10 % far.
+/// The unit tests of the controller use a fake kernel. What it models holds in this one.
+#[test]
+fn kernel_confirms_what_the_fake_models() -> Result<()> {
+    let bed = Bed::new()?;
+    let mut direct = Direct::new(&bed, facts::SIZES)?;
+    facts::check(direct.kernel()).map_err(anyhow::Error::msg)
+}
+
+/// Serves two regions on one node, `near` at 10.0.0.x and `far` at 10.1.0.x, with a split of 90% and 10%.
 fn ninety_ten(bed: &Bed, near: usize, far: usize) -> Result<Directory> {
     let directory = Directory::new()?;
     let mut addresses = Vec::new();
@@ -45,7 +55,7 @@ fn ninety_ten(bed: &Bed, near: usize, far: usize) -> Result<Directory> {
 }
 
 #[test]
-fn shares_are_exact_in_every_aligned_ten_whatever_the_number_of_endpoints() -> Result<()> {
+fn split_is_exact_in_every_ten_connections() -> Result<()> {
     for (near, far) in [(1, 1), (3, 2)] {
         let bed = Bed::new()?;
         let directory = ninety_ten(&bed, near, far)?;
@@ -58,9 +68,9 @@ fn shares_are_exact_in_every_aligned_ten_whatever_the_number_of_endpoints() -> R
         }
         assert!(
             reply.seen.iter().all(|seen| seen.peer == Some("172.16.0.10:80".parse().unwrap())),
-            "the dialled address is seen"
+            "getpeername() returns the dialed address"
         );
-        // What `plan` says is what was measured.
+        // `plan` shows the measured shares.
         let plan = bed.portolan(&[
             "plan",
             "--config",
@@ -86,7 +96,7 @@ fn shares_are_exact_in_every_aligned_ten_whatever_the_number_of_endpoints() -> R
 }
 
 #[test]
-fn every_family_and_socket_gets_there() -> Result<()> {
+fn every_family_and_socket_type_connects() -> Result<()> {
     let bed = Bed::new()?;
     for address in ["10.0.0.1/32", "fd00::1/128"] {
         bed.namespace.add_address(address)?;
@@ -107,7 +117,7 @@ fn every_family_and_socket_gets_there() -> Result<()> {
     let mut client = bed.dialler()?;
     for (to, mapped, greeting, peer) in [
         ("172.16.0.10:80", false, "four", "172.16.0.10:80"),
-        // Java's sockets, by default: IPv6 with v4-mapped addresses.
+        // The default of Java: IPv6 sockets with v4-mapped addresses.
         ("172.16.0.10:80", true, "four", "[::ffff:172.16.0.10]:80"),
         ("[fd16::10]:80", false, "six", "[fd16::10]:80"),
     ] {
@@ -117,7 +127,7 @@ fn every_family_and_socket_gets_there() -> Result<()> {
             assert_eq!(reply.seen[0].peer, Some(peer.parse()?), "{to} mapped {mapped}");
         }
     }
-    // What is no Service is left alone: directly to an endpoint, and to nowhere.
+    // Other destinations are not rewritten: an endpoint itself, and addresses without a Service.
     let direct = client.dial("10.0.0.1:9080", 1)?;
     assert_eq!((direct.seen[0].peer, direct.greetings()), (Some("10.0.0.1:9080".parse()?), vec!["four"]));
     assert_eq!(client.dial("172.16.0.99:80", 1)?.errnos(), [ENETUNREACH]);
@@ -126,7 +136,7 @@ fn every_family_and_socket_gets_there() -> Result<()> {
 }
 
 #[test]
-fn counters_tell_the_truth() -> Result<()> {
+fn metrics_match_the_connections_made() -> Result<()> {
     let bed = Bed::new()?;
     bed.namespace.add_address("10.0.0.1/32")?;
     bed.serve("10.0.0.1:9080", "hello")?;
@@ -156,41 +166,41 @@ fn counters_tell_the_truth() -> Result<()> {
             let line = text.lines().find(|line| line.starts_with(name) && line.len() > name.len()).unwrap_or_default();
             ensure!(line.ends_with(&format!(" {value}")), "{line:?} is not {value}");
         }
-        // No addresses among the labels.
+        // No addresses in labels.
         ensure!(!text.contains("10.0.0.1"), "{text}");
         Ok(())
     })
 }
 
 #[test]
-fn a_connection_that_finds_no_place_is_remembered_on_its_socket() -> Result<()> {
+fn connection_without_a_free_slot_uses_socket_storage() -> Result<()> {
     let bed = Bed::new()?;
     let directory = ninety_ten(&bed, 1, 1)?;
     let agent = bed.agent(&directory, "c1", "near")?;
     let places = Places::open(bed.pins())?;
     let mut client = bed.dialler()?;
-    let dialled = Some("172.16.0.10:80".parse()?);
+    let frontend = Some("172.16.0.10:80".parse()?);
     let count = |agent: &Agent, field: &str| -> Result<u64> {
         let report = agent.get("endpoints")?;
         let endpoints = report["services"][0]["endpoints"].as_array().into_iter().flatten();
         Ok(endpoints.filter_map(|endpoint| endpoint["kernel"][field].as_u64()).sum())
     };
-    assert!(client.dial("172.16.0.10:80", 20)?.seen.iter().all(|seen| seen.peer == dialled));
-    wait_until("the places to be free again", BOUND, || {
-        ensure!(places.taken() == 0, "{} are taken", places.taken());
+    assert!(client.dial("172.16.0.10:80", 20)?.seen.iter().all(|seen| seen.peer == frontend));
+    wait_until("the slots to be freed", BOUND, || {
+        ensure!(places.taken() == 0, "{} are in use", places.taken());
         Ok(())
     })?;
     client.run(&Task::Hold { to: "172.16.0.10:80".parse()?, times: 7 })?;
-    // The agent's own probe has one as well while it probes.
-    wait_until("seven to be taken", BOUND, || {
-        ensure!(places.taken() == 7, "{} are taken", places.taken());
+    // The self-probe also uses a slot while it runs.
+    wait_until("seven slots to be in use", BOUND, || {
+        ensure!(places.taken() == 7, "{} are in use", places.taken());
         Ok(())
     })?;
     places.take_all();
     let reply = client.dial("172.16.0.10:80", 20)?;
-    assert!(reply.seen.iter().all(|seen| seen.errno == 0 && seen.peer == dialled), "{reply:?}");
+    assert!(reply.seen.iter().all(|seen| seen.errno == 0 && seen.peer == frontend), "{reply:?}");
     assert_eq!(reply.count("far"), 2);
-    // Counted like all others.
+    // These connections are counted like all others.
     wait_until("the counters", BOUND, || {
         let seen = (count(&agent, "connections")?, count(&agent, "active")?);
         ensure!(seen == (47, 7), "{seen:?}");

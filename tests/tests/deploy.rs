@@ -1,5 +1,5 @@
-//! What `deploy/` grants is what the agent needs: not less, and not more.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! The permissions that `deploy/` grants are exactly those that the agent needs.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::{
     collections::BTreeSet,
@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 const BOUND: Duration = Duration::from_secs(30);
 const ECONNABORTED: i32 = 103;
 
-/// The documents of the rendered manifest.
+/// Returns the documents of the rendered manifest.
 fn manifest() -> Result<Vec<Value>> {
     read("portolan.yaml")
 }
@@ -43,17 +43,17 @@ fn texts(value: &Value) -> Vec<String> {
 }
 
 #[test]
-fn the_roles_grant_the_requests_that_are_made_and_no_others() -> Result<()> {
-    roles_are_requests(&manifest()?)
+fn roles_grant_exactly_the_requests_made() -> Result<()> {
+    check_roles(&manifest()?)
 }
 
-/// With other clusters, and Events.
+/// As above, with remote clusters and Kubernetes Events enabled.
 #[test]
-fn the_roles_for_all_that_can_be_switched_on_grant_its_requests_and_no_others() -> Result<()> {
-    roles_are_requests(&read("portolan-multicluster.yaml")?)
+fn roles_with_all_options_grant_exactly_the_requests_made() -> Result<()> {
+    check_roles(&read("portolan-multicluster.yaml")?)
 }
 
-fn roles_are_requests(documents: &[Value]) -> Result<()> {
+fn check_roles(documents: &[Value]) -> Result<()> {
     let (mut granted, mut named) = (BTreeSet::new(), Vec::new());
     for role in documents.iter().filter(|it| matches!(it["kind"].as_str(), Some("ClusterRole" | "Role"))) {
         for rule in role["rules"].as_array().into_iter().flatten() {
@@ -70,11 +70,11 @@ fn roles_are_requests(documents: &[Value]) -> Result<()> {
     let bed = Bed::new()?;
     let mut api = Api::new()?;
     let kubeconfig = api.reach(&bed.namespace)?;
-    // A rule that asks for the labels of pods, so that all is read that ever is.
+    // A rule with subsets, so that the agent reads all Pods.
     let subsets = json!({"subsets": [{"name": "v1", "labels": {"version": "v1"}}]});
     api.apply(&[node("n1", "r1/z1"), pod("a", &json!({"version": "v1"})), destination_rule("web", &subsets)]);
-    // One that is to become an Event, where that is asked for.
-    api.apply(&[destination_rule("nobody", &json!({"subsets": 7}))]);
+    // An invalid rule, which becomes an Event if Events are enabled.
+    api.apply(&[destination_rule("invalid", &json!({"subsets": 7}))]);
     let container = &of_kind(documents, "DaemonSet")?["spec"]["template"]["spec"]["containers"][0];
     let set = |name: &str| {
         let variables = container["env"].as_array().into_iter().flatten();
@@ -85,11 +85,11 @@ fn roles_are_requests(documents: &[Value]) -> Result<()> {
     more.extend(set("PORTOLAN_KUBERNETES_EVENTS").is_some().then_some("--kubernetes-events"));
     let _agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &more)?;
     wait_until("every request to be made", BOUND, || {
-        let asked = api.all_asked();
-        ensure!(asked == granted, "asked {asked:?}, granted {granted:?}");
+        let requested = api.all_asked();
+        ensure!(requested == granted, "requested {requested:?}, granted {granted:?}");
         Ok(())
     })?;
-    // A role for one name lets only those requests through that ask for that name.
+    // A rule with resourceNames permits only requests that select that name.
     assert_eq!(named.len(), 1, "{named:?}");
     for (resource, only) in named {
         assert_eq!(api.selectors(&resource), [format!("metadata.name={only}")], "{resource}");
@@ -97,40 +97,40 @@ fn roles_are_requests(documents: &[Value]) -> Result<()> {
     Ok(())
 }
 
-/// One line of what the kernel says of each thread of a process.
+/// Returns a field of `/proc/<pid>/task/<tid>/status` for each thread of a process.
 fn of_threads(process: u32, field: &str) -> Result<Vec<String>> {
     let threads = fs::read_dir(format!("/proc/{process}/task"))?;
     threads
         .map(|thread| {
             let status = fs::read_to_string(thread?.path().join("status")).context("status")?;
-            let line = status.lines().find_map(|line| line.strip_prefix(field)).context("no such line")?;
+            let line = status.lines().find_map(|line| line.strip_prefix(field)).context("no such field")?;
             Ok(line.trim_start_matches(':').trim().to_owned())
         })
         .collect()
 }
 
-/// Once connections are served, the agent may do nothing that other processes may not, and its helper just what it is for.
+/// Checks that an agent that serves has no capabilities, and that its helper has exactly those that it needs.
 fn check_privileges(own: u32) -> Result<()> {
     const NONE: &str = "0000000000000000";
     for field in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
-        let held = of_threads(own, field)?;
-        ensure!(held.len() >= 3 && held.iter().all(|held| held == NONE), "{field}: {held:?}");
+        let sets = of_threads(own, field)?;
+        ensure!(sets.len() >= 3 && sets.iter().all(|set| set == NONE), "{field}: {sets:?}");
     }
     ensure!(of_threads(own, "NoNewPrivs")?.iter().all(|set| set == "1"));
     let helper = helper_of(own)?;
     // CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN.
     let expected = format!("{:016x}", 1 << 12 | 1 << 19 | 1 << 21);
     for field in ["CapPrm", "CapEff"] {
-        let held = of_threads(helper, field)?;
-        ensure!(held.len() == 3 && held.iter().all(|held| *held == expected), "{field}: {held:?}");
+        let sets = of_threads(helper, field)?;
+        ensure!(sets.len() == 3 && sets.iter().all(|set| *set == expected), "{field}: {sets:?}");
     }
     Ok(())
 }
 
-/// What the agent's threads have done, a thread of this test does.
+/// Drops capabilities in a thread of this test, as the threads of the agent do.
 #[test]
-fn a_thread_without_privileges_loads_no_program() -> Result<()> {
-    // "return 0", for a socket of a cgroup.
+fn thread_without_capabilities_cannot_load_programs() -> Result<()> {
+    // The instructions of `return 0`.
     let program: [u64; 2] = [0xb7, 0x95];
     let load = || {
         let licence = c"GPL";
@@ -156,7 +156,7 @@ fn a_thread_without_privileges_loads_no_program() -> Result<()> {
         if fd < 0 {
             return std::io::Error::last_os_error().raw_os_error().unwrap_or_default();
         }
-        // SAFETY: the kernel has just given it to nobody else.
+        // SAFETY: the kernel returned this new descriptor, and nothing else owns it.
         drop(unsafe { OwnedFd::from_raw_fd(fd as i32) });
         0
     };
@@ -164,22 +164,22 @@ fn a_thread_without_privileges_loads_no_program() -> Result<()> {
     let without = std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             portolan_datapath::capabilities::drop_capabilities()?;
-            // Nor does a program that it starts, root or not.
-            let held = Command::new("cat").arg("/proc/self/status").output()?;
-            ensure!(String::from_utf8_lossy(&held.stdout).contains("CapEff:\t0000000000000000"));
+            // A child process has no capabilities either, even as root.
+            let output = Command::new("cat").arg("/proc/self/status").output()?;
+            ensure!(String::from_utf8_lossy(&output.stdout).contains("CapEff:\t0000000000000000"));
             Ok(load())
         });
         thread.join().unwrap()
     })?;
     assert_eq!(without, libc::EPERM);
-    // The others have kept theirs.
+    // Other threads keep their capabilities.
     assert_eq!(load(), 0);
     Ok(())
 }
 
-/// The container itself: seccomp, a read-only root and all else that the manifest says, on an API server.
+/// Runs the container as the manifest says (seccomp, read-only root, and so on), on an API server.
 #[test]
-fn the_container_serves_the_node() -> Result<()> {
+fn container_serves_the_node() -> Result<()> {
     let documents = manifest()?;
     let pod = &of_kind(&documents, "DaemonSet")?["spec"]["template"]["spec"];
     ensure!(pod["hostNetwork"] == true && pod["hostPID"] == true);
@@ -205,10 +205,10 @@ fn the_container_serves_the_node() -> Result<()> {
     ]);
     let container = Container::start(&bed, &pod["containers"][0], &api.account()?, server)?;
     check_privileges(container.process()?)?;
-    // All hooks but that for packets are attached without privileges; that one by the helper.
+    // Every hook but the packet hook is attached without privileges. The helper attaches that one.
     for hook in ["connect4", "received"] {
         fs::remove_file(bed.pins().join("links").join(hook)).context(hook)?;
-        wait_until("the hook to be put back", BOUND, || {
+        wait_until("the hook to be reattached", BOUND, || {
             ensure!(bed.pins().join("links").join(hook).exists(), "{hook}\n{}", container.agent.log());
             Ok(())
         })?;
@@ -216,7 +216,7 @@ fn the_container_serves_the_node() -> Result<()> {
     let mut pod = Pod::new(&bed, 1)?;
     let seen = pod.client.dial("172.16.0.10:80", 2)?;
     assert_eq!((seen.count("10.0.0.1"), seen.count("10.0.0.2")), (1, 1));
-    // Hardly any pod runs as root.
+    // Pods usually do not run as root.
     pod.client.run(&Task::Become { uid: 65_534 })?;
     for _ in 0..2 {
         pod.client.run(&Task::HoldDatagram { to: "172.16.0.53:53".parse()?, mapped: false, then: None })?;
@@ -228,15 +228,15 @@ fn the_container_serves_the_node() -> Result<()> {
         ensure!(errnos == [0, ECONNABORTED], "{errnos:?}\n{}", container.agent.log());
         Ok(())
     })?;
-    // The kernel goes on without it.
+    // The BPF programs keep serving without the agent.
     drop(container);
     assert_eq!(pod.client.dial("172.16.0.10:80", 2)?.errnos(), [0; 2]);
     Ok(())
 }
 
-/// As the container has it: root, with these capabilities alone, and none to gain.
+/// Runs the agent as the container does: as root, with only these capabilities, and with no_new_privs.
 #[test]
-fn the_capabilities_of_the_container_are_enough() -> Result<()> {
+fn container_capabilities_are_sufficient() -> Result<()> {
     let documents = manifest()?;
     let container = &of_kind(&documents, "DaemonSet")?["spec"]["template"]["spec"]["containers"][0];
     let security = &container["securityContext"];
@@ -258,7 +258,7 @@ fn the_capabilities_of_the_container_are_enough() -> Result<()> {
     let mut web = service("web", &["172.16.0.10"], 80);
     web["spec"]["ports"][0]["name"] = json!("http");
     let both = [("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")];
-    // The program that sees packets is attached as well.
+    // The packet program is attached as well.
     directory.write(
         "c1/all.yaml",
         &[
@@ -275,16 +275,16 @@ fn the_capabilities_of_the_container_are_enough() -> Result<()> {
     let mut agent = bed.start_under(&["setpriv", "--no-new-privs", &bounding], &directory, "c1", "n1")?;
     agent.wait_ready()?;
     check_privileges(agent.process.id())?;
-    // The program that sees packets comes off, and is put back.
+    // The packet program is detached and reattached.
     fs::remove_file(bed.pins().join("links/received")).with_context(|| agent.log())?;
-    wait_until("the program to be put back", BOUND, || {
+    wait_until("the program to be reattached", BOUND, || {
         ensure!(bed.pins().join("links/received").exists(), "{}", agent.log());
         Ok(())
     })?;
 
-    // Pods have networks of their own: connections are closed there, and findings name whose they are.
+    // Pods have their own network namespaces: connections are closed there, and findings name the pod.
     let (mut bad, mut good) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
-    // Hardly any pod runs as root.
+    // Pods usually do not run as root.
     good.client.run(&Task::Become { uid: 65_534 })?;
     for _ in 0..2 {
         good.client.run(&Task::HoldDatagram { to: "172.16.0.53:53".parse()?, mapped: false, then: None })?;
@@ -307,7 +307,7 @@ fn the_capabilities_of_the_container_are_enough() -> Result<()> {
         ensure!(found, "{report:#}");
         Ok(())
     })?;
-    // Another one, with the same, takes over.
+    // Another agent with the same capabilities takes over.
     agent.process.kill();
     let mut agent = bed.start_under(&["setpriv", "--no-new-privs", &bounding], &directory, "c1", "n1")?;
     agent.wait_ready()?;

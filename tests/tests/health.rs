@@ -1,5 +1,5 @@
-//! Health as a node has it: who may take an endpoint away from whom, what outlives a restart, and what is ordered by hand.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! Endpoint health on a node: ejection by single pods, persistence across restarts, and operator overrides.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::{
     io::Read as _,
@@ -23,7 +23,8 @@ const WEB: &str = "172.16.0.10:80";
 const ECONNREFUSED: i32 = 111;
 const BOUND: Duration = Duration::from_secs(30);
 
-/// A node with one endpoint near and one far of `web`, both of which serve, and this `outlierDetection`.
+/// Writes a service `web` with one near and one far endpoint, both of which serve, and this `outlierDetection`.
+/// Returns the server of the near endpoint as well.
 fn near_and_far(bed: &Bed, outlier: &Value, annotations: &Value) -> Result<(Directory, Serving)> {
     let directory = Directory::new()?;
     for address in ["10.0.0.1/32", "10.1.0.1/32"] {
@@ -69,9 +70,10 @@ fn wait_ejected(agent: &Agent, expected: &[&str]) -> Result<()> {
     })
 }
 
-/// `threats.md` 1: a pod makes its own connections fail until a healthy endpoint would be ejected for the whole node.
+/// Threat 1 of the threat model: a pod makes its own connections fail to have a healthy endpoint ejected for the whole
+/// node.
 #[test]
-fn one_pod_cannot_take_an_endpoint_from_the_others() -> Result<()> {
+fn single_pod_cannot_eject_an_endpoint_for_others() -> Result<()> {
     let bed = Bed::new()?;
     let (directory, _near) = near_and_far(&bed, &eager(), &none())?;
     let agent = bed.agent(&directory, "c1", "near")?;
@@ -79,7 +81,7 @@ fn one_pod_cannot_take_an_endpoint_from_the_others() -> Result<()> {
     assert_eq!(good.client.dial(WEB, 3)?.greetings(), ["near"; 3]);
     bad.rejects("10.0.0.1")?;
     assert_eq!(bad.client.dial(WEB, 9)?.errnos(), [ECONNREFUSED; 9]);
-    // Of what it did it is told, and it is named.
+    // A finding names the pod.
     wait_until("the finding", BOUND, || {
         let found = agent.findings("PTL0100")?;
         ensure!(
@@ -89,10 +91,10 @@ fn one_pod_cannot_take_an_endpoint_from_the_others() -> Result<()> {
         Ok(())
     })?;
     assert_eq!(ejected(&agent)?, Vec::<String>::new());
-    assert_eq!(good.client.dial(WEB, 10)?.greetings(), ["near"; 10], "the others' shares are as they were");
+    assert_eq!(good.client.dial(WEB, 10)?.greetings(), ["near"; 10], "the shares of other pods are unchanged");
     assert!(agent.http("/metrics")?.1.contains("portolan_ejections_unconfirmed_total{"));
 
-    // Once another one sees the same, it is not that pod alone.
+    // Failures from a second pod confirm the ejection.
     good.rejects("10.0.0.1")?;
     assert_eq!(bad.client.dial(WEB, 1)?.errnos(), [ECONNREFUSED]);
     assert_eq!(good.client.dial(WEB, 1)?.errnos(), [ECONNREFUSED]);
@@ -101,7 +103,7 @@ fn one_pod_cannot_take_an_endpoint_from_the_others() -> Result<()> {
 }
 
 #[test]
-fn the_agents_own_connection_confirms_what_one_pod_has_seen() -> Result<()> {
+fn agent_connection_confirms_failures_seen_by_a_single_pod() -> Result<()> {
     let bed = Bed::new()?;
     let (directory, near) = near_and_far(&bed, &eager(), &none())?;
     let agent = bed.agent(&directory, "c1", "near")?;
@@ -113,7 +115,7 @@ fn the_agents_own_connection_confirms_what_one_pod_has_seen() -> Result<()> {
     assert_eq!(other.client.dial(WEB, 5)?.greetings(), ["far"; 5]);
     let report = agent.get("ejections")?;
     let why = report["services"][0]["endpoints"][0]["ejectedBy"].as_str().unwrap_or_default().to_owned();
-    assert_eq!(why, "consecutive5xxErrors (2 failures in a row)");
+    assert_eq!(why, "consecutive5xxErrors (2 consecutive failures)");
     let events = agent.events()?;
     let event = events.iter().find(|event| event["kind"] == "ejected").unwrap();
     assert_eq!((&event["cause"]["failures"], &event["out"]), (&json!(2), &json!([1, 2])));
@@ -121,7 +123,7 @@ fn the_agents_own_connection_confirms_what_one_pod_has_seen() -> Result<()> {
 }
 
 #[test]
-fn an_endpoint_that_nobody_else_uses_needs_no_evidence() -> Result<()> {
+fn ejection_needs_no_confirmation_if_only_one_pod_uses_the_endpoint() -> Result<()> {
     let bed = Bed::new()?;
     let (directory, _near) = near_and_far(&bed, &eager(), &none())?;
     let agent = bed.agent(&directory, "c1", "near")?;
@@ -134,7 +136,7 @@ fn an_endpoint_that_nobody_else_uses_needs_no_evidence() -> Result<()> {
 }
 
 #[test]
-fn ejections_outlive_the_agent() -> Result<()> {
+fn ejections_survive_restart_and_upgrade() -> Result<()> {
     let bed = Bed::new()?;
     let (directory, near) = near_and_far(&bed, &eager(), &none())?;
     let mut agent = bed.agent(&directory, "c1", "near")?;
@@ -144,9 +146,9 @@ fn ejections_outlive_the_agent() -> Result<()> {
     wait_ejected(&agent, &["10.0.0.1:9080"])?;
     let until = agent.get("ejections")?["services"][0]["endpoints"][0]["ejectedUntil"].clone();
     for program in ["portolan", "portolan-next"] {
-        wait_until("it to be kept", BOUND, || {
-            let kept = std::fs::read_to_string(bed.state())?;
-            ensure!(kept.contains("10.0.0.1:9080"), "{kept}");
+        wait_until("the ejection to be persisted", BOUND, || {
+            let state = std::fs::read_to_string(bed.state())?;
+            ensure!(state.contains("10.0.0.1:9080"), "{state}");
             Ok(())
         })?;
         agent.process.kill();
@@ -159,8 +161,8 @@ fn ejections_outlive_the_agent() -> Result<()> {
     let at = |time: &Value| humantime::parse_rfc3339(time.as_str().unwrap_or_default());
     let (now, until) = (at(&now)?, at(&until)?);
     let apart = now.duration_since(until).or_else(|_| until.duration_since(now))?;
-    assert!(apart < Duration::from_secs(2), "it ends when it would have ended, not {apart:?} apart");
-    // A file that is damaged is told, and nothing else changes.
+    assert!(apart < Duration::from_secs(2), "the end of the ejection moved by {apart:?}");
+    // A damaged state file is a finding and has no other effect.
     agent.process.kill();
     std::fs::write(bed.state(), "{\"version\":")?;
     let agent = bed.agent(&directory, "c1", "near")?;
@@ -169,19 +171,19 @@ fn ejections_outlive_the_agent() -> Result<()> {
     Ok(())
 }
 
-/// A verb that gives an order.
-fn order(bed: &Bed, arguments: &[&str]) -> Result<Output> {
+/// Runs a CLI command against the admin socket.
+fn run_command(bed: &Bed, arguments: &[&str]) -> Result<Output> {
     Ok(Command::new(binary("portolan")?).args(arguments).arg("--admin").arg(bed.admin()).output()?)
 }
 
-fn ordered(bed: &Bed, arguments: &[&str]) -> Result<String> {
-    let output = order(bed, arguments)?;
+fn run_successfully(bed: &Bed, arguments: &[&str]) -> Result<String> {
+    let output = run_command(bed, arguments)?;
     ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8(output.stdout)?)
 }
 
 #[test]
-fn what_is_ordered_by_hand_holds_and_shows_until_it_is_taken_back() -> Result<()> {
+fn operator_override_stays_in_effect_and_visible_until_restored() -> Result<()> {
     let bed = Bed::new()?;
     let (directory, _near) = near_and_far(&bed, &eager(), &none())?;
     let mut agent = bed.agent(&directory, "c1", "near")?;
@@ -194,33 +196,33 @@ fn what_is_ordered_by_hand_holds_and_shows_until_it_is_taken_back() -> Result<()
         })
     };
     goes_to(&mut client, "near")?;
-    let said = ordered(&bed, &["eject", "10.0.0.1:9080", "--for", "10m", "--reason", "disk is full"])?;
+    let said = run_successfully(&bed, &["eject", "10.0.0.1:9080", "--for", "10m", "--reason", "disk is full"])?;
     assert_eq!(said.trim(), "10.0.0.1:9080 ejected by operator for 10m: disk is full");
     goes_to(&mut client, "far")?;
-    // Over a restart too.
+    // A restart does not change that.
     agent.process.kill();
     agent = bed.agent(&directory, "c1", "near")?;
     goes_to(&mut client, "far")?;
     let report = agent.get("ejections")?;
     let endpoint = &report["services"][0]["endpoints"][0];
-    assert_eq!((&endpoint["health"], &endpoint["ejectedBy"]), (&json!("ejected"), &json!("hand: disk is full")));
+    assert_eq!((&endpoint["health"], &endpoint["ejectedBy"]), (&json!("ejected"), &json!("operator: disk is full")));
     assert!(endpoint["ejectedUntil"].is_string());
     assert_eq!(agent.findings("PTL0103")?.len(), 1);
-    assert!(agent.explain("default/web")?.to_string().contains("hand: disk is full"));
-    assert!(agent.events()?.iter().all(|event| event["kind"] != "ejected"), "it is the former agent's event");
-    ordered(&bed, &["restore", "10.0.0.1:9080"])?;
+    assert!(agent.explain("default/web")?.to_string().contains("operator: disk is full"));
+    assert!(agent.events()?.iter().all(|event| event["kind"] != "ejected"), "the event belongs to the previous agent");
+    run_successfully(&bed, &["restore", "10.0.0.1:9080"])?;
     goes_to(&mut client, "near")?;
-    assert!(agent.events()?.iter().any(|event| event["kind"] == "by hand"));
+    assert!(agent.events()?.iter().any(|event| event["kind"] == "override"));
 
-    ordered(&bed, &["drain", "default/web", "--region", "r1"])?;
+    run_successfully(&bed, &["drain", "default/web", "--region", "r1"])?;
     goes_to(&mut client, "far")?;
     assert!(agent.findings("PTL0103")?[0].contains("portolan restore default/web --region r1"));
-    ordered(&bed, &["restore", "default/web", "--region", "r1"])?;
+    run_successfully(&bed, &["restore", "default/web", "--region", "r1"])?;
     goes_to(&mut client, "near")?;
     assert_eq!(agent.findings("PTL0103")?, Vec::<String>::new());
-    // One that is over by itself.
-    ordered(&bed, &["eject", "10.0.0.1:9080", "--for", "2s"])?;
-    assert_eq!(client.dial(WEB, 4)?.greetings(), ["far"; 4], "an order is in force once it is answered");
+    // An override that expires.
+    run_successfully(&bed, &["eject", "10.0.0.1:9080", "--for", "2s"])?;
+    assert_eq!(client.dial(WEB, 4)?.greetings(), ["far"; 4], "an override is in effect when the command returns");
     goes_to(&mut client, "near")?;
 
     for (wrong, complaint) in [
@@ -231,20 +233,20 @@ fn what_is_ordered_by_hand_holds_and_shows_until_it_is_taken_back() -> Result<()
         (&["restore", "default/web"], "name its --region"),
         (&["eject", "10.0.0.1:9080", "--for", "9999y"], "longer than"),
     ] {
-        let output = order(&bed, wrong)?;
+        let output = run_command(&bed, wrong)?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.code() == Some(1) && said.contains(complaint), "{wrong:?}: {said}");
     }
     Ok(())
 }
 
-/// Accepts at an address, reads a little, and breaks the connection.
+/// Accepts connections at an address, reads a byte, and resets them.
 fn reset_all(bed: &Bed, address: SocketAddr) -> Result<()> {
     let listener = bed.namespace.enter(|| Ok(TcpListener::bind(address)?))?;
     thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
             let _ = stream.read(&mut [0; 1]);
-            // Closed at once with a reset.
+            // Makes the close send a reset.
             let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
         }
     });
@@ -252,11 +254,11 @@ fn reset_all(bed: &Bed, address: SocketAddr) -> Result<()> {
 }
 
 #[test]
-fn connections_that_break_before_an_answer_count_where_that_is_asked_for() -> Result<()> {
-    for asked in [true, false] {
+fn early_resets_count_only_with_the_annotation() -> Result<()> {
+    for enabled in [true, false] {
         let bed = Bed::new()?;
         let (directory, near) =
-            near_and_far(&bed, &eager(), &json!({"portolan.io/count-early-resets": asked.to_string()}))?;
+            near_and_far(&bed, &eager(), &json!({"portolan.io/count-early-resets": enabled.to_string()}))?;
         near.stop()?;
         reset_all(&bed, "10.0.0.1:9080".parse()?)?;
         let agent = bed.agent(&directory, "c1", "near")?;
@@ -264,11 +266,11 @@ fn connections_that_break_before_an_answer_count_where_that_is_asked_for() -> Re
         for _ in 0..2 {
             client.run(&Task::Dial { to: WEB.parse()?, times: 1, mapped: false, nonblocking: false, send: 1 })?;
         }
-        if asked {
+        if enabled {
             wait_ejected(&agent, &["10.0.0.1:9080"])?;
             assert_eq!(client.dial(WEB, 2)?.greetings(), ["far"; 2]);
         } else {
-            wait_until("the ends of both to be seen", BOUND, || {
+            wait_until("both closes to be counted", BOUND, || {
                 let metrics = agent.http("/metrics")?.1;
                 let closed = metrics.lines().filter(|line| line.starts_with("istio_tcp_connections_closed_total{"));
                 let closed: u64 = closed.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum();
@@ -283,8 +285,8 @@ fn connections_that_break_before_an_answer_count_where_that_is_asked_for() -> Re
     Ok(())
 }
 
-/// A node with an agent, and a service whose connects all fail beside the one that matters.
-fn beside_noise(bed: &Bed) -> Result<(Directory, Serving, Agent)> {
+/// Starts an agent with `web` and a service `noise`, to which all connects fail.
+fn with_noise(bed: &Bed) -> Result<(Directory, Serving, Agent)> {
     let (directory, near) = near_and_far(bed, &eager(), &none())?;
     bed.namespace.add_address("10.2.0.1/32")?;
     directory.write(
@@ -295,18 +297,18 @@ fn beside_noise(bed: &Bed) -> Result<(Directory, Serving, Agent)> {
     Ok((directory, near, agent))
 }
 
-/// Outcomes that the agent was not told.
+/// Returns the number of outcomes that found no room in the ring buffer.
 fn lost(agent: &Agent) -> Result<u64> {
     let metrics = agent.http("/metrics")?.1;
     let lost = metrics.lines().find_map(|line| line.strip_prefix("portolan_events_lost_total "));
     Ok(lost.context("no metric")?.parse()?)
 }
 
-/// The ring buffer is full of other failures; the counters in the maps still tell.
+/// The ring buffer is full of other failures, but the counters in the maps still show the outcome.
 #[test]
-fn an_outcome_that_found_no_room_is_not_lost() -> Result<()> {
+fn outcome_dropped_by_a_full_ring_buffer_is_recovered() -> Result<()> {
     let bed = Bed::new()?;
-    let (_directory, near, agent) = beside_noise(&bed)?;
+    let (_directory, near, agent) = with_noise(&bed)?;
     let mut client = bed.dialler()?;
     assert_eq!(client.dial(WEB, 1)?.greetings(), ["near"]);
     agent.process.signal(Signal::STOP)?;
@@ -323,11 +325,12 @@ fn an_outcome_that_found_no_room_is_not_lost() -> Result<()> {
     Ok(())
 }
 
-/// `threats.md` 13: a pod floods the ring buffer while the agent is busy; what others see is told all the same.
+/// Threat 13 of the threat model: a pod floods the ring buffer while the agent is busy. Outcomes of other pods are
+/// still delivered.
 #[test]
-fn a_pod_that_floods_leaves_room_for_what_others_see() -> Result<()> {
+fn flooding_pod_leaves_ring_buffer_space_for_other_pods() -> Result<()> {
     let bed = Bed::new()?;
-    let (_directory, near, agent) = beside_noise(&bed)?;
+    let (_directory, near, agent) = with_noise(&bed)?;
     let (mut flooding, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
     assert_eq!(other.client.dial(WEB, 1)?.greetings(), ["near"]);
     agent.process.signal(Signal::STOP)?;
@@ -339,10 +342,10 @@ fn a_pod_that_floods_leaves_room_for_what_others_see() -> Result<()> {
     assert_eq!(other.client.dial(WEB, 2)?.errnos(), [ECONNREFUSED; 2]);
     agent.process.signal(Signal::CONT)?;
     wait_ejected(&agent, &["10.0.0.1:9080"])?;
-    // Both were told, not made up for from the counters.
+    // Both outcomes were delivered, not recovered from the counters.
     let events = agent.events()?;
-    let told = events.iter().filter(|event| event["kind"] == "failed" && event["endpoint"] == "10.0.0.1:9080").count();
-    assert_eq!(told, 2, "{:?}", events.last());
+    let seen = events.iter().filter(|event| event["kind"] == "failed" && event["endpoint"] == "10.0.0.1:9080").count();
+    assert_eq!(seen, 2, "{:?}", events.last());
     let lost = lost(&agent)?;
     assert!(lost > 5_000, "{lost}");
     Ok(())

@@ -1,5 +1,5 @@
-//! `connectionPool.tcp`, in the kernel; and connections that are ended.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! `connectionPool.tcp` limits, timeouts and keepalive, and connections that Portolan closes.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::{
     net::SocketAddr,
@@ -25,7 +25,7 @@ const EPROTONOSUPPORT: i32 = 93;
 const BOUND: Duration = Duration::from_secs(20);
 const WEB: &str = "172.16.0.10:80";
 
-/// A service with two endpoints, and the limits of its pool.
+/// Writes a service with two endpoints and these settings of `connectionPool.tcp`.
 fn limited(bed: &Bed, tcp: &Value) -> Result<Directory> {
     for i in 1..=2 {
         bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
@@ -65,16 +65,16 @@ fn connections_over_the_limit_are_refused_and_counted() -> Result<()> {
     let hold = |to: &str, times| Task::Hold { to: to.parse().unwrap(), times };
     let reply = client.run(&hold(WEB, 8))?;
     assert_eq!(reply.errnos(), [0, 0, 0, 0, 0, ECONNREFUSED, ECONNREFUSED, ECONNREFUSED]);
-    // The limit is the destination's, whichever address leads there, and whoever dials.
+    // The limit belongs to the destination. It applies to every address that leads there and to every client.
     let mut other = bed.dialler()?;
     assert_eq!(other.run(&hold("172.16.0.11:80", 1))?.errnos(), [ECONNREFUSED]);
-    // It holds over a restart of the agent.
+    // It persists across a restart of the agent.
     agent.process.kill();
     let agent = bed.agent(&directory, "c1", "n1")?;
     assert_eq!(other.run(&hold(WEB, 1))?.errnos(), [ECONNREFUSED]);
     let labels = "portolan_overflow_total{namespace=\"default\",service=\"web\",port=\"80\"}";
     assert_eq!(metric(&agent, labels)?, 5);
-    // What is raised is raised at once, and what is closed makes room.
+    // A raised limit takes effect at once, and closed connections make room.
     write(&directory, &[1, 2], &json!({"maxConnections": 6}))?;
     wait_until("the limit to be raised", BOUND, || {
         ensure!(other.run(&hold(WEB, 1))?.errnos() == [0]);
@@ -89,7 +89,7 @@ fn connections_over_the_limit_are_refused_and_counted() -> Result<()> {
 }
 
 #[test]
-fn keepalive_is_set_unless_the_application_has_its_own() -> Result<()> {
+fn keepalive_is_set_unless_the_application_sets_it() -> Result<()> {
     let bed = Bed::new()?;
     let directory = limited(&bed, &json!({"tcpKeepalive": {"time": "77s", "interval": "7s", "probes": 3}}))?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
@@ -97,14 +97,14 @@ fn keepalive_is_set_unless_the_application_has_its_own() -> Result<()> {
     let reply = client.run(&Task::Keepalive { to: WEB.parse()?, own: false })?;
     assert_eq!((reply.errnos(), reply.values), (vec![0], vec![1, 77, 7, 3]));
     let direct = client.run(&Task::Keepalive { to: "10.0.0.1:9080".parse()?, own: false })?;
-    assert_eq!(direct.values[0], 0, "what is no Service is left alone");
+    assert_eq!(direct.values[0], 0, "a direct connection is unchanged");
     let own = client.run(&Task::Keepalive { to: WEB.parse()?, own: true })?;
-    assert_ne!(own.values[1], 77, "the application's own stay");
+    assert_ne!(own.values[1], 77, "the settings of the application stay");
     Ok(())
 }
 
 #[test]
-fn connections_that_are_idle_or_old_are_ended() -> Result<()> {
+fn idle_and_expired_connections_are_closed() -> Result<()> {
     for (limit, reason) in [(json!({"idleTimeout": "1s"}), "idle"), (json!({"maxConnectionDuration": "1s"}), "age")] {
         let bed = Bed::new()?;
         let directory = limited(&bed, &limit)?;
@@ -112,13 +112,13 @@ fn connections_that_are_idle_or_old_are_ended() -> Result<()> {
         let mut client = bed.dialler()?;
         client.run(&Task::Hold { to: WEB.parse()?, times: 4 })?;
         client.run(&Task::Hold { to: "10.0.0.1:9080".parse()?, times: 1 })?;
-        wait_until("the connections to be ended", BOUND, || {
+        wait_until("the connections to be closed", BOUND, || {
             let errnos = client.run(&Task::Held)?.errnos();
-            // The greeting that was not read is there before the end is.
+            // The unread greeting arrives before the reset.
             ensure!(errnos[..4] == [ECONNABORTED; 4], "{reason}: {errnos:?}\n{}", agent.log());
             Ok(())
         })?;
-        assert_ne!(client.run(&Task::Held)?.errnos()[4], ECONNABORTED, "one that dialled directly is left alone");
+        assert_ne!(client.run(&Task::Held)?.errnos()[4], ECONNABORTED, "a direct connection stays open");
         let labels = format!("portolan_closed_connections_total{{reason=\"{reason}\",protocol=\"TCP\"}}");
         wait_until("the metric", BOUND, || {
             let count = metric(&agent, &labels)?;
@@ -130,20 +130,20 @@ fn connections_that_are_idle_or_old_are_ended() -> Result<()> {
 }
 
 #[test]
-fn tcp_connections_to_what_is_gone_go_on_or_end_as_the_setting_says() -> Result<()> {
-    // Where what is remembered lies makes no difference.
-    for (setting, places) in [("keep", true), ("reset", true), ("reset", false), ("idle", true), ("idle", false)] {
+fn gone_connections_flag_decides_about_removed_endpoints() -> Result<()> {
+    // Whether a slot or socket storage holds the state makes no difference.
+    for (setting, use_slots) in [("keep", true), ("reset", true), ("reset", false), ("idle", true), ("idle", false)] {
         let bed = Bed::new()?;
         let directory = limited(&bed, &json!({}))?;
         let agent = bed.agent_with(&directory, "c1", "n1", &["--gone-connections", setting])?;
-        if !places {
+        if !use_slots {
             Places::open(bed.pins())?.take_all();
         }
         let mut client = bed.dialler()?;
         // Two to each endpoint.
         client.run(&Task::Hold { to: WEB.parse()?, times: 4 })?;
         write(&directory, &[2], &json!({}))?;
-        wait_until("the endpoint to go", BOUND, || {
+        wait_until("the endpoint to be removed", BOUND, || {
             ensure!(client.dial(WEB, 2)?.greetings() == ["pod2"; 2]);
             Ok(())
         })?;
@@ -152,7 +152,7 @@ fn tcp_connections_to_what_is_gone_go_on_or_end_as_the_setting_says() -> Result<
             assert_eq!(aborted(&client.run(&Task::Held)?.errnos()), 0);
             continue;
         }
-        wait_until("the connections to be ended", BOUND, || {
+        wait_until("the connections to be closed", BOUND, || {
             let errnos = client.run(&Task::Held)?.errnos();
             ensure!(aborted(&errnos) == 2, "{setting}: {errnos:?}\n{}", agent.log());
             Ok(())
@@ -162,10 +162,10 @@ fn tcp_connections_to_what_is_gone_go_on_or_end_as_the_setting_says() -> Result<
 }
 
 #[test]
-fn every_way_to_connect() -> Result<()> {
+fn special_ways_to_connect_work() -> Result<()> {
     let bed = Bed::new()?;
     let directory = limited(&bed, &json!({}))?;
-    // A service that refuses whatever does not stay in its cluster.
+    // A strictly cluster-local service refuses every protocol that it cannot rewrite.
     let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["strict.default.svc.cluster.local"]}]});
     directory.write("mesh.yaml", &[portolan_tests::objects::mesh_config(&keep)])?;
     directory.write(
@@ -183,14 +183,14 @@ fn every_way_to_connect() -> Result<()> {
         assert!(seen.errno == 0 && seen.greeting.starts_with("pod"), "{way:?}: {seen:?}");
         assert_eq!(seen.peer, Some(WEB.parse()?), "{way:?}");
     }
-    // Multipath TCP and SCTP are left alone, so that they find nobody here. But what is strict is strict.
+    // Multipath TCP and SCTP are not rewritten, so nothing listens here. A strict service refuses them nevertheless.
     let multipath = client.run(&Task::Dialled { to: WEB.parse()?, way: Way::Multipath })?;
     assert_eq!(multipath.errnos(), [ENETUNREACH]);
     let direct = client.run(&Task::Dialled { to: "10.0.0.1:9080".parse()?, way: Way::Multipath })?;
     assert_eq!(direct.greetings(), ["pod1"]);
     let strict = client.run(&Task::Dialled { to: "172.16.0.20:80".parse()?, way: Way::Multipath })?;
     assert_eq!(strict.errnos(), [EHOSTUNREACH]);
-    // Somebody who listens with SCTP on the Service's own address is who answers there.
+    // An SCTP listener on the Service address itself gets the connection.
     bed.namespace.add_address("172.16.0.11/32")?;
     let listener = bed
         .namespace
@@ -202,12 +202,11 @@ fn every_way_to_connect() -> Result<()> {
         Ok(listener) => {
             listener.bind(&"172.16.0.11:80".parse::<SocketAddr>()?.into())?;
             listener.listen(1)?;
-            let server =
-                std::thread::spawn(move || listener.accept().and_then(|(socket, _)| socket.send(b"an own stack")));
-            assert_eq!(dial(&mut client)?.greetings(), ["an own stack"]);
+            let server = std::thread::spawn(move || listener.accept().and_then(|(socket, _)| socket.send(b"sctp")));
+            assert_eq!(dial(&mut client)?.greetings(), ["sctp"]);
             server.join().unwrap()?;
         }
-        // Debian's kernels have it (`cargo xtask vm`); on one without, there is nothing to leave alone.
+        // Kernels of Debian have SCTP (`cargo xtask vm`). Without it, the socket cannot be created.
         Err(error) => {
             assert_eq!(error.raw_os_error(), Some(EPROTONOSUPPORT));
             assert_eq!(dial(&mut client)?.errnos(), [EPROTONOSUPPORT]);
@@ -217,13 +216,13 @@ fn every_way_to_connect() -> Result<()> {
 }
 
 #[test]
-fn a_connect_that_is_under_way_is_neither_idle_nor_old() -> Result<()> {
+fn pending_connect_is_neither_idle_nor_expired() -> Result<()> {
     let bed = Bed::new()?;
     let limits = json!({"connectTimeout": "3s", "idleTimeout": "0.3s", "maxConnectionDuration": "0.3s"});
     let directory = limited(&bed, &limits)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
     let mut client = bed.dialler()?;
-    // One that stands, so that there is something to look for.
+    // An established connection, so that sweeps run.
     client.run(&Task::Hold { to: WEB.parse()?, times: 1 })?;
     for i in 1..=2 {
         bed.namespace.swallow(&format!("10.0.0.{i}/32"))?;
@@ -234,19 +233,19 @@ fn a_connect_that_is_under_way_is_neither_idle_nor_old() -> Result<()> {
 }
 
 #[test]
-fn connections_to_what_is_draining_go_on_until_it_is_gone() -> Result<()> {
+fn connections_to_a_terminating_endpoint_stay_until_it_is_removed() -> Result<()> {
     let bed = Bed::new()?;
     let directory = limited(&bed, &json!({}))?;
     let agent = bed.agent_with(&directory, "c1", "n1", &["--gone-connections", "reset"])?;
     let mut client = bed.dialler()?;
     client.run(&Task::Hold { to: WEB.parse()?, times: 4 })?;
-    // The pod is told to end: no new connections, and those that it has are its own to finish.
+    // The pod is terminating: it gets no new connections and may finish those that it has.
     let mut draining = slice("web", 9080, &[("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")]);
     draining["endpoints"][0]["conditions"] = json!({"ready": false, "serving": true, "terminating": true});
     let rule = destination_rule("web", &json!({"trafficPolicy": {"connectionPool": {"tcp": {}}}}));
     let objects = [node("n1", "r1"), service("web", &["172.16.0.10", "172.16.0.11"], 80), draining, rule];
     directory.write("c1/all.yaml", &objects)?;
-    wait_until("no more connections to it", BOUND, || {
+    wait_until("no new connections to it", BOUND, || {
         ensure!(client.dial(WEB, 4)?.greetings() == ["pod2"; 4]);
         Ok(())
     })?;
@@ -254,9 +253,9 @@ fn connections_to_what_is_draining_go_on_until_it_is_gone() -> Result<()> {
         Ok(client.run(&Task::Held)?.errnos().iter().filter(|errno| **errno == ECONNABORTED).count())
     };
     assert_eq!(aborted(&mut client)?, 0);
-    assert_eq!(metric(&agent, "portolan_closing_passes_total")?, 0, "nobody has even looked");
+    assert_eq!(metric(&agent, "portolan_closing_passes_total")?, 0, "no sweep has run");
     write(&directory, &[2], &json!({}))?;
-    wait_until("the connections to what is gone to be ended", BOUND, || {
+    wait_until("connections to the removed endpoint to be closed", BOUND, || {
         let count = aborted(&mut client)?;
         ensure!(count == 2, "{count}");
         Ok(())
@@ -264,7 +263,7 @@ fn connections_to_what_is_draining_go_on_until_it_is_gone() -> Result<()> {
 }
 
 #[test]
-fn a_connect_timeout_is_the_pools_and_not_the_frontends() -> Result<()> {
+fn connect_timeout_applies_to_both_socket_modes() -> Result<()> {
     let bed = Bed::new()?;
     let directory = limited(&bed, &json!({"connectTimeout": "0.3s"}))?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
@@ -280,7 +279,7 @@ fn a_connect_timeout_is_the_pools_and_not_the_frontends() -> Result<()> {
 }
 
 #[test]
-fn a_connect_timeout_below_a_second_does_not_wait_for_the_second_syn() -> Result<()> {
+fn connect_timeout_below_one_second_does_not_wait_for_the_second_syn() -> Result<()> {
     let bed = Bed::new()?;
     for i in 1..=2 {
         bed.namespace.swallow(&format!("10.0.0.{i}/32"))?;
@@ -301,7 +300,8 @@ fn a_connect_timeout_below_a_second_does_not_wait_for_the_second_syn() -> Result
         assert_eq!(client.dial(address, times)?.errnos(), vec![ETIMEDOUT; times as usize], "{address}");
         Ok(Instant::now())
     };
-    // Five of the one in the time of one of the other. Were each to wait for its second SYN, the other would end long before.
+    // Five fast timeouts take less time than a slow one.
+    // If each of them waited for its second SYN, the slow one would finish long before.
     let (mut one, mut other) = (bed.dialler()?, bed.dialler()?);
     let (slow, fast) = std::thread::scope(|scope| {
         let slow = scope.spawn(|| give_up(&mut one, "172.16.0.30:80", 1));
@@ -309,24 +309,25 @@ fn a_connect_timeout_below_a_second_does_not_wait_for_the_second_syn() -> Result
         (slow.join(), fast.join())
     });
     let (slow, fast) = (slow.unwrap()?, fast.unwrap()?);
-    assert!(fast < slow, "{:?} after it", fast - slow);
+    assert!(fast < slow, "fast finished {:?} after slow", fast - slow);
     Ok(())
 }
 
-/// After a failover: clients keep connections to the far endpoint. Once the near one is back, the idle ones go, a few at a time.
+/// After a failover, clients keep connections to the far endpoint.
+/// Once the near endpoint is back, idle connections are closed, a few at a time.
 #[test]
-fn idle_connections_come_home_after_a_failover() -> Result<()> {
+fn idle_connections_are_closed_after_failback() -> Result<()> {
     let bed = Bed::new()?;
     for (address, name) in [("10.0.0.1", "near"), ("10.1.0.1", "far")] {
         bed.namespace.add_address(&format!("{address}/32"))?;
         bed.serve(&format!("{address}:9080"), name)?;
     }
     let directory = Directory::new()?;
-    let objects = |ready: bool, follows: bool| {
+    let objects = |ready: bool, closes_idle: bool| {
         let mut endpoints = slice("web", 9080, &[("10.0.0.1", "near", ""), ("10.1.0.1", "far", "")]);
         endpoints["endpoints"][0]["conditions"]["ready"] = json!(ready);
         let mut rule = destination_rule("web", &json!({"trafficPolicy": {"outlierDetection": {}}}));
-        if follows {
+        if closes_idle {
             rule["metadata"]["annotations"] = json!({"portolan.io/close-idle-elsewhere": "3s"});
         }
         [node("near", "r1/z1"), node("far", "r2/z1"), service("web", &["172.16.0.10"], 80), endpoints, rule]
@@ -339,20 +340,20 @@ fn idle_connections_come_home_after_a_failover() -> Result<()> {
         Ok(client.run(&Task::Held)?.errnos().iter().filter(|errno| **errno != ECONNABORTED).count())
     };
     client.run(&Task::Hold { to, times: 30 })?;
-    // Without the annotation they stay.
+    // Without the annotation, connections stay.
     directory.write("c1/all.yaml", &objects(true, false))?;
-    wait_until("new ones to go near", BOUND, || {
+    wait_until("new connections to go near", BOUND, || {
         ensure!(client.dial(WEB, 3)?.greetings() == ["near"; 3]);
         Ok(())
     })?;
     assert_eq!(metric(&agent, "portolan_closing_passes_total")?, 0);
     directory.write("c1/all.yaml", &objects(true, true))?;
-    wait_until("the idle ones to be closed", BOUND, || {
+    wait_until("the idle connections to be closed", BOUND, || {
         let left = open(&mut client)?;
         ensure!(left == 0, "{left}\n{}", agent.log());
         Ok(())
     })?;
-    // No more than twenty in a second.
+    // At most twenty per second.
     let events = agent.events()?;
     let messages =
         events.iter().filter(|event| event["kind"] == "closed").filter_map(|event| event["message"].as_str());
@@ -361,14 +362,14 @@ fn idle_connections_come_home_after_a_failover() -> Result<()> {
     let moved = metric(&agent, "portolan_closed_connections_total{reason=\"elsewhere\",protocol=\"TCP\"}")?;
     assert!(moved >= 30, "{moved}");
     assert_eq!(client.dial(WEB, 3)?.greetings(), ["near"; 3]);
-    // Those that go where new ones go are left alone, however idle they are.
+    // Connections to endpoints that also get new connections stay, however idle they are.
     client.run(&Task::Release)?;
     client.run(&Task::Hold { to, times: 2 })?;
     let passes = metric(&agent, "portolan_closing_passes_total")?;
     let mut changed = objects(true, true);
     changed[2] = service("web", &["172.16.0.10", "172.16.0.11"], 80);
     directory.write("c1/all.yaml", &changed)?;
-    wait_until("another look", BOUND, || {
+    wait_until("another sweep", BOUND, || {
         ensure!(metric(&agent, "portolan_closing_passes_total")? > passes);
         Ok(())
     })?;

@@ -1,5 +1,5 @@
-//! What becomes of connections, from the kernel back to the daemon: every outcome is made to happen.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! Connection outcomes, from the kernel to the agent. Each test produces the outcome with real connections.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ const ECONNREFUSED: i32 = 111;
 const ETIMEDOUT: i32 = 110;
 const BOUND: Duration = Duration::from_secs(20);
 
-/// Two endpoints in the near region, one in the far one, with these rules for the service.
+/// Writes a service with two endpoints in the near region and one in the far region, and these rules for it.
 fn failover(bed: &Bed, outlier: &Value, connect_timeout: Option<&str>) -> Result<Directory> {
     let directory = Directory::new()?;
     for address in ["10.0.0.1", "10.0.0.2", "10.1.0.1"] {
@@ -41,7 +41,7 @@ fn failover(bed: &Bed, outlier: &Value, connect_timeout: Option<&str>) -> Result
 }
 
 fn eager() -> Value {
-    // On a machine that is emulated, fifty connections take longer than two seconds.
+    // Under emulation, fifty connections take longer than two seconds.
     let time = format!("{}s", 2 * patience());
     json!({"consecutive5xxErrors": 1, "interval": "1s", "baseEjectionTime": time, "maxEjectionPercent": 100})
 }
@@ -58,13 +58,13 @@ fn kinds(agent: &Agent) -> Result<Vec<String>> {
 }
 
 #[test]
-fn a_refused_connect_is_seen_ejects_at_once_and_is_forgiven() -> Result<()> {
+fn refused_connect_ejects_at_once_and_is_released_later() -> Result<()> {
     let bed = Bed::new()?;
     let directory = failover(&bed, &eager(), None)?;
     let agent = bed.agent(&directory, "c1", "near")?;
     let mut client = bed.dialler()?;
-    // Each endpoint of the near region fails one connection; each ejection is in force for the connection after the next
-    // event loop turn, so the client waits for it.
+    // Each near endpoint fails one connection.
+    // An ejection takes effect after the next turn of the event loop, so the client waits for it.
     for out in 1..=2 {
         assert_eq!(client.dial("172.16.0.10:80", 1)?.errnos(), [ECONNREFUSED]);
         wait_until("the ejection", BOUND, || {
@@ -80,7 +80,7 @@ fn a_refused_connect_is_seen_ejects_at_once_and_is_forgiven() -> Result<()> {
     let until = report["services"][0]["endpoints"][0]["ejectedUntil"].as_str().unwrap_or_default().to_owned();
     assert!(until.starts_with("20"), "{until}");
 
-    // They come back by themselves, and carry everything again.
+    // The endpoints are released automatically and get all connections again.
     bed.serve("10.0.0.1:9080", "near")?;
     bed.serve("10.0.0.2:9080", "near")?;
     wait_until("the release", BOUND, || {
@@ -97,7 +97,7 @@ fn a_refused_connect_is_seen_ejects_at_once_and_is_forgiven() -> Result<()> {
 }
 
 #[test]
-fn a_connect_that_nobody_answers_is_given_up_in_time_and_counts() -> Result<()> {
+fn unanswered_connect_times_out_and_counts() -> Result<()> {
     let bed = Bed::new()?;
     let directory = failover(&bed, &eager(), Some("300ms"))?;
     for address in ["10.0.0.1/32", "10.0.0.2/32"] {
@@ -109,7 +109,7 @@ fn a_connect_that_nobody_answers_is_given_up_in_time_and_counts() -> Result<()> 
     assert_eq!(
         client.dial("172.16.0.10:80", 1)?.errnos(),
         [ETIMEDOUT],
-        "the application is told, long before two minutes"
+        "the application gets the error long before the default of two minutes"
     );
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     wait_until("the ejection", BOUND, || {
@@ -123,7 +123,7 @@ fn a_connect_that_nobody_answers_is_given_up_in_time_and_counts() -> Result<()> 
 }
 
 #[test]
-fn an_application_that_gives_up_early_is_no_verdict() -> Result<()> {
+fn aborted_connect_is_not_a_failure() -> Result<()> {
     let bed = Bed::new()?;
     let directory = failover(&bed, &eager(), None)?;
     for address in ["10.0.0.1/32", "10.0.0.2/32"] {
@@ -134,7 +134,7 @@ fn an_application_that_gives_up_early_is_no_verdict() -> Result<()> {
     for _ in 0..6 {
         client.run(&Task::GiveUp { to: "172.16.0.10:80".parse()? })?;
     }
-    // Something that does count, through the same ring buffer, comes after them.
+    // A connection that counts follows them through the same ring buffer.
     bed.namespace.restore("10.0.0.1/32")?;
     bed.namespace.restore("10.0.0.2/32")?;
     assert_eq!(client.dial("172.16.0.10:80", 1)?.errnos(), [ECONNREFUSED]);
@@ -152,7 +152,7 @@ fn an_application_that_gives_up_early_is_no_verdict() -> Result<()> {
 }
 
 #[test]
-fn a_success_between_failures_resets_the_count() -> Result<()> {
+fn success_between_failures_resets_the_count() -> Result<()> {
     let bed = Bed::new()?;
     let outlier =
         json!({"consecutive5xxErrors": 2, "interval": "1s", "baseEjectionTime": "1m", "maxEjectionPercent": 100});
@@ -182,14 +182,14 @@ fn a_success_between_failures_resets_the_count() -> Result<()> {
         ensure!(ejected == ["10.0.0.1:9080"], "{ejected:?}");
         Ok(())
     })?;
-    // Ejected from its pool; without another endpoint the service refuses.
+    // The only endpoint of the pool is ejected, so the service refuses.
     assert_eq!(client.dial("172.16.0.20:80", 1)?.errnos(), [ECONNREFUSED]);
     Ok(())
 }
 
-/// A service and another one on the same endpoint: what one pool sees says nothing for the other.
+/// Two services on the same endpoint: outcomes in one pool do not affect the other.
 #[test]
-fn pools_that_share_an_endpoint_count_for_themselves() -> Result<()> {
+fn pools_that_share_an_endpoint_count_independently() -> Result<()> {
     let bed = Bed::new()?;
     bed.namespace.add_address("10.0.0.1/32")?;
     let directory = Directory::new()?;
@@ -205,7 +205,7 @@ fn pools_that_share_an_endpoint_count_for_themselves() -> Result<()> {
     let agent = bed.agent(&directory, "c1", "near")?;
     let mut client = bed.dialler()?;
     let failures = |agent: &Agent, count: usize| {
-        wait_until("the failures to be seen", BOUND, || {
+        wait_until("the failures to be reported", BOUND, || {
             ensure!(kinds(agent)?.iter().filter(|kind| *kind == "failed").count() == count);
             Ok(())
         })
@@ -216,32 +216,32 @@ fn pools_that_share_an_endpoint_count_for_themselves() -> Result<()> {
     };
     assert_eq!(client.dial("172.16.0.20:80", 1)?.errnos(), [ECONNREFUSED]);
     failures(&agent, 1)?;
-    // A success of the other pool first; then one of the pool itself, which resets its count.
+    // A success of the other pool, then one of this pool, which resets its count.
     serve_once(&mut client, "172.16.0.30:80")?;
     serve_once(&mut client, "172.16.0.20:80")?;
     assert_eq!(client.dial("172.16.0.20:80", 1)?.errnos(), [ECONNREFUSED]);
     failures(&agent, 2)?;
     assert_eq!(ejected(&agent)?, Vec::<String>::new());
-    // And a success of the other pool alone does not.
+    // A success of the other pool alone does not reset it.
     serve_once(&mut client, "172.16.0.30:80")?;
     assert_eq!(client.dial("172.16.0.20:80", 1)?.errnos(), [ECONNREFUSED]);
     failures(&agent, 3)?;
     let report = agent.get("ejections")?;
     assert_eq!(report["services"][0]["name"], json!("one"));
-    assert_eq!(report["services"].as_array().map(Vec::len), Some(1), "the other pool goes on: {report}");
+    assert_eq!(report["services"].as_array().map(Vec::len), Some(1), "the other pool is not ejected: {report}");
     Ok(())
 }
 
 #[test]
-fn the_default_percentage_ejects_none_of_three_and_says_so() -> Result<()> {
+fn default_percentage_ejects_none_of_three_and_is_a_finding() -> Result<()> {
     let bed = Bed::new()?;
     let outlier = json!({"consecutive5xxErrors": 1, "interval": "1s", "baseEjectionTime": "1m"});
     let directory = failover(&bed, &outlier, None)?;
     let agent = bed.agent(&directory, "c1", "near")?;
     let mut client = bed.dialler()?;
     assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [ECONNREFUSED; 4]);
-    wait_until("the overflow", BOUND, || {
-        ensure!(kinds(&agent)?.iter().filter(|kind| *kind == "overflow").count() == 4);
+    wait_until("the ejection limit to be reached", BOUND, || {
+        ensure!(kinds(&agent)?.iter().filter(|kind| *kind == "ejection-limited").count() == 4);
         Ok(())
     })?;
     assert_eq!(ejected(&agent)?, Vec::<String>::new());
@@ -251,7 +251,7 @@ fn the_default_percentage_ejects_none_of_three_and_says_so() -> Result<()> {
 }
 
 #[test]
-fn the_applications_own_timeout_is_as_it_set_it() -> Result<()> {
+fn connect_timeout_preserves_tcp_user_timeout() -> Result<()> {
     let bed = Bed::new()?;
     let directory = failover(&bed, &eager(), Some("5s"))?;
     bed.serve("10.0.0.1:9080", "near")?;
@@ -262,7 +262,7 @@ fn the_applications_own_timeout_is_as_it_set_it() -> Result<()> {
         let reply = client.run(&Task::UserTimeout { to: "172.16.0.10:80".parse()?, own })?;
         assert_eq!((reply.errnos(), reply.value), (vec![0], own));
     }
-    // A connect that fails leaves nothing behind either, for the socket may be connected once more.
+    // A failed connect restores the option as well, because the socket may be connected again.
     let refused = "172.16.0.20:80";
     directory.write(
         "c1/refused.yaml",
@@ -287,7 +287,7 @@ fn the_applications_own_timeout_is_as_it_set_it() -> Result<()> {
 }
 
 #[test]
-fn a_new_endpoint_warms_up() -> Result<()> {
+fn new_endpoint_warms_up() -> Result<()> {
     let bed = Bed::new()?;
     let directory = Directory::new()?;
     let policy = json!({"loadBalancer": {"simple": "ROUND_ROBIN", "warmup": {"duration": "4s"}}});
@@ -307,7 +307,7 @@ fn a_new_endpoint_warms_up() -> Result<()> {
     write(&[("10.0.0.1", "near", ""), ("10.0.0.2", "near", "")])?;
     let share =
         || -> Result<Option<f64>> { Ok(agent.get("endpoints")?["services"][0]["endpoints"][1]["share"].as_f64()) };
-    // From the first moment on it gets little, and more with time.
+    // Its share is small from the start and grows over time.
     let mut seen = Vec::new();
     wait_until("the new endpoint to be warm", BOUND, || {
         seen.extend(share()?);

@@ -1,6 +1,6 @@
-//! Objects as they come: contradicting each other, broken, in any order. `plan` tells whatever is wrong, and the rest works.
+//! `plan` with contradictory, invalid, and unordered objects: it reports every problem, and the rest works.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 const BOUND: Duration = Duration::from_secs(20);
 
 #[test]
-fn everything_that_is_wrong_is_told_and_the_rest_works() -> Result<()> {
+fn every_problem_is_reported_and_the_rest_works() -> Result<()> {
     let directory = Directory::new()?;
     directory.write(
         "c1/good.yaml",
@@ -57,7 +57,7 @@ fn everything_that_is_wrong_is_told_and_the_rest_works() -> Result<()> {
         "rules.yaml",
         &[
             destination_rule("web", &distribute(80, 10)),
-            destination_rule("nobody", &json!({})),
+            destination_rule("missing", &json!({})),
             destination_rule("sneaky", &json!({"trafficPolicy": {"outlierDetection": {"interval": "soon"}}})),
         ],
     )?;
@@ -80,22 +80,23 @@ fn everything_that_is_wrong_is_told_and_the_rest_works() -> Result<()> {
         ("Service default/typed", "spec.ports[0].port: ", "c1/typed.yaml"),
         ("DestinationRule default/web", "distribute[0].to: the percentages must sum to 100, not 90", "rules.yaml"),
         ("DestinationRule default/sneaky", "outlierDetection.interval: \"soon\" is not a valid duration", "rules.yaml"),
-        ("DestinationRule default/nobody", "no service is named", "rules.yaml"),
+        ("DestinationRule default/missing", "no service is named", "rules.yaml"),
     ] {
         assert_eq!(finding(&report, object, message)?["source"].as_str().unwrap_or_default(), source, "{object}");
     }
-    // The rest: the twin that comes first by name keeps the address, and what was left of the sneaky one serves.
+    // The rest works: the twin that is first by name keeps the address, and the valid endpoint of `sneaky` serves.
     assert_eq!(service_named(&report, "twin")?["frontends"], json!(["172.16.0.10:80"]));
     assert_eq!(shares(service_named(&report, "sneaky")?), [("10.0.0.3:9080".to_owned(), 1.0)]);
-    // Allowed on demand, but for what nobody should be sent to.
+    // The flag allows loopback and link-local endpoints.
     let (report, _) = directory.plan("c1", "n1", &["--allow-loopback-endpoints"])?;
     assert_eq!(shares(service_named(&report, "sneaky")?).len(), 3);
     Ok(())
 }
 
-/// The examples of `docs/`, as somebody would try them: the codes on their first line are shown, and an error makes the status 1.
+/// Runs the broken examples of `docs/` as a user would.
+/// The output has the codes on their first line, and an error makes the exit code 1.
 #[test]
-fn every_broken_example_is_told_and_survived() -> Result<()> {
+fn broken_examples_are_reported() -> Result<()> {
     let examples = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/examples/broken");
     for example in std::fs::read_dir(examples)? {
         let text = std::fs::read_to_string(example?.path())?;
@@ -121,9 +122,9 @@ fn every_broken_example_is_told_and_survived() -> Result<()> {
     Ok(())
 }
 
-/// The example to begin with: nothing is wrong with it, each region is served by itself, and by the other one where it fails.
+/// The introductory example has no findings. Each region serves itself, and the other region takes over if it fails.
 #[test]
-fn the_example_of_two_regions_does_what_it_says() -> Result<()> {
+fn two_regions_example_fails_over() -> Result<()> {
     let examples = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/examples/two-regions");
     let example = Directory::new()?;
     for file in ["rules.yaml", "hangzhou/all.yaml", "shanghai/all.yaml"] {
@@ -133,20 +134,20 @@ fn the_example_of_two_regions_does_what_it_says() -> Result<()> {
         let half =
             |region: u8| [5, 6].map(|i| (format!("10.{region}.0.{i}:9080"), 0.5)).into_iter().collect::<Vec<_>>();
         let node = format!("{cluster}-1");
-        let given = |eject: &[&str]| -> Result<Vec<(String, f64)>> {
+        let nonzero_shares = |eject: &[&str]| -> Result<Vec<(String, f64)>> {
             let (report, code) = example.plan(cluster, &node, eject)?;
             assert_eq!((code, &report["findings"]), (0, &json!([])), "{report:#}");
             Ok(shares(service_named(&report, "reviews")?).into_iter().filter(|(_, share)| *share > 0.0).collect())
         };
-        assert_eq!(given(&[])?, half(own));
+        assert_eq!(nonzero_shares(&[])?, half(own));
         let ejected = [5, 6].map(|i| format!("10.{own}.0.{i}"));
-        assert_eq!(given(&["--eject", &ejected[0], "--eject", &ejected[1]])?, half(other));
+        assert_eq!(nonzero_shares(&["--eject", &ejected[0], "--eject", &ejected[1]])?, half(other));
     }
     Ok(())
 }
 
 #[test]
-fn an_empty_slice_as_kubectl_prints_it() -> Result<()> {
+fn empty_slice_with_null_lists_is_accepted() -> Result<()> {
     let directory = Directory::new()?;
     let mut empty = slice("web", 9080, &[]);
     empty["endpoints"] = Value::Null;
@@ -161,7 +162,7 @@ fn an_empty_slice_as_kubectl_prints_it() -> Result<()> {
 }
 
 #[test]
-fn a_service_that_refuses_says_why() -> Result<()> {
+fn refusing_service_has_a_reason() -> Result<()> {
     let directory = Directory::new()?;
     let mut unready = slice("unready", 9080, &[("10.0.0.1", "n1", "")]);
     unready["endpoints"][0]["conditions"]["ready"] = json!(false);
@@ -200,7 +201,7 @@ fn a_service_that_refuses_says_why() -> Result<()> {
         ("unready", "none of its 1 endpoints is healthy"),
         ("renamed", "no EndpointSlice has a TCP port named \"http\""),
         ("six", "of the other address family"),
-        ("remote", "kept in its cluster"),
+        ("remote", "clusterLocal keeps connections in the client's cluster"),
     ] {
         finding(&report, &format!("Service default/{name}"), why)?;
     }
@@ -208,7 +209,7 @@ fn a_service_that_refuses_says_why() -> Result<()> {
 }
 
 #[test]
-fn what_is_not_in_its_place_is_told() -> Result<()> {
+fn misplaced_objects_are_reported() -> Result<()> {
     let directory = Directory::new()?;
     let all =
         [node("n1", "r1/z1"), service("web", &["172.16.0.10"], 80), slice("web", 9080, &[("10.0.0.1", "n1", "")])];
@@ -233,7 +234,7 @@ fn what_is_not_in_its_place_is_told() -> Result<()> {
 }
 
 #[test]
-fn a_missing_node_is_told_and_everything_is_far() -> Result<()> {
+fn missing_node_is_reported_and_makes_every_endpoint_far() -> Result<()> {
     let directory = Directory::new()?;
     directory.write(
         "c1/all.yaml",
@@ -246,9 +247,9 @@ fn a_missing_node_is_told_and_everything_is_far() -> Result<()> {
     Ok(())
 }
 
-/// Failover with explicit regions: the same objects in any order, in any file, give the same verdict.
+/// The order of objects and their distribution over files do not change the result.
 #[test]
-fn the_order_in_which_things_are_seen_does_not_matter() -> Result<()> {
+fn object_order_does_not_matter() -> Result<()> {
     let objects = |remote_first: bool, local: &str| {
         let mut endpoints = vec![("10.0.0.1", "n1", ""), ("10.1.0.1", "n2", "")];
         if remote_first {
@@ -283,7 +284,7 @@ fn the_order_in_which_things_are_seen_does_not_matter() -> Result<()> {
     assert_eq!(seen[0].0[0]["endpoints"][0]["priority"], json!(0));
     assert_eq!(seen[0].0[0]["localities"][1]["share"], json!(0.0));
 
-    // The node moves: what was near is far, at once.
+    // The node moves: the far endpoint becomes near at once.
     let bed = Bed::new()?;
     let directory = Directory::new()?;
     directory.write("rules.yaml", &[rule])?;
@@ -301,7 +302,7 @@ fn the_order_in_which_things_are_seen_does_not_matter() -> Result<()> {
 }
 
 #[test]
-fn what_would_be_if_an_endpoint_were_ejected() -> Result<()> {
+fn plan_eject_shows_shares_after_an_ejection() -> Result<()> {
     let directory = Directory::new()?;
     let outlier = json!({"consecutive5xxErrors": 1, "maxEjectionPercent": 100});
     directory.write(
@@ -332,17 +333,17 @@ fn what_would_be_if_an_endpoint_were_ejected() -> Result<()> {
             .collect())
     };
     assert_eq!(share(&[])?, [0.5, 0.5, 0.0, 0.0]);
-    // Half of the near ones can carry 70 %; the rest spills to the preferred region.
+    // Half of the near endpoints can carry 70%. The rest spills over to the preferred region.
     assert_eq!(share(&["10.0.0.1"])?, [0.0, 0.7, 0.3, 0.0]);
     assert_eq!(share(&["10.0.0.1", "10.0.0.2:9080"])?, [0.0, 0.0, 1.0, 0.0]);
     assert_eq!(share(&["10.0.0.1", "10.0.0.2", "10.1.0.1"])?, [0.0, 0.0, 0.0, 1.0]);
     assert_eq!(share(&["10.0.0.1", "10.0.0.2", "10.1.0.1", "10.2.0.1"])?, [0.0; 4]);
-    assert!(share(&["10.9.9.9"]).is_err(), "an endpoint that there is not");
+    assert!(share(&["10.9.9.9"]).is_err(), "an unknown endpoint is an error");
     Ok(())
 }
 
 #[test]
-fn a_rule_has_no_say_over_the_services_of_another_namespace() -> Result<()> {
+fn rule_does_not_apply_to_services_of_another_namespace() -> Result<()> {
     let directory = Directory::new()?;
     let in_namespace = |mut object: Value, namespace: &str| {
         object["metadata"]["namespace"] = json!(namespace);
@@ -372,7 +373,7 @@ fn a_rule_has_no_say_over_the_services_of_another_namespace() -> Result<()> {
     finding(&report, "VirtualService other/route", "in another namespace")?;
     let service = service_named(&report, "web")?;
     assert_eq!((&service["mode"], &service["subset"]), (&json!("none"), &Value::Null));
-    // From the mesh's own namespace it counts; from the service's own it counts before that.
+    // A rule in the root namespace applies. A rule in the namespace of the service takes precedence over it.
     directory.write("rules.yaml", &[in_namespace(destination_rule(host, &distribute), "istio-system")])?;
     let (report, code) = directory.plan("c1", "n1", &[])?;
     assert_eq!((code, &service_named(&report, "web")?["mode"]), (0, &json!("distribute")));
@@ -390,7 +391,7 @@ fn a_rule_has_no_say_over_the_services_of_another_namespace() -> Result<()> {
 }
 
 #[test]
-fn plan_needs_no_root_and_speaks_every_format() -> Result<()> {
+fn plan_needs_no_root_and_supports_every_output_format() -> Result<()> {
     let directory = Directory::new()?;
     directory.write(
         "c1/all.yaml",
@@ -412,7 +413,7 @@ fn plan_needs_no_root_and_speaks_every_format() -> Result<()> {
     assert!(yaml.contains("clusterLocal: false") && yaml.contains("onEmpty: refuse"), "{yaml}");
     let (_, json) = run(&["--node", "n1", "-o", "json", "--service", "default/web", "--port", "80"])?;
     let json: Value = serde_json::from_str(&json)?;
-    // The contract, field by field.
+    // The JSON contract, field by field.
     let expected = json!({"namespace": "default", "name": "web", "host": "web.default.svc.cluster.local", "port": 80,
         "protocol": "TCP", "subset": null, "frontends": ["172.16.0.10:80"], "mode": "none", "clusterLocal": false,
         "algorithm": "ROUND_ROBIN", "onEmpty": "refuse",
@@ -422,7 +423,7 @@ fn plan_needs_no_root_and_speaks_every_format() -> Result<()> {
             "health": "healthy", "share": 1.0}]});
     assert_eq!(json["services"], json!([expected]));
     assert_eq!(json["client"], json!({"cluster": "c1", "node": "n1", "locality": "r1/z1"}));
-    // Neither node nor locality: wrong usage. Both: the node, but elsewhere than its object says.
+    // Without node and locality: usage error. With both: the node, at that locality instead of its own.
     assert_eq!(run(&[])?.0, Some(2));
     assert!(run(&["--node", "n1", "--locality", "r9"])?.1.contains("node n1 at r9"));
     let (code, said) = run(&["--node", "n1", "--service", "default/nosuch"])?;
@@ -430,23 +431,23 @@ fn plan_needs_no_root_and_speaks_every_format() -> Result<()> {
     Ok(())
 }
 
-/// Another cluster may say what it likes, but its endpoints are where that cluster is.
+/// A remote cluster may only have endpoints within its own ranges.
 #[test]
-fn endpoints_outside_of_their_clusters_ranges_are_refused() -> Result<()> {
+fn endpoints_outside_the_ranges_of_their_cluster_are_rejected() -> Result<()> {
     let directory = Directory::new()?;
     let web = service("web", &["172.16.0.10"], 80);
     directory
         .write("c1/all.yaml", &[node("n1", "r1/z1"), web.clone(), slice("web", 9080, &[("10.0.0.1", "n1", "")])])?;
-    let theirs = [("10.1.0.1", "n2", ""), ("10.0.0.2", "n2", ""), ("10.1.255.1", "n2", ""), ("10.2.0.1", "n2", "")];
-    directory.write("c2/all.yaml", &[node("n2", "r1/z1"), web, slice("web", 9080, &theirs)])?;
+    let remote = [("10.1.0.1", "n2", ""), ("10.0.0.2", "n2", ""), ("10.1.255.1", "n2", ""), ("10.2.0.1", "n2", "")];
+    directory.write("c2/all.yaml", &[node("n2", "r1/z1"), web, slice("web", 9080, &remote)])?;
     let endpoints = |ranges: &[&str]| -> Result<(usize, usize)> {
         let (report, _) = directory.plan("c1", "n1", ranges)?;
-        let refused = report["findings"]
+        let rejected = report["findings"]
             .as_array()
             .unwrap()
             .iter()
             .filter(|it| it["code"] == "PTL0024" && it["message"].as_str().unwrap().contains("--cluster-ranges"));
-        Ok((report["services"][0]["endpoints"].as_array().unwrap().len(), refused.count()))
+        Ok((report["services"][0]["endpoints"].as_array().unwrap().len(), rejected.count()))
     };
     assert_eq!(endpoints(&[])?, (5, 0));
     assert_eq!(endpoints(&["--cluster-ranges", "c2=10.1.0.0/16"])?, (3, 2));

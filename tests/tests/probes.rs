@@ -1,5 +1,5 @@
-//! Endpoints that the agent asks by itself how they are: those that accept connections and then answer nothing, or with errors.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! Active health checks: endpoints that accept connections but never respond, or respond with errors.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::{
     io::{Read as _, Write as _},
@@ -24,13 +24,13 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 const WEB: &str = "172.16.0.10:80";
 const BOUND: Duration = Duration::from_secs(30);
-/// In place of a status: nothing is ever answered.
+/// Stands for a status: the server never responds.
 const SILENT: u16 = 0;
 
-/// A server that greets who asks for nothing, and answers a request with the status that it is told to.
+/// A server that sends a greeting to clients that send nothing, and responds to a request with a configurable status.
 struct Server {
     status: Arc<AtomicU16>,
-    /// Requests so far.
+    /// Number of requests received.
     asked: Arc<AtomicU32>,
     last: Arc<std::sync::Mutex<String>>,
 }
@@ -71,16 +71,16 @@ fn serve(mut stream: TcpStream, name: &str, status: &AtomicU16, asked: &AtomicU3
     *last.lock().unwrap() = String::from_utf8_lossy(&request).into_owned();
     let status = if request.starts_with(b"GET /bad ") { 500 } else { status.load(Ordering::SeqCst) };
     match status {
-        // Until whoever asks loses patience.
+        // Blocks until the client times out.
         SILENT => drop(stream.read(&mut buffer)),
         status => {
-            let head = format!("HTTP/1.1 {status} so it is\r\nContent-Length: {}\r\n\r\n", name.len());
+            let head = format!("HTTP/1.1 {status} status\r\nContent-Length: {}\r\n\r\n", name.len());
             let _ = stream.write_all(&[head.as_bytes(), name.as_bytes()].concat());
         }
     }
 }
 
-/// A service with an endpoint near and another far, and a rule with this probe.
+/// Returns a service with a near and a far endpoint, and a rule with this probe and policy.
 fn objects(probe: &str, endpoints: &[(&str, &str, &str)], policy: &Value) -> Vec<Value> {
     let mut rule = destination_rule("web", &json!({"trafficPolicy": policy}));
     rule["metadata"]["annotations"] = json!({"portolan.io/probe": probe});
@@ -106,7 +106,7 @@ fn near_and_far(bed: &Bed, probe: &str) -> Result<(Directory, Server, Server)> {
     Ok((directory, near, far))
 }
 
-/// Waits until all connections go there.
+/// Waits until all connections go to the endpoint with this greeting.
 fn wait_all(agent: &Agent, client: &mut Dialler, expected: &str) -> Result<()> {
     wait_until(&format!("all connections to go {expected}"), BOUND, || {
         let greetings = client.dial(WEB, 4)?.greetings().join(" ");
@@ -121,20 +121,20 @@ fn messages(agent: &Agent, kind: &str) -> Result<Vec<String>> {
 }
 
 #[test]
-fn who_accepts_and_never_answers_is_taken_out_and_comes_back() -> Result<()> {
+fn failing_endpoint_is_removed_and_restored() -> Result<()> {
     let bed = Bed::new()?;
     let probe = "{httpGet: {path: /healthz, httpHeaders: [{name: Host, value: web.example}]}, periodSeconds: 1, failureThreshold: 2, successThreshold: 2}";
     let (directory, near, _far) = near_and_far(&bed, probe)?;
     let agent = bed.agent(&directory, "c1", "near")?;
     let mut client = bed.dialler()?;
-    // A probe lets others take over, with no outlierDetection at all.
+    // A probe enables failover, even without outlierDetection.
     wait_all(&agent, &mut client, "near")?;
     for (status, why) in [(SILENT, "no answer within 1s"), (500, "status 500"), (404, "status 404")] {
         near.set(status);
         wait_all(&agent, &mut client, "far")?;
-        let told = messages(&agent, "unhealthy")?;
-        let last = told.last().context("nothing is told")?;
-        let expected = format!("10.0.0.1:9080: httpGet /healthz failed 2 times in a row, the last time with: {why}");
+        let events = messages(&agent, "unhealthy")?;
+        let last = events.last().context("no event")?;
+        let expected = format!("10.0.0.1:9080: httpGet /healthz has 2 consecutive failures, the last one: {why}");
         assert_eq!(*last, expected);
         let report = agent.get("services")?;
         let endpoint = &service_named(&report, "web")?["endpoints"][0];
@@ -160,41 +160,41 @@ fn who_accepts_and_never_answers_is_taken_out_and_comes_back() -> Result<()> {
             && metrics.contains("portolan_probes_total{result=\"failing\"}")
     );
 
-    // Not asked for any more, nobody is asked, and nobody is out.
+    // Without the annotation, nothing is probed, and no endpoint is unhealthy.
     near.set(500);
     wait_all(&agent, &mut client, "far")?;
     let mut without = objects("", &BOTH, &json!({"outlierDetection": {}}));
     without[4]["metadata"]["annotations"] = json!({});
     directory.write("c1/all.yaml", &without)?;
     wait_all(&agent, &mut client, "near")?;
-    wait_until("the last probe to be done", BOUND, || {
+    wait_until("probing to stop", BOUND, || {
         ensure!(agent.http("/metrics")?.1.contains("\nportolan_probed_endpoints 0\n"));
         Ok(())
     })
 }
 
 #[test]
-fn what_is_out_stays_out_and_what_is_new_is_asked_soon() -> Result<()> {
+fn new_endpoints_are_probed_soon_and_unhealthy_ones_stay_out() -> Result<()> {
     let bed = Bed::new()?;
-    // Ten seconds between two probes: whoever is new is asked more often until something is known.
+    // Probes are ten seconds apart, but a new endpoint is probed more often until its state is known.
     let (directory, near, far) = near_and_far(&bed, "{httpGet: {}, periodSeconds: 10, failureThreshold: 2}")?;
     near.set(503);
     let mut first = bed.agent(&directory, "c1", "near")?;
     let mut client = bed.dialler()?;
     wait_all(&first, &mut client, "far")?;
-    // Both out: refused, for nobody is left whom the policy allows.
+    // Both endpoints are unhealthy: connections are refused.
     far.set(503);
     first.process.kill();
     let _agent = bed.agent(&directory, "c1", "near")?;
-    wait_until("nobody to be left", BOUND, || {
+    wait_until("no endpoint to be left", BOUND, || {
         let errnos = client.dial(WEB, 2)?.errnos();
         ensure!(errnos == [111; 2], "{errnos:?}");
         Ok(())
     })?;
-    // Where panic is allowed, all of them are better than nobody.
+    // If panic mode is allowed, all endpoints are used.
     let panic = json!({"outlierDetection": {"minHealthPercent": 50}});
     directory.write("c1/all.yaml", &objects("{httpGet: {}, periodSeconds: 10, failureThreshold: 2}", &BOTH, &panic))?;
-    wait_until("all of them to be used", BOUND, || {
+    wait_until("all endpoints to be used", BOUND, || {
         let reply = client.dial(WEB, 4)?;
         ensure!((reply.count("near"), reply.count("far")) == (2, 2), "{reply:?}");
         Ok(())
@@ -202,7 +202,7 @@ fn what_is_out_stays_out_and_what_is_new_is_asked_soon() -> Result<()> {
 }
 
 #[test]
-fn ports_of_their_own_and_connections_alone() -> Result<()> {
+fn tcp_probe_on_its_own_port_needs_no_request() -> Result<()> {
     let bed = Bed::new()?;
     let (directory, near, far) =
         near_and_far(&bed, "{tcpSocket: {port: 9999}, periodSeconds: 1, failureThreshold: 1}")?;
@@ -217,7 +217,7 @@ fn ports_of_their_own_and_connections_alone() -> Result<()> {
 }
 
 #[test]
-fn grpc_servers_say_it_themselves() -> Result<()> {
+fn grpc_health_status_decides() -> Result<()> {
     let bed = Bed::new()?;
     let (directory, ..) =
         near_and_far(&bed, "{grpc: {port: 9443, service: shop.Cart}, periodSeconds: 1, failureThreshold: 2}")?;
@@ -242,18 +242,18 @@ fn grpc_servers_say_it_themselves() -> Result<()> {
     wait_all(&agent, &mut client, "near")?;
     set(0, ServingStatus::NotServing);
     wait_all(&agent, &mut client, "far")?;
-    let told = messages(&agent, "unhealthy")?;
+    let events = messages(&agent, "unhealthy")?;
     assert!(
-        told.last().is_some_and(|told| told
-            .ends_with("grpc shop.Cart on port 9443 failed 2 times in a row, the last time with: NOT_SERVING")),
-        "{told:?}"
+        events.last().is_some_and(|event| event
+            .ends_with("grpc shop.Cart on port 9443 has 2 consecutive failures, the last one: NOT_SERVING")),
+        "{events:?}"
     );
     set(0, ServingStatus::Serving);
     wait_all(&agent, &mut client, "near")
 }
 
 #[test]
-fn more_than_is_allowed_is_told_and_broken_ones_are_findings() -> Result<()> {
+fn excess_and_invalid_probes_are_findings() -> Result<()> {
     let bed = Bed::new()?;
     let (directory, near, _far) = near_and_far(&bed, "{httpGet: {}, periodSeconds: 1, failureThreshold: 1}")?;
     let agent = bed.agent_with(&directory, "c1", "near", &["--probes-per-second", "1"])?;
@@ -288,11 +288,11 @@ fn more_than_is_allowed_is_told_and_broken_ones_are_findings() -> Result<()> {
     Ok(())
 }
 
-/// One pod sees errors of an endpoint that others use as well: what the agent itself is answered decides.
+/// One pod sees errors of an endpoint that others use as well: a probe by the agent decides.
 #[test]
-fn a_probe_confirms_what_one_pod_alone_has_seen() -> Result<()> {
+fn probe_confirms_failures_seen_by_a_single_pod() -> Result<()> {
     let bed = Bed::new()?;
-    // So seldom that no probe of its own decides.
+    // A threshold that scheduled probes never reach.
     let (directory, near, _far) = near_and_far(&bed, "{}")?;
     let outlier = json!({"outlierDetection": {
         "consecutive5xxErrors": 2, "maxEjectionPercent": 100, "interval": "1s", "baseEjectionTime": "5m"}});
@@ -307,22 +307,22 @@ fn a_probe_confirms_what_one_pod_alone_has_seen() -> Result<()> {
         Ok(answer)
     };
     assert_eq!(ask(&good, "/")?, "near 200");
-    // It asks for what is not there to be had. Others are served well, and so is the agent.
+    // The pod requests a path that fails. Other pods and the agent get good responses.
     for _ in 0..3 {
         assert_eq!(ask(&bad, "/bad")?, "near 500");
     }
     wait_until("the finding", BOUND, || {
         let report = agent.get("services")?;
-        let found = finding(&report, "Service default/web", "what the agent itself asked of it went well")?;
+        let found = finding(&report, "Service default/web", "the agent's own connection to it succeeded")?;
         ensure!(found["code"] == "PTL0100", "{found}");
         Ok(())
     })?;
     assert_eq!(messages(&agent, "ejected")?.len(), 0);
     assert_eq!(ask(&good, "/")?, "near 200");
-    // It is really ill: what the pod sees, the agent sees as well.
+    // The endpoint really fails: the agent sees what the pod sees.
     near.set(500);
     wait_until("the ejection", BOUND, || {
-        // Each answer that it sees is one more, until it has no more of them.
+        // Each request adds a failure, until the endpoint is ejected.
         let status = ask(&bad, "/")?;
         ensure!(messages(&agent, "ejected")?.len() == 1, "{status}: {}", agent.log());
         Ok(())

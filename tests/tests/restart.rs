@@ -1,5 +1,5 @@
-//! The agent comes and goes; connections do not notice.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! Agent restarts: connections are not affected.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::{
     fs,
@@ -38,7 +38,7 @@ fn directory(bed: &Bed) -> Result<Directory> {
 }
 
 #[test]
-fn killed_and_started_again_under_load_without_a_failed_connection() -> Result<()> {
+fn restart_under_load_fails_no_connections() -> Result<()> {
     let bed = Bed::new()?;
     let directory = directory(&bed)?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
@@ -47,25 +47,25 @@ fn killed_and_started_again_under_load_without_a_failed_connection() -> Result<(
     let mut client = bed.dialler()?;
     for _ in 0..3 {
         agent.process.kill();
-        // Without any agent. The load takes turns of the same cursor, so only the sum is sure.
+        // No agent is running. The load uses the same cursor, so only the sum is certain.
         let reply = client.dial("172.16.0.10:80", 20)?;
         assert_eq!((reply.count("pod1") + reply.count("pod2"), reply.errnos()), (20, vec![0; 20]));
         agent = bed.agent(&directory, "c1", "n1")?;
-        ensure!(agent.log().contains("took over"), "{}", agent.log());
+        ensure!(agent.log().contains("adopted pinned maps"), "{}", agent.log());
     }
     let reply = load.run(&Task::Stop)?;
     assert_eq!(reply.bad, 0);
     assert!(reply.good > 100, "{} connections", reply.good);
-    // The counters went on over all agents.
+    // The counters continue across agents.
     let report = agent.get("services")?;
     let connections = report["services"][0]["kernel"]["connections"].as_u64().unwrap();
     assert_eq!(connections, reply.good + 60);
     Ok(())
 }
 
-/// An agent that cannot do all of its work ends, says why, and the next one does it.
+/// An agent that loses its helper exits with a reason, and the next agent works. A helper exits with its agent.
 #[test]
-fn an_agent_whose_helper_has_ended_ends() -> Result<()> {
+fn agent_exits_when_its_helper_exits() -> Result<()> {
     let bed = Bed::new()?;
     let directory = directory(&bed)?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
@@ -76,11 +76,11 @@ fn an_agent_whose_helper_has_ended_ends() -> Result<()> {
     ensure!(agent.log().contains("the helper exited"), "{}", agent.log());
     let mut client = bed.dialler()?;
     assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4]);
-    // The other way round, nothing of an agent stays but what is in the kernel.
+    // Conversely, only kernel objects outlive an agent.
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     let helper = agent.helper()?;
     agent.process.kill();
-    wait_until("the helper to end", BOUND, || {
+    wait_until("the helper to exit", BOUND, || {
         let line = fs::read(format!("/proc/{helper}/cmdline")).unwrap_or_default();
         ensure!(line.is_empty(), "{line:?}");
         Ok(())
@@ -88,7 +88,7 @@ fn an_agent_whose_helper_has_ended_ends() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_read_after_a_restart_is_left_as_it_was() -> Result<()> {
+fn unreadable_configuration_after_a_restart_keeps_previous_frontends() -> Result<()> {
     let bed = Bed::new()?;
     let directory = directory(&bed)?;
     let other = [service("other", &["172.16.0.20"], 80), slice("other", 9080, &[("10.0.0.2", "n1", "")])];
@@ -105,17 +105,20 @@ fn what_cannot_be_read_after_a_restart_is_left_as_it_was() -> Result<()> {
     ] {
         fs::write(&all, &text)?;
         let mut agent = bed.start(&directory, cluster, "n1")?;
-        wait_until("the agent to be at work", BOUND, || {
+        wait_until("the agent to be running", BOUND, || {
             ensure!(agent.log().lines().rev().any(|line| line.contains("attached")), "{}", agent.log());
             let (status, why) = agent.http("/readyz")?;
-            ensure!(status == 503 && why.contains("left as a former agent published them"), "{status} {why}");
+            ensure!(
+                status == 503 && why.contains("unchanged since the previous agent published them"),
+                "{status} {why}"
+            );
             Ok(())
         })?;
         assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4], "{what}");
-        assert_eq!(client.dial("172.16.0.20:80", 4)?.greetings(), ["pod2"; 4], "{what}: the others are served");
+        assert_eq!(client.dial("172.16.0.20:80", 4)?.greetings(), ["pod2"; 4], "{what}: the other service works");
         agent.process.kill();
         fs::write(&all, &good)?;
-        // As it should be again: taken over, and followed.
+        // Readable again: the next agent adopts the frontends and takes over.
         let mut agent = bed.agent(&directory, "c1", "n1")?;
         assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4], "{what}");
         agent.process.kill();
@@ -124,7 +127,7 @@ fn what_cannot_be_read_after_a_restart_is_left_as_it_was() -> Result<()> {
 }
 
 #[test]
-fn what_must_stay_in_its_cluster_stays_there_while_the_settings_cannot_be_read() -> Result<()> {
+fn unreadable_mesh_settings_keep_connections_in_the_cluster() -> Result<()> {
     let bed = Bed::new()?;
     let directory = directory(&bed)?;
     bed.namespace.add_address("10.1.0.1/32")?;
@@ -141,13 +144,13 @@ fn what_must_stay_in_its_cluster_stays_there_while_the_settings_cannot_be_read()
 
     directory.write_text("mesh.yaml", "kind: [")?;
     let agent = bed.start(&directory, "c1", "n1")?;
-    wait_until("the agent to say what it lacks", BOUND, || {
+    wait_until("the agent to report what is missing", BOUND, || {
         let (status, why) = agent.http("/readyz")?;
         ensure!(status == 503 && why.contains("mesh.yaml cannot be read"), "{status} {why}");
         Ok(())
     })?;
     assert_eq!(client.dial("172.16.0.10:80", 20)?.count("elsewhere"), 0);
-    // Nor does a service that no former agent has published leave its cluster.
+    // The same holds for a service that no previous agent has published.
     for (cluster, address, endpoint, node) in
         [("c1", "172.16.0.30", "10.0.0.1", "n1"), ("c2", "172.17.0.30", "10.1.0.1", "n2")]
     {
@@ -161,7 +164,7 @@ fn what_must_stay_in_its_cluster_stays_there_while_the_settings_cannot_be_read()
     })?;
     assert_eq!(client.dial("172.16.0.30:80", 20)?.count("elsewhere"), 0);
     directory.write("mesh.yaml", &[mesh_config(&json!({}))])?;
-    wait_until("the new settings to be in force", BOUND, || {
+    wait_until("the new settings to take effect", BOUND, || {
         ensure!(client.dial("172.16.0.10:80", 3)?.count("elsewhere") == 1);
         Ok(())
     })?;
@@ -170,7 +173,7 @@ fn what_must_stay_in_its_cluster_stays_there_while_the_settings_cannot_be_read()
 }
 
 #[test]
-fn objects_that_move_to_another_file_are_never_gone() -> Result<()> {
+fn objects_moved_between_files_stay_available() -> Result<()> {
     let bed = Bed::new()?;
     let directory = directory(&bed)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
@@ -182,7 +185,7 @@ fn objects_that_move_to_another_file_are_never_gone() -> Result<()> {
         std::mem::swap(&mut from, &mut to);
         let marker = format!("marker-{i}");
         directory.write("c1/marker.yaml", &[service(&marker, &["172.16.9.9"], 80)])?;
-        wait_until("the move to be seen", BOUND, || {
+        wait_until("the move to be detected", BOUND, || {
             ensure!(agent.get("services")?.to_string().contains(&marker));
             Ok(())
         })?;
@@ -193,7 +196,7 @@ fn objects_that_move_to_another_file_are_never_gone() -> Result<()> {
 }
 
 #[test]
-fn a_file_in_the_place_of_the_admin_socket_is_left_alone() -> Result<()> {
+fn regular_file_at_the_admin_socket_path_is_not_removed() -> Result<()> {
     let bed = Bed::new()?;
     let directory = directory(&bed)?;
     fs::write(bed.admin(), "precious")?;
@@ -205,7 +208,7 @@ fn a_file_in_the_place_of_the_admin_socket_is_left_alone() -> Result<()> {
 }
 
 #[test]
-fn ending_leaves_everything_in_place_and_cleanup_takes_it_off() -> Result<()> {
+fn shutdown_keeps_pinned_state_and_cleanup_removes_it() -> Result<()> {
     let bed = Bed::new()?;
     let directory = directory(&bed)?;
     let mut client = bed.dialler()?;
@@ -223,29 +226,30 @@ fn ending_leaves_everything_in_place_and_cleanup_takes_it_off() -> Result<()> {
     assert!(!bed.admin().exists(), "the socket is gone");
     assert_eq!(client.dial("172.16.0.10:80", 2)?.errnos(), [0; 2], "SIGTERM leaves the data plane in place");
 
-    // One that was killed leaves its socket as well, and one that somebody gave an order a file.
+    // A killed agent leaves its admin socket behind, and an operator override leaves a state file.
     agent = bed.agent(&directory, "c1", "n1")?;
-    let ordered = bed.portolan(&["eject", "10.0.0.1:9080", "--admin", &admin])?;
-    assert!(ordered.status.success(), "{}", String::from_utf8_lossy(&ordered.stderr));
+    let eject = bed.portolan(&["eject", "10.0.0.1:9080", "--admin", &admin])?;
+    assert!(eject.status.success(), "{}", String::from_utf8_lossy(&eject.stderr));
     agent.process.kill();
     assert!(bed.admin().exists() && bed.state().exists());
     let cleaned = bed.portolan(&cleanup)?;
-    let told = String::from_utf8_lossy(&cleaned.stdout).into_owned();
-    assert!(!bed.admin().exists() && !bed.state().exists() && told.contains(&admin) && told.contains(&state), "{told}");
-    assert!(cleaned.status.success() && told.contains("links/connect4") && told.contains("/FRONTENDS"), "{told}");
+    let stdout = String::from_utf8_lossy(&cleaned.stdout).into_owned();
+    assert!(!bed.admin().exists() && !bed.state().exists());
+    assert!(stdout.contains(&admin) && stdout.contains(&state), "{stdout}");
+    assert!(cleaned.status.success() && stdout.contains("links/connect4") && stdout.contains("/FRONTENDS"), "{stdout}");
     assert!(!bed.pins().exists());
     assert_eq!(client.dial("172.16.0.10:80", 1)?.errnos(), [ENETUNREACH]);
     let nothing = bed.portolan(&cleanup)?;
-    // Other agents of this machine come and go meanwhile, and leave locks.
-    let told = String::from_utf8_lossy(&nothing.stdout).into_owned();
+    // Agents of tests that run in parallel may start and stop meanwhile, and leave locks.
+    let stdout = String::from_utf8_lossy(&nothing.stdout).into_owned();
     let locks =
-        told.lines().all(|line| line.starts_with("nothing to remove") || line.contains("/run/portolan/cgroup-"));
-    assert!(nothing.status.success() && locks, "{told}");
+        stdout.lines().all(|line| line.starts_with("nothing to remove") || line.contains("/run/portolan/cgroup-"));
+    assert!(nothing.status.success() && locks, "{stdout}");
     Ok(())
 }
 
 #[test]
-fn a_second_agent_on_the_same_pins_does_not_start() -> Result<()> {
+fn second_agent_on_the_same_pins_does_not_start() -> Result<()> {
     let bed = Bed::new()?;
     let directory = directory(&bed)?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
@@ -257,30 +261,30 @@ fn a_second_agent_on_the_same_pins_does_not_start() -> Result<()> {
 }
 
 #[test]
-fn readiness_tells_the_truth() -> Result<()> {
+fn readiness_reflects_attached_programs() -> Result<()> {
     let bed = Bed::new()?;
     let directory = directory(&bed)?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     assert_eq!(agent.http("/healthz")?, (200, "ok\n".to_owned()));
     assert_eq!(agent.http("/readyz")?, (200, "ready\n".to_owned()));
-    // Somebody detaches one of the programs behind the agent's back: it says so, and puts it back.
+    // A program is detached externally: the agent reports it and reattaches the program.
     detach(&bed.pins().join("links/connect4"))?;
     let mut client = bed.dialler()?;
-    wait_until("the program to be put back", BOUND, || {
-        let mended = agent.events()?.iter().any(|event| {
-            event["kind"] == "mended" && event["message"].as_str().is_some_and(|text| text.contains("connect4"))
+    wait_until("the program to be reattached", BOUND, || {
+        let repaired = agent.events()?.iter().any(|event| {
+            event["kind"] == "repaired" && event["message"].as_str().is_some_and(|text| text.contains("connect4"))
         });
-        ensure!(mended && agent.http("/readyz")?.0 == 200, "{}", agent.log());
+        ensure!(repaired && agent.http("/readyz")?.0 == 200, "{}", agent.log());
         Ok(())
     })?;
     assert_eq!(client.dial("172.16.0.10:80", 2)?.errnos(), [0; 2]);
-    // And its pin, without which it would end with the agent.
+    // A removed pin is restored too: without it, the link would not outlive the agent.
     fs::remove_file(bed.pins().join("links/sock_ops"))?;
-    wait_until("the pin to be back", BOUND, || {
+    wait_until("the pin to be restored", BOUND, || {
         ensure!(bed.pins().join("links/sock_ops").exists());
         Ok(())
     })?;
-    // Detached while there is no agent: the next one mends it.
+    // A program that is detached while no agent runs is reattached by the next agent.
     agent.process.kill();
     detach(&bed.pins().join("links/connect4"))?;
     assert_eq!(client.dial("172.16.0.10:80", 1)?.errnos(), [ENETUNREACH]);
@@ -291,7 +295,7 @@ fn readiness_tells_the_truth() -> Result<()> {
 }
 
 #[test]
-fn a_cgroup_that_is_removed_and_made_anew_is_served_again() -> Result<()> {
+fn recreated_cgroup_is_served_again() -> Result<()> {
     let bed = Bed::new()?;
     let directory = directory(&bed)?;
     let name = format!("{}/pods", bed.cgroup.path().file_name().unwrap().display());
@@ -303,19 +307,19 @@ fn a_cgroup_that_is_removed_and_made_anew_is_served_again() -> Result<()> {
         Dialler::start(place)?.dial("172.16.0.10:80", 2)
     };
     assert_eq!(dial(&pods)?.errnos(), [0; 2]);
-    // With all that is in it: the agent's own probe is one of its pods.
-    wait_until("the cgroup to be gone", BOUND, || {
+    // Kill its processes first: they include the agent's self-probe.
+    wait_until("the cgroup to be removed", BOUND, || {
         fs::write(pods.path().join("cgroup.kill"), "1")?;
         Ok(fs::remove_dir(pods.path())?)
     })?;
     std::mem::forget(pods);
-    wait_until("the agent to miss it", BOUND, || {
+    wait_until("the agent to detect the removal", BOUND, || {
         let (status, why) = agent.http("/readyz")?;
         ensure!(status == 503, "{status} {why}");
         Ok(())
     })?;
     let pods = Cgroup::new(&name)?;
-    wait_until("the new one to be served", BOUND, || {
+    wait_until("the new cgroup to be served", BOUND, || {
         ensure!(agent.http("/readyz")?.0 == 200, "{}", agent.log());
         Ok(())
     })?;
@@ -324,7 +328,7 @@ fn a_cgroup_that_is_removed_and_made_anew_is_served_again() -> Result<()> {
 }
 
 #[test]
-fn connections_that_ended_while_nobody_looked_are_not_counted_for_ever() -> Result<()> {
+fn connections_closed_while_detached_are_reconciled() -> Result<()> {
     let bed = Bed::new()?;
     let directory = directory(&bed)?;
     let limit = json!({"trafficPolicy": {"connectionPool": {"tcp": {"maxConnections": 5}}}});
@@ -332,43 +336,45 @@ fn connections_that_ended_while_nobody_looked_are_not_counted_for_ever() -> Resu
     let to = "172.16.0.10:80".parse()?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     let places = Places::open(bed.pins())?;
-    // Three go on, two end while no hook sees it: with an agent away, and with one at work.
+    // Three connections stay open. Two close while sock_ops is detached: first without an agent, then with one.
     let mut stay = bed.dialler()?;
     stay.run(&Task::Hold { to, times: 3 })?;
-    for away in [true, false] {
+    for agent_stopped in [true, false] {
         let mut leave = bed.dialler()?;
         leave.run(&Task::Hold { to, times: 2 })?;
         assert_eq!(bed.dialler()?.dial("172.16.0.10:80", 1)?.errnos(), [ECONNREFUSED], "the pool is full");
-        if away {
+        if agent_stopped {
             agent.process.kill();
         }
         detach(&bed.pins().join("links/sock_ops"))?;
         drop(leave);
-        if away {
+        if agent_stopped {
             agent = bed.agent(&directory, "c1", "n1")?;
         }
-        wait_until("the counts to be right again", BOUND, || {
-            // Connects that no hook has seen begin, as the agent's own to see what is wrong, keep their places for a while.
+        wait_until("the counts to be reconciled", BOUND, || {
+            // A connect that no hook sees, such as one of the self-probe, keeps its slot for a while.
             let taken = places.connected();
-            ensure!(taken == 3, "{taken} places are taken\n{}", agent.log());
+            ensure!(taken == 3, "{taken} slots are in use\n{}", agent.log());
             let events = agent.events()?;
-            let mended = events.iter().any(|event| event["message"].as_str().is_some_and(|it| it.contains("unseen")));
-            ensure!(mended && agent.http("/readyz")?.0 == 200, "{}", agent.log());
+            let repaired = events
+                .iter()
+                .any(|event| event["message"].as_str().is_some_and(|it| it.contains("missed close events")));
+            ensure!(repaired && agent.http("/readyz")?.0 == 200, "{}", agent.log());
             Ok(())
         })?;
         let mut two = bed.dialler()?;
         assert_eq!(two.run(&Task::Hold { to, times: 2 })?.errnos(), [0; 2]);
-        assert_eq!(bed.dialler()?.dial("172.16.0.10:80", 1)?.errnos(), [ECONNREFUSED], "no more than before");
+        assert_eq!(bed.dialler()?.dial("172.16.0.10:80", 1)?.errnos(), [ECONNREFUSED], "the limit is unchanged");
         drop(two);
-        wait_until("them to be gone", BOUND, || {
-            ensure!(places.connected() == 3, "{} places are taken", places.connected());
+        wait_until("their slots to be freed", BOUND, || {
+            ensure!(places.connected() == 3, "{} slots are in use", places.connected());
             Ok(())
         })?;
     }
     Ok(())
 }
 
-/// `BPF_LINK_DETACH`
+/// Detaches a pinned link (`BPF_LINK_DETACH`). The pin stays.
 fn detach(pin: &std::path::Path) -> Result<()> {
     let output = std::process::Command::new("bpftool").args(["-j", "link", "show", "pinned"]).arg(pin).output()?;
     let link: serde_json::Value = serde_json::from_slice(&output.stdout)?;
@@ -379,7 +385,7 @@ fn detach(pin: &std::path::Path) -> Result<()> {
 }
 
 #[test]
-fn a_change_is_published_in_one_step_under_load() -> Result<()> {
+fn changes_under_load_fail_no_connections() -> Result<()> {
     let bed = Bed::new()?;
     let directory = directory(&bed)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
@@ -387,7 +393,7 @@ fn a_change_is_published_in_one_step_under_load() -> Result<()> {
     load.begin(&Task::Load { to: "172.16.0.10:80".parse()? })?;
     let end = Instant::now() + Duration::from_secs(3);
     let mut changes = 0;
-    // At least four, however slow the machine is.
+    // At least four changes, however slow the machine is.
     while Instant::now() < end || changes < 4 {
         let endpoints: &[(&str, &str, &str)] = if changes % 2 == 0 {
             &[("10.0.0.1", "n1", "")]

@@ -1,4 +1,4 @@
-//! The kernel gives what `plan` says: random configurations, real connections, counts that match exactly.
+//! The kernel distributes connections as `plan` says, for random configurations with real connections and exact counts.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 const BOUND: Duration = Duration::from_secs(20);
 const CONFIGURATIONS: usize = 50;
 const CONNECTIONS: u32 = 1_000;
-/// Endpoints, over two clusters.
+/// Number of endpoints, across two clusters.
 const ENDPOINTS: usize = 10;
 const REGIONS: [&str; 3] = ["r1/z1", "r2/z2", "r3/z3"];
 
@@ -25,7 +25,7 @@ fn address(i: usize) -> String {
     format!("10.0.0.{}", i + 1)
 }
 
-/// A configuration by chance: localities, conditions, and one of all the rules that decide about shares.
+/// Generates a random configuration: localities, conditions, and rules of every kind that affects shares.
 fn configuration(random: &mut StdRng, round: usize) -> Vec<(&'static str, Vec<Value>)> {
     let mut clusters: BTreeMap<&str, Vec<Value>> = BTreeMap::new();
     let own = [REGIONS[0], REGIONS[1], REGIONS[2]].choose(random).copied().unwrap_or(REGIONS[0]);
@@ -46,7 +46,7 @@ fn configuration(random: &mut StdRng, round: usize) -> Vec<(&'static str, Vec<Va
         let objects = clusters.entry(cluster).or_default();
         objects.push(node("n1", own));
         objects.extend((0..).zip(REGIONS).map(|(i, place)| node(&format!("node-{i}"), place)));
-        // A new address in each round, so that its cursor begins at the beginning.
+        // A new address in each round, so that its cursor starts at zero.
         let mut web = service("web", &[&format!("172.{}.0.{}", if cluster == "c1" { 16 } else { 17 }, round + 1)], 80);
         if random.random_bool(0.2) {
             web["spec"]["trafficDistribution"] = json!("PreferSameZone");
@@ -87,7 +87,7 @@ fn configuration(random: &mut StdRng, round: usize) -> Vec<(&'static str, Vec<Va
     vec![("mesh.yaml", mesh), ("c1/all.yaml", own("c1")), ("c2/all.yaml", own("c2"))]
 }
 
-/// Connections out of a thousand that each endpoint shall get; the empty name: those that are refused.
+/// Returns the expected number of connections of each endpoint. The empty name stands for refused connections.
 fn expected(report: &Value) -> BTreeMap<String, f64> {
     let mut counts: BTreeMap<String, f64> = BTreeMap::new();
     let all = f64::from(CONNECTIONS);
@@ -104,7 +104,7 @@ fn expected(report: &Value) -> BTreeMap<String, f64> {
 }
 
 #[test]
-fn the_kernel_gives_what_plan_says() -> Result<()> {
+fn kernel_distributes_as_plan_says() -> Result<()> {
     let bed = Bed::new()?;
     for i in 0..ENDPOINTS {
         bed.namespace.add_address(&format!("{}/32", address(i)))?;
@@ -118,7 +118,7 @@ fn the_kernel_gives_what_plan_says() -> Result<()> {
     for attempt in 0.. {
         ensure!(
             attempt < 20 * CONFIGURATIONS,
-            "only {round} configurations have shares that a thousand connections can show"
+            "only {round} configurations have shares that {CONNECTIONS} connections can show exactly"
         );
         for (file, objects) in configuration(&mut random, round) {
             directory.write(file, &objects)?;
@@ -140,23 +140,23 @@ fn the_kernel_gives_what_plan_says() -> Result<()> {
         for seen in &reply.seen {
             *counts.entry(seen.greeting.clone()).or_default() += 1;
         }
-        // Where a thousand is a whole number of cycles, exactly; where it ends within one, a connection more or less.
-        let whole = expected.values().all(|count| (count - count.round()).abs() < 1e-6);
-        let most = if whole { 1e-6 } else { 1.0 };
+        // If the connections are a whole number of cycles, counts are exact. Otherwise they may be off by one.
+        let is_exact = expected.values().all(|count| (count - count.round()).abs() < 1e-6);
+        let tolerance = if is_exact { 1e-6 } else { 1.0 };
         let names: BTreeSet<&String> = counts.keys().chain(expected.keys()).collect();
         for name in names {
-            let (seen, wanted) = (counts.get(name).copied().unwrap_or(0), expected.get(name).copied().unwrap_or(0.0));
-            let difference = (f64::from(seen) - wanted).abs();
-            assert!(difference <= most, "configuration {round}: {name:?} got {seen}, not {wanted}: {plan:#}");
+            let (seen, expected) = (counts.get(name).copied().unwrap_or(0), expected.get(name).copied().unwrap_or(0.0));
+            let difference = (f64::from(seen) - expected).abs();
+            assert!(difference <= tolerance, "configuration {round}: {name:?} got {seen}, not {expected}: {plan:#}");
         }
         round += 1;
-        exact += usize::from(whole);
+        exact += usize::from(is_exact);
         if exact == CONFIGURATIONS {
             break;
         }
     }
-    // All ways to share were among them.
-    println!("{exact} exact ones among {round} configurations; modes: {modes:?}");
+    // Every mode occurred.
+    println!("{exact} of {round} configurations compared exactly; modes: {modes:?}");
     assert_eq!(modes.len(), 3, "{modes:?}");
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Tables that change as fast as they can while connections run: each goes where some table said that was in force meanwhile.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! The table changes while connections run: each connection goes where a table in effect at that time says.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::{
     net::SocketAddr,
@@ -35,33 +35,35 @@ fn now() -> u64 {
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
 
-/// Descriptors are the whole process's.
+/// Serializes the tests of this file, because they count the descriptors of the process.
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// A table that was published: from when it may have been in force at the earliest, and which endpoints it had.
+/// A published table, with the times from which it was in effect. Times are nanoseconds of CLOCK_MONOTONIC.
 struct Published {
+    /// Time from which it may have been in effect.
     from: u64,
-    /// When it was in force for certain.
+    /// Time from which it was certainly in effect.
     sure: u64,
+    /// The endpoints of each service, one bit for each.
     masks: [u8; SERVICES as usize],
 }
 
-/// Connections of a storm, unless `PORTOLAN_STORM_CONNECTIONS` says otherwise, for a machine that is emulated.
+/// Returns the number of connections, which `PORTOLAN_STORM_CONNECTIONS` overrides for emulated machines.
 fn connections(usual: u64) -> u64 {
     std::env::var("PORTOLAN_STORM_CONNECTIONS").ok().and_then(|count| count.parse().ok()).unwrap_or(usual)
 }
 
 #[test]
-fn every_connection_goes_where_a_table_in_force_said() -> Result<()> {
+fn every_connection_follows_a_table_in_effect() -> Result<()> {
     storm(connections(40_000), Duration::ZERO)
 }
 
 #[test]
-fn a_million_connections_while_the_table_changes_every_ten_milliseconds() -> Result<()> {
+fn million_connections_with_a_table_change_every_ten_milliseconds() -> Result<()> {
     storm(connections(1_000_000), Duration::from_millis(10))
 }
 
-/// So many connections, while tables follow each other at this pace, or as fast as they can.
+/// Makes `count` connections while tables change at this pace, or as fast as possible if `pace` is zero.
 fn storm(count: u64, pace: Duration) -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let bed = Bed::new()?;
@@ -73,23 +75,23 @@ fn storm(count: u64, pace: Duration) -> Result<()> {
         }
     }
     let _servers = Servers::start(Place { namespace: Some(&bed.namespace), cgroup: None }, &addresses)?;
-    // So small that every id and every place is used again and again.
+    // So small that every ID and slot is reused many times.
     let sizes = Sizes { frontends: 8, backends: 48, slots: 256, affinities: 1 };
     let mut direct = Direct::new(&bed, sizes)?;
-    let wanted = |masks: &[u8]| {
+    let desired = |masks: &[u8]| {
         let dialled = (0..SERVICES).map(|service| {
             let has = |number: &u8| masks[usize::from(service)] & (1 << number) != 0;
             (frontend(service), (0..ENDPOINTS).filter(has).map(|number| endpoint(service, number)).collect())
         });
-        // Others that nobody dials come and go, so that entries move about in their buckets and ids change hands.
+        // Frontends without clients are added and removed, so that hash table entries move and IDs are reused.
         let others = (SERVICES..2 * SERVICES).filter(|other| masks[usize::from(other % SERVICES)] & 1 != 0);
         table(dialled.chain(others.map(|other| (frontend(other), vec![endpoint(other % SERVICES, 0)]))))
     };
     let mut published: Vec<Published> = Vec::new();
     let mut publish = |direct: &mut Direct, masks: [u8; SERVICES as usize]| -> Result<()> {
         let from = now();
-        // Where places have run out, they are waited for.
-        while let Err(error) = direct.publish(&wanted(&masks)) {
+        // If no space is left, wait until ranges can be reclaimed.
+        while let Err(error) = direct.publish(&desired(&masks)) {
             ensure!(error.to_string().contains("do not fit"), "{error:#}");
             direct.reclaim().with_context(|| format!("{error:#}"))?;
         }
@@ -97,7 +99,7 @@ fn storm(count: u64, pace: Duration) -> Result<()> {
         Ok(())
     };
     publish(&mut direct, [0b1; SERVICES as usize])?;
-    // Now that each file that a publication needs is open.
+    // Count only now that every file that a publication needs is open.
     let descriptors = || -> Result<usize> { Ok(std::fs::read_dir("/proc/thread-self/fd")?.count()) };
     let places = Places::open(bed.pins())?;
     let before = (direct.occupancy(), descriptors()?, places.taken());
@@ -107,7 +109,7 @@ fn storm(count: u64, pace: Duration) -> Result<()> {
     let mut load = Load::start(bed.place(), &frontends, count, Some(&path))?;
     let (mut turn, began) = (0u32, Instant::now());
     while !load.has_ended()? {
-        // Each service changes with each table, and never has nobody.
+        // Every table changes every service, and each service always has an endpoint.
         turn = turn.wrapping_add(1);
         publish(&mut direct, std::array::from_fn(|service| 1 + ((turn * 5 + service as u32 * 17) % 63) as u8))?;
         let next = began + pace * turn;
@@ -116,9 +118,9 @@ fn storm(count: u64, pace: Duration) -> Result<()> {
         }
     }
     let summary = load.stop()?;
-    // As it was at the start.
+    // Restore the initial state.
     publish(&mut direct, [0b1; SERVICES as usize])?;
-    wait_until("the maps to hold what they held", Duration::from_secs(20), || {
+    wait_until("the maps to return to their initial contents", Duration::from_secs(20), || {
         direct.reclaim()?;
         let after = (direct.occupancy(), descriptors()?, places.taken());
         ensure!(after == before, "{after:?}, before {before:?}");
@@ -130,24 +132,25 @@ fn storm(count: u64, pace: Duration) -> Result<()> {
     let connections = storm::read(&path)?;
     assert_eq!(connections.len() as u64, count);
     for connection in &connections {
-        // In force while it was dialled: those that began before it ended, and had not surely been followed by another when it began.
+        // Tables in effect during the connect: those that were published before it ended, and were not certainly
+        // replaced before it began.
         let first = published.partition_point(|table| table.sure <= connection.began).saturating_sub(1);
         let end = published.partition_point(|table| table.from <= connection.ended);
         let may = published[first..end]
             .iter()
             .any(|table| table.masks[usize::from(connection.service)] & (1 << connection.endpoint) != 0);
-        assert!(may, "{connection:?} is of none of the {} tables that were in force", end - first);
+        assert!(may, "{connection:?} matches none of the {} tables in effect", end - first);
     }
     println!("{} tables, {} connections, {:.0} per second", published.len(), summary.good, summary.rate());
-    // Where every instruction is emulated, a table takes longer than ten milliseconds.
+    // Under emulation, a table takes longer than ten milliseconds.
     let fewest = 100 / patience() as usize;
     assert!(published.len() > fewest, "only {} tables were published", published.len());
     Ok(())
 }
 
-/// Whoever is in a cgroup that is left alone, or below it, dials what it dials; others are served, whatever their cgroups are called.
+/// Processes in or below an opted-out cgroup are not rewritten. Others are served, whatever the names of their cgroups.
 #[test]
-fn who_is_left_alone_is_so_at_any_depth() -> Result<()> {
+fn opt_out_applies_at_any_cgroup_depth() -> Result<()> {
     const ENETUNREACH: i32 = 101;
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let bed = Bed::new()?;
@@ -155,9 +158,9 @@ fn who_is_left_alone_is_so_at_any_depth() -> Result<()> {
     bed.serve("10.0.0.1:9080", "served")?;
     let mut direct = Direct::new(&bed, Sizes { frontends: 8, backends: 8, slots: 64, affinities: 8 })?;
     direct.publish(&table([("172.16.0.10:80".parse()?, vec!["10.0.0.1:9080".parse()?])]))?;
-    let (alone, other) = (bed.cgroup.make_inside("a/b/c/d/e/f")?, bed.cgroup.make_inside("a/c")?);
+    let (deep, other) = (bed.cgroup.make_inside("a/b/c/d/e/f")?, bed.cgroup.make_inside("a/c")?);
     let start = |cgroup| Dialler::start(Place { namespace: Some(&bed.namespace), cgroup: Some(cgroup) });
-    let (mut inside, mut beside) = (start(&alone)?, start(&other)?);
+    let (mut inside, mut beside) = (start(&deep)?, start(&other)?);
     let mut dial = |expected: [i32; 2]| -> Result<()> {
         let seen = [&mut inside, &mut beside].map(|client| client.dial("172.16.0.10:80", 1).map(|seen| seen.errnos()));
         let seen: Vec<i32> = seen.into_iter().collect::<Result<Vec<_>>>()?.concat();
@@ -168,7 +171,7 @@ fn who_is_left_alone_is_so_at_any_depth() -> Result<()> {
     dial([0, 0])?;
     direct.leave_alone(&[id("a/b")?].into())?;
     dial([ENETUNREACH, 0])?;
-    // Where every bit of the filter is set.
+    // So many cgroups that every bit of the filter is set.
     let many = (0..200).map(|i| u64::MAX - i).chain([id("a/b/c/d/e/f")?]).collect();
     direct.leave_alone(&many)?;
     dial([ENETUNREACH, 0])?;

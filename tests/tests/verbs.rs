@@ -1,6 +1,6 @@
-//! What the verbs show: `explain` from files and from the agent, `plan diff`, `plan --all-nodes`, labels, exit codes.
+//! CLI output: `explain` from files and from the agent, `plan diff`, `plan --all-nodes`, labels, exit codes.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::{process::Output, time::Duration};
 
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 const BOUND: Duration = Duration::from_secs(20);
 
-/// A service with an endpoint in each of two regions, and nodes `near` and `far` there.
+/// Writes a service with an endpoint in each of two regions, and the nodes `near` and `far` there.
 fn directory(policy: &Value) -> Result<Directory> {
     let directory = Directory::new()?;
     directory.write("rules.yaml", &[destination_rule("web", &json!({"trafficPolicy": policy}))])?;
@@ -46,7 +46,7 @@ fn shares(explanation: &Value) -> Vec<(Value, Value, Value)> {
 }
 
 #[test]
-fn explain_says_the_same_from_files_and_from_the_agent() -> Result<()> {
+fn explain_agrees_between_files_and_agent() -> Result<()> {
     let eager =
         json!({"outlierDetection": {"consecutive5xxErrors": 1, "maxEjectionPercent": 100, "baseEjectionTime": "1m"}});
     let directory = directory(&eager)?;
@@ -68,21 +68,21 @@ fn explain_says_the_same_from_files_and_from_the_agent() -> Result<()> {
     let steps: Vec<Value> = offline(&[])?["ports"][0]["routes"][0]["steps"].as_array().unwrap().clone();
     let step = |name: &str| steps.iter().find(|step| step["step"] == name).unwrap().clone();
     assert_eq!(step("policy")["object"], "DestinationRule default/web");
-    // Lesson 29: it says that failover came with outlier detection.
+    // Lesson 29: the output says that outlier detection enabled failover.
     let said = step("locality")["says"].to_string();
     assert!(said.contains("enabled by outlierDetection"), "{said}");
-    // The near one refuses, and is ejected: what the agent then explains is what `--eject` asks.
+    // The near endpoint refuses and is ejected. The agent then explains what `--eject` shows offline.
     bed.dialler()?.dial("172.16.0.10:80", 1)?;
     wait_until("the ejection", BOUND, || {
         let now = live("default/web")?;
         ensure!(shares(&now)[0].1 == "ejected", "{now:#}");
         Ok(())
     })?;
-    let (now, asked) = (live("default/web")?, offline(&["--eject", "10.0.0.1"])?);
-    assert_eq!(shares(&now), shares(&asked));
+    let (now, offline) = (live("default/web")?, offline(&["--eject", "10.0.0.1"])?);
+    assert_eq!(shares(&now), shares(&offline));
     assert_eq!(shares(&now)[1].2, json!(1.0));
     assert!(now["ports"][0]["routes"][0]["endpoints"][0]["ejectedUntil"].is_string());
-    // What is not there.
+    // A service that does not exist.
     let missing = bed.portolan(&["explain", "default/wed", "--admin", &bed.admin().display().to_string()])?;
     assert_eq!(missing.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&missing.stderr).contains("have no service default/wed"));
@@ -90,7 +90,7 @@ fn explain_says_the_same_from_files_and_from_the_agent() -> Result<()> {
 }
 
 #[test]
-fn explain_names_what_was_left_out() -> Result<()> {
+fn explain_lists_excluded_endpoints() -> Result<()> {
     let directory = directory(&json!({}))?;
     let mut local = service("web", &["172.16.0.10"], 80);
     local["spec"]["internalTrafficPolicy"] = json!("Local");
@@ -98,23 +98,23 @@ fn explain_names_what_was_left_out() -> Result<()> {
     directory.write("c1/all.yaml", &[node("near", "r1/z1"), node("far", "r2/z2"), local, slice])?;
     let arguments = ["explain", "default/web", "--config", "DIR", "--cluster", "c1", "--node", "near"];
     let explanation = json_of(&run(&directory, &[&arguments[..], &["-o", "json"]].concat())?)?;
-    let left_out = &explanation["ports"][0]["routes"][0]["leftOut"];
-    assert_eq!(left_out[0]["address"], "10.0.0.2");
-    assert!(left_out[0]["why"].as_str().unwrap().contains("internalTrafficPolicy"), "{left_out}");
+    let excluded = &explanation["ports"][0]["routes"][0]["leftOut"];
+    assert_eq!(excluded[0]["address"], "10.0.0.2");
+    assert!(excluded[0]["why"].as_str().unwrap().contains("internalTrafficPolicy"), "{excluded}");
     let text = String::from_utf8(run(&directory, &arguments)?.stdout)?;
     for part in ["10.0.0.1:9080", "EXCLUDED", "internalTrafficPolicy is Local", "STEP"] {
         assert!(text.contains(part), "{part}: {text}");
     }
-    assert!(!text.contains('\x1b'), "no colours where no terminal is: {text}");
+    assert!(!text.contains('\x1b'), "no colors without a terminal: {text}");
     Ok(())
 }
 
 #[test]
-fn diff_shows_what_a_change_would_do() -> Result<()> {
+fn plan_diff_shows_the_effect_of_a_change() -> Result<()> {
     let directory = directory(&json!({"outlierDetection": {"maxEjectionPercent": 100}}))?;
     let after = directory.scratch("after");
     let copied = std::process::Command::new("cp").arg("-r").arg(directory.path()).arg(&after).status()?;
-    ensure!(copied.success(), "cp ended with {copied}");
+    ensure!(copied.success(), "cp exited with {copied}");
     let after = after.display().to_string();
     let place = ["--cluster", "c1", "--all-nodes", "-o", "json"];
     let diff = |b: &str| run(&directory, &[&["plan", "diff", "DIR", b][..], &place].concat());
@@ -126,7 +126,7 @@ fn diff_shows_what_a_change_would_do() -> Result<()> {
     let changed = diff(&after)?;
     assert_eq!(changed.status.code(), Some(1));
     let report = json_of(&changed)?;
-    // For the far node no rule of `distribute` is, and failover is gone with outlierDetection.
+    // `distribute` has no rule for the far node, and failover is gone along with outlierDetection.
     let client = |i: usize| (report["clients"][i]["client"]["node"].clone(), report["clients"][i]["changes"].clone());
     let change = |endpoint: &str, locality: &str, before: f64, after: f64| json!({"service": "default/web:80", "endpoint": endpoint, "cluster": "c1", "locality": locality, "before": before, "after": after});
     assert_eq!(
@@ -140,7 +140,7 @@ fn diff_shows_what_a_change_would_do() -> Result<()> {
             json!([change("10.0.0.1:9080", "r1/z1", 1.0, 0.9), change("10.0.0.2:9080", "r2/z2", 0.0, 0.1)])
         )
     );
-    // Two addresses of one service that change their destinations.
+    // Two addresses of one service swap their destinations.
     let mut twin = service("web", &["172.16.0.10", "172.17.0.10"], 80);
     twin["spec"]["clusterIPs"] = json!(["172.16.0.10", "172.17.0.10"]);
     let nodes = [node("near", "r1/z1"), node("far", "r2/z2")];
@@ -163,7 +163,7 @@ fn diff_shows_what_a_change_would_do() -> Result<()> {
     std::fs::write(format!("{after}/rules.yaml"), halves("b"))?;
     let swapped = json_of(&diff(&after)?)?;
     assert_eq!(swapped["clients"][0]["changes"].as_array().map(Vec::len), Some(4), "{swapped:#}");
-    // An error that comes.
+    // A new error is listed.
     std::fs::write(format!("{after}/rules.yaml"), "kind: [")?;
     let broken = json_of(&diff(&after)?)?;
     assert_eq!(broken["findings"]["added"][0]["code"], "PTL0002", "{broken:#}");
@@ -171,7 +171,7 @@ fn diff_shows_what_a_change_would_do() -> Result<()> {
 }
 
 #[test]
-fn all_nodes_and_labels() -> Result<()> {
+fn plan_supports_all_nodes_and_labels() -> Result<()> {
     let policy = json!({"outlierDetection": {}, "loadBalancer": {"localityLbSetting": {"failoverPriority": ["topology.kubernetes.io/region"]}}});
     let directory = directory(&policy)?;
     let plan = ["plan", "--config", "DIR", "--cluster", "c1"];
@@ -180,11 +180,11 @@ fn all_nodes_and_labels() -> Result<()> {
     assert_eq!(nodes, ["far", "near"]);
     let share = |report: &Value| report["services"][0]["endpoints"][0]["share"].clone();
     assert_eq!((share(&all[0]), share(&all[1])), (json!(0.0), json!(1.0)));
-    // A label beside those of the node.
+    // A label in addition to those of the node.
     let labelled =
         [&plan[..], &["--node", "near", "--label", "topology.kubernetes.io/region=r2", "-o", "json"]].concat();
     assert_eq!(share(&json_of(&run(&directory, &labelled)?)?), json!(0.0));
-    // Nodes that send alike are shown together.
+    // Nodes with the same shares are shown together.
     let text = String::from_utf8(run(&directory, &[&plan[..], &["--all-nodes", "--no-color"]].concat())?.stdout)?;
     assert_eq!(text.matches("Client: ").count(), 2, "{text}");
     for (arguments, code) in [

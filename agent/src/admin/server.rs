@@ -147,7 +147,7 @@ async fn explain(State(questions): State<Questions>, Query(which): Query<Which>)
 
 /// Applies a manual override. Returns what was done, or 409 with the reason why it was rejected.
 async fn order(State(questions): State<Questions>, Json(order): Json<OverrideCommand>) -> Result<Response, Response> {
-    Ok(match ask(&questions, |reply| Request::OverrideCommand(order, reply)).await? {
+    Ok(match ask(&questions, |reply| Request::Override(order, reply)).await? {
         Ok(said) => Json(said).into_response(),
         Err(why) => (StatusCode::CONFLICT, format!("{why}\n")).into_response(),
     })
@@ -189,7 +189,7 @@ async fn show_opt_outs(State(registry): State<Arc<OptOutRegistry>>) -> Response 
 }
 
 async fn show_metrics(State(state): State<AdminState>) -> Result<Response, Response> {
-    let sample = ask(&state.questions, Request::MetricsSnapshot).await?;
+    let sample = ask(&state.questions, Request::Metrics).await?;
     let text = metrics::render(&sample, &state.sources.report(), &state.registry.report())
         .map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response())?;
     Ok(([("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response())

@@ -17,7 +17,7 @@ use super::{AdminArgs, DecodeArgs, PinsArgs, PlaceArgs, StateArgs};
 use crate::{
     admin::{self, AdminState},
     controller::{
-        Reconciler,
+        self, Controller,
         state_file::{PersistedState, StateWriter},
     },
     opt_out,
@@ -252,16 +252,19 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         let kernel = datapath.opted_out.take().context("the opt-out map has already been taken")?;
         let enforcer =
             opt_out::Enforcer { root, kernel, registry: Arc::clone(&registry), sources: Arc::clone(&sources) };
-        let reconciler = Reconciler::new(
-            args.place.cluster.clone(),
-            place,
-            (datapath, held),
-            (probe, Prober::start(args.probes_per_second)),
-            options.sizes,
-            args.gone_connections,
-            (PersistedState::read(&args.state.state), StateWriter::start(args.state.state)?),
-        )
-        .telling(finding_tx);
+        let prober = Prober::start(args.probes_per_second);
+        let persisted = PersistedState::read(&args.state.state);
+        let state_writer = StateWriter::start(args.state.state)?;
+        let settings = controller::Settings {
+            cluster: args.place.cluster.clone(),
+            location: place,
+            sizes: options.sizes,
+            removed_endpoint_tcp: args.gone_connections,
+            probes_per_second: args.probes_per_second,
+        };
+        let start = controller::Start::of(held, persisted, &probe, &prober, finding_tx);
+        let controller = Controller::new(controller::Now::read(), settings, datapath, start);
+        let io = controller::Io::start(prober, probe, state_writer);
         let admin_state = AdminState { questions, sources: Arc::clone(&sources), registry: Arc::clone(&registry) };
         let source = async {
             match (args.config, link) {
@@ -277,8 +280,8 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         };
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let ended = tokio::select! {
-            ended = tokio::spawn(reconciler.run(updates, requests)) => ended?,
-            // The source returns `Ok` only when its receiver is gone; the reconciler then returns the reason.
+            ended = tokio::spawn(controller::run(controller, io, updates, requests)) => ended?,
+            // The source returns `Ok` only when its receiver is gone; the controller then returns the reason.
             Err(error) = source => Err(error),
             ended = tokio::spawn(enforcer.run()) => Ok(ended?),
             ended = admin::serve_admin(admin_socket, admin_state.clone()) => ended,

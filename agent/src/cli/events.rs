@@ -40,7 +40,7 @@ pub(super) fn run(args: &EventsArgs) -> Result<ExitCode> {
                 }
                 Format::Table => {
                     let event: Event = serde_json::from_str(&line)?;
-                    anstream::println!("{}  {:<9}  {}", event.time, event.kind, event.message);
+                    anstream::println!("{}  {:<16}  {}", event.time, event.kind.as_str(), event.message);
                 }
             }
         }

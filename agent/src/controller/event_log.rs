@@ -1,7 +1,8 @@
-//! What has happened: ejections, releases, failures, and each published change. Kept for a while, and told to whoever follows.
+//! What happened on this node: ejections, releases, failures, changes. A bounded log, and a stream for those who follow it.
 
 use std::{
     collections::VecDeque,
+    net::SocketAddr,
     time::{Duration, SystemTime},
 };
 
@@ -12,49 +13,156 @@ use portolan_core::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
-/// Records that are kept.
-const KEPT: usize = 1_000;
-/// Failed connections, and ejections that were not allowed, that are kept: in an outage there are many, and they shall not push
-/// out what came of them.
-const KEPT_FAILURES: usize = 200;
+/// Events that are kept, apart from failures.
+const MAX_EVENTS: usize = 1_000;
+/// Failures that are kept. An outage brings many, and they must not evict the ejections that follow from them.
+const MAX_FAILURES: usize = 200;
 
-/// One thing that happened.
+/// What kind of event it is. The names are the values of `kind` in JSON.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// An endpoint is ejected by outlier detection.
+    Ejected,
+    /// An ejection has ended.
+    Released,
+    /// An endpoint reached a threshold, but `maxEjectionPercent` allows no further ejection.
+    #[serde(alias = "overflow")]
+    EjectionLimited,
+    /// An endpoint reached a threshold, but only one pod saw the failures and the agent could not confirm them.
+    Unconfirmed,
+    /// A connection failed, or a response counts as a failure.
+    Failed,
+    /// Active probes of an endpoint fail.
+    Unhealthy,
+    /// Active probes of an endpoint pass again.
+    Healthy,
+    /// An operator ejected, drained or restored something, or such an override expired.
+    #[serde(alias = "by hand")]
+    Override,
+    /// Connections were terminated.
+    Closed,
+    /// A hook, or the accounting of connections, was repaired.
+    #[serde(alias = "mended")]
+    Repaired,
+    /// The kernel holds a new table.
+    Published,
+    /// A kind that this version does not know: the agent is newer.
+    #[default]
+    #[serde(other)]
+    Unknown,
+}
+
+impl EventKind {
+    /// Returns the name that JSON and the log use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ejected => "ejected",
+            Self::Released => "released",
+            Self::EjectionLimited => "ejection-limited",
+            Self::Unconfirmed => "unconfirmed",
+            Self::Failed => "failed",
+            Self::Unhealthy => "unhealthy",
+            Self::Healthy => "healthy",
+            Self::Override => "override",
+            Self::Closed => "closed",
+            Self::Repaired => "repaired",
+            Self::Published => "published",
+            Self::Unknown => "unknown",
+        }
+    }
+
+    /// Reports whether an outage brings many of them.
+    fn is_failure(self) -> bool {
+        matches!(self, Self::Failed | Self::EjectionLimited | Self::Unconfirmed)
+    }
+}
+
+/// One event.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Event {
-    /// When (RFC 3339).
+    /// When it happened (RFC 3339, with milliseconds).
     pub time: String,
-    /// `ejected`, `released`, `overflow`, `failed`, `published`, `closed`, `repaired`, `unconfirmed`, `unhealthy`, `healthy` or `by hand`.
-    pub kind: String,
-    /// The service, as `namespace/name`, where it is about one.
+    /// What kind of event it is.
+    pub kind: EventKind,
+    /// The service that it is about, as `namespace/name`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<String>,
-    /// Its port.
+    /// The port of the service.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
-    /// Its subset.
+    /// The subset of the service, where its rule defines one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subset: Option<String>,
-    /// The endpoint.
+    /// The endpoint that it is about, as `address:port`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
-    /// How long an ejection lasts at least, in seconds.
+    /// The minimum duration of an ejection, in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration_seconds: Option<f64>,
     /// Cookie of the network namespace of the client whose connection failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_netns: Option<u64>,
-    /// What caused an ejection: the threshold that was reached, and failures in a row.
+    /// The threshold that was reached, and the number of consecutive failures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<Cause>,
-    /// Endpoints of the pool that are out, and those that it has.
+    /// Endpoints of the pool that are ejected, and endpoints that it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub out: Option<[usize; 2]>,
-    /// For people.
+    /// The event in words.
     pub message: String,
 }
 
-/// The records.
+impl Event {
+    /// An event that is about no single endpoint.
+    pub fn new(kind: EventKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), ..Self::default() }
+    }
+
+    /// An event about an endpoint of a pool.
+    pub fn of_pool(pool: &PoolKey, endpoint: SocketAddr, kind: EventKind, message: impl Into<String>) -> Self {
+        Self {
+            service: Some(pool.service.to_string()),
+            port: Some(pool.port),
+            subset: pool.subset.clone(),
+            endpoint: Some(endpoint.to_string()),
+            ..Self::new(kind, message)
+        }
+    }
+
+    /// The event of an outlier detector.
+    pub fn of_detector(pool: &PoolKey, event: &DetectorEvent) -> Self {
+        let DetectorEvent { address, kind, ejected, hosts } = event;
+        let out = format!("{ejected} of {hosts} endpoints are ejected");
+        let (kind, message, cause, duration) = match kind {
+            DetectorEventKind::Ejected { cause, duration } => {
+                let (time, field) = (humantime::format_duration(*duration), cause.threshold.field());
+                let why = format!("after {} consecutive failures ({field})", cause.failures);
+                let message = format!("{address} ejected from {pool} for {time} {why}; {out}");
+                (EventKind::Ejected, message, Some(*cause), Some(duration.as_secs_f64()))
+            }
+            DetectorEventKind::Released => {
+                (EventKind::Released, format!("{address} is back in {pool}; {out}"), None, None)
+            }
+            DetectorEventKind::Overflow { cause } => {
+                let failures = cause.failures;
+                let message = format!(
+                    "{address} of {pool} has {failures} consecutive failures, but is not ejected: {out}, and \
+                     maxEjectionPercent allows no more"
+                );
+                (EventKind::EjectionLimited, message, Some(*cause), None)
+            }
+        };
+        let out = Some([*ejected, *hosts]);
+        Self { duration_seconds: duration, cause, out, ..Self::of_pool(pool, *address, kind, message) }
+    }
+}
+
+/// The last events of a sort, with their sequence numbers.
+type Recent = VecDeque<(u64, Event)>;
+
+/// The last events, and the stream of those to come.
 #[derive(Debug)]
 pub struct EventLog {
     recent: Recent,
@@ -63,117 +171,75 @@ pub struct EventLog {
     live: broadcast::Sender<Event>,
 }
 
-/// The last records of a sort, with their numbers.
-type Recent = VecDeque<(u64, Event)>;
-
 impl Default for EventLog {
     fn default() -> Self {
-        Self { recent: Recent::new(), failures: Recent::new(), next: 0, live: broadcast::Sender::new(KEPT) }
+        Self { recent: Recent::new(), failures: Recent::new(), next: 0, live: broadcast::Sender::new(MAX_EVENTS) }
     }
 }
 
 impl EventLog {
-    /// Adds a record, with the time of now.
-    pub fn add(&mut self, event: Event) {
-        let event = Event { time: rfc3339(SystemTime::now()), ..event };
-        let (service, endpoint) = (event.service.as_deref(), event.endpoint.as_deref());
-        let (kept, most) = if [Event::FAILED, Event::OVERFLOW, Event::UNCONFIRMED].contains(&event.kind.as_str()) {
-            tracing::debug!(kind = event.kind, service, endpoint, "{}", event.message);
-            (&mut self.failures, KEPT_FAILURES)
+    /// Adds an event, with its time.
+    pub fn add(&mut self, now: SystemTime, event: Event) {
+        let event = Event { time: rfc3339(now), ..event };
+        let (kind, service, endpoint) = (event.kind.as_str(), event.service.as_deref(), event.endpoint.as_deref());
+        let (log, max) = if event.kind.is_failure() {
+            tracing::debug!(kind, service, endpoint, "{}", event.message);
+            (&mut self.failures, MAX_FAILURES)
         } else {
-            tracing::info!(kind = event.kind, service, endpoint, "{}", event.message);
-            (&mut self.recent, KEPT)
+            tracing::info!(kind, service, endpoint, "{}", event.message);
+            (&mut self.recent, MAX_EVENTS)
         };
-        if kept.len() == most {
-            kept.pop_front();
+        if log.len() == max {
+            log.pop_front();
         }
-        kept.push_back((self.next, event.clone()));
+        log.push_back((self.next, event.clone()));
         self.next += 1;
-        // An error means that nobody follows.
+        // An error means that there are no followers.
         let _ = self.live.send(event);
     }
 
-    /// What is kept, and what comes.
+    /// Returns the events so far, oldest first, and a stream of those to come.
     pub fn follow(&self) -> (Vec<Event>, broadcast::Receiver<Event>) {
-        let mut kept: Vec<_> = self.recent.iter().chain(&self.failures).collect();
-        kept.sort_by_key(|(number, _)| *number);
-        (kept.into_iter().map(|(_, event)| event.clone()).collect(), self.live.subscribe())
+        let mut events: Vec<_> = self.recent.iter().chain(&self.failures).collect();
+        events.sort_by_key(|(number, _)| *number);
+        (events.into_iter().map(|(_, event)| event.clone()).collect(), self.live.subscribe())
     }
 }
 
-/// A point in time for people and scripts.
+/// Formats a time as RFC 3339 with milliseconds. Times before 1970 and after 9999 are clamped.
 pub fn rfc3339(time: SystemTime) -> String {
-    // What is read from a file may be beyond what can be written.
+    // A state file may hold any time.
     let last = SystemTime::UNIX_EPOCH + Duration::from_secs(253_402_300_799);
     let time = time.clamp(SystemTime::UNIX_EPOCH, last);
     humantime::format_rfc3339_millis(time).to_string()
 }
 
-impl Event {
-    /// The kind of a connect that failed.
-    pub const FAILED: &str = "failed";
-    /// The kind of an ejection that the limit did not allow.
-    pub const OVERFLOW: &str = "overflow";
-    /// The kind of an ejection that nobody has confirmed.
-    pub const UNCONFIRMED: &str = "unconfirmed";
-    /// The kind of an endpoint whose probes fail.
-    pub const UNHEALTHY: &str = "unhealthy";
-    /// The kind of an endpoint whose probes pass again.
-    pub const HEALTHY: &str = "healthy";
-    /// The kind of an order by hand.
-    pub const BY_HAND: &str = "by hand";
-    /// The kind of connections that were ended.
-    pub const CLOSED: &str = "closed";
-    /// The kind of a repair: a hook was not in its place.
-    pub const REPAIRED: &str = "mended";
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    /// A record about an endpoint of a pool.
-    pub fn of_pool(pool: &PoolKey, endpoint: std::net::SocketAddr, kind: &str, message: String) -> Self {
-        Self {
-            kind: kind.to_owned(),
-            service: Some(pool.service.to_string()),
-            port: Some(pool.port),
-            subset: pool.subset.clone(),
-            endpoint: Some(endpoint.to_string()),
-            message,
-            ..Self::default()
+    #[test]
+    fn failures_do_not_evict_other_events() {
+        let mut log = EventLog::default();
+        let now = SystemTime::now();
+        log.add(now, Event::new(EventKind::Ejected, "first"));
+        for _ in 0..2 * MAX_EVENTS {
+            log.add(now, Event::new(EventKind::Failed, "failed"));
         }
+        let (events, _) = log.follow();
+        assert_eq!(events.len(), MAX_FAILURES + 1);
+        assert_eq!(events[0].message, "first");
     }
 
-    /// From a verdict of the outlier detection.
-    pub fn of_health(pool: &PoolKey, event: &DetectorEvent) -> Self {
-        let DetectorEvent { address, kind, ejected, hosts } = event;
-        let (kind, message) = match kind {
-            DetectorEventKind::Ejected { cause, duration } => (
-                "ejected",
-                format!(
-                    "{address} ejected from {pool} for {} after {} failures in a row ({}); {ejected} of {hosts} are out",
-                    humantime::format_duration(*duration),
-                    cause.failures,
-                    cause.threshold.field()
-                ),
-            ),
-            DetectorEventKind::Released => {
-                ("released", format!("{address} is back in {pool}; {ejected} of {hosts} are out"))
-            }
-            DetectorEventKind::Overflow { cause } => (
-                Self::OVERFLOW,
-                format!(
-                    "{address} of {pool} failed {} times in a row, but stays: {ejected} of {hosts} are out, \
-                     and maxEjectionPercent allows no more",
-                    cause.failures
-                ),
-            ),
-        };
-        let duration_seconds = match event.kind {
-            DetectorEventKind::Ejected { duration, .. } => Some(duration.as_secs_f64()),
-            _ => None,
-        };
-        let cause = match event.kind {
-            DetectorEventKind::Ejected { cause, .. } | DetectorEventKind::Overflow { cause } => Some(cause),
-            DetectorEventKind::Released => None,
-        };
-        let out = Some([*ejected, *hosts]);
-        Self { duration_seconds, cause, out, ..Self::of_pool(pool, *address, kind, message) }
+    #[test]
+    fn kinds_of_other_versions_are_read() {
+        let kind = |text: &str| serde_json::from_str::<EventKind>(&format!("{text:?}")).unwrap();
+        assert_eq!(kind("mended"), EventKind::Repaired);
+        assert_eq!(kind("by hand"), EventKind::Override);
+        assert_eq!(kind("overflow"), EventKind::EjectionLimited);
+        assert_eq!(kind("what a later version says"), EventKind::Unknown);
+        for known in [EventKind::EjectionLimited, EventKind::Published, EventKind::Override] {
+            assert_eq!(serde_json::to_string(&known).unwrap(), format!("{:?}", known.as_str()));
+        }
     }
 }

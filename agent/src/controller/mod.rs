@@ -1,474 +1,655 @@
-//! The one task that knows everything and writes to the kernel: inputs come in, tables go out.
+//! The controller: inputs come in, writes to the kernel and requests for I/O go out.
+//!
+//! Sans-I/O: [`Controller::handle`] takes an input and the time, writes to a [`Kernel`], and collects the I/O that it wants as
+//! [`Action`]s. [`run`] is the loop around it, which waits, does the I/O and feeds the results back.
+//!
+//! | part | owns |
+//! |---|---|
+//! | `publish` | the layout of the maps, what does not fit, write errors, retries |
+//! | `ejection` | who saw an endpoint fail, and what awaits confirmation |
+//! | `http_detection` | which HTTP ports are observed, and what they really carry |
+//! | `termination` | which connections to terminate, and when to look |
+//! | `persistence` | what is to be saved, and who waits for it |
+//! | `self_probe` | the last result of the agent's own connection |
+//! | `findings` | which findings have been reported |
+//!
+//! Parts change nothing outside of themselves: they return [`Effect`](effect::Effect)s, which the controller routes.
 
-mod active_health;
+mod effect;
 mod ejection;
 pub mod event_log;
 mod findings;
+mod frontend_index;
+mod http_detection;
+mod now;
 mod overrides;
+mod persistence;
+mod publish;
 mod requests;
+mod run;
 mod self_probe;
 pub mod state_file;
 mod termination;
 
+#[cfg(test)]
+mod tests;
+
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},
-    time::{Duration, Instant, SystemTime},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
-use anyhow::Result;
-use portolan_common::FrontendKey;
+use portolan_common::OutcomeKind;
 use portolan_core::{
     health::{Health, OverrideCommand},
-    model::{Code, Finding, NamespacedName},
-    policy::{Client, Compiler, PoolKey, ServiceChange, client::ClientLocation},
-    report::{Report, explain::Explanation},
+    model::{Code, Finding},
+    policy::{Client, Compiler, ServiceChange, client::ClientLocation},
     store::{Changes, Store, Update},
-    table::{self, Completeness, GraceEpoch, Layout, Op, PinnedState, Sizes, Table},
+    table::{Completeness, GraceEpoch, Op, PinnedState, Sizes, Table},
 };
-use portolan_datapath::{Datapath, RemovedEndpointTcp, barrier};
-use tokio::sync::{broadcast, mpsc, oneshot};
+use portolan_datapath::{Outcome, RemovedEndpointTcp, SweepReport};
+use tokio::sync::mpsc;
 
 use self::{
-    ejection::EjectionGate,
-    event_log::{Event, EventLog},
-    findings::{crowded, no_room},
-    self_probe::Probe,
-    state_file::{PersistedState, StateWriter},
-    termination::Closing,
+    effect::Effect,
+    ejection::{EjectionGate, Unconfirmed},
+    event_log::{Event, EventKind, EventLog},
+    findings::FindingReporter,
+    frontend_index::FrontendIndex,
+    http_detection::HttpDetection,
+    persistence::Persistence,
+    publish::{Desired, Publisher},
+    self_probe::SelfProbeMonitor,
+    state_file::PersistedState,
+    termination::TerminationPlanner,
 };
 use crate::{
-    metrics::collect::{Collector, MetricsSnapshot},
-    probe::{Prober, self_probe::SelfProbe},
+    kernel::Kernel,
+    metrics::collect::Collector,
+    probe::{Counts, ProbeReport, confirm::Confirmation, self_probe::Seen},
 };
 
-pub use self::termination::Closed;
+pub use self::{
+    effect::Action,
+    now::Now,
+    requests::Request,
+    run::{Io, run},
+};
 
-/// Outcomes that are taken in one go, before a new table is published.
-const OUTCOMES_AT_ONCE: usize = 256;
-/// When something could not be written, it is tried again after this time, and then after twice the time, and so on.
-const FIRST_RETRY: Duration = Duration::from_secs(1);
-/// But no later than this.
-const LAST_RETRY: Duration = Duration::from_secs(60);
+/// Outcomes that are handled at once, before a new table is published.
+pub(crate) const MAX_OUTCOMES: usize = 256;
 
-/// A question to the task.
-pub enum Request {
-    /// What `get` shows.
-    Report(oneshot::Sender<Report>),
-    /// What `explain` shows, of this service and port.
-    Explain(NamespacedName, Option<u16>, oneshot::Sender<Option<Explanation>>),
-    /// What `/metrics` shows.
-    MetricsSnapshot(oneshot::Sender<MetricsSnapshot>),
-    /// Whether connections are served as they should be; if not, why.
-    Ready(oneshot::Sender<Result<(), String>>),
-    /// Has something done that was ordered by hand; what was done, or why it was not.
-    OverrideCommand(OverrideCommand, oneshot::Sender<Result<String, String>>),
-    /// What has happened, and what will.
-    Events(oneshot::Sender<(Vec<Event>, broadcast::Receiver<Event>)>),
+/// Settings of a controller, which stay the same while it runs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Id of the cluster that the node is in.
+    pub cluster: String,
+    /// Where the clients of the node are.
+    pub location: ClientLocation,
+    /// Sizes of the maps.
+    pub sizes: Sizes,
+    /// What happens to TCP connections whose endpoint is removed.
+    pub removed_endpoint_tcp: RemovedEndpointTcp,
+    /// The limit on active probes, per second; 0 disables them.
+    pub probes_per_second: u32,
 }
 
-/// The state of the task.
-pub struct Reconciler {
-    cluster: String,
-    place: ClientLocation,
+/// What the controller reacts to.
+#[derive(Debug)]
+pub enum Input {
+    /// Sources report changes.
+    Updates(Vec<Update>),
+    /// The programs report outcomes of connections, at most as many at once as the loop asks for.
+    Outcomes {
+        /// In the order in which they happened.
+        outcomes: Vec<Outcome>,
+        /// Whether there were no more.
+        drained: bool,
+    },
+    /// The agent's own connection to an endpoint succeeded or failed.
+    Confirmation(Confirmation),
+    /// An active probe changed its mind about an endpoint.
+    ProbeReport(ProbeReport),
+    /// The name of a network namespace was looked up.
+    NamespaceName(Unconfirmed, Option<String>),
+    /// The self-probe ran.
+    SelfProbe(Seen),
+    /// No program runs any more that ran when this epoch ended.
+    GraceElapsed(GraceEpoch),
+    /// The helper looked through all sockets.
+    Sweep(SweepReport),
+    /// The state file was written, or could not be.
+    Saved(u64, Result<(), String>),
+    /// A client of the admin socket asks something.
+    Request(Request),
+    /// [`Controller::poll_timeout`] has come.
+    Timeout,
+}
+
+/// A publication that changed something, for the metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Publication {
+    /// Frontends that were published or removed.
+    pub frontends: usize,
+    /// Writes to the maps.
+    pub writes: usize,
+    /// When the first failure happened that led to an ejection in it (`CLOCK_MONOTONIC`).
+    pub first_failure: Option<Duration>,
+    /// Whether it was the first one of this agent.
+    pub first: bool,
+}
+
+/// The state of the agent.
+pub struct Controller<K> {
+    settings: Settings,
+    kernel: K,
+    // Input, and what the policy makes of it.
     store: Store,
-    health: Health,
-    datapath: Datapath,
-    layout: Layout,
-    events: EventLog,
-    collector: Collector,
     client: Client,
-    /// What is wrong with it.
     client_findings: Vec<Finding>,
-    /// What was wrong when this agent began.
     start_findings: Vec<Finding>,
     compiler: Compiler,
-    /// What has changed since the last publication.
+    health: Health,
+    /// What changed since the last publication.
     changes: Changes,
-    /// How much was known then; `None` where the whole table is to be looked at again.
-    completeness: Option<Completeness>,
-    /// The pools behind each frontend id.
-    pools: HashMap<u32, Vec<PoolKey>>,
-    /// The service and port of each frontend id.
-    services: HashMap<u32, (NamespacedName, u16)>,
+    /// Why the input is incomplete.
+    unread: Option<String>,
+    // Parts.
+    publisher: Publisher,
+    frontends: FrontendIndex,
     attached: bool,
-    closing: Closing,
-    judging: EjectionGate,
-    probe: Probe,
-    prober: Prober,
-    retry: Option<Instant>,
-    retry_after: Duration,
-    /// Frontends that did not fit. The whole table is gone through again after a while.
-    refused: BTreeMap<FrontendKey, Finding>,
-    /// Some of them are not even there to refuse.
-    passes: bool,
-    /// What the last attempt to write ran into.
-    trouble: Vec<Finding>,
-    /// Maps that are nearly full.
-    crowded: Vec<Finding>,
-    /// Why not everything is known that should be.
-    doubt: Option<String>,
-    logged: BTreeSet<Finding>,
-    /// Who is told of new findings.
-    teller: Option<mpsc::Sender<Finding>>,
+    gate: EjectionGate,
+    http: HttpDetection,
+    termination: TerminationPlanner,
+    persistence: Persistence,
+    self_probe: SelfProbeMonitor,
+    finding_reporter: FindingReporter,
+    events: EventLog,
+    collector: Collector,
+    probe_counts: Arc<Counts>,
+    // Output.
+    actions: Vec<Action>,
+    publications: Vec<Publication>,
 }
 
-/// Gives the system back what reading and computing everything took, and nothing needs any more.
-fn give_back_memory() {
-    // SAFETY: it may be called at any time.
-    #[cfg(target_env = "gnu")]
-    unsafe {
-        libc::malloc_trim(0);
-    }
+/// What a controller starts from.
+pub struct Start {
+    /// What a previous agent left in the maps.
+    pub pinned: PinnedState,
+    /// What it left in the state file, or why that cannot be read.
+    pub persisted: Result<Option<PersistedState>, String>,
+    /// The frontends of the self-probe, and the endpoint that they lead to.
+    pub self_probe: (Table, std::net::SocketAddr),
+    /// Counts of active probes, for the metrics.
+    pub probe_counts: Arc<Counts>,
+    /// Records new findings as Kubernetes Events.
+    pub finding_recorder: Option<mpsc::Sender<Finding>>,
 }
 
-impl Reconciler {
-    /// Over a datapath that holds what a former agent left. To be called inside a runtime.
-    pub fn new(
-        cluster: String,
-        place: ClientLocation,
-        (datapath, held): (Datapath, PinnedState),
-        (probe, prober): (SelfProbe, Prober),
-        sizes: Sizes,
-        removed_endpoint_tcp: RemovedEndpointTcp,
-        (kept, state_writer): (Result<Option<PersistedState>>, StateWriter),
-    ) -> Self {
-        let adopted = held.frontends.len();
+impl<K: Kernel> Controller<K> {
+    /// A controller over a kernel whose maps hold what a previous agent left.
+    pub fn new(now: Now, settings: Settings, kernel: K, start: Start) -> Self {
+        let Start { pinned, persisted, self_probe, probe_counts, finding_recorder } = start;
+        let adopted = pinned.frontends.len();
         if adopted > 0 {
-            tracing::info!(frontends = adopted, backends = held.backends.len(), "took over the maps of a former agent");
+            let backends = pinned.backends.len();
+            tracing::info!(frontends = adopted, backends, "adopted pinned maps from previous agent");
         }
-        let mut reconciler = Self {
-            cluster,
-            place,
+        let mut controller = Self {
+            kernel,
             store: Store::default(),
-            health: Health::default(),
-            datapath,
-            layout: Layout::from_held(sizes, held),
-            events: EventLog::default(),
-            collector: Collector::default(),
             client: Client::default(),
             client_findings: Vec::new(),
             start_findings: Vec::new(),
             compiler: Compiler::default(),
+            health: Health::default(),
             changes: Changes::everything(),
-            completeness: None,
-            pools: HashMap::new(),
-            services: HashMap::new(),
+            unread: None,
+            publisher: Publisher::new(settings.sizes, pinned),
+            frontends: FrontendIndex::default(),
             attached: false,
-            closing: Closing::new(removed_endpoint_tcp),
-            judging: EjectionGate::new(state_writer),
-            probe: Probe::start(probe),
-            prober,
-            retry: None,
-            retry_after: FIRST_RETRY,
-            refused: BTreeMap::new(),
-            passes: false,
-            trouble: Vec::new(),
-            crowded: Vec::new(),
-            doubt: None,
-            logged: BTreeSet::new(),
-            teller: None,
+            gate: EjectionGate::new(now),
+            http: HttpDetection::default(),
+            termination: TerminationPlanner::new(settings.removed_endpoint_tcp),
+            persistence: Persistence::default(),
+            self_probe: SelfProbeMonitor::new(self_probe.0, self_probe.1),
+            finding_reporter: FindingReporter::new(finding_recorder),
+            events: EventLog::default(),
+            collector: Collector::default(),
+            probe_counts,
+            actions: Vec::new(),
+            publications: Vec::new(),
+            settings,
         };
-        reconciler.take_kept(kept);
-        reconciler
+        match persisted {
+            Ok(Some(state)) => {
+                let away = state.age(now.wall);
+                controller.health.restore(now.instant, away, state.pools(), state.overrides);
+            }
+            Ok(None) => {}
+            Err(error) => {
+                let message = format!("{error}; ejections start over, and overrides have to be repeated");
+                controller.start_findings.push(Finding::new(Code::PersistedStateUnreadable, "State", message));
+            }
+        }
+        controller.gate.ignore_earlier_failures(controller.publisher.layout(), &controller.kernel);
+        controller
     }
 
-    /// The same, which tells somebody of new findings.
-    #[must_use]
-    pub fn telling(mut self, teller: Option<mpsc::Sender<Finding>>) -> Self {
-        self.teller = teller;
-        self
+    /// Returns when [`Input::Timeout`] is to be handled, if nothing comes before.
+    pub fn poll_timeout(&self, now: Now) -> Option<Instant> {
+        let timeouts = [
+            self.health.poll_timeout(now.instant, now.wall),
+            self.publisher.poll_timeout(),
+            self.termination.poll_timeout(),
+            self.persistence.poll_timeout(),
+        ];
+        timeouts.into_iter().flatten().min()
     }
 
-    /// Works until the sources or the questions end.
+    /// Handles an input: publishes what changes with it, and collects the I/O that follows from it.
     ///
     /// # Errors
-    /// The kernel cannot be listened to, or does not take the programs.
-    pub async fn run(
-        mut self,
-        mut updates: mpsc::Receiver<Vec<Update>>,
-        mut requests: mpsc::Receiver<Request>,
-    ) -> Result<()> {
-        loop {
-            let sweep = self.health.poll_timeout(Instant::now(), SystemTime::now());
-            let keep = self.judging.poll_timeout();
-            let wake = [sweep, self.retry, self.closing.poll_timeout(), keep].into_iter().flatten().min();
-            let wake = async {
-                match wake {
-                    Some(at) => tokio::time::sleep_until(at.into()).await,
-                    None => std::future::pending().await,
-                }
-            };
-            let logs = async {
-                match &mut self.datapath.logs {
-                    Some(logs) => logs.forward().await,
-                    None => std::future::pending().await,
-                }
-            };
-            let changed = tokio::select! {
-                update = updates.recv() => {
-                    let Some(update) = update else { return Ok(()) };
-                    self.take_updates(update, &mut updates)
-                }
-                outcomes = self.datapath.events.next(OUTCOMES_AT_ONCE) => self.take_outcomes(&outcomes?),
-                Some(evidence) = self.judging.evidence.recv() => self.take_evidence(evidence),
-                Some(probed) = self.prober.found.recv() => self.record_probe(probed),
-                Some(named) = self.judging.named.recv() => {
-                    self.take_name(named);
-                    false
-                }
-                () = wake => self.take_time(Instant::now()),
-                request = requests.recv() => {
-                    let Some(request) = request else { return Ok(()) };
-                    self.answer(request)
-                }
-                epoch = self.datapath.grace.elapsed() => self.reclaim(epoch),
-                pass = self.datapath.closer.done() => {
-                    self.take_pass(&pass?);
-                    false
-                }
-                Some(seen) = self.probe.results.recv() => {
-                    self.take_probe(seen);
-                    false
-                }
-                failed = logs => return failed,
-            };
-            if changed && self.store.synced() {
-                // Twice where publishing finds out something more.
-                while !self.changes.is_empty() {
-                    self.publish()?;
-                }
-            }
-            self.keep();
+    /// Returns an error if the programs cannot be attached, or if what the kernel holds cannot be found out. Then this agent
+    /// cannot go on; the next one adopts what is pinned.
+    pub fn handle(&mut self, now: Now, input: Input) -> portolan_datapath::Result<()> {
+        self.on_input(now, input);
+        // Publishing may find out something that changes the policy once more.
+        while self.store.synced() && !self.changes.is_empty() {
+            self.publish(now)?;
         }
-    }
-
-    fn take_updates(&mut self, first: Vec<Update>, more: &mut mpsc::Receiver<Vec<Update>>) -> bool {
-        let mut batch = Some(first);
-        while let Some(updates) = batch {
-            for update in updates {
-                self.store.apply(update, &mut self.changes);
-            }
-            batch = more.try_recv().ok();
-        }
-        !self.changes.is_empty()
-    }
-
-    fn take_time(&mut self, now: Instant) -> bool {
-        self.sweep(now);
-        let retry = self.retry.take_if(|at| *at <= now).is_some();
-        // All of the table is tried again, for what did not fit may fit now.
-        self.completeness = self.completeness.filter(|_| !retry);
-        self.changes.findings |= retry;
-        self.expire_overrides();
-        let (released, warmer) = self.health.handle_timeout(now);
-        for (pool, event) in &released {
-            self.judging.dirty = true;
-            self.events.add(Event::of_health(pool, event));
-        }
-        let pools = released.iter().map(|(pool, _)| pool).chain(&warmer);
-        self.changes.services.extend(pools.map(|pool| pool.service.clone()));
-        retry || !self.changes.is_empty()
-    }
-
-    /// What rested is free again. Somebody may have been waiting for it.
-    fn reclaim(&mut self, epoch: GraceEpoch) -> bool {
-        self.layout.reclaim(epoch);
-        let waited = !self.refused.is_empty() && self.retry.is_some();
-        if waited {
-            self.retry = None;
-            self.completeness = None;
-            self.changes.findings = true;
-        }
-        waited
-    }
-
-    /// Whether this agent's programs may take the place of a former version's: only with a whole table.
-    fn may_attach(&self) -> bool {
-        !self.datapath.replaces_another() || (self.doubt.is_none() && self.trouble.is_empty())
-    }
-
-    /// Computes what is new and leads the kernel to it.
-    fn publish(&mut self) -> Result<()> {
-        let (started, first) = (Instant::now(), !self.attached);
-        let mut changes = std::mem::take(&mut self.changes);
-        let mut findings = Vec::new();
-        let client = self.place.client(&self.cluster, &self.store, &mut findings);
-        changes.everything |= client != self.client;
-        changes.findings |= findings != self.client_findings;
-        (self.client, self.client_findings) = (client, findings);
-        let changed_services = self.compile(started, &changes);
-        self.probe_wanted();
-
-        let completeness = self.what_is_known();
-        let whole = self.completeness != Some(completeness);
-        let (table, gone) = self.wanted(&changed_services, whole);
-        // The agent's own is its own, whatever is known of the others'.
-        let (mut ops, _) = self.layout.change(&self.probe.table, &[], Completeness::Complete);
-        let (rest, refused) = if whole {
-            self.layout.update(&table, completeness)
-        } else {
-            self.layout.change(&table, &gone, completeness)
-        };
-        ops.extend(rest);
-        self.completeness = Some(completeness);
-        if whole {
-            self.refused.clear();
-        }
-        self.refused.retain(|key, _| !table.frontends.contains_key(key) && !gone.contains(key));
-        self.passes =
-            refused.iter().any(|refused| !refused.held) || (self.passes && !whole && !self.refused.is_empty());
-        self.refused.extend(refused.iter().map(|refused| (refused.key, no_room(refused))));
-        self.trouble = self.refused.values().cloned().collect();
-        if ops.iter().any(|op| matches!(op, Op::RemoveFrontend(_) | Op::ResetFrontend(_))) {
-            self.count_frontends();
-        }
-        if self.collector.before(&ops, &self.datapath.maps) {
-            self.recount_later();
-        }
-        for op in &ops {
-            if let Op::SetBackend(id, _) = op {
-                self.unhear(*id);
-            }
-        }
-        if let Err(error) = self.datapath.maps.apply(&ops) {
-            let message = format!("{error:#}; tried again soon");
-            self.trouble.push(Finding::new(Code::KernelWrite, "Kernel", message));
-            // What was written before the failure is not known, so it is read, once nobody reads what is to be free.
-            barrier();
-            self.layout = self.layout.read_again(self.datapath.maps.read_back(self.layout.sizes())?);
-            self.completeness = None;
-        }
-        if let Some(epoch) = self.layout.end_epoch() {
-            self.datapath.grace.begin(epoch);
-        }
-        let crowded = crowded(&self.layout);
-        changes.findings |= crowded != self.crowded;
-        self.crowded = crowded;
-        self.plan_retry(started);
-        self.log_findings(changes.findings || whole || !self.trouble.is_empty());
-        if whole {
-            self.pools.clear();
-            self.services.clear();
-        }
-        self.index_pools(&changed_services, whole);
-        self.watch_packets(&changed_services, whole);
-        // What changes with it is published next.
-        self.recall_spoken(&changed_services);
-        if !self.attached && self.may_attach() {
-            let replaces = self.datapath.replaces_another();
-            self.datapath.attach()?;
-            self.attached = true;
-            if replaces {
-                self.close_after_replacing();
-            }
-            // A former agent's programs may have been taken off for a while.
-            self.recount();
-            self.probe.wanted.notify_one();
-            self.watch_packets(&[], true);
-            let cgroup = self.datapath.cgroup().display();
-            tracing::info!(%cgroup, frontends = table.frontends.len(), "attached: connections are served");
-        }
-        self.close_gone();
-        let frontends = ops.iter().filter(|op| matches!(op, Op::Publish(..) | Op::RemoveFrontend(_))).count();
-        let took = started.elapsed();
-        self.collector.published(took);
-        if let Some(failed) = self.judging.failed_at.take() {
-            self.collector.ejected(ejection::monotonic().saturating_sub(failed));
-        }
-        if first {
-            give_back_memory();
-        }
-        if frontends > 0 {
-            let message = format!("{frontends} frontends changed, {} writes, {took:.1?}", ops.len());
-            self.events.add(Event { kind: "published".to_owned(), message, ..Event::default() });
-        }
+        self.persist_if_due(now);
         Ok(())
     }
 
-    /// Computes what is new, and tells the detectors and the accounts.
-    fn compile(&mut self, now: Instant, changes: &Changes) -> Vec<ServiceChange> {
-        let mut changed_services: BTreeMap<_, ServiceChange> = BTreeMap::new();
+    /// Takes the I/O that is to be done.
+    pub fn take_actions(&mut self) -> Vec<Action> {
+        std::mem::take(&mut self.actions)
+    }
+
+    /// Takes the publications since the last call, for [`Self::record_publication`].
+    pub fn take_publications(&mut self) -> Vec<Publication> {
+        std::mem::take(&mut self.publications)
+    }
+
+    /// Records how long a publication took, from the input to the kernel.
+    pub fn record_publication(&mut self, now: Now, publication: Publication, took: Duration) {
+        let Publication { frontends, writes, first_failure, .. } = publication;
+        self.collector.published(took);
+        if let Some(failure) = first_failure {
+            self.collector.ejected(now.monotonic.saturating_sub(failure));
+        }
+        if frontends > 0 {
+            let message = format!("{frontends} frontends changed, {writes} writes, {took:.1?}");
+            self.events.add(now.wall, Event::new(EventKind::Published, message));
+        }
+    }
+
+    /// Returns the kernel.
+    pub fn kernel(&self) -> &K {
+        &self.kernel
+    }
+
+    /// Returns the kernel, for its asynchronous signals.
+    pub fn kernel_mut(&mut self) -> &mut K {
+        &mut self.kernel
+    }
+
+    fn on_input(&mut self, now: Now, input: Input) {
+        match input {
+            Input::Updates(updates) => {
+                for update in updates {
+                    self.store.apply(update, &mut self.changes);
+                }
+            }
+            Input::Outcomes { outcomes, drained } => self.on_outcomes(now, outcomes, drained),
+            Input::Confirmation(confirmation) => {
+                let (gate, mut view) = self.gate(now);
+                let effects = gate.on_confirmation(&mut view, confirmation);
+                self.route(now, effects);
+            }
+            Input::ProbeReport(report) => self.on_probe_report(now, report),
+            Input::NamespaceName(unconfirmed, name) => self.gate.on_namespace_name(now, unconfirmed, name),
+            Input::SelfProbe(seen) => {
+                let layout = self.publisher.layout();
+                let (effects, repaired) = self.self_probe.on_result(seen, layout, &mut self.kernel);
+                self.route(now, effects);
+                if repaired {
+                    self.termination.recount_now(now);
+                }
+            }
+            Input::GraceElapsed(epoch) => self.changes.findings |= self.publisher.on_grace_elapsed(epoch),
+            Input::Sweep(report) => {
+                for event in self.termination.on_report(now, &report) {
+                    self.events.add(now.wall, event);
+                }
+            }
+            Input::Saved(id, result) => self.persistence.on_saved(id, result),
+            Input::Request(request) => self.on_request(now, request),
+            Input::Timeout => self.on_timeout(now),
+        }
+    }
+
+    /// Splits the state into the gate and what it works on.
+    fn gate(&mut self, now: Now) -> (&mut EjectionGate, ejection::View<'_, K>) {
+        let view = ejection::View {
+            now,
+            kernel: &mut self.kernel,
+            layout: self.publisher.layout(),
+            health: &mut self.health,
+            frontends: &self.frontends,
+            probing: self.settings.probes_per_second > 0,
+        };
+        (&mut self.gate, view)
+    }
+
+    fn on_outcomes(&mut self, now: Now, outcomes: Vec<Outcome>, drained: bool) {
+        let (of_protocol, outcomes): (Vec<_>, Vec<_>) =
+            outcomes.into_iter().partition(|outcome| outcome.kind == OutcomeKind::NotHttp);
+        for outcome in &of_protocol {
+            let own = self.health.pools_of(&outcome.backend);
+            let pools = self.frontends.pools(outcome.frontend_id).unwrap_or_default();
+            let mut effects = Vec::new();
+            for pool in pools.iter().filter(|pool| own.contains(pool)) {
+                let (layout, protocol) = (self.publisher.layout(), u64::from(outcome.errno));
+                effects.extend(self.http.on_non_http(pool, protocol, &mut self.health, layout, &self.kernel));
+            }
+            self.route(now, effects);
+        }
+        let (gate, mut view) = self.gate(now);
+        let effects = gate.on_outcomes(&mut view, &outcomes, drained);
+        self.route(now, effects);
+    }
+
+    fn on_probe_report(&mut self, now: Now, report: ProbeReport) {
+        let ProbeReport { target, number, failing } = report;
+        let (endpoint, probe) = (target.endpoint, &target.probe);
+        // The connection to a Service address is rewritten: which endpoint answered is unknown.
+        let dialled = portolan_core::table::key(probe.dialled(endpoint), portolan_core::model::Protocol::Tcp);
+        if failing.is_some() && self.publisher.layout().frontend_id(&dialled).is_some() {
+            tracing::warn!("{endpoint}: {probe} fails, but its address is also a Service's, so the result is ignored");
+            return;
+        }
+        for pool in self.health.record_probe(&target, number, failing.clone()) {
+            let (kind, message) = match &failing {
+                Some(why) => (
+                    EventKind::Unhealthy,
+                    format!("{endpoint}: {probe} has {} consecutive failures, the last one: {why}", probe.failures),
+                ),
+                None => {
+                    (EventKind::Healthy, format!("{endpoint}: {probe} has {} consecutive successes", probe.successes))
+                }
+            };
+            self.events.add(now.wall, Event::of_pool(&pool, endpoint, kind, message));
+            self.changes.services.insert(pool.service);
+        }
+    }
+
+    fn on_override(&mut self, now: Now, command: &OverrideCommand, reply: persistence::Reply) {
+        let wrong = overrides::validate(command, self.publisher.layout(), &self.compiler.output());
+        match wrong.map_or_else(|| self.health.execute(command, now.wall), Err) {
+            Err(wrong) => drop(reply.send(Err(wrong))),
+            Ok(message) => {
+                let endpoint = match command {
+                    OverrideCommand::Eject { endpoint, .. } | OverrideCommand::Restore { endpoint } => {
+                        Some(endpoint.to_string())
+                    }
+                    OverrideCommand::Drain { .. } | OverrideCommand::Undrain { .. } => None,
+                };
+                self.events.add(now.wall, Event { endpoint, ..Event::new(EventKind::Override, message.clone()) });
+                self.persistence.reply_when_saved(message, reply);
+                (self.changes.everything, self.changes.findings) = (true, true);
+            }
+        }
+    }
+
+    fn on_timeout(&mut self, now: Now) {
+        let (planner, view) = self.termination();
+        if let Some(request) = planner.handle_timeout(now, &view) {
+            self.kernel.sweep(request);
+        }
+        self.persistence.handle_timeout(now);
+        self.changes.findings |= self.publisher.handle_timeout(now);
+        for message in self.health.expire_overrides(now.wall) {
+            self.events.add(now.wall, Event::new(EventKind::Override, message));
+            self.persistence.mark_dirty();
+            (self.changes.everything, self.changes.findings) = (true, true);
+        }
+        let (released, warmed) = self.health.handle_timeout(now.instant);
+        for (pool, event) in &released {
+            self.persistence.mark_dirty();
+            self.events.add(now.wall, Event::of_detector(pool, event));
+        }
+        let pools = released.iter().map(|(pool, _)| pool).chain(&warmed);
+        self.changes.services.extend(pools.map(|pool| pool.service.clone()));
+    }
+
+    fn route(&mut self, now: Now, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Log(event) => self.events.add(now.wall, event),
+                Effect::Recompute(service) => drop(self.changes.services.insert(service)),
+                Effect::Findings => self.changes.findings = true,
+                Effect::Persist => self.persistence.mark_dirty(),
+                Effect::Count(pool, count) => self.collector.count_health(&pool, count),
+                Effect::Act(action) => self.actions.push(action),
+            }
+        }
+    }
+
+    /// Splits the state into the termination planner and what it looks at.
+    fn termination(&mut self) -> (&mut TerminationPlanner, termination::View<'_, K>) {
+        let layout = self.publisher.layout();
+        let complete = self.unread.is_none() && layout.adopted() == 0;
+        let in_sync = self.attached && self.publisher.write_errors().is_empty();
+        (&mut self.termination, termination::View { kernel: &self.kernel, layout, complete, in_sync })
+    }
+
+    /// Computes what changed, and leads the kernel to it.
+    fn publish(&mut self, now: Now) -> portolan_datapath::Result<()> {
+        let first = !self.attached;
+        let mut changes = std::mem::take(&mut self.changes);
+        let mut findings = Vec::new();
+        let client = self.settings.location.client(&self.settings.cluster, &self.store, &mut findings);
+        changes.everything |= client != self.client;
+        changes.findings |= findings != self.client_findings;
+        (self.client, self.client_findings) = (client, findings);
+        let changed = self.compile(now, &changes);
+        let probes = self.health.probes_wanted();
+        self.actions.extend(probes.into_iter().map(|(target, number)| Action::Probe { target, number }));
+
+        let completeness = self.update_completeness();
+        let desired = self.desired(&changed, completeness);
+        let ops = self.publisher.plan(self.self_probe.table(), &desired);
+        self.before_writes(now, &ops);
+        self.publisher.commit(now, &ops, &mut self.kernel)?;
+
+        changes.findings |= desired.full || !self.publisher.write_errors().is_empty();
+        self.report_findings(now, changes.findings);
+        self.index(now, &changed, desired.full);
+        if !self.attached && self.can_attach() {
+            self.attach(now, &desired.table)?;
+        }
+        if self.attached {
+            self.http.apply(&mut self.kernel);
+        }
+        let layout = self.publisher.layout();
+        let effects = self.http.load(&changed, &mut self.health, layout, &self.kernel);
+        self.route(now, effects);
+        let removed = self.publisher.layout_mut().drain_removed();
+        if self.attached {
+            let (planner, view) = self.termination();
+            if let Some(request) = planner.on_removed(removed, &view) {
+                self.kernel.sweep(request);
+            }
+        }
+        let frontends = ops.iter().filter(|op| matches!(op, Op::Publish(..) | Op::RemoveFrontend(_))).count();
+        let first_failure = self.gate.take_first_failure();
+        self.publications.push(Publication { frontends, writes: ops.len(), first_failure, first });
+        Ok(())
+    }
+
+    /// Recomputes what changed, and tells the detectors and the metrics.
+    fn compile(&mut self, now: Now, changes: &Changes) -> Vec<ServiceChange> {
+        let mut changed: BTreeMap<_, ServiceChange> = BTreeMap::new();
         let mut changes =
             Changes { services: changes.services.clone(), everything: changes.everything, ..Changes::default() };
-        // Twice where endpoints begin to warm up, or were ejected by a former agent: only the detectors know.
+        // Again for endpoints that begin to warm up, or that a previous agent had ejected: the detectors find them.
         while changes.everything || !changes.services.is_empty() {
             let observed = self.health.observed();
-            for next in self.compiler.compile(self.store.snapshot(), &self.client, observed, &changes) {
-                self.health.configure(now, &next.service, &next.after);
-                self.collector.name(&next.service, &next.before, &next.after);
-                match changed_services.entry(next.service.clone()) {
-                    Entry::Occupied(mut known) => known.get_mut().after = next.after,
-                    Entry::Vacant(place) => drop(place.insert(next)),
+            for change in self.compiler.compile(self.store.snapshot(), &self.client, observed, &changes) {
+                self.health.configure(now.instant, &change.service, &change.after);
+                self.collector.name(&change.service, &change.before, &change.after);
+                match changed.entry(change.service.clone()) {
+                    Entry::Occupied(mut known) => known.get_mut().after = change.after,
+                    Entry::Vacant(vacant) => drop(vacant.insert(change)),
                 }
             }
             changes = Changes { services: self.health.services_to_recompute(), ..Changes::default() };
         }
-        changed_services.into_values().collect()
+        changed.into_values().collect()
     }
 
-    /// The frontends that shall be: all of them, or those of the services that were computed anew; and those that shall go.
-    fn wanted(&self, changed_services: &[ServiceChange], whole: bool) -> (Table, Vec<FrontendKey>) {
-        if whole {
-            let mut table = Table::new(&self.compiler.output().assignments);
-            table.frontends.extend(self.probe.table.frontends.clone());
-            return (table, Vec::new());
-        }
-        let table = Table::new(changed_services.iter().flat_map(|service| &service.after));
-        let before = Table::new(changed_services.iter().flat_map(|service| &service.before));
-        let gone = before.frontends.into_keys().filter(|key| !table.frontends.contains_key(key)).collect();
-        (table, gone)
-    }
-
-    /// How much is known of what should be, and why no more.
-    fn what_is_known(&mut self) -> Completeness {
-        let unknown = || format!("the configuration has nothing of cluster {}", self.cluster);
-        let (completeness, doubt) = match self.store.doubt(&self.cluster) {
-            Some((doubt, true)) => (Completeness::WithoutSettings, Some(doubt.what.clone())),
-            // What another cluster has to add is not waited for.
-            Some((doubt, false)) => (Completeness::Partial, doubt.concerns(&self.cluster).then(|| doubt.what.clone())),
-            None if !self.store.snapshot().clusters.contains_key(self.cluster.as_str()) => {
-                (Completeness::Partial, Some(unknown()))
+    /// Finds out how much of the input was read, and why no more.
+    fn update_completeness(&mut self) -> Completeness {
+        let cluster = &self.settings.cluster;
+        let (completeness, unread) = match self.store.doubt(cluster) {
+            Some((unread, true)) => (Completeness::WithoutSettings, Some(unread.what.clone())),
+            // Readiness does not wait for what another cluster has to add.
+            Some((unread, false)) => (Completeness::Partial, unread.concerns(cluster).then(|| unread.what.clone())),
+            None if !self.store.snapshot().clusters.contains_key(cluster.as_str()) => {
+                (Completeness::Partial, Some(format!("the configuration has no objects of cluster {cluster}")))
             }
             None => (Completeness::Complete, None),
         };
-        self.doubt = doubt;
+        self.unread = unread;
         completeness
     }
 
-    fn plan_retry(&mut self, now: Instant) {
-        if self.trouble.is_empty() {
-            (self.retry, self.retry_after) = (None, FIRST_RETRY);
-        } else if self.retry.is_none() {
-            self.retry = Some(now + self.retry_after);
-            self.retry_after = (self.retry_after * 2).min(LAST_RETRY);
+    /// Returns what the kernel is to hold: everything, or what changed.
+    fn desired(&self, changed: &[ServiceChange], completeness: Completeness) -> Desired {
+        if self.publisher.needs_full_table(completeness) {
+            let mut table = Table::new(&self.compiler.output().assignments);
+            table.frontends.extend(self.self_probe.table().frontends.clone());
+            return Desired { table, removed: Vec::new(), full: true, completeness };
         }
+        let table = Table::new(changed.iter().flat_map(|change| &change.after));
+        let before = Table::new(changed.iter().flat_map(|change| &change.before));
+        let removed = before.frontends.into_keys().filter(|key| !table.frontends.contains_key(key)).collect();
+        Desired { table, removed, full: false, completeness }
     }
 
-    /// Takes down what the ids of frontends stand for: of all services, or of those that were computed anew.
-    fn index_pools(&mut self, changed_services: &[ServiceChange], whole: bool) {
-        self.closing
-            .forget(changed_services.iter().flat_map(|service| &service.before).map(|assignment| &**assignment));
-        let all = if whole { self.compiler.output().assignments } else { Vec::new() };
-        for assignment in all.iter().chain(changed_services.iter().flat_map(|service| &service.after)) {
-            self.closing.learn(assignment);
-            // A route may name a pool twice, which counts once.
-            let pools: BTreeSet<PoolKey> = assignment.routes.iter().map(|route| route.pool.key.clone()).collect();
-            let pools: Vec<PoolKey> = pools.into_iter().collect();
-            for frontend in &assignment.frontends {
-                if let Some(id) = self.layout.frontend_id(&table::key(*frontend, assignment.protocol)) {
-                    self.pools.insert(id, pools.clone());
-                    self.services.insert(id, (assignment.service.name.clone(), assignment.port));
-                }
+    /// Saves what the writes will reset.
+    fn before_writes(&mut self, now: Now, ops: &[Op]) {
+        if ops.iter().any(|op| matches!(op, Op::RemoveFrontend(_) | Op::ResetFrontend(_))) {
+            self.count_frontends();
+        }
+        if self.collector.before(ops, &self.kernel) {
+            self.termination.recount_later(now);
+        }
+        for op in ops {
+            if let Op::SetBackend(id, _) = op {
+                self.gate.reset_backend(*id);
             }
         }
     }
 
-    /// Takes in the counters of all frontends.
+    /// Indexes all services, or those that changed.
+    fn index(&mut self, now: Now, changed: &[ServiceChange], full: bool) {
+        self.termination.untrack(changed.iter().flat_map(|change| &change.before));
+        let all = if full { self.compiler.output().assignments } else { Vec::new() };
+        if full {
+            self.frontends.clear();
+            self.http.reset(&all);
+        }
+        self.http.update(changed);
+        for assignment in all.iter().chain(changed.iter().flat_map(|change| &change.after)) {
+            self.termination.track(now, assignment);
+            self.frontends.insert(assignment, self.publisher.layout());
+        }
+    }
+
+    /// Reports whether this agent's programs may serve. They replace those of another version only with a complete table.
+    fn can_attach(&self) -> bool {
+        let complete = self.unread.is_none() && self.publisher.write_errors().is_empty();
+        !self.kernel.replaces_another() || complete
+    }
+
+    fn attach(&mut self, now: Now, table: &Table) -> portolan_datapath::Result<()> {
+        let replaces = self.kernel.replaces_another();
+        self.kernel.attach()?;
+        self.attached = true;
+        let (planner, view) = self.termination();
+        if replaces && let Some(request) = planner.on_replaced(&view) {
+            self.kernel.sweep(request);
+        }
+        // The programs of a previous agent may have been detached for a while.
+        self.termination.recount_now(now);
+        self.actions.push(Action::SelfProbe);
+        let (cgroup, frontends) = (self.kernel.location(), table.frontends.len());
+        tracing::info!(cgroup, frontends, "attached: connections are served");
+        Ok(())
+    }
+
+    /// Adds the counters of all frontends to the metrics.
     fn count_frontends(&mut self) {
-        for (id, (service, port)) in &self.services {
-            if let Ok(stats) = self.datapath.maps.frontend_stats(*id) {
-                self.collector.take_frontend(*id, service, *port, stats);
+        for (id, service, port) in self.frontends.services() {
+            if let Ok(stats) = self.kernel.frontend_stats(id) {
+                self.collector.take_frontend(id, service, port, stats);
             }
+        }
+    }
+
+    /// Returns all findings but those of the compiler.
+    fn standing_findings(&self, now: Now) -> impl Iterator<Item = Finding> {
+        self.store
+            .findings()
+            .into_iter()
+            .chain(self.client_findings.iter().cloned())
+            .chain(self.start_findings.iter().cloned())
+            .chain(self.publisher.findings().cloned())
+            .chain(self.http.findings(&self.health))
+            .chain(self.probe_limit_finding())
+            .chain(self.gate.findings(now).cloned())
+            .chain(overrides::findings(self.health.overrides()))
+    }
+
+    /// Returns a finding if rules ask for more active probes than the limit allows.
+    fn probe_limit_finding(&self) -> Option<Finding> {
+        let (targets, _, asked) = self.health.probes();
+        let limit = self.settings.probes_per_second;
+        (asked > f64::from(limit)).then(|| {
+            let effect = if limit == 0 {
+                "active probes are disabled".to_owned()
+            } else {
+                format!("the limit is {limit}, so that endpoints are probed less often than periodSeconds says")
+            };
+            let message = format!(
+                "portolan.io/probe asks for {asked:.0} probes per second of {targets} endpoints; {effect} (--probes-per-second)"
+            );
+            Finding::new(Code::ProbesBounded, "Probes", message)
+        })
+    }
+
+    /// Logs and records new findings; those of objects only if something about them is new.
+    fn report_findings(&mut self, now: Now, of_objects: bool) {
+        let mut new = self.compiler.fresh_findings();
+        if of_objects {
+            let standing: BTreeSet<Finding> = self.standing_findings(now).collect();
+            new.extend(self.finding_reporter.replace(standing));
+        }
+        for finding in &mut new {
+            self.store.add_source(&self.settings.cluster, finding);
+        }
+        self.finding_reporter.report(&new);
+    }
+
+    fn persist_if_due(&mut self, now: Now) {
+        let unpublished = self.publisher.write_errors().first().map(|finding| finding.message.as_str());
+        if let Some(id) = self.persistence.begin_save(now, unpublished) {
+            let (pools, overrides) = (self.health.snapshot(now.instant), self.health.overrides().clone());
+            self.actions.push(Action::Save { id, state: PersistedState::new(now.wall, pools, overrides) });
         }
     }
 }

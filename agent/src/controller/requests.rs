@@ -1,125 +1,139 @@
-//! What the task answers to those who ask: reports, explanations, metrics, readiness.
+//! What the controller answers: reports, explanations, metrics, readiness.
 
-use std::{
-    collections::BTreeMap,
-    net::SocketAddr,
-    sync::atomic::Ordering,
-    time::{Instant, SystemTime},
-};
+use std::{collections::BTreeMap, net::SocketAddr, sync::atomic::Ordering};
 
 use portolan_core::{
+    health::OverrideCommand,
     model::{Finding, NamespacedName},
     policy::{self, Assignment, PoolKey},
     report::{
         EndpointKernel, EndpointReport, FrontendKernel, Report,
         explain::{Explanation, concerns},
     },
-    table,
+    table::{self, PoolId},
 };
+use tokio::sync::{broadcast, oneshot};
 
-use super::{Reconciler, Request, event_log::rfc3339};
-use crate::metrics::collect::MetricsSnapshot;
+use super::{
+    Controller,
+    event_log::{Event, rfc3339},
+    now::Now,
+};
+use crate::{kernel::Kernel, metrics::collect::MetricsSnapshot};
 
-impl Reconciler {
-    /// Whether it changes something.
-    pub(super) fn answer(&mut self, request: Request) -> bool {
-        // Where the one who asked has gone away, the answer is for nobody.
+/// A question to the controller, with the way to answer it.
+#[derive(Debug)]
+pub enum Request {
+    /// What `portolan get` shows.
+    Report(oneshot::Sender<Report>),
+    /// What `portolan explain` shows of a service, or of one port of it; `None` if clients of this node have no such service.
+    Explain(NamespacedName, Option<u16>, oneshot::Sender<Option<Explanation>>),
+    /// What `/metrics` shows.
+    Metrics(oneshot::Sender<Box<MetricsSnapshot>>),
+    /// Whether connections are served as they should be, or why not.
+    Ready(oneshot::Sender<Result<(), String>>),
+    /// Execute an override; the reply says what was done, or why not.
+    Override(OverrideCommand, oneshot::Sender<Result<String, String>>),
+    /// The events so far, and those to come.
+    Events(oneshot::Sender<(Vec<Event>, broadcast::Receiver<Event>)>),
+}
+
+impl<K: Kernel> Controller<K> {
+    /// Answers a request, or executes it.
+    pub(super) fn on_request(&mut self, now: Now, request: Request) {
+        // A client that has gone away needs no answer.
         match request {
-            Request::Report(reply) => drop(reply.send(self.report())),
-            Request::Explain(name, port, reply) => drop(reply.send(self.explain(&name, port))),
-            Request::MetricsSnapshot(reply) => drop(reply.send(self.sample())),
+            Request::Report(reply) => drop(reply.send(self.report(now))),
+            Request::Explain(name, port, reply) => drop(reply.send(self.explain(now, &name, port))),
+            Request::Metrics(reply) => drop(reply.send(Box::new(self.metrics(now)))),
             Request::Ready(reply) => drop(reply.send(self.ready())),
             Request::Events(reply) => drop(reply.send(self.events.follow())),
-            Request::OverrideCommand(order, reply) => return self.take_order(&order, reply),
+            Request::Override(command, reply) => self.on_override(now, &command, reply),
         }
-        false
     }
 
     fn ready(&self) -> Result<(), String> {
         if !self.store.synced() {
-            return Err("not everything has been read yet".to_owned());
+            return Err("initial sync incomplete".to_owned());
         }
-        if !self.attached && self.datapath.replaces_another() {
-            let why = self.trouble.first().map_or_else(
-                || self.doubt.clone().unwrap_or_else(|| "nothing is published yet".to_owned()),
-                |finding| finding.message.clone(),
-            );
-            return Err(format!("a former version's programs go on serving until this one's table is whole: {why}"));
+        if !self.attached && self.kernel.replaces_another() {
+            let why = self.publisher.write_errors().first().map(|finding| finding.message.clone());
+            let why = why.or_else(|| self.unread.clone()).unwrap_or_else(|| "nothing is published yet".to_owned());
+            return Err(format!("the previous version's programs are still serving: table incomplete: {why}"));
         }
-        let adopted = self.layout.adopted();
-        if let Some(doubt) = self.doubt.as_ref().filter(|_| adopted > 0) {
-            return Err(format!("{adopted} frontends are left as a former agent published them, for {doubt}"));
+        let adopted = self.publisher.layout().adopted();
+        if let Some(unread) = self.unread.as_ref().filter(|_| adopted > 0) {
+            return Err(format!("{adopted} frontends are unchanged since the previous agent published them: {unread}"));
         }
         if self.client.default_cluster_local {
-            return Err("the mesh's settings cannot be read, so connections are kept in their cluster".to_owned());
+            return Err("cannot read the mesh settings, so connections stay in their cluster".to_owned());
         }
-        if self.passes {
+        if self.publisher.is_bypassing() {
             return Err(
-                "some services have no room in the kernel's maps, and their connections go past Portolan".to_owned()
+                "BPF maps have no room for some services, and their connections bypass Portolan; restart the agent with larger sizes"
+                    .to_owned(),
             );
         }
-        self.datapath.check_hooks().map_err(|error| format!("{error:#}"))?;
-        self.probe.seen.clone().map_err(|why| format!("the self-probe failed: {why}"))
+        self.kernel.check_hooks().map_err(|error| format!("{error:#}"))?;
+        self.self_probe.seen().clone().map_err(|why| format!("the self-probe failed: {why}"))
     }
 
-    fn sample(&mut self) -> MetricsSnapshot {
-        self.collector.collect(&self.layout, &self.datapath.maps);
+    fn metrics(&mut self, now: Now) -> MetricsSnapshot {
+        self.collector.collect(self.publisher.layout(), &self.kernel);
         self.count_frontends();
-        let ((targets, failing, _), counts) = (self.health.probes(), &self.prober.counts);
+        let (targets, failing, _) = self.health.probes();
+        let counts = &self.probe_counts;
         MetricsSnapshot {
             services: self.collector.services().clone(),
             totals: self.collector.totals().clone(),
             ejected: self.health.ejected(),
             probed: [targets, failing],
-            probes: [&counts.well, &counts.failing, &counts.unknown].map(|count| count.load(Ordering::Relaxed)),
+            probes: [&counts.success, &counts.failing, &counts.unknown].map(|count| count.load(Ordering::Relaxed)),
             health: self.collector.health().clone(),
             publish_seconds: self.collector.publish_seconds(),
             ejection_seconds: self.collector.ejection_seconds(),
-            counters: self.datapath.maps.counters().unwrap_or_default(),
-            times: self.datapath.maps.times().unwrap_or_default(),
-            overflow: self.overflow(),
-            closing_passes: self.closing.passes,
-            closed: self.closing.closed.clone(),
-            occupancy: self.layout.occupancy(),
-            places: self.datapath.closer.places(),
+            counters: self.kernel.counters().unwrap_or_default(),
+            times: self.kernel.latencies().unwrap_or_default(),
+            overflow: self.connection_limit_refusals(),
+            closing_passes: self.termination.sweeps(),
+            closed: self.termination.closed().clone(),
+            occupancy: self.publisher.layout().occupancy(),
+            places: self.kernel.connection_slots(),
             ready: self.ready().is_ok(),
-            findings: self.findings(),
+            findings: self.findings(now),
         }
     }
 
-    /// What the kernel has counted over the limits of pools.
-    fn overflow(&self) -> BTreeMap<(NamespacedName, u16), u64> {
-        let mut pools: BTreeMap<u32, (NamespacedName, u16)> = BTreeMap::new();
-        for key in self.pools.values().flatten() {
-            if let Some((id, _)) = self.layout.pool(key) {
+    /// Connections that the kernel refused because of `maxConnections`, by service and port.
+    fn connection_limit_refusals(&self) -> BTreeMap<(NamespacedName, u16), u64> {
+        let mut pools: BTreeMap<PoolId, (NamespacedName, u16)> = BTreeMap::new();
+        for key in self.frontends.all_pools() {
+            if let Some((id, _)) = self.publisher.layout().pool(key) {
                 pools.insert(id, (key.service.name.clone(), key.port));
             }
         }
         let mut sums = BTreeMap::new();
         for (id, name) in pools {
-            let stats = self.datapath.maps.pool_stats(id).unwrap_or_default();
-            *sums.entry(name).or_default() += stats.overflow;
+            *sums.entry(name).or_default() += self.kernel.pool_stats(id).unwrap_or_default().overflow;
         }
         sums
     }
 
-    fn findings(&self) -> Vec<Finding> {
-        let of_rules =
-            self.compiler.findings().chain(&self.client_findings).chain(&self.trouble).chain(&self.crowded).cloned();
-        let of_rules = of_rules.chain(self.findings_of_health()).chain(self.start_findings.clone());
-        let mut findings: Vec<Finding> = self.store.findings().into_iter().chain(of_rules).collect();
+    /// Returns all findings, in order, each once.
+    fn findings(&self, now: Now) -> Vec<Finding> {
+        let mut findings: Vec<Finding> = self.compiler.findings().cloned().chain(self.standing_findings(now)).collect();
         for finding in &mut findings {
-            self.store.add_source(&self.cluster, finding);
+            self.store.add_source(&self.settings.cluster, finding);
         }
         findings.sort();
         findings.dedup();
         findings
     }
 
-    /// The verdict, with what the kernel holds beside it.
-    fn report(&self) -> Report {
+    /// What is intended, beside what the kernel holds.
+    fn report(&self, now: Now) -> Report {
         let mut output = self.compiler.output();
-        output.findings = self.findings();
+        output.findings = self.findings(now);
         let mut report = Report::new(&self.client, self.store.fingerprint(), &output);
         let routes = output
             .assignments
@@ -131,14 +145,14 @@ impl Reconciler {
             }
             for (endpoint, intended) in service.endpoints.iter_mut().zip(&route.pool.endpoints) {
                 endpoint.kernel = self.endpoint_kernel(&intended.address);
-                self.explain_ejection(&route.pool.key, intended, endpoint);
+                self.explain_ejection(now, &route.pool.key, intended, endpoint);
             }
         }
         report
     }
 
-    /// The verdict for one service, step by step.
-    fn explain(&self, name: &NamespacedName, port: Option<u16>) -> Option<Explanation> {
+    /// The decision for one service, step by step.
+    fn explain(&self, now: Now, name: &NamespacedName, port: Option<u16>) -> Option<Explanation> {
         let snapshot = self.store.snapshot();
         let service = policy::service_named(snapshot, &self.client, name)?;
         let mut output = policy::explain(snapshot, &self.client, self.health.observed(), &service);
@@ -149,39 +163,39 @@ impl Reconciler {
         output.findings.dedup();
         let mut explanation = Explanation::new(&self.client, &output, port);
         for finding in &mut explanation.findings {
-            self.store.add_source(&self.cluster, finding);
+            self.store.add_source(&self.settings.cluster, finding);
         }
         let routes = output.assignments.iter().filter(|assignment| port.is_none_or(|port| port == assignment.port));
         let pools = routes.flat_map(|assignment| &assignment.routes).map(|route| &route.pool);
         for (route, pool) in explanation.routes_mut().zip(pools) {
             for (endpoint, intended) in route.endpoints.iter_mut().zip(&pool.endpoints) {
-                self.explain_ejection(&pool.key, intended, &mut endpoint.endpoint);
+                self.explain_ejection(now, &pool.key, intended, &mut endpoint.endpoint);
             }
         }
         Some(explanation)
     }
 
-    /// Why an endpoint is out, and until when.
-    fn explain_ejection(&self, pool: &PoolKey, intended: &policy::Endpoint, shown: &mut EndpointReport) {
-        let hand = self.health.overrides();
-        let drain = hand.drain(&pool.service.name, &intended.locality.region).map(|drain| &drain.ordered);
-        if let Some(ordered) = hand.ejection(&intended.address).or(drain) {
-            shown.ejected_until = ordered.until.map(rfc3339);
-            let reason = if ordered.reason.is_empty() { String::new() } else { format!(": {}", ordered.reason) };
-            shown.ejected_by = Some(format!("hand{reason}"));
+    /// Adds why an endpoint is ejected, and until when.
+    fn explain_ejection(&self, now: Now, pool: &PoolKey, intended: &policy::Endpoint, shown: &mut EndpointReport) {
+        let overrides = self.health.overrides();
+        let drain = overrides.drain(&pool.service.name, &intended.locality.region).map(|drain| &drain.ordered);
+        if let Some(terms) = overrides.ejection(&intended.address).or(drain) {
+            shown.ejected_until = terms.until.map(rfc3339);
+            let reason = if terms.reason.is_empty() { String::new() } else { format!(": {}", terms.reason) };
+            shown.ejected_by = Some(format!("operator{reason}"));
         } else if let Some(ejection) = self.health.ejection(pool, &intended.address) {
-            let left = ejection.until.saturating_duration_since(Instant::now());
-            shown.ejected_until = Some(rfc3339(SystemTime::now() + left));
-            shown.ejected_by =
-                Some(format!("{} ({} failures in a row)", ejection.cause.threshold.field(), ejection.cause.failures));
+            let left = ejection.until.saturating_duration_since(now.instant);
+            shown.ejected_until = Some(rfc3339(now.wall + left));
+            let (field, failures) = (ejection.cause.threshold.field(), ejection.cause.failures);
+            shown.ejected_by = Some(format!("{field} ({failures} consecutive failures)"));
         }
     }
 
     fn frontend_kernel(&self, assignment: &Assignment) -> FrontendKernel {
         let mut sum = FrontendKernel::default();
         let keys = assignment.frontends.iter().map(|address| table::key(*address, assignment.protocol));
-        for (id, version) in keys.filter_map(|key| self.datapath.maps.frontend(&key)) {
-            let stats = self.datapath.maps.frontend_stats(id).unwrap_or_default();
+        for (id, version) in keys.filter_map(|key| self.kernel.frontend(&key)) {
+            let stats = self.kernel.frontend_stats(id).unwrap_or_default();
             sum.slots += version.period;
             sum.generation = sum.generation.max(version.generation);
             sum.connections += stats.given();
@@ -191,9 +205,9 @@ impl Reconciler {
     }
 
     fn endpoint_kernel(&self, address: &SocketAddr) -> Option<EndpointKernel> {
-        let id = self.layout.backend_id(address)?;
-        let stats = self.datapath.maps.backend_stats(id).ok()?;
-        let uses = self.datapath.maps.backend_use(id).ok()?;
+        let id = self.publisher.layout().backend_id(address)?;
+        let stats = self.kernel.backend_stats(id).ok()?;
+        let uses = self.kernel.backend_use(id).ok()?;
         Some(EndpointKernel {
             connections: stats.opened + stats.flows,
             active: u64::try_from(stats.active as i64).unwrap_or(0),

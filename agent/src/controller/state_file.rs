@@ -1,4 +1,4 @@
-//! What outlives the agent beside the kernel's maps: ejections, and orders by hand. One JSON file, written whole or not at all.
+//! The state that outlives the agent, beside the pinned maps: ejections and overrides. One JSON file, replaced atomically.
 
 use std::{
     collections::BTreeMap,
@@ -11,29 +11,50 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context as _, Result};
 use portolan_core::{
     health::{Overrides, Saved},
-    model::{NamespacedName, Protocol, ServiceId},
+    model::{IpFamily, NamespacedName, Protocol, ServiceId},
     policy::PoolKey,
 };
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-/// The file's own version: one of another is not read.
+/// The version of the file's format. Files of another version are set aside.
 const VERSION: u32 = 1;
-/// Extensions of what lies beside it.
+/// Extension of the file that is being written.
 const NEXT: &str = "next";
+/// Extension of a file that could not be read.
 const UNREADABLE: &str = "unreadable";
 
-/// The whole file.
+/// Why a state file could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum StateFileError {
+    /// The file exists, but the system does not let it be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// The file is damaged, or written by another version.
+    #[error("persisted state unreadable, moved to {moved_to}: {reason}")]
+    Invalid {
+        /// Where its content was moved.
+        moved_to: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// The content of the file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PersistedState {
     version: u32,
     saved_at: SystemTime,
     pools: Vec<PersistedPool>,
-    /// Orders in force.
+    /// Overrides in effect.
     #[serde(rename = "byHand")]
     pub overrides: Overrides,
 }
@@ -54,64 +75,65 @@ struct PersistedPool {
 }
 
 impl PersistedState {
-    /// What is to be kept, as of now.
+    /// The state as of now.
     pub fn new(now: SystemTime, pools: BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>, overrides: Overrides) -> Self {
-        let kept = |(key, hosts): (PoolKey, _)| PersistedPool {
+        let persisted = |(key, hosts): (PoolKey, _)| PersistedPool {
             service: key.service.name,
             is_entry: key.service.is_entry,
             port: key.port,
             protocol: key.protocol,
             subset: key.subset,
-            v6: key.v6,
+            v6: key.family == IpFamily::V6,
             hosts,
         };
-        Self { version: VERSION, saved_at: now, pools: pools.into_iter().map(kept).collect(), overrides }
+        Self { version: VERSION, saved_at: now, pools: pools.into_iter().map(persisted).collect(), overrides }
     }
 
-    /// The files that may lie where one is kept: itself, one that was being written, one that could not be read.
+    /// Returns the files that may exist for a state file: itself, the next one, and one that could not be read.
     pub fn files(path: &Path) -> [PathBuf; 3] {
         [path.to_owned(), path.with_extension(NEXT), path.with_extension(UNREADABLE)]
     }
 
-    /// How long ago that was; nothing, where the clock was set back.
+    /// Returns how long ago it was saved; zero if the clock was set back.
     pub fn age(&self, now: SystemTime) -> Duration {
         now.duration_since(self.saved_at).unwrap_or_default()
     }
 
-    /// By pool.
+    /// Returns the ejections by pool.
     pub fn pools(&self) -> BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>> {
         let of = |pool: &PersistedPool| {
             let service = ServiceId { name: pool.service.clone(), is_entry: pool.is_entry };
-            let key =
-                PoolKey { service, port: pool.port, protocol: pool.protocol, subset: pool.subset.clone(), v6: pool.v6 };
-            (key, pool.hosts.clone())
+            let family = if pool.v6 { IpFamily::V6 } else { IpFamily::V4 };
+            let subset = pool.subset.clone();
+            (PoolKey { service, port: pool.port, protocol: pool.protocol, subset, family }, pool.hosts.clone())
         };
         self.pools.iter().map(of).collect()
     }
 
-    /// Reads the file; nothing where there is none.
+    /// Reads the file; `None` if there is none.
     ///
     /// # Errors
-    /// It cannot be read, or is not what this version writes.
-    pub fn read(path: &Path) -> Result<Option<Self>> {
+    /// Returns an error if it cannot be read, or is not what this version writes. Then it is moved aside, because it is going
+    /// to be replaced.
+    pub fn read(path: &Path) -> Result<Option<Self>, StateFileError> {
         let text = match fs::read(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            text => text.with_context(|| format!("cannot read {}", path.display()))?,
+            text => text.map_err(|source| StateFileError::Read { path: path.to_owned(), source })?,
         };
-        let kept = serde_json::from_slice(&text).context("it is damaged").and_then(|kept: Self| {
-            anyhow::ensure!(kept.version == VERSION, "it is of another version of Portolan");
-            Ok(kept)
+        let state = serde_json::from_slice(&text).map_err(|error| format!("it is damaged: {error}"));
+        let state = state.and_then(|state: Self| {
+            let is_known = state.version == VERSION;
+            is_known.then_some(state).ok_or_else(|| "it is of another version of Portolan".to_owned())
         });
-        kept.map(Some).map_err(|error| {
-            // It will be written anew; what was in it stays beside.
+        state.map(Some).map_err(|reason| {
             let aside = path.with_extension(UNREADABLE);
-            let place = if fs::rename(path, &aside).is_ok() { aside } else { path.to_owned() };
-            error.context(format!("what a former agent has left cannot be read, and is in {}", place.display()))
+            let moved_to = if fs::rename(path, &aside).is_ok() { aside } else { path.to_owned() };
+            StateFileError::Invalid { moved_to, reason }
         })
     }
 
-    /// Writes it: whoever reads sees the whole of the former one or of this one.
-    fn write(&self, path: &Path) -> Result<()> {
+    /// Replaces the file: readers see either the previous content or this one.
+    fn write(&self, path: &Path) -> io::Result<()> {
         let folder = path.parent().unwrap_or(Path::new("/"));
         fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
         let next = path.with_extension(NEXT);
@@ -119,88 +141,135 @@ impl PersistedState {
         let mut out = io::BufWriter::new(file);
         serde_json::to_writer(&mut out, self)?;
         out.into_inner()?.sync_data()?;
-        Ok(fs::rename(&next, path)?)
+        fs::rename(&next, path)
     }
 }
 
-/// Writes the file on a thread of its own: a disk that hangs holds up nobody.
+/// Writes the file on a thread of its own: a disk that hangs blocks nothing else.
 #[derive(Debug)]
 pub struct StateWriter {
-    wanted: Sender<(PersistedState, oneshot::Sender<Result<(), String>>)>,
+    saves: Sender<(u64, PersistedState)>,
 }
 
 impl StateWriter {
-    /// Begins to keep what it is given in this file.
+    /// Starts the thread; results of saves arrive on the channel, by their ids.
     ///
     /// # Errors
-    /// There is no thread for it.
-    pub fn start(path: PathBuf) -> io::Result<Self> {
-        let (wanted, given) = channel();
-        thread::Builder::new().name("keeper".to_owned()).spawn(move || keep(&path, &given))?;
-        Ok(Self { wanted })
+    /// Returns an error if no thread can be started.
+    pub fn start(path: PathBuf) -> io::Result<(Self, UnboundedReceiver<(u64, Result<(), String>)>)> {
+        let ((saves, pending), (results, saved)) = (channel(), unbounded_channel());
+        thread::Builder::new().name("state-writer".to_owned()).spawn(move || write_all(&path, &pending, &results))?;
+        Ok((Self { saves }, saved))
     }
 
-    /// Has this kept, in the place of what was before; what is given says when, or why not.
-    pub fn keep(&self, kept: PersistedState) -> oneshot::Receiver<Result<(), String>> {
-        let (written, told) = oneshot::channel();
-        // The thread ends with the agent only.
-        let _ = self.wanted.send((kept, written));
-        told
+    /// Saves a state. Of several that wait, only the last one is written.
+    pub fn save(&self, id: u64, state: PersistedState) {
+        // The thread ends only with the agent.
+        let _ = self.saves.send((id, state));
     }
 }
 
-fn keep(path: &Path, given: &Receiver<(PersistedState, oneshot::Sender<Result<(), String>>)>) {
+fn write_all(
+    path: &Path,
+    pending: &Receiver<(u64, PersistedState)>,
+    results: &UnboundedSender<(u64, Result<(), String>)>,
+) {
     let mut failing = false;
-    while let Ok(first) = given.recv() {
-        // Of those that came meanwhile the last one is enough.
-        let (mut last, mut waiting) = (first.0, vec![first.1]);
-        for (kept, written) in given.try_iter() {
-            last = kept;
-            waiting.push(written);
+    while let Ok((id, state)) = pending.recv() {
+        let (mut ids, mut last) = (vec![id], state);
+        for (id, state) in pending.try_iter() {
+            ids.push(id);
+            last = state;
         }
-        let result = last.write(path).map_err(|error| format!("{}: {error:#}", path.display()));
+        let result = last.write(path).map_err(|error| format!("cannot write {}: {error}", path.display()));
         if let Err(error) = &result
             && !failing
         {
-            tracing::warn!("ejections and orders will be forgotten at a restart: {error}");
+            tracing::warn!("ejections and overrides are lost when the agent restarts: {error}");
         }
         failing = result.is_err();
-        for written in waiting {
-            // Nobody may be waiting.
-            let _ = written.send(result.clone());
+        for id in ids {
+            if results.send((id, result.clone())).is_err() {
+                return;
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use portolan_core::health::{Cause, Threshold};
 
-    #[test]
-    fn what_is_written_is_read_and_what_is_damaged_is_told() {
-        let folder = std::env::temp_dir().join(format!("portolan-kept-{}", std::process::id()));
-        let path = folder.join("below/kept.json");
-        assert!(PersistedState::read(&path).unwrap().is_none());
+    use super::*;
+
+    fn state(now: SystemTime) -> (PersistedState, BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>) {
         let key = PoolKey {
             service: ServiceId::service(NamespacedName::new("default", "web")),
             port: 80,
             protocol: Protocol::Tcp,
             subset: Some("v1".to_owned()),
-            v6: false,
+            family: IpFamily::V6,
         };
         let cause = Cause { threshold: Threshold::Errors, failures: 5 };
         let saved = Saved { ejected: Some((Duration::from_secs(3), cause)), multiplier: 2 };
         let pools = BTreeMap::from([(key, vec![(SocketAddr::from(([10, 0, 0, 1], 80)), saved)])]);
+        (PersistedState::new(now, pools.clone(), Overrides::default()), pools)
+    }
+
+    fn folder(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("portolan-{name}-{}", std::process::id()))
+    }
+
+    #[test]
+    fn state_is_read_back_and_damage_is_reported() {
+        let folder = folder("state");
+        let path = folder.join("below/state.json");
+        assert!(PersistedState::read(&path).unwrap().is_none());
         let now = SystemTime::now();
-        let kept = PersistedState::new(now, pools.clone(), Overrides::default());
-        kept.write(&path).unwrap();
+        let (state, pools) = state(now);
+        state.write(&path).unwrap();
         let read = PersistedState::read(&path).unwrap().unwrap();
-        assert_eq!((&read, read.pools()), (&kept, pools));
+        assert_eq!((&read, read.pools()), (&state, pools));
         assert_eq!(read.age(now + Duration::from_secs(5)), Duration::from_secs(5));
         assert_eq!(read.age(now - Duration::from_secs(5)), Duration::ZERO);
         fs::write(&path, "{").unwrap();
-        assert!(format!("{:#}", PersistedState::read(&path).unwrap_err()).contains("damaged"));
+        let error = PersistedState::read(&path).unwrap_err().to_string();
+        assert!(error.contains("damaged") && error.contains("state.unreadable"), "{error}");
         fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn interrupted_write_leaves_the_previous_state() {
+        let folder = folder("interrupted");
+        let path = folder.join("state.json");
+        let (state, _) = state(SystemTime::now());
+        state.write(&path).unwrap();
+        // The agent was killed between the first byte and the rename.
+        fs::write(path.with_extension(NEXT), "{\"version\":1,").unwrap();
+        assert_eq!(PersistedState::read(&path).unwrap(), Some(state.clone()));
+        // The next agent replaces what was left.
+        state.write(&path).unwrap();
+        assert!(!path.with_extension(NEXT).exists());
+        fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn writer_reports_each_save_by_its_id() {
+        let folder = folder("writer");
+        let (writer, mut saved) = StateWriter::start(folder.join("state.json")).unwrap();
+        let (state, _) = state(SystemTime::now());
+        for id in 0..3 {
+            writer.save(id, state.clone());
+        }
+        for id in 0..3 {
+            assert_eq!(saved.blocking_recv(), Some((id, Ok(()))));
+        }
+        fs::remove_dir_all(&folder).unwrap();
+        // A path below a file cannot be created.
+        fs::write(&folder, "").unwrap();
+        writer.save(3, state);
+        let (id, result) = saved.blocking_recv().unwrap();
+        assert!(id == 3 && result.is_err_and(|error| error.contains("cannot write")));
+        fs::remove_file(&folder).unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! When connections are looked for that shall not go on, and what is told of them.
+//! Which connections to terminate, and when to look for them. The helper does it.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -11,78 +11,97 @@ use portolan_common::FrontendKey;
 use portolan_core::{
     model::Protocol,
     policy::{Assignment, PoolKey},
-    table::{self, RemovedEndpoints},
+    table::{self, Layout, RemovedEndpoints},
 };
 use portolan_datapath::{
-    ActiveEndpoints, IDLE, Lifetime, Reason, Reconciled, RemovedEndpointTcp, SweepReport, SweepRequest,
+    ActiveEndpoints, Closed, IDLE, Lifetime, Reason, Reconciled, RemovedEndpointTcp, SweepReport, SweepRequest,
 };
 
-use super::{Reconciler, event_log::Event};
+use super::{
+    event_log::{Event, EventKind},
+    now::Now,
+};
+use crate::kernel::Kernel;
 
-/// Between two looks for connections that have outlived their pool's limits: a quarter of the shortest limit, within these.
-const SWEEP: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(60));
+/// Bounds of the time between two sweeps for connections that exceed their pool's limits; a quarter of the shortest limit
+/// within them.
+const SWEEP_INTERVAL: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(60));
+/// Recounts in a row, because counts changed while they were compared.
+const MAX_RECOUNTS: u32 = 10;
+/// The time between two of them.
+const RECOUNT_INTERVAL: Duration = Duration::from_secs(1);
+/// The delay of a recount that is not urgent.
+const RECOUNT_DELAY: Duration = Duration::from_secs(30);
 
-/// Counts that change while they are looked at are looked at again: so often, after this time.
-const RECOUNTS: u32 = 10;
-const RECOUNT: Duration = Duration::from_secs(1);
-const RECOUNT_LATER: Duration = Duration::from_secs(30);
+/// What a sweep request is made from.
+pub(super) struct View<'a, K> {
+    pub(super) kernel: &'a K,
+    pub(super) layout: &'a Layout,
+    /// Whether the endpoints of all frontends are known, so that an endpoint that is in none of them is gone.
+    pub(super) complete: bool,
+    /// Whether the kernel holds the desired table. Where not, no connection is sent back to where it came from.
+    pub(super) in_sync: bool,
+}
 
-/// Sockets that were ended, by reason and protocol.
-pub type Closed = BTreeMap<(Reason, Protocol), u64>;
-
-/// What is to be closed, and what was.
+/// Plans sweeps, and keeps count of what they did.
 #[derive(Debug, Default)]
-pub(super) struct Closing {
-    pub(super) removed_endpoint_tcp: RemovedEndpointTcp,
-    pub(super) closed: Closed,
-    pub(super) passes: u64,
-    /// Endpoints whose connected UDP sockets a pass could not end.
+pub(super) struct TerminationPlanner {
+    policy: RemovedEndpointTcp,
+    closed: Closed,
+    sweeps: u64,
+    /// Endpoints whose connected UDP sockets the last sweep could not all close.
     unfinished: Option<RemovedEndpoints>,
-    /// How often connections are to be counted anew, at the most, until no count changes meanwhile.
+    /// Recounts that remain until every count has been seen at rest.
     recounts: u32,
     recount_at: Option<Instant>,
     lifetimes: HashMap<PoolKey, Lifetime>,
-    /// The endpoints that get connections, by frontends whose rule wants those to others closed.
-    served: HashMap<FrontendKey, ActiveEndpoints>,
+    /// Endpoints that get connections, by frontend, where a rule closes idle connections to all others.
+    active: HashMap<FrontendKey, ActiveEndpoints>,
     next: Option<Instant>,
 }
 
-impl Closing {
-    pub(super) fn new(removed_endpoint_tcp: RemovedEndpointTcp) -> Self {
-        Self { removed_endpoint_tcp, ..Self::default() }
+impl TerminationPlanner {
+    /// Plans with this policy for TCP connections to removed endpoints.
+    pub(super) fn new(policy: RemovedEndpointTcp) -> Self {
+        Self { policy, ..Self::default() }
     }
 
-    /// When to look next, if nothing changes.
-    pub(super) fn poll_timeout(&self) -> Option<Instant> {
-        [self.next, self.recount_at].into_iter().flatten().min()
+    /// Returns the connections that were terminated so far, by reason and protocol.
+    pub(super) fn closed(&self) -> &Closed {
+        &self.closed
     }
 
-    /// Forgets the pools of what a service was assigned before.
-    pub(super) fn forget<'a>(&mut self, assignments: impl Iterator<Item = &'a Assignment>) {
+    /// Returns how many sweeps looked for connections to terminate so far.
+    pub(super) fn sweeps(&self) -> u64 {
+        self.sweeps
+    }
+
+    /// Stops tracking what a service was assigned before.
+    pub(super) fn untrack<'a>(&mut self, assignments: impl IntoIterator<Item = &'a Arc<Assignment>>) {
         for assignment in assignments {
             for route in &assignment.routes {
                 self.lifetimes.remove(&route.pool.key);
             }
             for frontend in &assignment.frontends {
-                self.served.remove(&table::key(*frontend, assignment.protocol));
+                self.active.remove(&table::key(*frontend, assignment.protocol));
             }
         }
     }
 
-    /// Takes down how long connections to a service may live.
-    pub(super) fn learn(&mut self, assignment: &Assignment) {
-        // Where a frontend leads to several hosts, the rules of all of them must want it.
+    /// Tracks how long connections of an assignment may live.
+    pub(super) fn track(&mut self, now: Now, assignment: &Assignment) {
+        // Where a frontend leads to several hosts, the rules of all of them must agree, and the longest time counts.
         let idle = assignment.routes.iter().map(|route| route.pool.close_idle_elsewhere);
         let idle = idle.reduce(|one, other| Some(one?.max(other?))).flatten();
-        // Where nobody gets any, there is nowhere else to go.
+        // Without active endpoints there is nowhere else to go.
         if let Some(idle) = idle.filter(|_| assignment.protocol == Protocol::Tcp && !assignment.schedule.is_empty()) {
             let members = assignment.schedule.runs.iter().flat_map(|run| run.members.iter().copied());
             let endpoints: Arc<[SocketAddr]> = members.collect::<BTreeSet<_>>().into_iter().collect();
-            let served = ActiveEndpoints { endpoints, idle };
+            let active = ActiveEndpoints { endpoints, idle };
             for frontend in &assignment.frontends {
-                self.served.insert(table::key(*frontend, assignment.protocol), served.clone());
+                self.active.insert(table::key(*frontend, assignment.protocol), active.clone());
             }
-            self.look_again(idle);
+            self.schedule_sweep(now, idle);
         }
         for pool in assignment.routes.iter().map(|route| &route.pool) {
             let lifetime = Lifetime { idle: pool.limits.idle_timeout, max_age: pool.limits.max_duration };
@@ -92,139 +111,144 @@ impl Closing {
                 self.lifetimes.insert(pool.key.clone(), lifetime);
             }
         }
-        self.plan(Instant::now());
+        self.schedule_by_limits(now);
     }
 
-    fn look_again(&mut self, after: Duration) {
-        let soon = Instant::now() + after;
+    fn schedule_sweep(&mut self, now: Now, after: Duration) {
+        let soon = now.instant + after;
         self.next = Some(self.next.map_or(soon, |planned| planned.min(soon)));
     }
 
-    fn plan(&mut self, now: Instant) {
+    fn schedule_by_limits(&mut self, now: Now) {
         let limits = self.lifetimes.values().flat_map(|lifetime| [lifetime.idle, lifetime.max_age]).flatten();
-        let sweep = limits.min().map(|shortest| now + (shortest / 4).clamp(SWEEP.0, SWEEP.1));
-        self.next = match (self.next, sweep) {
-            (Some(planned), Some(sweep)) => Some(planned.min(sweep)),
-            (planned, sweep) => planned.or(sweep),
-        };
-    }
-}
-
-impl Reconciler {
-    /// After another version's or another size's maps were replaced: what went while nobody looked is not known.
-    pub(super) fn close_after_replacing(&self) {
-        self.close(self.closing.removed_endpoint_tcp != RemovedEndpointTcp::Keep, Some(RemovedEndpoints::Any));
-    }
-
-    /// After a time in which connections may have ended unseen: leads their counts and places to what there is.
-    pub(super) fn recount(&mut self) {
-        self.closing.recounts = RECOUNTS;
-        self.closing.recount_at = Some(Instant::now());
-    }
-
-    /// The same, where a count may be one off, which can wait.
-    pub(super) fn recount_later(&mut self) {
-        if self.closing.recount_at.is_none() {
-            self.closing.recounts = RECOUNTS;
-            self.closing.recount_at = Some(Instant::now() + RECOUNT_LATER);
+        if let Some(shortest) = limits.min() {
+            self.schedule_sweep(now, (shortest / 4).clamp(SWEEP_INTERVAL.0, SWEEP_INTERVAL.1));
         }
     }
 
-    /// After a publication: looks for connections to endpoints that went with it.
-    pub(super) fn close_gone(&mut self) {
-        let mut lost = self.layout.drain_removed();
-        let tcp = lost.contains_key(&Protocol::Tcp) && self.closing.removed_endpoint_tcp != RemovedEndpointTcp::Keep;
-        let udp = lost.remove(&Protocol::Udp);
-        if self.attached && (tcp || udp.is_some()) {
-            self.close(tcp, udp);
+    /// Compares the counts of connections with the sockets that exist, as soon as possible: connections may have ended
+    /// unnoticed.
+    pub(super) fn recount_now(&mut self, now: Now) {
+        self.recounts = MAX_RECOUNTS;
+        self.recount_at = Some(now.instant);
+    }
+
+    /// Does the same later, where a count may be off by one.
+    pub(super) fn recount_later(&mut self, now: Now) {
+        if self.recount_at.is_none() {
+            self.recounts = MAX_RECOUNTS;
+            self.recount_at = Some(now.instant + RECOUNT_DELAY);
         }
     }
 
-    /// Looks for connections that have outlived their pool's limits, and again for those that were not idle before; counts them where that is due.
-    pub(super) fn sweep(&mut self, now: Instant) {
-        let recount = self.closing.recount_at.take_if(|at| *at <= now).is_some();
-        if self.closing.next.take_if(|at| *at <= now).is_none() {
-            if recount {
-                self.close(false, None);
+    /// Returns when [`Self::handle_timeout`] wants to be called.
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        [self.next, self.recount_at].into_iter().flatten().min()
+    }
+
+    /// Returns the sweep that is due: for connections that exceed their limits, and for those that were not idle before.
+    pub(super) fn handle_timeout<K: Kernel>(&mut self, now: Now, view: &View<'_, K>) -> Option<SweepRequest> {
+        let recount = self.recount_at.take_if(|at| *at <= now.instant).is_some();
+        if self.next.take_if(|at| *at <= now.instant).is_none() {
+            return recount.then(|| self.request(view, false, None)).flatten();
+        }
+        self.schedule_by_limits(now);
+        let unfinished = self.unfinished.take();
+        self.request(view, self.policy != RemovedEndpointTcp::Keep, unfinished)
+    }
+
+    /// Returns the sweep for endpoints that a publication removed.
+    pub(super) fn on_removed<K: Kernel>(
+        &self,
+        mut removed: BTreeMap<Protocol, RemovedEndpoints>,
+        view: &View<'_, K>,
+    ) -> Option<SweepRequest> {
+        let tcp = removed.contains_key(&Protocol::Tcp) && self.policy != RemovedEndpointTcp::Keep;
+        let udp = removed.remove(&Protocol::Udp);
+        (tcp || udp.is_some()).then(|| self.request(view, tcp, udp)).flatten()
+    }
+
+    /// Returns the sweep after maps of another version or size were replaced: what was removed meanwhile is unknown.
+    pub(super) fn on_replaced<K: Kernel>(&self, view: &View<'_, K>) -> Option<SweepRequest> {
+        self.request(view, self.policy != RemovedEndpointTcp::Keep, Some(RemovedEndpoints::Any))
+    }
+
+    fn request<K: Kernel>(
+        &self,
+        view: &View<'_, K>,
+        removed_tcp: bool,
+        removed_udp: Option<RemovedEndpoints>,
+    ) -> Option<SweepRequest> {
+        let removed = removed_tcp || removed_udp.is_some();
+        let mut request = SweepRequest { gone_udp: removed_udp, recount: self.recounts > 0, ..SweepRequest::default() };
+        if removed {
+            request.endpoints = view.layout.endpoints();
+            request.complete = view.complete;
+        }
+        if removed_tcp {
+            request.removed_endpoint_tcp = self.policy;
+        }
+        for (key, lifetime) in &self.lifetimes {
+            let Some((id, epoch)) = view.layout.pool(key) else { continue };
+            // A pool without connections needs no look at all sockets.
+            if view.kernel.pool_stats(id).is_ok_and(|stats| stats.active as i64 > 0) {
+                request.lifetimes.insert((id.get(), epoch), *lifetime);
             }
-            return;
         }
-        self.closing.plan(now);
-        let unfinished = self.closing.unfinished.take();
-        self.close(self.closing.removed_endpoint_tcp != RemovedEndpointTcp::Keep, unfinished);
+        if view.in_sync {
+            request.served.clone_from(&self.active);
+        }
+        let is_needed = removed || request.recount || !request.lifetimes.is_empty() || !request.served.is_empty();
+        is_needed.then_some(request)
     }
 
-    fn close(&self, removed_endpoint_tcp: bool, gone_udp: Option<RemovedEndpoints>) {
-        let gone = removed_endpoint_tcp || gone_udp.is_some();
-        let mut order = SweepRequest { gone_udp, recount: self.closing.recounts > 0, ..SweepRequest::default() };
-        if gone {
-            order.endpoints = self.layout.endpoints();
-            order.complete = self.doubt.is_none() && self.layout.adopted() == 0;
-        }
-        if removed_endpoint_tcp {
-            order.removed_endpoint_tcp = self.closing.removed_endpoint_tcp;
-        }
-        for (key, lifetime) in &self.closing.lifetimes {
-            let Some((id, epoch)) = self.layout.pool(key) else { continue };
-            // Of those that have no connection there is nothing to look for.
-            if self.datapath.maps.pool_stats(id).is_ok_and(|stats| stats.active as i64 > 0) {
-                order.lifetimes.insert((id, epoch), *lifetime);
-            }
-        }
-        // While the kernel may have another table than it should, nobody is sent back to where it was.
-        if self.attached && self.trouble.is_empty() {
-            order.served.clone_from(&self.closing.served);
-        }
-        if gone || order.recount || !order.lifetimes.is_empty() || !order.served.is_empty() {
-            self.datapath.closer.begin(order);
-        }
-    }
-
-    /// What a pass has done.
-    pub(super) fn take_pass(&mut self, pass: &SweepReport) {
-        self.closing.passes += u64::from(pass.closing);
-        for ((reason, protocol, endpoint), count) in &pass.closed {
-            *self.closing.closed.entry((*reason, *protocol)).or_default() += count;
+    /// Handles the report of a sweep; returns what to log.
+    pub(super) fn on_report(&mut self, now: Now, report: &SweepReport) -> Vec<Event> {
+        let mut events = Vec::new();
+        self.sweeps += u64::from(report.closing);
+        for ((reason, protocol, endpoint), count) in &report.closed {
+            *self.closed.entry((*reason, *protocol)).or_default() += count;
             let why = match reason {
                 Reason::Gone => "the endpoint is gone",
                 Reason::Idle => "idleTimeout",
                 Reason::Age => "maxConnectionDuration",
-                Reason::Inactive => "it was idle, and the endpoint gets no connections any more",
+                Reason::Inactive => "it was idle, and the endpoint gets no new connections",
             };
             let message = format!("{count} {protocol} connections to {endpoint} were closed: {why}");
-            let record = Event { kind: Event::CLOSED.to_owned(), message, ..Event::default() };
-            self.events.add(Event { endpoint: Some(endpoint.to_string()), ..record });
+            events.push(Event { endpoint: Some(endpoint.to_string()), ..Event::new(EventKind::Closed, message) });
         }
-        if let Some(lost) = pass.unfinished.clone() {
-            self.closing.unfinished.get_or_insert_default().add(lost);
-            self.closing.look_again(IDLE);
+        if let Some(unfinished) = report.unfinished.clone() {
+            self.unfinished.get_or_insert_default().add(unfinished);
+            self.schedule_sweep(now, IDLE);
         }
-        if !pass.trouble.is_empty() && !self.closing.served.is_empty() {
-            self.closing.look_again(IDLE);
+        if !report.trouble.is_empty() && !self.active.is_empty() {
+            self.schedule_sweep(now, IDLE);
         }
-        for trouble in &pass.trouble {
-            tracing::warn!("connections that should end may go on: {trouble}");
+        for error in &report.trouble {
+            tracing::warn!("failed to terminate some connections: {error}");
         }
-        if let Some(wait) = pass.wait {
-            self.closing.look_again(wait.max(SWEEP.0));
+        if let Some(wait) = report.wait {
+            self.schedule_sweep(now, wait.max(SWEEP_INTERVAL.0));
         }
-        if let Some(Reconciled { freed, corrected, .. }) = pass.recounted
+        if let Some(Reconciled { freed, corrected, .. }) = report.recounted
             && freed + corrected > 0
         {
-            let message =
-                format!("connections had ended unseen: {corrected} counts were wrong, {freed} places were not free");
-            self.events.add(Event { kind: Event::REPAIRED.to_owned(), message, ..Event::default() });
+            let message = format!(
+                "repaired connection accounting after missed close events: {corrected} counts were wrong, {freed} slots were not free"
+            );
+            events.push(Event::new(EventKind::Repaired, message));
         }
-        if pass.counting {
-            let done = pass.recounted.is_some_and(|recounted| recounted.unsettled == 0);
-            self.closing.recounts = if done { 0 } else { self.closing.recounts.saturating_sub(1) };
-            if self.closing.recounts > 0 {
-                self.closing.recount_at = Some(Instant::now() + RECOUNT);
+        if report.counting {
+            let done = report.recounted.is_some_and(|recounted| recounted.unsettled == 0);
+            self.recounts = if done { 0 } else { self.recounts.saturating_sub(1) };
+            if self.recounts > 0 {
+                self.recount_at = Some(now.instant + RECOUNT_INTERVAL);
             } else if !done {
                 tracing::warn!(
-                    "counts of connections could not all be checked: they change all the time, or not all sockets can be seen"
+                    "cannot verify all counts of connections: they keep changing, or not all sockets are visible"
                 );
             }
         }
+        events
     }
 }

@@ -11,15 +11,14 @@ use std::{
 
 use portolan_common::{BackendStats, FrontendStats};
 use portolan_core::{
-    health::{DetectorEvent, DetectorEventKind},
     model::{Finding, Locality, NamespacedName, ServiceId},
     policy::{Assignment, Endpoint, PoolKey},
-    table::{Layout, Op},
+    table::{BackendId, FrontendId, Layout, Op},
 };
-use portolan_datapath::{Counters, Maps};
+use portolan_datapath::{Closed, Counters};
 use prometheus_client::metrics::histogram::Histogram;
 
-use crate::controller::Closed;
+use crate::kernel::Kernel;
 
 /// Destination of connections. It has no address, to bound the cardinality of the metrics.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -47,13 +46,25 @@ pub struct Total {
     pub received_bytes: u64,
 }
 
+/// What came of a threshold that an endpoint reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum HealthCount {
+    /// The endpoint was ejected.
+    Ejected,
+    /// `maxEjectionPercent` allowed no further ejection.
+    Limited,
+    /// A single pod saw the failures, and the agent could not confirm them.
+    Unconfirmed,
+}
+
 /// Counts by service, port and kind: `ejected`, `overflow` (suppressed by the limit), or `unconfirmed`.
-pub type HealthCounts = BTreeMap<(NamespacedName, u16, &'static str), u64>;
+pub type HealthCounts = BTreeMap<(NamespacedName, u16, HealthCount), u64>;
 
 /// Number of connections with an endpoint and number of refused connections, by service and port.
 pub type ServiceTotals = BTreeMap<(NamespacedName, u16), (u64, u64)>;
 
 /// Snapshot of everything that `/metrics` shows.
+#[derive(Debug)]
 pub struct MetricsSnapshot {
     /// Picks and refusals by service and port.
     pub services: ServiceTotals,
@@ -99,10 +110,10 @@ pub struct Collector {
     addresses: Vec<Option<SocketAddr>>,
     /// Last collected counters of each backend id.
     /// An id is absent while its counters are zero: most endpoints of a large mesh get no connections.
-    seen: HashMap<u32, BackendStats>,
+    seen: HashMap<BackendId, BackendStats>,
     totals: BTreeMap<Destination, Total>,
     health: HealthCounts,
-    seen_frontends: HashMap<u32, FrontendStats>,
+    seen_frontends: HashMap<FrontendId, FrontendStats>,
     services: ServiceTotals,
     publish_seconds: Histogram,
     ejection_seconds: Histogram,
@@ -159,20 +170,20 @@ impl Collector {
     ///
     /// Returns whether previous owners of these counters still have connections.
     /// If such a connection closes at the same time, it may be subtracted from the counters of the new owner.
-    pub fn before(&mut self, ops: &[Op], maps: &Maps) -> bool {
+    pub fn before(&mut self, ops: &[Op], kernel: &impl Kernel) -> bool {
         let mut active = false;
         for op in ops {
             if let Op::ResetPool(id, _) = op {
-                active |= maps.pool_stats(*id).is_ok_and(|stats| stats.active != 0);
+                active |= kernel.pool_stats(*id).is_ok_and(|stats| stats.active != 0);
             }
             if let Op::ResetFrontend(id) = op {
                 self.seen_frontends.remove(id);
             }
             if let Op::SetBackend(id, backend) = op {
-                let place = *id as usize;
+                let place = id.get() as usize;
                 if let Some(address) = self.addresses.get(place).copied().flatten() {
-                    self.take(*id, address, maps);
-                    active |= maps.backend_stats(*id).is_ok_and(|stats| stats.active != 0);
+                    self.take(*id, address, kernel);
+                    active |= kernel.backend_stats(*id).is_ok_and(|stats| stats.active != 0);
                     // The counters of its last connections are collected.
                     if self.names.get(&address).is_some_and(|names| names.iter().all(|name| !name.live)) {
                         self.names.remove(&address);
@@ -189,17 +200,17 @@ impl Collector {
     }
 
     /// Collects the counters of all backends in use.
-    pub fn collect(&mut self, layout: &Layout, maps: &Maps) {
+    pub fn collect(&mut self, layout: &Layout, kernel: &impl Kernel) {
         for (address, id) in layout.backends() {
-            self.take(id, address, maps);
+            self.take(id, address, kernel);
         }
         let in_use: HashSet<SocketAddr> = self.addresses.iter().flatten().copied().collect();
         self.names.retain(|address, _| in_use.contains(address));
     }
 
-    fn take(&mut self, id: u32, address: SocketAddr, maps: &Maps) {
-        let Ok(now) = maps.backend_stats(id) else { return };
-        let place = id as usize;
+    fn take(&mut self, id: BackendId, address: SocketAddr, kernel: &impl Kernel) {
+        let Ok(now) = kernel.backend_stats(id) else { return };
+        let place = id.get() as usize;
         if self.addresses.len() <= place {
             self.addresses.resize(place + 1, None);
         }
@@ -221,7 +232,7 @@ impl Collector {
     }
 
     /// Collects the counters of a frontend.
-    pub fn take_frontend(&mut self, id: u32, service: &NamespacedName, port: u16, now: FrontendStats) {
+    pub fn take_frontend(&mut self, id: FrontendId, service: &NamespacedName, port: u16, now: FrontendStats) {
         let before = self.seen_frontends.insert(id, now).unwrap_or_default();
         // The id was reused by another frontend, whose counters started at zero.
         let before = if now.cursor < before.cursor { FrontendStats::default() } else { before };
@@ -235,19 +246,9 @@ impl Collector {
         &self.services
     }
 
-    /// Counts an event of outlier detection. The end of an ejection is not counted.
-    pub fn count_health(&mut self, pool: &PoolKey, event: &DetectorEvent) {
-        let kind = match event.kind {
-            DetectorEventKind::Ejected { .. } => "ejected",
-            DetectorEventKind::Overflow { .. } => "overflow",
-            DetectorEventKind::Released => return,
-        };
-        *self.health.entry((pool.service.name.clone(), pool.port, kind)).or_default() += 1;
-    }
-
-    /// Counts an ejection that was not confirmed.
-    pub fn count_unconfirmed(&mut self, pool: &PoolKey) {
-        *self.health.entry((pool.service.name.clone(), pool.port, "unconfirmed")).or_default() += 1;
+    /// Counts what came of a threshold that an endpoint reached.
+    pub fn count_health(&mut self, pool: &PoolKey, count: HealthCount) {
+        *self.health.entry((pool.service.name.clone(), pool.port, count)).or_default() += 1;
     }
 
     /// Records the time from a change to its published table.

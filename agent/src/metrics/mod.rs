@@ -15,7 +15,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use self::collect::{Destination, MetricsSnapshot, Total};
+use self::collect::{Destination, HealthCount, MetricsSnapshot, Total};
 use crate::{opt_out, source::SourceReport};
 
 /// Name and help of a metric, and the total that it shows.
@@ -134,16 +134,18 @@ fn services(registry: &mut Registry, sample: &MetricsSnapshot) {
         let labels = ServiceLabels { namespace: service.namespace.clone(), service: service.name.clone(), port: *port };
         overflow.get_or_create(&labels).inc_by(*count);
     }
-    registry.register("portolan_overflow", "Connections refused by maxConnections", overflow);
+    let about = "Connections refused by maxConnections";
+    registry.register("portolan_connection_limit_refusals", about, overflow.clone());
+    registry.register("portolan_overflow", "Deprecated alias of portolan_connection_limit_refusals", overflow);
     registry.register("portolan_refused", "Connections refused: no eligible endpoint, or maxConnections", refused);
     let (ejections, overflows) = (Counters::<ServiceLabels>::default(), Counters::<ServiceLabels>::default());
     let unconfirmed = Counters::<ServiceLabels>::default();
     for ((service, port, kind), count) in &sample.health {
         let labels = ServiceLabels { namespace: service.namespace.clone(), service: service.name.clone(), port: *port };
         let family = match *kind {
-            "ejected" => &ejections,
-            "overflow" => &overflows,
-            _ => &unconfirmed,
+            HealthCount::Ejected => &ejections,
+            HealthCount::Limited => &overflows,
+            HealthCount::Unconfirmed => &unconfirmed,
         };
         family.get_or_create(&labels).inc_by(*count);
     }
@@ -194,11 +196,17 @@ fn agent(registry: &mut Registry, sample: &MetricsSnapshot) {
             sample.counters.events_lost,
         ),
         (
-            "portolan_inconsistent",
+            "portolan_lookup_inconsistencies",
             "Connections refused because the maps were inconsistent",
             sample.counters.inconsistent,
         ),
-        ("portolan_no_memory", "Sockets that got an endpoint, but no per-socket state", sample.counters.no_memory),
+        (
+            "portolan_socket_state_alloc_failures",
+            "Sockets that got an endpoint, but no per-socket state",
+            sample.counters.no_memory,
+        ),
+        ("portolan_inconsistent", "Deprecated alias of portolan_lookup_inconsistencies", sample.counters.inconsistent),
+        ("portolan_no_memory", "Deprecated alias of portolan_socket_state_alloc_failures", sample.counters.no_memory),
     ];
     for (name, help, value) in counters {
         let counter = Counter::<u64, AtomicU64>::default();

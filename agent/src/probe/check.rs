@@ -19,7 +19,7 @@ use tower::service_fn;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ProbeResult {
     /// The endpoint passed.
-    Well,
+    Success,
     /// The endpoint failed, for this reason.
     Failing(String),
     /// The agent could not probe, for this reason. The result says nothing about the endpoint.
@@ -37,7 +37,7 @@ pub async fn check(endpoint: SocketAddr, probe: &Probe) -> ProbeResult {
         }
     };
     match timeout(probe.timeout, attempt).await {
-        Ok(Ok(())) => ProbeResult::Well,
+        Ok(Ok(())) => ProbeResult::Success,
         Ok(Err(verdict)) => verdict,
         Err(_) => ProbeResult::Failing(format!("no answer within {}", humantime::format_duration(probe.timeout))),
     }

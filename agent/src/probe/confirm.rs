@@ -17,8 +17,8 @@ use super::check::{ProbeResult, check};
 /// Maximum time to wait for a connection: long enough to retransmit a lost SYN once.
 const CONFIRM_TIMEOUT: Duration = Duration::from_millis(2_500);
 
-/// Repermits a probe that makes one TCP connection. It times out no later than the `connectTimeout` of the pods.
-pub fn dial(connect_timeout: Option<Duration>) -> Probe {
+/// Returns a probe that makes one TCP connection. It times out no later than the `connectTimeout` of the pods.
+pub fn connect_probe(connect_timeout: Option<Duration>) -> Probe {
     let timeout = connect_timeout.map_or(CONFIRM_TIMEOUT, |connect_timeout| connect_timeout.min(CONFIRM_TIMEOUT));
     Probe { kind: ProbeKind::Tcp, port: None, period: Duration::MAX, timeout, failures: 1, successes: 1 }
 }
@@ -26,7 +26,7 @@ pub fn dial(connect_timeout: Option<Duration>) -> Probe {
 /// Maximum number of concurrent confirmations; further ones wait.
 const MAX_IN_FLIGHT: usize = 64;
 /// How long after its last use an endpoint counts as used by other pods.
-pub const LATELY: Duration = Duration::from_secs(300);
+pub const RECENT_USE: Duration = Duration::from_secs(300);
 
 /// Result of a confirmation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,7 +77,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = listener.local_addr().unwrap();
         let (confirmer, mut results) = Confirmer::new();
-        let probe = Arc::new(dial(None));
+        let probe = Arc::new(connect_probe(None));
         confirmer.ask(endpoint, Arc::clone(&probe));
         let expected = Confirmation { endpoint, probe: Arc::clone(&probe), failed: false };
         assert_eq!(results.recv().await, Some(expected.clone()));

@@ -8,5 +8,5 @@ mod self_probe_client;
 
 pub use self::{
     check::{ProbeResult, check},
-    prober::{Counts, Probed, Prober},
+    prober::{Counts, ProbeReport, Prober},
 };

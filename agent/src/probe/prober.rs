@@ -35,7 +35,7 @@ const JITTER: u32 = 10;
 
 /// A state change of a probed endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Probed {
+pub struct ProbeReport {
     /// Endpoint and probe.
     pub target: Target,
     /// Generation passed to [`Prober::set`]. A result of an earlier generation is stale.
@@ -48,7 +48,7 @@ pub struct Probed {
 #[derive(Debug, Default)]
 pub struct Counts {
     /// Probes that succeeded.
-    pub well: AtomicU64,
+    pub success: AtomicU64,
     /// Probes that failed.
     pub failing: AtomicU64,
     /// Probes that the agent could not make.
@@ -60,7 +60,7 @@ pub struct Counts {
 pub struct Prober {
     wanted: UnboundedSender<(Target, Option<u64>)>,
     /// State changes of endpoints.
-    pub found: UnboundedReceiver<Probed>,
+    pub found: UnboundedReceiver<ProbeReport>,
     /// Number of finished probes by result.
     pub counts: Arc<Counts>,
     /// Maximum number of probes per second; 0 disables them.
@@ -161,11 +161,11 @@ impl Schedule {
     }
 
     /// Records a result and schedules the next probe. Returns the state change, if any.
-    fn take(&mut self, (target, number): (Target, u64), verdict: ProbeResult, now: Instant) -> Option<Probed> {
+    fn take(&mut self, (target, number): (Target, u64), verdict: ProbeResult, now: Instant) -> Option<ProbeReport> {
         let fraction = self.fraction(now.elapsed().as_nanos() as u64 ^ number.rotate_left(32));
         let row = self.rows.get_mut(&target).filter(|row| row.number == number)?;
         let changed = match &verdict {
-            ProbeResult::Well => row.take(&target.probe, false),
+            ProbeResult::Success => row.take(&target.probe, false),
             ProbeResult::Failing(_) => row.take(&target.probe, true),
             ProbeResult::Unknown(_) => false,
         };
@@ -173,7 +173,7 @@ impl Schedule {
         let at = now + row.wait(&target.probe).mul_f64(jitter / 100.0);
         self.due.push(Reverse((at, number, target.clone())));
         let failing = if let ProbeResult::Failing(why) = verdict { Some(why) } else { None };
-        changed.then_some(Probed { target, number, failing })
+        changed.then_some(ProbeReport { target, number, failing })
     }
 
     /// Returns the target to probe now, and whether it is failing.
@@ -197,7 +197,7 @@ impl Schedule {
 /// Runs until the [`Prober`] is dropped.
 async fn run(
     mut targets: UnboundedReceiver<(Target, Option<u64>)>,
-    found: UnboundedSender<Probed>,
+    found: UnboundedSender<ProbeReport>,
     counts: Arc<Counts>,
     pace: Duration,
 ) {
@@ -224,7 +224,7 @@ async fn run(
                 let Ok((asked, was_failing, verdict)) = finished else { continue };
                 failing_in_flight -= usize::from(was_failing);
                 let count = match &verdict {
-                    ProbeResult::Well => &counts.well,
+                    ProbeResult::Success => &counts.success,
                     ProbeResult::Failing(_) => &counts.failing,
                     ProbeResult::Unknown(_) => &counts.unknown,
                 };
@@ -300,11 +300,11 @@ mod tests {
         assert!((0.9..=1.1).contains(&wait.as_secs_f64()), "{wait:?}");
         assert_eq!(answer(&mut schedule, ProbeResult::Unknown("no route".to_owned())).0, None);
         let (probed, wait) = answer(&mut schedule, failing());
-        assert_eq!(probed, Some(Probed { target: target.clone(), number: 1, failing: Some("no".to_owned()) }));
+        assert_eq!(probed, Some(ProbeReport { target: target.clone(), number: 1, failing: Some("no".to_owned()) }));
         assert!((9.0..=11.0).contains(&wait.as_secs_f64()), "{wait:?}");
         assert_eq!(
-            answer(&mut schedule, ProbeResult::Well).0,
-            Some(Probed { target: target.clone(), number: 1, failing: None })
+            answer(&mut schedule, ProbeResult::Success).0,
+            Some(ProbeReport { target: target.clone(), number: 1, failing: None })
         );
         // A probe in flight while its target is removed and added again is stale.
         let at = schedule.next().unwrap();

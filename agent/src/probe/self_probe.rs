@@ -55,6 +55,17 @@ pub struct SelfProbe {
 /// Result of a self-probe; `Err` has the reason of the failure.
 pub type Seen = Result<(), String>;
 
+/// Asks a running self-probe to run at once.
+#[derive(Clone, Debug)]
+pub struct SelfProbeHandle(Arc<Notify>);
+
+impl SelfProbeHandle {
+    /// Runs the self-probe without waiting for its interval.
+    pub fn run_now(&self) {
+        self.0.notify_one();
+    }
+}
+
 impl SelfProbe {
     /// Binds the listeners on loopback, for a client in `cgroup`.
     ///
@@ -87,16 +98,17 @@ impl SelfProbe {
         Table { frontends: [Protocol::Tcp, Protocol::Udp].map(of).into() }
     }
 
-    /// Returns a handle that triggers a probe immediately.
-    pub fn wanted(&self) -> Arc<Notify> {
-        Arc::clone(&self.wanted)
+    /// Starts to serve the listeners, and to probe: first when [`SelfProbeHandle::run_now`] asks for it, then every [`INTERVAL`].
+    ///
+    /// Must be called from within a Tokio runtime. Ends when the receiver is dropped.
+    pub fn start(self) -> (SelfProbeHandle, mpsc::Receiver<Seen>) {
+        let (seen, results) = mpsc::channel(1);
+        let handle = SelfProbeHandle(Arc::clone(&self.wanted));
+        tokio::spawn(self.run(seen));
+        (handle, results)
     }
 
-    /// Serves the listeners and probes until the receiver of `seen` is dropped.
-    ///
-    /// The first probe waits for a notification of [`Self::wanted()`].
-    /// Later ones run every [`INTERVAL`], or when notified.
-    pub async fn run(self, seen: mpsc::Sender<Seen>) {
+    async fn run(self, seen: mpsc::Sender<Seen>) {
         let Self { cgroup, listener, datagrams, wanted, .. } = self;
         let answer_streams = async {
             loop {

@@ -111,7 +111,7 @@ impl Context<'_> {
                 "{export_to:?}: the policy of a node cannot depend on the namespace of the client, \
                  so the object is ignored; export it to \"*\""
             );
-            self.finding(Code::LeftOut, "spec.exportTo", message);
+            self.finding(Code::ScopeNotEnforceable, "spec.exportTo", message);
         }
         all
     }

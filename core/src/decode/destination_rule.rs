@@ -182,7 +182,7 @@ pub(super) fn destination_rule(
     let spec: DestinationRuleSpec = context.deserialize_reporting_ignored("spec", value["spec"].take(), |_| false)?;
     if spec.workload_selector.is_some() {
         let message = "is not supported: the policy of a node cannot depend on the client, so the rule is ignored";
-        context.finding(Code::LeftOut, "spec.workloadSelector", message);
+        context.finding(Code::ScopeNotEnforceable, "spec.workloadSelector", message);
         return Ok(None);
     }
     if !context.exported_to_all(&spec.export_to) {

@@ -152,7 +152,7 @@ fn match_block(context: &mut Context<'_>, at: &str, spec: MatchSpec) -> Result<O
     ];
     if let Some((field, _)) = client_conditions.iter().find(|(_, set)| *set) {
         let message = "is not supported: the policy of a node cannot depend on the client; this match is ignored";
-        context.finding(Code::LeftOut, format!("{at}.{field}"), message);
+        context.finding(Code::ScopeNotEnforceable, format!("{at}.{field}"), message);
         return Ok(None);
     }
     if !spec.gateways.is_empty() && !spec.gateways.iter().any(|gateway| gateway == MESH) {

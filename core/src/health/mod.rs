@@ -15,7 +15,7 @@ use std::{
 
 use self::{active::Probing, warmup::Warming};
 use crate::{
-    model::{Probe, ServiceId},
+    model::{IpFamily, Probe, ServiceId},
     policy::{Assignment, HealthView, Pool, PoolKey},
 };
 
@@ -346,7 +346,7 @@ impl Health {
 
     /// Returns whether the pool is tracked, in either address family.
     pub fn knows(&self, key: &PoolKey) -> bool {
-        [false, true].into_iter().any(|v6| self.pools.contains_key(&PoolKey { v6, ..key.clone() }))
+        IpFamily::BOTH.into_iter().any(|family| self.pools.contains_key(&PoolKey { family, ..key.clone() }))
     }
 
     /// Records that connections to a pool on an HTTP port carry another protocol.

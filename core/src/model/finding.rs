@@ -62,7 +62,7 @@ codes! {
     InvalidObject = 20, Error, "Invalid object";
     InvalidPart = 21, Error, "Invalid part of an object";
     NotHonoured = 22, Warning, "Field has no effect";
-    LeftOut = 23, Error, "Scope not enforceable per node";
+    ScopeNotEnforceable = 23, Error, "Scope not enforceable per node";
     ForbiddenAddress = 24, Error, "Forbidden address";
     UnknownAnnotation = 25, Error, "Unknown or invalid portolan.io annotation";
     // Topology.
@@ -95,11 +95,11 @@ codes! {
     KernelWrite = 91, Error, "Kernel update failed";
     MapNearlyFull = 92, Warning, "BPF map nearly full";
     // Health.
-    NotConfirmed = 100, Warning, "Ejection not confirmed, failures seen from a single pod";
+    EjectionUnconfirmed = 100, Warning, "Ejection not confirmed, failures seen from a single pod";
     EjectionRefused = 101, Warning, "Failing endpoint not ejected, limit reached";
     NotHttp = 102, Warning, "Non-HTTP/1 traffic on an HTTP port";
-    Overrides = 103, Warning, "Operator override in effect";
-    KeptUnreadable = 104, Warning, "Persisted state unreadable";
+    Override = 103, Warning, "Operator override in effect";
+    PersistedStateUnreadable = 104, Warning, "Persisted state unreadable";
     ProbesBounded = 105, Warning, "Active probes exceed the rate limit";
     // API servers.
     SourceUnreachable = 110, Error, "API server unreachable";

@@ -2,6 +2,7 @@
 
 mod endpoint;
 mod finding;
+mod ip_family;
 mod istio;
 mod locality;
 mod mesh_config;
@@ -15,6 +16,7 @@ pub use endpoint::{
     EndpointSlice, Hints, Labels, Namespace, Node, Pod, SliceEndpoint, SlicePort, Workload, WorkloadEntry,
 };
 pub use finding::{Code, Finding, Position, Severity};
+pub use ip_family::IpFamily;
 pub use istio::{
     Algorithm, ConnectionPool, DestinationRule, Distribute, Failover, Keepalive, LabelPreference, LoadBalancer,
     LocalitySetting, Match, Route, Subnet, Subset, TrafficPolicy, VirtualService, Warmup, WeightedDestination,

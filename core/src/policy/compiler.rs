@@ -17,7 +17,7 @@ use super::{
     types::{Assignment, Client, HealthView, PolicyOutput, Pool, Route},
 };
 use crate::{
-    model::{Algorithm, Code, Finding, Locality, NamespacedName, Protocol, ServiceId, ServicePort},
+    model::{Algorithm, Code, Finding, IpFamily, Locality, NamespacedName, Protocol, ServiceId, ServicePort},
     store::{Changes, Snapshot},
 };
 
@@ -221,7 +221,7 @@ impl Compiler {
         }
         let own =
             view.addresses.iter().filter(|address| self.owners.get(&(**address, port.port, port.protocol)) == Some(id));
-        for family in [IpAddr::is_ipv4 as fn(&IpAddr) -> bool, IpAddr::is_ipv6] {
+        for family in IpFamily::BOTH {
             let context = PolicyContext {
                 snapshot,
                 client,
@@ -232,7 +232,7 @@ impl Compiler {
                 explain: self.explain.as_ref() == Some(id),
             };
             // Routes may match individual addresses, so addresses are grouped by route. Usually there is one group.
-            let mut remaining: Vec<IpAddr> = own.clone().copied().filter(family).collect();
+            let mut remaining: Vec<IpAddr> = own.clone().copied().filter(|address| family.contains(address)).collect();
             while let Some(first) = remaining.first().copied() {
                 let route = |address: IpAddr| self.rules.route(id, port, address);
                 let matched = route(first);
@@ -251,7 +251,7 @@ impl Compiler {
                     let same = |other: &&ServicePort| other.protocol == port.protocol;
                     view.map(|view| view.ports.iter().filter(same).map(|port| port.port).collect()).unwrap_or_default()
                 };
-                let at = (port.port, port.protocol, first.is_ipv6());
+                let at = (port.port, port.protocol, family);
                 let destinations = self.rules.destinations(id, at, matched, &ports, &mut compiled.findings);
                 // Routes are large and long-lived: allocate no spare capacity.
                 let mut routes = Vec::with_capacity(destinations.len());

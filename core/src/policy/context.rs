@@ -1,6 +1,6 @@
 //! Inputs to the computation of a pool.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
     locality::Labelled,
@@ -8,7 +8,7 @@ use super::{
     types::{Client, Endpoint, HealthView},
 };
 use crate::{
-    model::{Hints, Labels, Locality},
+    model::{Hints, IpFamily, Labels, Locality},
     store::{NETWORK, Snapshot},
 };
 
@@ -51,8 +51,8 @@ pub(super) struct PolicyContext<'a> {
     pub(super) client: &'a Client,
     pub(super) rules: &'a RuleIndex,
     pub(super) observed: &'a HealthView,
-    /// Address family of the frontend, as a predicate.
-    pub(super) family: fn(&IpAddr) -> bool,
+    /// Address family of the frontend.
+    pub(super) family: IpFamily,
     /// Shared empty locality, for endpoints whose locality is unknown.
     pub(super) unknown_locality: &'a Arc<Locality>,
     /// Whether to record excluded endpoints with the reasons.

@@ -33,7 +33,7 @@ pub(super) fn explain_empty(context: &PolicyContext<'_>, pool: &Pool) -> String 
         "it has no endpoints".to_owned()
     } else if !slices.iter().any(|slice| serves(slice)) {
         format!("no EndpointSlice has a {} port named {:?}, the name of the Service port", port.protocol, port.name)
-    } else if !all().any(|endpoint| (context.family)(&endpoint.address)) {
+    } else if !all().any(|endpoint| context.family.contains(&endpoint.address)) {
         "all of its endpoints are of the other address family".to_owned()
     } else if pool.key.subset.is_some() {
         "no Pod behind its endpoints has the labels of the subset".to_owned()

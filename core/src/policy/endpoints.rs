@@ -250,7 +250,7 @@ fn add<'a>(
     let Endpoint { address, cluster, .. } = &candidate.endpoint;
     let on_node = || candidate.node.is_some() && candidate.node == context.client.node.as_deref();
     let has = |labels: &Labels| labels.iter().all(|(key, value)| candidate.label(key) == value);
-    let why = if !(context.family)(&address.ip()) {
+    let why = if !context.family.contains(&address.ip()) {
         Some("it is of the other address family")
     } else if why.is_some() {
         why

@@ -10,8 +10,8 @@ use std::{
 use super::types::{Client, PoolKey};
 use crate::{
     model::{
-        ClusterLocal, ClusterLocalRule, Code, DestinationRule, Finding, MeshConfig, NamespacedName, Protocol, Route,
-        ServiceId, ServicePort, TrafficPolicy, VirtualService,
+        ClusterLocal, ClusterLocalRule, Code, DestinationRule, Finding, IpFamily, MeshConfig, NamespacedName, Protocol,
+        Route, ServiceId, ServicePort, TrafficPolicy, VirtualService,
     },
     store::{Objects, Snapshot},
 };
@@ -204,13 +204,13 @@ impl RuleIndex {
     pub fn destinations(
         &self,
         service: &ServiceId,
-        (port, protocol, v6): (u16, Protocol, bool),
+        (port, protocol, family): (u16, Protocol, IpFamily),
         route: Option<MatchedRoute<'_>>,
         ports: &dyn Fn(&ServiceId) -> Vec<u16>,
         findings: &mut Vec<Finding>,
     ) -> Vec<Destination> {
         let Some((rule, route)) = route else {
-            let key = PoolKey { service: service.clone(), port, protocol, subset: None, v6 };
+            let key = PoolKey { service: service.clone(), port, protocol, subset: None, family };
             return vec![Destination { weight: 1, key, via_route: false }];
         };
         let object = || format!("VirtualService {}", rule.name);
@@ -231,7 +231,7 @@ impl RuleIndex {
                     format!("{id} has no TCP port {port}; its share of connections is refused; use one of {known:?}");
                 findings.push(Finding::new(Code::UnknownDestination, object(), message).at("route.destination.port"));
             }
-            let key = PoolKey { service: id, port, protocol, subset: destination.subset.clone(), v6 };
+            let key = PoolKey { service: id, port, protocol, subset: destination.subset.clone(), family };
             destinations.push(Destination { weight: destination.weight, key, via_route: true });
         }
         destinations

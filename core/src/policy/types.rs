@@ -12,7 +12,7 @@ use portolan_common::{LbPolicy, TrackFlags};
 
 use super::schedule::Schedule;
 use crate::model::{
-    Algorithm, ClusterLocal, ConnectionPool, DestinationRule, Finding, Labels, Locality, NamespacedName,
+    Algorithm, ClusterLocal, ConnectionPool, DestinationRule, Finding, IpFamily, Labels, Locality, NamespacedName,
     OutlierDetection, Probe, Protocol, ServiceId, SuccessCriterion, Warmup,
 };
 
@@ -125,14 +125,15 @@ pub struct PoolKey {
     pub protocol: Protocol,
     /// Subset name from the DestinationRule; `None` for all endpoints.
     pub subset: Option<String>,
-    /// Whether this is the pool of IPv6 endpoints.
-    pub v6: bool,
+    /// Address family of the endpoints.
+    pub family: IpFamily,
 }
 
 impl PoolKey {
-    /// Returns the key for both address families (`v6` cleared).
+    /// Returns the key that stands for both address families (that of IPv4): connection limits and detected protocols are
+    /// common to them.
     pub fn both_families(&self) -> Self {
-        Self { v6: false, ..self.clone() }
+        Self { family: IpFamily::V4, ..self.clone() }
     }
 }
 
@@ -143,7 +144,7 @@ impl fmt::Display for PoolKey {
             write!(f, "/{}", self.protocol)?;
         }
         self.subset.as_ref().map_or(Ok(()), |subset| write!(f, " subset {subset}"))?;
-        f.write_str(if self.v6 { " (IPv6)" } else { "" })
+        f.write_str(if self.family == IpFamily::V6 { " (IPv6)" } else { "" })
     }
 }
 

@@ -149,7 +149,7 @@ pub struct EndpointReport {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ejected_until: Option<String>,
     /// The cause of the ejection; only from a running agent.
-    /// Either the threshold that was reached, or `hand` with the operator's reason.
+    /// Either the threshold that was reached, or `operator` with the operator's reason.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ejected_by: Option<String>,
     /// The kernel's counters for the endpoint; only from a running agent.

@@ -2,13 +2,15 @@
 
 use portolan_common::{Backend, FrontendVersion, PoolLimits};
 
+use super::ids::{BackendId, FrontendId, PoolId, VersionIndex};
+
 /// A frontend that a previous agent left in the pinned maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PinnedFrontend {
     /// The frontend id: the index into `CURRENT` and `FRONTEND_STATS`.
-    pub id: u32,
+    pub id: FrontendId,
     /// The index of the active version in `VERSIONS`.
-    pub index: u32,
+    pub index: VersionIndex,
     /// The active version, as read from `VERSIONS`.
     pub version: FrontendVersion,
     /// The range of `RUNS` that the version uses: first entry and number of entries.
@@ -21,11 +23,11 @@ pub struct PinnedState {
     /// All frontends in `FRONTENDS`.
     pub frontends: Vec<PinnedFrontend>,
     /// The backends that these frontends use, by backend id.
-    pub backends: Vec<(u32, Backend)>,
+    pub backends: Vec<(BackendId, Backend)>,
     /// The last epoch of every backend id that was ever allocated, as (id, epoch).
-    pub epochs: Vec<(u32, u32)>,
+    pub epochs: Vec<(BackendId, u32)>,
     /// The limits of the pools that these frontends use, by entry of `POOLS`.
-    pub pools: Vec<(u32, PoolLimits)>,
+    pub pools: Vec<(PoolId, PoolLimits)>,
     /// The last epoch of every entry of `POOLS` that was ever allocated, as (entry, epoch).
-    pub pool_epochs: Vec<(u32, u32)>,
+    pub pool_epochs: Vec<(PoolId, u32)>,
 }

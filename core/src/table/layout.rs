@@ -13,9 +13,10 @@ use siphasher::sip::SipHasher13;
 
 use super::{
     FrontendSpec, PoolSpec, Table,
+    ids::{BackendId, FrontendId, Generation, GraceEpoch, PoolId, VersionIndex},
     kernel_state::{PinnedFrontend, PinnedState},
     ops::{Completeness, Op, Rejected, RemovedEndpoints, Sizes},
-    range_alloc::{GraceEpoch, OutOfCapacity, RangeAllocator},
+    range_alloc::{OutOfCapacity, RangeAllocator},
     refcounted_ids::{Id, RefcountedIds},
 };
 use crate::{
@@ -26,9 +27,9 @@ use crate::{
 /// A frontend as the kernel holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct PlacedFrontend {
-    id: u32,
+    id: FrontendId,
     /// The index of the active version in `VERSIONS`.
-    index: u32,
+    index: VersionIndex,
     version: FrontendVersion,
     /// `None` if a previous agent wrote the frontend and its schedule was not read back.
     entry: Option<FrontendSpec>,
@@ -46,13 +47,13 @@ pub struct Layout {
     versions: RangeAllocator,
     slots: RangeAllocator,
     runs: RangeAllocator,
-    backends: RefcountedIds<SocketAddr>,
+    backends: RefcountedIds<SocketAddr, BackendId>,
     /// Entries of `POOLS`, by the hash of the pool's name.
-    pools: RefcountedIds<u64>,
+    pools: RefcountedIds<u64, PoolId>,
     /// The limits that the kernel holds, by entry of `POOLS`.
-    limits: HashMap<u32, PoolLimits>,
+    limits: HashMap<PoolId, PoolLimits>,
     /// The generation of the last published version.
-    generation: u32,
+    generation: Generation,
     /// Tags the ranges that the current publication frees.
     /// [`Self::reclaim`] makes them reusable.
     epoch: GraceEpoch,
@@ -75,8 +76,8 @@ impl Layout {
             backends: RefcountedIds::new(RangeAllocator::new(sizes.backends)),
             pools: RefcountedIds::new(pools),
             limits: HashMap::new(),
-            generation: 0,
-            epoch: 1,
+            generation: Generation::default(),
+            epoch: GraceEpoch::new(1),
             lost: BTreeMap::new(),
         }
     }
@@ -96,11 +97,11 @@ impl Layout {
             layout.limits.insert(id, limits);
         }
         for PinnedFrontend { id, index, version, runs } in held.frontends {
-            layout.frontend_ids.claim(id, 1);
-            layout.versions.claim(index, 1);
+            layout.frontend_ids.claim(id.get(), 1);
+            layout.versions.claim(index.get(), 1);
             layout.slots.claim(version.base, version.period);
             layout.runs.claim(runs.0, runs.1);
-            layout.generation = layout.generation.max(version.generation);
+            layout.generation = layout.generation.max(Generation::new(version.generation));
             let placed = PlacedFrontend { id, index, version, entry: None, adopted: true, runs };
             layout.frontends.insert(version.key, placed);
         }
@@ -129,7 +130,7 @@ impl Layout {
         if !ranges.into_iter().any(|ranges| ranges.has_deferred(epoch)) {
             return None;
         }
-        self.epoch += 1;
+        self.epoch = epoch.next();
         Some(epoch)
     }
 
@@ -153,12 +154,12 @@ impl Layout {
     }
 
     /// Returns the id of a frontend, or `None` if the kernel does not have it.
-    pub fn frontend_id(&self, key: &FrontendKey) -> Option<u32> {
+    pub fn frontend_id(&self, key: &FrontendKey) -> Option<FrontendId> {
         self.frontends.get(key).map(|placed| placed.id)
     }
 
     /// Returns the backend id of an endpoint, or `None` if no frontend uses it.
-    pub fn backend_id(&self, address: &SocketAddr) -> Option<u32> {
+    pub fn backend_id(&self, address: &SocketAddr) -> Option<BackendId> {
         self.backends.id(address)
     }
 
@@ -176,13 +177,13 @@ impl Layout {
 
     /// Returns the entry of `POOLS` that holds a pool's limits, and its epoch.
     /// `None` if the pool has no limits.
-    pub fn pool(&self, key: &PoolKey) -> Option<(u32, u32)> {
+    pub fn pool(&self, key: &PoolKey) -> Option<(PoolId, u32)> {
         let id = self.pools.id(&name(&key.both_families()))?;
         Some((id, self.limits.get(&id)?.epoch))
     }
 
     /// Returns every endpoint that has a backend id, with that id, in no particular order.
-    pub fn backends(&self) -> impl Iterator<Item = (SocketAddr, u32)> {
+    pub fn backends(&self) -> impl Iterator<Item = (SocketAddr, BackendId)> {
         self.backends.iter()
     }
 
@@ -315,32 +316,32 @@ impl Layout {
                 len,
                 visits: run.visits,
                 visit: 0,
-                pool: pools.get(route).copied().unwrap_or(0),
+                pool: pools.get(route).copied().unwrap_or(PoolId::NONE).get(),
                 choice: run.choice as u16,
                 strict: u16::from(entry.pools.get(route).is_some_and(|pool| pool.strict)),
             });
-            ids.extend(run.members.iter().filter_map(|member| self.backend_id(member)));
+            ids.extend(run.members.iter().filter_map(|member| self.backend_id(member)).map(BackendId::get));
             first += len;
         }
-        let mut members: Vec<u32> = live.iter().filter_map(|member| self.backend_id(member)).collect();
+        let mut members: Vec<BackendId> = live.iter().filter_map(|member| self.backend_id(member)).collect();
         members.sort_unstable();
         // If several routes lead to a backend, the limits of the first one apply to returning clients.
-        let mut pool_of: HashMap<u32, u32> = HashMap::new();
+        let mut pool_of: HashMap<BackendId, PoolId> = HashMap::new();
         for run in &schedule.runs {
-            let pool = pools.get(run.route as usize).copied().unwrap_or(0);
+            let pool = pools.get(run.route as usize).copied().unwrap_or(PoolId::NONE);
             for id in run.members.iter().filter_map(|member| self.backend_id(member)) {
                 pool_of.entry(id).or_insert(pool);
             }
         }
-        ids.extend(&members);
-        ids.extend(members.iter().map(|id| pool_of.get(id).copied().unwrap_or(0)));
+        ids.extend(members.iter().map(|id| id.get()));
+        ids.extend(members.iter().map(|id| pool_of.get(id).copied().unwrap_or(PoolId::NONE).get()));
         let slots: Vec<Slot> =
             schedule.turns.iter().map(|turn| Slot { visit: turn.visit, ..slots_of[turn.run as usize] }).collect();
-        self.generation = self.generation.wrapping_add(1);
+        self.generation = self.generation.next();
         let flag = |is: bool, flag: u32| if is { flag } else { 0 };
         let version = FrontendVersion {
             key: *key,
-            generation: self.generation,
+            generation: self.generation.get(),
             base: room.slots,
             period,
             members: first,
@@ -370,7 +371,7 @@ impl Layout {
     /// Allocates nothing if one of them does not fit.
     fn reserve(
         &mut self,
-        id: Option<u32>,
+        id: Option<FrontendId>,
         period: u32,
         run_entries: u32,
     ) -> Result<Reservation, (&'static str, OutOfCapacity)> {
@@ -379,13 +380,16 @@ impl Layout {
             len => ranges.alloc(len).map_err(|full| (map, full)),
         };
         let mut room = Reservation {
-            id: id.map_or_else(|| take(&mut self.frontend_ids, 1, "FRONTENDS"), Ok)?,
-            index: 0,
+            id: match id {
+                Some(id) => id,
+                None => take(&mut self.frontend_ids, 1, "FRONTENDS")?.into(),
+            },
+            index: VersionIndex::default(),
             slots: 0,
             runs: 0,
         };
         let taken = take(&mut self.versions, 1, "VERSIONS").and_then(|index| {
-            room.index = index;
+            room.index = index.into();
             let slots = take(&mut self.slots, period, "SLOTS").inspect_err(|_| self.versions.unalloc(index, 1))?;
             room.slots = slots;
             room.runs = take(&mut self.runs, run_entries, "RUNS").inspect_err(|_| {
@@ -395,16 +399,16 @@ impl Layout {
             Ok(())
         });
         if taken.is_err() && id.is_none() {
-            self.frontend_ids.unalloc(room.id, 1);
+            self.frontend_ids.unalloc(room.id.get(), 1);
         }
         taken.map(|()| room)
     }
 
-    fn release_reservation(&mut self, id: Option<u32>, period: u32, run_entries: u32, room: &Reservation) {
+    fn release_reservation(&mut self, id: Option<FrontendId>, period: u32, run_entries: u32, room: &Reservation) {
         if id.is_none() {
-            self.frontend_ids.unalloc(room.id, 1);
+            self.frontend_ids.unalloc(room.id.get(), 1);
         }
-        self.versions.unalloc(room.index, 1);
+        self.versions.unalloc(room.index.get(), 1);
         self.slots.unalloc(room.slots, period);
         self.runs.unalloc(room.runs, run_entries);
     }
@@ -444,7 +448,7 @@ impl Layout {
         &mut self,
         entry: &FrontendSpec,
         ops: &mut Vec<Op>,
-    ) -> Result<Vec<u32>, (&'static str, OutOfCapacity)> {
+    ) -> Result<Vec<PoolId>, (&'static str, OutOfCapacity)> {
         // All or nothing: a frontend that does not fit must not change any limit.
         let mut places = Vec::with_capacity(entry.pools.len());
         for (i, pool) in entry.pools.iter().enumerate() {
@@ -460,7 +464,7 @@ impl Layout {
         let mut ids = Vec::with_capacity(places.len());
         for (pool, place) in entry.pools.iter().zip(places) {
             let Some(place) = place else {
-                ids.push(0);
+                ids.push(PoolId::NONE);
                 continue;
             };
             let wanted = limits(pool, place.epoch);
@@ -494,9 +498,9 @@ impl Layout {
         }
         self.slots.defer_free(epoch, old.version.base, old.version.period);
         self.runs.defer_free(epoch, old.runs.0, old.runs.1);
-        self.versions.defer_free(epoch, old.index, 1);
+        self.versions.defer_free(epoch, old.index.get(), 1);
         if whole {
-            self.frontend_ids.defer_free(epoch, old.id, 1);
+            self.frontend_ids.defer_free(epoch, old.id.get(), 1);
         }
         if let Some(entry) = &old.entry {
             self.release_backends(entry);
@@ -507,8 +511,8 @@ impl Layout {
 
 /// The id and the first entries of the ranges that belong to one frontend alone.
 struct Reservation {
-    id: u32,
-    index: u32,
+    id: FrontendId,
+    index: VersionIndex,
     slots: u32,
     runs: u32,
 }

@@ -6,6 +6,9 @@
 //! `Layout::update` returns the writes that lead from one to the other, ordered so that every prefix leaves a
 //! consistent state.
 
+#[cfg(any(test, feature = "fake"))]
+pub mod fake_maps;
+mod ids;
 mod kernel_state;
 mod layout;
 mod ops;
@@ -26,10 +29,11 @@ use crate::{
     policy::{Assignment, PoolKey, Schedule},
 };
 
+pub use ids::{BackendId, FrontendId, Generation, GraceEpoch, PoolId, VersionIndex};
 pub use kernel_state::{PinnedFrontend, PinnedState};
 pub use layout::Layout;
 pub use ops::{Completeness, Op, Rejected, RemovedEndpoints, Sizes};
-pub use range_alloc::{GraceEpoch, OutOfCapacity};
+pub use range_alloc::OutOfCapacity;
 
 /// The desired state of one frontend.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,29 +6,32 @@ use std::{collections::BTreeSet, net::SocketAddr};
 use portolan_common::{Backend, FrontendKey, FrontendVersion, PoolLimits, Slot};
 use serde::{Deserialize, Serialize};
 
-use super::range_alloc::OutOfCapacity;
+use super::{
+    ids::{BackendId, FrontendId, PoolId, VersionIndex},
+    range_alloc::OutOfCapacity,
+};
 
 /// One write to the kernel's maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
     /// Assigns an endpoint to a backend id and resets its counters.
-    SetBackend(u32, Backend),
+    SetBackend(BackendId, Backend),
     /// Assigns a pool to an entry of `POOLS` and resets its counters.
-    ResetPool(u32, PoolLimits),
+    ResetPool(PoolId, PoolLimits),
     /// Replaces the limits of a pool.
-    SetPool(u32, PoolLimits),
+    SetPool(PoolId, PoolLimits),
     /// Writes backend ids to `RUNS`, starting at this entry.
     SetRuns(u32, Vec<u32>),
     /// Writes slots of a schedule to `SLOTS`, starting at this entry.
     SetSlots(u32, Vec<Slot>),
     /// Writes a version of a frontend to an index that no program reads yet.
-    SetVersion(u32, FrontendVersion),
+    SetVersion(VersionIndex, FrontendVersion),
     /// Resets the cursor and counters of a frontend id.
-    ResetFrontend(u32),
+    ResetFrontend(FrontendId),
     /// Publishes: from now on, connections to this frontend id use the version at this index.
-    Publish(u32, u32),
+    Publish(FrontendId, VersionIndex),
     /// Maps a Service address to a frontend id.
-    AddFrontend(FrontendKey, u32),
+    AddFrontend(FrontendKey, FrontendId),
     /// Removes a Service address from `FRONTENDS`: from now on, its connections bypass Portolan.
     RemoveFrontend(FrontendKey),
 }
@@ -68,12 +71,13 @@ impl Sizes {
 
 /// How complete the agent's input is.
 /// This matters for what a previous agent has published while the initial sync is incomplete.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Completeness {
     /// All input is known: the table is authoritative.
     Complete,
     /// Some services or endpoints are unknown.
     /// Adopted frontends are not removed, and one that has endpoints is not replaced by one that refuses.
+    #[default]
     Partial,
     /// The settings that say which services are cluster-local are unknown as well: adopted frontends stay unchanged.
     WithoutSettings,

@@ -3,9 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-/// The number of a publication.
-/// Entries that it frees are reusable once every program that was running at its end has finished.
-pub type GraceEpoch = u64;
+use super::ids::GraceEpoch;
 
 /// An error: the map has no contiguous range of the requested length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,10 +109,10 @@ mod tests {
     fn freed_range_is_reused_only_after_grace_period() {
         let mut ranges = RangeAllocator::new(10);
         assert_eq!((ranges.alloc(6), ranges.alloc(4)), (Ok(0), Ok(6)));
-        ranges.defer_free(7, 0, 6);
-        ranges.reclaim(6);
+        ranges.defer_free(GraceEpoch::new(7), 0, 6);
+        ranges.reclaim(GraceEpoch::new(6));
         assert!(ranges.alloc(1).is_err());
-        ranges.reclaim(7);
+        ranges.reclaim(GraceEpoch::new(7));
         assert_eq!(ranges.alloc(6), Ok(0));
     }
 
@@ -125,9 +123,9 @@ mod tests {
             ranges.alloc(3).unwrap();
         }
         for start in [0, 6, 3] {
-            ranges.defer_free(1, start, 3);
+            ranges.defer_free(GraceEpoch::new(1), start, 3);
         }
-        ranges.reclaim(1);
+        ranges.reclaim(GraceEpoch::new(1));
         assert_eq!(ranges.alloc(9), Ok(0));
     }
 

@@ -5,48 +5,51 @@ use std::{
     hash::Hash,
 };
 
-use super::range_alloc::{GraceEpoch, OutOfCapacity, RangeAllocator};
+use super::{
+    ids::GraceEpoch,
+    range_alloc::{OutOfCapacity, RangeAllocator},
+};
 
 /// Ids by the item that they stand for.
 #[derive(Clone, Debug)]
-pub(super) struct RefcountedIds<K> {
+pub(super) struct RefcountedIds<K, I> {
     ids: RangeAllocator,
-    known: HashMap<K, Use>,
+    known: HashMap<K, Use<I>>,
     /// The items of a previous agent that [`Self::drop_adopted`] has not released yet; they keep their ids even while
     /// unused.
     adopted: BTreeSet<K>,
     /// The last epoch of each id that was ever in use.
-    epochs: HashMap<u32, u32>,
+    epochs: HashMap<I, u32>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Use {
-    id: u32,
+struct Use<I> {
+    id: I,
     frontends: u32,
 }
 
 /// An id in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Id {
-    pub(super) id: u32,
+pub(super) struct Id<I> {
+    pub(super) id: I,
     pub(super) epoch: u32,
     /// Whether the id has just been allocated, so that its map entry must be written.
     pub(super) is_new: bool,
 }
 
-impl<K: Copy + Eq + Hash + Ord> RefcountedIds<K> {
+impl<K: Copy + Eq + Hash + Ord, I: Copy + Eq + Hash + From<u32> + Into<u32>> RefcountedIds<K, I> {
     pub(super) fn new(ids: RangeAllocator) -> Self {
         Self { ids, known: HashMap::new(), adopted: BTreeSet::new(), epochs: HashMap::new() }
     }
 
     /// Restores the epochs of ids that a previous agent has used.
-    pub(super) fn restore_epochs(&mut self, epochs: impl IntoIterator<Item = (u32, u32)>) {
+    pub(super) fn restore_epochs(&mut self, epochs: impl IntoIterator<Item = (I, u32)>) {
         self.epochs.extend(epochs);
     }
 
     /// Keeps the id of an item that a previous agent has used.
-    pub(super) fn adopt(&mut self, key: K, id: u32) {
-        self.ids.claim(id, 1);
+    pub(super) fn adopt(&mut self, key: K, id: I) {
+        self.ids.claim(id.into(), 1);
         self.known.insert(key, Use { id, frontends: 0 });
         self.adopted.insert(key);
     }
@@ -58,23 +61,23 @@ impl<K: Copy + Eq + Hash + Ord> RefcountedIds<K> {
         }
     }
 
-    pub(super) fn id(&self, key: &K) -> Option<u32> {
+    pub(super) fn id(&self, key: &K) -> Option<I> {
         self.known.get(key).map(|known| known.id)
     }
 
     /// Returns every item that has an id, in no particular order.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (K, u32)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (K, I)> {
         self.known.iter().map(|(key, known)| (*key, known.id))
     }
 
     /// Adds a use by one frontend, and allocates an id for the first one.
-    pub(super) fn acquire(&mut self, key: K) -> Result<Id, OutOfCapacity> {
+    pub(super) fn acquire(&mut self, key: K) -> Result<Id<I>, OutOfCapacity> {
         if let Some(known) = self.known.get_mut(&key) {
             known.frontends += 1;
             let epoch = self.epochs.get(&known.id).copied().unwrap_or_default();
             return Ok(Id { id: known.id, epoch, is_new: false });
         }
-        let id = self.ids.alloc(1)?;
+        let id = I::from(self.ids.alloc(1)?);
         let epoch = *self.epochs.entry(id).and_modify(|epoch| *epoch = epoch.wrapping_add(1)).or_insert(1);
         self.known.insert(key, Use { id, frontends: 1 });
         Ok(Id { id, epoch, is_new: true })
@@ -95,7 +98,7 @@ impl<K: Copy + Eq + Hash + Ord> RefcountedIds<K> {
         let id = known.id;
         if known.frontends == 0 && !self.adopted.contains(&key) {
             self.known.remove(&key);
-            self.ids.unalloc(id, 1);
+            self.ids.unalloc(id.into(), 1);
         }
     }
 
@@ -114,7 +117,7 @@ impl<K: Copy + Eq + Hash + Ord> RefcountedIds<K> {
         }
         if let Some(known) = self.known.get(&key).copied().filter(|known| known.frontends == 0) {
             self.known.remove(&key);
-            self.ids.defer_free(epoch, known.id, 1);
+            self.ids.defer_free(epoch, known.id.into(), 1);
         }
     }
 }

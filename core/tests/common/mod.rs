@@ -1,7 +1,7 @@
-//! Objects as people write them, and what the policy makes of them.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-#![allow(unreachable_pub, reason = "each test is a crate of its own")]
-#![allow(dead_code, reason = "not every test uses all of it")]
+//! Helpers that build objects from YAML and JSON, and return the reports of the policy.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+#![allow(unreachable_pub, reason = "each integration test is a separate crate")]
+#![allow(dead_code, reason = "not every test uses every helper")]
 
 use portolan_core::{
     decode::{DecodeOptions, read_text},
@@ -12,7 +12,7 @@ use portolan_core::{
 };
 use serde_json::{Value, json};
 
-/// Objects by cluster, as files hold them.
+/// A store, filled with the objects of a mesh and its clusters.
 pub struct World(pub Store);
 
 impl World {
@@ -27,7 +27,7 @@ impl World {
         Self::read(&join(mesh), &texts)
     }
 
-    /// From the text of a file for the mesh, and of one for each cluster.
+    /// Reads one file for the mesh, and one for each cluster.
     pub fn read(mesh: &str, clusters: &[(&str, &str)]) -> Self {
         let mut world = Self(Store::default());
         world.put(&Scope::Mesh, "mesh.yaml", mesh);
@@ -37,7 +37,7 @@ impl World {
         world
     }
 
-    /// The file now holds this.
+    /// Replaces the contents of a file, and returns what changed.
     pub fn put(&mut self, scope: &Scope, origin: &str, text: &str) -> Changes {
         let mut changes = Changes::default();
         let contents = read_text(DecodeOptions::default(), scope, origin, text);
@@ -45,7 +45,7 @@ impl World {
         changes
     }
 
-    /// A client on a node of a cluster, with further labels.
+    /// Returns a client on a node of a cluster, with additional labels.
     pub fn client(&self, cluster: &str, node: &str, labels: &[(&str, &str)]) -> Client {
         let labels: Labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         let place = ClientLocation { node: Some(node.to_owned()), locality: None, labels };
@@ -64,7 +64,9 @@ impl World {
     }
 }
 
-/// A text, whatever it is, from the reader to the report. Must not panic, and what comes out must make sense.
+/// Decodes a text as the mesh and as two clusters, and checks the report: shares are at most 1, and no finding is
+/// empty.
+/// Must not panic for any text.
 pub fn through(text: &str) {
     let world = World::read(text, &[("c1", text), ("c2", text)]);
     let client = world.client("c1", "n1", &[("rack", "a")]);
@@ -79,22 +81,22 @@ pub fn through(text: &str) {
     serde_json::to_string(&report).unwrap();
 }
 
-/// The only service of this name.
+/// Returns the only service with this name. Panics if there is none, or several.
 pub fn named<'a>(report: &'a Report, name: &str) -> &'a ServiceReport {
     let mut found = report.services.iter().filter(|service| service.name == name);
     let service = found.next().unwrap_or_else(|| panic!("no {name} in {report:#?}"));
-    assert!(found.next().is_none(), "{name} is there twice");
+    assert!(found.next().is_none(), "several services are named {name}");
     service
 }
 
-/// Last parts of the addresses, with percentages; endpoints that get nothing are left out.
+/// Returns the last octet and the percentage of each endpoint with a share above zero.
 pub fn shares(service: &ServiceReport) -> Vec<(String, f64)> {
     let host = |address: &str| address.rsplit_once(':').unwrap().0.rsplit('.').next().unwrap().to_owned();
     let given = service.endpoints.iter().filter(|endpoint| endpoint.share > 0.0);
     given.map(|endpoint| (host(&endpoint.address), (endpoint.share * 1e6).round() / 1e4)).collect()
 }
 
-/// The findings of this code, as `object field: message`.
+/// Returns the findings with this code, as `object field: message`.
 pub fn findings(report: &Report, code: &str) -> Vec<String> {
     let text = |finding: &Finding| format!("{} {}: {}", finding.object, finding.field, finding.message);
     report.findings.iter().filter(|finding| finding.code.to_string() == code).map(text).collect()

@@ -1,4 +1,4 @@
-//! What stays in its cluster, and what one party may not do to another.
+//! Cluster-local traffic, and isolation between tenants.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +8,7 @@ use crate::{
 };
 
 #[test]
-fn the_own_cluster_may_come_first_without_being_the_only_one() {
+fn prefer_cluster_local_falls_back_to_other_clusters() {
     let config = |annotation: &str, mesh: &str| {
         format!(
             "{{apiVersion: v1, kind: ConfigMap, metadata: {{name: istio, namespace: istio-system, annotations: {{{annotation}}}}}, data: {{mesh: '{mesh}'}}}}\n"
@@ -31,17 +31,17 @@ fn the_own_cluster_may_come_first_without_being_the_only_one() {
     assert_eq!(of(&config("", strict), &all), []);
     assert_eq!(of(&config(prefer, "{}"), &[]).len(), 3);
     assert_eq!(of(&config(prefer, "{}"), &all), given(&[("4", 33.3333), ("5", 33.3333), ("6", 33.3333)]));
-    // The more specific pattern counts, whichever it is.
+    // The more specific pattern takes precedence.
     assert_eq!(of(&config(prefer, strict), &all).len(), 3);
     let exact = strict.replace("\"*\"", "\"web.default.svc.cluster.local\"");
     assert_eq!(of(&config(prefer, &exact), &all), []);
-    // A mistyped switch is no switch.
+    // A mistyped annotation has no effect and is a finding.
     let world = World::read(&config("portolan.io/prefer-clusterlocal: '*'", "{}"), &[("c1", WEB)]);
     assert_eq!(findings(&world.report("c1", "a"), "PTL0025").len(), 1);
 }
 
 #[test]
-fn settings_that_are_no_text_are_not_taken_for_none() {
+fn unreadable_mesh_settings_are_not_treated_as_absent() {
     for data in ["{mesh: {serviceSettings: []}}", "{meshConfig: ''}", "{}"] {
         let config = format!(
             "{{apiVersion: v1, kind: ConfigMap, metadata: {{name: istio, namespace: istio-system}}, data: {data}}}"
@@ -50,20 +50,20 @@ fn settings_that_are_no_text_are_not_taken_for_none() {
         assert_eq!(findings(&world.report("c1", "a"), "PTL0020").len(), 1, "{data}");
         assert_eq!(world.0.doubt("c1").map(|(_, settings)| settings), Some(true), "{data}");
     }
-    // Where they may be in what cannot be read: in the mesh's files, or in the own cluster's while none are known.
-    let doubt = |mesh: &str, own: &str, other: &str| {
+    // The settings may be in an unreadable file: one of the mesh, or one of the local cluster if no settings are known.
+    let settings_unread = |mesh: &str, own: &str, other: &str| {
         World::read(mesh, &[("c1", own), ("c2", other)]).0.doubt("c1").map(|(_, settings)| settings)
     };
     let known = "{apiVersion: v1, kind: ConfigMap, metadata: {name: istio, namespace: istio-system}, data: {mesh: ''}}";
-    assert_eq!(doubt("kind: [", WEB, WEB), Some(true));
-    assert_eq!(doubt("", "kind: [", WEB), Some(true));
-    assert_eq!(doubt(known, "kind: [", WEB), Some(false));
-    assert_eq!(doubt(known, WEB, "kind: ["), Some(false));
-    assert_eq!(doubt(known, WEB, WEB), None);
+    assert_eq!(settings_unread("kind: [", WEB, WEB), Some(true));
+    assert_eq!(settings_unread("", "kind: [", WEB), Some(true));
+    assert_eq!(settings_unread(known, "kind: [", WEB), Some(false));
+    assert_eq!(settings_unread(known, WEB, "kind: ["), Some(false));
+    assert_eq!(settings_unread(known, WEB, WEB), None);
 }
 
 #[test]
-fn while_settings_cannot_be_read_everything_stays_in_its_cluster() {
+fn unreadable_mesh_settings_make_every_service_cluster_local() {
     let far = WEB.replace("10.0.0.", "10.1.0.").replace("172.16.", "172.17.");
     let broken = "{apiVersion: v1, kind: ConfigMap, metadata: {name: istio, namespace: istio-system}, data: {mesh: '{connectTimeout: soon}'}}";
     for mesh in [broken, "kind: ["] {
@@ -76,7 +76,7 @@ fn while_settings_cannot_be_read_everything_stays_in_its_cluster() {
     let sound = broken.replace("soon", "1s");
     let report = World::read(&sound, &[("c1", WEB), ("c2", &far)]).report("c1", "a");
     assert_eq!(shares(named(&report, "web")).len(), 6);
-    // Settings of the cluster's own in place of the mesh's are told; so are hosts that nobody has.
+    // Settings of the cluster that replace those of the mesh are a finding. So are hosts that match no service.
     let own = format!("{WEB}---\n{}", sound.replace("'{connectTimeout: 1s}'", "'{serviceSettings: [{settings: {clusterLocal: true}, hosts: [reviews, \"*.nowhere.svc.cluster.local\", web.default.svc.cluster.local]}]}'"));
     let report = World::read(&sound, &[("c1", &own), ("c2", &far)]).report("c1", "a");
     assert_eq!((findings(&report, "PTL0070").len(), findings(&report, "PTL0060").len()), (1, 2));
@@ -84,7 +84,7 @@ fn while_settings_cannot_be_read_everything_stays_in_its_cluster() {
 }
 
 #[test]
-fn passthrough_is_left_alone_unless_it_would_leave_the_cluster() {
+fn passthrough_is_not_rewritten_unless_it_could_leave_the_cluster() {
     let policy = rule("{loadBalancer: {simple: PASSTHROUGH}}");
     let report = World::read(&policy, &[("c1", WEB)]).report("c1", "a");
     let web = named(&report, "web");
@@ -95,9 +95,9 @@ fn passthrough_is_left_alone_unless_it_would_leave_the_cluster() {
     assert_eq!((named(&report, "web").on_empty.as_str(), findings(&report, "PTL0070").len()), ("refuse", 1));
 }
 
-/// threats.md 2 to 7: what one party might try in order to have another's connections.
+/// Threats 2 to 7 of the threat model: attempts of a tenant to get connections of another one.
 #[test]
-fn nobody_takes_what_is_not_theirs() {
+fn tenants_cannot_capture_foreign_traffic() {
     let pods = BTreeSet::from(["1".to_owned(), "2".to_owned(), "3".to_owned()]);
     let hosts = |text: &str, mesh: &str, more: &[(&str, &str)]| {
         let clusters: Vec<(&str, &str)> = [("c1", text)].into_iter().chain(more.iter().copied()).collect();
@@ -113,7 +113,7 @@ fn nobody_takes_what_is_not_theirs() {
         (seen, frontends, findings(&report, "PTL0046").len()),
         (pods.clone(), vec!["172.16.0.1:80".to_owned()], 1)
     );
-    // 3: endpoints that are not for anybody, and labels of another namespace's pod.
+    // 3: forbidden endpoint addresses, and labels of a pod in another namespace.
     for address in ["127.0.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1"] {
         let text = WEB.replace("[10.0.0.3]", &format!("[{address}]"));
         let (seen, _, report) = hosts(&text, "", &[]);
@@ -125,7 +125,7 @@ fn nobody_takes_what_is_not_theirs() {
     let text = WEB.replace("name: web-c}", "name: web-c, namespace: other}");
     let (seen, _, report) = hosts(&text, &format!("{subset}{to}"), &[]);
     assert_eq!((seen, findings(&report, "PTL0021").len()), (BTreeSet::from(["2".to_owned()]), 1));
-    // 4: a ServiceEntry, see `what_a_service_entry_may_not_have`. 5: a rule from another namespace.
+    // 4: a ServiceEntry, see `invalid_service_entries_are_rejected`. 5: a rule from another namespace.
     let foreign = rule("{loadBalancer: {localityLbSetting: {distribute: [{from: r1, to: {r3: 100}}]}}}")
         .replace("namespace: default", "namespace: other")
         .replace("host: web", "host: web.default.svc.cluster.local");
@@ -144,14 +144,14 @@ fn nobody_takes_what_is_not_theirs() {
                  {apiVersion: networking.istio.io/v1, kind: DestinationRule, metadata: {name: web, namespace: default}, spec: {host: web, trafficPolicy: {loadBalancer: {localityLbSetting: {distribute: [{from: r1, to: {r3: 100}}]}}}}}";
     let (seen, frontends, _) = hosts(WEB, "", &[("rogue", rogue)]);
     assert_eq!((seen, frontends), (pods.clone(), vec!["172.16.0.1:80".to_owned()]));
-    // One that says of the own pods that they are not ready, whatever its name sorts before.
-    let liar = format!("{}---\n{rogue}", slice_of("10.0.0.1], conditions: {ready: false}"));
+    // A rogue cluster that claims that local pods are not ready, wherever its name sorts.
+    let lying = format!("{}---\n{rogue}", slice_of("10.0.0.1], conditions: {ready: false}"));
     for name in ["a-cluster", "z-cluster"] {
-        let (seen, _, report) = hosts(WEB, "", &[(name, &liar)]);
+        let (seen, _, report) = hosts(WEB, "", &[(name, &lying)]);
         assert_eq!(seen, pods, "{name}");
         assert!(named(&report, "web").endpoints.iter().all(|endpoint| endpoint.cluster == "c1"));
     }
-    // One whose Service has the address or the name of an entry here.
+    // A rogue cluster whose Service has the address or the name of a ServiceEntry here.
     let rogue = "{apiVersion: v1, kind: Service, metadata: {name: bank, namespace: shop}, spec: {clusterIP: 172.30.0.1, ports: [{port: 443}]}}";
     for host in ["bank.example.com", "bank.shop.svc.cluster.local"] {
         let entry = ENTRY.replace("bank.example.com", host);

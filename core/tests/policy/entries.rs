@@ -1,4 +1,4 @@
-//! Services and endpoints that are described by hand.
+//! ServiceEntry and WorkloadEntry objects.
 
 use crate::{
     common::{World, findings, named, shares},
@@ -6,7 +6,7 @@ use crate::{
 };
 
 #[test]
-fn a_service_entry_is_a_service() {
+fn service_entry_becomes_a_service() {
     let world = World::read(ENTRY, &[("c1", WEB)]);
     let report = world.report("c1", "a");
     let bank = named(&report, "bank");
@@ -14,9 +14,9 @@ fn a_service_entry_is_a_service() {
     assert_eq!(bank.frontends, ["172.30.0.1:443"]);
     let addresses: Vec<&str> = bank.endpoints.iter().map(|endpoint| endpoint.address.as_str()).collect();
     assert_eq!(addresses, ["10.9.0.1:8443", "10.9.0.2:9443", "10.9.0.3:8443"]);
-    // Weights of endpoints count.
+    // Shares follow the weights of the endpoints.
     assert_eq!(shares(bank), given(&[("1", 60.0), ("2", 20.0), ("3", 20.0)]));
-    // Rules are found by its host, in its namespace.
+    // A rule in its namespace applies to it by its host.
     let policy = "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: bank, namespace: shop}\n\
                   spec: {host: bank.example.com, trafficPolicy: {outlierDetection: {}}}\n";
     let has_istio_rule = World::read(&format!("{ENTRY}---\n{policy}"), &[("c1", WEB)]);
@@ -25,15 +25,15 @@ fn a_service_entry_is_a_service() {
 }
 
 #[test]
-fn what_a_service_entry_may_not_have() {
+fn invalid_service_entries_are_rejected() {
     let code_of = |text: &str, code: &str| {
         let report = World::read(text, &[("c1", WEB)]).report("c1", "a");
-        // Whatever is wrong with it, the Service goes on.
+        // The Service works, whatever is wrong with the entry.
         assert_eq!(shares(named(&report, "web")).len(), 3);
         let entries = report.services.iter().filter(|service| service.kind.is_some()).count();
         (findings(&report, code).len(), entries)
     };
-    // The address of a Service, on any port; and its name.
+    // The address of a Service, on any port, and its host name.
     assert_eq!(code_of(&ENTRY.replace("172.30.0.1", "172.16.0.1"), "PTL0045"), (1, 0));
     assert_eq!(code_of(&ENTRY.replace("bank.example.com", "web.default.svc.cluster.local"), "PTL0045"), (1, 0));
     assert_eq!(
@@ -43,14 +43,14 @@ fn what_a_service_entry_may_not_have() {
     assert_eq!(code_of(&ENTRY.replace("STATIC", "DNS"), "PTL0022"), (1, 0));
     assert_eq!(code_of(&ENTRY.replace("STATIC", "SOMEHOW"), "PTL0020"), (1, 0));
     assert_eq!(code_of(&ENTRY.replace("172.30.0.1", "172.30.0.0/24"), "PTL0044"), (1, 0));
-    // One bad endpoint leaves the others.
+    // An invalid endpoint does not affect the others.
     assert_eq!(code_of(&ENTRY.replace("10.9.0.3", "169.254.169.254"), "PTL0021"), (1, 1));
     assert_eq!(code_of(&ENTRY.replace("10.9.0.3", "db.example.com"), "PTL0021"), (1, 1));
     assert_eq!(code_of(ENTRY, "PTL0021"), (0, 1));
 }
 
 #[test]
-fn workload_entries_serve_what_selects_them() {
+fn workload_entries_serve_services_that_select_them() {
     let machine = |name: &str, address: &str| {
         format!(
             "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {{name: {name}, namespace: default}}\n\
@@ -71,7 +71,7 @@ fn workload_entries_serve_what_selects_them() {
 }
 
 #[test]
-fn a_named_target_port_is_the_workloads_to_say() {
+fn workload_entry_resolves_a_named_target_port() {
     let machine = |name: &str, ports: &str| {
         format!(
             "{{apiVersion: networking.istio.io/v1, kind: WorkloadEntry, metadata: {{name: {name}, namespace: default}}, \

@@ -1,6 +1,6 @@
-//! What objects mean, rule by rule: text in, shares and findings out.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-#![allow(unreachable_pub, reason = "a test is a crate of its own")]
+//! Semantics of the objects, rule by rule: YAML in, shares and findings out.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+#![allow(unreachable_pub, reason = "an integration test is a separate crate")]
 
 mod clusters;
 #[path = "../common/mod.rs"]

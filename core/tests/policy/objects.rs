@@ -2,7 +2,7 @@
 
 use portolan_core::policy::HealthView;
 
-/// Nodes in three regions, and a Service `web` whose endpoints 10.0.0.1 to .3 are in one each.
+/// Nodes in three regions, and a Service `web` with one endpoint in each region, 10.0.0.1 to 10.0.0.3.
 pub const WEB: &str = r#"
 {apiVersion: v1, kind: Node, metadata: {name: a, labels: {topology.kubernetes.io/region: r1, topology.kubernetes.io/zone: z1}}}
 ---
@@ -45,7 +45,7 @@ spec:
   - {address: 10.9.0.3, locality: r2/z2}
 ";
 
-/// A DestinationRule for `web` with this policy.
+/// Returns a DestinationRule for `web` with this `trafficPolicy`.
 pub fn rule(policy: &str) -> String {
     format!(
         "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: web, namespace: default}}\n\
@@ -59,7 +59,8 @@ pub fn route(spec: &str) -> String {
     )
 }
 
-/// A slice of `web` with one endpoint.
+/// Returns a second slice of `web` with one endpoint.
+/// `endpoint` continues the list of addresses: `10.0.0.1], nodeName: a`.
 pub fn slice_of(endpoint: &str) -> String {
     format!(
         "{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv4, \

@@ -1,4 +1,4 @@
-//! VirtualServices, and which rules are in force.
+//! VirtualServices, and precedence among rules.
 
 use crate::{
     common::{World, findings, named, shares},
@@ -6,7 +6,7 @@ use crate::{
 };
 
 #[test]
-fn http_routes_that_look_into_nothing_are_taken_for_connections() {
+fn http_routes_without_request_matches_apply_to_connections() {
     let subsets = "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: web, namespace: default}\n\
                    spec: {host: web, subsets: [{name: v1, labels: {version: v1}}, {name: v2, labels: {version: v2}}]}\n---\n";
     let to = |subset: &str| format!("{{destination: {{host: web, subset: {subset}}}}}");
@@ -21,14 +21,14 @@ fn http_routes_that_look_into_nothing_are_taken_for_connections() {
         of(&format!("{{hosts: [web], http: [{{route: [{split}]}}]}}")),
         (given(&[("1", 60.0), ("2", 20.0), ("3", 20.0)]), 0, 0)
     );
-    // A route that looks into requests is left out; the next one counts.
+    // A route with a request match is skipped, and the next one applies.
     let looking = format!("{{match: [{{uri: {{prefix: /v2}}}}], route: [{}]}}, {{route: [{}]}}", to("v2"), to("v1"));
     assert_eq!(of(&format!("{{hosts: [web], http: [{looking}]}}")), (given(&[("1", 100.0)]), 1, 0));
-    // So is one for some clients only.
+    // So is a route for some clients only.
     let canary =
         format!("{{match: [{{sourceLabels: {{canary: 'yes'}}}}], route: [{}]}}, {{route: [{}]}}", to("v2"), to("v1"));
     assert_eq!(of(&format!("{{hosts: [web], tcp: [{canary}]}}")), (given(&[("1", 100.0)]), 0, 1));
-    // One of two blocks is enough; a route for gateways is for others.
+    // One matching block of two is enough. A route for gateways is ignored.
     let either = format!("{{match: [{{port: 81}}, {{port: 80}}], route: [{}]}}, {{route: [{}]}}", to("v1"), to("v2"));
     assert_eq!(of(&format!("{{hosts: [web], tcp: [{either}]}}")).0, given(&[("1", 100.0)]));
     let gateway = format!("{{match: [{{gateways: [edge]}}], route: [{}]}}, {{route: [{}]}}", to("v2"), to("v1"));
@@ -36,7 +36,7 @@ fn http_routes_that_look_into_nothing_are_taken_for_connections() {
         of(&format!("{{hosts: [web], gateways: [edge, mesh], http: [{gateway}]}}")),
         (given(&[("1", 100.0)]), 0, 0)
     );
-    // Of both lists, the one for connections comes first, unless the port says that it speaks HTTP.
+    // If both lists are set, `tcp` takes precedence, unless the port is an HTTP port.
     let both = format!("{{hosts: [web], tcp: [{{route: [{}]}}], http: [{{route: [{}]}}]}}", to("v1"), to("v2"));
     assert_eq!(of(&both).0, given(&[("1", 100.0)]));
     let web = WEB.replace("name: tcp", "name: http");
@@ -45,7 +45,7 @@ fn http_routes_that_look_into_nothing_are_taken_for_connections() {
 }
 
 #[test]
-fn routes_may_tell_addresses_apart() {
+fn routes_can_match_destination_addresses() {
     let dual = WEB.replace("clusterIP: 172.16.0.1", "clusterIPs: [172.16.0.1, 172.17.0.1]");
     let subsets = "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: web, namespace: default}\n\
                    spec: {host: web, subsets: [{name: v1, labels: {version: v1}}]}\n---\n";
@@ -57,7 +57,7 @@ fn routes_may_tell_addresses_apart() {
 }
 
 #[test]
-fn routes_that_lead_in_circles_end_after_one_step() {
+fn route_cycles_end_after_one_step() {
     let other = WEB
         .replace("name: web", "name: other")
         .replace("172.16.0.1", "172.16.0.2")
@@ -75,7 +75,7 @@ fn routes_that_lead_in_circles_end_after_one_step() {
 }
 
 #[test]
-fn a_destination_without_a_port_is_the_only_one_that_there_is() {
+fn destination_without_port_uses_the_only_service_port() {
     let front = "{apiVersion: v1, kind: Service, metadata: {name: front, namespace: default}, spec: {clusterIP: 172.16.0.9, ports: [{port: 8080}]}}";
     let text = format!("{WEB}---\n{front}");
     let to = |port: &str| {
@@ -88,7 +88,7 @@ fn a_destination_without_a_port_is_the_only_one_that_there_is() {
 }
 
 #[test]
-fn rules_for_one_host_are_merged_and_ports_replace_everything() {
+fn rules_for_one_host_are_merged_and_port_settings_replace_them() {
     let first = rule("{outlierDetection: {consecutive5xxErrors: 1}}");
     let second = "---\napiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: web-subsets, namespace: default}\n\
                   spec: {host: web.default.svc.cluster.local, subsets: [{name: v1, labels: {version: v1}}]}\n---\n";
@@ -101,12 +101,12 @@ fn rules_for_one_host_are_merged_and_ports_replace_everything() {
         "{outlierDetection: {}, portLevelSettings: [{port: {number: 80}, connectionPool: {tcp: {connectTimeout: 1s}}}]}",
     );
     let report = World::read(&ported, &[("c1", WEB)]).report("c1", "a");
-    assert_eq!(named(&report, "web").mode, "none", "failover went with outlierDetection");
+    assert_eq!(named(&report, "web").mode, "none", "failover needs outlierDetection");
     assert!(findings(&report, "PTL0068")[0].contains("outlierDetection"));
 }
 
 #[test]
-fn the_clusters_own_rule_comes_before_the_meshs() {
+fn cluster_rule_takes_precedence_over_mesh_rule() {
     let timeout = |seconds: u32| {
         rule(&format!(
             "{{loadBalancer: {{localityLbSetting: {{distribute: [{{from: r1, to: {{r{seconds}: 100}}}}]}}}}}}"

@@ -1,4 +1,4 @@
-//! Who gets which share.
+//! The share of each endpoint.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -10,25 +10,25 @@ use crate::{
 };
 
 #[test]
-fn labels_decide_who_comes_first() {
+fn failover_priority_ranks_by_labels() {
     let setting = "{outlierDetection: {}, loadBalancer: {localityLbSetting: {failoverPriority: [rack, topology.kubernetes.io/region]}}}";
     let world = World::read(&rule(setting), &[("c1", WEB)]);
     let at = |labels: &[(&str, &str)], observed: &HealthView| {
         shares(named(&world.report_for(&world.client("c1", "c", labels), observed), "web"))
     };
-    // The same rack, and of those the same region.
+    // Endpoints in the same rack first, and among those the same region.
     assert_eq!(at(&[("rack", "right")], &HealthView::default()), given(&[("3", 100.0)]));
     assert_eq!(at(&[("rack", "right")], &ejected(&["10.0.0.3"])), given(&[("2", 100.0)]));
     assert_eq!(at(&[("rack", "right")], &ejected(&["10.0.0.2", "10.0.0.3"])), given(&[("1", 100.0)]));
     assert_eq!(at(&[("rack", "left")], &HealthView::default()), given(&[("1", 100.0)]));
-    // A value in the rule counts, whatever the client has.
+    // A value in the rule replaces the value of the client.
     let fixed = World::read(&rule(&setting.replace("rack,", "rack=left,")), &[("c1", WEB)]);
     let report = fixed.report_for(&fixed.client("c1", "c", &[("rack", "right")]), &HealthView::default());
     assert_eq!(shares(named(&report, "web")), given(&[("1", 100.0)]));
 }
 
 #[test]
-fn traffic_distribution_prefers_and_falls_back() {
+fn traffic_distribution_prefers_nearby_and_falls_back() {
     let with = |value: &str| {
         WEB.replace(
             "spec: {clusterIP: 172.16.0.1,",
@@ -50,11 +50,11 @@ fn traffic_distribution_prefers_and_falls_back() {
         assert_eq!(of(&ejected(&["10.0.0.1", "10.0.0.3"])), given(&[("2", 100.0)]), "{value}");
         assert_eq!(named(&world.report_for(&client, &HealthView::default()), "web").mode, "failover");
     }
-    // The DestinationRule's own setting comes first, and may turn it off.
+    // The setting of a DestinationRule takes precedence, and may disable the preference.
     let world =
         World::read(&rule("{loadBalancer: {localityLbSetting: {enabled: false}}}"), &[("c1", &with("PreferClose"))]);
     assert_eq!(shares(named(&world.report("c1", "a"), "web")).len(), 3);
-    // Istio's annotation means the same.
+    // The annotation of Istio is equivalent.
     let text = WEB.replace(
         "kind: Service, metadata: {name: web,",
         "kind: Service, metadata: {annotations: {networking.istio.io/traffic-distribution: PreferClose}, name: web,",
@@ -66,7 +66,7 @@ fn traffic_distribution_prefers_and_falls_back() {
 }
 
 #[test]
-fn hints_count_where_no_rule_does() {
+fn hints_apply_only_without_an_istio_rule() {
     let hinted = ["a", "b", "c"].iter().enumerate().fold(WEB.to_owned(), |text, (i, node)| {
         let zone = i + 1;
         text.replace(
@@ -81,7 +81,7 @@ fn hints_count_where_no_rule_does() {
 }
 
 #[test]
-fn the_share_of_a_dead_locality_follows_failover_where_that_is_asked_for() {
+fn share_of_a_dead_locality_follows_failover_with_the_annotation() {
     let setting = "{loadBalancer: {localityLbSetting: {distribute: [{from: r1, to: {r1: 70, r2: 30}}], failover: [{from: r2, to: r3}]}}}";
     let refused = World::read(&rule(setting), &[("c1", WEB)]).report("c1", "a");
     assert!(
@@ -94,7 +94,8 @@ fn the_share_of_a_dead_locality_follows_failover_where_that_is_asked_for() {
     let world = World::read(&annotated, &[("c1", WEB)]);
     let of = |dead: &[&str]| shares(named(&world.report_for(&world.client("c1", "a", &[]), &ejected(dead)), "web"));
     assert_eq!(of(&[]), given(&[("1", 70.0), ("2", 30.0)]));
-    // r2's share goes to r3, as the rule says; r1's, for which none is set, to both others alike.
+    // The share of r2 goes to r3, as the rule says. The share of r1, without a rule, is split evenly between the
+    // others.
     assert_eq!(of(&["10.0.0.2"]), given(&[("1", 70.0), ("3", 30.0)]));
     assert_eq!(of(&["10.0.0.1"]), given(&[("2", 65.0), ("3", 35.0)]));
     assert_eq!(of(&["10.0.0.1", "10.0.0.2"]), given(&[("3", 100.0)]));
@@ -102,7 +103,7 @@ fn the_share_of_a_dead_locality_follows_failover_where_that_is_asked_for() {
     let report = world.report("c1", "a");
     assert_eq!(named(&report, "web").mode, "distribute");
     assert_eq!(named(&report, "web").priorities.iter().map(|level| level.load).collect::<Vec<_>>(), [100, 0]);
-    // Istio's own meaning loses the share of the dead one to the living.
+    // Without the annotation, as in Istio, the remaining localities take over the share.
     let plain = World::read(&rule(&setting.replace(", failover: [{from: r2, to: r3}]", "")), &[("c1", WEB)]);
     let report = plain.report_for(&plain.client("c1", "a", &[]), &ejected(&["10.0.0.2"]));
     assert_eq!(shares(named(&report, "web")), given(&[("1", 100.0)]));
@@ -117,21 +118,21 @@ fn new_endpoints_warm_up() {
         port: 80,
         protocol: portolan_core::model::Protocol::Tcp,
         subset: None,
-        v6: false,
+        family: portolan_core::model::IpFamily::V4,
     };
     let of = |age: u64| {
         let ages = HashMap::from([("10.0.0.3:80".parse().unwrap(), Duration::from_secs(age))]);
         let observed = HealthView { ages: [(key.clone(), ages)].into(), ..HealthView::default() };
         shares(named(&world.report_for(&world.client("c1", "a", &[]), &observed), "web"))
     };
-    // 1 : 1 : 0.1, then 1 : 1 : 0.5, then all alike.
+    // 1 : 1 : 0.1, then 1 : 1 : 0.5, then equal.
     assert_eq!(of(0), given(&[("1", 47.619), ("2", 47.619), ("3", 4.7619)]));
     assert_eq!(of(5), given(&[("1", 40.0), ("2", 40.0), ("3", 20.0)]));
     assert_eq!(of(10), given(&[("1", 33.3333), ("2", 33.3333), ("3", 33.3333)]));
 }
 
 #[test]
-fn panic_revives_what_was_ejected_and_not_what_is_not_ready() {
+fn panic_uses_ejected_but_not_unready_endpoints() {
     let policy =
         rule("{outlierDetection: {minHealthPercent: 80}, loadBalancer: {localityLbSetting: {enabled: false}}}");
     let unready = WEB.replace("nodeName: c,", "nodeName: c, conditions: {ready: false, terminating: false},");
@@ -146,13 +147,13 @@ fn panic_revives_what_was_ejected_and_not_what_is_not_ready() {
 }
 
 #[test]
-fn of_an_endpoint_in_two_slices_the_ready_one_counts() {
+fn endpoint_in_two_slices_is_ready_if_either_is() {
     let stale = slice_of("10.0.0.1], conditions: {ready: false}").replace("web-9", "web-0");
     let report = World::read("", &[("c1", &format!("{stale}---\n{WEB}"))]).report("c1", "a");
     assert_eq!(shares(named(&report, "web")).len(), 3);
 }
 
-/// Many groups of sizes that have nothing in common: no fraction may be added up beyond its bounds.
+/// Many groups with coprime sizes: adding their fractions must not overflow.
 #[test]
 fn shares_of_many_odd_groups_do_not_overflow() {
     let primes: Vec<u32> = (2..200u32).filter(|n| (2..*n).all(|d| n % d > 0)).take(40).collect();

@@ -1,4 +1,4 @@
-//! Traffic kept in its cluster, and the scenarios as shares.
+//! Cluster-local traffic, and the shares of the demo scenarios.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -52,7 +52,7 @@ pub fn cluster_local_endpoints(input: &Value, expect: &Value) {
     assert_eq!(visible, texts(&expect["visible"]));
 }
 
-/// The scenarios as shares. The demo plays them with pages and a kernel.
+/// Checks the shares of each scenario. The demo runs the same scenarios with pages and a kernel.
 pub fn acceptance(input: &Value, expect: &Value) {
     let pods = |names: &[(&str, &str)]| -> Vec<Value> {
         let pod = |(name, label): &(&str, &str)| json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "default", "labels": {"cluster": label}}});
@@ -89,7 +89,7 @@ pub fn acceptance(input: &Value, expect: &Value) {
         let requests = number(&input["requests"]) as f64;
         assert_eq!(json!((share(&report, "10.0.0.1") * requests).round() as u64), expect["to_hangzhou"]);
         assert_eq!(json!((share(&report, "10.0.0.2") * requests).round() as u64), expect["to_shanghai"]);
-        // Each page of the far one shows its stars twice.
+        // Each page from the far region shows its stars twice.
         assert_eq!(number(&expect["full_stars_lines"]), 2 * number(&expect["to_shanghai"]));
     } else if input["subset_labels"].is_object() {
         let mut rule = destination_rule(json!({}));
@@ -114,7 +114,7 @@ pub fn acceptance(input: &Value, expect: &Value) {
         let settings = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": hosts}]});
         let config = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"},
             "data": {"mesh": if hosts.is_empty() { String::new() } else { settings.to_string() }}});
-        // With failover configured as well, which must not lead out of the cluster.
+        // With failover configured too, which must not leave the cluster.
         let rule = destination_rule(json!({"outlierDetection": {"consecutive5xxErrors": 1}}));
         let rules = if input["reviews"][&client] == json!(0) { vec![config, rule] } else { vec![config] };
         let of = |cluster: &str, address: &str| {

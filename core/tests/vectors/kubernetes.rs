@@ -1,4 +1,4 @@
-//! Which endpoints Kubernetes and Istio take for healthy.
+//! Which endpoints Kubernetes and Istio consider healthy.
 
 use std::collections::BTreeSet;
 
@@ -17,7 +17,7 @@ pub fn kubernetes_endpoints(input: &Value, expect: &Value) {
             let names = |field: &str| -> Vec<Value> {
                 list(&endpoint[field]).iter().map(|name| json!({"name": name})).collect()
             };
-            // Its name may be a letter; then it stands for an address.
+            // A name that is a letter stands for an address.
             let name = text(&endpoint["name"]);
             let address = if name.contains('.') { name } else { format!("10.9.9.{}", name.as_bytes()[0]) };
             let mut slice = json!({"addresses": [address],
@@ -46,12 +46,12 @@ pub fn kubernetes_endpoints(input: &Value, expect: &Value) {
     assert_eq!(usable, expected, "{:?}", report.findings);
 }
 
-/// What the EndpointSlice controller makes of a pod, and what Portolan reads from that.
+/// The conditions that the EndpointSlice controller sets for a pod, and the health that Portolan derives from them.
 pub fn kubernetes_conditions(input: &Value, expect: &Value) {
     let is = |field: &str| input[field] == json!(true);
     let (publish, ready, deleting) = (is("publishNotReadyAddresses"), is("pod_ready"), is("pod_deleting"));
     let conditions = json!({"ready": publish || (ready && !deleting), "serving": ready, "terminating": deleting});
-    assert_eq!(conditions, *expect, "the controller's rule");
+    assert_eq!(conditions, *expect, "the rule of the controller");
     let endpoint = json!({"addresses": ["10.0.0.1"], "conditions": conditions});
     let objects = vec![service(&json!({"publishNotReadyAddresses": publish})), slice(&[endpoint])];
     let report = World::new(&[("c1", objects)]).report("c1", "");
@@ -60,22 +60,22 @@ pub fn kubernetes_conditions(input: &Value, expect: &Value) {
     assert_eq!(health.as_deref(), Some(expected));
 }
 
-/// Under an Istio rule: which endpoints are healthy, count as unhealthy, or are not there at all.
+/// Under an Istio rule, which endpoints are healthy, are unhealthy, or are excluded.
 pub fn endpoint_health(input: &Value, expect: &Value) {
     assert_eq!(input["persistent_session"], json!(false));
     let mut conditions = input.as_object().unwrap().clone();
     conditions.retain(|key, value| key != "persistent_session" && !value.is_null());
-    let others = json!({"addresses": ["10.0.0.2"], "conditions": {"ready": true}});
+    let other = json!({"addresses": ["10.0.0.2"], "conditions": {"ready": true}});
     let endpoint = json!({"addresses": ["10.0.0.1"], "conditions": conditions});
     let rule = destination_rule(json!({"outlierDetection": {"consecutive5xxErrors": 1}}));
-    let report = World::new(&[("c1", vec![service(&json!({})), slice(&[endpoint, others]), rule])]).report("c1", "");
+    let report = World::new(&[("c1", vec![service(&json!({})), slice(&[endpoint, other]), rule])]).report("c1", "");
     let health =
         report.services[0].endpoints.iter().find(|endpoint| ip(endpoint) == "10.0.0.1").map(|it| it.health.as_str());
     let expected = match text(&expect["health"]).as_str() {
         "Healthy" => Some("healthy"),
         "UnHealthy" => Some("unhealthy"),
         "Terminating" => None,
-        other => panic!("{other} is no health"),
+        other => panic!("unknown health {other}"),
     };
     assert_eq!(health, expected);
 }

@@ -1,4 +1,4 @@
-//! Loads of priorities, shares of localities, warmup.
+//! Priority load, locality shares, and warmup.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ pub fn priority_load(input: &Value, expect: &Value) {
                 let [healthy, degraded, excluded] = [healthy, degraded, excluded].map(|hosts| hosts as u64);
                 return Level { hosts: number(&level["hosts"]), healthy, degraded, excluded };
             }
-            // Hosts are in this order, and count by what they weigh.
+            // Hosts are in the order healthy, degraded, excluded. Each counts with its weight.
             let weights: Vec<u64> = list(&level["weights"]).iter().map(number).collect();
             let sum = |from: usize, hosts: usize| weights[from..from + hosts].iter().sum();
             Level {
@@ -43,7 +43,7 @@ pub fn priority_load(input: &Value, expect: &Value) {
     }
 }
 
-/// The schedule of localities by what is left of them.
+/// Returns the schedule of localities, by effective weight.
 pub fn locality_schedule(input: &Value) -> Schedule {
     let factor = input["overprovisioning_factor_percent"].as_u64().unwrap_or(OVERPROVISIONING_FACTOR);
     let localities: Vec<_> = list(&input["localities"])

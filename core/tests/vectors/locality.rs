@@ -1,4 +1,4 @@
-//! Levels and settings by locality and label.
+//! Failover levels and settings, by locality and label.
 
 use std::collections::BTreeSet;
 
@@ -17,7 +17,7 @@ use crate::{
     values::{labels, list, locality, number, text, texts},
 };
 
-/// Objects of one service with an endpoint in each of these places, and a client in another.
+/// Checks the priorities of a service with an endpoint in each of these localities, for a client in another one.
 pub fn failover(input: &Value, expect: &Value) {
     let place = |value: &Value| {
         let locality = locality(value);
@@ -51,7 +51,7 @@ pub fn failover(input: &Value, expect: &Value) {
 }
 
 pub fn distribute(input: &Value, expect: &Value) {
-    // Made by hand, for some of these rules overlap, which a reader refuses.
+    // Built without the decoder, which rejects overlapping rules.
     let rules: Vec<Distribute> = list(&input["distribute"])
         .iter()
         .map(|rule| Distribute {
@@ -75,7 +75,7 @@ pub fn distribute(input: &Value, expect: &Value) {
     let kept: Vec<bool> = weights.iter().map(Option::is_some).collect();
     assert_eq!(json!(kept), expect["endpoints_kept"]);
     for (weight, expected) in weights.iter().zip(list(&expect["locality_weights"])) {
-        // The weight of a group that is left out has no meaning.
+        // An excluded group has no weight.
         assert!(weight.is_none_or(|weight| json!(weight) == *expected), "{weights:?}");
     }
 }
@@ -85,7 +85,7 @@ pub fn locality_match(input: &Value, expect: &Value) {
     assert_eq!(json!(pattern.matches(&locality(&input["locality"]))), expect["match"]);
 }
 
-/// Reads a DestinationRule with this setting, as the agent would.
+/// Decodes a DestinationRule with this setting, as the agent does.
 pub fn read_setting(setting: Value, outlier: bool) -> (Option<TrafficPolicy>, Vec<Finding>) {
     let mut policy = json!({"loadBalancer": {"localityLbSetting": setting}});
     if outlier {
@@ -113,7 +113,8 @@ pub fn validation(input: &Value, expect: &Value) {
     let setting = input["localityLbSetting"].clone();
     let (policy, findings) = read_setting(setting.clone(), input["outlier_detection_set"] == json!(true));
     assert_eq!(json!(policy.is_none()), expect["error"], "{findings:?}");
-    // Istio's own warning is about failover without outlier detection, which shows once the rule is for a service.
+    // The warning of Istio is about failover without outlier detection. Portolan reports it once a service matches the
+    // rule.
     let mut rule = destination_rule(json!({"loadBalancer": {"localityLbSetting": setting}}));
     if input["outlier_detection_set"] == json!(true) {
         rule["spec"]["trafficPolicy"]["outlierDetection"] = json!({"consecutive5xxErrors": 1});
@@ -125,7 +126,7 @@ pub fn validation(input: &Value, expect: &Value) {
 
 pub fn effective(input: &Value, expect: &Value) {
     let setting = |value: &Value, mark: &str| {
-        // Something by which they can be told apart.
+        // A mark that shows which setting was selected.
         let failover = vec![Failover { from: mark.to_owned(), to: "elsewhere".to_owned() }];
         value.as_str().map(|state| LocalitySetting { enabled: state == "on", failover, ..LocalitySetting::default() })
     };
@@ -189,7 +190,7 @@ pub fn failover_mixed(input: &Value, expect: &Value) {
     assert_eq!(json!(ours), expect["priorities"]);
 }
 
-/// A mode of Istio's in which only regions are levels: failover where nobody has a zone.
+/// A mode of Istio in which only regions are levels: failover without zones.
 pub fn zone_aware(input: &Value, expect: &Value) {
     let region = |value: &Value| Locality { region: locality(value).region, ..Locality::default() };
     let endpoints: Vec<Locality> = list(&input["endpoint_localities"]).iter().map(region).collect();
@@ -201,21 +202,22 @@ pub fn zone_aware(input: &Value, expect: &Value) {
     assert_eq!(json!(ours), expect["priorities"]);
 }
 
-/// ztunnel ranks by the same labels as failoverPriority does, and keeps the best, or in strict mode those that share all.
+/// ztunnel ranks by the same labels as failoverPriority, and keeps the best rank. In strict mode, all labels must
+/// match.
 pub fn ztunnel(input: &Value, expect: &Value) {
     let key = |scope: &Value| match text(scope).as_str() {
         "NETWORK" => "topology.istio.io/network",
         "REGION" => "topology.kubernetes.io/region",
         "ZONE" => "topology.kubernetes.io/zone",
         "CLUSTER" => "topology.istio.io/cluster",
-        other => panic!("{other} is no scope"),
+        other => panic!("unknown scope {other}"),
     };
     let fields = [("network", "NETWORK"), ("region", "REGION"), ("zone", "ZONE"), ("cluster", "CLUSTER")];
     let labels_of = |of: &Value| -> Labels {
         let set = fields.iter().filter(|(field, _)| !text(&of[*field]).is_empty());
         set.map(|(field, scope)| (key(&json!(scope)).to_owned(), text(&of[*field]))).collect()
     };
-    // One without an address is no endpoint.
+    // A workload without an address is not an endpoint.
     let endpoints: Vec<&Value> = list(&input["endpoints"]).iter().filter(|it| it["ip"] != json!(false)).collect();
     let own: Vec<Labels> = endpoints.iter().map(|endpoint| labels_of(endpoint)).collect();
     let keys: Vec<LabelPreference> = list(&input["routing_preference"])

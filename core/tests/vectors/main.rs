@@ -1,6 +1,6 @@
-//! The vectors in `data/vectors.json`: what Istio, Envoy and Kubernetes do, as figures with their sources.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-#![allow(unreachable_pub, reason = "a test is a crate of its own")]
+//! The vectors in `data/vectors.json`: the behavior of Istio, Envoy and Kubernetes, as figures with their sources.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+#![allow(unreachable_pub, reason = "an integration test is a separate crate")]
 
 mod clusters;
 #[path = "../common/mod.rs"]
@@ -15,10 +15,10 @@ use libtest_mimic::{Arguments, Trial};
 use serde_json::Value;
 use values::text;
 
-/// Checks one vector; the text says what is wrong with ours.
+/// Checks one vector, given its input and expected output. Panics on a mismatch.
 type Check = fn(&Value, &Value);
 
-/// Every kind, and what checks it.
+/// Every kind of vector, and its check.
 const KINDS: [(&str, Check); 32] = [
     ("acceptance", clusters::acceptance),
     ("cluster_local", clusters::cluster_local_setting),
@@ -54,17 +54,14 @@ const KINDS: [(&str, Check); 32] = [
     ("ztunnel_candidates", locality::ztunnel),
 ];
 
-/// All of them, each by its id.
+/// Runs each vector as a test named `kind/id`.
 fn main() {
     let arguments = Arguments::from_args();
     let file: Value = serde_json::from_str(include_str!("../data/vectors.json")).unwrap();
     let trials = file["vectors"].as_array().unwrap().iter().map(|vector| {
         let (id, kind) = (text(&vector["id"]), text(&vector["kind"]));
-        let check = KINDS
-            .iter()
-            .find(|(known, _)| *known == kind)
-            .unwrap_or_else(|| panic!("{id}: kind {kind} is not known"))
-            .1;
+        let check =
+            KINDS.iter().find(|(known, _)| *known == kind).unwrap_or_else(|| panic!("{id}: unknown kind {kind}")).1;
         let vector = vector.clone();
         Trial::test(format!("{kind}/{id}"), move || {
             check(&vector["input"], &vector["expect"]);
@@ -72,6 +69,6 @@ fn main() {
         })
     });
     let trials: Vec<Trial> = trials.collect();
-    assert_eq!(trials.len(), 204, "all vectors are there");
+    assert_eq!(trials.len(), 204, "number of vectors");
     libtest_mimic::run(&arguments, trials).exit();
 }

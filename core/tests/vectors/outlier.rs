@@ -23,7 +23,7 @@ pub fn detector(hosts: u64, settings: OutlierDetection, now: Instant) -> Detecto
     detector
 }
 
-/// A sign, and whatever it leads to: the agent asks for evidence in between.
+/// Observes a signal, and ejects for every cause. In the agent, a confirmation may come in between.
 pub fn take(detector: &mut Detector, now: Instant, host: SocketAddr, signal: Signal) -> Option<DetectorEvent> {
     let causes = detector.observe(host, signal);
     causes.into_iter().filter_map(|cause| detector.eject(now, host, cause)).next()
@@ -60,20 +60,20 @@ pub fn ejection_limit(input: &Value, expect: &Value) {
     let current = most(OutlierDetection { always_eject_one: always_one, ..settings(1, percent) });
     match text(&input["rule"]).as_str() {
         "ge1_28" => assert_eq!(json!(current), expect["max_ejected"]),
-        // For one version, the change that made the percentage strict kept one host.
+        // In one version, the change that made the percentage strict always allowed one host.
         "pr27624" => {
             assert_eq!(
                 json!(most(OutlierDetection { always_eject_one: true, ..settings(1, percent) })),
                 expect["max_ejected"]
             );
         }
-        // Before it, the percentage was looked at without the host in question: one more went than it allows.
+        // Before that change, the percentage was checked without the host itself, which allowed one ejection too many.
         "legacy" => {
             let legacy = (0..hosts).find(|ejected| 100 * ejected >= u64::from(percent) * hosts).unwrap_or(hosts);
             assert_eq!(json!(legacy), expect["max_ejected"]);
-            assert_eq!(current as u64, legacy - 1, "Portolan has the rule that counts since 1.28");
+            assert_eq!(current as u64, legacy - 1, "Portolan follows the rule of 1.28");
         }
-        other => panic!("{other} is no rule"),
+        other => panic!("unknown rule {other}"),
     }
 }
 
@@ -96,7 +96,7 @@ pub fn ejection_timeline(input: &Value, expect: &Value) {
         match text(&event["op"]).as_str() {
             "eject" => drop(take(&mut detector, now, host(0), Signal::Refused)),
             "tick" => drop(detector.handle_timeout(now)),
-            other => panic!("{other} is no event"),
+            other => panic!("unknown event {other}"),
         }
         states.push(detector.ejections().count() == 1);
     }
@@ -107,7 +107,7 @@ pub fn ejection_growth(input: &Value, expect: &Value) {
     assert_eq!(json!(durations(input)), expect["durations_s"]);
 }
 
-/// Seconds of ejections that follow one another.
+/// Returns the durations, in seconds, of consecutive ejections.
 pub fn durations(input: &Value) -> Vec<u64> {
     let mut now = Instant::now();
     let interval = Duration::from_secs(1);
@@ -124,7 +124,7 @@ pub fn durations(input: &Value) -> Vec<u64> {
 }
 
 pub fn outlier_config(input: &Value, expect: &Value) {
-    // Istio has no field for the maximum; the detector takes one all the same.
+    // Istio has no field for the maximum, but the detector has one.
     if let Some(max) = input["max_ejection_time_s"].as_u64() {
         let timing = json!({"base_ejection_time_s": input["base_ejection_time_s"], "max_ejection_time_s": max,
             "consecutive_ejections": 100, "interval_s": 1});
@@ -142,7 +142,7 @@ pub fn consecutive(input: &Value, expect: &Value) {
     let percent = number(&input["max_ejection_percent"]) as u32;
     let mut detector = detector(1, settings(number(&input["threshold"]) as u32, percent), now);
     for event in list(&input["events"]) {
-        // A refused and a timed-out connect count alike.
+        // Refused and timed-out connects count alike.
         let signal = if event == "S" { Signal::Connected } else { Signal::Refused };
         take(&mut detector, now, host(0), signal);
     }
@@ -172,7 +172,7 @@ pub fn outlier_mapping(input: &Value, expect: &Value) {
         ("base_ejection_time_ms", milliseconds(outlier.base_ejection_time)),
         ("max_ejection_percent", json!(outlier.max_ejection_percent)),
         ("healthy_panic_threshold", json!(outlier.min_health_percent)),
-        // Never, in Portolan as under Istio.
+        // Never enforced, neither by Portolan nor under Istio.
         ("enforcing_local_origin_success_rate", json!(0)),
         ("enforcing_success_rate", json!(0)),
     ]);
@@ -181,7 +181,7 @@ pub fn outlier_mapping(input: &Value, expect: &Value) {
     let mut compared = 0;
     for (field, value) in expected {
         match ours.get(field.as_str()) {
-            // Not enforced: the threshold has no meaning.
+            // The threshold has no meaning if it is not enforced.
             _ if field == "consecutive_gateway_failure" && outlier.gateway_errors == 0 => {}
             _ if field == "consecutive_5xx" && outlier.consecutive_errors == 0 => {}
             Some(ours) => {
@@ -194,11 +194,11 @@ pub fn outlier_mapping(input: &Value, expect: &Value) {
     assert!(compared > 0);
 }
 
-/// The kernel tells these events apart (tests/tests/outcomes.rs makes each of them happen); here is what each of them does.
+/// The effect of each TCP event. `tests/tests/outcomes.rs` produces the events in the kernel.
 pub fn tcp_mapping(input: &Value, expect: &Value) {
     let reports = list(&expect["result"]);
     for (event, result) in list(&input["events"]).iter().zip(reports) {
-        // What the kernel tells of each; of the others it tells nothing.
+        // The signal that the kernel reports for each event. It reports nothing for the others.
         let signal = match text(event).as_str() {
             "connect_timeout" => Some(Signal::TimedOut),
             "connect_refused_or_reset" => Some(Signal::Refused),
@@ -208,7 +208,8 @@ pub fn tcp_mapping(input: &Value, expect: &Value) {
         let result = text(result);
         let fails = result.contains("->50");
         assert_eq!(signal.map(Signal::is_failure), (fails || result.contains("->200")).then_some(fails), "{event}");
-        // One failure short of the threshold: a failure ejects, a success starts the count again, all else changes nothing.
+        // One failure below the threshold: a failure ejects, a success resets the count, and anything else changes
+        // nothing.
         let now = Instant::now();
         let mut detector = detector(1, settings(2, 100), now);
         take(&mut detector, now, host(0), Signal::Refused);
@@ -220,7 +221,8 @@ pub fn tcp_mapping(input: &Value, expect: &Value) {
     }
 }
 
-/// A detector that Istio turns off, and Portolan has not: the figure is right, and nobody goes for it.
+/// Success-rate detection, which Istio disables and Portolan does not have: the figure is correct, and no host is
+/// ejected.
 pub fn success_rate(input: &Value, expect: &Value) {
     let rates: Vec<f64> = list(&input["success_rates"]).iter().map(|rate| rate.as_f64().unwrap()).collect();
     let mean = rates.iter().sum::<f64>() / rates.len() as f64;
@@ -231,7 +233,7 @@ pub fn success_rate(input: &Value, expect: &Value) {
     let mut detector = detector(rates.len() as u64, settings(5, 100), now);
     for (i, rate) in (0..).zip(&rates) {
         for request in 0..100 {
-            // Half of them, one after another: never five in a row.
+            // Every second request fails, so there are never five failures in a row.
             let fails = *rate < 100.0 && request % 2 == 0;
             take(&mut detector, now, host(i), if fails { Signal::Refused } else { Signal::Connected });
         }
@@ -239,7 +241,7 @@ pub fn success_rate(input: &Value, expect: &Value) {
     assert_eq!(detector.ejections().count(), 0);
 }
 
-/// Likewise.
+/// Failure-percentage detection, which Istio disables and Portolan does not have: no host is ejected.
 pub fn failure_percentage(input: &Value, expect: &Value) {
     let hosts = list(&input["hosts"]);
     let failed =
@@ -260,10 +262,10 @@ pub fn failure_percentage(input: &Value, expect: &Value) {
     assert_eq!(detector.ejections().count(), 0);
 }
 
-/// Istio sets no jitter, and Portolan has none: an ejection lasts as long as it says.
+/// Istio sets no jitter, and Portolan has none: an ejection lasts exactly as long as configured.
 pub fn jitter(input: &Value, expect: &Value) {
     let max = number(&input["max_ejection_time_jitter_ms"]);
-    assert_eq!(json!(number(&input["random"]) % (max + 1)), expect["jitter_ms"], "Envoy's rule");
+    assert_eq!(json!(number(&input["random"]) % (max + 1)), expect["jitter_ms"], "the rule of Envoy");
     let once =
         json!({"base_ejection_time_s": 30, "max_ejection_time_s": 300, "consecutive_ejections": 1, "interval_s": 1});
     assert_eq!(durations(&once), [30]);

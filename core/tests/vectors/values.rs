@@ -1,4 +1,4 @@
-//! Values in the vectors.
+//! Accessors for values in the vectors.
 
 use std::{collections::BTreeSet, net::SocketAddr};
 

@@ -9,14 +9,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
 use aya::maps::{MapData, MapInfo};
 use portolan_common::{BackendStats, Connection, PoolStats, SocketStage, SocketState};
 use serde::{Deserialize, Serialize};
 
 use super::socket::Seen;
 use crate::{
-    maps,
+    error::Result,
+    map_specs,
     mmap_array::MmapArray,
     pins::{Pins, Set},
 };
@@ -67,15 +67,15 @@ impl SocketAccounting {
             let pin = pins.map(set, name);
             Ok((MapData::from_pin(&pin)?, MapInfo::from_pin(&pin)?.max_entries()))
         };
-        let connections = MapData::from_pin(pins.socket_map(maps::CONNECTIONS))?;
-        let (backends, backend_entries) = mapped("BACKEND_STATS")?;
-        let (pools, pool_entries) = mapped("POOL_STATS")?;
+        let connections = MapData::from_pin(pins.socket_map(map_specs::CONNECTIONS.name))?;
+        let (backends, backend_entries) = mapped(map_specs::BACKEND_STATS.name)?;
+        let (pools, pool_entries) = mapped(map_specs::POOL_STATS.name)?;
         Ok(Self {
-            storage: MapData::from_pin(pins.socket_map(maps::SOCKETS))?,
+            storage: MapData::from_pin(pins.socket_map(map_specs::SOCKETS.name))?,
             connections: MmapArray::open::<Connection>(connections.fd(), Connection::CAPACITY)?,
             backends: MmapArray::open::<BackendStats>(backends.fd(), backend_entries)?,
             pools: MmapArray::open::<PoolStats>(pools.fd(), pool_entries)?,
-            limits: aya::maps::Array::try_from(aya::maps::Map::Array(mapped("POOLS")?.0))?,
+            limits: aya::maps::Array::try_from(aya::maps::Map::Array(mapped(map_specs::POOLS.name)?.0))?,
             set: set.id,
         })
     }

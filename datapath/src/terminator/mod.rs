@@ -23,7 +23,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
 use portolan_common::SocketState;
 use portolan_core::{model::Protocol, table::RemovedEndpoints};
 use rustix::{
@@ -43,6 +42,7 @@ use self::{
     socket::{Connected, Seen},
 };
 use crate::{
+    error::{Context as _, Error, Result, ensure},
     netns::namespaces,
     pins::{Pins, Set},
     sys,
@@ -104,7 +104,7 @@ pub struct SweepReport {
     /// `None` if no connection waits.
     pub wait: Option<Duration>,
     /// How many more connections to inactive endpoints the rate limit allows.
-    moves: u64,
+    pub moves: u64,
     /// Corrections to slots and counts; `None` if not requested or the sweep had errors.
     pub recounted: Option<Reconciled>,
     /// Number of network namespaces visited.
@@ -114,6 +114,9 @@ pub struct SweepReport {
     /// Removed endpoints that may still have connected UDP sockets, because of errors. Request them again.
     pub unfinished: Option<RemovedEndpoints>,
 }
+
+/// Sockets that were closed, by reason and protocol.
+pub type Closed = BTreeMap<(Reason, Protocol), u64>;
 
 /// The agent's side of the sweeps, which the helper runs.
 pub struct Terminator {
@@ -274,7 +277,7 @@ fn reap_abandoned(states: &SocketAccounting, waiting: &mut Waiting, now: Instant
         Ok(Diag::open()?.count(states, &mut seen)?)
     });
     move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Network))?;
-    counted.and_then(|()| trouble.pop().map_or(Ok(()), |why| Err(anyhow::anyhow!(why))))?;
+    counted.and_then(|()| trouble.pop().map_or(Ok(()), |why| Err(Error::State(why))))?;
     let gone = abandoned.into_iter().filter(|(_, owner)| !seen.cookies.contains(owner));
     gone.into_iter().try_for_each(|slot| states.free(slot).map(drop))
 }
@@ -285,7 +288,7 @@ fn sees_all_processes() -> Result<()> {
     /// Inode of the initial PID namespace (`PROC_PID_INIT_INO`), which is the host's.
     const FIRST: u64 = 0xefff_fffc;
     let own = fs::metadata("/proc/self/ns/pid")?.ino();
-    anyhow::ensure!(own == FIRST, "the agent cannot see all processes of the machine; set hostPID: true");
+    ensure!(own == FIRST, "the agent cannot see all processes of the machine; set hostPID: true");
     Ok(())
 }
 
@@ -344,7 +347,7 @@ fn close_datagrams(
     sees_all_processes()?;
     let mut by_inode: HashMap<u64, Datagrams> =
         sockets.into_iter().map(|(diag, socket)| (socket.inode.into(), (diag, socket))).collect();
-    for process in procfs::process::all_processes().context("cannot read /proc")?.flatten() {
+    for process in procfs::process::all_processes().map_err(io::Error::other).context("cannot read /proc")?.flatten() {
         if by_inode.is_empty() {
             break;
         }

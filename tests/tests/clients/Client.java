@@ -4,7 +4,7 @@ import java.net.Socket;
 import java.net.URL;
 import java.nio.channels.SocketChannel;
 
-/** Dials ADDRESS PORT in the ways that Java has, and says which peer each sees. */
+/** Connects to ADDRESS PORT with each socket API of Java, and prints the peer that each API sees. */
 public class Client {
     public static void main(String[] arguments) throws Exception {
         String address = arguments[0];

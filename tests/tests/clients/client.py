@@ -1,4 +1,4 @@
-"""Dials ADDRESS PORT in the ways that Python has, and says as JSON which peer each sees."""
+"""Connects to ADDRESS PORT with each socket API of Python, and prints the peer that each API sees as JSON."""
 
 import asyncio
 import errno

@@ -1,4 +1,4 @@
-//! The status of HTTP responses as the kernel sees it, beside the server's own log: real clients that keep connections open.
+//! HTTP status counts of the kernel, compared with the log of the server. The clients keep connections open.
 
 use std::{fs, process::Command};
 
@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 use super::{BOUND, World, nginx_with};
 
-/// A server that answers 500 to every third request, behind a port that is HTTP, with a rule that counts errors and never ejects.
+/// Starts a server that answers every third request with 500, behind an HTTP port, with a rule that counts errors but
+/// never ejects.
 fn third() -> Result<World> {
     World::new(80, 8080, |directory| {
         let rule = json!({"trafficPolicy": {"outlierDetection": {"consecutive5xxErrors": 1_000_000}}});
@@ -20,7 +21,7 @@ fn third() -> Result<World> {
     })
 }
 
-/// Responses, and those of them that were errors.
+/// The number of responses, and how many of them were errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Counts {
     responses: u64,
@@ -43,22 +44,22 @@ impl World {
         Ok(Counts { responses: number("responses"), errors: number("serverErrors") })
     }
 
-    /// The server is up, and its first responses have been counted.
+    /// Waits until the server is up, and checks its first responses.
     fn warm(&self) -> Result<()> {
         let url = "http://172.16.0.10/";
         wait_until("the server", BOUND, || self.run("curl", &["-s", "-m", "5", url]).map(drop))?;
-        self.agree("the first ones")
+        self.assert_counts_match("the first responses")
     }
 
-    fn agree(&self, what: &str) -> Result<()> {
+    fn assert_counts_match(&self, what: &str) -> Result<()> {
         let (logged, counted) = (self.logged()?, self.counted()?);
-        ensure!(logged == counted, "{what}: the server has {logged:?}, the kernel {counted:?}");
+        ensure!(logged == counted, "{what}: the server logged {logged:?}, the kernel counted {counted:?}");
         Ok(())
     }
 }
 
 #[test]
-fn every_response_is_counted_as_the_server_sent_it() -> Result<()> {
+fn every_response_is_counted_with_its_status() -> Result<()> {
     let world = third()?;
     world.warm()?;
     // Thirty requests on one connection, with bodies that look like responses.
@@ -66,7 +67,7 @@ fn every_response_is_counted_as_the_server_sent_it() -> Result<()> {
     for (what, first, path) in [
         ("curl", vec![], "/"),
         ("curl over IPv6 sockets", vec!["-g"], "/"),
-        ("with bodies that are waited for", vec!["-H", "Expect: 100-continue", "-d", "hello"], "/"),
+        ("with Expect: 100-continue", vec!["-H", "Expect: 100-continue", "-d", "hello"], "/"),
     ] {
         let urls = many(path);
         let urls: Vec<String> = if first == ["-g"] {
@@ -78,20 +79,20 @@ fn every_response_is_counted_as_the_server_sent_it() -> Result<()> {
             ["-s", "-m", "20"].into_iter().chain(first).chain(urls.iter().map(String::as_str)).collect();
         let before = world.logged()?;
         world.run("curl", &arguments)?;
-        ensure!(world.logged()?.responses == before.responses + 30, "{what}: not all were answered");
-        world.agree(what)?;
+        ensure!(world.logged()?.responses == before.responses + 30, "{what}: not every request was answered");
+        world.assert_counts_match(what)?;
     }
     let urls: Vec<&str> = vec!["http://172.16.0.10/split"; 30];
     world.run("curl", &[&["-s", "-m", "20"], urls.as_slice()].concat())?;
-    world.agree("in pieces")?;
+    world.assert_counts_match("in pieces")?;
 
     let script = world.directory.scratch("stop.lua");
     let lua = "local n = 0\nfunction response()\n  n = n + 1\n  if n == 500 then wrk.thread:stop() end\nend\n";
     fs::write(&script, lua)?;
     let script = script.display().to_string();
     world.run("wrk", &["-t2", "-c2", "-d20s", "-s", &script, "http://172.16.0.10/"])?;
-    ensure!(world.logged()?.responses >= 1_000, "wrk has not made its requests");
-    world.agree("wrk")?;
+    ensure!(world.logged()?.responses >= 1_000, "wrk did not make its requests");
+    world.assert_counts_match("wrk")?;
 
     let upstream = "upstream u { server 172.16.0.10:80; keepalive 4; }";
     let location = "proxy_pass http://u; proxy_http_version 1.1; proxy_set_header Connection \"\";";
@@ -100,9 +101,9 @@ fn every_response_is_counted_as_the_server_sent_it() -> Result<()> {
     wait_until("nginx", BOUND, || world.run("curl", &["-s", "-m", "5", "http://10.0.0.9:8000/"]).map(drop))?;
     let urls: Vec<&str> = vec!["http://10.0.0.9:8000/"; 60];
     world.run("curl", &[&["-s", "-m", "20"], urls.as_slice()].concat())?;
-    world.agree("nginx")?;
+    world.assert_counts_match("nginx")?;
 
-    // Of responses to requests that were sent together the first is counted, and nothing is taken for what it is not.
+    // Of pipelined requests, at least the first response is counted, and nothing else is taken for a response.
     let before = world.logged()?;
     let request = r#"
 import socket, sys
@@ -120,13 +121,13 @@ while seen.count(b" is it\r\n") < 6 or not seen.endswith(b"no\r\n" ): seen += s.
 }
 
 #[test]
-fn what_is_not_http_is_recognised_and_judged_by_its_connections() -> Result<()> {
+fn non_http_traffic_is_detected_and_counted_by_connections() -> Result<()> {
     for (what, expected) in [("tls", "TLS"), ("http2", "HTTP/2")] {
         let world = World::new(80, 8080, |directory| {
             let outlier = json!({"consecutive5xxErrors": 1, "maxEjectionPercent": 100});
             let rule = json!({"trafficPolicy": {"outlierDetection": outlier}});
             directory.write("c1/rule.yaml", &[destination_rule("server", &rule)])?;
-            // What a server of either kind says first.
+            // The first bytes of a server of each kind.
             let says =
                 if what == "tls" { "b'\\x16\\x03\\x03\\x00\\x7a\\x02'" } else { "b'\\0\\0\\0\\x04\\0\\0\\0\\0\\0'" };
             let script = format!(
@@ -148,7 +149,7 @@ fn what_is_not_http_is_recognised_and_judged_by_its_connections() -> Result<()> 
             Ok(())
         })?;
         let explained = world.agent.explain("default/server")?.to_string();
-        ensure!(!explained.contains("a status of 500"), "{explained}");
+        ensure!(!explained.contains("status 500"), "{explained}");
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Real clients and servers, as people have them, through Service addresses.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! Common clients and servers, through Service addresses.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod http;
 
@@ -22,9 +22,9 @@ use serde_json::json;
 const BOUND: Duration = Duration::from_secs(60);
 const NOBODY: u32 = 65_534;
 
-/// A node with one server of a kind behind a Service.
+/// A node with one server behind a Service.
 struct World {
-    // What runs on it ends before the node does.
+    // Dropped before the node is.
     _server: Process,
     agent: Agent,
     directory: Directory,
@@ -32,7 +32,7 @@ struct World {
 }
 
 impl World {
-    /// `172.16.0.10:<port>`, over TCP and UDP, leads to `10.0.0.1:<target>`, where `server` listens.
+    /// Starts `server`, which listens on `10.0.0.1:<target>`, behind `172.16.0.10:<port>` over TCP and UDP.
     fn new(port: u16, target: u16, server: impl FnOnce(&Directory) -> Result<Command>) -> Result<Self> {
         let (bed, directory) = (Bed::new()?, Directory::new()?);
         for address in ["10.0.0.1/32", "10.0.0.9/32"] {
@@ -57,9 +57,10 @@ impl World {
         Ok(Self { bed, directory, agent, _server: server })
     }
 
-    /// What a client says, run as a pod.
+    /// Runs a client as a pod, and returns its output.
+    /// Fails if the client fails, or runs for 30 seconds.
     fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
-        // A client that hangs is an error, too.
+        // A client that hangs is an error.
         let mut command = Command::new("timeout");
         command
             .arg("30")
@@ -69,15 +70,15 @@ impl World {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut process = Process::spawn(command, self.bed.place())?;
-        let (mut said, mut complaint) = (String::new(), String::new());
-        process.child().stdout.take().context("no stdout")?.read_to_string(&mut said)?;
-        process.child().stderr.take().context("no stderr")?.read_to_string(&mut complaint)?;
+        let (mut stdout, mut stderr) = (String::new(), String::new());
+        process.child().stdout.take().context("no stdout")?.read_to_string(&mut stdout)?;
+        process.child().stderr.take().context("no stderr")?.read_to_string(&mut stderr)?;
         let status = process.wait(BOUND)?;
-        ensure!(status.success(), "{program} ended with {status}: {said}{complaint}");
-        Ok(said.trim().to_owned())
+        ensure!(status.success(), "{program} exited with {status}: {stdout}{stderr}");
+        Ok(stdout.trim().to_owned())
     }
 
-    /// The same, again and again until the server is up.
+    /// Runs a client repeatedly until its output is as expected, because the server may not be up yet.
     fn until(&self, program: &str, arguments: &[&str], expected: &str) -> Result<()> {
         wait_until(&format!("{program} {}", arguments.join(" ")), BOUND, || {
             let said = self.run(program, arguments)?;
@@ -87,12 +88,12 @@ impl World {
     }
 }
 
-/// An nginx that says where it was reached, or passes everything on.
+/// Returns a command for an nginx server with this `location /`.
 fn nginx(directory: &Directory, listen: &str, location: &str) -> Result<Command> {
     nginx_with(directory, listen, "", location)
 }
 
-/// The same, with something more about HTTP.
+/// As [`nginx`], with more directives in the `http` block.
 fn nginx_with(directory: &Directory, listen: &str, more: &str, location: &str) -> Result<Command> {
     let folder = directory.scratch(&format!("nginx-{}", listen.replace(':', "-")));
     fs::create_dir_all(&folder)?;
@@ -113,7 +114,7 @@ fn web() -> Result<World> {
 }
 
 #[test]
-fn curl_sees_the_address_that_it_dialled() -> Result<()> {
+fn curl_sees_the_dialed_address() -> Result<()> {
     let world = web()?;
     let format = "%{remote_ip}:%{remote_port}";
     for url in ["http://172.16.0.10/", "http://[::ffff:172.16.0.10]/"] {
@@ -124,16 +125,16 @@ fn curl_sees_the_address_that_it_dialled() -> Result<()> {
 }
 
 #[test]
-fn nginx_passes_on_to_a_service() -> Result<()> {
+fn nginx_proxies_to_a_service() -> Result<()> {
     let world = web()?;
     let proxy = nginx(&world.directory, "10.0.0.9:8000", "proxy_pass http://172.16.0.10:80;")?;
-    // As a pod: the connections that it makes are a pod's.
+    // Run as a pod, because its upstream connections are those of a pod.
     let _proxy = Process::spawn(proxy, world.bed.place())?;
     world.until("curl", &["-s", "-m", "5", "http://10.0.0.9:8000/"], "hello from 10.0.0.1")
 }
 
 #[test]
-fn python_in_all_its_ways() -> Result<()> {
+fn python_socket_apis_see_the_dialed_address() -> Result<()> {
     let world = web()?;
     world.until("curl", &["-s", "-m", "5", "http://172.16.0.10/"], "hello from 10.0.0.1")?;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients/client.py");
@@ -148,7 +149,7 @@ fn python_in_all_its_ways() -> Result<()> {
 }
 
 #[test]
-fn java_with_its_sockets_that_are_ipv6() -> Result<()> {
+fn java_sees_the_dialed_address_over_ipv4_and_mapped_sockets() -> Result<()> {
     let world = web()?;
     world.until("curl", &["-s", "-m", "5", "http://172.16.0.10/"], "hello from 10.0.0.1")?;
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients/Client.java");
@@ -172,20 +173,20 @@ fn redis() -> Result<()> {
     world.until("redis-cli", &["-h", "172.16.0.10", "ping"], "PONG")?;
     world.until("redis-cli", &["-h", "172.16.0.10", "set", "key", "value"], "OK")?;
     world.until("redis-cli", &["-h", "172.16.0.10", "get", "key"], "value")?;
-    // The server has the client's own address, for nothing stands between.
+    // The server side of the connection is the endpoint itself: there is no proxy in between.
     let clients = world.run("redis-cli", &["-h", "172.16.0.10", "client", "list"])?;
     ensure!(clients.contains("laddr=10.0.0.1:6380"), "{clients}");
     Ok(())
 }
 
-/// Where Debian keeps the server's programs.
+/// Returns the path of a PostgreSQL program in Debian's layout.
 fn postgres(program: &str) -> Result<PathBuf> {
     let versions = fs::read_dir("/usr/lib/postgresql").context("no PostgreSQL (Debian: postgresql)")?;
     let found = versions.flatten().map(|version| version.path().join("bin").join(program)).find(|path| path.exists());
     found.with_context(|| format!("no {program} (Debian: postgresql)"))
 }
 
-/// The server does not run as root.
+/// Returns a command that runs a program without root, as PostgreSQL requires.
 fn as_nobody(program: &Path) -> Command {
     let (user, group) = (format!("--reuid={NOBODY}"), format!("--regid={NOBODY}"));
     let mut command = Command::new("setpriv");
@@ -221,7 +222,7 @@ fn dig_over_udp_and_tcp() -> Result<()> {
         command.arg("--address=/web.test/10.9.9.9");
         Ok(command)
     })?;
-    // dig takes no answer from an address that it has not asked.
+    // dig rejects a response from an address that it has not queried.
     for way in ["+notcp", "+tcp"] {
         world.until("dig", &["+short", "+tries=1", "+time=2", way, "@172.16.0.10", "web.test"], "10.9.9.9")?;
     }

@@ -1,6 +1,6 @@
-"""A server that answers every third request with 500, over connections that are kept open, and writes the status of each response down.
+"""A server with persistent connections that answers every third request with 500, and logs the status of each response.
 
-Paths: /split sends each response in pieces; all others whole. Arguments: address, port, file for the log.
+The path /split sends each response in pieces; all others send it at once. Arguments: address, port, log file.
 """
 import itertools
 import socket
@@ -22,7 +22,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        # What comes back looks like a response itself.
+        # The body looks like a response itself.
         body = b"HTTP/1.1 500 no\r\n" * 3
         with LOCK:
             status = 500 if next(NUMBER) % 3 == 0 else 200

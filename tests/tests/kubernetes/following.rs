@@ -1,4 +1,4 @@
-//! What an API server says is served, and followed.
+//! Objects of the API server take effect, and so do their changes.
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
@@ -12,7 +12,7 @@ use serde_json::json;
 use super::*;
 
 #[test]
-fn what_the_api_says_is_served_and_followed() -> Result<()> {
+fn api_objects_and_their_changes_take_effect() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
     api.apply(&web(&["10.0.0.1"]));
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
@@ -21,7 +21,7 @@ fn what_the_api_says_is_served_and_followed() -> Result<()> {
     let report = agent.get("services")?;
     assert_eq!((&report["client"]["locality"], &report["findings"]), (&json!("r1/z1"), &json!([])), "{report:#}");
 
-    // An object that changes, one that comes, one that goes.
+    // One object changes, one is added, one is deleted.
     api.apply(&[web_slice(&["10.0.0.2"])]);
     wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])?;
     assert_eq!(client.dial(WEB, 3)?.greetings(), ["10.0.0.2"; 3]);
@@ -32,9 +32,9 @@ fn what_the_api_says_is_served_and_followed() -> Result<()> {
     wait_endpoints(&agent, "web", &[])?;
     assert_eq!(client.dial(WEB, 1)?.errnos(), [ECONNREFUSED]);
 
-    // The node moves; rules come.
+    // The node moves, and rules are added.
     api.apply(&[node("n1", "r2/z7"), mesh_config(&json!({"localityLbSetting": {"enabled": false}}))]);
-    wait_until("the new place", BOUND, || {
+    wait_until("the new locality", BOUND, || {
         let seen = agent.get("services")?["client"]["locality"].clone();
         ensure!(seen == "r2/z7", "{seen}");
         Ok(())
@@ -55,13 +55,13 @@ fn what_the_api_says_is_served_and_followed() -> Result<()> {
     );
     let metrics = agent.http("/metrics")?.1;
     assert!(metrics.contains("portolan_source_objects{cluster=\"c1\",resource=\"services\"} 2"), "{metrics}");
-    // Nobody has asked for the labels of pods; those of the own node may ask to be left alone.
+    // No rule needs pod labels, so only the pods of this node are watched, for opt-out labels.
     assert_eq!(api.selectors("pods"), ["spec.nodeName=n1"]);
     Ok(())
 }
 
 #[test]
-fn pods_are_read_while_a_rule_asks_for_their_labels() -> Result<()> {
+fn pods_are_watched_only_while_a_rule_needs_their_labels() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
     let subsets = json!({"subsets": [{"name": "v2", "labels": {"version": "v2"}}]});
     api.apply(&[
@@ -80,14 +80,14 @@ fn pods_are_read_while_a_rule_asks_for_their_labels() -> Result<()> {
     api.apply(&[pod("a", &json!({"version": "v2"}))]);
     wait_endpoints(&agent, "front", &["10.0.0.1:9080 healthy", "10.0.0.2:9080 healthy"])?;
     assert_eq!(source(&agent, "c1", "pods")?["objects"], json!(2));
-    // Broken all of a sudden: the last good state stays in force, and with it the labels that it asks for.
+    // The rule becomes invalid: its last valid version stays in effect, and pod labels are still needed.
     let mut broken = destination_rule("web", &subsets);
     broken["spec"]["subsets"] = json!(7);
     api.apply(&[broken]);
     wait_finding(&agent, "PTL0020", "DestinationRule default/web")?;
     assert_eq!(endpoints(&agent, "front")?.len(), 2);
     assert!(api.delete("destinationrules.networking.istio.io", "default", "web"));
-    wait_until("pods to be left alone", BOUND, || {
+    wait_until("the pod watch to end", BOUND, || {
         let seen = source(&agent, "c1", "pods")?;
         ensure!(seen.is_null(), "{seen}");
         Ok(())
@@ -97,7 +97,7 @@ fn pods_are_read_while_a_rule_asks_for_their_labels() -> Result<()> {
 }
 
 #[test]
-fn apis_that_are_not_installed_are_no_error_and_are_picked_up() -> Result<()> {
+fn missing_apis_are_tolerated_and_detected_once_installed() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1"])?;
     api.install("networking.istio.io", false);
     api.apply(&web(&["10.0.0.1"]));
@@ -113,9 +113,9 @@ fn apis_that_are_not_installed_are_no_error_and_are_picked_up() -> Result<()> {
     })
 }
 
-/// The DaemonSet's binary is exchanged under load, one agent after the other.
+/// A rolling update of the DaemonSet under load: one agent after the other.
 #[test]
-fn agents_that_roll_under_load_fail_nobody() -> Result<()> {
+fn rolling_update_under_load_fails_no_connections() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&[])?;
     bed.namespace.add_address("10.0.0.1/32")?;
     let _servers = Servers::start(bed.place(), &[("10.0.0.1:9080".parse()?, 0, 0)])?;
@@ -129,7 +129,7 @@ fn agents_that_roll_under_load_fail_nobody() -> Result<()> {
     }
     let load = load.stop()?;
     println!(
-        "three agents one after the other: {} connections, {:.0} a second, {} failed",
+        "three agents in sequence: {} connections, {:.0} per second, {} failed",
         load.good + load.bad,
         load.rate(),
         load.bad
@@ -138,9 +138,9 @@ fn agents_that_roll_under_load_fail_nobody() -> Result<()> {
     Ok(())
 }
 
-/// Two agents find the same; there is one Event, on the object.
+/// Two agents have the same finding. There is one Event, on the object.
 #[test]
-fn findings_become_events_on_their_objects() -> Result<()> {
+fn findings_become_events_on_their_objects_once() -> Result<()> {
     let (bed, mut api, kubeconfig) = node_with(&["10.0.0.1"])?;
     let mut objects = web(&["10.0.0.1"]);
     objects.push(destination_rule("nowhere", &json!({})));
@@ -151,7 +151,7 @@ fn findings_become_events_on_their_objects() -> Result<()> {
         bed.agent_on_api(&kubeconfig, "c1", "n1", &["--kubernetes-events"])?,
         second.agent_on_api(&reach, "c1", "n1", &["--kubernetes-events"])?,
     ];
-    wait_until("both to have told", BOUND, || {
+    wait_until("both agents to have created the Event", BOUND, || {
         ensure!(api.asked("create", "events.events.k8s.io") >= 2);
         Ok(())
     })?;
@@ -165,16 +165,16 @@ fn findings_become_events_on_their_objects() -> Result<()> {
     Ok(())
 }
 
-/// What a watch has missed is found by reading everything again; and what is as it was changes nothing.
+/// A relist finds what a watch missed. Unchanged objects cause no publication.
 #[test]
-fn everything_is_read_again_from_time_to_time_and_compared() -> Result<()> {
+fn periodic_relist_finds_missed_changes() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
     api.apply(&web(&["10.0.0.1"]));
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &["--resync", "1s"])?;
     let published =
         || -> Result<usize> { Ok(agent.events()?.iter().filter(|event| event["kind"] == "published").count()) };
     let before = published()?;
-    wait_until("everything to be read again", BOUND, || {
+    wait_until("three relists", BOUND, || {
         ensure!(source(&agent, "c1", "services")?["lists"].as_u64() >= Some(4));
         Ok(())
     })?;
@@ -183,9 +183,9 @@ fn everything_is_read_again_from_time_to_time_and_compared() -> Result<()> {
     wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])
 }
 
-/// A service of both families: each has its own endpoints.
+/// A dual-stack Service: each family has its own endpoints.
 #[test]
-fn both_families_are_served() -> Result<()> {
+fn dual_stack_service_is_served() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1"])?;
     bed.namespace.add_address("fd00::1/128")?;
     bed.serve("[fd00::1]:9080", "six")?;

@@ -1,5 +1,5 @@
-//! The agent on API servers: what they say, how they go away and come back, and all that is wrong with what they say.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! The agent with Kubernetes API servers: watches, outages, invalid objects, opt-out, and remote clusters.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod following;
 mod opt_out;
@@ -19,12 +19,12 @@ use serde_json::Value;
 const WEB: &str = "172.16.0.10:80";
 const ECONNREFUSED: i32 = 111;
 const BOUND: Duration = Duration::from_secs(30);
-/// An agent that has tried in vain for half a minute tries again within half a minute.
+/// Bound for recovery after a long outage: after half a minute of failures, retries are up to half a minute apart.
 const AFTER_LONG: Duration = Duration::from_secs(90);
-/// So that a test need not wait for what else comes after minutes.
+/// Flags that shorten intervals of minutes to seconds.
 const SOON: [&str; 4] = ["--resync", "2s", "--watch-timeout", "1s"];
 
-/// A node, its API server, and how the agent reaches it; each of these addresses serves its name.
+/// Sets up a node and its API server, and returns the kubeconfig of the agent. Each address serves its own name.
 fn node_with(addresses: &[&str]) -> Result<(Bed, Api, PathBuf)> {
     let bed = Bed::new()?;
     for address in addresses {
@@ -36,21 +36,21 @@ fn node_with(addresses: &[&str]) -> Result<(Bed, Api, PathBuf)> {
     Ok((bed, api, kubeconfig))
 }
 
-/// The node, a Service and its endpoints.
+/// Returns the node, the Service `web`, and a slice with these endpoints.
 fn web(endpoints: &[&str]) -> Vec<Value> {
     let endpoints: Vec<_> = endpoints.iter().map(|address| (*address, "n1", "")).collect();
     vec![node("n1", "r1/z1"), plain(service("web", &["172.16.0.10"], 80)), plain(slice("web", 9080, &endpoints))]
 }
 
-/// The object by which the API names the slice of `web`.
+/// Returns the EndpointSlice of `web`.
 fn web_slice(endpoints: &[&str]) -> Value {
     web(endpoints).pop().unwrap_or_default()
 }
 
-fn wait_finding(agent: &Agent, code: &str, says: &str) -> Result<()> {
-    wait_until(&format!("{code}: {says}"), BOUND, || {
+fn wait_finding(agent: &Agent, code: &str, text: &str) -> Result<()> {
+    wait_until(&format!("{code}: {text}"), BOUND, || {
         let found = agent.findings(code)?;
-        ensure!(found.iter().any(|found| found.contains(says)), "{found:?}");
+        ensure!(found.iter().any(|found| found.contains(text)), "{found:?}");
         Ok(())
     })
 }
@@ -63,13 +63,13 @@ fn wait_no_finding(agent: &Agent, code: &str) -> Result<()> {
     })
 }
 
-/// What `get sources` says of a resource.
+/// Returns the entry of a resource in `get sources`; null if there is none.
 fn source(agent: &Agent, cluster: &str, resource: &str) -> Result<Value> {
     let sources = agent.get("sources")?["sources"].as_array().cloned().unwrap_or_default();
     Ok(sources.into_iter().find(|it| it["cluster"] == cluster && it["resource"] == resource).unwrap_or_default())
 }
 
-/// Addresses of the endpoints of a service.
+/// Returns the endpoints of a service, as `address health`.
 fn endpoints(agent: &Agent, name: &str) -> Result<Vec<String>> {
     let report = agent.get("endpoints")?;
     let services = report["services"].as_array().into_iter().flatten().filter(|service| service["name"] == name);

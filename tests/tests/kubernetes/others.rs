@@ -1,4 +1,4 @@
-//! Other clusters, which Secrets name.
+//! Remote clusters, configured by Secrets.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::*;
 
-/// A second cluster with an endpoint of the same service, and the Secret that names it.
+/// Sets up a second cluster with an endpoint of the same service, and returns the Secret that configures it.
 fn second(bed: &Bed, endpoint: &str) -> Result<(Api, Value)> {
     let mut api = Api::new()?;
     api.apply(&[
@@ -28,7 +28,7 @@ fn second(bed: &Bed, endpoint: &str) -> Result<(Api, Value)> {
 }
 
 #[test]
-fn other_clusters_come_change_and_go() -> Result<()> {
+fn remote_clusters_are_added_changed_and_removed() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.1.0.1", "10.2.0.1"])?;
     let (mut other, named) = second(&bed, "10.1.0.1")?;
     api.apply(&web(&["10.0.0.1"]));
@@ -37,7 +37,7 @@ fn other_clusters_come_change_and_go() -> Result<()> {
     wait_endpoints(&agent, "web", &both[..1])?;
     api.apply(std::slice::from_ref(&named));
     wait_endpoints(&agent, "web", &both)?;
-    // It adds endpoints to what is here, and nothing else.
+    // A remote cluster only adds endpoints to services that exist here.
     assert_eq!(endpoints(&agent, "foreign")?, Vec::<String>::new());
     assert_eq!(source(&agent, "c2", "endpointslices.discovery.k8s.io")?["objects"], json!(2));
     assert_eq!(other.asked("list", "configmaps") + other.asked("list", "destinationrules.networking.istio.io"), 0);
@@ -45,25 +45,25 @@ fn other_clusters_come_change_and_go() -> Result<()> {
     let seen = client.dial(WEB, 10)?;
     assert_eq!((seen.count("10.0.0.1"), seen.count("10.1.0.1")), (5, 5));
 
-    // The same id once more, in another Secret: it does not count. The own id: neither.
-    let imposter = secret("another", &[("c2", "{}"), ("c1", "{}")]);
-    api.apply(&[imposter]);
+    // The same ID in another Secret is ignored. So is the ID of the local cluster.
+    let duplicate = secret("another", &[("c2", "{}"), ("c1", "{}")]);
+    api.apply(&[duplicate]);
     wait_finding(&agent, "PTL0112", "cluster c2 is also named by istio-system/another")?;
     assert_eq!(endpoints(&agent, "web")?, both);
     assert!(api.delete("secrets", "istio-system", "another"));
     wait_no_finding(&agent, "PTL0112")?;
 
-    // Another kubeconfig: nonsense and a dead address change nothing, one that answers does.
-    let instead = |text: &str| secret("istio-remote-secret-c2", &[("c2", text)]);
-    api.apply(&[instead("users: [")]);
+    // A new kubeconfig: an invalid one or a dead address changes nothing, one that works does.
+    let replacement = |text: &str| secret("istio-remote-secret-c2", &[("c2", text)]);
+    api.apply(&[replacement("users: [")]);
     wait_finding(&agent, "PTL0112", "not a valid kubeconfig")?;
-    api.apply(&[instead("users: [{user: {token: hush-hush}]")]);
+    api.apply(&[replacement("users: [{user: {token: hush-hush}]")]);
     wait_finding(&agent, "PTL0112", "not a valid kubeconfig")?;
     assert!(!agent.log().contains("hush"), "{}", agent.log());
     let runs = json!({"command": "/bin/false", "apiVersion": "client.authentication.k8s.io/v1"});
-    api.apply(&[instead(&other.kubeconfig("127.0.0.1:9".parse()?, &json!({"exec": runs})).to_string())]);
+    api.apply(&[replacement(&other.kubeconfig("127.0.0.1:9".parse()?, &json!({"exec": runs})).to_string())]);
     wait_finding(&agent, "PTL0112", "a program to run")?;
-    api.apply(&[instead(&other.kubeconfig("127.0.0.1:9".parse()?, &json!({"token": "t"})).to_string())]);
+    api.apply(&[replacement(&other.kubeconfig("127.0.0.1:9".parse()?, &json!({"token": "t"})).to_string())]);
     wait_finding(&agent, "PTL0112", "cannot be read with its new kubeconfig")?;
     assert_eq!(endpoints(&agent, "web")?, both);
     let (third, moved) = second(&bed, "10.2.0.1")?;
@@ -72,7 +72,7 @@ fn other_clusters_come_change_and_go() -> Result<()> {
     wait_no_finding(&agent, "PTL0112")?;
     drop(third);
 
-    // It cannot be reached: for a while its endpoints are believed, then they get nothing.
+    // The cluster is unreachable: after a grace period, its endpoints receive no connections.
     wait_endpoints(&agent, "web", &["10.0.0.1:9080 healthy", "10.2.0.1:9080 unhealthy"])?;
     wait_finding(&agent, "PTL0110", "Cluster c2")?;
     assert_eq!(client.dial(WEB, 6)?.greetings(), ["10.0.0.1"; 6]);
@@ -83,7 +83,7 @@ fn other_clusters_come_change_and_go() -> Result<()> {
     other.start()?;
     wait_endpoints(&agent, "web", &both)?;
 
-    // Nobody names it any more.
+    // The Secret is deleted.
     assert!(api.delete("secrets", "istio-system", "istio-remote-secret-c2"));
     wait_endpoints(&agent, "web", &both[..1])?;
     assert_eq!(source(&agent, "c2", "services")?, Value::Null);
@@ -91,7 +91,7 @@ fn other_clusters_come_change_and_go() -> Result<()> {
 }
 
 #[test]
-fn a_cluster_that_cannot_be_reached_at_the_start_holds_up_nobody_for_long() -> Result<()> {
+fn unreachable_remote_cluster_delays_startup_only_briefly() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1"])?;
     let (mut other, named) = second(&bed, "10.1.0.1")?;
     other.stop();
@@ -104,7 +104,7 @@ fn a_cluster_that_cannot_be_reached_at_the_start_holds_up_nobody_for_long() -> R
         ensure!(status == 200, "{why}");
         Ok(())
     })?;
-    println!("ready after {:.1?} without a cluster that was named", began.elapsed());
+    println!("ready after {:.1?} without a configured cluster", began.elapsed());
     wait_finding(&agent, "PTL0110", "Cluster c2")?;
     let mut client = bed.dialler()?;
     assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
@@ -117,12 +117,13 @@ fn a_cluster_that_cannot_be_reached_at_the_start_holds_up_nobody_for_long() -> R
     agent.wait_ready()
 }
 
-/// An agent that starts while another cluster is away leaves what a former one has published of it; and one that ends takes nothing away.
+/// An agent that starts while a remote cluster is unreachable keeps what the previous agent published of it.
+/// An agent that stops removes nothing.
 #[test]
-fn endpoints_of_a_cluster_that_is_away_outlive_the_agent() -> Result<()> {
+fn endpoints_of_an_unreachable_cluster_survive_a_restart() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.1.0.1"])?;
     let (mut other, named) = second(&bed, "10.1.0.1")?;
-    // All that there is, is in the other cluster.
+    // All endpoints are in the remote cluster.
     api.apply(&web(&[]));
     api.apply(&[named]);
     let mut agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
@@ -139,19 +140,19 @@ fn endpoints_of_a_cluster_that_is_away_outlive_the_agent() -> Result<()> {
         Ok(())
     })?;
     assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
-    // Back, and without it.
+    // The cluster is reachable again, without the endpoint.
     other.replace(&[node("n2", "r2/z1"), plain(service("web", &["172.17.0.10"], 80))]);
     other.start()?;
-    wait_until("nobody to be left", AFTER_LONG, || {
+    wait_until("no endpoint to be left", AFTER_LONG, || {
         let errnos = client.dial(WEB, 1)?.errnos();
         ensure!(errnos == [ECONNREFUSED], "{errnos:?}");
         Ok(())
     })
 }
 
-/// Nothing is known of who the others are: that is no reason to take away what they have added.
+/// While the Secrets cannot be read, endpoints of remote clusters are kept.
 #[test]
-fn endpoints_of_others_outlive_an_agent_when_nobody_says_who_they_are() -> Result<()> {
+fn remote_endpoints_survive_a_restart_while_secrets_cannot_be_read() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.1.0.1"])?;
     let (other, named) = second(&bed, "10.1.0.1")?;
     api.apply(&web(&[]));
@@ -166,7 +167,7 @@ fn endpoints_of_others_outlive_an_agent_when_nobody_says_who_they_are() -> Resul
     assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
     other.replace(&[node("n2", "r2/z1"), plain(service("web", &["172.17.0.10"], 80))]);
     api.forbid("secrets", false);
-    wait_until("nobody to be left", AFTER_LONG, || {
+    wait_until("no endpoint to be left", AFTER_LONG, || {
         let errnos = client.dial(WEB, 1)?.errnos();
         ensure!(errnos == [ECONNREFUSED], "{errnos:?}");
         Ok(())

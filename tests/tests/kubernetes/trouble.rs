@@ -1,4 +1,4 @@
-//! An API server that goes away, misbehaves, or says nonsense.
+//! An API server that is unreachable, misbehaves, or returns invalid objects.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 
 use super::*;
 
-/// The API server is away during a whole load, and things change meanwhile.
+/// The API server is down while a load runs and objects change.
 #[test]
-fn nothing_fails_while_the_api_is_away_and_one_list_brings_all_back() -> Result<()> {
+fn api_outage_fails_no_connections_and_one_relist_catches_up() -> Result<()> {
     let bed = Bed::new()?;
     let mut api = Api::new()?;
     let kubeconfig = api.reach(&bed.namespace)?;
@@ -31,7 +31,7 @@ fn nothing_fails_while_the_api_is_away_and_one_list_brings_all_back() -> Result<
     wait_finding(&agent, "PTL0110", "cannot read from the API server")?;
     let load = Load::start(bed.place(), &[WEB.parse()?], 50_000, None)?.finish()?;
     ensure!(load.bad == 0 && load.good == 50_000, "{load:?}");
-    assert_eq!(agent.http("/readyz")?.0, 200, "what is served is served as it should be");
+    assert_eq!(agent.http("/readyz")?.0, 200, "the last known state is served");
     api.apply(&[web_slice(&["10.0.0.2"])]);
     assert!(api.delete("services", "default", "web"));
     api.apply(&[plain(service("web", &["172.16.0.10"], 80))]);
@@ -41,8 +41,8 @@ fn nothing_fails_while_the_api_is_away_and_one_list_brings_all_back() -> Result<
     api.start()?;
     wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])?;
     wait_no_finding(&agent, "PTL0110")?;
-    // Each resource finds out by itself that its history is gone.
-    wait_until("all of it to be there again", BOUND, || {
+    // Each resource finds out separately that its history has expired.
+    wait_until("all resources to catch up", BOUND, || {
         let sources = agent.get("sources")?["sources"].clone();
         let behind = |source: &&Value| {
             let at = source["version"].as_str().and_then(|at| at.parse::<u64>().ok());
@@ -54,7 +54,7 @@ fn nothing_fails_while_the_api_is_away_and_one_list_brings_all_back() -> Result<
     })?;
     let again = api.asked("list", "services") - lists;
     println!(
-        "away for {} connections, none failed; converged {:.1?} after it was back, {again} list",
+        "{} connections during the outage, none failed; converged {:.1?} after it ended, with {again} list",
         load.good,
         began.elapsed()
     );
@@ -63,12 +63,12 @@ fn nothing_fails_while_the_api_is_away_and_one_list_brings_all_back() -> Result<
 }
 
 #[test]
-fn histories_that_are_gone_streams_that_break_and_pages_that_expire() -> Result<()> {
+fn expired_history_broken_streams_and_expired_pages_are_handled() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
     let mut objects = web(&["10.0.0.1"]);
     objects.extend((0..25).map(|i| plain(service(&format!("s-{i}"), &[&format!("172.17.0.{i}")], 80))));
     api.apply(&objects);
-    // Four pages, of which the second is too old at first: the list begins anew.
+    // Four pages. The token of the second one expires once, so the list starts over.
     api.pages(7, true);
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
     assert_eq!(source(&agent, "c1", "services")?["objects"], json!(26));
@@ -78,24 +78,24 @@ fn histories_that_are_gone_streams_that_break_and_pages_that_expire() -> Result<
             .map_err(|error| error.context(what.to_owned()))
     };
     api.forget_history();
-    step("a history that is gone", "10.0.0.2")?;
+    step("expired history", "10.0.0.2")?;
     api.break_watches();
-    step("a stream that breaks in a line", "10.0.0.1")?;
+    step("a stream that breaks within a line", "10.0.0.1")?;
     api.dribble();
     api.break_watches();
-    step("a stream byte by byte", "10.0.0.2")?;
+    step("a stream that arrives byte by byte", "10.0.0.2")?;
     assert_eq!(source(&agent, "c1", "services")?["error"], Value::Null);
     Ok(())
 }
 
 #[test]
-fn a_watch_that_stalls_is_noticed() -> Result<()> {
+fn stalled_watch_is_detected() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
     api.apply(&web(&["10.0.0.1"]));
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &["--watch-timeout", "1s"])?;
     api.stall(true);
     api.apply(&[web_slice(&["10.0.0.2"])]);
-    // It stays, whatever else is begun.
+    // The finding persists across new watches.
     for _ in 0..3 {
         wait_finding(&agent, "PTL0110", "nothing received for 6s")?;
         let watches = api.asked("watch", "services");
@@ -111,7 +111,7 @@ fn a_watch_that_stalls_is_noticed() -> Result<()> {
 }
 
 #[test]
-fn a_resource_that_may_not_be_read_is_named_and_the_rest_works() -> Result<()> {
+fn forbidden_resource_is_reported_and_the_rest_works() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
     api.forbid("virtualservices.networking.istio.io", true);
     api.apply(&web(&["10.0.0.1"]));
@@ -125,9 +125,9 @@ fn a_resource_that_may_not_be_read_is_named_and_the_rest_works() -> Result<()> {
     wait_no_finding(&agent, "PTL0111")
 }
 
-/// Nobody may learn from a settings object that cannot be read that traffic may leave its cluster.
+/// While the mesh settings cannot be read, traffic must not leave its cluster.
 #[test]
-fn settings_that_may_not_be_read_keep_traffic_in_its_cluster() -> Result<()> {
+fn forbidden_mesh_settings_keep_traffic_in_its_cluster() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1"])?;
     api.forbid("configmaps", true);
     api.apply(&web(&["10.0.0.1"]));
@@ -140,7 +140,7 @@ fn settings_that_may_not_be_read_keep_traffic_in_its_cluster() -> Result<()> {
 }
 
 #[test]
-fn nonsense_is_a_finding_and_everything_else_goes_on() -> Result<()> {
+fn invalid_objects_are_findings_and_the_rest_works() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1"])?;
     let mut broken = plain(service("broken", &["172.16.0.30"], 80));
     broken["spec"]["ports"] = json!("all of them");
@@ -151,7 +151,7 @@ fn nonsense_is_a_finding_and_everything_else_goes_on() -> Result<()> {
         "endpoints": [{"addresses": ["not an address"]}, {"addresses": ["127.0.0.1"]}, {"addresses": []}, 7]});
     let mut objects = web(&["10.0.0.1"]);
     objects.extend([broken, huge, odd]);
-    // A thousand slices for one service.
+    // One service with a thousand slices.
     objects.push(plain(service("wide", &["172.16.0.40"], 80)));
     for i in 0..1_000 {
         let mut part = plain(slice("wide", 9080, &[(&format!("10.7.{}.{}", i / 250, i % 250 + 1), "n1", "")]));
@@ -175,14 +175,14 @@ fn nonsense_is_a_finding_and_everything_else_goes_on() -> Result<()> {
     Ok(())
 }
 
-/// A token that is exchanged: the old one is refused, the new one is in the file.
+/// The token is rotated: the server rejects the old one, and the file has the new one.
 #[test]
-fn a_token_that_is_rotated_is_followed() -> Result<()> {
+fn rotated_token_is_reloaded() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
     api.apply(&web(&["10.0.0.1"]));
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &["--watch-timeout", "1s"])?;
     api.rotate("the-second-token")?;
-    wait_refused(&agent)?;
+    wait_unauthorized(&agent)?;
     api.apply(&[web_slice(&["10.0.0.2"])]);
     // The file is read again once a minute.
     wait_until("the new token", Duration::from_secs(150), || {
@@ -193,32 +193,32 @@ fn a_token_that_is_rotated_is_followed() -> Result<()> {
     wait_no_finding(&agent, "PTL0110")
 }
 
-/// Waits until the token is refused: a watch that had begun before goes on to its end.
-fn wait_refused(agent: &Agent) -> Result<()> {
-    wait_until("the server to refuse the token", BOUND, || {
+/// Waits until the server rejects the token. A watch that started earlier continues until it ends.
+fn wait_unauthorized(agent: &Agent) -> Result<()> {
+    wait_until("the server to reject the token", BOUND, || {
         let error = source(agent, "c1", "endpointslices.discovery.k8s.io")?["error"].clone();
         ensure!(error.as_str().is_some_and(|error| error.contains("Unauthorized")), "{error}");
         Ok(())
     })
 }
 
-/// Clocks differ: for the server, the token is not good yet; and later on not any more.
+/// Clock skew: the server does not accept the token yet, and later no longer accepts it.
 #[test]
-fn a_token_that_is_not_good_yet_is_tried_again() -> Result<()> {
+fn rejected_token_is_retried() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
     api.apply(&web(&["10.0.0.1"]));
     api.accept(false);
     let mut agent = bed.start_on_api(&kubeconfig, "c1", "n1", &SOON)?;
-    wait_refused(&agent)?;
+    wait_unauthorized(&agent)?;
     ensure!(agent.http("/readyz")?.0 == 503);
     api.accept(true);
     agent.wait_ready()?;
     let mut client = bed.dialler()?;
     assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
-    // What was read stays in force.
+    // The last known state stays in effect.
     api.accept(false);
     wait_finding(&agent, "PTL0110", "Unauthorized")?;
-    wait_refused(&agent)?;
+    wait_unauthorized(&agent)?;
     api.apply(&[web_slice(&["10.0.0.2"])]);
     assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
     api.accept(true);
@@ -226,16 +226,16 @@ fn a_token_that_is_not_good_yet_is_tried_again() -> Result<()> {
     wait_no_finding(&agent, "PTL0110")
 }
 
-/// Whatever the API says, its own service keeps the endpoints that it had: without them nobody would learn of others.
+/// The Service of the API server never loses its last endpoints: without them, no agent would learn of new ones.
 #[test]
-fn the_api_servers_own_service_is_never_emptied() -> Result<()> {
+fn api_server_service_never_loses_all_endpoints() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
     let own = |endpoints: &[&str]| {
         let endpoints: Vec<_> = endpoints.iter().map(|address| (*address, "n1", "")).collect();
         plain(slice("kubernetes", 9080, &endpoints))
     };
     api.apply(&[node("n1", "r1/z1"), plain(service("kubernetes", &["172.16.0.1"], 443)), own(&["10.0.0.1"])]);
-    // And whatever is ejected, and whatever shares regions get.
+    // The same holds with ejections and with shares by region.
     let shares = json!({"localityLbSetting": {"distribute": [{"from": "r1/*", "to": {"r1/*": 80, "r2/*": 20}}]}});
     api.apply(&[mesh_config(&shares)]);
     let outlier =
@@ -253,7 +253,7 @@ fn the_api_servers_own_service_is_never_emptied() -> Result<()> {
     assert_eq!(client.dial("172.16.0.1:443", 2)?.greetings(), ["10.0.0.1"; 2]);
     assert!(api.delete("endpointslices.discovery.k8s.io", "default", "kubernetes-ipv4"));
     api.apply(&[plain(service("more", &["172.16.0.20"], 80))]);
-    wait_until("what came after", BOUND, || {
+    wait_until("the later object", BOUND, || {
         let report = agent.get("services")?;
         ensure!(report["services"].as_array().unwrap().len() == 2, "{report:#}");
         Ok(())
@@ -262,7 +262,7 @@ fn the_api_servers_own_service_is_never_emptied() -> Result<()> {
     api.apply(&[own(&["10.0.0.2"])]);
     wait_endpoints(&agent, "kubernetes", &["10.0.0.2:9080 healthy"])?;
     wait_no_finding(&agent, "PTL0113")?;
-    // All that there is fails, and is ejected: it is taken all the same.
+    // The only endpoint fails and is ejected. It is used all the same.
     api.apply(&[own(&["10.0.0.9"])]);
     bed.namespace.add_address("10.0.0.9/32")?;
     wait_endpoints(&agent, "kubernetes", &["10.0.0.9:9080 healthy"])?;
@@ -274,7 +274,7 @@ fn the_api_servers_own_service_is_never_emptied() -> Result<()> {
 }
 
 #[test]
-fn without_a_way_to_the_api_the_agent_says_so_in_one_line() -> Result<()> {
+fn missing_api_access_is_an_error_at_startup() -> Result<()> {
     let directory = Directory::new()?;
     let missing = directory.scratch("none");
     for (arguments, complaint) in [
@@ -294,14 +294,14 @@ fn without_a_way_to_the_api_the_agent_says_so_in_one_line() -> Result<()> {
         let output = bed.portolan(&[&own[..], &more[..], &arguments[..]].concat())?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && said.contains(complaint), "{arguments:?}: {said}");
-        assert!(!bed.pins().exists(), "nothing is left in the kernel where nothing was begun");
+        assert!(!bed.pins().exists(), "a failed start pins nothing");
     }
     Ok(())
 }
 
-/// A page of objects of 1 MB is more than the agent takes in at once.
+/// A full page of objects of 1 MB exceeds the size limit of a response.
 #[test]
-fn pages_that_are_too_long_are_asked_for_in_smaller_ones() -> Result<()> {
+fn oversized_pages_are_requested_in_smaller_ones() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1"])?;
     api.apply(&web(&["10.0.0.1"]));
     let long = "x".repeat(1 << 20);
@@ -316,14 +316,14 @@ fn pages_that_are_too_long_are_asked_for_in_smaller_ones() -> Result<()> {
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
     assert_eq!(source(&agent, "c1", "services")?["objects"], json!(41));
     assert_eq!(bed.dialler()?.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
-    // Broken off twice, and then in pages of 7.
+    // Two responses were aborted, and then pages had 7 objects.
     assert_eq!(api.asked("list", "services"), 8);
     Ok(())
 }
 
-/// A server that starts has not read its roles yet, and forbids everything.
+/// A server that has just started has not loaded its roles yet, and forbids everything.
 #[test]
-fn what_is_forbidden_for_a_while_is_read_soon_after() -> Result<()> {
+fn temporarily_forbidden_resources_are_retried_soon() -> Result<()> {
     let (bed, mut api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
     api.apply(&web(&["10.0.0.1"]));
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
@@ -334,14 +334,14 @@ fn what_is_forbidden_for_a_while_is_read_soon_after() -> Result<()> {
     wait_finding(&agent, "PTL0111", "endpointslices.discovery.k8s.io")?;
     api.apply(&[web_slice(&["10.0.0.2"])]);
     all.iter().for_each(|resource| api.forbid(resource, false));
-    // Within half a minute is sooner than what is forbidden for good is asked for again.
+    // This takes less than half a minute, which is sooner than the retry of a resource that stays forbidden.
     wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])?;
     wait_no_finding(&agent, "PTL0111")
 }
 
-/// In a pod, the API server's endpoints are dialled themselves: its Service may be out of order.
+/// In a pod, the agent dials the endpoints of the API server directly, because its Service may not work.
 #[test]
-fn the_api_server_itself_is_dialled() -> Result<()> {
+fn api_server_endpoints_are_dialed_directly() -> Result<()> {
     let (bed, mut api, _) = node_with(&["10.0.0.1", "10.0.0.2"])?;
     let own = |endpoint: SocketAddr| {
         let address = endpoint.ip().to_string();
@@ -349,25 +349,25 @@ fn the_api_server_itself_is_dialled() -> Result<()> {
     };
     bed.namespace.add_address("10.0.0.9/32")?;
     bed.namespace.add_address("172.16.255.1/32")?;
-    // As kube-proxy would have it.
+    // A listener on the Service address stands in for kube-proxy.
     let service_address = api.listen(&bed.namespace, "172.16.255.1:443".parse()?)?;
-    let itself = api.listen(&bed.namespace, "10.0.0.9:0".parse()?)?;
+    let endpoint = api.listen(&bed.namespace, "10.0.0.9:0".parse()?)?;
     api.apply(&web(&["10.0.0.1"]));
-    api.apply(&[plain(service("kubernetes", &["172.16.255.1"], 443)), own(itself)]);
+    api.apply(&[plain(service("kubernetes", &["172.16.255.1"], 443)), own(endpoint)]);
     let agent = bed.agent_in_cluster(&api.account()?, service_address, ("c1", "n1"), &SOON)?;
-    wait_endpoints(&agent, "kubernetes", &[&format!("{itself} healthy")])?;
+    wait_endpoints(&agent, "kubernetes", &[&format!("{endpoint} healthy")])?;
     bed.namespace.ip(&["address", "del", "172.16.255.1/32", "dev", "lo"])?;
     api.break_watches();
     api.apply(&[web_slice(&["10.0.0.2"])]);
-    // Nothing tells that connections of the former address are dead, but that nothing comes any more.
-    wait_until("what was changed", AFTER_LONG, || {
+    // Only the silence shows that connections through the old address are dead.
+    wait_until("the change", AFTER_LONG, || {
         let seen = endpoints(&agent, "web")?;
         ensure!(seen == ["10.0.0.2:9080 healthy"], "{seen:?}\n{}", agent.log());
         Ok(())
     })?;
-    // And where none of them answers, its Service.
-    let nobody = "10.0.0.8:6443".parse()?;
-    api.apply(&[own(nobody)]);
+    // If no endpoint responds, the agent dials the Service.
+    let dead = "10.0.0.8:6443".parse()?;
+    api.apply(&[own(dead)]);
     wait_endpoints(&agent, "kubernetes", &["10.0.0.8:6443 healthy"])?;
     bed.namespace.add_address("172.16.255.1/32")?;
     api.break_watches();
@@ -376,7 +376,7 @@ fn the_api_server_itself_is_dialled() -> Result<()> {
 }
 
 #[test]
-fn an_address_of_its_own_takes_the_place_of_the_one_that_is_configured() -> Result<()> {
+fn api_server_flag_overrides_the_kubeconfig() -> Result<()> {
     let (bed, mut api, _) = node_with(&["10.0.0.1"])?;
     api.apply(&web(&["10.0.0.1"]));
     let address = api.listen(&bed.namespace, "127.0.0.1:0".parse()?)?;

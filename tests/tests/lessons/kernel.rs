@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::world::{BOUND, DNS, ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, WEB, metric, send, two_pods, write_pods};
 
-/// What `portolan doctor` says.
+/// Runs `portolan doctor` and returns its JSON report and its exit code.
 fn doctor(bed: &Bed) -> Result<(Value, i32)> {
     let (cgroup, pins) = (bed.cgroup.path().display().to_string(), bed.pins().display().to_string());
     let admin = bed.admin().display().to_string();
@@ -25,7 +25,7 @@ fn state(diagnosis: &Value, check: &str) -> Value {
 }
 
 #[test]
-fn lesson_07_a_refusal_is_never_eperm() -> Result<()> {
+fn lesson_07_refusals_never_return_eperm() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     write_pods(&directory, &[])?;
@@ -39,7 +39,7 @@ fn lesson_07_a_refusal_is_never_eperm() -> Result<()> {
 }
 
 #[test]
-fn lesson_08_refusals_have_the_errno_that_applications_expect() -> Result<()> {
+fn lesson_08_refusals_return_the_expected_errno() -> Result<()> {
     let bed = Bed::new()?;
     let directory = Directory::new()?;
     let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["strict.default.svc.cluster.local"]}]});
@@ -69,14 +69,14 @@ fn lesson_08_refusals_have_the_errno_that_applications_expect() -> Result<()> {
 }
 
 #[test]
-fn lesson_09_programs_on_the_wrong_cgroup_are_noticed_and_moved() -> Result<()> {
+fn lesson_09_programs_on_the_wrong_cgroup_are_detected_and_reattached() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
-    // An agent served another cgroup before, with the same pins.
+    // A previous agent with the same pins served another cgroup.
     let other = Cgroup::new(&unique("other"))?;
     let elsewhere = other.path().display().to_string();
-    let mut former = bed.agent_with(&directory, "c1", "n1", &["--cgroup", &elsewhere])?;
-    former.process.kill();
+    let mut previous = bed.agent_with(&directory, "c1", "n1", &["--cgroup", &elsewhere])?;
+    previous.process.kill();
     let (diagnosis, code) = doctor(&bed)?;
     assert_eq!((state(&diagnosis, "programs"), code), (json!("error"), 1), "{diagnosis:#}");
     let mut client = bed.dialler()?;
@@ -92,12 +92,12 @@ fn lesson_09_programs_on_the_wrong_cgroup_are_noticed_and_moved() -> Result<()> 
         "{diagnosis:#}"
     );
     let mut outside = Dialler::start(Place { namespace: Some(&bed.namespace), cgroup: Some(&other) })?;
-    assert_eq!(outside.dial(WEB, 1)?.errnos(), [ENETUNREACH], "the former cgroup is not served any more");
+    assert_eq!(outside.dial(WEB, 1)?.errnos(), [ENETUNREACH], "the previous cgroup is no longer served");
     Ok(())
 }
 
 #[test]
-fn lesson_09_a_second_agent_on_the_same_cgroup_does_not_start() -> Result<()> {
+fn lesson_09_second_agent_on_the_same_cgroup_does_not_start() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
@@ -107,7 +107,7 @@ fn lesson_09_a_second_agent_on_the_same_cgroup_does_not_start() -> Result<()> {
     let mut second = bed.start_with(&directory, "c1", "n1", &more)?;
     assert_eq!(second.process.wait(BOUND)?.code(), Some(1));
     assert!(second.log().contains("another agent serves the cgroup"), "{}", second.log());
-    // Nor beside programs that an agent with other pins has left.
+    // Nor does it start while the programs of an agent with other pins are still attached.
     agent.process.kill();
     let mut second = bed.start_with(&directory, "c1", "n1", &more)?;
     assert_eq!(second.process.wait(BOUND)?.code(), Some(1));
@@ -120,11 +120,11 @@ fn lesson_09_a_second_agent_on_the_same_cgroup_does_not_start() -> Result<()> {
 }
 
 #[test]
-fn lesson_10_programs_of_others_stay_attached() -> Result<()> {
+fn lesson_10_foreign_programs_stay_attached() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     let foreign = Foreign::attach(&bed.cgroup)?;
-    // Beside an agent that starts, serves, is killed, starts again, and is cleaned up.
+    // The agent starts, serves, is killed, restarts, and is cleaned up.
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     let mut client = bed.dialler()?;
     assert_eq!(client.dial(WEB, 2)?.errnos(), [0; 2]);
@@ -137,12 +137,13 @@ fn lesson_10_programs_of_others_stay_attached() -> Result<()> {
     assert!(foreign.is_attached());
     agent.process.kill();
     ensure!(bed.portolan(&["cleanup", "--bpffs", &bed.pins().display().to_string()])?.status.success());
-    assert_eq!(client.dial(WEB, 1)?.errnos(), [ENETUNREACH], "the own ones are gone");
+    assert_eq!(client.dial(WEB, 1)?.errnos(), [ENETUNREACH], "Portolan's own programs are removed");
     assert!(foreign.is_attached());
     Ok(())
 }
 
-/// Instructions that the kernel's verifier may go through for a program. What a program is given beyond that is a decision, not an accident.
+/// Maximum number of instructions that the verifier may process for each program.
+/// Raise a budget only as a deliberate decision.
 const BUDGETS: [(&str, u32); 10] = [
     ("connect4", 20_000),
     ("connect6", 20_000),
@@ -157,10 +158,10 @@ const BUDGETS: [(&str, u32); 10] = [
 ];
 
 #[test]
-fn lesson_11_every_program_loads_within_its_budget_of_instructions() -> Result<()> {
+fn lesson_11_programs_stay_within_their_instruction_budgets() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
-    // The program that sees packets is there only where a rule counts errors of an HTTP port.
+    // The packet program is loaded only if a rule counts errors on an HTTP port.
     let outlier = json!({"trafficPolicy": {"outlierDetection": {"consecutive5xxErrors": 1}}});
     directory.write("c1/rule.yaml", &[destination_rule("web", &outlier)])?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
@@ -169,7 +170,7 @@ fn lesson_11_every_program_loads_within_its_budget_of_instructions() -> Result<(
     for (name, budget) in BUDGETS {
         let program = programs.iter().find(|program| program["name"] == name);
         let count = program.and_then(|program| program["verifiedInstructions"].as_u64());
-        let count = count.unwrap_or_else(|| panic!("no count of {name} in {diagnosis:#}"));
+        let count = count.unwrap_or_else(|| panic!("no instruction count of {name} in {diagnosis:#}"));
         println!("verified program {name} {count} of {budget}");
         assert!(count <= budget.into(), "{name}: {count} instructions, budget {budget}");
     }
@@ -178,10 +179,10 @@ fn lesson_11_every_program_loads_within_its_budget_of_instructions() -> Result<(
 }
 
 #[test]
-fn lesson_12_what_does_not_fit_is_refused_alone_and_told_and_fits_once_there_is_room() -> Result<()> {
+fn lesson_12_frontend_that_does_not_fit_is_refused_and_reported_until_there_is_room() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
-    // Two endpoints for web, the same two with another port for dns, one of the agent's own: one place is left.
+    // `web` has two backends, `dns` the same two on another port, and the self-probe one: one entry is free.
     let sizes = ["--max-backends", "6", "--max-frontends", "16", "--max-slots", "64"];
     let mut agent = bed.agent_with(&directory, "c1", "n1", &sizes)?;
     assert_eq!(metric(&agent, "portolan_map_entries{map=\"backends\"}")?, 5);
@@ -199,24 +200,24 @@ fn lesson_12_what_does_not_fit_is_refused_alone_and_told_and_fits_once_there_is_
         ensure!(findings.contains("PTL0090") && findings.contains("172.16.0.30:80"), "{findings}");
         Ok(())
     })?;
-    // The one refuses, and does not fall through; all others go on, the new one that fits as well.
+    // Only that frontend refuses, instead of bypassing Portolan. All others work, including the new one that fits.
     assert_eq!(client.dial("172.16.0.30:80", 2)?.errnos(), [ECONNREFUSED; 2]);
     assert_eq!(client.dial("172.16.0.31:80", 2)?.greetings(), ["more"; 2]);
     assert_eq!(client.dial(WEB, 4)?.count("pod1"), 2);
     assert_eq!(metric(&agent, "portolan_map_entries{map=\"backends\"}")?, 6);
-    // An agent with larger maps takes over without a failed connection.
+    // An agent with larger maps takes over without failed connections.
     let mut load = bed.dialler()?;
     load.begin(&Task::Load { to: WEB.parse()? })?;
     agent.process.kill();
     let agent = bed.agent_with(&directory, "c1", "n1", &["--max-backends", "100"])?;
     assert_eq!(client.dial("172.16.0.30:80", 2)?.greetings(), ["more"; 2]);
     let reply = load.run(&Task::Stop)?;
-    assert!(reply.bad == 0 && reply.good > 0, "{} failed, {} did not", reply.bad, reply.good);
+    assert!(reply.bad == 0 && reply.good > 0, "{} failed, {} succeeded", reply.bad, reply.good);
     assert_eq!(metric(&agent, "portolan_map_capacity{map=\"backends\"}")?, 100);
-    // Smaller maps than what is served needs do not take over: the former ones go on.
+    // An agent whose maps are too small does not take over: the previous maps stay in use.
     drop(agent);
     let agent = bed.start_with(&directory, "c1", "n1", &["--max-backends", "3"])?;
-    wait_until("the agent to say what it lacks", BOUND, || {
+    wait_until("the agent to report what is missing", BOUND, || {
         let (status, why) = agent.http("/readyz")?;
         ensure!(status == 503 && why.contains("no room"), "{status} {why}");
         Ok(())

@@ -1,5 +1,6 @@
-//! What went wrong elsewhere, and does not here: a test for each lesson that is about the data path, named after its number.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! Regression tests for failures of comparable projects, one or more for each lesson about the data path.
+//! The number in the name of a test is the number of its lesson.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod kernel;
 mod sockets;

@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::world::{BOUND, DNS, ECONNABORTED, ECONNREFUSED, WEB, metric, send, two_pods, write_pods};
 
 #[test]
-fn lesson_01_connected_udp_is_not_pinned_to_an_endpoint_that_is_gone() -> Result<()> {
+fn lesson_01_connected_udp_sockets_to_a_removed_endpoint_are_closed() -> Result<()> {
     let bed = Bed::new()?;
     let directory = Directory::new()?;
     for i in 1..=2 {
@@ -31,7 +31,8 @@ fn lesson_01_connected_udp_is_not_pinned_to_an_endpoint_that_is_gone() -> Result
     let agent = bed.agent(&directory, "c1", "n1")?;
     let mut client = bed.dialler()?;
     let dns = "172.16.0.53:53".parse()?;
-    // Four of ours, two to each endpoint; two that dialled the endpoint itself, one of them after the Service.
+    // Four sockets through the Service, two to each endpoint. Three that dialed the endpoint itself, two of them after
+    // the Service.
     for mapped in [false, true, false, true] {
         client.run(&Task::HoldDatagram { to: dns, mapped, then: None })?;
     }
@@ -48,18 +49,21 @@ fn lesson_01_connected_udp_is_not_pinned_to_an_endpoint_that_is_gone() -> Result
         ensure!(errnos[4..] == [0; 3], "{errnos:?}");
         Ok(())
     })?;
-    let closed = agent.events()?.into_iter().filter(|event| event["kind"] == "closed").collect::<Vec<_>>();
-    assert_eq!(closed.len(), 1, "{closed:?}");
-    assert!(closed[0]["message"].as_str().unwrap().starts_with("2 UDP connections to 10.0.0.1:5353"), "{closed:?}");
-    Ok(())
+    // The helper reports after it has closed them.
+    wait_until("the report", BOUND, || {
+        let closed = agent.events()?.into_iter().filter(|event| event["kind"] == "closed").collect::<Vec<_>>();
+        let message = closed.first().and_then(|event| event["message"].as_str()).unwrap_or_default();
+        ensure!(closed.len() == 1 && message.starts_with("2 UDP connections to 10.0.0.1:5353"), "{closed:?}");
+        Ok(())
+    })
 }
 
 #[test]
-fn lesson_01_in_every_network_namespace() -> Result<()> {
+fn lesson_01_udp_sockets_are_closed_in_every_network_namespace() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    // Two pods on the node, each with a network of its own, in which the endpoints are.
+    // Two pods, each with its own network namespace, in which the endpoints are.
     let pods = [Namespace::new(unique("pod"))?, Namespace::new(unique("pod"))?];
     let mut clients = Vec::new();
     for pod in &pods {
@@ -85,7 +89,7 @@ fn lesson_01_in_every_network_namespace() -> Result<()> {
 }
 
 #[test]
-fn lesson_02_the_traffic_of_others_pushes_nothing_out() -> Result<()> {
+fn lesson_02_other_traffic_does_not_evict_udp_affinity() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     let _agent = bed.agent_with(&directory, "c1", "n1", &["--max-affinities", "16"])?;
@@ -101,7 +105,7 @@ fn lesson_02_the_traffic_of_others_pushes_nothing_out() -> Result<()> {
 }
 
 #[test]
-fn lesson_03_a_socket_that_reconnects_elsewhere_keeps_nothing() -> Result<()> {
+fn lesson_03_reconnected_tcp_socket_has_no_stale_state() -> Result<()> {
     let bed = Bed::new()?;
     for (address, greeting) in [("10.0.0.1", "web"), ("10.0.0.2", "other")] {
         bed.namespace.add_address(&format!("{address}/32"))?;
@@ -121,7 +125,7 @@ fn lesson_03_a_socket_that_reconnects_elsewhere_keeps_nothing() -> Result<()> {
     let agent = bed.agent(&directory, "c1", "n1")?;
     let mut client = bed.dialler()?;
     for (then, peer) in [
-        // Directly to the endpoint that the Service had given: it is what was dialled, so it is what is seen.
+        // Directly to the endpoint that the Service selected: getpeername() returns the address that was dialed.
         ("10.0.0.1:9080", "10.0.0.1:9080"),
         ("10.0.0.2:9080", "10.0.0.2:9080"),
         ("172.16.0.20:80", "172.16.0.20:80"),
@@ -131,7 +135,7 @@ fn lesson_03_a_socket_that_reconnects_elsewhere_keeps_nothing() -> Result<()> {
         assert_eq!(reply.seen[0].peer, Some("172.16.0.10:80".parse()?));
         assert_eq!(reply.seen[1].peer, Some(peer.parse()?), "{then}");
     }
-    // A failure of the second connection is not the first one's.
+    // A failure of the second connection is not attributed to the first one.
     let reply = client.run(&Task::Redial { to: "172.16.0.10:80".parse()?, then: "10.0.0.2:1".parse()? })?;
     assert_eq!(reply.errnos(), [0, ECONNREFUSED]);
     wait_until("the sockets to be closed", Duration::from_secs(10), || {
@@ -150,20 +154,20 @@ fn lesson_03_a_socket_that_reconnects_elsewhere_keeps_nothing() -> Result<()> {
 }
 
 #[test]
-fn lesson_03_a_udp_socket_that_is_dissolved_keeps_nothing() -> Result<()> {
+fn lesson_03_disconnected_udp_socket_has_no_stale_state() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
     let mut client = bed.dialler()?;
     for then in ["10.0.0.1:5353", "10.0.0.2:5353", DNS] {
-        // Twice, so that each endpoint was once the one that the Service had given.
+        // Twice, so that the Service selects each endpoint once.
         for _ in 0..2 {
             let reply = client.run(&Task::Reuse { to: DNS.parse()?, then: then.parse()? })?;
             assert_eq!(reply.seen[0].peer, Some(DNS.parse()?));
             assert_eq!((reply.seen[1].errno, reply.seen[1].peer), (0, Some(then.parse()?)), "{reply:?}");
         }
     }
-    // The same without a connection: once with the Service, then with the endpoint itself.
+    // The same from an unconnected socket: first to the Service, then to the endpoints themselves.
     let around = vec![DNS.parse()?, "10.0.0.1:5353".parse()?, "10.0.0.2:5353".parse()?];
     let reply = client.run(&Task::DatagramsAround { to: around.clone(), times: 3 })?;
     for (seen, to) in reply.seen.iter().zip(around.iter().cycle()) {
@@ -173,30 +177,30 @@ fn lesson_03_a_udp_socket_that_is_dissolved_keeps_nothing() -> Result<()> {
 }
 
 #[test]
-fn lesson_04_an_unconnected_udp_socket_keeps_its_port() -> Result<()> {
+fn lesson_04_unconnected_udp_socket_keeps_its_source_port() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
     let mut client = bed.dialler()?;
     let first = send(&mut client, DNS, 1, Sender::Kept)?;
-    // A connected one to the same endpoint shows when the closing is done.
+    // A connected socket to the same endpoint shows when sockets have been closed.
     for _ in 0..2 {
         client.run(&Task::HoldDatagram { to: DNS.parse()?, mapped: false, then: None })?;
     }
-    let gone = if first.seen[0].greeting == "pod1" { 2 } else { 1 };
-    write_pods(&directory, &[gone])?;
-    wait_until("the connected one to be closed", BOUND, || {
+    let remaining = if first.seen[0].greeting == "pod1" { 2 } else { 1 };
+    write_pods(&directory, &[remaining])?;
+    wait_until("the connected socket to be closed", BOUND, || {
         let errnos = client.run(&Task::Held)?.errnos();
         ensure!(errnos.contains(&ECONNABORTED), "{errnos:?}\n{}", agent.log());
         Ok(())
     })?;
     let again = send(&mut client, DNS, 1, Sender::Kept)?;
-    assert_eq!((again.value, again.greetings()), (first.value, vec![format!("pod{gone}").as_str()]));
+    assert_eq!((again.value, again.greetings()), (first.value, vec![format!("pod{remaining}").as_str()]));
     Ok(())
 }
 
 #[test]
-fn lesson_05_tcp_is_closed_in_one_pass_for_a_batch_and_only_when_asked_for() -> Result<()> {
+fn lesson_05_tcp_is_closed_only_if_configured_and_in_one_pass_per_batch() -> Result<()> {
     for (setting, closed) in [("keep", 0), ("reset", 20)] {
         let bed = Bed::new()?;
         let directory = Directory::new()?;
@@ -224,30 +228,30 @@ fn lesson_05_tcp_is_closed_in_one_pass_for_a_batch_and_only_when_asked_for() -> 
         let passes = || metric(&agent, "portolan_closing_passes_total");
         let before = passes()?;
         directory.write("c1/all.yaml", &fewer)?;
-        wait_until("the change, and what follows from it", BOUND, || {
+        wait_until("the change and its effects", BOUND, || {
             let aborted = client.run(&Task::Held)?.errnos().iter().filter(|errno| **errno == ECONNABORTED).count();
             let endpoints = agent.get("services")?["services"][19]["endpoints"].as_array().map(Vec::len);
             ensure!(endpoints == Some(1) && aborted == closed, "{endpoints:?} {aborted}");
             Ok(())
         })?;
-        // The last socket is closed before the look has ended, and is counted.
-        let looks = u64::from(setting != "keep");
-        wait_until("the look to end", BOUND, || {
-            ensure!(passes()? - before >= looks);
+        // The last socket is closed before the pass ends and is counted.
+        let expected = u64::from(setting != "keep");
+        wait_until("the pass to end", BOUND, || {
+            ensure!(passes()? - before >= expected);
             Ok(())
         })?;
-        assert_eq!(passes()? - before, looks, "{setting}: twenty services, one change");
+        assert_eq!(passes()? - before, expected, "{setting}: twenty services, one change");
     }
     Ok(())
 }
 
 #[test]
-fn lesson_06_mapped_addresses_are_ipv4_everywhere() -> Result<()> {
+fn lesson_06_v4_mapped_addresses_are_handled_as_ipv4() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     let agent = bed.agent_with(&directory, "c1", "n1", &["--gone-connections", "reset"])?;
     let mut client = bed.dialler()?;
-    // connect and getpeername; sendmsg and recvmsg.
+    // The connect, getpeername, sendmsg, and recvmsg hooks.
     let task = Task::Dial { to: WEB.parse()?, times: 2, mapped: true, nonblocking: false, send: 0 };
     let reply = client.run(&task)?;
     assert_eq!((reply.count("pod1"), reply.count("pod2")), (1, 1));
@@ -260,7 +264,7 @@ fn lesson_06_mapped_addresses_are_ipv4_everywhere() -> Result<()> {
             "{from:?}"
         );
     }
-    // The walk over sockets.
+    // The socket iterator.
     for _ in 0..2 {
         client.run(&Task::HoldDatagram { to: DNS.parse()?, mapped: true, then: None })?;
     }

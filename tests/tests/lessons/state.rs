@@ -1,4 +1,4 @@
-//! Lessons 13 to 20: state, restarts, choice.
+//! Lessons 13 to 20: state, restarts, endpoint selection.
 
 use std::{
     fs,
@@ -23,23 +23,23 @@ use crate::world::{
 };
 
 #[test]
-fn lesson_13_nothing_is_taken_away_before_everything_has_been_read() -> Result<()> {
+fn lesson_13_nothing_is_removed_before_the_initial_sync() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     agent.process.kill();
-    // The directory is one file away from being read: the agent starts, and does not get past opening it.
+    // The agent starts, but blocks while it opens the only file.
     let all = directory.path().join("c1/all.yaml");
-    let held = Held::open(&all)?;
+    let blocked = Held::open(&all)?;
     let mut agent = bed.start(&directory, "c1", "n1")?;
-    held.wait(BOUND)?;
+    blocked.wait(BOUND)?;
     let mut client = bed.dialler()?;
-    assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4], "what a former agent published stands");
-    drop(held);
+    assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4], "frontends of the previous agent stay in effect");
+    drop(blocked);
     agent.wait_ready()?;
     assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4]);
-    // A file that cannot be read any more is a finding, and keeps what it held.
-    wait_until("the agent to have read what is there", BOUND, || {
+    // A file that becomes unreadable causes a finding, and its last known objects stay in effect.
+    wait_until("the agent to have read the directory", BOUND, || {
         ensure!(directory.plan("c1", "n1", &[])?.0["config"] == agent.get("services")?["config"]);
         Ok(())
     })?;
@@ -52,10 +52,10 @@ fn lesson_13_nothing_is_taken_away_before_everything_has_been_read() -> Result<(
         Ok(())
     })?;
     assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4]);
-    // Once everything is known, what is gone is taken away.
+    // Once everything has been read, objects that are gone are removed.
     directory.remove("c1/all.yaml")?;
     directory.write("c1/all.yaml", &[node("n1", "r1")])?;
-    wait_until("the service to go", BOUND, || {
+    wait_until("the service to be removed", BOUND, || {
         let errnos = client.dial("172.16.0.10:80", 1)?.errnos();
         ensure!(errnos == [ENETUNREACH], "{errnos:?}");
         Ok(())
@@ -63,26 +63,26 @@ fn lesson_13_nothing_is_taken_away_before_everything_has_been_read() -> Result<(
 }
 
 #[test]
-fn lesson_14_what_the_watch_misses_is_found_by_looking_again() -> Result<()> {
+fn lesson_14_rescan_finds_changes_that_the_watch_misses() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     let _agent = bed.agent_with(&directory, "c1", "n1", &["--rescan", "300ms"])?;
     let mut client = bed.dialler()?;
     assert_eq!(client.dial(WEB, 2)?.errnos(), [0; 2]);
-    // The folder that is watched goes, and another one stands in its place: no event tells of what is in it.
+    // The watched directory is replaced by another one, whose contents cause no inotify events.
     let other = Directory::new()?;
     write_pods(&other, &[2])?;
     fs::rename(directory.path(), directory.scratch("away"))?;
     fs::rename(other.path(), directory.path())?;
-    wait_until("the endpoint to be gone", BOUND, || {
+    wait_until("the endpoint to be removed", BOUND, || {
         let reply = client.dial(WEB, 4)?;
         ensure!(reply.count("pod2") == 4, "{reply:?}");
         Ok(())
     })
 }
 
-/// A load over a change, without a failed connection.
-fn without_a_failure(bed: &Bed, what: &str, change: impl FnOnce() -> Result<()>) -> Result<()> {
+/// Runs `change` under load and checks that no connection fails or is misrouted.
+fn assert_no_failures_during(bed: &Bed, what: &str, change: impl FnOnce() -> Result<()>) -> Result<()> {
     let load = Load::start(bed.place(), &storm_frontends(), u64::MAX, None)?;
     change()?;
     let summary = load.stop()?;
@@ -92,7 +92,7 @@ fn without_a_failure(bed: &Bed, what: &str, change: impl FnOnce() -> Result<()>)
 }
 
 #[test]
-fn lesson_15_an_upgrade_and_a_downgrade_lose_nothing() -> Result<()> {
+fn lesson_15_upgrade_and_downgrade_lose_no_connections() -> Result<()> {
     let bed = Bed::new()?;
     let _servers = storm_servers(&bed)?;
     let directory = Directory::new()?;
@@ -101,38 +101,39 @@ fn lesson_15_an_upgrade_and_a_downgrade_lose_nothing() -> Result<()> {
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     let own = schema(&agent)?;
     let mut client = bed.dialler()?;
-    let dialled = storm_frontends()[0];
-    client.run(&Task::Hold { to: dialled, times: 1 })?;
+    let frontend = storm_frontends()[0];
+    client.run(&Task::Hold { to: frontend, times: 1 })?;
     for (program, expected) in [("portolan-next", own + 1), ("portolan", own), ("portolan-next", own + 1)] {
-        without_a_failure(&bed, program, || {
+        assert_no_failures_during(&bed, program, || {
             agent.process.kill();
             agent = bed.agent_of(program, &directory, "c1", "n1", &[])?;
             ensure!(schema(&agent)? == expected);
             Ok(())
         })?;
-        // What sockets remember belongs to them, whatever the version.
-        assert_eq!(client.run(&Task::Held)?.seen[0].peer, Some(dialled), "{program}");
+        // Socket state survives, whatever the version.
+        assert_eq!(client.run(&Task::Held)?.seen[0].peer, Some(frontend), "{program}");
     }
     agent.process.kill();
     agent = bed.agent(&directory, "c1", "n1")?;
-    // Of all that there was, one set of maps is left.
+    // Only one map set remains.
     let sets = fs::read_dir(bed.pins())?.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with('v'));
     assert_eq!(sets.count(), 1);
     drop(agent);
     Ok(())
 }
 
-/// Lets an agent go on until its step of that kind and number, and kills it just before. `false` where it has become ready before.
-fn killed_before(kind: Step, number: u32, agent: &mut Agent, steps: &Steps) -> Result<bool> {
+/// Resumes an agent until its `number`-th step of this kind, and kills it just before that step.
+/// Returns `false` if it becomes ready earlier.
+fn kill_before(kind: Step, number: u32, agent: &mut Agent, steps: &Steps) -> Result<bool> {
     let (mut taken, end) = (0, Instant::now() + BOUND * patience());
     while Instant::now() < end {
         let Some((step, id)) = steps.next(Duration::from_millis(100))? else {
-            // It may come to its next step now, and then it waits for this test, and answers nobody.
+            // The agent may reach its next step now: it then waits for this test and does not respond.
             let answer = agent.http_within("/readyz", Duration::from_millis(200) * patience());
             if answer.is_ok_and(|(status, _)| status == 200) {
                 return Ok(false);
             }
-            ensure!(agent.process.child().try_wait()?.is_none(), "the agent has ended: {}", agent.log());
+            ensure!(agent.process.child().try_wait()?.is_none(), "the agent exited: {}", agent.log());
             continue;
         };
         taken += u32::from(step == kind);
@@ -142,11 +143,11 @@ fn killed_before(kind: Step, number: u32, agent: &mut Agent, steps: &Steps) -> R
         }
         steps.go_on(id)?;
     }
-    bail!("neither ready nor at its {number}. {kind:?}: {}", agent.log())
+    bail!("neither ready nor at {kind:?} number {number}: {}", agent.log())
 }
 
 #[test]
-fn lesson_15_killed_before_any_step_of_an_upgrade_nothing_is_lost() -> Result<()> {
+fn lesson_15_kill_before_any_upgrade_step_loses_no_connections() -> Result<()> {
     let bed = Bed::new()?;
     let _servers = storm_servers(&bed)?;
     let directory = Directory::new()?;
@@ -165,8 +166,8 @@ fn lesson_15_killed_before_any_step_of_an_upgrade_nothing_is_lost() -> Result<()
     bed.agent(&directory, "c1", "n1")?.process.kill();
     assert_eq!(doctor()?["state"], "ok");
     let mut before = current()?;
-    // Where every instruction is emulated, a start takes most of a minute beside a load: there, three kills in the midst of the exchange have to do,
-    // with connections after each.
+    // Under emulation, a start takes most of a minute beside a load.
+    // There, three kills during the exchange of programs suffice, each followed by connections.
     let emulated = patience() > 1;
     let kinds = [Step::UpdateLink, Step::MakeMap, Step::LoadProgram, Step::Pin, Step::Files];
     let kinds = if emulated { &kinds[..1] } else { &kinds[..] };
@@ -174,42 +175,43 @@ fn lesson_15_killed_before_any_step_of_an_upgrade_nothing_is_lost() -> Result<()
     let to = storm_frontends()[0].to_string();
     let mut kill_all = || {
         for &kind in kinds {
-            // Where every instruction is emulated, of the many steps that are alike some must do.
+            // Under emulation, a sample of the many similar steps suffices.
             let stride = if patience() > 1 { 4 } else { 1 };
             let mut kills = 0;
             for number in (1..).step_by(stride) {
                 let (mut agent, steps) = bed.start_watched("portolan-next", &directory, "c1", "n1")?;
-                let killed = killed_before(kind, number, &mut agent, &steps)?;
+                let killed = kill_before(kind, number, &mut agent, &steps)?;
                 agent.process.kill();
                 kills += u32::from(killed);
-                let whole = current()? != before && sets()? == 1;
+                let complete = current()? != before && sets()? == 1;
                 if kind == Step::UpdateLink && killed {
-                    // All programs are of one set before the first of these steps, and of two before each of the others.
+                    // Before the first of these steps all programs use one map set; before each of the others, they use
+                    // two.
                     let state = doctor()?["state"].clone();
                     assert_eq!(state, if number == 1 { "ok" } else { "warning" }, "{:#}", doctor()?);
                 }
                 assert_eq!(client.dial(&to, 4)?.errnos(), [0; 4]);
                 if kind == Step::UpdateLink || current()? != before {
-                    // Back to where it was, whatever the other left.
+                    // Roll back, whatever state the killed agent left.
                     bed.agent(&directory, "c1", "n1")?.process.kill();
                     assert_eq!((doctor()?["state"].as_str(), sets()?), (Some("ok"), 1), "{:#}", doctor()?);
                     before = current()?;
                 }
-                if !killed || whole {
+                if !killed || complete {
                     break;
                 }
             }
             println!("killed before {kind:?}: {kills} times");
             assert!(kills > 0, "never killed before {kind:?}");
-            assert!(kind != Step::UpdateLink || kills == 9u32.div_ceil(stride as u32), "{kills} updates of links");
+            assert!(kind != Step::UpdateLink || kills == 9u32.div_ceil(stride as u32), "{kills} link updates");
         }
         Ok(())
     };
-    if emulated { kill_all() } else { without_a_failure(&bed, "killed before each step", kill_all) }
+    if emulated { kill_all() } else { assert_no_failures_during(&bed, "killed before each step", kill_all) }
 }
 
 #[test]
-fn lesson_15_conversations_find_their_way_after_an_upgrade() -> Result<()> {
+fn lesson_15_udp_flows_continue_after_an_upgrade() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     bed.namespace.add_address("10.0.0.3/32")?;
@@ -237,33 +239,33 @@ fn lesson_15_conversations_find_their_way_after_an_upgrade() -> Result<()> {
 }
 
 #[test]
-fn lesson_15_another_version_waits_until_it_knows_everything() -> Result<()> {
+fn lesson_15_new_version_waits_for_a_complete_table() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     bed.agent(&directory, "c1", "n1")?.process.kill();
     let good = fs::read_to_string(directory.path().join("c1/all.yaml"))?;
     directory.write_text("c1/all.yaml", "kind: [")?;
     let mut agent = bed.start_of("portolan-next", &directory, "c1", "n1", &[])?;
-    wait_until("the agent to say what it waits for", BOUND, || {
+    wait_until("the agent to report what it waits for", BOUND, || {
         let (status, why) = agent.http("/readyz")?;
-        ensure!(status == 503 && why.contains("former version"), "{status} {why}");
+        ensure!(status == 503 && why.contains("previous version"), "{status} {why}");
         Ok(())
     })?;
     let mut client = bed.dialler()?;
-    assert_eq!(client.dial(WEB, 4)?.count("pod1"), 2, "the former version's tables are in force");
+    assert_eq!(client.dial(WEB, 4)?.count("pod1"), 2, "the previous version's tables stay in effect");
     directory.write_text("c1/all.yaml", &good)?;
     agent.wait_ready()?;
     assert_eq!(client.dial(WEB, 4)?.count("pod1"), 2);
     Ok(())
 }
 
-/// Connections of a storm; as many as `PORTOLAN_STORM_CONNECTIONS` says.
+/// Returns the number of connections in a storm, which `PORTOLAN_STORM_CONNECTIONS` overrides.
 fn connections() -> u64 {
     std::env::var("PORTOLAN_STORM_CONNECTIONS").ok().and_then(|count| count.parse().ok()).unwrap_or(100_000)
 }
 
 #[test]
-fn lesson_16_in_a_storm_of_changes_nobody_is_misled() -> Result<()> {
+fn lesson_16_update_storm_misroutes_no_connections() -> Result<()> {
     let bed = Bed::new()?;
     let _servers = storm_servers(&bed)?;
     let directory = Directory::new()?;
@@ -281,7 +283,7 @@ fn lesson_16_in_a_storm_of_changes_nobody_is_misled() -> Result<()> {
     let count = connections();
     let mut load = Load::start(bed.place(), &storm_frontends(), count, None)?;
     let (mut changes, began) = (0u64, Instant::now());
-    // Each service always has somebody, and ids go from one service's endpoints to another's.
+    // Each service always has an endpoint, and IDs move between the endpoints of different services.
     let masks = [0b0011, 0b1100, 0b0101, 0b1010, 0b0001, 0b1000, 0b1111, 0b0110];
     while !load.has_ended()? {
         changes += 1;
@@ -298,13 +300,13 @@ fn lesson_16_in_a_storm_of_changes_nobody_is_misled() -> Result<()> {
     let metrics = agent.http("/metrics")?.1;
     assert!(metrics.contains("\nportolan_inconsistent_total 0\n"), "{metrics}");
     let published = agent.events()?.into_iter().filter(|event| event["kind"] == "published").count();
-    // How many there are is up to the machine; that there are some while connections run is what counts.
+    // The number of publications depends on the machine. Several must happen while connections run.
     assert!(published >= 3, "{published} publications");
-    // As it was at the start.
+    // Restore the initial state.
     directory.write("c1/all.yaml", &storm_objects(&[0b1111]))?;
-    wait_until("the maps to hold what they held", BOUND, || {
+    wait_until("the maps to return to their initial contents", BOUND, || {
         let after = (entries()?, descriptors()?, places.taken());
-        // While an agent looks at sockets it holds their namespaces, as it does when it begins.
+        // During a sweep over sockets, the agent holds their network namespaces open, as it does at startup.
         let no_more = after.1 <= before.1;
         ensure!((&after.0, after.2) == (&before.0, before.2) && no_more, "{after:?}, before {before:?}");
         Ok(())
@@ -312,7 +314,7 @@ fn lesson_16_in_a_storm_of_changes_nobody_is_misled() -> Result<()> {
 }
 
 #[test]
-fn lesson_17_what_was_known_stays_when_the_source_is_lost() -> Result<()> {
+fn lesson_17_last_known_state_survives_loss_of_the_source() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     let agent = bed.agent_with(&directory, "c1", "n1", &["--rescan", "200ms"])?;
@@ -326,14 +328,14 @@ fn lesson_17_what_was_known_stays_when_the_source_is_lost() -> Result<()> {
     assert_eq!(client.dial(WEB, 4)?.count("pod1"), 2);
     fs::rename(directory.scratch("away"), directory.path())?;
     write_pods(&directory, &[2])?;
-    wait_until("it to go on", BOUND, || {
+    wait_until("new changes to take effect", BOUND, || {
         ensure!(client.dial(WEB, 2)?.count("pod2") == 2);
         Ok(())
     })
 }
 
 #[test]
-fn lesson_18_odd_objects_are_named_and_the_rest_goes_on() -> Result<()> {
+fn lesson_18_invalid_objects_are_reported_and_the_rest_works() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
@@ -379,14 +381,14 @@ fn lesson_18_odd_objects_are_named_and_the_rest_goes_on() -> Result<()> {
     }
     assert_eq!(client.dial(WEB, 4)?.count("pod1"), 2);
     write_pods(&directory, &[1])?;
-    wait_until("changes to be followed", BOUND, || {
+    wait_until("changes to take effect", BOUND, || {
         ensure!(client.dial(WEB, 2)?.count("pod1") == 2);
         Ok(())
     })
 }
 
 #[test]
-fn lesson_19_hundreds_of_entries_and_thousands_of_services_are_no_matter() -> Result<()> {
+fn lesson_19_thousands_of_services_and_hundreds_of_entries_work() -> Result<()> {
     let bed = Bed::new()?;
     let directory = two_pods(&bed)?;
     let (services, entries) = (2_000u32, 300u32);
@@ -408,7 +410,7 @@ fn lesson_19_hundreds_of_entries_and_thousands_of_services_are_no_matter() -> Re
         }));
     }
     directory.write("c1/many.yaml", &objects)?;
-    // The sizes are settings: there is no room for all of them at first.
+    // Map sizes are configurable: at first, not all frontends fit.
     let mut agent = bed.start_with(&directory, "c1", "n1", &["--max-frontends", "2000"])?;
     wait_until("the finding", BOUND * 2, || {
         let findings = agent.get("services")?["findings"].to_string();
@@ -429,10 +431,10 @@ fn lesson_19_hundreds_of_entries_and_thousands_of_services_are_no_matter() -> Re
 }
 
 #[test]
-fn lesson_20_what_is_strict_refuses_and_falls_through_to_nobody() -> Result<()> {
+fn lesson_20_strict_cluster_local_service_refuses_without_fallback() -> Result<()> {
     let bed = Bed::new()?;
     let directory = Directory::new()?;
-    // An endpoint in another cluster, and the service kept in its own: strict.
+    // The only endpoint is in another cluster, and the service is made strictly cluster-local.
     bed.namespace.add_address("10.1.0.1/32")?;
     bed.serve("10.1.0.1:9080", "elsewhere")?;
     directory.write("c1/all.yaml", &[node("n1", "r1"), service("web", &["172.16.0.10"], 80)])?;
@@ -447,7 +449,7 @@ fn lesson_20_what_is_strict_refuses_and_falls_through_to_nobody() -> Result<()> 
     let keep =
         json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["web.default.svc.cluster.local"]}]});
     directory.write("mesh.yaml", &[portolan_tests::objects::mesh_config(&keep)])?;
-    wait_until("the service to be kept", Duration::from_secs(10), || {
+    wait_until("the service to be cluster-local", Duration::from_secs(10), || {
         let local = agent.get("services")?["services"][0]["clusterLocal"] == json!(true);
         ensure!(local, "not yet");
         Ok(())

@@ -1,4 +1,4 @@
-//! What the lessons' tests have in common.
+//! Helpers that the tests of all lessons share.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -19,7 +19,7 @@ pub(crate) const BOUND: Duration = Duration::from_secs(30);
 pub(crate) const WEB: &str = "172.16.0.10:80";
 pub(crate) const DNS: &str = "172.16.0.53:53";
 
-/// A node with two pods, each of which serves `web` over TCP and `dns` over UDP and says its name.
+/// Starts two pods that serve `web` over TCP and `dns` over UDP and greet with their names, and writes their objects.
 pub(crate) fn two_pods(bed: &Bed) -> Result<Directory> {
     for i in 1..=2 {
         bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
@@ -50,14 +50,14 @@ pub(crate) fn send(client: &mut Dialler, to: &str, times: u32, from: Sender) -> 
     client.run(&Task::Datagrams { to: to.parse()?, times, from, mapped: false })
 }
 
-/// The value of a metric with these labels.
+/// Returns the value of the metric line that starts with `line`: a metric name, with its labels if it has any.
 pub(crate) fn metric(agent: &Agent, line: &str) -> Result<u64> {
     let text = agent.http("/metrics")?.1;
     let value = text.lines().find_map(|own| own.strip_prefix(line)).with_context(|| format!("no {line} in {text}"))?;
     Ok(value.trim().parse()?)
 }
 
-/// Services of a storm: `172.16.1.<i>`, each with endpoints `10.<i>.0.<1..=4>`.
+/// Number of services in a storm. Service `i` has the address `172.16.1.<i>` and the endpoints `10.<i>.0.<1..=4>`.
 pub(crate) const SERVICES: u8 = 6;
 pub(crate) const ENDPOINTS: u8 = 4;
 
@@ -69,7 +69,7 @@ pub(crate) fn storm_endpoint(service: u8, endpoint: u8) -> SocketAddr {
     SocketAddr::from(([10, service, 0, endpoint + 1], 9080))
 }
 
-/// All endpoints of a storm, which say who they are.
+/// Starts a server for each endpoint of a storm. Its greeting identifies the endpoint.
 pub(crate) fn storm_servers(bed: &Bed) -> Result<Servers> {
     let mut addresses = Vec::new();
     for service in 0..SERVICES {
@@ -82,7 +82,7 @@ pub(crate) fn storm_servers(bed: &Bed) -> Result<Servers> {
     Servers::start(Place { namespace: Some(&bed.namespace), cgroup: None }, &addresses)
 }
 
-/// The objects of a storm: endpoint `e` of each service is there where bit `e` of `mask` is set.
+/// Returns the objects of a storm: a service has endpoint `e` if bit `e` of its mask is set. Masks repeat cyclically.
 pub(crate) fn storm_objects(masks: &[u8]) -> Vec<Value> {
     let mut objects = vec![node("n1", "r1")];
     for (number, mask) in (0..SERVICES).zip(masks.iter().cycle()) {

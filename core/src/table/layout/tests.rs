@@ -6,97 +6,10 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    model::{NamespacedName, ServiceId},
+    model::{IpFamily, NamespacedName, ServiceId},
     policy::{Schedule, Share, WeightedGroup},
-    table::key,
+    table::{fake_maps::FakeMaps, key},
 };
-
-/// The contents of the maps.
-#[derive(Clone, Default)]
-struct Maps {
-    frontends: BTreeMap<FrontendKey, u32>,
-    current: BTreeMap<u32, u32>,
-    versions: BTreeMap<u32, FrontendVersion>,
-    slots: BTreeMap<u32, Slot>,
-    runs: BTreeMap<u32, u32>,
-    backends: BTreeMap<u32, Backend>,
-    pools: BTreeMap<u32, PoolLimits>,
-}
-
-impl Maps {
-    fn write(&mut self, op: &Op) {
-        match op {
-            Op::SetBackend(id, backend) => drop(self.backends.insert(*id, *backend)),
-            Op::ResetPool(id, limits) | Op::SetPool(id, limits) => drop(self.pools.insert(*id, *limits)),
-            Op::SetRuns(first, ids) => self.runs.extend((*first..).zip(ids.iter().copied())),
-            Op::SetSlots(first, slots) => self.slots.extend((*first..).zip(slots.iter().copied())),
-            Op::SetVersion(index, version) => drop(self.versions.insert(*index, *version)),
-            Op::ResetFrontend(_) => {}
-            Op::Publish(id, index) => drop(self.current.insert(*id, *index)),
-            Op::AddFrontend(key, id) => drop(self.frontends.insert(*key, *id)),
-            Op::RemoveFrontend(key) => drop(self.frontends.remove(key)),
-        }
-    }
-
-    /// Returns the active version of a frontend.
-    /// Panics if the version belongs to another frontend.
-    fn version(&self, key: &FrontendKey) -> FrontendVersion {
-        let version = self.versions[&self.current[&self.frontends[key]]];
-        assert_eq!(version.key, *key);
-        version
-    }
-
-    /// Returns the pick of a connection for each value of the cursor, computed as the kernel does.
-    /// Panics if an entry is missing.
-    fn picks(&self, key: &FrontendKey, count: u64) -> Vec<Option<SocketAddr>> {
-        self.picks_of(&self.version(key), count)
-    }
-
-    fn picks_of(&self, version: &FrontendVersion, count: u64) -> Vec<Option<SocketAddr>> {
-        let period = u64::from(version.period);
-        (0..if period == 0 { 0 } else { count })
-            .map(|turn| {
-                let slot = self.slots[&(version.base + (turn % period) as u32)];
-                (slot.len > 0).then(|| self.backends[&self.runs[&slot.entry(turn / period)]].endpoint.socket_addr())
-            })
-            .collect()
-    }
-
-    /// Returns the endpoints that clients of a frontend may return to.
-    fn members(&self, key: &FrontendKey) -> BTreeSet<SocketAddr> {
-        let version = self.version(key);
-        let ids: Vec<u32> = (version.members..version.members + version.member_count).map(|i| self.runs[&i]).collect();
-        assert!(ids.is_sorted(), "the kernel's binary search needs sorted members");
-        ids.iter().map(|id| self.backends[id].endpoint.socket_addr()).collect()
-    }
-
-    /// Returns the state that a new agent would read from the maps.
-    fn pinned_state(&self, layout: &Layout) -> PinnedState {
-        let of = |key: &FrontendKey| {
-            let version = self.version(key);
-            let slots = || (version.base..version.base + version.period).map(|i| self.slots[&i]);
-            let members = (version.member_count > 0).then_some((version.members, 2 * version.member_count));
-            let used = || slots().map(|slot| (slot.first, slot.len)).chain(members);
-            let start = used().map(|(first, _)| first).min().unwrap_or(0);
-            let end = used().map(|(first, len)| first + len).max().unwrap_or(0);
-            let id = self.frontends[key];
-            PinnedFrontend { id, index: self.current[&id], version, runs: (start, end - start) }
-        };
-        let used: BTreeSet<u32> = self.runs.values().copied().collect();
-        let is_current = |id: &u32| layout.backend_id(&self.backends[id].endpoint.socket_addr()) == Some(*id);
-        PinnedState {
-            frontends: self.frontends.keys().map(of).collect(),
-            backends: used.into_iter().filter(is_current).map(|id| (id, self.backends[&id])).collect(),
-            epochs: self.backends.iter().map(|(id, backend)| (*id, backend.epoch)).collect(),
-            pools: self.pools.iter().map(|(id, limits)| (*id, *limits)).collect(),
-            pool_epochs: self.pools.iter().map(|(id, limits)| (*id, limits.epoch)).collect(),
-        }
-    }
-
-    fn write_all(&mut self, ops: &[Op]) {
-        ops.iter().for_each(|op| self.write(op));
-    }
-}
 
 /// Ends an epoch and reclaims at once, as if no program were running.
 fn reclaim(layout: &mut Layout) {
@@ -164,12 +77,12 @@ const SMALL: Sizes = Sizes { frontends: 12, backends: 30, slots: 400, affinities
 proptest! {
     #[test]
     fn every_update_prefix_is_consistent(tables in tables(), settles in prop::collection::vec(any::<bool>(), 12)) {
-        let (mut layout, mut maps) = (Layout::new(SMALL), Maps::default());
+        let (mut layout, mut maps) = (Layout::new(SMALL), FakeMaps::default());
         let mut before = Table::default();
         // Versions that a program may still be reading, with the picks that they gave.
         let mut read: Vec<(FrontendVersion, Vec<Option<SocketAddr>>)> = Vec::new();
         for (table, settles) in tables.iter().zip(settles) {
-            for key in maps.frontends.keys() {
+            for key in maps.keys() {
                 read.push((maps.version(key), maps.picks(key, PICKS)));
             }
             let (ops, refused) = layout.update(table, Completeness::Complete);
@@ -177,7 +90,7 @@ proptest! {
             prop_assume!(refused.is_empty());
             for op in &ops {
                 maps.write(op);
-                for key in maps.frontends.keys() {
+                for key in maps.keys() {
                     let picks = maps.picks(key, PICKS);
                     let versions = [&before, table].into_iter().filter_map(|table| table.frontends.get(key));
                     let mut versions = versions.map(|entry| expected(&entry.schedule));
@@ -187,7 +100,7 @@ proptest! {
                     prop_assert_eq!(&maps.picks_of(version, PICKS), picks, "a version still in use has changed");
                 }
             }
-            let present: BTreeSet<_> = maps.frontends.keys().collect();
+            let present: BTreeSet<_> = maps.keys().collect();
             prop_assert_eq!(present, table.frontends.keys().collect());
             for (key, entry) in &table.frontends {
                 let picks = expected(&entry.schedule);
@@ -208,7 +121,7 @@ proptest! {
     /// Changing a table in parts has the same result as changing it at once.
     #[test]
     fn partial_changes_add_up_to_a_full_update(tables in tables(), parts in 1usize..4) {
-        let (mut layout, mut maps) = (Layout::new(Sizes::default()), Maps::default());
+        let (mut layout, mut maps) = (Layout::new(Sizes::default()), FakeMaps::default());
         let mut before = Table::default();
         for table in &tables {
             reclaim(&mut layout);
@@ -222,7 +135,7 @@ proptest! {
                 prop_assert!(refused.is_empty());
                 maps.write_all(&ops);
             }
-            prop_assert_eq!(maps.frontends.keys().collect::<Vec<_>>(), table.frontends.keys().collect::<Vec<_>>());
+            prop_assert_eq!(maps.keys().collect::<Vec<_>>(), table.frontends.keys().collect::<Vec<_>>());
             for (key, entry) in &table.frontends {
                 prop_assert_eq!(maps.picks(key, PICKS), expected(&entry.schedule));
             }
@@ -234,28 +147,28 @@ proptest! {
 
     #[test]
     fn new_agent_adopts_pinned_state(first in tables(), second in tables()) {
-        let (mut layout, mut maps) = (Layout::new(Sizes::default()), Maps::default());
+        let (mut layout, mut maps) = (Layout::new(Sizes::default()), FakeMaps::default());
         for table in &first {
             layout.update(table, Completeness::Complete).0.iter().for_each(|op| maps.write(op));
         }
         let previous = maps.clone();
-        let held = maps.pinned_state(&layout);
+        let held = maps.read_back();
         let mut layout = Layout::from_held(Sizes::default(), held);
         // Nothing is known yet, so nothing may be removed.
         layout.update(&Table::default(), Completeness::Partial).0.iter().for_each(|op| maps.write(op));
-        for key in previous.frontends.keys() {
+        for key in previous.keys() {
             prop_assert_eq!(maps.picks(key, PICKS), previous.picks(key, PICKS));
         }
         let last = second.last().unwrap();
         for op in layout.update(last, Completeness::Complete).0 {
             maps.write(&op);
-            for key in maps.frontends.keys() {
+            for key in maps.keys() {
                 let picks = maps.picks(key, PICKS);
-                let old = previous.frontends.contains_key(key) && picks == previous.picks(key, PICKS);
+                let old = previous.frontend(key).is_some() && picks == previous.picks(key, PICKS);
                 prop_assert!(old || last.frontends.get(key).is_some_and(|entry| picks == expected(&entry.schedule)));
             }
         }
-        prop_assert_eq!(maps.frontends.keys().collect::<Vec<_>>(), last.frontends.keys().collect::<Vec<_>>());
+        prop_assert_eq!(maps.keys().collect::<Vec<_>>(), last.frontends.keys().collect::<Vec<_>>());
     }
 }
 
@@ -296,7 +209,7 @@ fn rejected_frontend_leaves_limits_unchanged() {
             port,
             protocol: Protocol::Tcp,
             subset: None,
-            v6: false,
+            family: IpFamily::V4,
         },
         limits: ConnectionPool { max_connections: Some(max), ..ConnectionPool::default() },
         strict: false,
@@ -323,13 +236,10 @@ fn rejected_frontend_leaves_limits_unchanged() {
 #[test]
 fn backends_of_rejected_adopted_frontend_are_not_reused() {
     let sizes = Sizes { frontends: 4, backends: 4, slots: 10, affinities: 1 };
-    let (mut previous, mut maps) = (Layout::new(sizes), Maps::default());
+    let (mut previous, mut maps) = (Layout::new(sizes), FakeMaps::default());
     let ops = previous.update(&table(&[(1, vec![(1, vec![1, 2])])]), Completeness::Complete).0;
     ops.iter().for_each(|op| maps.write(op));
-    let held = PinnedState {
-        backends: maps.backends.iter().map(|(id, backend)| (*id, *backend)).collect(),
-        ..maps.pinned_state(&previous)
-    };
+    let held = maps.read_back();
     let mut layout = Layout::from_held(sizes, held);
     // Three entries do not fit beside the two that are in use.
     let too_much = (1, vec![(1, vec![1, 2, 3])]);
@@ -347,12 +257,12 @@ fn backends_of_rejected_adopted_frontend_are_not_reused() {
 }
 
 /// Returns a layout that has adopted frontends 1 and 2 of a previous agent, which share endpoint 1, and the maps.
-fn adopted_layout() -> (Layout, Maps) {
+fn adopted_layout() -> (Layout, FakeMaps) {
     let sizes = Sizes { frontends: 8, backends: 8, slots: 40, affinities: 1 };
-    let (mut previous, mut maps) = (Layout::new(sizes), Maps::default());
+    let (mut previous, mut maps) = (Layout::new(sizes), FakeMaps::default());
     let ops = previous.update(&table(&[(1, vec![(1, vec![1])]), (2, vec![(1, vec![1, 2])])]), Completeness::Complete).0;
     maps.write_all(&ops);
-    (Layout::from_held(sizes, maps.pinned_state(&previous)), maps)
+    (Layout::from_held(sizes, maps.read_back()), maps)
 }
 
 #[test]
@@ -392,7 +302,7 @@ fn own_frontends_stay_own_when_maps_are_read_again() {
     let (mut layout, mut maps) = adopted_layout();
     let own = table(&[(3, vec![(1, vec![3])])]);
     maps.write_all(&layout.change(&own, &[], Completeness::WithoutSettings).0);
-    let mut layout = layout.read_again(maps.pinned_state(&layout));
+    let mut layout = layout.read_again(maps.read_back());
     assert_eq!(layout.adopted(), 2);
     reclaim(&mut layout);
     let moved = table(&[(3, vec![(1, vec![4])]), (2, vec![(1, vec![4])])]);

@@ -1,0 +1,148 @@
+//! A kernel in memory: the maps of [`FakeMaps`], counters that a test sets, and errors that a test asks for.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeSet,
+};
+
+use portolan_common::{BackendStats, BackendUse, FrontendKey, FrontendStats, FrontendVersion, PoolStats, TIME_BUCKETS};
+use portolan_core::table::{BackendId, FrontendId, GraceEpoch, Op, PinnedState, PoolId, Sizes, fake_maps::FakeMaps};
+use portolan_datapath::{Counters, Error, Result, SweepRequest};
+
+use super::Kernel;
+
+/// What a test sees of the kernel, and sets in it.
+#[derive(Debug, Default)]
+pub struct FakeKernel {
+    /// The maps, with the counters of the programs.
+    pub maps: FakeMaps,
+    /// Counters of the programs over all CPUs.
+    pub counters: Counters,
+    /// The write that fails next: 0 for the first of the next [`Kernel::apply`]. It fails once.
+    pub fail_write: Option<usize>,
+    /// What [`Kernel::set_http_sniffing`] fails with.
+    pub fail_http_sniffing: Option<String>,
+    /// Whether programs of another map set serve.
+    pub replaces_another: bool,
+    /// Whether the programs are attached.
+    pub attached: bool,
+    /// What is wrong with the hooks until they are repaired.
+    pub broken_hooks: Vec<String>,
+    /// Whether the program that reads HTTP responses is attached.
+    pub http_sniffing: bool,
+    /// Backends of which successes are reported.
+    pub report_success: BTreeSet<BackendId>,
+    /// Sweeps that were asked for, until a test takes them.
+    pub sweeps: RefCell<Vec<SweepRequest>>,
+    /// The last epoch whose grace period was begun.
+    pub grace_epoch: Cell<Option<GraceEpoch>>,
+}
+
+fn missing(what: &str, id: impl std::fmt::Display) -> Error {
+    Error::State(format!("there is no {what} {id}"))
+}
+
+impl Kernel for FakeKernel {
+    fn apply(&mut self, ops: &[Op]) -> Result<()> {
+        for (i, op) in ops.iter().enumerate() {
+            if self.fail_write.take_if(|at| *at == i).is_some() {
+                return Err(Error::State(format!("cannot write {op:?}")));
+            }
+            if let Op::SetBackend(id, _) = op {
+                self.report_success.remove(id);
+            }
+            self.maps.write(op);
+        }
+        Ok(())
+    }
+
+    fn read_back(&self, _sizes: Sizes) -> Result<PinnedState> {
+        Ok(self.maps.read_back())
+    }
+
+    fn wait_for_readers(&self) {}
+
+    fn begin_grace_period(&self, epoch: GraceEpoch) {
+        self.grace_epoch.set(Some(epoch));
+    }
+
+    fn attach(&mut self) -> Result<()> {
+        (self.attached, self.replaces_another) = (true, false);
+        Ok(())
+    }
+
+    fn replaces_another(&self) -> bool {
+        self.replaces_another
+    }
+
+    fn check_hooks(&self) -> Result<()> {
+        if !self.attached {
+            return Err(Error::State("the programs are not attached yet".to_owned()));
+        }
+        self.broken_hooks.first().map_or(Ok(()), |hook| Err(Error::State(hook.clone())))
+    }
+
+    fn repair_hooks(&mut self) -> Result<Vec<String>> {
+        Ok(std::mem::take(&mut self.broken_hooks))
+    }
+
+    fn set_http_sniffing(&mut self, wanted: bool) -> Result<()> {
+        match &self.fail_http_sniffing {
+            Some(why) => Err(Error::State(why.clone())),
+            None => {
+                self.http_sniffing = wanted;
+                Ok(())
+            }
+        }
+    }
+
+    fn set_report_success(&mut self, id: BackendId, wanted: bool) -> Result<()> {
+        if wanted {
+            self.report_success.insert(id)
+        } else {
+            self.report_success.remove(&id)
+        };
+        Ok(())
+    }
+
+    fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, FrontendVersion)> {
+        self.maps.frontend(key)
+    }
+
+    fn frontend_stats(&self, id: FrontendId) -> Result<FrontendStats> {
+        self.maps.frontend_stats.get(&id).copied().ok_or_else(|| missing("frontend", id))
+    }
+
+    fn backend_stats(&self, id: BackendId) -> Result<BackendStats> {
+        self.maps.backend_stats.get(&id).copied().ok_or_else(|| missing("backend", id))
+    }
+
+    fn backend_use(&self, id: BackendId) -> Result<BackendUse> {
+        self.maps.backend_use.get(&id).copied().ok_or_else(|| missing("backend", id))
+    }
+
+    fn pool_stats(&self, id: PoolId) -> Result<PoolStats> {
+        self.maps.pool_stats.get(&id).copied().ok_or_else(|| missing("pool", id))
+    }
+
+    fn counters(&self) -> Result<Counters> {
+        Ok(self.counters)
+    }
+
+    fn latencies(&self) -> Result<[Vec<u64>; 2]> {
+        let empty = || vec![0; TIME_BUCKETS as usize];
+        Ok([empty(), empty()])
+    }
+
+    fn connection_slots(&self) -> (u32, u32) {
+        (0, portolan_common::Connection::CAPACITY)
+    }
+
+    fn sweep(&self, request: SweepRequest) {
+        self.sweeps.borrow_mut().push(request);
+    }
+
+    fn location(&self) -> String {
+        "memory".to_owned()
+    }
+}
