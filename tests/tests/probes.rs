@@ -260,7 +260,7 @@ fn excess_and_invalid_probes_are_findings() -> Result<()> {
     let mut client = bed.dialler()?;
     wait_until("the finding", BOUND, || {
         let report = agent.get("services")?;
-        let found = finding(&report, "Probes", "asks for 2 probes a second of 2 endpoints; 1 are made")?;
+        let found = finding(&report, "Probes", "asks for 2 probes per second of 2 endpoints; the limit is 1")?;
         ensure!(found["code"] == "PTL0105", "{found}");
         Ok(())
     })?;
