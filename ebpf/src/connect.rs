@@ -9,20 +9,12 @@ use portolan_common::{Counter, Endpoint, FrontendKey, SocketStage};
 
 use crate::{
     addr,
+    consts::{ECONNREFUSED, EHOSTUNREACH, FAIL, IPPROTO_TCP, IPPROTO_UDP, PROCEED},
     maps::{BACKEND_STATS, POOLS, SET, count},
     opt_out::is_opted_out,
     select::{Found, Lookup, Pick, Selected, add, lookup_frontend, pick},
     state,
 };
-
-/// The return value of a sock_addr program that lets the call proceed.
-pub(crate) const PROCEED: i32 = 1;
-/// The return value that fails the call with the error set by `bpf_set_retval`.
-const FAIL: i32 = 0;
-const ECONNREFUSED: i32 = 111;
-const EHOSTUNREACH: i32 = 113;
-pub(crate) const IPPROTO_TCP: u32 = 6;
-pub(crate) const IPPROTO_UDP: u32 = 17;
 
 #[inline(always)]
 pub(crate) fn connect4(ctx: &SockAddrContext) -> i32 {

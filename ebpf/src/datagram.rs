@@ -9,7 +9,8 @@ use portolan_common::{Counter, DatagramFlows, Endpoint, FLOWS, Flow, FrontendKey
 
 use crate::{
     addr,
-    connect::{IPPROTO_UDP, PROCEED, Refused, count_flow, protocol, refuse, rewrite4, rewrite6},
+    connect::{Refused, count_flow, protocol, refuse, rewrite4, rewrite6},
+    consts::{IPPROTO_UDP, PROCEED},
     maps::{DATAGRAMS, SET, SOCKETS, count},
     opt_out::is_opted_out,
     select::{Found, Lookup, Pick, current_backend, lookup_frontend, pick},

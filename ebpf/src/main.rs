@@ -16,6 +16,7 @@
 
 mod addr;
 mod connect;
+mod consts;
 mod datagram;
 mod http;
 mod maps;

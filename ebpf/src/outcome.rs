@@ -23,6 +23,7 @@ use portolan_common::{
 
 use crate::{
     addr,
+    consts::IPPROTO_TCP,
     maps::{
         BACKEND_STATS, BACKEND_USE, BUDGETS, EVENTS, EVENTS_BYTES, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, TICK_NS,
         TROUBLED, count, time,
@@ -43,7 +44,6 @@ const ECONNRESET: u32 = 104;
 const ETIMEDOUT: u32 = 110;
 /// The kernel's initial retransmission timeout for a SYN.
 const INITIAL_RTO_MS: u32 = 1_000;
-const IPPROTO_TCP: i32 = 6;
 const TCP_USER_TIMEOUT: i32 = 18;
 const TCP_KEEPIDLE: i32 = 4;
 const TCP_KEEPINTVL: i32 = 5;
@@ -131,15 +131,15 @@ unsafe fn set_keepalive(ctx: &SockOpsContext, state: *const SocketState) {
         bpf_setsockopt(ctx.as_ptr(), SOL_SOCKET, SO_KEEPALIVE, (&raw mut own).cast(), 4);
         own = limits.keepalive_time;
         if own != 0 {
-            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_KEEPIDLE, (&raw mut own).cast(), 4);
+            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP as i32, TCP_KEEPIDLE, (&raw mut own).cast(), 4);
         }
         own = limits.keepalive_interval;
         if own != 0 {
-            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_KEEPINTVL, (&raw mut own).cast(), 4);
+            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP as i32, TCP_KEEPINTVL, (&raw mut own).cast(), 4);
         }
         own = limits.keepalive_probes;
         if own != 0 {
-            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_KEEPCNT, (&raw mut own).cast(), 4);
+            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP as i32, TCP_KEEPCNT, (&raw mut own).cast(), 4);
         }
     }
 }
@@ -152,7 +152,7 @@ unsafe fn set_connect_timeout(ctx: &SockOpsContext, state: *mut SocketState) {
     let own_pointer = (&raw mut own).cast();
     // SAFETY: `state` is a live value of this socket; the option's buffer is four bytes of the stack.
     unsafe {
-        bpf_getsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_USER_TIMEOUT, own_pointer, 4);
+        bpf_getsockopt(ctx.as_ptr(), IPPROTO_TCP as i32, TCP_USER_TIMEOUT, own_pointer, 4);
         let limit = (*state).connect_timeout_ms;
         if own != 0 && own <= limit {
             (*state).connect_timeout_ms = 0;
@@ -160,7 +160,7 @@ unsafe fn set_connect_timeout(ctx: &SockOpsContext, state: *mut SocketState) {
         }
         (*state).user_timeout_ms = own;
         own = limit;
-        bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_USER_TIMEOUT, own_pointer, 4);
+        bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP as i32, TCP_USER_TIMEOUT, own_pointer, 4);
     }
 }
 
@@ -190,10 +190,10 @@ unsafe fn restore_connect_timeout(ctx: &SockOpsContext, state: *mut SocketState)
         }
         (*state).connect_timeout_ms = 0;
         let mut now = 0u32;
-        bpf_getsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_USER_TIMEOUT, (&raw mut now).cast(), 4);
+        bpf_getsockopt(ctx.as_ptr(), IPPROTO_TCP as i32, TCP_USER_TIMEOUT, (&raw mut now).cast(), 4);
         if now == limit {
             now = (*state).user_timeout_ms;
-            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_USER_TIMEOUT, (&raw mut now).cast(), 4);
+            bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP as i32, TCP_USER_TIMEOUT, (&raw mut now).cast(), 4);
         }
     }
 }

@@ -3,11 +3,7 @@
 use aya_ebpf::programs::SockAddrContext;
 use portolan_common::Endpoint;
 
-use crate::{
-    addr,
-    connect::{PROCEED, protocol},
-    state,
-};
+use crate::{addr, connect::protocol, consts::PROCEED, state};
 
 #[inline(always)]
 pub(crate) fn getpeername4(ctx: &SockAddrContext) -> i32 {

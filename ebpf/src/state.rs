@@ -18,7 +18,7 @@ use aya_ebpf::{
 use portolan_common::{Connection, SocketState};
 
 use crate::{
-    connect::IPPROTO_TCP,
+    consts::IPPROTO_TCP,
     maps::{CONNECTIONS, SK_COOKIE_OFFSET, SOCKETS},
 };
 

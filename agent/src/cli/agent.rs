@@ -250,8 +250,9 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         let (sources, registry) = (Arc::new(Sources::default()), Arc::new(opt_out::OptOutRegistry::default()));
         let root = datapath.cgroup().to_owned();
         let kernel = datapath.opted_out.take().context("the opt-out map has already been taken")?;
-        let enforcer =
-            opt_out::Enforcer { root, kernel, registry: Arc::clone(&registry), sources: Arc::clone(&sources) };
+        let noted = Arc::clone(&sources);
+        let report = Box::new(move |about: &str, finding| noted.note(about, finding));
+        let enforcer = opt_out::Enforcer { root, kernel, registry: Arc::clone(&registry), report };
         let prober = Prober::start(args.probes_per_second);
         let persisted = PersistedState::read(&args.state.state);
         let state_writer = StateWriter::start(args.state.state)?;

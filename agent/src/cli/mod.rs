@@ -91,7 +91,9 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             anstream::eprintln!("portolan: {error:#}");
-            let unsupported = error.chain().any(|cause| cause.is::<Unsupported>());
+            let of_datapath = |cause: &portolan_datapath::Error| cause.is_unsupported();
+            let unsupported =
+                error.chain().any(|cause| cause.is::<Unsupported>() || cause.downcast_ref().is_some_and(of_datapath));
             ExitCode::from(if unsupported { UNSUPPORTED } else { FAILED })
         }
     }

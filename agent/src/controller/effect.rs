@@ -8,7 +8,7 @@ use portolan_core::{
     policy::PoolKey,
 };
 
-use super::{ejection::Unconfirmed, event_log::Event, state_file::PersistedState};
+use super::{event_log::Event, state_file::PersistedState};
 use crate::metrics::collect::HealthCount;
 
 /// What a part asks of the controller.
@@ -26,6 +26,17 @@ pub(super) enum Effect {
     Count(PoolKey, HealthCount),
     /// Do I/O.
     Act(Action),
+}
+
+/// An ejection that was not confirmed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unconfirmed {
+    pub(super) pool: PoolKey,
+    pub(super) endpoint: SocketAddr,
+    /// What is known without the name of the client.
+    pub(super) message: String,
+    /// Cookie of the network namespace that saw the failures.
+    pub client: u64,
 }
 
 /// I/O that the controller asks of the loop. Results come back as inputs.

@@ -21,7 +21,7 @@ use portolan_core::{
 use portolan_datapath::Outcome;
 
 use super::{
-    effect::{Action, Effect},
+    effect::{Action, Effect, Unconfirmed},
     event_log::{Event, EventKind},
     frontend_index::FrontendIndex,
     now::Now,
@@ -67,17 +67,6 @@ impl<K: Kernel> View<'_, K> {
         let established = |stats: BackendStats| stats.active.min(stats.opened.wrapping_sub(stats.closed)) as i64 > 0;
         recently || !on_open_connection && self.kernel.backend_stats(id).is_ok_and(established)
     }
-}
-
-/// An ejection that was not confirmed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unconfirmed {
-    pool: PoolKey,
-    endpoint: SocketAddr,
-    /// What is known without the name of the client.
-    message: String,
-    /// Cookie of the network namespace that saw the failures.
-    pub client: u64,
 }
 
 /// What stands between outcomes and ejections.

@@ -52,8 +52,8 @@ use portolan_datapath::{Outcome, RemovedEndpointTcp, SweepReport};
 use tokio::sync::mpsc;
 
 use self::{
-    effect::Effect,
-    ejection::{EjectionGate, Unconfirmed},
+    effect::{Effect, Unconfirmed},
+    ejection::EjectionGate,
     event_log::{Event, EventKind, EventLog},
     findings::FindingReporter,
     frontend_index::FrontendIndex,

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use super::{
     Action, Controller, Input, MAX_OUTCOMES, Now, Request, Start,
-    ejection::Unconfirmed,
+    effect::Unconfirmed,
     state_file::{PersistedState, StateFileError, StateWriter},
 };
 use crate::probe::{

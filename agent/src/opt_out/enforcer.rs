@@ -20,7 +20,6 @@ use portolan_datapath::OptOutMap;
 use tokio::{sync::Notify, task::block_in_place, time::sleep};
 
 use super::registry::{ByUid, LABEL, OptOutRegistry};
-use crate::source::Sources;
 
 /// Interval of full cgroup scans while any pod opts out, independent of inotify events.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(10);
@@ -39,8 +38,8 @@ pub struct Enforcer {
     pub kernel: OptOutMap,
     /// The pods to exclude, and those that are excluded.
     pub registry: Arc<OptOutRegistry>,
-    /// Receives findings about opt-outs without effect and failed writes.
-    pub sources: Arc<Sources>,
+    /// Receives findings about opt-outs without effect and failed writes, by what they are about; `None` ends one.
+    pub report: Box<dyn Fn(&str, Option<Finding>) + Send>,
 }
 
 impl Enforcer {
@@ -50,10 +49,19 @@ impl Enforcer {
         let mut wanted = self.registry.wanted.subscribe();
         loop {
             let pods = wanted.borrow_and_update().clone();
-            let idle = pods.as_ref().is_none_or(ByUid::is_empty);
+            let mut idle = pods.as_ref().is_none_or(ByUid::is_empty);
             if let Some(pods) = pods {
                 // A second scan finds the cgroups that appeared before their parents were watched.
-                block_in_place(|| while self.scan(&pods, &mut watch) {});
+                let written = block_in_place(|| {
+                    loop {
+                        let (written, found) = self.scan(&pods, &mut watch);
+                        if !found {
+                            break written;
+                        }
+                    }
+                });
+                // A failed write is retried even when there is no pod to exclude any more.
+                idle &= written;
             }
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return },
@@ -63,8 +71,9 @@ impl Enforcer {
         }
     }
 
-    /// Finds the pods' cgroups and writes them to the kernel. Returns whether new cgroups are now watched.
-    fn scan(&mut self, pods: &ByUid, watch: &mut Watch) -> bool {
+    /// Finds the pods' cgroups and writes them to the kernel. Returns whether the kernel took them, and whether new cgroups
+    /// are now watched.
+    fn scan(&mut self, pods: &ByUid, watch: &mut Watch) -> (bool, bool) {
         let seen = if pods.is_empty() { Seen::default() } else { Seen::below(&self.root) };
         let mut done = pods.clone();
         let (mut ids, mut own) = (BTreeSet::new(), None);
@@ -84,10 +93,12 @@ impl Enforcer {
             );
             Finding::new(Code::OptOutLabel, format!("Pod {name}"), message)
         });
-        self.sources.note("opt-out/own", own);
-        match self.kernel.set(&ids) {
+        (self.report)("opt-out/own", own);
+        let written = self.kernel.set(&ids);
+        let is_written = written.is_ok();
+        match written {
             Ok(()) => {
-                self.sources.note("opt-out/kernel", None);
+                (self.report)("opt-out/kernel", None);
                 let mut shown = self.registry.done();
                 if *shown != done {
                     tracing::info!(pods = done.len(), cgroups = ids.len(), "excluded pods changed ({LABEL})");
@@ -96,10 +107,10 @@ impl Enforcer {
             }
             Err(error) => {
                 let message = format!("cannot update the excluded pods ({LABEL}): {error:#}; retrying");
-                self.sources.note("opt-out/kernel", Some(Finding::new(Code::KernelWrite, "Kernel", message)));
+                (self.report)("opt-out/kernel", Some(Finding::new(Code::KernelWrite, "Kernel", message)));
             }
         }
-        watch.follow(seen.above)
+        (is_written, watch.follow(seen.above))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
-use super::{locality::Locality, name::NamespacedName, service::Protocol};
+use super::{locality::Locality, name::NamespacedName, protocol::Protocol};
 
 /// Kubernetes labels, as key/value pairs in key order.
 pub type Labels = BTreeMap<String, String>;

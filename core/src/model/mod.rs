@@ -10,6 +10,7 @@ mod name;
 mod object;
 mod outlier_detection;
 mod probe;
+mod protocol;
 mod service;
 
 pub use endpoint::{
@@ -27,4 +28,5 @@ pub use name::NamespacedName;
 pub use object::{Kind, Object, ObjectKey, Scope};
 pub use outlier_detection::{OutlierDetection, SuccessCriterion};
 pub use probe::{Probe, ProbeKind};
-pub use service::{Protocol, Service, ServiceEntry, ServiceId, ServicePort, Target, TrafficDistribution};
+pub use protocol::Protocol;
+pub use service::{Service, ServiceEntry, ServiceId, ServicePort, Target, TrafficDistribution};
