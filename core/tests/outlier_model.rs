@@ -116,7 +116,7 @@ impl Model {
                 }
             }
             (Signal::Connected, None) if self.success_criterion == SuccessCriterion::Connected => {
-                self.code(now, name, 200)
+                self.code(now, name, 200);
             }
             (Signal::Answered, _) if self.success_criterion == SuccessCriterion::FirstByte => self.code(now, name, 200),
             (Signal::Connected | Signal::Answered, _) => {}

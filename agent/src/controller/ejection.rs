@@ -69,11 +69,14 @@ impl<K: Kernel> View<'_, K> {
     }
 }
 
+/// What is asked of an endpoint to confirm that it fails.
+type Question = (SocketAddr, Arc<Probe>);
+
 /// What stands between outcomes and ejections.
 #[derive(Debug)]
 pub(super) struct EjectionGate {
     /// Thresholds that a single network namespace reached, by the question that confirms them.
-    pending: HashMap<(SocketAddr, Arc<Probe>), Vec<(PoolKey, ThresholdReached)>>,
+    pending: HashMap<Question, Vec<(PoolKey, ThresholdReached)>>,
     /// Findings with the time they were seen last.
     findings: BTreeMap<(PoolKey, SocketAddr, Code), (Instant, Finding)>,
     /// Names of network namespaces by cookie; `None` where there is none to be found.

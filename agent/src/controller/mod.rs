@@ -13,7 +13,7 @@
 //! | `self_probe` | the last result of the agent's own connection |
 //! | `findings` | which findings have been reported |
 //!
-//! Parts change nothing outside of themselves: they return [`Effect`](effect::Effect)s, which the controller routes.
+//! Parts change nothing outside of themselves: they return `Effect`s, which the controller routes.
 
 mod effect;
 mod ejection;

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use super::{
     Action, Controller, Input, MAX_OUTCOMES, Now, Request, Start,
     effect::Unconfirmed,
-    state_file::{PersistedState, StateFileError, StateWriter},
+    state_file::{PersistedState, Saved, StateFileError, StateWriter},
 };
 use crate::probe::{
     Prober,
@@ -26,7 +26,7 @@ pub struct Io {
     self_probe: SelfProbeHandle,
     self_probe_results: mpsc::Receiver<Seen>,
     writer: StateWriter,
-    saved: mpsc::UnboundedReceiver<(u64, Result<(), String>)>,
+    saved: mpsc::UnboundedReceiver<Saved>,
     names: mpsc::UnboundedSender<(Unconfirmed, Option<String>)>,
     named: mpsc::UnboundedReceiver<(Unconfirmed, Option<String>)>,
 }
@@ -36,7 +36,7 @@ impl Io {
     pub fn start(
         prober: Prober,
         self_probe: SelfProbe,
-        (writer, saved): (StateWriter, mpsc::UnboundedReceiver<(u64, Result<(), String>)>),
+        (writer, saved): (StateWriter, mpsc::UnboundedReceiver<Saved>),
     ) -> Self {
         let (confirmer, confirmations) = Confirmer::new();
         let (names, named) = mpsc::unbounded_channel();

@@ -12,7 +12,7 @@ use std::{
 };
 
 use portolan_core::{
-    health::{Overrides, Saved},
+    health::{Overrides, Saved as SavedEjection},
     model::{IpFamily, NamespacedName, Protocol, ServiceId},
     policy::PoolKey,
 };
@@ -71,12 +71,16 @@ struct PersistedPool {
     subset: Option<String>,
     #[serde(default)]
     v6: bool,
-    hosts: Vec<(SocketAddr, Saved)>,
+    hosts: Vec<(SocketAddr, SavedEjection)>,
 }
 
 impl PersistedState {
     /// The state as of now.
-    pub fn new(now: SystemTime, pools: BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>, overrides: Overrides) -> Self {
+    pub fn new(
+        now: SystemTime,
+        pools: BTreeMap<PoolKey, Vec<(SocketAddr, SavedEjection)>>,
+        overrides: Overrides,
+    ) -> Self {
         let persisted = |(key, hosts): (PoolKey, _)| PersistedPool {
             service: key.service.name,
             is_entry: key.service.is_entry,
@@ -100,7 +104,7 @@ impl PersistedState {
     }
 
     /// Returns the ejections by pool.
-    pub fn pools(&self) -> BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>> {
+    pub fn pools(&self) -> BTreeMap<PoolKey, Vec<(SocketAddr, SavedEjection)>> {
         let of = |pool: &PersistedPool| {
             let service = ServiceId { name: pool.service.clone(), is_entry: pool.is_entry };
             let family = if pool.v6 { IpFamily::V6 } else { IpFamily::V4 };
@@ -145,6 +149,9 @@ impl PersistedState {
     }
 }
 
+/// The id of a save, and its result.
+pub type Saved = (u64, Result<(), String>);
+
 /// Writes the file on a thread of its own: a disk that hangs blocks nothing else.
 #[derive(Debug)]
 pub struct StateWriter {
@@ -156,7 +163,7 @@ impl StateWriter {
     ///
     /// # Errors
     /// Returns an error if no thread can be started.
-    pub fn start(path: PathBuf) -> io::Result<(Self, UnboundedReceiver<(u64, Result<(), String>)>)> {
+    pub fn start(path: PathBuf) -> io::Result<(Self, UnboundedReceiver<Saved>)> {
         let ((saves, pending), (results, saved)) = (channel(), unbounded_channel());
         thread::Builder::new().name("state-writer".to_owned()).spawn(move || write_all(&path, &pending, &results))?;
         Ok((Self { saves }, saved))
@@ -169,11 +176,7 @@ impl StateWriter {
     }
 }
 
-fn write_all(
-    path: &Path,
-    pending: &Receiver<(u64, PersistedState)>,
-    results: &UnboundedSender<(u64, Result<(), String>)>,
-) {
+fn write_all(path: &Path, pending: &Receiver<(u64, PersistedState)>, results: &UnboundedSender<Saved>) {
     let mut failing = false;
     while let Ok((id, state)) = pending.recv() {
         let (mut ids, mut last) = (vec![id], state);
@@ -202,7 +205,7 @@ mod tests {
 
     use super::*;
 
-    fn state(now: SystemTime) -> (PersistedState, BTreeMap<PoolKey, Vec<(SocketAddr, Saved)>>) {
+    fn state(now: SystemTime) -> (PersistedState, BTreeMap<PoolKey, Vec<(SocketAddr, SavedEjection)>>) {
         let key = PoolKey {
             service: ServiceId::service(NamespacedName::new("default", "web")),
             port: 80,
@@ -211,7 +214,7 @@ mod tests {
             family: IpFamily::V6,
         };
         let cause = Cause { threshold: Threshold::Errors, failures: 5 };
-        let saved = Saved { ejected: Some((Duration::from_secs(3), cause)), multiplier: 2 };
+        let saved = SavedEjection { ejected: Some((Duration::from_secs(3), cause)), multiplier: 2 };
         let pools = BTreeMap::from([(key, vec![(SocketAddr::from(([10, 0, 0, 1], 80)), saved)])]);
         (PersistedState::new(now, pools.clone(), Overrides::default()), pools)
     }

@@ -390,7 +390,7 @@ fn retries_become_rarer_while_writes_fail() {
 #[test]
 fn frontend_that_does_not_fit_is_reported_and_fits_later() {
     let mut world = World::serving(2);
-    let many = objects(2).replace("10.0.0.1]", "10.0.0.1]") + &(0..20).map(service).collect::<String>();
+    let many = objects(2) + &(0..20).map(service).collect::<String>();
     let scope = Scope::Cluster("c1".to_owned());
     let contents = read_text(DecodeOptions::default(), &scope, "c1/all.yaml", &many);
     world.handle(Input::Updates(vec![Update::Replace { origin: "c1/all.yaml".to_owned(), contents }]));

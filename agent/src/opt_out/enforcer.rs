@@ -30,6 +30,9 @@ const MAX_DEPTH: u32 = 8;
 /// Part of the name of the cgroups below which the kubelet creates those of pods.
 const KUBEPODS: &str = "kubepods";
 
+/// Receives a finding by what it is about; `None` ends it.
+pub type Note = Box<dyn Fn(&str, Option<Finding>) + Send>;
+
 /// Keeps the kernel's set of excluded cgroups in sync with the [`OptOutRegistry`].
 pub struct Enforcer {
     /// Path of the served cgroup, to which the programs are attached.
@@ -38,8 +41,8 @@ pub struct Enforcer {
     pub kernel: OptOutMap,
     /// The pods to exclude, and those that are excluded.
     pub registry: Arc<OptOutRegistry>,
-    /// Receives findings about opt-outs without effect and failed writes, by what they are about; `None` ends one.
-    pub report: Box<dyn Fn(&str, Option<Finding>) + Send>,
+    /// Receives findings about opt-outs without effect, and about failed writes.
+    pub report: Note,
 }
 
 impl Enforcer {

@@ -4,6 +4,6 @@ mod enforcer;
 mod registry;
 
 pub use self::{
-    enforcer::Enforcer,
+    enforcer::{Enforcer, Note},
     registry::{AskedBy, ByUid, LABEL, OptOutRegistry, Pod, Report},
 };

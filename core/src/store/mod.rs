@@ -186,7 +186,7 @@ impl Store {
                 changes.findings |= self.unread.remove(&**origin).is_some();
             }
             Some(doubt) if !self.complete_origins.contains(origin) => {
-                drop(self.unread.insert(origin.as_ref().to_owned(), doubt))
+                drop(self.unread.insert(origin.as_ref().to_owned(), doubt));
             }
             Some(_) => {}
         }
