@@ -9,7 +9,7 @@ use std::{
 
 use portolan_common::FrontendKey;
 use portolan_core::{
-    model::Protocol,
+    model::{Protocol, ServiceId},
     policy::{Assignment, PoolKey},
     table::{self, Layout, RemovedEndpoints},
 };
@@ -54,7 +54,8 @@ pub(super) struct TerminationPlanner {
     /// Recounts that remain until every count has been seen at rest.
     recounts: u32,
     recount_at: Option<Instant>,
-    lifetimes: HashMap<PoolKey, Lifetime>,
+    /// Limits by pool, and the services whose connections use the pool: routes may share one.
+    lifetimes: HashMap<PoolKey, (Lifetime, BTreeSet<ServiceId>)>,
     /// Endpoints that get connections, by frontend, where a rule closes idle connections to all others.
     active: HashMap<FrontendKey, ActiveEndpoints>,
     next: Option<Instant>,
@@ -79,8 +80,13 @@ impl TerminationPlanner {
     /// Stops tracking what a service was assigned before.
     pub(super) fn untrack<'a>(&mut self, assignments: impl IntoIterator<Item = &'a Arc<Assignment>>) {
         for assignment in assignments {
-            for route in &assignment.routes {
-                self.lifetimes.remove(&route.pool.key);
+            for key in assignment.routes.iter().map(|route| &route.pool.key) {
+                if let Some((_, users)) = self.lifetimes.get_mut(key) {
+                    users.remove(&assignment.service);
+                    if users.is_empty() {
+                        self.lifetimes.remove(key);
+                    }
+                }
             }
             for frontend in &assignment.frontends {
                 self.active.remove(&table::key(*frontend, assignment.protocol));
@@ -108,7 +114,9 @@ impl TerminationPlanner {
             if lifetime == Lifetime::default() {
                 self.lifetimes.remove(&pool.key);
             } else {
-                self.lifetimes.insert(pool.key.clone(), lifetime);
+                let (known, users) = self.lifetimes.entry(pool.key.clone()).or_default();
+                *known = lifetime;
+                users.insert(assignment.service.clone());
             }
         }
         self.schedule_by_limits(now);
@@ -120,7 +128,7 @@ impl TerminationPlanner {
     }
 
     fn schedule_by_limits(&mut self, now: Now) {
-        let limits = self.lifetimes.values().flat_map(|lifetime| [lifetime.idle, lifetime.max_age]).flatten();
+        let limits = self.lifetimes.values().flat_map(|(lifetime, _)| [lifetime.idle, lifetime.max_age]).flatten();
         if let Some(shortest) = limits.min() {
             self.schedule_sweep(now, (shortest / 4).clamp(SWEEP_INTERVAL.0, SWEEP_INTERVAL.1));
         }
@@ -188,7 +196,7 @@ impl TerminationPlanner {
         if removed_tcp {
             request.removed_endpoint_tcp = self.policy;
         }
-        for (key, lifetime) in &self.lifetimes {
+        for (key, (lifetime, _)) in &self.lifetimes {
             let Some((id, epoch)) = view.layout.pool(key) else { continue };
             // A pool without connections needs no look at all sockets.
             if view.kernel.pool_stats(id).is_ok_and(|stats| stats.active as i64 > 0) {

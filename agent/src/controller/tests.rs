@@ -18,7 +18,7 @@ use portolan_datapath::{Reason, Reconciled};
 use tokio::sync::oneshot;
 
 use super::*;
-use crate::kernel::fake::FakeKernel;
+use crate::{kernel::fake::FakeKernel, probe::ProbeResult};
 
 const WEB: &str = "172.16.0.1:80";
 const DNS: &str = "172.16.0.2:53";
@@ -106,10 +106,21 @@ impl World {
     }
 
     fn read(&mut self, endpoints: u8) {
+        self.read_text(&objects(endpoints));
+    }
+
+    fn read_text(&mut self, text: &str) {
         let scope = Scope::Cluster("c1".to_owned());
-        let contents = read_text(DecodeOptions::default(), &scope, "c1/all.yaml", &objects(endpoints));
+        let contents = read_text(DecodeOptions::default(), &scope, "c1/all.yaml", text);
         assert!(contents.findings.is_empty(), "{:?}", contents.findings);
         self.handle(Input::Updates(vec![Update::Replace { origin: "c1/all.yaml".to_owned(), contents }]));
+    }
+
+    /// The pool of port 80 of a service.
+    fn pool(&self, name: &str) -> portolan_core::policy::PoolKey {
+        let assignments = self.controller.compiler.output().assignments;
+        let of = |assignment: &&Arc<portolan_core::policy::Assignment>| assignment.service.name.name == name;
+        assignments.iter().find(of).unwrap().routes[0].pool.key.clone()
     }
 
     /// Lets time pass, with every timeout that comes in it.
@@ -183,9 +194,9 @@ impl World {
     }
 
     /// The confirmation that the last actions ask for.
-    fn confirmation(&mut self, failed: bool) -> Option<Confirmation> {
+    fn confirmation(&mut self, result: ProbeResult) -> Option<Confirmation> {
         self.controller.take_actions().into_iter().find_map(|action| match action {
-            Action::Confirm { endpoint, probe } => Some(Confirmation { endpoint, probe, failed }),
+            Action::Confirm { endpoint, probe } => Some(Confirmation { endpoint, probe, result: result.clone() }),
             _ => None,
         })
     }
@@ -207,6 +218,10 @@ impl World {
     }
 }
 
+fn failing() -> ProbeResult {
+    ProbeResult::Failing("connection refused".to_owned())
+}
+
 const BOTH: [&str; 2] = ["10.0.0.1:80", "10.0.0.2:80"];
 
 #[test]
@@ -225,7 +240,7 @@ fn endpoint_that_no_other_pod_uses_is_ejected_at_once() {
     let mut world = World::serving(2);
     world.fail(BOTH[0], 7, 2);
     assert_eq!(world.picks(&web()), [BOTH[1]]);
-    assert!(world.confirmation(true).is_none());
+    assert!(world.confirmation(failing()).is_none());
     let ejection = world.controller.take_publications().into_iter().filter(|it| it.first_failure.is_some()).count();
     assert_eq!(ejection, 1, "its delay is measured once");
 }
@@ -245,7 +260,7 @@ fn ejection_is_confirmed_by_the_agents_own_connection() {
     world.use_by(BOTH[0], [7, 8]);
     world.fail(BOTH[0], 7, 2);
     assert_eq!(world.picks(&web()), BOTH, "a single pod does not eject what others use");
-    let confirmation = world.confirmation(true).unwrap();
+    let confirmation = world.confirmation(failing()).unwrap();
     assert_eq!(confirmation.endpoint, address(BOTH[0]));
     world.handle(Input::Confirmation(confirmation));
     assert_eq!(world.picks(&web()), [BOTH[1]]);
@@ -261,7 +276,7 @@ fn ejection_is_refused_where_the_agents_own_connection_succeeds() {
     let mut world = World::serving(2);
     world.use_by(BOTH[0], [7, 8]);
     world.fail(BOTH[0], 7, 2);
-    let confirmation = world.confirmation(false).unwrap();
+    let confirmation = world.confirmation(ProbeResult::Success).unwrap();
     world.handle(Input::Confirmation(confirmation));
     assert_eq!(world.picks(&web()), BOTH);
     assert!(world.kinds().contains(&EventKind::Unconfirmed));
@@ -279,6 +294,40 @@ fn ejection_is_refused_where_the_agents_own_connection_succeeds() {
     // The finding expires.
     world.advance(Duration::from_secs(700));
     assert!(!world.codes().contains(&Code::EjectionUnconfirmed));
+}
+
+#[test]
+fn ejection_waits_for_a_connection_that_the_agent_can_make() {
+    let mut world = World::serving(2);
+    world.use_by(BOTH[0], [7, 8]);
+    world.fail(BOTH[0], 7, 2);
+    let confirmation = world.confirmation(ProbeResult::Unknown("too many open files".to_owned())).unwrap();
+    world.handle(Input::Confirmation(confirmation));
+    assert_eq!(world.picks(&web()), BOTH, "what was not observed proves nothing");
+    let (reply, mut report) = oneshot::channel();
+    world.handle(Input::Request(Request::Report(reply)));
+    let findings = report.try_recv().unwrap().findings;
+    assert!(findings.iter().any(|finding| finding.message.contains("could not dial it: too many open files")));
+}
+
+/// The pool of `web` is also the destination of a route of `other`.
+#[test]
+fn limits_of_a_shared_pool_survive_the_removal_of_a_route_to_it() {
+    let base = objects(2).replace("outlierDetection:", "connectionPool: {tcp: {idleTimeout: 1h}}, outlierDetection:");
+    let other = "\n---\n{apiVersion: v1, kind: Service, metadata: {name: other, namespace: default}, \
+                 spec: {clusterIP: 172.16.0.9, ports: [{name: tcp, port: 80}]}}\n";
+    let route = "\n---\n{apiVersion: networking.istio.io/v1, kind: VirtualService, metadata: {name: other, namespace: default}, \
+                 spec: {hosts: [other], tcp: [{route: [{destination: {host: web, port: {number: 80}}}]}]}}\n";
+    let mut world = World::start(FakeKernel::default(), Ok(None), World::now());
+    world.read_text(&format!("{base}{other}{route}"));
+    world.handle(Input::Updates(vec![Update::Synced]));
+    world.read_text(&format!("{base}{other}"));
+    let (id, epoch) = world.controller.publisher.layout().pool(&world.pool("web")).unwrap();
+    world.controller.kernel_mut().maps.pool_stats.get_mut(&id).unwrap().active = 1;
+    world.kernel().sweeps.borrow_mut().clear();
+    world.advance(Duration::from_secs(120));
+    let sweeps = world.kernel().sweeps.take();
+    assert!(sweeps.iter().any(|sweep| sweep.lifetimes.contains_key(&(id.get(), epoch))), "{sweeps:?}");
 }
 
 #[test]
@@ -391,9 +440,7 @@ fn retries_become_rarer_while_writes_fail() {
 fn frontend_that_does_not_fit_is_reported_and_fits_later() {
     let mut world = World::serving(2);
     let many = objects(2) + &(0..20).map(service).collect::<String>();
-    let scope = Scope::Cluster("c1".to_owned());
-    let contents = read_text(DecodeOptions::default(), &scope, "c1/all.yaml", &many);
-    world.handle(Input::Updates(vec![Update::Replace { origin: "c1/all.yaml".to_owned(), contents }]));
+    world.read_text(&many);
     assert!(world.codes().contains(&Code::MapFull));
     assert!(world.ready().unwrap_err().contains("no room"));
     assert_eq!(world.picks(&web()), BOTH, "others are served");
