@@ -52,7 +52,7 @@ pub(crate) struct VmArgs {
     /// Kernel image to boot instead of Debian's 6.1 and 6.12; repeatable
     #[arg(long, value_name = "PATH")]
     kernel: Vec<PathBuf>,
-    /// Directory with that kernel's modules (lib/modules/<version>), if it is modular
+    /// Directory with that kernel's modules (`lib/modules/VERSION`), if it is modular
     #[arg(long, value_name = "PATH")]
     modules: Option<PathBuf>,
     /// Debian kernel series to test; repeatable

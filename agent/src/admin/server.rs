@@ -37,7 +37,7 @@ type Questions = mpsc::Sender<Request>;
 /// Shared state of the request handlers.
 #[derive(Clone)]
 pub struct AdminState {
-    /// Requests to the reconciler, which owns all state.
+    /// Requests to the controller, which owns all state.
     pub questions: mpsc::Sender<Request>,
     /// Status of the sources, by cluster and resource.
     pub sources: Arc<Sources>,
@@ -119,7 +119,7 @@ pub async fn serve_metrics(listener: TcpListener, state: AdminState) -> Result<(
     Ok(axum::serve(listener, router).await?)
 }
 
-/// Sends a request to the reconciler and waits for its reply. Returns a 503 response if the agent is shutting down.
+/// Sends a request to the controller and waits for its reply. Returns a 503 response if the agent is shutting down.
 async fn ask<T>(questions: &Questions, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Response> {
     let (reply, answer) = oneshot::channel();
     let shutting_down = |_| (StatusCode::SERVICE_UNAVAILABLE, "the agent is shutting down\n").into_response();

@@ -209,7 +209,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
         .init();
     keep_heap_small();
     abort_on_panic();
-    // One worker thread for the reconciler, one for requests.
+    // One worker thread for the controller, one for requests.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .on_thread_start(|| {

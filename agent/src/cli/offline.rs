@@ -10,7 +10,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use portolan_core::{
     decode::DecodeOptions,
     model::Finding,
-    policy::{Client, HealthView, PolicyOutput, assign, client::ClientLocation},
+    plan_for_client,
+    policy::{Client, HealthView, assign, client::ClientLocation},
     report::Report,
     store::{Changes, Store},
 };
@@ -46,13 +47,7 @@ impl Offline {
 
     /// Computes the shares of a client's new connections, and all findings.
     pub(super) fn report(&self, client: &Client, findings: Vec<Finding>, observed: &HealthView) -> Report {
-        let mut output: PolicyOutput = assign(self.store.snapshot(), client, observed);
-        output.findings.extend(self.store.findings());
-        output.findings.extend(findings);
-        self.add_sources(client, &mut output.findings);
-        output.findings.sort();
-        output.findings.dedup();
-        Report::new(client, self.store.fingerprint(), &output)
+        plan_for_client(&self.store, client, findings, observed)
     }
 
     /// Sets the source file of each finding.

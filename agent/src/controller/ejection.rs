@@ -29,7 +29,10 @@ use super::{
 use crate::{
     kernel::Kernel,
     metrics::collect::HealthCount,
-    probe::confirm::{Confirmation, RECENT_USE, connect_probe},
+    probe::{
+        ProbeResult,
+        confirm::{Confirmation, RECENT_USE, connect_probe},
+    },
 };
 
 /// How long a finding stays after it was seen last.
@@ -75,8 +78,9 @@ type Question = (SocketAddr, Arc<Probe>);
 /// What stands between outcomes and ejections.
 #[derive(Debug)]
 pub(super) struct EjectionGate {
-    /// Thresholds that a single network namespace reached, by the question that confirms them.
-    pending: HashMap<Question, Vec<(PoolKey, ThresholdReached)>>,
+    /// Thresholds that a single network namespace reached, with the time of the failure (`CLOCK_MONOTONIC`), by the question
+    /// that confirms them.
+    pending: HashMap<Question, Vec<(PoolKey, ThresholdReached, Duration)>>,
     /// Findings with the time they were seen last.
     findings: BTreeMap<(PoolKey, SocketAddr, Code), (Instant, Finding)>,
     /// Names of network namespaces by cookie; `None` where there is none to be found.
@@ -144,7 +148,7 @@ impl EjectionGate {
                 self.log_failure(view.layout, pools, outcome, signal, &mut effects);
             }
             for (pool, reached) in view.health.observe(pools, outcome.backend, signal, outcome.netns_cookie) {
-                if self.evaluate(view, pool, reached, signal, &mut effects) {
+                if self.evaluate(view, pool, reached, (signal, outcome.at), &mut effects) {
                     self.first_unpublished_failure.get_or_insert(outcome.at);
                 }
             }
@@ -198,7 +202,7 @@ impl EjectionGate {
         view: &mut View<'_, K>,
         pool: PoolKey,
         reached: ThresholdReached,
-        signal: Signal,
+        (signal, failed_at): (Signal, Duration),
         effects: &mut Vec<Effect>,
     ) -> bool {
         let Some(client) = reached.client else { return self.eject(view, &pool, reached, effects) };
@@ -222,8 +226,8 @@ impl EjectionGate {
             let waiting = self.pending.entry((reached.address, Arc::clone(&probe))).or_default();
             let first = waiting.is_empty();
             // A pool that reaches the threshold again is waiting already.
-            if waiting.iter().all(|(known, _)| *known != pool) {
-                waiting.push((pool, reached));
+            if waiting.iter().all(|(known, ..)| *known != pool) {
+                waiting.push((pool, reached, failed_at));
             }
             if first {
                 effects.push(Effect::Act(Action::Confirm { endpoint: reached.address, probe }));
@@ -240,13 +244,18 @@ impl EjectionGate {
     ) -> Vec<Effect> {
         let mut effects = Vec::new();
         let question = (confirmation.endpoint, confirmation.probe);
-        for (pool, reached) in self.pending.remove(&question).unwrap_or_default() {
-            if confirmation.failed {
-                self.eject(view, &pool, reached, &mut effects);
-            } else {
-                let why = "the agent's own connection to it succeeded";
-                self.report_unconfirmed(view.now, pool, reached, why, &mut effects);
-            }
+        for (pool, reached, failed_at) in self.pending.remove(&question).unwrap_or_default() {
+            let why = match &confirmation.result {
+                ProbeResult::Failing(_) => {
+                    if self.eject(view, &pool, reached, &mut effects) {
+                        self.first_unpublished_failure.get_or_insert(failed_at);
+                    }
+                    continue;
+                }
+                ProbeResult::Success => "the agent's own connection to it succeeded".to_owned(),
+                ProbeResult::Unknown(error) => format!("the agent could not dial it: {error}"),
+            };
+            self.report_unconfirmed(view.now, pool, reached, &why, &mut effects);
         }
         effects
     }
@@ -338,7 +347,7 @@ impl EjectionGate {
             for _ in 0..missing.min(MAX_SYNTHETIC_FAILURES) {
                 // The client is unknown, so that the agent has to confirm them where the endpoint is in use.
                 for (pool, reached) in view.health.observe(&pools, address, Signal::Refused, 0) {
-                    self.evaluate(view, pool, reached, Signal::Refused, effects);
+                    self.evaluate(view, pool, reached, (Signal::Refused, view.now.monotonic), effects);
                 }
             }
         }

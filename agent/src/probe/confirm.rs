@@ -35,8 +35,8 @@ pub struct Confirmation {
     pub endpoint: SocketAddr,
     /// Probe that was made, as passed to [`Confirmer::ask`].
     pub probe: Arc<Probe>,
-    /// Whether the agent's own probe failed too. False if the agent could not probe.
-    pub failed: bool,
+    /// What the agent itself saw.
+    pub result: ProbeResult,
 }
 
 /// Runs confirmations in the background.
@@ -59,9 +59,9 @@ impl Confirmer {
         tokio::spawn(async move {
             // The semaphore is never closed.
             let _permit = permits.acquire().await;
-            let failed = matches!(check(endpoint, &probe).await, ProbeResult::Failing(_));
+            let result = check(endpoint, &probe).await;
             // An error means that the receiver is gone.
-            let _ = seen.send(Confirmation { endpoint, probe, failed });
+            let _ = seen.send(Confirmation { endpoint, probe, result });
         });
     }
 }
@@ -79,10 +79,10 @@ mod tests {
         let (confirmer, mut results) = Confirmer::new();
         let probe = Arc::new(connect_probe(None));
         confirmer.ask(endpoint, Arc::clone(&probe));
-        let expected = Confirmation { endpoint, probe: Arc::clone(&probe), failed: false };
-        assert_eq!(results.recv().await, Some(expected.clone()));
+        let expected = Confirmation { endpoint, probe: Arc::clone(&probe), result: ProbeResult::Success };
+        assert_eq!(results.recv().await, Some(expected));
         drop(listener);
         confirmer.ask(endpoint, probe);
-        assert_eq!(results.recv().await, Some(Confirmation { failed: true, ..expected }));
+        assert!(matches!(results.recv().await.unwrap().result, ProbeResult::Failing(_)));
     }
 }

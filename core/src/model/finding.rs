@@ -1,6 +1,6 @@
 //! Findings: problems in an object, and fields that have no effect.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +18,7 @@ macro_rules! codes {
     ($($name:ident = $number:literal, $severity:ident, $title:literal;)*) => {
         /// The kind of a finding.
         /// The numbers are stable because scripts filter by them.
-        /// `docs/findings.md` explains each code.
+        /// [`Code::help`] and `docs/reference/findings.md` explain each code.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr(u16)]
         pub enum Code {
@@ -36,7 +36,7 @@ macro_rules! codes {
                 }
             }
 
-            /// Returns a short title, the heading of the code in `docs/findings.md`.
+            /// Returns a short title.
             pub const fn title(self) -> &'static str {
                 match self {
                     $(Self::$name => $title,)*
@@ -107,6 +107,30 @@ codes! {
     RemoteCluster = 112, Error, "Unusable remote cluster Secret";
     ApiServerHeld = 113, Warning, "Endpoints of the API server retained";
     OptOutLabel = 114, Warning, "Opt-out label has no effect";
+}
+
+/// Cause, effect and remedy of each code: a heading with the code, then a paragraph with one sentence per line.
+const HELP: &str = include_str!("findings.md");
+
+impl Code {
+    /// Returns when the finding is reported, what stays in effect, and how to fix it: one sentence per line.
+    pub fn help(self) -> &'static str {
+        let heading = format!("## {self}\n");
+        let section = HELP.split_once(&heading).map_or("", |(_, rest)| rest);
+        section.split("\n## ").next().unwrap_or_default().trim()
+    }
+}
+
+impl FromStr for Code {
+    type Err = String;
+
+    /// Parses `PTL0020`, also in lower case or without the prefix.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.trim_start_matches(['P', 'T', 'L', 'p', 't', 'l']);
+        let number: u16 = digits.parse().map_err(|_| format!("{text:?} is not a finding code such as PTL0020"))?;
+        let known = Self::ALL.iter().find(|code| **code as u16 == number).copied();
+        known.ok_or_else(|| format!("{text} is not a finding code of this version"))
+    }
 }
 
 impl fmt::Display for Code {
@@ -202,5 +226,21 @@ impl Finding {
             source.clone_into(&mut self.source);
         }
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_has_help_that_ends_with_a_remedy() {
+        for code in Code::ALL {
+            let last = code.help().lines().last().unwrap_or_default();
+            assert!(last.starts_with("Fix: ") || last == "No action is needed.", "{code}: {last:?}");
+            assert_eq!(code.to_string().parse(), Ok(*code));
+        }
+        assert_eq!(HELP.matches("## PTL").count(), Code::ALL.len(), "help for a code that does not exist");
+        assert!("PTL9999".parse::<Code>().is_err() && "x".parse::<Code>().is_err());
     }
 }
