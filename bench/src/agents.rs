@@ -12,7 +12,7 @@ use crate::{
     world::spent,
 };
 
-/// The cost of one agent.
+/// Processor time and memory of one agent process.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct AgentCost {
     pub(crate) services: u32,

@@ -86,7 +86,7 @@ plain!(AffinityKey, 32, 8);
 pub struct Affinity {
     /// The time of the client's last connection, in nanoseconds of CLOCK_MONOTONIC; updates may be skipped.
     pub last_ns: u64,
-    /// The id of the backend.
+    /// The backend that the client returns to; the index of `BACKENDS`.
     pub backend_id: u32,
     /// The epoch of that id, see [`Backend::epoch`](crate::Backend::epoch).
     pub epoch: u32,

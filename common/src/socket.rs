@@ -22,7 +22,7 @@ pub struct SocketState {
     pub backend_id: u32,
     /// The epoch of that id, see `Backend::epoch`.
     pub epoch: u32,
-    /// The id of the frontend.
+    /// The frontend that was dialed; a value of `FRONTENDS`.
     pub frontend_id: u32,
     /// The entry of `POOLS` that holds the pool's limits; 0 for none.
     pub pool: u32,

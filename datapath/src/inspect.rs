@@ -156,7 +156,7 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
     }
 }
 
-/// Returns the ids of the maps of the current set.
+/// Returns the ids, as the kernel numbers maps, of the set in use; empty if nothing is pinned.
 fn current_set_map_ids(pins: &Pins) -> BTreeSet<u32> {
     let infos = map_specs::of_scope(Scope::Set).filter_map(|spec| MapInfo::from_pin(pins.current_map(spec.name)?).ok());
     infos.map(|info| info.id()).collect()

@@ -1,11 +1,13 @@
 //! Development tasks of the repository. Each does its own set-up.
 
 mod bench;
+mod check;
 mod command;
 mod demo;
 mod manifests;
 mod packages;
 mod python;
+mod reference;
 mod test;
 mod toolchain;
 mod vm;
@@ -30,6 +32,10 @@ enum Task {
     /// Runs all checks: format, lints, unit tests, the chart, kernel tests, a smoke run of the benchmark, the demo
     /// (needs root)
     Test(test::TestArgs),
+    /// Runs format, lints, docs and unit tests: no root, no eBPF toolchain, under two minutes when warm
+    Check,
+    /// Writes the generated pages of docs/reference (CLI, metrics, findings)
+    Reference,
     /// Runs the kernel tests on this kernel, and on Debian's 6.1 and 6.12 in QEMU (needs root)
     Vm(vm::VmArgs),
     /// Measures the cost and speed of Portolan next to its alternatives (needs root)
@@ -53,6 +59,8 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Toolchain { force } => toolchain::ensure(force).map(|()| ExitCode::SUCCESS),
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => test::run(&args),
+        Task::Check => check::run().map(|()| ExitCode::SUCCESS),
+        Task::Reference => reference::run().map(|()| ExitCode::SUCCESS),
         Task::Vm(args) => vm::run(&args),
         Task::Manifests(args) => manifests::run(&args).map(|()| ExitCode::SUCCESS),
         Task::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),

@@ -1,12 +1,13 @@
 //! `cargo xtask test`: runs all checks of the repository.
 
-use std::{process::ExitCode, time::Instant};
+use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use portolan_tests::demo as scenarios;
 
 use crate::{
+    check::{self, part},
     command::{cargo, need_root, run as run_command},
     demo, manifests, packages,
 };
@@ -23,8 +24,12 @@ pub(crate) struct TestArgs {
 enum Part {
     /// `cargo fmt --check`
     Format,
+    /// The dependencies of the pure core
+    Dependencies,
     /// `cargo clippy`, with warnings as errors
     Lint,
+    /// `cargo doc`, with warnings as errors
+    Docs,
     /// Unit tests, property tests and test vectors of the pure parts
     Unit,
     /// The Helm chart, and the manifests rendered from it
@@ -54,22 +59,11 @@ const KERNEL: [&str; 6] = ["test", "--no-fail-fast", "--package", "portolan-test
 
 fn run_part(part: Part) -> Result<()> {
     match part {
-        Part::Format => run_command(&mut cargo(&["fmt", "--all", "--check"])),
-        Part::Lint => run_command(&mut cargo(&["clippy", "--quiet", "--all-targets", "--", "--deny", "warnings"])),
-        Part::Unit => run_command(&mut cargo(&[
-            "test",
-            "--quiet",
-            "--package",
-            "portolan-core",
-            "--package",
-            "portolan-common",
-            "--package",
-            "portolan-datapath",
-            "--package",
-            "portolan",
-            "--package",
-            "xtask",
-        ])),
+        Part::Format => check::format(),
+        Part::Dependencies => check::pure_core(),
+        Part::Lint => check::lint(),
+        Part::Docs => check::docs(),
+        Part::Unit => check::unit(),
         Part::Deploy => manifests::run(&manifests::ManifestArgs { check: true }),
         Part::Kernel => {
             packages::ensure_programs(&[packages::CLIENTS.as_slice(), &packages::CONTAINERS].concat())?;
@@ -87,12 +81,4 @@ fn run_part(part: Part) -> Result<()> {
             Ok(())
         }
     }
-}
-
-fn part(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
-    println!("==> {name}");
-    let began = Instant::now();
-    work().map_err(|error| error.context(format!("{name} failed")))?;
-    println!("==> {name}: passed in {:.0} s", began.elapsed().as_secs_f64());
-    Ok(())
 }

@@ -32,11 +32,7 @@ pub(super) fn run(args: &EventsArgs) -> Result<ExitCode> {
                 Format::Json => anstream::println!("{line}"),
                 Format::Yaml => {
                     let event: Event = serde_json::from_str(&line)?;
-                    anstream::print!(
-                        "---
-{}",
-                        serde_saphyr::to_string(&event)?
-                    );
+                    anstream::print!("---\n{}", serde_saphyr::to_string(&event)?);
                 }
                 Format::Table => {
                     let event: Event = serde_json::from_str(&line)?;

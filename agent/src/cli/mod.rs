@@ -6,6 +6,7 @@ mod diff;
 mod doctor;
 mod events;
 mod explain;
+mod findings;
 mod get;
 mod offline;
 mod output;
@@ -58,6 +59,8 @@ enum Command {
     Restore(overrides::RestoreArgs),
     /// Show events: ejections, releases, failed connections, published changes
     Events(events::EventsArgs),
+    /// Explain finding codes
+    Findings(findings::FindingsArgs),
     /// Run node preflight checks and suggest fixes
     Doctor(doctor::DoctorArgs),
     /// Detach the programs and remove all pinned state; connections then bypass Portolan
@@ -78,6 +81,11 @@ enum Command {
         /// Shell to print the script for
         shell: clap_complete::Shell,
     },
+}
+
+/// Returns the definition of the command line, for generated documentation.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 /// Exit code for a failed operation.
@@ -112,6 +120,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Drain(args) => overrides::drain(&args),
         Command::Restore(args) => overrides::restore(&args),
         Command::Events(args) => events::run(&args),
+        Command::Findings(args) => findings::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),
         Command::SelfProbe { cgroup } => self_probe::run_client(&cgroup).map(|()| ExitCode::SUCCESS),

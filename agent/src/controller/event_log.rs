@@ -78,7 +78,7 @@ impl EventKind {
     }
 }
 
-/// One event.
+/// Something that happened on this node, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Event {

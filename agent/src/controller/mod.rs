@@ -13,7 +13,8 @@
 //! | `self_probe` | the last result of the agent's own connection |
 //! | `findings` | which findings have been reported |
 //!
-//! Parts change nothing outside of themselves: they return `Effect`s, which the controller routes.
+//! A part never changes another part: it works on itself and on what its caller lends it (the kernel, the health of
+//! endpoints), and returns `Effect`s, which the controller routes.
 
 mod effect;
 mod ejection;
@@ -286,7 +287,7 @@ impl<K: Kernel> Controller<K> {
         }
     }
 
-    /// Returns the kernel.
+    /// Returns what the controller writes to.
     pub fn kernel(&self) -> &K {
         &self.kernel
     }

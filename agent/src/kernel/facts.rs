@@ -122,7 +122,7 @@ pub fn check(kernel: &mut impl Kernel) -> Result<(), Broken> {
     check!(kernel.frontend(&frontend(2)).is_some(), "a frontend that stays is gone");
     let held = kernel.read_back(SIZES).map_err(failed)?;
     check!(held.frontends.len() == 1, "frontends after the removal: {:?}", held.frontends);
-    // Epochs of backends outlive their use, so that a reused id is told from its previous endpoint.
+    // Epochs of backends outlive their use, so that a reused id is distinct from its previous use.
     check!(held.epochs.len() == 3, "epochs after the removal: {:?}", held.epochs);
 
     // Nothing is lost in the counters of the programs by all this.

@@ -46,7 +46,7 @@ pub struct Total {
     pub received_bytes: u64,
 }
 
-/// What came of a threshold that an endpoint reached.
+/// The result of a threshold that an endpoint reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum HealthCount {
     /// The endpoint was ejected.
@@ -246,7 +246,7 @@ impl Collector {
         &self.services
     }
 
-    /// Counts what came of a threshold that an endpoint reached.
+    /// Counts the result of a threshold that an endpoint reached.
     pub fn count_health(&mut self, pool: &PoolKey, count: HealthCount) {
         *self.health.entry((pool.service.name.clone(), pool.port, count)).or_default() += 1;
     }

@@ -18,7 +18,7 @@ pub struct SlicePort {
     pub protocol: Protocol,
 }
 
-/// One endpoint of an EndpointSlice.
+/// An endpoint as its slice lists it: one address and its conditions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SliceEndpoint {
     /// The first entry of `addresses`, in canonical form (an IPv4-mapped IPv6 address becomes IPv4).

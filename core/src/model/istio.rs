@@ -103,7 +103,7 @@ pub struct Warmup {
 /// `connectionPool.tcp`: limits and timeouts for connections.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ConnectionPool {
-    /// The timeout of `connect()`.
+    /// How long a connect may take; `None` leaves the limit to the policy.
     pub connect_timeout: Option<Duration>,
     /// The maximum number of concurrent connections from this node to the destination.
     pub max_connections: Option<u32>,

@@ -251,7 +251,7 @@ impl RuleIndex {
         })
     }
 
-    /// Adds a DestinationRule.
+    /// Indexes a rule by its host; further rules for the same host are merged or ignored.
     fn add_destination_rule(&mut self, host: String, rule: &Arc<DestinationRule>, findings: &mut Vec<Finding>) {
         match self.destination_rules.entry(rule.name.namespace.clone()).or_default().entry(host) {
             Entry::Vacant(entry) => drop(entry.insert(Arc::clone(rule))),

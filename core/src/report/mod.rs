@@ -74,7 +74,7 @@ pub struct ServiceReport {
     pub mode: String,
     /// Whether connections stay in the client's cluster (`clusterLocal`).
     pub cluster_local: bool,
-    /// The `portolan.io` annotations in effect (docs/extensions.md).
+    /// The `portolan.io` annotations in effect (docs/reference/annotations.md).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub extensions: Vec<String>,
     /// The load-balancing algorithm, such as `ROUND_ROBIN`.

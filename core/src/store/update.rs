@@ -38,7 +38,7 @@ pub enum Update {
     Replace {
         /// The file, relative to the configuration directory; or `cluster/resource/namespace/name`.
         origin: String,
-        /// The new contents.
+        /// What replaces everything that the origin held.
         contents: Contents,
     },
     /// Removes an origin and its objects.
