@@ -10,7 +10,7 @@ use portolan_core::{
         SliceEndpoint, SlicePort, Target,
     },
     policy::{Client, Compiler, HealthView},
-    store::{Changes, Contents, Decoded, Store, Update},
+    store::{Changes, Contents, Decoded, Origin, Store, Update},
     table::{Sizes, Table},
 };
 use portolan_tests::{Bed, direct::Direct};
@@ -119,7 +119,7 @@ fn object(kind: Kind, name: NamespacedName, object: Object) -> Update {
     let key = ObjectKey { scope: Scope::Cluster("c1".to_owned()), kind, name: name.clone() };
     let contents =
         Contents { objects: vec![Decoded { key, object: Some(object) }], complete: true, ..Contents::default() };
-    Update::Replace { origin: format!("c1/{kind}/{name}"), contents }
+    Update::Replace { origin: Origin::file(format!("c1/{kind}/{name}")), contents }
 }
 
 /// Returns an update with the EndpointSlice of Service `i`, in which `ready` sets the condition of the first endpoint.
@@ -159,12 +159,12 @@ fn store(services: u32, rules: u32) -> Result<Store> {
     let mut apply = |update| store.apply(update, &mut Changes::default());
     let contents = read_text(DecodeOptions::default(), &Scope::Mesh, "rules.yaml", RULES);
     ensure!(contents.findings.is_empty(), "{:?}", contents.findings);
-    apply(Update::Replace { origin: "rules.yaml".to_owned(), contents });
+    apply(Update::Replace { origin: Origin::file("rules.yaml"), contents });
     for i in 0..rules {
         let origin = format!("rules-{i}.yaml");
         let contents = read_text(DecodeOptions::default(), &Scope::Mesh, &origin, &rule(i));
         ensure!(contents.findings.is_empty(), "{:?}", contents.findings);
-        apply(Update::Replace { origin, contents });
+        apply(Update::Replace { origin: Origin::file(origin), contents });
     }
     for i in 0..NODES {
         let locality = Locality { region: format!("r{}", i % 3), zone: format!("z{}", i % 9), subzone: String::new() };

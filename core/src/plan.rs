@@ -5,7 +5,7 @@ use crate::{
     model::{Finding, Scope},
     policy::{Client, HealthView, assign, client::ClientLocation},
     report::Report,
-    store::{Changes, Store, Update},
+    store::{Changes, Origin, Store, Update},
 };
 
 /// A text with Kubernetes and Istio objects, such as a file of a configuration directory.
@@ -55,7 +55,7 @@ pub fn plan(documents: &[Document<'_>], cluster: &str, location: &ClientLocation
     let mut store = Store::default();
     for Document { scope, origin, text } in documents {
         let contents = read_text(DecodeOptions::default(), scope, origin, text);
-        store.apply(Update::Replace { origin: (*origin).to_owned(), contents }, &mut Changes::default());
+        store.apply(Update::Replace { origin: Origin::file(origin), contents }, &mut Changes::default());
     }
     let mut findings = Vec::new();
     let client = location.client(cluster, &store, &mut findings);

@@ -52,7 +52,7 @@ fn relative_links_lead_somewhere() {
             let target = if file.is_empty() { path.clone() } else { path.parent().unwrap().join(file) };
             let exists = root().join(&target).exists();
             let has_anchor = fragment.is_empty()
-                || !target.extension().is_some_and(|it| it == "md")
+                || target.extension().is_none_or(|it| it != "md")
                 || exists && read(&target).lines().any(|line| line.starts_with('#') && anchor(line) == fragment);
             if !exists || !has_anchor {
                 broken.push(format!("{}: {link}", path.display()));

@@ -8,7 +8,7 @@ use std::{
 use portolan_common::DetectedProtocol;
 use portolan_core::{
     health::Health,
-    model::{Code, Finding, ServiceId, SuccessCriterion},
+    model::{Code, Finding, ObjectRef, ServiceId, SuccessCriterion},
     policy::{Assignment, PoolKey, ServiceChange},
     table::Layout,
 };
@@ -61,7 +61,7 @@ impl HttpDetection {
             Ok(()) => (self.sniffing, self.failure) = (Some(wanted), None),
             Err(error) => {
                 let message = format!("cannot observe HTTP responses: {error:#}");
-                self.failure = Some(Finding::new(Code::KernelWrite, "Kernel", message));
+                self.failure = Some(Finding::new(Code::KernelWrite, ObjectRef::global("Kernel", ""), message));
             }
         }
     }

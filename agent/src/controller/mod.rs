@@ -35,6 +35,7 @@ mod termination;
 #[cfg(test)]
 mod tests;
 
+use portolan_core::model::ObjectRef;
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
     sync::Arc,
@@ -231,7 +232,11 @@ impl<K: Kernel> Controller<K> {
             Ok(None) => {}
             Err(error) => {
                 let message = format!("{error}; ejections start over, and overrides have to be repeated");
-                controller.start_findings.push(Finding::new(Code::PersistedStateUnreadable, "State", message));
+                controller.start_findings.push(Finding::new(
+                    Code::PersistedStateUnreadable,
+                    ObjectRef::global("State", ""),
+                    message,
+                ));
             }
         }
         controller.gate.ignore_earlier_failures(controller.publisher.layout(), &controller.kernel);
@@ -629,7 +634,7 @@ impl<K: Kernel> Controller<K> {
             let message = format!(
                 "portolan.io/probe asks for {asked:.0} probes per second of {targets} endpoints; {effect} (--probes-per-second)"
             );
-            Finding::new(Code::ProbesBounded, "Probes", message)
+            Finding::new(Code::ProbesBounded, ObjectRef::global("Probes", ""), message)
         })
     }
 

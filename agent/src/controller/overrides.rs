@@ -2,7 +2,7 @@
 
 use portolan_core::{
     health::{OverrideCommand, Overrides},
-    model::{Code, Finding},
+    model::{Code, Finding, ObjectRef},
     policy::PolicyOutput,
     table::Layout,
 };
@@ -38,14 +38,14 @@ pub(super) fn findings(overrides: &Overrides) -> impl Iterator<Item = Finding> {
             terms.until.map_or_else(|| "until it is restored".to_owned(), |at| format!("until {}", rfc3339(at)));
         let message =
             format!("ejected by an operator {until}; to undo: portolan restore {endpoint}{}", because(&terms.reason));
-        Finding::new(Code::Override, format!("Endpoint {endpoint}"), message)
+        Finding::new(Code::Override, ObjectRef::global("Endpoint", endpoint), message)
     });
     let drained = overrides.drained().map(move |drain| {
         let (service, region, because) = (&drain.service, &drain.region, because(&drain.ordered.reason));
         let message = format!(
             "region {region} is drained by an operator and gets no new connections; to undo: portolan restore {service} --region {region}{because}"
         );
-        Finding::new(Code::Override, format!("Service {service}"), message)
+        Finding::new(Code::Override, ObjectRef::new("Service", service), message)
     });
     ejected.chain(drained)
 }

@@ -7,7 +7,7 @@ use std::{
 
 use portolan_common::FrontendKey;
 use portolan_core::{
-    model::{Code, Finding},
+    model::{Code, Finding, ObjectRef},
     table::{Completeness, GraceEpoch, Layout, Op, PinnedState, Rejected, Sizes, Table},
 };
 
@@ -127,7 +127,7 @@ impl Publisher {
     pub(super) fn commit(&mut self, now: Now, ops: &[Op], kernel: &mut impl Kernel) -> portolan_datapath::Result<()> {
         if let Err(error) = kernel.apply(ops) {
             let message = format!("{error:#}; the agent retries");
-            self.write_errors.push(Finding::new(Code::KernelWrite, "Kernel", message));
+            self.write_errors.push(Finding::new(Code::KernelWrite, ObjectRef::global("Kernel", ""), message));
             // Which writes were done is unknown. Once no program reads what they replaced, the maps tell.
             kernel.wait_for_readers();
             self.layout = self.layout.read_again(kernel.read_back(self.layout.sizes())?);
@@ -176,7 +176,7 @@ fn nearly_full(layout: &Layout) -> Vec<Finding> {
         |(_, used, size): &(&str, u32, u32)| u64::from(*used) * 100 >= u64::from(*size) * NEARLY_FULL_PERCENT;
     let finding = |(map, used, size): (&str, u32, u32)| {
         let message = format!("{used} of {size} entries are in use; restart the agent with a larger size");
-        Finding::new(Code::MapNearlyFull, format!("Map {map}"), message)
+        Finding::new(Code::MapNearlyFull, ObjectRef::global("Map", map), message)
     };
     layout.occupancy().into_iter().filter(is_nearly_full).map(finding).collect()
 }
@@ -192,5 +192,5 @@ fn does_not_fit(rejected: &Rejected) -> Finding {
         "map {} ({} entries) has no room for {} more: {effect}; restart the agent with a larger size",
         rejected.map, full.size, full.wanted
     );
-    Finding::new(Code::MapFull, format!("Frontend {address}"), message)
+    Finding::new(Code::MapFull, ObjectRef::global("Frontend", address), message)
 }

@@ -66,7 +66,7 @@ impl<K: Kernel> Controller<K> {
             return Err(format!("{adopted} frontends are unchanged since the previous agent published them: {unread}"));
         }
         if self.client.default_cluster_local {
-            return Err("cannot read the mesh settings, so connections stay in their cluster".to_owned());
+            return Err("the mesh settings cannot be read, so connections stay in their cluster".to_owned());
         }
         if self.publisher.is_bypassing() {
             return Err(

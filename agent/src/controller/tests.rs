@@ -12,6 +12,7 @@ use portolan_core::{
     decode::{DecodeOptions, read_text},
     health::OverrideCommand,
     model::{Code, NamespacedName, Protocol, Scope},
+    store::Origin,
     table::key,
 };
 use portolan_datapath::{Reason, Reconciled};
@@ -113,7 +114,7 @@ impl World {
         let scope = Scope::Cluster("c1".to_owned());
         let contents = read_text(DecodeOptions::default(), &scope, "c1/all.yaml", text);
         assert!(contents.findings.is_empty(), "{:?}", contents.findings);
-        self.handle(Input::Updates(vec![Update::Replace { origin: "c1/all.yaml".to_owned(), contents }]));
+        self.handle(Input::Updates(vec![Update::Replace { origin: Origin::file("c1/all.yaml"), contents }]));
     }
 
     /// The pool of port 80 of a service.

@@ -15,7 +15,7 @@ use std::{
 };
 
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
-use portolan_core::model::{Code, Finding};
+use portolan_core::model::{Code, Finding, NamespacedName, ObjectRef};
 use portolan_datapath::OptOutMap;
 use tokio::{sync::Notify, task::block_in_place, time::sleep};
 
@@ -83,7 +83,7 @@ impl Enforcer {
         for (uid, path, id) in seen.pods {
             let Some(pod) = done.get_mut(&uid) else { continue };
             if has_this_process(&path, MAX_DEPTH) {
-                own = Some(format!("{}/{}", pod.namespace, pod.name));
+                own = Some(NamespacedName::new(&pod.namespace, &pod.name));
                 continue;
             }
             let path = path.strip_prefix(&self.root).unwrap_or(&path);
@@ -94,7 +94,7 @@ impl Enforcer {
             let message = format!(
                 "Pod {name} runs this agent and cannot opt out: its connections verify that the BPF programs work"
             );
-            Finding::new(Code::OptOutLabel, format!("Pod {name}"), message)
+            Finding::new(Code::OptOutLabel, ObjectRef::new("Pod", &name), message)
         });
         (self.report)("opt-out/own", own);
         let written = self.kernel.set(&ids);
@@ -110,7 +110,10 @@ impl Enforcer {
             }
             Err(error) => {
                 let message = format!("cannot update the excluded pods ({LABEL}): {error:#}; retrying");
-                (self.report)("opt-out/kernel", Some(Finding::new(Code::KernelWrite, "Kernel", message)));
+                (self.report)(
+                    "opt-out/kernel",
+                    Some(Finding::new(Code::KernelWrite, ObjectRef::global("Kernel", ""), message)),
+                );
             }
         }
         (is_written, watch.follow(seen.above))

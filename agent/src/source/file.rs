@@ -19,8 +19,8 @@ use notify::{
 };
 use portolan_core::{
     decode::{DecodeOptions, fingerprint, read_text},
-    model::{Code, Finding, Scope},
-    store::{Contents, Update},
+    model::{Code, Finding, ObjectRef, Scope},
+    store::{Contents, Origin, Update},
 };
 use tokio::{
     sync::mpsc,
@@ -107,7 +107,7 @@ impl Directory {
         let gone: Vec<_> = self.seen.keys().filter(|origin| is_gone(origin)).cloned().collect();
         for origin in gone {
             self.seen.remove(&origin);
-            updates.push(Update::Remove { origin });
+            updates.push(Update::Remove { origin: Origin::file(origin) });
         }
         self.before.clear();
         let (mut unread, mut read) = (BTreeMap::new(), Vec::new());
@@ -124,7 +124,7 @@ impl Directory {
                 Ok(text) => read.extend(self.changed(origin, &scope, &text)),
                 Err(error) if self.seen.contains_key(&origin) => {
                     let message = format!("cannot be read: {error}; its last known objects stay in effect");
-                    troubles.push(Finding::new(Code::Unreadable, &origin, message));
+                    troubles.push(Finding::new(Code::Unreadable, ObjectRef::file(&origin), message));
                 }
                 Err(error) => drop(unread.insert(origin, format!("cannot be read: {error}"))),
             }
@@ -134,12 +134,14 @@ impl Directory {
         self.cleared = self.unread.extract_if(.., |origin| is_over(origin)).collect();
         // Clear the findings of files that are no longer unreadable.
         for origin in self.cleared.iter().filter(|origin| !self.seen.contains_key(*origin)) {
-            updates.push(Update::Remove { origin: origin.clone() });
+            updates.push(Update::Remove { origin: Origin::file(origin) });
         }
         for (origin, message) in unread {
             if self.unread.insert(origin.clone()) {
-                let findings = vec![Finding::new(Code::Unreadable, &origin, message).from_source(&origin)];
-                updates.push(Update::Replace { origin, contents: Contents { findings, ..Contents::default() } });
+                let findings =
+                    vec![Finding::new(Code::Unreadable, ObjectRef::file(&origin), message).from_source(&origin)];
+                let contents = Contents { findings, ..Contents::default() };
+                updates.push(Update::Replace { origin: Origin::file(origin), contents });
             }
         }
         updates.extend(read);
@@ -153,8 +155,11 @@ impl Directory {
         for path in being_written.iter().filter(|path| is_yaml(path) && !file_name(path).starts_with('.')) {
             let origin = self.origin(path);
             if !self.seen.contains_key(&origin) && self.unread.insert(origin.clone()) {
-                let findings = vec![Finding::new(Code::EmptyFile, &origin, "is open for writing").from_source(&origin)];
-                updates.push(Update::Replace { origin, contents: Contents { findings, ..Contents::default() } });
+                let findings = vec![
+                    Finding::new(Code::EmptyFile, ObjectRef::file(&origin), "is open for writing").from_source(&origin),
+                ];
+                let contents = Contents { findings, ..Contents::default() };
+                updates.push(Update::Replace { origin: Origin::file(origin), contents });
             }
         }
         updates
@@ -176,28 +181,28 @@ impl Directory {
             contents.complete = false;
             let message =
                 "the file became empty: its last known objects stay in effect; to remove them, delete the file";
-            contents.findings.push(Finding::new(Code::Emptied, &origin, message).from_source(&origin));
+            contents.findings.push(Finding::new(Code::Emptied, ObjectRef::file(&origin), message).from_source(&origin));
         }
         let has_objects = !contents.objects.is_empty() || (had_objects && !contents.complete);
         self.seen.insert(origin.clone(), Seen { fingerprint: contents.fingerprint, has_objects });
         self.before.insert(origin.clone(), before);
-        Some(Update::Replace { origin, contents })
+        Some(Update::Replace { origin: Origin::file(origin), contents })
     }
 
     /// Reverts the last scan's results for these files, which it may have read half-written.
     fn revert(&mut self, updates: &mut Vec<Update>, being_written: &BTreeSet<PathBuf>) {
         updates.retain(|update| match update {
-            Update::Replace { origin, .. } if being_written.contains(&self.root.join(origin)) => {
-                match self.before.remove(origin).flatten() {
-                    Some(before) => self.seen.insert(origin.clone(), before),
-                    None => self.seen.remove(origin),
+            Update::Replace { origin, .. } if being_written.contains(&self.root.join(origin.as_str())) => {
+                match self.before.remove(origin.as_str()).flatten() {
+                    Some(before) => self.seen.insert(origin.to_string(), before),
+                    None => self.seen.remove(origin.as_str()),
                 };
                 // A file that was unread before the scan stays unread.
                 // One that only this scan found unreadable is reported again by the next scan.
-                if self.cleared.contains(origin) {
-                    self.unread.insert(origin.clone());
+                if self.cleared.contains(origin.as_str()) {
+                    self.unread.insert(origin.to_string());
                 } else {
-                    self.unread.remove(origin);
+                    self.unread.remove(origin.as_str());
                 }
                 false
             }
@@ -245,7 +250,7 @@ impl Found {
             match is_directory {
                 true if depth == 0 => {
                     let message = format!("is nested deeper than {MAX_DEPTH} directories and is not read");
-                    self.troubles.push(Finding::new(Code::TooLarge, path.display(), message));
+                    self.troubles.push(Finding::new(Code::TooLarge, ObjectRef::file(path.display()), message));
                 }
                 true => self.walk(&path, scope, depth - 1),
                 false if is_yaml(&path) => {
@@ -362,7 +367,7 @@ pub async fn run(
                 sources.trouble("", FILES, Trouble::Unreachable(error.to_string()));
                 vec![Update::SourceFindings(vec![Finding::new(
                     Code::Unreadable,
-                    root.display(),
+                    ObjectRef::file(root.display()),
                     format!("cannot be read: {error}; its last known objects stay in effect"),
                 )])]
             }

@@ -9,7 +9,7 @@ use std::{
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::model::{Code, Finding, NamespacedName, Scope, Subnet};
+use crate::model::{Code, Finding, NamespacedName, ObjectRef, Scope, Subnet};
 
 /// Options for decoding objects.
 #[derive(Clone, Copy, Debug, Default)]
@@ -71,7 +71,7 @@ pub(super) struct Context<'a> {
     pub(super) reader: DecodeOptions,
     pub(super) scope: &'a Scope,
     pub(super) name: NamespacedName,
-    pub(super) object: String,
+    pub(super) object: ObjectRef,
     pub(super) findings: &'a mut Vec<Finding>,
 }
 

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use self::context::{Context, Invalid};
 use crate::{
-    model::{Code, Finding, Kind, NamespacedName, Object, ObjectKey, Position, Scope},
+    model::{Code, Finding, Kind, NamespacedName, Object, ObjectKey, ObjectRef, Position, Scope},
     store::{Contents, Decoded},
 };
 
@@ -36,7 +36,7 @@ pub fn read_text(reader: DecodeOptions, scope: &Scope, origin: &str, text: &str)
         // An empty file is more likely an interrupted write than intended.
         contents.complete = false;
         let message = "the file is empty; delete it if that is intended";
-        contents.findings.push(Finding::new(Code::EmptyFile, origin, message));
+        contents.findings.push(Finding::new(Code::EmptyFile, ObjectRef::file(origin), message));
     }
     let mut read_again = 0;
     let mut seen = BTreeSet::new();
@@ -50,7 +50,7 @@ pub fn read_text(reader: DecodeOptions, scope: &Scope, origin: &str, text: &str)
             Err(error) => {
                 contents.complete = false;
                 let message = format!("{}. Objects that this file defined before stay in effect", error.message);
-                let mut finding = Finding::new(Code::Syntax, origin, message);
+                let mut finding = Finding::new(Code::Syntax, ObjectRef::file(origin), message);
                 finding.position = error.at.and_then(position);
                 contents.findings.push(finding);
                 continue;
@@ -103,7 +103,7 @@ fn read_object(
     if kind.is_empty() || name.name.is_empty() {
         contents.complete = false;
         let message = "the document has no `kind` or no `metadata.name`, so it is not a Kubernetes object";
-        contents.findings.push(Finding::new(Code::NotAnObject, origin, message));
+        contents.findings.push(Finding::new(Code::NotAnObject, ObjectRef::file(origin), message));
         return;
     }
     let Some(known) = known_kind(group, &kind, &name) else {
@@ -112,14 +112,14 @@ fn read_object(
             "Endpoints" => (Code::UnusedKind, "is not supported; Portolan uses EndpointSlices instead"),
             _ => (Code::UnusedKind, "Portolan does not use this kind"),
         };
-        contents.findings.push(Finding::new(code, format!("{kind} {name}"), message));
+        contents.findings.push(Finding::new(code, ObjectRef::new(&kind, &name), message));
         return;
     };
     let is_cluster_owned =
         matches!(known, Kind::Service | Kind::EndpointSlice | Kind::Node | Kind::Pod | Kind::Namespace);
     if is_cluster_owned && *scope == Scope::Mesh {
         let message = "belongs to a cluster and is ignored here; move it to the directory of its cluster";
-        contents.findings.push(Finding::new(Code::Misplaced, format!("{kind} {name}"), message));
+        contents.findings.push(Finding::new(Code::Misplaced, ObjectRef::new(&kind, &name), message));
         return;
     }
     let name = if matches!(known, Kind::Node | Kind::Namespace) {
@@ -130,7 +130,7 @@ fn read_object(
         name
     };
     let key = ObjectKey { scope: scope.clone(), kind: known, name: name.clone() };
-    let mut context = Context { reader, scope, name, object: key.to_string(), findings: &mut contents.findings };
+    let mut context = Context { reader, scope, name, object: (&key).into(), findings: &mut contents.findings };
     let object = match object(&mut context, known, value) {
         Ok(Some(object)) => Some(object),
         // The object is valid but not relevant, as if it did not exist.

@@ -4,6 +4,8 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
+use super::object_ref::ObjectRef;
+
 /// The severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -162,7 +164,7 @@ pub struct Finding {
     /// The kind of finding, serialized as `PTLnnnn`.
     pub code: Code,
     /// `Kind namespace/name`, or the file if no object could be decoded.
-    pub object: String,
+    pub object: ObjectRef,
     /// The path of the field in the object, such as `spec.host`; empty if the finding is about the whole object.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub field: String,
@@ -192,11 +194,11 @@ pub struct Position {
 
 impl Finding {
     /// Creates a finding about a whole object, with the severity of the code.
-    pub fn new(code: Code, object: impl ToString, message: impl Into<String>) -> Self {
+    pub fn new(code: Code, object: impl Into<ObjectRef>, message: impl Into<String>) -> Self {
         Self {
             severity: code.severity(),
             code,
-            object: object.to_string(),
+            object: object.into(),
             field: String::new(),
             message: message.into(),
             cluster: String::new(),

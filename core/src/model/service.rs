@@ -5,6 +5,7 @@ use std::{fmt, net::IpAddr, time::Duration};
 use super::{
     endpoint::{Labels, Workload},
     name::NamespacedName,
+    object_ref::ObjectRef,
     protocol::Protocol,
 };
 
@@ -102,8 +103,8 @@ impl ServiceId {
     }
 
     /// Returns `Kind namespace/name`, the form that findings use.
-    pub fn object(&self) -> String {
-        format!("{} {}", if self.is_entry { "ServiceEntry" } else { "Service" }, self.name)
+    pub fn object(&self) -> ObjectRef {
+        ObjectRef::new(if self.is_entry { "ServiceEntry" } else { "Service" }, &self.name)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::types::Client;
 use crate::{
-    model::{Code, Finding, Labels, Locality},
+    model::{Code, Finding, Labels, Locality, ObjectRef},
     store::{NETWORK, Store},
 };
 
@@ -28,7 +28,7 @@ impl ClientLocation {
                  cluster, unless known settings say otherwise for the host",
                 doubt.what
             );
-            findings.push(Finding::new(Code::SettingsUnknown, format!("Cluster {cluster}"), message));
+            findings.push(Finding::new(Code::SettingsUnknown, ObjectRef::global("Cluster", cluster), message));
         }
         let own = snapshot.clusters.get(cluster);
         let node = self.node.as_ref().map(|name| (name, own.and_then(|own| own.nodes.get(name))));
@@ -36,7 +36,7 @@ impl ClientLocation {
             let message = format!(
                 "cluster {cluster} has no such Node: the locality of its clients is unknown, so every endpoint is far"
             );
-            findings.push(Finding::new(Code::UnknownNode, format!("Node {name}"), message));
+            findings.push(Finding::new(Code::UnknownNode, ObjectRef::global("Node", name), message));
         }
         let node = node.and_then(|(_, node)| node);
         let locality = self.locality.clone().or_else(|| Some((*node?.locality).clone())).unwrap_or_default();

@@ -17,7 +17,9 @@ use super::{
     types::{Assignment, Client, HealthView, PolicyOutput, Pool, Route},
 };
 use crate::{
-    model::{Algorithm, Code, Finding, IpFamily, Locality, NamespacedName, Protocol, ServiceId, ServicePort},
+    model::{
+        Algorithm, Code, Finding, IpFamily, Locality, NamespacedName, ObjectRef, Protocol, ServiceId, ServicePort,
+    },
     store::{Changes, Snapshot},
 };
 
@@ -127,7 +129,11 @@ impl Compiler {
                 "the configuration has no cluster {:?}, so its clients are not served; check --cluster",
                 &*client.cluster
             );
-            self.findings.push(Finding::new(Code::UnknownCluster, format!("Cluster {}", client.cluster), message));
+            self.findings.push(Finding::new(
+                Code::UnknownCluster,
+                ObjectRef::global("Cluster", &client.cluster),
+                message,
+            ));
         }
         // Services come before entries: a ServiceEntry must not take a Service's address.
         let own = snapshot.clusters.get(&client.cluster);

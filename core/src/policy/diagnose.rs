@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use super::{context::PolicyContext, service_view::find, types::Pool};
 use crate::{
-    model::{ClusterLocal, Code, EndpointSlice, Finding, ServiceId},
+    model::{ClusterLocal, Code, EndpointSlice, Finding, ObjectRef, ServiceId},
     store::Snapshot,
 };
 
@@ -53,7 +53,7 @@ pub(super) fn check(snapshot: &Snapshot, client: &Arc<str>, service: &ServiceId,
     for (cluster, objects) in &snapshot.clusters {
         let other = if cluster == client { "" } else { &**cluster };
         let mut report = |code: Code, slice: &EndpointSlice, field: &str, message: String| {
-            let finding = Finding::new(code, format!("EndpointSlice {}", slice.name), message);
+            let finding = Finding::new(code, ObjectRef::new("EndpointSlice", &slice.name), message);
             findings.push(finding.at(field).in_cluster(other));
         };
         let unknown = !objects.services.contains_key(&service.name);

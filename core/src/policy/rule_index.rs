@@ -10,8 +10,8 @@ use std::{
 use super::types::{Client, PoolKey};
 use crate::{
     model::{
-        ClusterLocal, ClusterLocalRule, Code, DestinationRule, Finding, IpFamily, MeshConfig, NamespacedName, Protocol,
-        Route, ServiceId, ServicePort, TrafficPolicy, VirtualService,
+        ClusterLocal, ClusterLocalRule, Code, DestinationRule, Finding, IpFamily, MeshConfig, NamespacedName,
+        ObjectRef, Protocol, Route, ServiceId, ServicePort, TrafficPolicy, VirtualService,
     },
     store::{Objects, Snapshot},
 };
@@ -56,7 +56,11 @@ impl RuleIndex {
         let mut mesh = configs.next().cloned().unwrap_or_default();
         if configs.next().is_some() {
             let message = format!("cluster {} has its own settings, so those of the mesh are ignored", client.cluster);
-            findings.push(Finding::new(Code::NotTogether, "ConfigMap istio-system/istio", message));
+            findings.push(Finding::new(
+                Code::NotTogether,
+                ObjectRef::new("ConfigMap", &NamespacedName::new("istio-system", "istio")),
+                message,
+            ));
         }
         if client.default_cluster_local {
             mesh.cluster_local
@@ -90,7 +94,7 @@ impl RuleIndex {
         for objects in scopes {
             for rule in objects.destination_rules.values() {
                 let host = index.full_name(&rule.host, &rule.name.namespace);
-                index.check_host(&format!("DestinationRule {}", rule.name), "spec.host", &rule.name, &host, findings);
+                index.check_host("DestinationRule", "spec.host", &rule.name, &host, findings);
                 check_failover(rule, findings);
                 index.add_destination_rule(host, rule, findings);
             }
@@ -98,8 +102,7 @@ impl RuleIndex {
             {
                 for host in &rule.hosts {
                     let host = index.full_name(host, &rule.name.namespace);
-                    let object = format!("VirtualService {}", rule.name);
-                    index.check_host(&object, "spec.hosts", &rule.name, &host, findings);
+                    index.check_host("VirtualService", "spec.hosts", &rule.name, &host, findings);
                     index.add_virtual_service(host, rule, findings);
                 }
             }
@@ -123,8 +126,12 @@ impl RuleIndex {
                     rule.host, self.mesh.domain
                 );
                 findings.push(
-                    Finding::new(Code::UnknownHost, "ConfigMap istio-system/istio", message)
-                        .at("serviceSettings.hosts"),
+                    Finding::new(
+                        Code::UnknownHost,
+                        ObjectRef::new("ConfigMap", &NamespacedName::new("istio-system", "istio")),
+                        message,
+                    )
+                    .at("serviceSettings.hosts"),
                 );
             }
         }
@@ -149,7 +156,7 @@ impl RuleIndex {
     }
 
     /// Reports a rule without effect, because its host matches no service, or only services of other namespaces.
-    fn check_host(&self, object: &str, field: &str, rule: &NamespacedName, host: &str, findings: &mut Vec<Finding>) {
+    fn check_host(&self, kind: &str, field: &str, rule: &NamespacedName, host: &str, findings: &mut Vec<Finding>) {
         let exact = self.hosts.get(host).into_iter();
         // Only a pattern has to be compared with every host.
         let all = if host.starts_with('*') { self.hosts.iter() } else { Default::default() };
@@ -159,7 +166,7 @@ impl RuleIndex {
         let mut meant = exact.chain(by_pattern).chain(&entries).peekable();
         if meant.peek().is_none() {
             let message = format!("no service is named {host:?}; the rule has no effect");
-            findings.push(Finding::new(Code::UnknownHost, object, message).at(field));
+            findings.push(Finding::new(Code::UnknownHost, ObjectRef::new(kind, rule), message).at(field));
         } else if rule.namespace != self.mesh.root_namespace
             && !meant.any(|service| service.name.namespace == rule.namespace)
         {
@@ -167,7 +174,7 @@ impl RuleIndex {
                 "{host:?} is in another namespace, whose traffic this rule may not change; move it there or to {}",
                 self.mesh.root_namespace
             );
-            findings.push(Finding::new(Code::ForeignHost, object, message).at(field));
+            findings.push(Finding::new(Code::ForeignHost, ObjectRef::new(kind, rule), message).at(field));
         }
     }
 
@@ -213,7 +220,7 @@ impl RuleIndex {
             let key = PoolKey { service: service.clone(), port, protocol, subset: None, family };
             return vec![Destination { weight: 1, key, via_route: false }];
         };
-        let object = || format!("VirtualService {}", rule.name);
+        let object = || ObjectRef::new("VirtualService", &rule.name);
         let mut destinations = Vec::new();
         for destination in route.destinations.iter().filter(|destination| destination.weight > 0) {
             let host = self.full_name(&destination.host, &rule.name.namespace);
@@ -276,7 +283,8 @@ impl RuleIndex {
                         "{host:?} already has a rule, DestinationRule {}, which takes precedence; merge them",
                         merged.name
                     );
-                    let finding = Finding::new(Code::SecondRule, format!("DestinationRule {}", rule.name), message);
+                    let finding =
+                        Finding::new(Code::SecondRule, ObjectRef::new("DestinationRule", &rule.name), message);
                     findings.push(finding.at(field));
                 }
             }
@@ -291,7 +299,7 @@ impl RuleIndex {
                 let (host, other) = (entry.key(), &entry.get().name);
                 let message =
                     format!("{host:?} already has a rule, VirtualService {other}, which takes precedence; merge them");
-                let finding = Finding::new(Code::SecondRule, format!("VirtualService {}", rule.name), message);
+                let finding = Finding::new(Code::SecondRule, ObjectRef::new("VirtualService", &rule.name), message);
                 findings.push(finding.at("spec.hosts"));
             }
         }
@@ -317,7 +325,8 @@ fn check_failover(rule: &DestinationRule, findings: &mut Vec<Finding>) {
         ];
         for (field, _) in fields.iter().filter(|(_, set)| *set && !ejects) {
             let message = "has no effect without outlierDetection; add that block beside it";
-            let finding = Finding::new(Code::NeedsOutlierDetection, format!("DestinationRule {}", rule.name), message);
+            let finding =
+                Finding::new(Code::NeedsOutlierDetection, ObjectRef::new("DestinationRule", &rule.name), message);
             findings.push(finding.at(format!("localityLbSetting.{field}")));
         }
     }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{ClientReport, EndpointReport, route_shares};
 use crate::{
-    model::{Algorithm, ClusterLocal, Code, Finding, Locality, MeshConfig, ServiceId, SuccessCriterion},
+    model::{Algorithm, ClusterLocal, Code, Finding, Locality, MeshConfig, ObjectRef, ServiceId, SuccessCriterion},
     policy::{
         Assignment, Client, Endpoint, EndpointHealth, LocalityMode, OVERPROVISIONING_FACTOR, PolicyOutput, Pool,
         Priority, Route, SettingSource,
@@ -253,7 +253,7 @@ fn policy(pool: &Pool) -> String {
 fn locality(pool: &Pool, rule: Option<&str>) -> Step {
     let object = match pool.setting {
         Some(SettingSource::DestinationRule) => rule.map(str::to_owned),
-        Some(SettingSource::TrafficDistribution) => Some(pool.key.service.object()),
+        Some(SettingSource::TrafficDistribution) => Some(pool.key.service.object().to_string()),
         Some(SettingSource::Mesh) => Some("MeshConfig".to_owned()),
         None => None,
     };
@@ -373,18 +373,18 @@ fn distance(client: &Client, endpoint: &Endpoint) -> &'static str {
 /// It does if it is about the service, one of its slices, a rule of its namespace or of the mesh, or a file whose
 /// objects are unknown.
 pub fn concerns(finding: &Finding, service: &ServiceId) -> bool {
-    let Some((kind, name)) = finding.object.split_once(' ') else { return true };
-    let (namespace, name) = name.split_once('/').unwrap_or(("", name));
+    let ObjectRef { kind, namespace, name } = &finding.object;
     let own = &service.name;
-    match kind {
+    match kind.as_str() {
+        "" => true,
         "Service" | "ServiceEntry" => finding.object == service.object(),
-        "EndpointSlice" => namespace == own.namespace && name.starts_with(own.name.as_str()),
+        "EndpointSlice" => *namespace == own.namespace && name.starts_with(own.name.as_str()),
         "DestinationRule" | "VirtualService" => {
             // A rule for another host does not concern this service.
             let elsewhere = matches!(finding.code, Code::UnknownHost | Code::ForeignHost);
-            (namespace == own.namespace || namespace == MeshConfig::default().root_namespace) && !elsewhere
+            (*namespace == own.namespace || *namespace == MeshConfig::default().root_namespace) && !elsewhere
         }
-        "WorkloadEntry" => namespace == own.namespace,
+        "WorkloadEntry" => *namespace == own.namespace,
         "ConfigMap" | "Cluster" => true,
         _ => false,
     }

@@ -1,5 +1,6 @@
 //! The object store: applies updates from the sources and maintains the snapshot for the policy.
 
+mod origin;
 mod snapshot;
 mod update;
 
@@ -10,9 +11,10 @@ use std::{
 };
 
 use self::snapshot::SYSTEM;
-use crate::model::{Code, Finding, Kind, Labels, NamespacedName, Object, ObjectKey, Pod, Scope, ServiceId};
+use crate::model::{Code, Finding, Kind, Labels, Object, ObjectKey, Pod, Scope, ServiceId};
 
 pub use self::{
+    origin::Origin,
     snapshot::{NETWORK, Objects, Snapshot},
     update::{Contents, Decoded, Update},
 };
@@ -71,22 +73,22 @@ impl Changes {
 pub struct Store {
     objects: BTreeMap<Arc<ObjectKey>, Owners>,
     /// The keys of the objects in each origin, sorted.
-    keys_by_origin: BTreeMap<Arc<str>, Vec<Arc<ObjectKey>>>,
+    keys_by_origin: BTreeMap<Origin, Vec<Arc<ObjectKey>>>,
     snapshot: Snapshot,
-    findings: BTreeMap<String, Vec<Finding>>,
+    findings: BTreeMap<Origin, Vec<Finding>>,
     source_findings: Vec<Finding>,
     /// Origins that were read completely at least once.
-    complete_origins: BTreeSet<Arc<str>>,
+    complete_origins: BTreeSet<Origin>,
     /// Origins with content that has never been read successfully.
-    unread: BTreeMap<String, UnreadInput>,
-    fingerprints: BTreeMap<Arc<str>, u64>,
+    unread: BTreeMap<Origin, UnreadInput>,
+    fingerprints: BTreeMap<Origin, u64>,
     /// Interned pod labels; pods with equal labels share one allocation.
     labels: BTreeSet<Arc<Labels>>,
     synced: bool,
 }
 
 /// The origins that contain an object, sorted by name. The object of the first one applies.
-type Owners = Vec<(Arc<str>, Object)>;
+type Owners = Vec<(Origin, Object)>;
 
 impl Store {
     /// Returns whether the initial sync is complete.
@@ -121,22 +123,21 @@ impl Store {
         match update {
             Update::Replace { origin, contents } => {
                 // For an API source, each object is an origin. Share one allocation per name.
-                let known = self.fingerprints.get_key_value(origin.as_str()).map(|(known, _)| Arc::clone(known));
-                let origin = known.unwrap_or_else(|| Arc::from(origin));
-                self.fingerprints.insert(Arc::clone(&origin), contents.fingerprint);
+                let known = self.fingerprints.get_key_value(&origin).map(|(known, _)| known.clone());
+                let origin = known.unwrap_or(origin);
+                self.fingerprints.insert(origin.clone(), contents.fingerprint);
                 self.replace(&origin, contents, changes);
             }
             Update::Remove { origin } => {
-                let origin: Arc<str> = Arc::from(origin);
                 self.fingerprints.remove(&origin);
                 self.replace(&origin, Contents { complete: true, ..Contents::default() }, changes);
                 self.complete_origins.remove(&origin);
             }
             Update::Prune { prefix, except } => {
-                let gone = |origin: &&Arc<str>| origin.starts_with(&prefix) && !except.contains(&***origin);
-                let gone: Vec<Arc<str>> = self.fingerprints.keys().filter(gone).cloned().collect();
+                let gone = |origin: &&Origin| origin.as_str().starts_with(&prefix) && !except.contains(*origin);
+                let gone: Vec<Origin> = self.fingerprints.keys().filter(gone).cloned().collect();
                 for origin in gone {
-                    self.apply(Update::Remove { origin: origin.as_ref().to_owned() }, changes);
+                    self.apply(Update::Remove { origin }, changes);
                 }
             }
             Update::ClusterUnreachable { cluster, unreachable } => {
@@ -151,7 +152,7 @@ impl Store {
         }
     }
 
-    fn replace(&mut self, origin: &Arc<str>, contents: Contents, changes: &mut Changes) {
+    fn replace(&mut self, origin: &Origin, contents: Contents, changes: &mut Changes) {
         let is_owner = |owners: &Owners| owners.iter().any(|(owner, _)| owner == origin);
         let known = |key: &ObjectKey| self.objects.get(key).is_some_and(is_owner);
         // A rule that cannot be read can be ignored.
@@ -173,7 +174,7 @@ impl Store {
             None if !contents.complete => Some(UnreadInput {
                 what: format!("{origin} cannot be read"),
                 // Files of the mesh are in the root directory.
-                scope: origin.split_once('/').map_or(Scope::Mesh, |(cluster, _)| Scope::Cluster(cluster.to_owned())),
+                scope: origin.scope(),
                 settings: contents.sole_kind == Some(Kind::MeshConfig),
                 anything: contents.sole_kind.is_none(),
             }),
@@ -181,12 +182,12 @@ impl Store {
         };
         match doubt {
             None => {
-                self.complete_origins.insert(Arc::clone(origin));
+                self.complete_origins.insert(origin.clone());
                 // The set of unread inputs changed, which affects readiness.
-                changes.findings |= self.unread.remove(&**origin).is_some();
+                changes.findings |= self.unread.remove(origin).is_some();
             }
             Some(doubt) if !self.complete_origins.contains(origin) => {
-                drop(self.unread.insert(origin.as_ref().to_owned(), doubt));
+                drop(self.unread.insert(origin.clone(), doubt));
             }
             Some(_) => {}
         }
@@ -204,19 +205,19 @@ impl Store {
                 self.set_owner(&Arc::new(read.key), origin, read.object, changes);
             }
         }
-        let findings = self.findings.get(&**origin).map(Vec::as_slice).unwrap_or_default();
+        let findings = self.findings.get(origin).map(Vec::as_slice).unwrap_or_default();
         changes.findings |= findings != contents.findings;
         if contents.findings.is_empty() {
-            self.findings.remove(&**origin);
+            self.findings.remove(origin);
         } else {
-            self.findings.insert(origin.as_ref().to_owned(), contents.findings);
+            self.findings.insert(origin.clone(), contents.findings);
         }
     }
 
     /// Records that the origin now contains the object, or no longer does if `object` is `None`.
-    fn set_owner(&mut self, key: &Arc<ObjectKey>, origin: &Arc<str>, object: Option<Object>, changes: &mut Changes) {
+    fn set_owner(&mut self, key: &Arc<ObjectKey>, origin: &Origin, object: Option<Object>, changes: &mut Changes) {
         if object.is_some() {
-            let keys = self.keys_by_origin.entry(Arc::clone(origin)).or_insert_with(|| Vec::with_capacity(1));
+            let keys = self.keys_by_origin.entry(origin.clone()).or_insert_with(|| Vec::with_capacity(1));
             if let Err(at) = keys.binary_search(key) {
                 keys.insert(at, Arc::clone(key));
             }
@@ -234,7 +235,7 @@ impl Store {
         match (owners.binary_search_by(|(owner, _)| owner.cmp(origin)), object) {
             (Ok(at), Some(object)) => owners[at].1 = object,
             (Ok(at), None) => drop(owners.remove(at)),
-            (Err(at), Some(object)) => owners.insert(at, (Arc::clone(origin), object)),
+            (Err(at), Some(object)) => owners.insert(at, (origin.clone(), object)),
             (Err(_), None) => {}
         }
         // A duplicate object is a finding.
@@ -299,7 +300,7 @@ impl Store {
         for (key, owners) in self.objects.iter().filter(|(_, owners)| owners.len() > 1) {
             for (other, _) in &owners[1..] {
                 let message = format!("is also in {}, which takes precedence; remove one of them", owners[0].0);
-                findings.push(Finding::new(Code::InSeveralFiles, key, message).from_source(other));
+                findings.push(Finding::new(Code::InSeveralFiles, &**key, message).from_source(other.as_str()));
             }
         }
         findings
@@ -311,9 +312,8 @@ impl Store {
         if !finding.source.is_empty() {
             return;
         }
-        let Some((kind, name)) = finding.object.split_once(' ') else { return };
-        let Some(kind) = Kind::ALL.into_iter().find(|known| known.to_string() == kind) else { return };
-        let name = name.parse().unwrap_or_else(|_| NamespacedName::new("", name));
+        let Some(kind) = finding.object.known_kind() else { return };
+        let name = finding.object.namespaced_name();
         let cluster = if finding.cluster.is_empty() { cluster } else { &finding.cluster };
         let source = [Scope::Cluster(cluster.to_owned()), Scope::Mesh].into_iter().find_map(|scope| {
             let owners = self.objects.get(&ObjectKey { scope, kind, name: name.clone() })?;

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use super::origin::Origin;
 use crate::model::{Finding, Kind, Object, ObjectKey};
 
 /// The result of decoding one object.
@@ -36,22 +37,22 @@ pub struct Contents {
 pub enum Update {
     /// Replaces the contents of an origin.
     Replace {
-        /// The file, relative to the configuration directory; or `cluster/resource/namespace/name`.
-        origin: String,
+        /// What holds them.
+        origin: Origin,
         /// What replaces everything that the origin held.
         contents: Contents,
     },
     /// Removes an origin and its objects.
     Remove {
-        /// The name of the origin, as in `Replace`.
-        origin: String,
+        /// What no longer exists.
+        origin: Origin,
     },
     /// Removes all origins with a common prefix, except some, and their objects.
     Prune {
         /// The prefix of the origins to remove.
         prefix: String,
         /// The origins to keep.
-        except: HashSet<String>,
+        except: HashSet<Origin>,
     },
     /// Marks a cluster as unreachable, so that its endpoints count as unhealthy, or as reachable again.
     ClusterUnreachable {

@@ -41,7 +41,7 @@ impl World {
     pub fn put(&mut self, scope: &Scope, origin: &str, text: &str) -> Changes {
         let mut changes = Changes::default();
         let contents = read_text(DecodeOptions::default(), scope, origin, text);
-        self.0.apply(Update::Replace { origin: origin.to_owned(), contents }, &mut changes);
+        self.0.apply(Update::Replace { origin: portolan_core::store::Origin::file(origin), contents }, &mut changes);
         changes
     }
 
@@ -76,7 +76,7 @@ pub fn through(text: &str) {
         assert!((0.0..=1.0 + 1e-9).contains(&given), "{service:?}");
     }
     for finding in &report.findings {
-        assert!(!finding.object.is_empty() && !finding.message.is_empty(), "{finding:?}");
+        assert!(!finding.object.to_string().is_empty() && !finding.message.is_empty(), "{finding:?}");
     }
     serde_json::to_string(&report).unwrap();
 }

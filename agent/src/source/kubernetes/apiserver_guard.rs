@@ -4,8 +4,8 @@
 use std::{collections::BTreeMap, net::SocketAddr};
 
 use portolan_core::{
-    model::{Code, EndpointSlice, Finding, NamespacedName, Object, Protocol},
-    store::Update,
+    model::{Code, EndpointSlice, Finding, NamespacedName, Object, ObjectRef, Protocol},
+    store::{Origin, Update},
 };
 
 use super::WatchContext;
@@ -15,9 +15,9 @@ pub(super) struct Guard {
     context: WatchContext,
     name: NamespacedName,
     /// Ready endpoints of each slice that was passed on, by origin.
-    passed: BTreeMap<String, Vec<SocketAddr>>,
+    passed: BTreeMap<Origin, Vec<SocketAddr>>,
     /// Deferred updates by origin.
-    deferred: BTreeMap<String, Update>,
+    deferred: BTreeMap<Origin, Update>,
 }
 
 impl Guard {
@@ -28,7 +28,7 @@ impl Guard {
 
     /// Returns the updates that may be applied now: `update` unless it must wait, and deferred ones that need not.
     pub(super) fn pass(&mut self, update: Update) -> Vec<Update> {
-        let service = format!("{}/services/{}", self.context.cluster, self.name);
+        let service = Origin::object(&self.context.cluster, "services", &self.name);
         match &update {
             Update::Remove { origin } if *origin == service => {
                 self.note("was deleted; its last known state stays in effect");
@@ -84,7 +84,7 @@ impl Guard {
 impl Guard {
     fn note(&self, what: &str) {
         let message = format!("the API server reports that {} {what}, to keep the API server reachable", self.name);
-        let finding = Finding::new(Code::ApiServerHeld, format!("Service {}", self.name), message);
+        let finding = Finding::new(Code::ApiServerHeld, ObjectRef::new("Service", &self.name), message);
         self.context.sources.note("guard", Some(finding));
     }
 }

@@ -102,8 +102,7 @@ impl EventRecorder {
 
 /// Returns the resource and name of the object that a finding is about; `None` if it was not read from the API.
 fn subject(finding: &Finding) -> Option<(&'static Resource, NamespacedName)> {
-    let (kind, name) = finding.object.split_once(' ')?;
-    let resource = RESOURCES.iter().chain([&PODS]).find(|it| it.kind.is_some_and(|own| own.to_string() == kind))?;
-    let name = name.parse().unwrap_or_else(|_| NamespacedName::new("", name));
-    Some((resource, name))
+    let kind = finding.object.known_kind()?;
+    let resource = RESOURCES.iter().chain([&PODS]).find(|resource| resource.kind == Some(kind))?;
+    Some((resource, finding.object.namespaced_name()))
 }

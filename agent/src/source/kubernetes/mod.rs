@@ -26,8 +26,8 @@ use anyhow::{Context as _, Result, bail};
 use kube::Client;
 use portolan_core::{
     decode::DecodeOptions,
-    model::{Code, Finding, Kind},
-    store::{Contents, Update},
+    model::{Code, Finding, Kind, ObjectRef},
+    store::{Contents, Origin, Update},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -227,8 +227,8 @@ pub async fn run(
 }
 
 /// Returns the origin that stands for a whole cluster while it is not fully read.
-fn unread_origin(id: &str) -> String {
-    format!("{id}/")
+fn unread_origin(id: &str) -> Origin {
+    Origin::resource(id, "")
 }
 
 /// Returns the update that marks a cluster as not fully read: it may have endpoints that are not known.
@@ -371,7 +371,7 @@ impl Overseer {
         let late = self.is_late();
         let mut seen = BTreeSet::new();
         for (cluster, resource, status) in self.sources.all() {
-            let object = format!("Cluster {cluster}");
+            let object = ObjectRef::global("Cluster", &cluster);
             match &status.trouble {
                 Some((Trouble::Forbidden(why), _)) => {
                     let message = format!(
@@ -396,7 +396,7 @@ impl Overseer {
                     "its last known state stays in effect"
                 };
                 let message = format!("cannot read from the API server: {why}; {stays}");
-                let finding = Finding::new(Code::SourceUnreachable, format!("Cluster {cluster}"), message);
+                let finding = Finding::new(Code::SourceUnreachable, ObjectRef::global("Cluster", &cluster), message);
                 findings.push(finding.in_cluster(&cluster));
             }
         }

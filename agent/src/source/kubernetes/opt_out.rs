@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use portolan_core::model::{Code, Finding};
+use portolan_core::model::{Code, Finding, ObjectRef};
 
 use super::{list_watch::Sink, raw_object::Raw};
 use crate::{
@@ -124,7 +124,7 @@ impl Lists {
         let Some((wanted, invalid)) = known.wanted() else { return };
         self.registry.want(wanted);
         let finding = (!invalid.is_empty())
-            .then(|| Finding::new(Code::OptOutLabel, format!("Label {LABEL}"), invalid.join("; ")));
+            .then(|| Finding::new(Code::OptOutLabel, ObjectRef::global("Label", LABEL), invalid.join("; ")));
         self.sources.note("opt-out/labels", finding);
     }
 }

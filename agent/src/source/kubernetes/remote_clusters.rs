@@ -9,7 +9,7 @@ use k8s_openapi::ByteString;
 use kube::{Client, api::ListParams, runtime::watcher::DefaultBackoff};
 use portolan_core::{
     decode::MESH_NAMESPACE,
-    model::{Code, Finding},
+    model::{Code, Finding, ObjectRef},
 };
 use tokio::{
     sync::watch,
@@ -63,7 +63,7 @@ impl SecretSink {
                 let message = format!("cannot be decoded: {error}; the clusters that it last named stay in effect");
                 self.context
                     .sources
-                    .note(&note, Some(Finding::new(Code::RemoteCluster, format!("Secret {name}"), message)));
+                    .note(&note, Some(Finding::new(Code::RemoteCluster, ObjectRef::global("Secret", &name), message)));
             }
         }
     }
@@ -194,8 +194,9 @@ fn choose(
             None => drop(chosen.insert(id.clone(), (secret.clone(), text.clone()))),
         }
     }
-    let finding = (!duplicates.is_empty())
-        .then(|| Finding::new(Code::RemoteCluster, format!("Secrets of {MESH_NAMESPACE}"), duplicates.join("; ")));
+    let finding = (!duplicates.is_empty()).then(|| {
+        Finding::new(Code::RemoteCluster, ObjectRef::global("Namespace", MESH_NAMESPACE), duplicates.join("; "))
+    });
     context.sources.note("double", finding);
     chosen
 }
@@ -204,7 +205,7 @@ fn choose(
 async fn follow(context: WatchContext, id: String, secret: String, mut kubeconfig: watch::Receiver<Option<String>>) {
     let note = format!("remote/{id}");
     let find = |message: String| {
-        Finding::new(Code::RemoteCluster, format!("Secret {secret}"), format!("cluster {id} {message}"))
+        Finding::new(Code::RemoteCluster, ObjectRef::global("Secret", &secret), format!("cluster {id} {message}"))
     };
     let mut cluster: Option<Cluster> = None;
     let mut backoff = DefaultBackoff::default();

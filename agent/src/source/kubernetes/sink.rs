@@ -8,15 +8,15 @@ use std::{
 use kube::core::ApiResource;
 use portolan_core::{
     decode::read_value,
-    model::{Kind, Object, Scope},
-    store::{Contents, Update},
+    model::{Kind, NamespacedName, Object, Scope},
+    store::{Contents, Origin, Update},
 };
 use tokio::sync::OwnedMutexGuard;
 
 use super::{WatchContext, apiserver_guard::Guard, list_watch::Sink, raw_object::Raw, resources::Resource};
 
 /// The objects of one resource of a cluster that are in the store: fingerprint by origin. Outlives a single watch.
-pub(super) type Known = Arc<tokio::sync::Mutex<HashMap<String, u64>>>;
+pub(super) type Known = Arc<tokio::sync::Mutex<HashMap<Origin, u64>>>;
 
 /// The sink for the objects of one resource.
 pub(super) struct Objects {
@@ -25,9 +25,9 @@ pub(super) struct Objects {
     cluster: String,
     scope: Scope,
     api: ApiResource,
-    known: OwnedMutexGuard<HashMap<String, u64>>,
+    known: OwnedMutexGuard<HashMap<Origin, u64>>,
     /// Origins received so far in the current list.
-    listed: HashSet<String>,
+    listed: HashSet<Origin>,
     /// Whether the store has the mark that the resource cannot be read.
     marked_unread: bool,
     /// Whether the store may hold objects that are not in `known`, because the previous watch was interrupted.
@@ -65,24 +65,25 @@ impl Objects {
         }
     }
 
-    fn origin(&self, object: &Raw) -> String {
-        format!("{}/{}/{}", self.cluster, self.resource.plural, object.name())
+    fn origin(&self, object: &Raw) -> Origin {
+        let (namespace, name) = object.parts();
+        Origin::object(&self.cluster, self.resource.plural, &NamespacedName::new(namespace, name))
     }
 
-    fn take(&mut self, origin: String, object: Raw) {
-        let contents = read_value(self.context.reader, &self.scope, &origin, object.into_value(&self.api));
+    fn take(&mut self, origin: Origin, object: Raw) {
+        let contents = read_value(self.context.reader, &self.scope, origin.as_str(), object.into_value(&self.api));
         if self.known.insert(origin.clone(), contents.fingerprint) != Some(contents.fingerprint) {
             // A broken object keeps its last valid state in effect, and with it the need for pod labels.
             if self.cluster == self.context.cluster && contents.objects.iter().all(|read| read.object.is_some()) {
-                self.context.wants.note(&origin, asks_for_labels(&contents));
+                self.context.wants.note(origin.as_str(), asks_for_labels(&contents));
             }
             self.push(Update::Replace { origin, contents });
         }
     }
 
-    fn remove(&mut self, origin: String) {
+    fn remove(&mut self, origin: Origin) {
         if self.known.remove(&origin).is_some() {
-            self.context.wants.note(&origin, false);
+            self.context.wants.note(origin.as_str(), false);
             self.push(Update::Remove { origin });
         }
     }
@@ -94,7 +95,7 @@ impl Objects {
         }
     }
 
-    fn doubt(&self) -> String {
+    fn doubt(&self) -> Origin {
         doubt(&self.cluster, self.resource)
     }
 }
@@ -111,7 +112,7 @@ impl Sink for Objects {
     }
 
     fn init_done(&mut self) {
-        let gone: Vec<String> = self.known.keys().filter(|origin| !self.listed.contains(*origin)).cloned().collect();
+        let gone: Vec<Origin> = self.known.keys().filter(|origin| !self.listed.contains(*origin)).cloned().collect();
         gone.into_iter().for_each(|origin| self.remove(origin));
         let listed = std::mem::take(&mut self.listed);
         if std::mem::take(&mut self.stale) {
@@ -153,8 +154,8 @@ impl Sink for Objects {
 }
 
 /// Returns the origin that stands for a whole resource while it cannot be read.
-pub(super) fn doubt(cluster: &str, resource: &Resource) -> String {
-    format!("{cluster}/{}", resource.plural)
+pub(super) fn doubt(cluster: &str, resource: &Resource) -> Origin {
+    Origin::resource(cluster, resource.plural)
 }
 
 /// Returns whether a rule in `contents` needs pod labels, for a subset or a `failoverPriority`.
