@@ -6,6 +6,7 @@ pub mod admin;
 pub mod cli;
 pub mod controller;
 pub mod doctor;
+pub mod error;
 pub mod kernel;
 pub mod metrics;
 pub mod opt_out;

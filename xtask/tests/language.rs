@@ -121,9 +121,9 @@ fn doc_comments_add_to_the_name() {
         let lines: Vec<&str> = text.lines().collect();
         for (i, line) in lines.iter().enumerate() {
             let Some(doc) = line.trim().strip_prefix("///") else { continue };
-            let is_single = !lines.get(i + 1).is_some_and(|next| next.trim().starts_with("///"))
-                && !(i > 0 && lines[i - 1].trim().starts_with("///"));
-            if !is_single {
+            let is_doc = |line: &&&str| line.trim().starts_with("///");
+            let continues = lines.get(i + 1).filter(is_doc).is_some() || lines[..i].last().filter(is_doc).is_some();
+            if continues {
                 continue;
             }
             let after = lines[i + 1..].iter().find(|next| !next.trim().starts_with("#["));

@@ -2,7 +2,6 @@
 
 use std::{io::ErrorKind, path::Path};
 
-use anyhow::{Context as _, Result, bail};
 use axum::body::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper::{
@@ -14,6 +13,8 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
+
+use crate::error::{Context as _, Error, Result, bail};
 
 /// A streaming response, read line by line.
 pub struct Stream {
@@ -38,7 +39,7 @@ impl Stream {
             } else {
                 format!("no agent is listening on {}; start one, or pass its socket with --admin", socket.display())
             };
-            anyhow::Error::new(error).context(what)
+            Error::Context { context: what, source: Box::new(error.into()) }
         })?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         tokio::spawn(connection);

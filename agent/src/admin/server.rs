@@ -7,7 +7,6 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context as _, Result, bail};
 use axum::{
     Json, Router,
     body::{Body, Bytes},
@@ -27,6 +26,7 @@ use tokio_stream::{Stream, StreamExt as _, wrappers::BroadcastStream};
 
 use crate::{
     controller::{Request, event_log::Event},
+    error::{Context as _, Result, bail},
     metrics,
     opt_out::OptOutRegistry,
     source::{Sources, SourcesReport},

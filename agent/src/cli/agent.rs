@@ -20,6 +20,7 @@ use crate::{
         self, Controller,
         state_file::{PersistedState, StateWriter},
     },
+    error::Error,
     opt_out,
     probe::{Prober, self_probe::SelfProbe},
     source::{Sources, file, kubernetes},
@@ -276,7 +277,7 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
                 }
                 (None, Some(link)) => kubernetes::run(from_api, link, sources, changes, finding_rx, registry).await,
                 // Unreachable: the argument group requires one of them.
-                (None, None) => anyhow::bail!("pass --config or --kubernetes"),
+                (None, None) => Err(Error::State("pass --config or --kubernetes".to_owned())),
             }
         };
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);

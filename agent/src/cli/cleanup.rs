@@ -71,7 +71,7 @@ pub(super) fn run(args: &CleanupArgs) -> Result<ExitCode> {
         // As PID 1 of a container, the process ignores SIGTERM unless it handles the signal.
         block_on(async {
             signal(SignalKind::terminate())?.recv().await;
-            Ok(())
+            anyhow::Ok(())
         })?;
     }
     Ok(ExitCode::SUCCESS)

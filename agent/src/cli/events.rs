@@ -40,6 +40,6 @@ pub(super) fn run(args: &EventsArgs) -> Result<ExitCode> {
                 }
             }
         }
-        Ok(ExitCode::SUCCESS)
+        anyhow::Ok(ExitCode::SUCCESS)
     })
 }

@@ -99,9 +99,12 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             anstream::eprintln!("portolan: {error:#}");
-            let of_datapath = |cause: &portolan_datapath::Error| cause.is_unsupported();
-            let unsupported =
-                error.chain().any(|cause| cause.is::<Unsupported>() || cause.downcast_ref().is_some_and(of_datapath));
+            let unsupported = error.chain().any(|cause| {
+                let of_agent = cause.downcast_ref().is_some_and(crate::error::Error::is_unsupported);
+                of_agent
+                    || cause.downcast_ref().is_some_and(portolan_datapath::Error::is_unsupported)
+                    || cause.is::<Unsupported>()
+            });
             ExitCode::from(if unsupported { UNSUPPORTED } else { FAILED })
         }
     }
@@ -123,7 +126,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Findings(args) => findings::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),
-        Command::SelfProbe { cgroup } => self_probe::run_client(&cgroup).map(|()| ExitCode::SUCCESS),
+        Command::SelfProbe { cgroup } => Ok(self_probe::run_client(&cgroup).map(|()| ExitCode::SUCCESS)?),
         Command::Helper(args) => agent::run_helper(&args),
         Command::Version => {
             let schema = portolan_common::SCHEMA_VERSION;
@@ -282,8 +285,8 @@ impl SelectArgs {
 }
 
 /// Runs a future on a single-threaded runtime, for subcommands that only query the agent.
-fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+fn block_on<T, E: Into<anyhow::Error>>(work: impl Future<Output = Result<T, E>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work).map_err(Into::into)
 }
 
 #[cfg(test)]

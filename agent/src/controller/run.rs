@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use anyhow::Result;
 use portolan_core::{model::Finding, store::Update, table::PinnedState};
 use portolan_datapath::Datapath;
 use tokio::sync::mpsc;
@@ -12,10 +11,13 @@ use super::{
     effect::Unconfirmed,
     state_file::{PersistedState, Saved, StateFileError, StateWriter},
 };
-use crate::probe::{
-    Prober,
-    confirm::{Confirmation, Confirmer},
-    self_probe::{Seen, SelfProbe, SelfProbeHandle},
+use crate::{
+    error::Result,
+    probe::{
+        Prober,
+        confirm::{Confirmation, Confirmer},
+        self_probe::{Seen, SelfProbe, SelfProbeHandle},
+    },
 };
 
 /// What does the controller's I/O, and how its results come back.

@@ -13,7 +13,6 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
 use portolan_core::{
     model::Protocol,
     policy::{Schedule, Share, WeightedGroup},
@@ -26,6 +25,8 @@ use tokio::{
     sync::{Notify, mpsc},
     time::timeout,
 };
+
+use crate::error::{Context as _, Result, ensure};
 
 pub use super::self_probe_client::run as run_client;
 

@@ -8,9 +8,8 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
-
 use super::self_probe::{FRONTEND, GREETING};
+use crate::error::{Context as _, Result, ensure};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 

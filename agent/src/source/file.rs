@@ -28,6 +28,7 @@ use tokio::{
 };
 
 use super::status::{Sources, Trouble};
+use crate::error::{Context as _, Result};
 
 /// Maximum depth of subdirectories that are read below a cluster's directory.
 const MAX_DEPTH: usize = 8;
@@ -301,8 +302,7 @@ fn is_yaml(path: &Path) -> bool {
 ///
 /// # Errors
 /// Returns an error if the directory does not exist or cannot be read.
-pub fn check(root: &Path) -> anyhow::Result<()> {
-    use anyhow::Context as _;
+pub fn check(root: &Path) -> Result<()> {
     std::fs::read_dir(root).map(drop).with_context(|| format!("--config {}: cannot read the directory", root.display()))
 }
 
@@ -318,8 +318,7 @@ pub async fn run(
     every: Duration,
     sources: Arc<Sources>,
     updates: mpsc::Sender<Vec<Update>>,
-) -> anyhow::Result<()> {
-    use anyhow::Context as _;
+) -> Result<()> {
     let root = std::fs::canonicalize(&root)
         .with_context(|| format!("--config {}: cannot read the directory", root.display()))?;
     let (sender, mut events) = mpsc::unbounded_channel();
@@ -392,7 +391,7 @@ fn is_read_access(kind: EventKind) -> bool {
 async fn scan(
     mut directory: Directory,
     being_written: &BTreeSet<PathBuf>,
-) -> anyhow::Result<(Directory, io::Result<Vec<Update>>)> {
+) -> Result<(Directory, io::Result<Vec<Update>>)> {
     let being_written = being_written.clone();
     let scanned = tokio::task::spawn_blocking(move || {
         let updates = directory.scan(&being_written);

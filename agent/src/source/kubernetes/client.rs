@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
 use http::Uri;
 use hyper_util::{
     client::legacy::{self, connect::HttpConnector},
@@ -25,6 +24,7 @@ use tokio::net::TcpStream;
 use tower::{BoxError, Service, ServiceBuilder};
 
 use super::{body_limit::BodyLimit, list_watch::describe};
+use crate::error::{Context as _, Error, Result, bail, ensure};
 
 /// Timeout for establishing a connection.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -62,15 +62,15 @@ impl DirectAddress {
 /// Returns an error if there is neither, or if the configuration is invalid.
 pub(super) async fn own(kubeconfig: Option<&Path>, server: Option<&Uri>, direct: &DirectAddress) -> Result<Client> {
     // Some of these errors already include their causes. `describe` avoids repeating them.
-    let to_anyhow = |error: &dyn std::error::Error| anyhow::anyhow!("{}", describe(error));
+    let described = |error: &dyn std::error::Error| Error::State(describe(error));
     let mut config = match kubeconfig {
         Some(path) => {
             let about = || format!("--kubeconfig {}", path.display());
-            let file = Kubeconfig::read_from(path).map_err(|error| to_anyhow(&error)).with_context(about)?;
+            let file = Kubeconfig::read_from(path).map_err(|error| described(&error)).with_context(about)?;
             let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
-            config.map_err(|error| to_anyhow(&error)).with_context(about)?
+            config.map_err(|error| described(&error)).with_context(about)?
         }
-        None => Config::incluster().map_err(|error| to_anyhow(&error)).context(
+        None => Config::incluster().map_err(|error| described(&error)).context(
             "--kubernetes: not running in a pod with a service account; pass --kubeconfig to reach the API server",
         )?,
     };
@@ -116,7 +116,8 @@ pub(super) async fn of_secret(kubeconfig: &str) -> Result<Client> {
         let server = own.server.as_deref().unwrap_or_default();
         ensure!(server.starts_with("https://"), "its server {server:?} is not an https:// URL");
     }
-    build(Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?, DirectAddress::default())
+    let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
+    build(config.map_err(|error| Error::State(describe(&error)))?, DirectAddress::default())
 }
 
 fn build(config: Config, direct: DirectAddress) -> Result<Client> {

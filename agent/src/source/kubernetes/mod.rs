@@ -22,7 +22,6 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
 use kube::Client;
 use portolan_core::{
     decode::DecodeOptions,
@@ -45,7 +44,10 @@ use self::{
     resources::{LABELLED_NAMESPACES, OWN_PODS, PODS, SECRETS},
 };
 use super::status::{Sources, Trouble};
-use crate::opt_out::{self as opted_out, OptOutRegistry};
+use crate::{
+    error::{Context as _, Result, bail},
+    opt_out::{self as opted_out, OptOutRegistry},
+};
 
 /// Maximum time that unreachable remote clusters delay the initial sync, after the local cluster is synced.
 const MAX_REMOTE_WAIT: Duration = Duration::from_secs(30);
@@ -211,7 +213,7 @@ pub async fn run(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            changed = changes.changed() => changed.context("all watches ended")?,
+            changed = changes.changed() => changed.ok().context("all watches ended")?,
             _ = ticks.tick() => {}
             Some(ended) = others.join_next() => {
                 ended?;
