@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use portolan::admin::Stream;
 use portolan_tests::{
-    Api, Bed,
+    Api, TestBed,
     objects::{destination_rule, node},
 };
 use serde::Serialize;
@@ -47,7 +47,7 @@ pub(crate) struct OnApi {
 /// Measures an agent on a mesh of `services` Services, with this many changes.
 pub(crate) fn run(services: u32, changes: u32) -> Result<OnApi> {
     progress(&format!("an agent on an API server with {services} services"));
-    let bed = Bed::named("api")?;
+    let bed = TestBed::named("api")?;
     let mut api = Api::new()?;
     let kubeconfig = api.reach(&bed.namespace)?;
     let rule = json!({"trafficPolicy": {
@@ -74,7 +74,7 @@ pub(crate) fn run(services: u32, changes: u32) -> Result<OnApi> {
 }
 
 /// Changes endpoints one at a time, each after the previous change is published. Returns the milliseconds of each.
-async fn follow(bed: &Bed, api: &Api, services: u32, changes: u32) -> Result<Vec<f64>> {
+async fn follow(bed: &TestBed, api: &Api, services: u32, changes: u32) -> Result<Vec<f64>> {
     let mut events = Stream::open(&bed.admin(), "/v1/events?follow=true").await?;
     // Skip the events of the initial sync.
     while let Ok(line) = timeout(SILENCE, events.next_line()).await {

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Agent, Bed, Directory, Place,
+    Agent, Directory, ProcessContext, TestBed,
     objects::{destination_rule, node, plain, service, slice},
     storm::{Load, Servers},
     wait_until,
@@ -60,9 +60,9 @@ pub(crate) struct Failing {
 pub(crate) fn run(services: u32) -> Result<Failing> {
     let (failing, single) = (services / 2, services / 5);
     progress(&format!("{failing} of {} endpoints fail at once", services * ENDPOINTS));
-    let bed = Bed::named("failing")?;
+    let bed = TestBed::named("failing")?;
     bed.namespace.ip(&["route", "add", "local", "10.0.0.0/8", "dev", "lo"])?;
-    let place = || Place { namespace: Some(&bed.namespace), cgroup: None };
+    let place = || ProcessContext { namespace: Some(&bed.namespace), cgroup: None };
     let everywhere = |port: u16| SocketAddr::from(([0, 0, 0, 0], port));
     let _good = Servers::start(place(), &[(everywhere(GOOD), 0, 0)])?;
     let bad = Servers::start(place(), &[(everywhere(BAD), 0, 1)])?;
@@ -96,7 +96,7 @@ pub(crate) fn run(services: u32) -> Result<Failing> {
     let own = agent.process.id();
     let mib = || memory(own, "RssAnon:").context("the agent has exited");
     // One after another: dial every endpoint of each of these Services. One in ten refuses.
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for frontend in &frontends[failing as usize..(failing + single) as usize] {
         client.dial(&frontend.to_string(), ENDPOINTS)?;
     }

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use portolan_bench::task::Task;
 use portolan_core::table::{Sizes, Table};
 use portolan_tests::{
-    Bed, Counting, Foreign, Place,
+    CountingServer, ForeignProgram, ProcessContext, TestBed,
     direct::{Direct, table},
     storm::{Load, Servers},
 };
@@ -68,7 +68,7 @@ pub(crate) fn programs(node: &ActiveEndpoints, count: usize) -> Result<Vec<Progr
     progress("in the kernel, per program");
     let bed = &node.bed;
     let mut client = client(&bed.namespace, Some(&bed.cgroup))?;
-    let _counting = Counting::begin()?;
+    let _counting = CountingServer::begin()?;
     let before = PROGRAMS.map(|name| counted(bed, name));
     client.ask(&Task::Request { to: SocketAddr::from((SERVICE, SERVICE_PORT)), count })?;
     let to = SocketAddr::from((SERVICE, 53));
@@ -96,17 +96,18 @@ fn services(count: u32) -> (Vec<SocketAddr>, Table) {
 }
 
 fn measure(count: u32, threads: usize, connections: u64) -> Result<InKernel> {
-    let bed = Bed::named("kernel")?;
+    let bed = TestBed::named("kernel")?;
     // One server listens on all of 10.0.0.0/8, which is local to the node.
     bed.namespace.ip(&["route", "add", "local", "10.0.0.0/8", "dev", "lo"])?;
     let everywhere = SocketAddr::from(([0, 0, 0, 0], 9080));
-    let _server = Servers::start(Place { namespace: Some(&bed.namespace), cgroup: None }, &[(everywhere, 0, 0)])?;
+    let _server =
+        Servers::start(ProcessContext { namespace: Some(&bed.namespace), cgroup: None }, &[(everywhere, 0, 0)])?;
     let (frontends, table) = services(count);
     // Attached before Portolan, because the program that runs first pays for cold caches.
-    let nothing = Foreign::attach(&bed.cgroup)?;
+    let nothing = ForeignProgram::attach(&bed.cgroup)?;
     let mut direct = Direct::new(&bed, Sizes::default())?;
     direct.publish(&table)?;
-    let _counting = Counting::begin()?;
+    let _counting = CountingServer::begin()?;
     let dial = |to: &[SocketAddr]| -> Result<()> {
         let summary = Load::start_with(bed.place(), to, connections, None, threads)?.finish()?;
         ensure!(summary.bad == 0 && summary.good == connections, "{summary:?}");
@@ -129,7 +130,7 @@ fn measure(count: u32, threads: usize, connections: u64) -> Result<InKernel> {
 }
 
 /// Returns the total run time in nanoseconds and the number of runs of a pinned program.
-fn counted(bed: &Bed, name: &str) -> Result<(u64, u64)> {
+fn counted(bed: &TestBed, name: &str) -> Result<(u64, u64)> {
     let link = bpftool(&["link", "show", "pinned"], bed.pins().join("links").join(name).as_os_str())?;
     let id = link["prog_id"].as_u64().context("bpftool reports no program for the link")?;
     let program = bpftool(&["prog", "show", "id"], id.to_string().as_ref())?;

@@ -72,7 +72,7 @@ enum Part {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    portolan_tests::sweep_on_interrupt()?;
+    portolan_tests::cleanup_on_interrupt()?;
     let wanted = |part| options.only.is_empty() || options.only.contains(&part);
     let quick = options.quick;
     let services = if quick { vec![1, 100] } else { options.services.clone() };

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use portolan_tests::{Directory, Namespace, Place, Process, wait_until};
+use portolan_tests::{Directory, Namespace, Process, ProcessContext, wait_until};
 use serde_json::{Value, json};
 
 use crate::world::{ENDPOINT_PORT, ENDPOINTS};
@@ -96,7 +96,7 @@ fn start(
     fs::write(&path, config)?;
     let mut command = Command::new(program);
     command.args(arguments(&path)).stdout(Stdio::null()).stderr(fs::File::create(files.scratch("log"))?);
-    let mut process = Process::spawn(command, Place { namespace: Some(namespace), cgroup: None })?;
+    let mut process = Process::spawn(command, ProcessContext { namespace: Some(namespace), cgroup: None })?;
     wait_until(&format!("{} to listen", program.display()), Duration::from_secs(30), || {
         let log = || fs::read_to_string(files.scratch("log")).unwrap_or_default();
         ensure!(process.child().try_wait()?.is_none(), "the proxy exited: {}", log());

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Result, ensure};
 use portolan_bench::task::{Measurement, Task};
 use portolan_tests::{
-    Bed, Directory,
+    Directory, TestBed,
     objects::{destination_rule, node},
 };
 use rustix::time::{ClockId, clock_gettime};
@@ -22,7 +22,7 @@ use crate::{
     figures::Median,
     progress,
     proxies::{self, CONNECT_TIMEOUT, ENVOY, FAILURES},
-    served::dialled,
+    served::dialed,
     world::{SERVICE, SERVICE_PORT, Worker, World, client},
 };
 
@@ -101,7 +101,7 @@ pub(crate) fn run(times: usize, envoy: Option<&Path>) -> Result<Vec<Reaction>> {
 
 /// A node, two servers as endpoints, and outlier detection rules equal to Envoy's configuration.
 struct Stage {
-    bed: Bed,
+    bed: TestBed,
     directory: Directory,
     world: World,
     servers: Vec<Worker>,
@@ -112,10 +112,10 @@ impl Stage {
         let world = World::new()?;
         let servers =
             ENDPOINTS.iter().map(|address| world.serve(&[*address], Some(address[3]))).collect::<Result<_>>()?;
-        let bed = Bed::named("reaction")?;
+        let bed = TestBed::named("reaction")?;
         world.connect(&bed.namespace)?;
         let directory = Directory::new()?;
-        let [service, slice] = dialled(SERVICE[3], &ENDPOINTS);
+        let [service, slice] = dialed(SERVICE[3], &ENDPOINTS);
         let rule = json!({"trafficPolicy": {
             "connectionPool": {"tcp": {"connectTimeout": format!("{}ms", CONNECT_TIMEOUT.as_millis())}},
             "outlierDetection": {"consecutive5xxErrors": FAILURES, "interval": "10s", "baseEjectionTime": "30s", "maxEjectionPercent": 100}}});

@@ -4,7 +4,7 @@ use std::{ffi::OsStr, fmt::Write as _, time::Instant};
 
 use anyhow::{Context as _, Result};
 use portolan_tests::{
-    Agent, Bed, Directory,
+    Agent, Directory, TestBed,
     objects::{destination_rule, node},
 };
 use serde_json::{Value, json};
@@ -21,7 +21,7 @@ const IN_FILE: u32 = 100;
 pub(crate) struct ActiveEndpoints {
     pub(crate) agent: Agent,
     _directory: Directory,
-    pub(crate) bed: Bed,
+    pub(crate) bed: TestBed,
     /// Seconds from the agent's start until it was ready.
     pub(crate) ready: f64,
 }
@@ -32,7 +32,7 @@ pub(crate) const ALGORITHMS: [(&str, u8); 3] = [("ROUND_ROBIN", 10), ("LEAST_REQ
 impl ActiveEndpoints {
     /// Starts an agent on a new node, in a mesh with `services` Services.
     pub(crate) fn start(world: &World, services: u32) -> Result<Self> {
-        let bed = Bed::named(&format!("node{services}"))?;
+        let bed = TestBed::named(&format!("node{services}"))?;
         world.connect(&bed.namespace)?;
         let directory = Directory::new()?;
         write_mesh(&directory, services)?;
@@ -43,7 +43,7 @@ impl ActiveEndpoints {
             };
             let name = name(last);
             let rule = destination_rule(&name, &json!({"trafficPolicy": {"loadBalancer": balancer}}));
-            let [service, slice] = dialled(last, &world::ENDPOINTS);
+            let [service, slice] = dialed(last, &world::ENDPOINTS);
             directory.write(&format!("c1/{name}.yaml"), &[service, slice, rule])?;
         }
         let began = Instant::now();
@@ -98,7 +98,7 @@ fn name(last: u8) -> String {
 
 /// Returns a Service with all ports of the server, and its EndpointSlice with these endpoints.
 /// `last` is the last byte of the cluster IP.
-pub(crate) fn dialled(last: u8, endpoints: &[[u8; 4]]) -> [Value; 2] {
+pub(crate) fn dialed(last: u8, endpoints: &[[u8; 4]]) -> [Value; 2] {
     let name = name(last);
     let address = std::net::Ipv4Addr::from([SERVICE[0], SERVICE[1], SERVICE[2], last]).to_string();
     let ports = ["echo", "sink", "quiet"];

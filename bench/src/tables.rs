@@ -13,7 +13,7 @@ use portolan_core::{
     store::{Changes, Contents, Decoded, Origin, Store, Update},
     table::{Sizes, Table},
 };
-use portolan_tests::{Bed, direct::Direct};
+use portolan_tests::{TestBed, direct::Direct};
 use serde::Serialize;
 
 use crate::{figures::percentile, progress};
@@ -71,7 +71,7 @@ fn build(services: u32, rules: u32, changes: u32) -> Result<Built> {
     progress(&format!("tables of {services} services, {rules} of them with their own rule"));
     let mut store = store(services, rules)?;
     let (client, observed) = (client(), HealthView::default());
-    let bed = Bed::named("tables")?;
+    let bed = TestBed::named("tables")?;
     let sizes = Sizes { frontends: services.next_power_of_two().max(1 << 14), ..sizes_for(services) };
     let mut direct = Direct::new(&bed, sizes)?;
     let began = Instant::now();

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use portolan_bench::task::{Measurement, Task};
-use portolan_tests::{Cgroup, Namespace, Place, Process, binary, link, unique};
+use portolan_tests::{Cgroup, Namespace, Process, ProcessContext, binary, link, unique};
 
 /// Addresses of the server. Each listens on three ports from [`ENDPOINT_PORT`] on, in the order of [`Port`].
 pub(crate) const ENDPOINTS: [[u8; 4]; 10] = {
@@ -71,7 +71,7 @@ impl World {
             self.namespace.add_address(&format!("{}/32", std::net::Ipv4Addr::from(*address)))?;
             arguments.push(SocketAddr::from((*address, ENDPOINT_PORT)).to_string());
         }
-        let mut server = Worker::start(&arguments, Place { namespace: Some(&self.namespace), cgroup: None })?;
+        let mut server = Worker::start(&arguments, ProcessContext { namespace: Some(&self.namespace), cgroup: None })?;
         // A reply means that the server listens.
         server.ask(&Task::Empty)?;
         Ok(server)
@@ -80,7 +80,7 @@ impl World {
 
 /// Starts a client in a namespace, and in a cgroup if eBPF programs shall apply to it.
 pub(crate) fn client(namespace: &Namespace, cgroup: Option<&Cgroup>) -> Result<Worker> {
-    Worker::start(&["client".to_owned(), "0".to_owned()], Place { namespace: Some(namespace), cgroup })
+    Worker::start(&["client".to_owned(), "0".to_owned()], ProcessContext { namespace: Some(namespace), cgroup })
 }
 
 /// Returns the number of the server's CPU: the last one, so it differs from the client's unless there is only one.
@@ -96,7 +96,7 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    fn start(arguments: &[String], place: Place<'_>) -> Result<Self> {
+    fn start(arguments: &[String], place: ProcessContext<'_>) -> Result<Self> {
         let mut command = Command::new(binary("bench-load")?);
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = Process::spawn(command, place)?;

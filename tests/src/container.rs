@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::{Agent, Bed, Directory, binary, unique};
+use crate::{Agent, Directory, TestBed, binary, unique};
 
 /// Seccomp profile of Debian's container tools. The default profiles of the runtimes come from the same list.
 const PROFILE: &str = "/usr/share/containers/seccomp.json";
@@ -46,7 +46,7 @@ impl Container {
     ///
     /// # Errors
     /// Returns an error if `of` is invalid, the runtime fails, or the agent does not become ready.
-    pub fn start(bed: &Bed, of: &Value, account: &Path, server: SocketAddr) -> Result<Self> {
+    pub fn start(bed: &TestBed, of: &Value, account: &Path, server: SocketAddr) -> Result<Self> {
         let files = Directory::new()?;
         let (id, state) = (unique("container"), files.scratch("state"));
         let mut mounts = vec![

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::{Place, Process, binary};
+use crate::{Process, ProcessContext, binary};
 
 /// A task for the client. Tasks and replies are lines of JSON.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -101,7 +101,7 @@ pub enum Task {
         then: SocketAddr,
     },
     /// Connects in a special way, and reads the server's greeting if the connection succeeds.
-    Dialled {
+    Dialed {
         /// Address to connect to.
         to: SocketAddr,
         /// How to connect.
@@ -202,18 +202,18 @@ impl Reply {
 
 /// A running client process, killed when the value is dropped.
 #[derive(Debug)]
-pub struct Dialler {
+pub struct Dialer {
     tasks: ChildStdin,
     replies: BufReader<ChildStdout>,
     _process: Process,
 }
 
-impl Dialler {
+impl Dialer {
     /// Starts a client in `place`.
     ///
     /// # Errors
     /// Returns an error if the client cannot be started.
-    pub fn start(place: Place<'_>) -> Result<Self> {
+    pub fn start(place: ProcessContext<'_>) -> Result<Self> {
         let mut command = Command::new(binary("dial")?);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = Process::spawn(command, place)?;

@@ -17,7 +17,7 @@ use portolan_core::{
 use portolan_datapath::{Datapath, Options, ProgramLog};
 use tokio::runtime::Runtime;
 
-use crate::{Bed, binary};
+use crate::{TestBed, binary};
 
 /// Programs attached to a node's pods, and the tables that they read.
 pub struct Direct {
@@ -33,7 +33,7 @@ impl Direct {
     ///
     /// # Errors
     /// Returns an error if the kernel rejects a map, a program, or an attachment.
-    pub fn new(bed: &Bed, sizes: Sizes) -> Result<Self> {
+    pub fn new(bed: &TestBed, sizes: Sizes) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let options = Options {
             cgroup: Some(bed.cgroup.path().to_owned()),
@@ -115,7 +115,7 @@ impl Direct {
     ///
     /// # Errors
     /// Returns an error if the kernel rejects a write.
-    pub fn leave_alone(&mut self, cgroups: &BTreeSet<u64>) -> Result<()> {
+    pub fn opt_out(&mut self, cgroups: &BTreeSet<u64>) -> Result<()> {
         Ok(self.datapath.opted_out.as_mut().context("the opt-out map has another owner")?.set(cgroups)?)
     }
 

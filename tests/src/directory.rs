@@ -36,7 +36,7 @@ impl Directory {
     ///
     /// # Errors
     /// Returns an error if the binary was not built or cannot be copied.
-    pub fn portolan_as_nobody(&self) -> Result<Command> {
+    pub fn portolan_unprivileged(&self) -> Result<Command> {
         // The user may have no access to the build directory.
         let copy = self.scratch("portolan");
         if !copy.exists() {
@@ -60,7 +60,7 @@ impl Directory {
     /// # Errors
     /// Returns an error if the exit status is neither 0 nor 1 (findings), or if the output is not JSON.
     pub fn plan(&self, cluster: &str, node: &str, more: &[&str]) -> Result<(Value, i32)> {
-        let mut command = self.portolan_as_nobody()?;
+        let mut command = self.portolan_unprivileged()?;
         command.arg("plan").arg("--config").arg(self.path()).args(["--cluster", cluster, "--node", node, "-o", "json"]);
         let output = command.args(more).output()?;
         let code = output.status.code().unwrap_or(-1);

@@ -4,41 +4,43 @@
 
 mod agent;
 pub mod api;
+mod blocked_file;
 mod cgroup;
+mod cleanup;
+mod connection_slots;
 mod container;
-mod counting;
+mod counting_server;
 pub mod demo;
 pub mod dial;
 #[cfg(feature = "direct")]
 pub mod direct;
 mod directory;
-mod foreign;
-mod held;
+mod foreign_program;
 mod netns;
 pub mod objects;
-mod places;
 mod pod;
 mod process;
 pub mod report;
 pub mod steps;
 pub mod storm;
-mod sweep;
+mod test_bed;
 mod wait;
 
-pub use agent::{Agent, Bed, Serving, helper_of};
+pub use agent::{Agent, helper_of};
 pub use api::Api;
+pub use blocked_file::BlockedFile;
 pub use cgroup::Cgroup;
+pub use cleanup::cleanup_on_interrupt;
+pub use connection_slots::ConnectionSlots;
 pub use container::Container;
-pub use counting::Counting;
-pub use dial::Dialler;
+pub use counting_server::CountingServer;
+pub use dial::Dialer;
 pub use directory::Directory;
-pub use foreign::Foreign;
-pub use held::Held;
+pub use foreign_program::ForeignProgram;
 pub use netns::{Namespace, link};
-pub use places::Places;
 pub use pod::Pod;
-pub use process::{Place, Process, binary};
-pub use sweep::sweep_on_interrupt;
+pub use process::{Process, ProcessContext, binary};
+pub use test_bed::{Server, TestBed};
 pub use wait::{patience, wait_until};
 
 use std::sync::atomic::{AtomicU32, Ordering};

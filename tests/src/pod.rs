@@ -4,13 +4,13 @@ use std::process::{Command, Stdio};
 
 use anyhow::Result;
 
-use crate::{Bed, Dialler, Namespace, Place, Process, link, unique};
+use crate::{Dialer, Namespace, Process, ProcessContext, TestBed, link, unique};
 
 /// A pod with its own network namespace, in the node's pod cgroup. It routes 10.0.0.0/8 through the node.
 #[derive(Debug)]
 pub struct Pod {
     /// A test client that runs in the pod.
-    pub client: Dialler,
+    pub client: Dialer,
     /// The pod's network namespace.
     pub namespace: Namespace,
 }
@@ -20,12 +20,12 @@ impl Pod {
     ///
     /// # Errors
     /// Returns an error if the namespace, its link, the route, or the client cannot be created.
-    pub fn new(bed: &Bed, number: u8) -> Result<Self> {
+    pub fn new(bed: &TestBed, number: u8) -> Result<Self> {
         let namespace = Namespace::new(unique("pod"))?;
         let (inside, outside) = (format!("192.168.{number}.1/30"), format!("192.168.{number}.2/30"));
         link((&namespace, "eth0", &inside), (&bed.namespace, &format!("pod{number}"), &outside))?;
         namespace.ip(&["route", "add", "10.0.0.0/8", "via", &format!("192.168.{number}.2")])?;
-        let client = Dialler::start(Place { namespace: Some(&namespace), cgroup: Some(&bed.cgroup) })?;
+        let client = Dialer::start(ProcessContext { namespace: Some(&namespace), cgroup: Some(&bed.cgroup) })?;
         Ok(Self { client, namespace })
     }
 
@@ -44,9 +44,9 @@ impl Pod {
     ///
     /// # Errors
     /// Returns an error if the program cannot be started.
-    pub fn start(&self, bed: &Bed, program: &str, arguments: &[&str]) -> Result<Process> {
+    pub fn start(&self, bed: &TestBed, program: &str, arguments: &[&str]) -> Result<Process> {
         let mut command = Command::new(program);
         command.args(arguments).stdout(Stdio::piped());
-        Process::spawn(command, Place { namespace: Some(&self.namespace), cgroup: Some(&bed.cgroup) })
+        Process::spawn(command, ProcessContext { namespace: Some(&self.namespace), cgroup: Some(&bed.cgroup) })
     }
 }

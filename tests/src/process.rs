@@ -18,7 +18,7 @@ use crate::{Cgroup, Namespace, wait_until};
 
 /// Where a process runs. `Default` inherits everything from the test.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Place<'a> {
+pub struct ProcessContext<'a> {
     /// Network namespace; `None` inherits the test's.
     pub namespace: Option<&'a Namespace>,
     /// Cgroup; `None` inherits the test's.
@@ -37,7 +37,7 @@ impl Process {
     ///
     /// # Errors
     /// Returns an error if the namespace or the cgroup cannot be entered, or if the program cannot be started.
-    pub fn spawn(mut command: Command, place: Place<'_>) -> Result<Self> {
+    pub fn spawn(mut command: Command, place: ProcessContext<'_>) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let namespace = place.namespace.map(Namespace::open).transpose()?;
         let procs = place.cgroup.map(procs_of).transpose()?;

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::{Place, Process, binary};
+use crate::{Process, ProcessContext, binary};
 
 /// The result of a load.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -93,7 +93,7 @@ impl Servers {
     ///
     /// # Errors
     /// Returns an error if the servers cannot be started or cannot listen on one of the addresses.
-    pub fn start(place: Place<'_>, addresses: &[(SocketAddr, u8, u8)]) -> Result<Self> {
+    pub fn start(place: ProcessContext<'_>, addresses: &[(SocketAddr, u8, u8)]) -> Result<Self> {
         let mut command = Command::new(binary("storm")?);
         command.arg("serve").stdin(Stdio::piped()).stdout(Stdio::piped());
         command.args(addresses.iter().map(|(address, service, endpoint)| format!("{address}={service}/{endpoint}")));
@@ -121,7 +121,12 @@ impl Load {
     ///
     /// # Errors
     /// Returns an error if the load generator cannot be started.
-    pub fn start(place: Place<'_>, frontends: &[SocketAddr], count: u64, record: Option<&Path>) -> Result<Self> {
+    pub fn start(
+        place: ProcessContext<'_>,
+        frontends: &[SocketAddr],
+        count: u64,
+        record: Option<&Path>,
+    ) -> Result<Self> {
         Self::start_with(place, frontends, count, record, 4)
     }
 
@@ -130,7 +135,7 @@ impl Load {
     /// # Errors
     /// Returns an error if the load generator cannot be started.
     pub fn start_with(
-        place: Place<'_>,
+        place: ProcessContext<'_>,
         frontends: &[SocketAddr],
         count: u64,
         record: Option<&Path>,

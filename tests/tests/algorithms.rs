@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Agent, Bed, Dialler, Directory, Namespace, Place,
+    Agent, Dialer, Directory, Namespace, ProcessContext, TestBed,
     dial::Task,
     objects::{destination_rule, node, service, slice},
     unique, wait_until,
@@ -17,7 +17,7 @@ const WEB: &str = "172.16.0.10:80";
 
 /// A service with a number of endpoints in each region (`10.<region>.0.<i>`), and a rule.
 struct World {
-    bed: Bed,
+    bed: TestBed,
     directory: Directory,
     policy: Value,
     affinity: Option<u32>,
@@ -26,7 +26,7 @@ struct World {
 
 impl World {
     fn new(regions: &[usize], policy: Value) -> Result<Self> {
-        let (bed, directory) = (Bed::new()?, Directory::new()?);
+        let (bed, directory) = (TestBed::new()?, Directory::new()?);
         let world = Self { bed, directory, policy, affinity: None, regions: regions.to_vec() };
         world.serve_in(&world.bed.namespace)?;
         world.write(&[])?;
@@ -78,12 +78,12 @@ impl World {
         Ok(pods)
     }
 
-    fn client(&self, pod: &Namespace) -> Result<Dialler> {
-        Dialler::start(Place { namespace: Some(pod), cgroup: Some(&self.bed.cgroup) })
+    fn client(&self, pod: &Namespace) -> Result<Dialer> {
+        Dialer::start(ProcessContext { namespace: Some(pod), cgroup: Some(&self.bed.cgroup) })
     }
 }
 
-fn counts(client: &mut Dialler, times: u32) -> Result<BTreeMap<String, u32>> {
+fn counts(client: &mut Dialer, times: u32) -> Result<BTreeMap<String, u32>> {
     let mut counts = BTreeMap::new();
     for seen in client.dial(WEB, times)?.seen {
         ensure!(seen.errno == 0, "{seen:?}");
@@ -93,7 +93,7 @@ fn counts(client: &mut Dialler, times: u32) -> Result<BTreeMap<String, u32>> {
 }
 
 /// Returns the endpoint that a client gets each time.
-fn only(client: &mut Dialler) -> Result<String> {
+fn only(client: &mut Dialer) -> Result<String> {
     let counts = counts(client, 5)?;
     ensure!(counts.len() == 1, "{counts:?}");
     Ok(counts.into_keys().next().unwrap())
@@ -116,7 +116,7 @@ fn random_selection_keeps_the_split() -> Result<()> {
     let split = json!({"distribute": [{"from": "r0/*", "to": {"r0/*": 80, "r1/*": 20}}]});
     let world = World::new(&[4, 1], json!({"loadBalancer": {"simple": "RANDOM", "localityLbSetting": split}}))?;
     let agent = world.agent()?;
-    let mut client = world.bed.dialler()?;
+    let mut client = world.bed.dialer()?;
     let reply = client.dial(WEB, 2_000)?;
     let mut of: BTreeMap<&str, f64> = BTreeMap::new();
     reply.greetings().into_iter().for_each(|greeting| *of.entry(greeting).or_default() += 1.0);
@@ -135,7 +135,7 @@ fn least_request_prefers_endpoints_with_fewer_connections() -> Result<()> {
     let split = json!({"distribute": [{"from": "r0/*", "to": {"r0/*": 90, "r1/*": 10}}]});
     let world = World::new(&[2, 2], json!({"loadBalancer": {"simple": "LEAST_REQUEST", "localityLbSetting": split}}))?;
     let agent = world.agent()?;
-    let mut busy = world.bed.dialler()?;
+    let mut busy = world.bed.dialer()?;
     // With two endpoints, both are drawn, and the one with fewer connections is selected: they stay level.
     busy.run(&Task::Hold { to: WEB.parse()?, times: 200 })?;
     let levels = active(&agent)?;
@@ -143,7 +143,7 @@ fn least_request_prefers_endpoints_with_fewer_connections() -> Result<()> {
     assert_eq!((levels["10.0.0.1"], levels["10.1.0.1"], levels["10.1.0.2"]), (90, 10, 10), "{levels:?}");
     // One endpoint is removed and added again, without connections: it gets all of its locality's until it is level.
     world.write(&["10.0.0.1"])?;
-    let mut client = world.bed.dialler()?;
+    let mut client = world.bed.dialer()?;
     wait_until("the endpoint to be removed", BOUND, || {
         ensure!(!counts(&mut client, 40)?.contains_key("10.0.0.1"));
         Ok(())
@@ -170,7 +170,7 @@ fn least_request_prefers_endpoints_with_fewer_connections() -> Result<()> {
 fn active_connections_are_counted_across_restarts_and_failures() -> Result<()> {
     let world = World::new(&[2], json!({"loadBalancer": {"simple": "LEAST_REQUEST"}}))?;
     let mut agent = world.agent()?;
-    let mut holder = world.bed.dialler()?;
+    let mut holder = world.bed.dialer()?;
     holder.run(&Task::Hold { to: WEB.parse()?, times: 10 })?;
     agent.process.kill();
     // They are counted without an agent as well.
@@ -179,7 +179,7 @@ fn active_connections_are_counted_across_restarts_and_failures() -> Result<()> {
     assert_eq!(active(&agent)?.values().sum::<u64>(), 20);
     // Connects that fail, are aborted, or never send a SYN are not active afterwards.
     world.bed.namespace.ip(&["address", "delete", "10.0.0.1/32", "dev", "lo"])?;
-    let mut client = world.bed.dialler()?;
+    let mut client = world.bed.dialer()?;
     assert!(client.dial(WEB, 20)?.errnos().iter().any(|errno| *errno != 0));
     world.bed.namespace.swallow("10.0.0.1/32")?;
     for _ in 0..10 {
@@ -199,7 +199,7 @@ fn consistent_hash_sends_each_client_to_one_endpoint() -> Result<()> {
     let world = World::new(&[5], hash)?;
     let mut agent = world.agent()?;
     let pods = world.pods(24)?;
-    let clients: Result<Vec<Dialler>> = pods.iter().map(|pod| world.client(pod)).collect();
+    let clients: Result<Vec<Dialer>> = pods.iter().map(|pod| world.client(pod)).collect();
     let mut clients = clients?;
     let mut of = |what: &str| -> Result<Vec<String>> {
         clients.iter_mut().map(|client| only(client).map_err(|error| error.context(what.to_owned()))).collect()
@@ -237,7 +237,7 @@ fn connection_limit_applies_to_session_affinity() -> Result<()> {
     world.affinity = Some(600);
     world.write(&[])?;
     let agent = world.agent()?;
-    let mut client = world.bed.dialler()?;
+    let mut client = world.bed.dialer()?;
     let hold = Task::Hold { to: WEB.parse()?, times: 4 };
     let errnos = client.run(&hold)?.errnos();
     assert_eq!(errnos.iter().filter(|errno| **errno != 0).count(), 1, "{errnos:?}");
@@ -268,9 +268,9 @@ fn session_affinity_lasts_until_timeout_or_removal() -> Result<()> {
     world.write(&[])?;
     let mut agent = world.agent()?;
     let pods = world.pods(6)?;
-    let clients: Result<Vec<Dialler>> = pods.iter().map(|pod| world.client(pod)).collect();
+    let clients: Result<Vec<Dialer>> = pods.iter().map(|pod| world.client(pod)).collect();
     let mut clients = clients?;
-    let all = |clients: &mut Vec<Dialler>| -> Result<Vec<String>> { clients.iter_mut().map(only).collect() };
+    let all = |clients: &mut Vec<Dialer>| -> Result<Vec<String>> { clients.iter_mut().map(only).collect() };
     let before = all(&mut clients)?;
     // New clients follow round robin: two for each endpoint.
     let mut sorted = before.clone();

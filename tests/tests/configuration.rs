@@ -6,7 +6,7 @@ use std::{fs, io::Write as _, process::Command, time::Duration};
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Agent, Bed, Directory, binary,
+    Agent, Directory, TestBed, binary,
     objects::{destination_rule, node, service, slice},
     report::{finding, service_named, shares},
     wait_until,
@@ -19,7 +19,7 @@ const EHOSTUNREACH: i32 = 113;
 
 #[test]
 fn partial_or_invalid_write_keeps_the_last_good_state() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     bed.namespace.add_address("10.0.0.1/32")?;
     bed.serve("10.0.0.1:9080", "web")?;
     let directory = Directory::new()?;
@@ -27,7 +27,7 @@ fn partial_or_invalid_write_keeps_the_last_good_state() -> Result<()> {
     directory.write("c1/node.yaml", &[node("n1", "r1")])?;
     directory.write("c1/web.yaml", &objects)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let path = directory.path().join("c1/web.yaml");
     let good = fs::read_to_string(&path)?;
     // Returns once the agent has read everything written before: it then has seen a marker that is written afterwards.
@@ -122,13 +122,13 @@ fn route_weights_are_exact_and_zero_gets_nothing() -> Result<()> {
             pod(3),
         ],
     )?;
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     for i in 1..=3 {
         bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
         bed.serve(&format!("10.0.0.{i}:9080"), &format!("v{i}"))?;
     }
     let _agent = bed.agent(&directory, "c1", "n1")?;
-    let reply = bed.dialler()?.dial("172.16.0.10:80", 400)?;
+    let reply = bed.dialer()?.dial("172.16.0.10:80", 400)?;
     assert_eq!(["v1", "v2", "v3"].map(|version| reply.count(version)), [300, 100, 0]);
     Ok(())
 }
@@ -167,11 +167,11 @@ fn route_to_an_empty_destination_refuses_only_its_share() -> Result<()> {
     assert_eq!(service_named(&report, "web")?["refusedShare"], Value::Null);
     assert_eq!(report["services"][1]["refusedShare"], json!(0.3));
     assert_eq!(shares(service_named(&report, "web")?), [("10.0.0.1:9080".to_owned(), 0.6)]);
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     bed.namespace.add_address("10.0.0.1/32")?;
     bed.serve("10.0.0.1:9080", "v1")?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    let reply = bed.dialler()?.dial("172.16.0.10:80", 100)?;
+    let reply = bed.dialer()?.dial("172.16.0.10:80", 100)?;
     let refused = reply.seen.iter().filter(|seen| seen.errno == ECONNREFUSED).count();
     assert_eq!((reply.count("v1"), refused), (60, 40));
     let metrics = agent.http("/metrics")?.1;
@@ -188,7 +188,7 @@ fn route_to_an_empty_destination_refuses_only_its_share() -> Result<()> {
 fn unsuitable_machine_is_reported_in_one_line() -> Result<()> {
     let directory = Directory::new()?;
     directory.write("c1/node.yaml", &[node("n1", "r1")])?;
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let start = |command: &mut Command, cgroup: &str, bpffs: &str, admin: &str| -> Result<(Option<i32>, String)> {
         command.arg("agent").arg("--config").arg(directory.path()).args(["--cluster", "c1", "--node", "n1"]);
         command.args(["--cgroup", cgroup, "--bpffs", bpffs, "--admin", admin, "--metrics", "127.0.0.1:0"]);
@@ -202,7 +202,7 @@ fn unsuitable_machine_is_reported_in_one_line() -> Result<()> {
         (portolan()?, "/proc", pins.as_str(), "/proc is not on a cgroup v2 file system"),
         (portolan()?, "/sys/fs/cgroup/no/such", pins.as_str(), "does not exist"),
         (portolan()?, cgroup.as_str(), "/tmp/portolan-no-bpffs", "is not on a bpffs"),
-        (directory.portolan_as_nobody()?, cgroup.as_str(), pins.as_str(), "root is needed"),
+        (directory.portolan_unprivileged()?, cgroup.as_str(), pins.as_str(), "root is needed"),
         (without(&binary("portolan")?, "/sys/kernel/btf"), cgroup.as_str(), pins.as_str(), "the kernel has no BTF"),
     ] {
         let (code, text) = start(&mut command, cgroup, bpffs, &admin)?;

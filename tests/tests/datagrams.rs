@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Bed, Dialler, Directory,
+    Dialer, Directory, TestBed,
     dial::{Reply, Sender, Task},
     objects::{mesh_config, node, udp_service, udp_slice},
     wait_until,
@@ -19,7 +19,7 @@ const BOUND: Duration = Duration::from_secs(20);
 const DNS: &str = "172.16.0.53:53";
 
 /// Starts a DNS service with `count` endpoints, 10.0.0.1 and up. Each responds with its name.
-fn name_server(bed: &Bed, count: usize) -> Result<Directory> {
+fn name_server(bed: &TestBed, count: usize) -> Result<Directory> {
     for i in 1..=count {
         bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
         bed.serve_datagrams(&format!("10.0.0.{i}:5353"), &format!("pod{i}"))?;
@@ -38,7 +38,7 @@ fn endpoints(directory: &Directory, pods: &[usize]) -> Result<()> {
     )
 }
 
-fn send(client: &mut Dialler, to: &str, times: u32, from: Sender) -> Result<Reply> {
+fn send(client: &mut Dialer, to: &str, times: u32, from: Sender) -> Result<Reply> {
     client.run(&Task::Datagrams { to: to.parse()?, times, from, mapped: false })
 }
 
@@ -46,7 +46,7 @@ const ALL: [Sender; 5] = [Sender::Connected, Sender::ConnectedTo, Sender::Fresh,
 
 #[test]
 fn every_family_and_socket_type_gets_replies_from_the_service() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     for (address, greeting) in [("10.0.0.1", "four"), ("fd00::1", "six")] {
         bed.namespace.add_address(&format!("{address}/{}", if greeting == "four" { 32 } else { 128 }))?;
         let ip: std::net::IpAddr = address.parse()?;
@@ -63,7 +63,7 @@ fn every_family_and_socket_type_gets_replies_from_the_service() -> Result<()> {
         ],
     )?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for (to, mapped, greeting, peer) in [
         (DNS, false, "four", DNS),
         (DNS, true, "four", "[::ffff:172.16.0.53]:53"),
@@ -90,10 +90,10 @@ fn every_family_and_socket_type_gets_replies_from_the_service() -> Result<()> {
 
 #[test]
 fn sockets_are_balanced_and_a_flow_keeps_its_endpoint() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = name_server(&bed, 3)?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for from in [Sender::Connected, Sender::Fresh] {
         let reply = send(&mut client, DNS, 30, from)?;
         assert_eq!([1, 2, 3].map(|i| reply.count(&format!("pod{i}"))), [10; 3], "{from:?}");
@@ -107,10 +107,10 @@ fn sockets_are_balanced_and_a_flow_keeps_its_endpoint() -> Result<()> {
 
 #[test]
 fn flow_moves_when_its_endpoint_is_removed() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = name_server(&bed, 3)?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let first = send(&mut client, DNS, 3, Sender::Kept)?;
     let own: usize = first.seen[0].greeting.trim_start_matches("pod").parse()?;
     // The other endpoints change repeatedly, and the flow keeps its endpoint.
@@ -138,7 +138,7 @@ fn flow_moves_when_its_endpoint_is_removed() -> Result<()> {
 
 #[test]
 fn one_socket_can_use_many_services() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = Directory::new()?;
     let mut objects = vec![node("n1", "r1")];
     let mut to = Vec::new();
@@ -152,7 +152,7 @@ fn one_socket_can_use_many_services() -> Result<()> {
     }
     directory.write("c1/all.yaml", &objects)?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let reply = client.run(&Task::DatagramsAround { to: to.clone(), times: 5 })?;
     for (seen, (i, to)) in reply.seen.iter().zip((1..).zip(&to).take(12).cycle()) {
         assert_eq!((seen.greeting.as_str(), seen.peer), (format!("service{i}").as_str(), Some(*to)));
@@ -163,7 +163,7 @@ fn one_socket_can_use_many_services() -> Result<()> {
 
 #[test]
 fn active_flow_is_not_evicted_by_many_others() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = name_server(&bed, 3)?;
     let mut others = Vec::new();
     let mut around = Vec::new();
@@ -175,7 +175,7 @@ fn active_flow_is_not_evicted_by_many_others() -> Result<()> {
     }
     directory.write("c1/others.yaml", &others)?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let reply = client.run(&Task::DatagramsAround { to: around, times: 3 })?;
     let own: Vec<&str> = reply.seen.iter().step_by(2).map(|seen| seen.greeting.as_str()).collect();
     assert_eq!(own, vec![own[0]; 36], "the active flow keeps its endpoint");
@@ -185,11 +185,11 @@ fn active_flow_is_not_evicted_by_many_others() -> Result<()> {
 
 #[test]
 fn service_without_endpoints_fails_connect_and_sendto() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = name_server(&bed, 1)?;
     endpoints(&directory, &[])?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for from in [Sender::Connected, Sender::Fresh] {
         assert_eq!(send(&mut client, DNS, 2, from)?.errnos(), [ECONNREFUSED; 2], "{from:?}");
     }

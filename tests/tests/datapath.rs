@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use portolan::kernel::facts;
 use portolan_tests::{
-    Agent, Bed, Directory, Places,
+    Agent, ConnectionSlots, Directory, TestBed,
     dial::Task,
     direct::Direct,
     objects::{destination_rule, node, service, slice},
@@ -20,13 +20,13 @@ const BOUND: Duration = Duration::from_secs(20);
 /// The unit tests of the controller use a fake kernel. What it models holds in this one.
 #[test]
 fn kernel_confirms_what_the_fake_models() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let mut direct = Direct::new(&bed, facts::SIZES)?;
     facts::check(direct.kernel()).map_err(anyhow::Error::msg)
 }
 
 /// Serves two regions on one node, `near` at 10.0.0.x and `far` at 10.1.0.x, with a split of 90% and 10%.
-fn ninety_ten(bed: &Bed, near: usize, far: usize) -> Result<Directory> {
+fn ninety_ten(bed: &TestBed, near: usize, far: usize) -> Result<Directory> {
     let directory = Directory::new()?;
     let mut addresses = Vec::new();
     for (region, count) in [(0, near), (1, far)] {
@@ -57,10 +57,10 @@ fn ninety_ten(bed: &Bed, near: usize, far: usize) -> Result<Directory> {
 #[test]
 fn split_is_exact_in_every_ten_connections() -> Result<()> {
     for (near, far) in [(1, 1), (3, 2)] {
-        let bed = Bed::new()?;
+        let bed = TestBed::new()?;
         let directory = ninety_ten(&bed, near, far)?;
         let agent = bed.agent(&directory, "c1", "near")?;
-        let mut client = bed.dialler()?;
+        let mut client = bed.dialer()?;
         let reply = client.dial("172.16.0.10:80", 1000)?;
         for ten in reply.seen.chunks(10) {
             let to_far = ten.iter().filter(|seen| seen.greeting == "far").count();
@@ -97,7 +97,7 @@ fn split_is_exact_in_every_ten_connections() -> Result<()> {
 
 #[test]
 fn every_family_and_socket_type_connects() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     for address in ["10.0.0.1/32", "fd00::1/128"] {
         bed.namespace.add_address(address)?;
     }
@@ -114,7 +114,7 @@ fn every_family_and_socket_type_connects() -> Result<()> {
         ],
     )?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for (to, mapped, greeting, peer) in [
         ("172.16.0.10:80", false, "four", "172.16.0.10:80"),
         // The default of Java: IPv6 sockets with v4-mapped addresses.
@@ -137,7 +137,7 @@ fn every_family_and_socket_type_connects() -> Result<()> {
 
 #[test]
 fn metrics_match_the_connections_made() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     bed.namespace.add_address("10.0.0.1/32")?;
     bed.serve("10.0.0.1:9080", "hello")?;
     let directory = Directory::new()?;
@@ -146,7 +146,7 @@ fn metrics_match_the_connections_made() -> Result<()> {
         &[node("n1", "r1/z1"), service("web", &["172.16.0.10"], 80), slice("web", 9080, &[("10.0.0.1", "n1", "")])],
     )?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let task = Task::Dial { to: "172.16.0.10:80".parse()?, times: 7, mapped: false, nonblocking: false, send: 100 };
     assert_eq!(client.run(&task)?.greetings(), ["hello"; 7]);
     let expected = [
@@ -174,11 +174,11 @@ fn metrics_match_the_connections_made() -> Result<()> {
 
 #[test]
 fn connection_without_a_free_slot_uses_socket_storage() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = ninety_ten(&bed, 1, 1)?;
     let agent = bed.agent(&directory, "c1", "near")?;
-    let places = Places::open(bed.pins())?;
-    let mut client = bed.dialler()?;
+    let places = ConnectionSlots::open(bed.pins())?;
+    let mut client = bed.dialer()?;
     let frontend = Some("172.16.0.10:80".parse()?);
     let count = |agent: &Agent, field: &str| -> Result<u64> {
         let report = agent.get("endpoints")?;

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Api, Bed, Container, Directory, Pod,
+    Api, Container, Directory, Pod, TestBed,
     dial::Task,
     helper_of,
     objects::{destination_rule, node, plain, pod, service, slice, udp_service, udp_slice},
@@ -67,7 +67,7 @@ fn check_roles(documents: &[Value]) -> Result<()> {
             }
         }
     }
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let mut api = Api::new()?;
     let kubeconfig = api.reach(&bed.namespace)?;
     // A rule with subsets, so that the agent reads all Pods.
@@ -183,7 +183,7 @@ fn container_serves_the_node() -> Result<()> {
     let documents = manifest()?;
     let pod = &of_kind(&documents, "DaemonSet")?["spec"]["template"]["spec"];
     ensure!(pod["hostNetwork"] == true && pod["hostPID"] == true);
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     for address in ["10.0.0.1", "10.0.0.2"] {
         bed.namespace.add_address(&format!("{address}/32"))?;
         bed.serve(&format!("{address}:9080"), address)?;
@@ -246,7 +246,7 @@ fn container_capabilities_are_sufficient() -> Result<()> {
     let bounding: String = capabilities.iter().map(|name| format!(",+{}", name.to_lowercase())).collect();
     let bounding = format!("--bounding-set=-all{bounding}");
 
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = Directory::new()?;
     for address in ["10.0.0.1", "10.0.0.2"] {
         bed.namespace.add_address(&format!("{address}/32"))?;

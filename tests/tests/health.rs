@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Agent, Bed, Dialler, Directory, Pod, Serving, binary,
+    Agent, Dialer, Directory, Pod, Server, TestBed, binary,
     dial::Task,
     objects::{destination_rule, node, plain, service, slice},
     wait_until,
@@ -25,7 +25,7 @@ const BOUND: Duration = Duration::from_secs(30);
 
 /// Writes a service `web` with one near and one far endpoint, both of which serve, and this `outlierDetection`.
 /// Returns the server of the near endpoint as well.
-fn near_and_far(bed: &Bed, outlier: &Value, annotations: &Value) -> Result<(Directory, Serving)> {
+fn near_and_far(bed: &TestBed, outlier: &Value, annotations: &Value) -> Result<(Directory, Server)> {
     let directory = Directory::new()?;
     for address in ["10.0.0.1/32", "10.1.0.1/32"] {
         bed.namespace.add_address(address)?;
@@ -74,7 +74,7 @@ fn wait_ejected(agent: &Agent, expected: &[&str]) -> Result<()> {
 /// node.
 #[test]
 fn single_pod_cannot_eject_an_endpoint_for_others() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let (directory, _near) = near_and_far(&bed, &eager(), &none())?;
     let agent = bed.agent(&directory, "c1", "near")?;
     let (mut bad, mut good) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
@@ -104,7 +104,7 @@ fn single_pod_cannot_eject_an_endpoint_for_others() -> Result<()> {
 
 #[test]
 fn agent_connection_confirms_failures_seen_by_a_single_pod() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let (directory, near) = near_and_far(&bed, &eager(), &none())?;
     let agent = bed.agent(&directory, "c1", "near")?;
     let (mut one, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
@@ -124,7 +124,7 @@ fn agent_connection_confirms_failures_seen_by_a_single_pod() -> Result<()> {
 
 #[test]
 fn ejection_needs_no_confirmation_if_only_one_pod_uses_the_endpoint() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let (directory, _near) = near_and_far(&bed, &eager(), &none())?;
     let agent = bed.agent(&directory, "c1", "near")?;
     let mut only = Pod::new(&bed, 1)?;
@@ -137,10 +137,10 @@ fn ejection_needs_no_confirmation_if_only_one_pod_uses_the_endpoint() -> Result<
 
 #[test]
 fn ejections_survive_restart_and_upgrade() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let (directory, near) = near_and_far(&bed, &eager(), &none())?;
     let mut agent = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     near.stop()?;
     assert_eq!(client.dial(WEB, 2)?.errnos(), [ECONNREFUSED; 2]);
     wait_ejected(&agent, &["10.0.0.1:9080"])?;
@@ -172,11 +172,11 @@ fn ejections_survive_restart_and_upgrade() -> Result<()> {
 }
 
 /// Runs a CLI command against the admin socket.
-fn run_command(bed: &Bed, arguments: &[&str]) -> Result<Output> {
+fn run_command(bed: &TestBed, arguments: &[&str]) -> Result<Output> {
     Ok(Command::new(binary("portolan")?).args(arguments).arg("--admin").arg(bed.admin()).output()?)
 }
 
-fn run_successfully(bed: &Bed, arguments: &[&str]) -> Result<String> {
+fn run_successfully(bed: &TestBed, arguments: &[&str]) -> Result<String> {
     let output = run_command(bed, arguments)?;
     ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8(output.stdout)?)
@@ -184,11 +184,11 @@ fn run_successfully(bed: &Bed, arguments: &[&str]) -> Result<String> {
 
 #[test]
 fn operator_override_stays_in_effect_and_visible_until_restored() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let (directory, _near) = near_and_far(&bed, &eager(), &none())?;
     let mut agent = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
-    let goes_to = |client: &mut Dialler, expected: &str| {
+    let mut client = bed.dialer()?;
+    let goes_to = |client: &mut Dialer, expected: &str| {
         wait_until(&format!("connections to go {expected}"), BOUND, || {
             let seen = client.dial(WEB, 4)?;
             ensure!(seen.greetings() == [expected; 4], "{:?}", seen.greetings());
@@ -241,7 +241,7 @@ fn operator_override_stays_in_effect_and_visible_until_restored() -> Result<()> 
 }
 
 /// Accepts connections at an address, reads a byte, and resets them.
-fn reset_all(bed: &Bed, address: SocketAddr) -> Result<()> {
+fn reset_all(bed: &TestBed, address: SocketAddr) -> Result<()> {
     let listener = bed.namespace.enter(|| Ok(TcpListener::bind(address)?))?;
     thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
@@ -256,13 +256,13 @@ fn reset_all(bed: &Bed, address: SocketAddr) -> Result<()> {
 #[test]
 fn early_resets_count_only_with_the_annotation() -> Result<()> {
     for enabled in [true, false] {
-        let bed = Bed::new()?;
+        let bed = TestBed::new()?;
         let (directory, near) =
             near_and_far(&bed, &eager(), &json!({"portolan.io/count-early-resets": enabled.to_string()}))?;
         near.stop()?;
         reset_all(&bed, "10.0.0.1:9080".parse()?)?;
         let agent = bed.agent(&directory, "c1", "near")?;
-        let mut client = bed.dialler()?;
+        let mut client = bed.dialer()?;
         for _ in 0..2 {
             client.run(&Task::Dial { to: WEB.parse()?, times: 1, mapped: false, nonblocking: false, send: 1 })?;
         }
@@ -286,7 +286,7 @@ fn early_resets_count_only_with_the_annotation() -> Result<()> {
 }
 
 /// Starts an agent with `web` and a service `noise`, to which all connects fail.
-fn with_noise(bed: &Bed) -> Result<(Directory, Serving, Agent)> {
+fn with_noise(bed: &TestBed) -> Result<(Directory, Server, Agent)> {
     let (directory, near) = near_and_far(bed, &eager(), &none())?;
     bed.namespace.add_address("10.2.0.1/32")?;
     directory.write(
@@ -307,9 +307,9 @@ fn lost(agent: &Agent) -> Result<u64> {
 /// The ring buffer is full of other failures, but the counters in the maps still show the outcome.
 #[test]
 fn outcome_dropped_by_a_full_ring_buffer_is_recovered() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let (_directory, near, agent) = with_noise(&bed)?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 1)?.greetings(), ["near"]);
     agent.process.signal(Signal::STOP)?;
     // The ring buffer holds 14,500.
@@ -329,7 +329,7 @@ fn outcome_dropped_by_a_full_ring_buffer_is_recovered() -> Result<()> {
 /// still delivered.
 #[test]
 fn flooding_pod_leaves_ring_buffer_space_for_other_pods() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let (_directory, near, agent) = with_noise(&bed)?;
     let (mut flooding, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
     assert_eq!(other.client.dial(WEB, 1)?.greetings(), ["near"]);

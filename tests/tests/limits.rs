@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Agent, Bed, Dialler, Directory, Places,
+    Agent, ConnectionSlots, Dialer, Directory, TestBed,
     dial::{Task, Way},
     objects::{destination_rule, node, service, slice},
     wait_until,
@@ -26,7 +26,7 @@ const BOUND: Duration = Duration::from_secs(20);
 const WEB: &str = "172.16.0.10:80";
 
 /// Writes a service with two endpoints and these settings of `connectionPool.tcp`.
-fn limited(bed: &Bed, tcp: &Value) -> Result<Directory> {
+fn limited(bed: &TestBed, tcp: &Value) -> Result<Directory> {
     for i in 1..=2 {
         bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
         bed.serve(&format!("10.0.0.{i}:9080"), &format!("pod{i}"))?;
@@ -58,15 +58,15 @@ fn metric(agent: &Agent, line: &str) -> Result<u64> {
 
 #[test]
 fn connections_over_the_limit_are_refused_and_counted() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = limited(&bed, &json!({"maxConnections": 5}))?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let hold = |to: &str, times| Task::Hold { to: to.parse().unwrap(), times };
     let reply = client.run(&hold(WEB, 8))?;
     assert_eq!(reply.errnos(), [0, 0, 0, 0, 0, ECONNREFUSED, ECONNREFUSED, ECONNREFUSED]);
     // The limit belongs to the destination. It applies to every address that leads there and to every client.
-    let mut other = bed.dialler()?;
+    let mut other = bed.dialer()?;
     assert_eq!(other.run(&hold("172.16.0.11:80", 1))?.errnos(), [ECONNREFUSED]);
     // It persists across a restart of the agent.
     agent.process.kill();
@@ -90,10 +90,10 @@ fn connections_over_the_limit_are_refused_and_counted() -> Result<()> {
 
 #[test]
 fn keepalive_is_set_unless_the_application_sets_it() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = limited(&bed, &json!({"tcpKeepalive": {"time": "77s", "interval": "7s", "probes": 3}}))?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let reply = client.run(&Task::Keepalive { to: WEB.parse()?, own: false })?;
     assert_eq!((reply.errnos(), reply.values), (vec![0], vec![1, 77, 7, 3]));
     let direct = client.run(&Task::Keepalive { to: "10.0.0.1:9080".parse()?, own: false })?;
@@ -106,10 +106,10 @@ fn keepalive_is_set_unless_the_application_sets_it() -> Result<()> {
 #[test]
 fn idle_and_expired_connections_are_closed() -> Result<()> {
     for (limit, reason) in [(json!({"idleTimeout": "1s"}), "idle"), (json!({"maxConnectionDuration": "1s"}), "age")] {
-        let bed = Bed::new()?;
+        let bed = TestBed::new()?;
         let directory = limited(&bed, &limit)?;
         let agent = bed.agent(&directory, "c1", "n1")?;
-        let mut client = bed.dialler()?;
+        let mut client = bed.dialer()?;
         client.run(&Task::Hold { to: WEB.parse()?, times: 4 })?;
         client.run(&Task::Hold { to: "10.0.0.1:9080".parse()?, times: 1 })?;
         wait_until("the connections to be closed", BOUND, || {
@@ -133,13 +133,13 @@ fn idle_and_expired_connections_are_closed() -> Result<()> {
 fn gone_connections_flag_decides_about_removed_endpoints() -> Result<()> {
     // Whether a slot or socket storage holds the state makes no difference.
     for (setting, use_slots) in [("keep", true), ("reset", true), ("reset", false), ("idle", true), ("idle", false)] {
-        let bed = Bed::new()?;
+        let bed = TestBed::new()?;
         let directory = limited(&bed, &json!({}))?;
         let agent = bed.agent_with(&directory, "c1", "n1", &["--gone-connections", setting])?;
         if !use_slots {
-            Places::open(bed.pins())?.take_all();
+            ConnectionSlots::open(bed.pins())?.take_all();
         }
-        let mut client = bed.dialler()?;
+        let mut client = bed.dialer()?;
         // Two to each endpoint.
         client.run(&Task::Hold { to: WEB.parse()?, times: 4 })?;
         write(&directory, &[2], &json!({}))?;
@@ -163,7 +163,7 @@ fn gone_connections_flag_decides_about_removed_endpoints() -> Result<()> {
 
 #[test]
 fn special_ways_to_connect_work() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = limited(&bed, &json!({}))?;
     // A strictly cluster-local service refuses every protocol that it cannot rewrite.
     let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["strict.default.svc.cluster.local"]}]});
@@ -175,28 +175,28 @@ fn special_ways_to_connect_work() -> Result<()> {
     bed.namespace.run("sysctl", &["-qw", "net.ipv4.tcp_fastopen=3"])?;
     bed.namespace.add_address("10.0.9.9/32")?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let from = "10.0.9.9:0".parse()?;
     for way in [Way::FastOpen, Way::FastOpenConnect, Way::Bound(from)] {
-        let reply = client.run(&Task::Dialled { to: WEB.parse()?, way })?;
+        let reply = client.run(&Task::Dialed { to: WEB.parse()?, way })?;
         let seen = &reply.seen[0];
         assert!(seen.errno == 0 && seen.greeting.starts_with("pod"), "{way:?}: {seen:?}");
         assert_eq!(seen.peer, Some(WEB.parse()?), "{way:?}");
     }
     // Multipath TCP and SCTP are not rewritten, so nothing listens here. A strict service refuses them nevertheless.
-    let multipath = client.run(&Task::Dialled { to: WEB.parse()?, way: Way::Multipath })?;
+    let multipath = client.run(&Task::Dialed { to: WEB.parse()?, way: Way::Multipath })?;
     assert_eq!(multipath.errnos(), [ENETUNREACH]);
-    let direct = client.run(&Task::Dialled { to: "10.0.0.1:9080".parse()?, way: Way::Multipath })?;
+    let direct = client.run(&Task::Dialed { to: "10.0.0.1:9080".parse()?, way: Way::Multipath })?;
     assert_eq!(direct.greetings(), ["pod1"]);
-    let strict = client.run(&Task::Dialled { to: "172.16.0.20:80".parse()?, way: Way::Multipath })?;
+    let strict = client.run(&Task::Dialed { to: "172.16.0.20:80".parse()?, way: Way::Multipath })?;
     assert_eq!(strict.errnos(), [EHOSTUNREACH]);
     // An SCTP listener on the Service address itself gets the connection.
     bed.namespace.add_address("172.16.0.11/32")?;
     let listener = bed
         .namespace
         .enter(|| Ok(Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::from(libc::IPPROTO_SCTP)))))?;
-    let dial = |client: &mut Dialler| {
-        client.run(&Task::Dialled { to: "172.16.0.11:80".parse().expect("an address"), way: Way::Sctp })
+    let dial = |client: &mut Dialer| {
+        client.run(&Task::Dialed { to: "172.16.0.11:80".parse().expect("an address"), way: Way::Sctp })
     };
     match listener {
         Ok(listener) => {
@@ -217,11 +217,11 @@ fn special_ways_to_connect_work() -> Result<()> {
 
 #[test]
 fn pending_connect_is_neither_idle_nor_expired() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let limits = json!({"connectTimeout": "3s", "idleTimeout": "0.3s", "maxConnectionDuration": "0.3s"});
     let directory = limited(&bed, &limits)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     // An established connection, so that sweeps run.
     client.run(&Task::Hold { to: WEB.parse()?, times: 1 })?;
     for i in 1..=2 {
@@ -234,10 +234,10 @@ fn pending_connect_is_neither_idle_nor_expired() -> Result<()> {
 
 #[test]
 fn connections_to_a_terminating_endpoint_stay_until_it_is_removed() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = limited(&bed, &json!({}))?;
     let agent = bed.agent_with(&directory, "c1", "n1", &["--gone-connections", "reset"])?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     client.run(&Task::Hold { to: WEB.parse()?, times: 4 })?;
     // The pod is terminating: it gets no new connections and may finish those that it has.
     let mut draining = slice("web", 9080, &[("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")]);
@@ -249,7 +249,7 @@ fn connections_to_a_terminating_endpoint_stay_until_it_is_removed() -> Result<()
         ensure!(client.dial(WEB, 4)?.greetings() == ["pod2"; 4]);
         Ok(())
     })?;
-    let aborted = |client: &mut portolan_tests::Dialler| -> Result<usize> {
+    let aborted = |client: &mut portolan_tests::Dialer| -> Result<usize> {
         Ok(client.run(&Task::Held)?.errnos().iter().filter(|errno| **errno == ECONNABORTED).count())
     };
     assert_eq!(aborted(&mut client)?, 0);
@@ -264,13 +264,13 @@ fn connections_to_a_terminating_endpoint_stay_until_it_is_removed() -> Result<()
 
 #[test]
 fn connect_timeout_applies_to_both_socket_modes() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = limited(&bed, &json!({"connectTimeout": "0.3s"}))?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
     for i in 1..=2 {
         bed.namespace.swallow(&format!("10.0.0.{i}/32"))?;
     }
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for nonblocking in [false, true] {
         let task = Task::Dial { to: WEB.parse()?, times: 1, mapped: false, nonblocking, send: 0 };
         assert_eq!(client.run(&task)?.errnos(), [ETIMEDOUT]);
@@ -280,7 +280,7 @@ fn connect_timeout_applies_to_both_socket_modes() -> Result<()> {
 
 #[test]
 fn connect_timeout_below_one_second_does_not_wait_for_the_second_syn() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     for i in 1..=2 {
         bed.namespace.swallow(&format!("10.0.0.{i}/32"))?;
     }
@@ -296,13 +296,13 @@ fn connect_timeout_below_one_second_does_not_wait_for_the_second_syn() -> Result
     }
     directory.write("c1/all.yaml", &objects)?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
-    let give_up = |client: &mut Dialler, address: &str, times: u32| -> Result<Instant> {
+    let give_up = |client: &mut Dialer, address: &str, times: u32| -> Result<Instant> {
         assert_eq!(client.dial(address, times)?.errnos(), vec![ETIMEDOUT; times as usize], "{address}");
         Ok(Instant::now())
     };
     // Five fast timeouts take less time than a slow one.
     // If each of them waited for its second SYN, the slow one would finish long before.
-    let (mut one, mut other) = (bed.dialler()?, bed.dialler()?);
+    let (mut one, mut other) = (bed.dialer()?, bed.dialer()?);
     let (slow, fast) = std::thread::scope(|scope| {
         let slow = scope.spawn(|| give_up(&mut one, "172.16.0.30:80", 1));
         let fast = scope.spawn(|| give_up(&mut other, "172.16.0.31:80", 5));
@@ -317,7 +317,7 @@ fn connect_timeout_below_one_second_does_not_wait_for_the_second_syn() -> Result
 /// Once the near endpoint is back, idle connections are closed, a few at a time.
 #[test]
 fn idle_connections_are_closed_after_failback() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     for (address, name) in [("10.0.0.1", "near"), ("10.1.0.1", "far")] {
         bed.namespace.add_address(&format!("{address}/32"))?;
         bed.serve(&format!("{address}:9080"), name)?;
@@ -334,9 +334,9 @@ fn idle_connections_are_closed_after_failback() -> Result<()> {
     };
     directory.write("c1/all.yaml", &objects(false, false))?;
     let agent = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let to = WEB.parse()?;
-    let open = |client: &mut Dialler| -> Result<usize> {
+    let open = |client: &mut Dialer| -> Result<usize> {
         Ok(client.run(&Task::Held)?.errnos().iter().filter(|errno| **errno != ECONNABORTED).count())
     };
     client.run(&Task::Hold { to, times: 30 })?;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Agent, Bed, Directory,
+    Agent, Directory, TestBed,
     dial::Task,
     objects::{destination_rule, node, plain, service, slice},
     patience, wait_until,
@@ -17,7 +17,7 @@ const ETIMEDOUT: i32 = 110;
 const BOUND: Duration = Duration::from_secs(20);
 
 /// Writes a service with two endpoints in the near region and one in the far region, and these rules for it.
-fn failover(bed: &Bed, outlier: &Value, connect_timeout: Option<&str>) -> Result<Directory> {
+fn failover(bed: &TestBed, outlier: &Value, connect_timeout: Option<&str>) -> Result<Directory> {
     let directory = Directory::new()?;
     for address in ["10.0.0.1", "10.0.0.2", "10.1.0.1"] {
         bed.namespace.add_address(&format!("{address}/32"))?;
@@ -59,10 +59,10 @@ fn kinds(agent: &Agent) -> Result<Vec<String>> {
 
 #[test]
 fn refused_connect_ejects_at_once_and_is_released_later() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = failover(&bed, &eager(), None)?;
     let agent = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     // Each near endpoint fails one connection.
     // An ejection takes effect after the next turn of the event loop, so the client waits for it.
     for out in 1..=2 {
@@ -98,13 +98,13 @@ fn refused_connect_ejects_at_once_and_is_released_later() -> Result<()> {
 
 #[test]
 fn unanswered_connect_times_out_and_counts() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = failover(&bed, &eager(), Some("300ms"))?;
     for address in ["10.0.0.1/32", "10.0.0.2/32"] {
         bed.namespace.swallow(address)?;
     }
     let agent = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let began = Instant::now();
     assert_eq!(
         client.dial("172.16.0.10:80", 1)?.errnos(),
@@ -124,13 +124,13 @@ fn unanswered_connect_times_out_and_counts() -> Result<()> {
 
 #[test]
 fn aborted_connect_is_not_a_failure() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = failover(&bed, &eager(), None)?;
     for address in ["10.0.0.1/32", "10.0.0.2/32"] {
         bed.namespace.swallow(address)?;
     }
     let agent = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for _ in 0..6 {
         client.run(&Task::GiveUp { to: "172.16.0.10:80".parse()? })?;
     }
@@ -153,7 +153,7 @@ fn aborted_connect_is_not_a_failure() -> Result<()> {
 
 #[test]
 fn success_between_failures_resets_the_count() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let outlier =
         json!({"consecutive5xxErrors": 2, "interval": "1s", "baseEjectionTime": "1m", "maxEjectionPercent": 100});
     let directory = failover(&bed, &outlier, None)?;
@@ -166,8 +166,8 @@ fn success_between_failures_resets_the_count() -> Result<()> {
         ],
     )?;
     let agent = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
-    let fail = |client: &mut portolan_tests::Dialler| -> Result<()> {
+    let mut client = bed.dialer()?;
+    let fail = |client: &mut portolan_tests::Dialer| -> Result<()> {
         assert_eq!(client.dial("172.16.0.20:80", 1)?.errnos(), [ECONNREFUSED]);
         Ok(())
     };
@@ -190,7 +190,7 @@ fn success_between_failures_resets_the_count() -> Result<()> {
 /// Two services on the same endpoint: outcomes in one pool do not affect the other.
 #[test]
 fn pools_that_share_an_endpoint_count_independently() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     bed.namespace.add_address("10.0.0.1/32")?;
     let directory = Directory::new()?;
     let outlier =
@@ -203,14 +203,14 @@ fn pools_that_share_an_endpoint_count_independently() -> Result<()> {
     }
     directory.write("c1/all.yaml", &objects)?;
     let agent = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let failures = |agent: &Agent, count: usize| {
         wait_until("the failures to be reported", BOUND, || {
             ensure!(kinds(agent)?.iter().filter(|kind| *kind == "failed").count() == count);
             Ok(())
         })
     };
-    let serve_once = |client: &mut portolan_tests::Dialler, to: &str| -> Result<()> {
+    let serve_once = |client: &mut portolan_tests::Dialer, to: &str| -> Result<()> {
         assert_eq!(bed.serve_once("10.0.0.1:9080", || client.dial(to, 1))?.errnos(), [0]);
         Ok(())
     };
@@ -234,11 +234,11 @@ fn pools_that_share_an_endpoint_count_independently() -> Result<()> {
 
 #[test]
 fn default_percentage_ejects_none_of_three_and_is_a_finding() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let outlier = json!({"consecutive5xxErrors": 1, "interval": "1s", "baseEjectionTime": "1m"});
     let directory = failover(&bed, &outlier, None)?;
     let agent = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [ECONNREFUSED; 4]);
     wait_until("the ejection limit to be reached", BOUND, || {
         ensure!(kinds(&agent)?.iter().filter(|kind| *kind == "ejection-limited").count() == 4);
@@ -252,12 +252,12 @@ fn default_percentage_ejects_none_of_three_and_is_a_finding() -> Result<()> {
 
 #[test]
 fn connect_timeout_preserves_tcp_user_timeout() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = failover(&bed, &eager(), Some("5s"))?;
     bed.serve("10.0.0.1:9080", "near")?;
     bed.serve("10.0.0.2:9080", "near")?;
     let _agent = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for own in [0, 2_000, 60_000] {
         let reply = client.run(&Task::UserTimeout { to: "172.16.0.10:80".parse()?, own })?;
         assert_eq!((reply.errnos(), reply.value), (vec![0], own));
@@ -288,7 +288,7 @@ fn connect_timeout_preserves_tcp_user_timeout() -> Result<()> {
 
 #[test]
 fn new_endpoint_warms_up() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = Directory::new()?;
     let policy = json!({"loadBalancer": {"simple": "ROUND_ROBIN", "warmup": {"duration": "4s"}}});
     let write = |endpoints: &[(&str, &str, &str)]| {

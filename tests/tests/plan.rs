@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Agent, Bed, Directory,
+    Agent, Directory, TestBed,
     objects::{destination_rule, mesh_config, node, service, slice},
     report::{finding, service_named, shares},
     wait_until,
@@ -108,14 +108,14 @@ fn broken_examples_are_reported() -> Result<()> {
         assert_eq!(code, i32::from(errors), "{text}");
         let config = directory.path().display().to_string();
         let place = ["--config", &config, "--cluster", "c1", "--node", "n1"];
-        let shown = directory.portolan_as_nobody()?.arg("plan").args(place).output()?;
+        let shown = directory.portolan_unprivileged()?.arg("plan").args(place).output()?;
         let shown = String::from_utf8(shown.stdout)?;
         for code in text.lines().next().unwrap().split_whitespace().filter(|word| word.starts_with("PTL")) {
             assert!(shown.contains(code), "{code}: {shown}");
         }
         for service in report["services"].as_array().unwrap() {
             let name = format!("{}/{}", service["namespace"].as_str().unwrap(), service["name"].as_str().unwrap());
-            let explained = directory.portolan_as_nobody()?.args(["explain", &name]).args(place).output()?;
+            let explained = directory.portolan_unprivileged()?.args(["explain", &name]).args(place).output()?;
             assert_eq!(explained.status.code(), Some(0), "{}", String::from_utf8_lossy(&explained.stderr));
         }
     }
@@ -285,7 +285,7 @@ fn object_order_does_not_matter() -> Result<()> {
     assert_eq!(seen[0].0[0]["localities"][1]["share"], json!(0.0));
 
     // The node moves: the far endpoint becomes near at once.
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = Directory::new()?;
     directory.write("rules.yaml", &[rule])?;
     directory.write("c1/all.yaml", &objects(false, "r1/z1"))?;
@@ -398,7 +398,7 @@ fn plan_needs_no_root_and_supports_every_output_format() -> Result<()> {
         &[node("n1", "r1/z1"), service("web", &["172.16.0.10"], 80), slice("web", 9080, &[("10.0.0.1", "n1", "")])],
     )?;
     let run = |more: &[&str]| -> Result<(Option<i32>, String)> {
-        let mut command = directory.portolan_as_nobody()?;
+        let mut command = directory.portolan_unprivileged()?;
         command.arg("plan").arg("--config").arg(directory.path()).args(["--cluster", "c1"]).args(more);
         let output = command.output()?;
         Ok((output.status.code(), String::from_utf8(output.stdout)? + &String::from_utf8(output.stderr)?))
@@ -455,7 +455,7 @@ fn endpoints_outside_the_ranges_of_their_cluster_are_rejected() -> Result<()> {
         endpoints(&["--cluster-ranges", "c2=10.1.0.0/24,10.2.0.1", "--cluster-ranges", "c3=10.9.0.0/16"])?,
         (3, 2)
     );
-    let wrong = directory.portolan_as_nobody()?.args(["plan", "--cluster-ranges", "c2=10.1.0.0/99"]).output()?;
+    let wrong = directory.portolan_unprivileged()?.args(["plan", "--cluster-ranges", "c2=10.1.0.0/99"]).output()?;
     assert!(wrong.status.code() == Some(2) && String::from_utf8_lossy(&wrong.stderr).contains("is not a CIDR range"));
     Ok(())
 }

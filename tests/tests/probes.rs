@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Agent, Bed, Dialler, Directory, Pod,
+    Agent, Dialer, Directory, Pod, TestBed,
     objects::{destination_rule, node, service, slice},
     report::{finding, service_named},
     wait_until,
@@ -36,7 +36,7 @@ struct Server {
 }
 
 impl Server {
-    fn start(bed: &Bed, address: &str, name: &'static str) -> Result<Self> {
+    fn start(bed: &TestBed, address: &str, name: &'static str) -> Result<Self> {
         let address: SocketAddr = address.parse()?;
         let listener = bed.namespace.enter(|| TcpListener::bind(address).context("cannot listen"))?;
         let server = Self { status: Arc::new(AtomicU16::new(200)), asked: Arc::default(), last: Arc::default() };
@@ -95,7 +95,7 @@ fn objects(probe: &str, endpoints: &[(&str, &str, &str)], policy: &Value) -> Vec
 
 const BOTH: [(&str, &str, &str); 2] = [("10.0.0.1", "near", ""), ("10.1.0.1", "far", "")];
 
-fn near_and_far(bed: &Bed, probe: &str) -> Result<(Directory, Server, Server)> {
+fn near_and_far(bed: &TestBed, probe: &str) -> Result<(Directory, Server, Server)> {
     for address in ["10.0.0.1/32", "10.1.0.1/32"] {
         bed.namespace.add_address(address)?;
     }
@@ -107,7 +107,7 @@ fn near_and_far(bed: &Bed, probe: &str) -> Result<(Directory, Server, Server)> {
 }
 
 /// Waits until all connections go to the endpoint with this greeting.
-fn wait_all(agent: &Agent, client: &mut Dialler, expected: &str) -> Result<()> {
+fn wait_all(agent: &Agent, client: &mut Dialer, expected: &str) -> Result<()> {
     wait_until(&format!("all connections to go {expected}"), BOUND, || {
         let greetings = client.dial(WEB, 4)?.greetings().join(" ");
         ensure!(greetings == [expected; 4].join(" "), "{greetings}\n{}", agent.log());
@@ -122,11 +122,11 @@ fn messages(agent: &Agent, kind: &str) -> Result<Vec<String>> {
 
 #[test]
 fn failing_endpoint_is_removed_and_restored() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let probe = "{httpGet: {path: /healthz, httpHeaders: [{name: Host, value: web.example}]}, periodSeconds: 1, failureThreshold: 2, successThreshold: 2}";
     let (directory, near, _far) = near_and_far(&bed, probe)?;
     let agent = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     // A probe enables failover, even without outlierDetection.
     wait_all(&agent, &mut client, "near")?;
     for (status, why) in [(SILENT, "no answer within 1s"), (500, "status 500"), (404, "status 404")] {
@@ -175,12 +175,12 @@ fn failing_endpoint_is_removed_and_restored() -> Result<()> {
 
 #[test]
 fn new_endpoints_are_probed_soon_and_unhealthy_ones_stay_out() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     // Probes are ten seconds apart, but a new endpoint is probed more often until its state is known.
     let (directory, near, far) = near_and_far(&bed, "{httpGet: {}, periodSeconds: 10, failureThreshold: 2}")?;
     near.set(503);
     let mut first = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     wait_all(&first, &mut client, "far")?;
     // Both endpoints are unhealthy: connections are refused.
     far.set(503);
@@ -203,12 +203,12 @@ fn new_endpoints_are_probed_soon_and_unhealthy_ones_stay_out() -> Result<()> {
 
 #[test]
 fn tcp_probe_on_its_own_port_needs_no_request() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let (directory, near, far) =
         near_and_far(&bed, "{tcpSocket: {port: 9999}, periodSeconds: 1, failureThreshold: 1}")?;
     let health = bed.serve_until("10.1.0.1:9999", "health")?;
     let agent = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     wait_all(&agent, &mut client, "far")?;
     assert_eq!((near.asked.load(Ordering::SeqCst), far.asked.load(Ordering::SeqCst)), (0, 0));
     drop(health);
@@ -218,7 +218,7 @@ fn tcp_probe_on_its_own_port_needs_no_request() -> Result<()> {
 
 #[test]
 fn grpc_health_status_decides() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let (directory, ..) =
         near_and_far(&bed, "{grpc: {port: 9443, service: shop.Cart}, periodSeconds: 1, failureThreshold: 2}")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
@@ -238,7 +238,7 @@ fn grpc_health_status_decides() -> Result<()> {
     set(0, ServingStatus::Serving);
     set(1, ServingStatus::Serving);
     let agent = bed.agent(&directory, "c1", "near")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     wait_all(&agent, &mut client, "near")?;
     set(0, ServingStatus::NotServing);
     wait_all(&agent, &mut client, "far")?;
@@ -254,10 +254,10 @@ fn grpc_health_status_decides() -> Result<()> {
 
 #[test]
 fn excess_and_invalid_probes_are_findings() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let (directory, near, _far) = near_and_far(&bed, "{httpGet: {}, periodSeconds: 1, failureThreshold: 1}")?;
     let agent = bed.agent_with(&directory, "c1", "near", &["--probes-per-second", "1"])?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     wait_until("the finding", BOUND, || {
         let report = agent.get("services")?;
         let found = finding(&report, "Probes", "asks for 2 probes per second of 2 endpoints; the limit is 1")?;
@@ -291,7 +291,7 @@ fn excess_and_invalid_probes_are_findings() -> Result<()> {
 /// One pod sees errors of an endpoint that others use as well: a probe by the agent decides.
 #[test]
 fn probe_confirms_failures_seen_by_a_single_pod() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     // A threshold that scheduled probes never reach.
     let (directory, near, _far) = near_and_far(&bed, "{}")?;
     let outlier = json!({"outlierDetection": {

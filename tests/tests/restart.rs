@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Bed, Cgroup, Dialler, Directory, Place, Places,
+    Cgroup, ConnectionSlots, Dialer, Directory, ProcessContext, TestBed,
     dial::Task,
     objects::{destination_rule, mesh_config, node, service, slice},
     wait_until,
@@ -20,7 +20,7 @@ const BOUND: Duration = Duration::from_secs(20);
 const ENETUNREACH: i32 = 101;
 const ECONNREFUSED: i32 = 111;
 
-fn directory(bed: &Bed) -> Result<Directory> {
+fn directory(bed: &TestBed) -> Result<Directory> {
     for i in 1..=2 {
         bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
         bed.serve(&format!("10.0.0.{i}:9080"), &format!("pod{i}"))?;
@@ -39,12 +39,12 @@ fn directory(bed: &Bed) -> Result<Directory> {
 
 #[test]
 fn restart_under_load_fails_no_connections() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = directory(&bed)?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
-    let mut load = bed.dialler()?;
+    let mut load = bed.dialer()?;
     load.begin(&Task::Load { to: "172.16.0.10:80".parse()? })?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for _ in 0..3 {
         agent.process.kill();
         // No agent is running. The load uses the same cursor, so only the sum is certain.
@@ -66,7 +66,7 @@ fn restart_under_load_fails_no_connections() -> Result<()> {
 /// An agent that loses its helper exits with a reason, and the next agent works. A helper exits with its agent.
 #[test]
 fn agent_exits_when_its_helper_exits() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = directory(&bed)?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     let helper = Pid::from_raw(agent.helper()?.try_into()?).context("no process")?;
@@ -74,7 +74,7 @@ fn agent_exits_when_its_helper_exits() -> Result<()> {
     let status = agent.process.wait(BOUND)?;
     ensure!(status.code() == Some(1), "{status}");
     ensure!(agent.log().contains("the helper exited"), "{}", agent.log());
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4]);
     // Conversely, only kernel objects outlive an agent.
     let mut agent = bed.agent(&directory, "c1", "n1")?;
@@ -89,13 +89,13 @@ fn agent_exits_when_its_helper_exits() -> Result<()> {
 
 #[test]
 fn unreadable_configuration_after_a_restart_keeps_previous_frontends() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = directory(&bed)?;
     let other = [service("other", &["172.16.0.20"], 80), slice("other", 9080, &[("10.0.0.2", "n1", "")])];
     directory.write("c1/other.yaml", &other)?;
     let all = directory.path().join("c1/all.yaml");
     let good = fs::read_to_string(&all)?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     bed.agent(&directory, "c1", "n1")?.process.kill();
     for (what, cluster, text) in [
         ("a syntax error", "c1", "kind: Service\nmetadata: {name: [".to_owned()),
@@ -128,7 +128,7 @@ fn unreadable_configuration_after_a_restart_keeps_previous_frontends() -> Result
 
 #[test]
 fn unreadable_mesh_settings_keep_connections_in_the_cluster() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = directory(&bed)?;
     bed.namespace.add_address("10.1.0.1/32")?;
     bed.serve("10.1.0.1:9080", "elsewhere")?;
@@ -138,7 +138,7 @@ fn unreadable_mesh_settings_keep_connections_in_the_cluster() -> Result<()> {
     )?;
     let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["*"]}]});
     directory.write("mesh.yaml", &[mesh_config(&keep)])?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     bed.agent(&directory, "c1", "n1")?.process.kill();
     assert_eq!(client.dial("172.16.0.10:80", 20)?.count("elsewhere"), 0);
 
@@ -174,10 +174,10 @@ fn unreadable_mesh_settings_keep_connections_in_the_cluster() -> Result<()> {
 
 #[test]
 fn objects_moved_between_files_stay_available() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = directory(&bed)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut load = bed.dialler()?;
+    let mut load = bed.dialer()?;
     load.begin(&Task::Load { to: "172.16.0.10:80".parse()? })?;
     let (mut from, mut to) = (directory.path().join("c1/all.yaml"), directory.path().join("c1/zzz.yaml"));
     for i in 0..10 {
@@ -197,7 +197,7 @@ fn objects_moved_between_files_stay_available() -> Result<()> {
 
 #[test]
 fn regular_file_at_the_admin_socket_path_is_not_removed() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = directory(&bed)?;
     fs::write(bed.admin(), "precious")?;
     let mut agent = bed.start(&directory, "c1", "n1")?;
@@ -209,9 +209,9 @@ fn regular_file_at_the_admin_socket_path_is_not_removed() -> Result<()> {
 
 #[test]
 fn shutdown_keeps_pinned_state_and_cleanup_removes_it() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = directory(&bed)?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     let pins = bed.pins().display().to_string();
 
@@ -250,7 +250,7 @@ fn shutdown_keeps_pinned_state_and_cleanup_removes_it() -> Result<()> {
 
 #[test]
 fn second_agent_on_the_same_pins_does_not_start() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = directory(&bed)?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
     let mut second = bed.start(&directory, "c1", "n1")?;
@@ -262,14 +262,14 @@ fn second_agent_on_the_same_pins_does_not_start() -> Result<()> {
 
 #[test]
 fn readiness_reflects_attached_programs() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = directory(&bed)?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     assert_eq!(agent.http("/healthz")?, (200, "ok\n".to_owned()));
     assert_eq!(agent.http("/readyz")?, (200, "ready\n".to_owned()));
     // A program is detached externally: the agent reports it and reattaches the program.
     detach(&bed.pins().join("links/connect4"))?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     wait_until("the program to be reattached", BOUND, || {
         let repaired = agent.events()?.iter().any(|event| {
             event["kind"] == "repaired" && event["message"].as_str().is_some_and(|text| text.contains("connect4"))
@@ -296,15 +296,15 @@ fn readiness_reflects_attached_programs() -> Result<()> {
 
 #[test]
 fn recreated_cgroup_is_served_again() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = directory(&bed)?;
     let name = format!("{}/pods", bed.cgroup.path().file_name().unwrap().display());
     let pods = Cgroup::new(&name)?;
     let path = pods.path().display().to_string();
     let agent = bed.agent_with(&directory, "c1", "n1", &["--cgroup", &path])?;
     let dial = |pods: &Cgroup| {
-        let place = Place { namespace: Some(&bed.namespace), cgroup: Some(pods) };
-        Dialler::start(place)?.dial("172.16.0.10:80", 2)
+        let place = ProcessContext { namespace: Some(&bed.namespace), cgroup: Some(pods) };
+        Dialer::start(place)?.dial("172.16.0.10:80", 2)
     };
     assert_eq!(dial(&pods)?.errnos(), [0; 2]);
     // Kill its processes first: they include the agent's self-probe.
@@ -329,20 +329,20 @@ fn recreated_cgroup_is_served_again() -> Result<()> {
 
 #[test]
 fn connections_closed_while_detached_are_reconciled() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = directory(&bed)?;
     let limit = json!({"trafficPolicy": {"connectionPool": {"tcp": {"maxConnections": 5}}}});
     directory.write("c1/limit.yaml", &[destination_rule("web", &limit)])?;
     let to = "172.16.0.10:80".parse()?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
-    let places = Places::open(bed.pins())?;
+    let places = ConnectionSlots::open(bed.pins())?;
     // Three connections stay open. Two close while sock_ops is detached: first without an agent, then with one.
-    let mut stay = bed.dialler()?;
+    let mut stay = bed.dialer()?;
     stay.run(&Task::Hold { to, times: 3 })?;
     for agent_stopped in [true, false] {
-        let mut leave = bed.dialler()?;
+        let mut leave = bed.dialer()?;
         leave.run(&Task::Hold { to, times: 2 })?;
-        assert_eq!(bed.dialler()?.dial("172.16.0.10:80", 1)?.errnos(), [ECONNREFUSED], "the pool is full");
+        assert_eq!(bed.dialer()?.dial("172.16.0.10:80", 1)?.errnos(), [ECONNREFUSED], "the pool is full");
         if agent_stopped {
             agent.process.kill();
         }
@@ -362,9 +362,9 @@ fn connections_closed_while_detached_are_reconciled() -> Result<()> {
             ensure!(repaired && agent.http("/readyz")?.0 == 200, "{}", agent.log());
             Ok(())
         })?;
-        let mut two = bed.dialler()?;
+        let mut two = bed.dialer()?;
         assert_eq!(two.run(&Task::Hold { to, times: 2 })?.errnos(), [0; 2]);
-        assert_eq!(bed.dialler()?.dial("172.16.0.10:80", 1)?.errnos(), [ECONNREFUSED], "the limit is unchanged");
+        assert_eq!(bed.dialer()?.dial("172.16.0.10:80", 1)?.errnos(), [ECONNREFUSED], "the limit is unchanged");
         drop(two);
         wait_until("their slots to be freed", BOUND, || {
             ensure!(places.connected() == 3, "{} slots are in use", places.connected());
@@ -386,10 +386,10 @@ fn detach(pin: &std::path::Path) -> Result<()> {
 
 #[test]
 fn changes_under_load_fail_no_connections() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = directory(&bed)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut load = bed.dialler()?;
+    let mut load = bed.dialer()?;
     load.begin(&Task::Load { to: "172.16.0.10:80".parse()? })?;
     let end = Instant::now() + Duration::from_secs(3);
     let mut changes = 0;

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Bed, Directory,
+    Directory, TestBed,
     objects::{destination_rule, mesh_config, node, pod, service},
     report, wait_until,
 };
@@ -105,14 +105,14 @@ fn expected(report: &Value) -> BTreeMap<String, f64> {
 
 #[test]
 fn kernel_distributes_as_plan_says() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     for i in 0..ENDPOINTS {
         bed.namespace.add_address(&format!("{}/32", address(i)))?;
         bed.serve(&format!("{}:9080", address(i)), &format!("{}:9080", address(i)))?;
     }
     let directory = Directory::new()?;
     let mut agent = None;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let mut random = StdRng::seed_from_u64(20_261_122);
     let (mut round, mut exact, mut modes) = (0, 0, BTreeMap::<String, usize>::new());
     for attempt in 0.. {

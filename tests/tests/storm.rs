@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use portolan_core::table::Sizes;
 use portolan_tests::{
-    Bed, Dialler, Directory, Place, Places,
+    ConnectionSlots, Dialer, Directory, ProcessContext, TestBed,
     direct::{Direct, table},
     patience,
     storm::{self, Load, Servers},
@@ -66,7 +66,7 @@ fn million_connections_with_a_table_change_every_ten_milliseconds() -> Result<()
 /// Makes `count` connections while tables change at this pace, or as fast as possible if `pace` is zero.
 fn storm(count: u64, pace: Duration) -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let mut addresses = Vec::new();
     for service in 0..SERVICES {
         for number in 0..ENDPOINTS {
@@ -74,18 +74,18 @@ fn storm(count: u64, pace: Duration) -> Result<()> {
             addresses.push((endpoint(service, number), service, number));
         }
     }
-    let _servers = Servers::start(Place { namespace: Some(&bed.namespace), cgroup: None }, &addresses)?;
+    let _servers = Servers::start(ProcessContext { namespace: Some(&bed.namespace), cgroup: None }, &addresses)?;
     // So small that every ID and slot is reused many times.
     let sizes = Sizes { frontends: 8, backends: 48, slots: 256, affinities: 1 };
     let mut direct = Direct::new(&bed, sizes)?;
     let desired = |masks: &[u8]| {
-        let dialled = (0..SERVICES).map(|service| {
+        let dialed = (0..SERVICES).map(|service| {
             let has = |number: &u8| masks[usize::from(service)] & (1 << number) != 0;
             (frontend(service), (0..ENDPOINTS).filter(has).map(|number| endpoint(service, number)).collect())
         });
         // Frontends without clients are added and removed, so that hash table entries move and IDs are reused.
         let others = (SERVICES..2 * SERVICES).filter(|other| masks[usize::from(other % SERVICES)] & 1 != 0);
-        table(dialled.chain(others.map(|other| (frontend(other), vec![endpoint(other % SERVICES, 0)]))))
+        table(dialed.chain(others.map(|other| (frontend(other), vec![endpoint(other % SERVICES, 0)]))))
     };
     let mut published: Vec<Published> = Vec::new();
     let mut publish = |direct: &mut Direct, masks: [u8; SERVICES as usize]| -> Result<()> {
@@ -101,7 +101,7 @@ fn storm(count: u64, pace: Duration) -> Result<()> {
     publish(&mut direct, [0b1; SERVICES as usize])?;
     // Count only now that every file that a publication needs is open.
     let descriptors = || -> Result<usize> { Ok(std::fs::read_dir("/proc/thread-self/fd")?.count()) };
-    let places = Places::open(bed.pins())?;
+    let places = ConnectionSlots::open(bed.pins())?;
     let before = (direct.occupancy(), descriptors()?, places.taken());
     let record = Directory::new()?;
     let path = record.scratch("record");
@@ -153,13 +153,13 @@ fn storm(count: u64, pace: Duration) -> Result<()> {
 fn opt_out_applies_at_any_cgroup_depth() -> Result<()> {
     const ENETUNREACH: i32 = 101;
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     bed.namespace.add_address("10.0.0.1/32")?;
     bed.serve("10.0.0.1:9080", "served")?;
     let mut direct = Direct::new(&bed, Sizes { frontends: 8, backends: 8, slots: 64, affinities: 8 })?;
     direct.publish(&table([("172.16.0.10:80".parse()?, vec!["10.0.0.1:9080".parse()?])]))?;
     let (deep, other) = (bed.cgroup.make_inside("a/b/c/d/e/f")?, bed.cgroup.make_inside("a/c")?);
-    let start = |cgroup| Dialler::start(Place { namespace: Some(&bed.namespace), cgroup: Some(cgroup) });
+    let start = |cgroup| Dialer::start(ProcessContext { namespace: Some(&bed.namespace), cgroup: Some(cgroup) });
     let (mut inside, mut beside) = (start(&deep)?, start(&other)?);
     let mut dial = |expected: [i32; 2]| -> Result<()> {
         let seen = [&mut inside, &mut beside].map(|client| client.dial("172.16.0.10:80", 1).map(|seen| seen.errnos()));
@@ -169,14 +169,14 @@ fn opt_out_applies_at_any_cgroup_depth() -> Result<()> {
     };
     let id = |path: &str| -> Result<u64> { Ok(std::fs::metadata(bed.cgroup.path().join(path))?.ino()) };
     dial([0, 0])?;
-    direct.leave_alone(&[id("a/b")?].into())?;
+    direct.opt_out(&[id("a/b")?].into())?;
     dial([ENETUNREACH, 0])?;
     // So many cgroups that every bit of the filter is set.
     let many = (0..200).map(|i| u64::MAX - i).chain([id("a/b/c/d/e/f")?]).collect();
-    direct.leave_alone(&many)?;
+    direct.opt_out(&many)?;
     dial([ENETUNREACH, 0])?;
-    direct.leave_alone(&[id("a")?].into())?;
+    direct.opt_out(&[id("a")?].into())?;
     dial([ENETUNREACH, ENETUNREACH])?;
-    direct.leave_alone(&[].into())?;
+    direct.opt_out(&[].into())?;
     dial([0, 0])
 }

@@ -6,7 +6,7 @@ use std::{process::Output, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Bed, Directory,
+    Directory, TestBed,
     objects::{destination_rule, node, service, slice},
     wait_until,
 };
@@ -33,7 +33,7 @@ fn directory(policy: &Value) -> Result<Directory> {
 fn run(directory: &Directory, arguments: &[&str]) -> Result<Output> {
     let place = directory.path().display().to_string();
     let arguments = arguments.iter().map(|argument| argument.replace("DIR", &place));
-    Ok(directory.portolan_as_nobody()?.args(arguments).output()?)
+    Ok(directory.portolan_unprivileged()?.args(arguments).output()?)
 }
 
 fn json_of(output: &Output) -> Result<Value> {
@@ -50,7 +50,7 @@ fn explain_agrees_between_files_and_agent() -> Result<()> {
     let eager =
         json!({"outlierDetection": {"consecutive5xxErrors": 1, "maxEjectionPercent": 100, "baseEjectionTime": "1m"}});
     let directory = directory(&eager)?;
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     for i in 1..=2 {
         bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
     }
@@ -72,7 +72,7 @@ fn explain_agrees_between_files_and_agent() -> Result<()> {
     let said = step("locality")["says"].to_string();
     assert!(said.contains("enabled by outlierDetection"), "{said}");
     // The near endpoint refuses and is ejected. The agent then explains what `--eject` shows offline.
-    bed.dialler()?.dial("172.16.0.10:80", 1)?;
+    bed.dialer()?.dial("172.16.0.10:80", 1)?;
     wait_until("the ejection", BOUND, || {
         let now = live("default/web")?;
         ensure!(shares(&now)[0].1 == "ejected", "{now:#}");

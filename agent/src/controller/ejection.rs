@@ -218,7 +218,7 @@ impl EjectionGate {
             let why =
                 "established connections say nothing about responses, and no portolan.io/probe says what to ask for";
             self.report_unconfirmed(view.now, pool, reached, why, effects);
-        } else if view.is_frontend(&probe.as_ref().map_or(reached.address, |probe| probe.dialled(reached.address))) {
+        } else if view.is_frontend(&probe.as_ref().map_or(reached.address, |probe| probe.dialed(reached.address))) {
             let why = "the agent cannot dial it, because its address is also a Service's";
             self.report_unconfirmed(view.now, pool, reached, why, effects);
         } else {

@@ -372,8 +372,8 @@ impl<K: Kernel> Controller<K> {
         let ProbeReport { target, number, failing } = report;
         let (endpoint, probe) = (target.endpoint, &target.probe);
         // The connection to a Service address is rewritten: which endpoint answered is unknown.
-        let dialled = portolan_core::table::key(probe.dialled(endpoint), portolan_core::model::Protocol::Tcp);
-        if failing.is_some() && self.publisher.layout().frontend_id(&dialled).is_some() {
+        let dialed = portolan_core::table::key(probe.dialed(endpoint), portolan_core::model::Protocol::Tcp);
+        if failing.is_some() && self.publisher.layout().frontend_id(&dialed).is_some() {
             tracing::warn!("{endpoint}: {probe} fails, but its address is also a Service's, so the result is ignored");
             return;
         }

@@ -28,7 +28,7 @@ pub enum ProbeResult {
 
 /// Probes an endpoint. The eBPF programs do not rewrite the connection, because an endpoint is not a Service address.
 pub async fn check(endpoint: SocketAddr, probe: &Probe) -> ProbeResult {
-    let address = probe.dialled(endpoint);
+    let address = probe.dialed(endpoint);
     let attempt = async {
         match &probe.kind {
             ProbeKind::Tcp => connect(address).await.map(drop),

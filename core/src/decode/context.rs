@@ -138,7 +138,7 @@ impl Context<'_> {
         let typed = serde_ignored::deserialize(tracked, |path| ignored.push(path.to_string().replace(".?", "")));
         let typed = typed.map_err(|error| invalid(join(at, &track.path().to_string()), error.to_string()))?;
         for path in ignored.iter().filter(|path| !silent(path)) {
-            self.finding(Code::NotHonoured, join(at, path), "is not supported and has no effect");
+            self.finding(Code::FieldIgnored, join(at, path), "is not supported and has no effect");
         }
         Ok(typed)
     }

@@ -331,7 +331,7 @@ fn algorithm(
         (Some(HashSpec { use_source_ip: true }), _) => Some(Algorithm::ConsistentHash),
         (Some(_), _) => {
             let message = "only useSourceIp is supported, because requests are not inspected; ROUND_ROBIN is used";
-            context.finding(Code::NotHonoured, format!("{at}.consistentHash"), message);
+            context.finding(Code::FieldIgnored, format!("{at}.consistentHash"), message);
             None
         }
         (None, None | Some("UNSPECIFIED")) => None,
@@ -363,7 +363,7 @@ fn outlier_detection(
         } else {
             "has no effect without splitExternalLocalOriginErrors"
         };
-        context.finding(Code::NotHonoured, format!("{at}.{field}"), message);
+        context.finding(Code::FieldIgnored, format!("{at}.{field}"), message);
     }
     let time = |field: &str, text: Option<String>, default: Duration| {
         Ok(maybe_duration(format!("{at}.{field}"), text)?.unwrap_or(default))
@@ -399,14 +399,14 @@ fn keepalive(context: &mut Context<'_>, at: &str, spec: KeepaliveSpec) -> Result
         let requested = maybe_duration(format!("{at}.{field}"), value)?;
         if requested.is_some_and(|requested| requested > max) {
             let message = format!("exceeds the limit of the kernel; {} s is used instead", max.as_secs());
-            context.finding(Code::NotHonoured, format!("{at}.{field}"), message);
+            context.finding(Code::FieldIgnored, format!("{at}.{field}"), message);
         }
         Ok(requested.map(|requested| requested.min(max)))
     };
     let (time, interval) = (time("time", spec.time)?, time("interval", spec.interval)?);
     if spec.probes.is_some_and(|probes| probes > Keepalive::MOST_PROBES) {
         let message = format!("exceeds the limit of the kernel; {} is used instead", Keepalive::MOST_PROBES);
-        context.finding(Code::NotHonoured, format!("{at}.probes"), message);
+        context.finding(Code::FieldIgnored, format!("{at}.probes"), message);
     }
     Ok(Keepalive { probes: spec.probes.map(|probes| probes.min(Keepalive::MOST_PROBES)), time, interval })
 }
@@ -415,7 +415,7 @@ fn connection_pool(context: &mut Context<'_>, at: &str, spec: PoolSpec) -> Resul
     // A value of 1 gives each request its own connection, so Portolan balances every request. Nothing to report.
     if spec.http.and_then(|http| http.max_requests_per_connection).is_some_and(|max| max > 1) {
         let message = "is not supported: Portolan balances connections, not requests";
-        context.finding(Code::NotHonoured, format!("{at}.http.maxRequestsPerConnection"), message);
+        context.finding(Code::FieldIgnored, format!("{at}.http.maxRequestsPerConnection"), message);
     }
     let Some(tcp) = spec.tcp else { return Ok(ConnectionPool::default()) };
     let at = format!("{at}.tcp");

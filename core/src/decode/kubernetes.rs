@@ -31,7 +31,7 @@ pub(super) fn service(context: &mut Context<'_>, value: Value) -> Result<Option<
     let spec = service.spec.unwrap_or_default();
     if spec.type_.as_deref() == Some("ExternalName") {
         let message = "ExternalName is a DNS alias without endpoints; the Service is ignored";
-        context.finding(Code::NotHonoured, "spec.type", message);
+        context.finding(Code::FieldIgnored, "spec.type", message);
         return Ok(None);
     }
     let mut ports = Vec::new();
@@ -149,7 +149,7 @@ pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<
     let slice: ApiSlice = context.deserialize_reporting_ignored("", value, |_| false)?;
     if slice.address_type == "FQDN" {
         let message = "FQDN is not supported, because the kernel cannot resolve names; the slice is ignored";
-        context.finding(Code::NotHonoured, "addressType", message);
+        context.finding(Code::FieldIgnored, "addressType", message);
         return Ok(None);
     }
     let service = slice.metadata.labels.unwrap_or_default().remove(SERVICE_OF_SLICE);
@@ -161,7 +161,7 @@ pub(super) fn endpoint_slice(context: &mut Context<'_>, value: Value) -> Result<
     let mut ports = Vec::new();
     for (i, port) in slice.ports.iter().flatten().enumerate() {
         let Some(number) = port.port else {
-            context.finding(Code::NotHonoured, format!("ports[{i}].port"), "is empty: \"all ports\" is not supported");
+            context.finding(Code::FieldIgnored, format!("ports[{i}].port"), "is empty: \"all ports\" is not supported");
             continue;
         };
         let protocol = Protocol::parse(port.protocol.as_deref());

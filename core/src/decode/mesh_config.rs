@@ -71,7 +71,7 @@ pub(super) fn mesh_config(context: &mut Context<'_>, value: Value) -> Result<Mes
     };
     for key in data.into_iter().flat_map(|data| data.keys()).filter(|key| *key != "mesh") {
         context.finding(
-            Code::NotHonoured,
+            Code::FieldIgnored,
             format!("data.{key}"),
             "is not supported: Portolan assumes a flat network and reads only data.mesh",
         );

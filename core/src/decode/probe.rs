@@ -33,14 +33,14 @@ fn read(context: &mut Context<'_>, at: &str, text: &str) -> Result<Probe, Invali
         ("terminationGracePeriodSeconds", spec.termination_grace_period_seconds.is_some()),
     ];
     for (field, _) in unused.iter().filter(|(_, set)| *set) {
-        context.finding(Code::NotHonoured, format!("{at}.{field}"), "is not supported and has no effect");
+        context.finding(Code::FieldIgnored, format!("{at}.{field}"), "is not supported and has no effect");
     }
     let (kind, port) = match (spec.http_get, spec.tcp_socket, spec.grpc, spec.exec) {
         (Some(http), None, None, None) => http_get(context, at, http)?,
         (None, Some(tcp), None, None) => {
             if tcp.host.is_some() {
                 context.finding(
-                    Code::NotHonoured,
+                    Code::FieldIgnored,
                     format!("{at}.tcpSocket.host"),
                     "is not supported: the probe connects to the endpoint itself",
                 );
@@ -92,7 +92,7 @@ fn http_get(
     }
     if http.host.is_some() {
         let message = "is not supported: probes connect to the endpoint; to select a virtual host, set a Host header";
-        context.finding(Code::NotHonoured, format!("{at}.host"), message);
+        context.finding(Code::FieldIgnored, format!("{at}.host"), message);
     }
     let path = http.path.unwrap_or_else(|| "/".to_owned());
     if !path.starts_with('/') || path.parse::<http::Uri>().is_err() {

@@ -89,7 +89,7 @@ pub(super) fn service_entry(context: &mut Context<'_>, mut value: Value) -> Resu
             _ => return Err(invalid("spec.resolution", format!("{resolution:?} is not a valid resolution"))),
         };
         context.finding(
-            Code::NotHonoured,
+            Code::FieldIgnored,
             "spec.resolution",
             format!("{resolution} is not supported: {why}; the ServiceEntry is ignored"),
         );
@@ -100,7 +100,7 @@ pub(super) fn service_entry(context: &mut Context<'_>, mut value: Value) -> Resu
     }
     if spec.hosts.len() > 1 {
         let message = format!("only rules for the first host, {:?}, apply", spec.hosts[0]);
-        context.finding(Code::NotHonoured, "spec.hosts", message);
+        context.finding(Code::FieldIgnored, "spec.hosts", message);
     }
     if spec.workload_selector.is_some() && !spec.endpoints.is_empty() {
         return Err(invalid(
@@ -110,7 +110,7 @@ pub(super) fn service_entry(context: &mut Context<'_>, mut value: Value) -> Resu
     }
     if spec.workload_selector.is_some() {
         let message = "selects only WorkloadEntries; to select Pods, use a Service";
-        context.finding(Code::NotHonoured, "spec.workloadSelector", message);
+        context.finding(Code::FieldIgnored, "spec.workloadSelector", message);
     }
     let mut ports: Vec<ServicePort> = Vec::new();
     for (i, port) in spec.ports.into_iter().enumerate() {

@@ -90,7 +90,7 @@ pub(super) fn virtual_service(context: &mut Context<'_>, mut value: Value) -> Re
     let spec: VirtualServiceSpec = context.deserialize_reporting_ignored("spec", value["spec"].take(), is_name)?;
     if !spec.gateways.is_empty() && !spec.gateways.iter().any(|gateway| gateway == MESH) {
         let message = "does not include \"mesh\": the routes apply only to gateways, so the VirtualService is ignored";
-        context.finding(Code::NotHonoured, "spec.gateways", message);
+        context.finding(Code::FieldIgnored, "spec.gateways", message);
         return Ok(None);
     }
     if spec.hosts.is_empty() {

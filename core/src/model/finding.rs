@@ -63,7 +63,7 @@ codes! {
     // Objects.
     InvalidObject = 20, Error, "Invalid object";
     InvalidPart = 21, Error, "Invalid part of an object";
-    NotHonoured = 22, Warning, "Field has no effect";
+    FieldIgnored = 22, Warning, "Field has no effect";
     ScopeNotEnforceable = 23, Error, "Scope not enforceable per node";
     ForbiddenAddress = 24, Error, "Forbidden address";
     UnknownAnnotation = 25, Error, "Unknown or invalid portolan.io annotation";

@@ -22,7 +22,7 @@ pub struct Probe {
 
 impl Probe {
     /// Returns the address to probe for an endpoint.
-    pub fn dialled(&self, endpoint: SocketAddr) -> SocketAddr {
+    pub fn dialed(&self, endpoint: SocketAddr) -> SocketAddr {
         SocketAddr::new(endpoint.ip(), self.port.unwrap_or(endpoint.port()))
     }
 }

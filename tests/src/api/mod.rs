@@ -20,14 +20,14 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
-use self::{serve::Serving, state::State};
+use self::{serve::Server, state::State};
 use crate::{Directory, Namespace, netns::enter};
 
 /// The fake API server. It shuts down when the value is dropped.
 pub struct Api {
     shared: Arc<Shared>,
     runtime: Option<tokio::runtime::Runtime>,
-    serving: Option<Serving>,
+    serving: Option<Server>,
     listeners: Vec<(File, SocketAddr)>,
     acceptor: TlsAcceptor,
     certificate: String,

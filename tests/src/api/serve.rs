@@ -24,11 +24,11 @@ const LONGEST: u64 = 1_800;
 
 /// The tasks of all listeners. Each owns the tasks of its connections.
 #[derive(Default)]
-pub(super) struct Serving {
+pub(super) struct Server {
     tasks: JoinSet<()>,
 }
 
-impl Serving {
+impl Server {
     pub(super) fn begin(&mut self, listener: TcpListener, acceptor: TlsAcceptor, shared: Arc<Shared>) {
         self.tasks.spawn(async move {
             let mut connections = JoinSet::new();

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use world::World;
 
-use crate::sweep_on_interrupt;
+use crate::cleanup_on_interrupt;
 
 pub use report::{Report, Step};
 
@@ -64,7 +64,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             names.join(", ")
         );
     }
-    sweep_on_interrupt()?;
+    cleanup_on_interrupt()?;
     let mut report = Report::new(options.json);
     let mut last_world = None;
     for scenario in &SCENARIOS {

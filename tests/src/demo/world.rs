@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::pages::Pages;
 use crate::{
-    Agent, Api, Bed, Directory, Namespace, Place, Process, binary, link,
+    Agent, Api, Directory, Namespace, Process, ProcessContext, TestBed, binary, link,
     objects::{node, pod, service, slice},
     unique, wait_until,
 };
@@ -37,7 +37,7 @@ struct Cluster {
     pods: Vec<Pod>,
     gateway: Option<Process>,
     agent: Agent,
-    bed: Bed,
+    bed: TestBed,
     index: usize,
     /// The cluster's API server; `None` if the agents read files.
     api: Option<Api>,
@@ -68,7 +68,7 @@ impl World {
     pub(super) fn new(plans: [Plan; 2], extra: &[(&'static str, u8)], kubernetes: bool) -> Result<Self> {
         let directory = Directory::new()?;
         let client = Namespace::new(unique("client"))?;
-        let beds = [Bed::named(plans[0].id)?, Bed::named(plans[1].id)?];
+        let beds = [TestBed::named(plans[0].id)?, TestBed::named(plans[1].id)?];
         join(&beds, &client)?;
         let mut clusters = Vec::new();
         for (index, (plan, bed)) in plans.into_iter().zip(beds).enumerate() {
@@ -306,7 +306,7 @@ impl World {
         command.arg(format!("http://{}{path}?n=[1-{count}]", gateway_address(gateway)));
         command.stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut curl =
-            Process::spawn(command, Place { namespace: Some(&self.client), cgroup: None }).context("curl")?;
+            Process::spawn(command, ProcessContext { namespace: Some(&self.client), cgroup: None }).context("curl")?;
         let mut text = String::new();
         let mut output = curl.child().stdout.take().context("curl has no output")?;
         output.read_to_string(&mut text)?;
@@ -395,7 +395,7 @@ fn write_cluster(directory: &Directory, index: usize, plan: &Plan, extra: &[(&'s
 }
 
 /// Links the two clusters' namespaces, and the client's namespace to both. There is no route to the outside.
-fn join(beds: &[Bed; 2], client: &Namespace) -> Result<()> {
+fn join(beds: &[TestBed; 2], client: &Namespace) -> Result<()> {
     let [first, second] = [&beds[0].namespace, &beds[1].namespace];
     link((first, "second", "192.168.0.1/30"), (second, "first", "192.168.0.2/30"))?;
     link((client, "first", "192.168.1.1/30"), (first, "client", "192.168.1.2/30"))?;

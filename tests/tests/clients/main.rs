@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Agent, Bed, Directory, Place, Process,
+    Agent, Directory, Process, ProcessContext, TestBed,
     objects::{node, service, slice, udp_service, udp_slice},
     wait_until,
 };
@@ -28,13 +28,13 @@ struct World {
     _server: Process,
     agent: Agent,
     directory: Directory,
-    bed: Bed,
+    bed: TestBed,
 }
 
 impl World {
     /// Starts `server`, which listens on `10.0.0.1:<target>`, behind `172.16.0.10:<port>` over TCP and UDP.
     fn new(port: u16, target: u16, server: impl FnOnce(&Directory) -> Result<Command>) -> Result<Self> {
-        let (bed, directory) = (Bed::new()?, Directory::new()?);
+        let (bed, directory) = (TestBed::new()?, Directory::new()?);
         for address in ["10.0.0.1/32", "10.0.0.9/32"] {
             bed.namespace.add_address(address)?;
         }
@@ -51,7 +51,7 @@ impl World {
         )?;
         let mut command = server(&directory)?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let outside = Place { namespace: Some(&bed.namespace), cgroup: None };
+        let outside = ProcessContext { namespace: Some(&bed.namespace), cgroup: None };
         let server = Process::spawn(command, outside)?;
         let agent = bed.agent(&directory, "c1", "n1")?;
         Ok(Self { bed, directory, agent, _server: server })
@@ -187,7 +187,7 @@ fn postgres(program: &str) -> Result<PathBuf> {
 }
 
 /// Returns a command that runs a program without root, as PostgreSQL requires.
-fn as_nobody(program: &Path) -> Command {
+fn unprivileged(program: &Path) -> Command {
     let (user, group) = (format!("--reuid={NOBODY}"), format!("--regid={NOBODY}"));
     let mut command = Command::new("setpriv");
     command.args([user.as_str(), &group, "--clear-groups"]).arg(program).env("LC_ALL", "C.UTF-8");
@@ -200,12 +200,12 @@ fn psql() -> Result<()> {
         let data = directory.scratch("postgres");
         fs::create_dir(&data)?;
         std::os::unix::fs::chown(&data, Some(NOBODY), Some(NOBODY))?;
-        let mut initdb = as_nobody(&postgres("initdb")?);
+        let mut initdb = unprivileged(&postgres("initdb")?);
         let output =
             initdb.args(["--auth", "trust", "--username", "postgres", "--no-sync", "-D"]).arg(&data).output()?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         fs::write(data.join("pg_hba.conf"), "host all all 0.0.0.0/0 trust\n")?;
-        let mut server = as_nobody(&postgres("postgres")?);
+        let mut server = unprivileged(&postgres("postgres")?);
         server.arg("-D").arg(&data).args(["-h", "10.0.0.1", "-p", "5433", "-k", "", "-F"]);
         Ok(server)
     })?;

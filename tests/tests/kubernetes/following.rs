@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Bed,
+    TestBed,
     objects::{destination_rule, mesh_config, node, plain, pod, service, slice, tcp_route},
     storm::{Load, Servers},
     wait_until,
@@ -16,7 +16,7 @@ fn api_objects_and_their_changes_take_effect() -> Result<()> {
     let (bed, api, kubeconfig) = node_with(&["10.0.0.1", "10.0.0.2"])?;
     api.apply(&web(&["10.0.0.1"]));
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 3)?.greetings(), ["10.0.0.1"; 3]);
     let report = agent.get("services")?;
     assert_eq!((&report["client"]["locality"], &report["findings"]), (&json!("r1/z1"), &json!([])), "{report:#}");
@@ -75,7 +75,7 @@ fn pods_are_watched_only_while_a_rule_needs_their_labels() -> Result<()> {
         tcp_route("front", "web", "v2"),
     ]);
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial("172.16.0.20:80", 4)?.greetings(), ["10.0.0.2"; 4], "{}", agent.log());
     api.apply(&[pod("a", &json!({"version": "v2"}))]);
     wait_endpoints(&agent, "front", &["10.0.0.1:9080 healthy", "10.0.0.2:9080 healthy"])?;
@@ -145,7 +145,7 @@ fn findings_become_events_on_their_objects_once() -> Result<()> {
     let mut objects = web(&["10.0.0.1"]);
     objects.push(destination_rule("nowhere", &json!({})));
     api.apply(&objects);
-    let second = Bed::new()?;
+    let second = TestBed::new()?;
     let reach = api.reach(&second.namespace)?;
     let _agents = [
         bed.agent_on_api(&kubeconfig, "c1", "n1", &["--kubernetes-events"])?,
@@ -196,7 +196,7 @@ fn dual_stack_service_is_served() -> Result<()> {
         plain(slice("web", 9080, &[("fd00::1", "n1", "")])),
     ]);
     let _agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.0.0.1"; 2]);
     assert_eq!(client.dial("[fd16::10]:80", 2)?.greetings(), ["six"; 2]);
     Ok(())

@@ -10,7 +10,7 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Agent, Api, Bed,
+    Agent, Api, TestBed,
     objects::{node, plain, service, slice},
     wait_until,
 };
@@ -25,8 +25,8 @@ const AFTER_LONG: Duration = Duration::from_secs(90);
 const SOON: [&str; 4] = ["--resync", "2s", "--watch-timeout", "1s"];
 
 /// Sets up a node and its API server, and returns the kubeconfig of the agent. Each address serves its own name.
-fn node_with(addresses: &[&str]) -> Result<(Bed, Api, PathBuf)> {
-    let bed = Bed::new()?;
+fn node_with(addresses: &[&str]) -> Result<(TestBed, Api, PathBuf)> {
+    let bed = TestBed::new()?;
     for address in addresses {
         bed.namespace.add_address(&format!("{address}/32"))?;
         bed.serve(&format!("{address}:9080"), address)?;

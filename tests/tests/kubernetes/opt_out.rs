@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Cgroup, Dialler, Place,
+    Cgroup, Dialer, ProcessContext,
     dial::{Sender, Task},
     objects::{node, pod, udp_service, udp_slice},
     wait_until,
@@ -31,18 +31,18 @@ fn namespace(value: Option<&str>) -> Value {
 }
 
 /// Creates the cgroup of a container as the kubelet does with the cgroupfs driver.
-fn plain_cgroup_of(bed: &Bed, name: &str) -> Result<Cgroup> {
+fn plain_cgroup_of(bed: &TestBed, name: &str) -> Result<Cgroup> {
     bed.cgroup.make_inside(&format!("kubepods/burstable/poduid-default-{name}/{name}"))
 }
 
 /// Creates the cgroup of a container as the kubelet does with the systemd driver.
-fn cgroup_of(bed: &Bed, name: &str) -> Result<Cgroup> {
+fn cgroup_of(bed: &TestBed, name: &str) -> Result<Cgroup> {
     let slice = format!("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-poduid_default_{name}.slice");
     bed.cgroup.make_inside(&format!("{slice}/cri-containerd-{name}.scope"))
 }
 
-fn client_in(bed: &Bed, cgroup: &Cgroup) -> Result<Dialler> {
-    Dialler::start(Place { namespace: Some(&bed.namespace), cgroup: Some(cgroup) })
+fn client_in(bed: &TestBed, cgroup: &Cgroup) -> Result<Dialer> {
+    Dialer::start(ProcessContext { namespace: Some(&bed.namespace), cgroup: Some(cgroup) })
 }
 
 /// Waits until exactly these pods are opted out, with their cgroups.
@@ -76,7 +76,7 @@ fn labeled_pods_are_opted_out() -> Result<()> {
     let datagram = || -> Result<Task> { Ok(Task::HoldDatagram { to: DNS.parse()?, mapped: false, then: None }) };
     let send =
         || -> Result<Task> { Ok(Task::Datagrams { to: DNS.parse()?, times: 2, from: Sender::Fresh, mapped: false }) };
-    let answer = |client: &mut Dialler| client.dial(WEB, 2);
+    let answer = |client: &mut Dialer| client.dial(WEB, 2);
     for (client, greetings, errnos) in [(&mut a, [""; 2], [ENETUNREACH; 2]), (&mut b, ["10.0.0.1"; 2], [0; 2])] {
         let seen = answer(client)?;
         assert_eq!((seen.greetings(), seen.errnos()), (greetings.to_vec(), errnos.to_vec()));
@@ -158,7 +158,7 @@ fn opt_out_persists_while_pods_cannot_be_read() -> Result<()> {
     api.forbid("pods", true);
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &["--max-backends", "1000", "--resync", "2s"])?;
     wait_finding(&agent, "PTL0111", "pods (opt-out)")?;
-    assert_eq!(bed.dialler()?.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
+    assert_eq!(bed.dialer()?.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
     assert_eq!(a.dial(WEB, 1)?.errnos(), [ENETUNREACH]);
     // Pods can be read again, and the label is gone.
     api.apply(&[labeled("a", None)]);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Api, Bed,
+    Api, TestBed,
     api::secret,
     objects::{node, plain, service, slice},
     wait_until,
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::*;
 
 /// Sets up a second cluster with an endpoint of the same service, and returns the Secret that configures it.
-fn second(bed: &Bed, endpoint: &str) -> Result<(Api, Value)> {
+fn second(bed: &TestBed, endpoint: &str) -> Result<(Api, Value)> {
     let mut api = Api::new()?;
     api.apply(&[
         node("n2", "r2/z1"),
@@ -41,7 +41,7 @@ fn remote_clusters_are_added_changed_and_removed() -> Result<()> {
     assert_eq!(endpoints(&agent, "foreign")?, Vec::<String>::new());
     assert_eq!(source(&agent, "c2", "endpointslices.discovery.k8s.io")?["objects"], json!(2));
     assert_eq!(other.asked("list", "configmaps") + other.asked("list", "destinationrules.networking.istio.io"), 0);
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let seen = client.dial(WEB, 10)?;
     assert_eq!((seen.count("10.0.0.1"), seen.count("10.1.0.1")), (5, 5));
 
@@ -106,7 +106,7 @@ fn unreachable_remote_cluster_delays_startup_only_briefly() -> Result<()> {
     })?;
     println!("ready after {:.1?} without a configured cluster", began.elapsed());
     wait_finding(&agent, "PTL0110", "Cluster c2")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
     other.start()?;
     wait_until("the endpoints of the other cluster", AFTER_LONG, || {
@@ -127,7 +127,7 @@ fn endpoints_of_an_unreachable_cluster_survive_a_restart() -> Result<()> {
     api.apply(&web(&[]));
     api.apply(&[named]);
     let mut agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
     agent.process.signal(rustix::process::Signal::TERM)?;
     agent.process.wait(BOUND)?;
@@ -158,7 +158,7 @@ fn remote_endpoints_survive_a_restart_while_secrets_cannot_be_read() -> Result<(
     api.apply(&web(&[]));
     api.apply(&[named]);
     let mut agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 2)?.greetings(), ["10.1.0.1"; 2]);
     agent.process.kill();
     api.forbid("secrets", true);

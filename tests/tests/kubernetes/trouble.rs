@@ -4,7 +4,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Api, Bed, Directory,
+    Api, Directory, TestBed,
     objects::{destination_rule, mesh_config, node, plain, service, slice},
     storm::{Load, Servers},
     wait_until,
@@ -16,7 +16,7 @@ use super::*;
 /// The API server is down while a load runs and objects change.
 #[test]
 fn api_outage_fails_no_connections_and_one_relist_catches_up() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let mut api = Api::new()?;
     let kubeconfig = api.reach(&bed.namespace)?;
     bed.namespace.add_address("10.0.0.1/32")?;
@@ -117,7 +117,7 @@ fn forbidden_resource_is_reported_and_the_rest_works() -> Result<()> {
     api.apply(&web(&["10.0.0.1"]));
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &SOON)?;
     wait_finding(&agent, "PTL0111", "not allowed to list virtualservices.networking.istio.io")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
     api.apply(&[web_slice(&["10.0.0.2"])]);
     wait_endpoints(&agent, "web", &["10.0.0.2:9080 healthy"])?;
@@ -170,7 +170,7 @@ fn invalid_objects_are_findings_and_the_rest_works() -> Result<()> {
             .is_empty()
     );
     assert_eq!(endpoints(&agent, "wide")?.len(), 1_000);
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 3)?.greetings(), ["10.0.0.1"; 3]);
     Ok(())
 }
@@ -213,7 +213,7 @@ fn rejected_token_is_retried() -> Result<()> {
     ensure!(agent.http("/readyz")?.0 == 503);
     api.accept(true);
     agent.wait_ready()?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
     // The last known state stays in effect.
     api.accept(false);
@@ -242,7 +242,7 @@ fn api_server_service_never_loses_all_endpoints() -> Result<()> {
         json!({"consecutive5xxErrors": 1, "interval": "1s", "baseEjectionTime": "1m", "maxEjectionPercent": 100});
     api.apply(&[destination_rule("kubernetes", &json!({"trafficPolicy": {"outlierDetection": outlier}}))]);
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     api.apply(&[own(&[])]);
     wait_finding(&agent, "PTL0113", "the last known ones stay")?;
     let own_service = plain(service("kubernetes", &["172.16.0.1"], 443));
@@ -283,7 +283,7 @@ fn missing_api_access_is_an_error_at_startup() -> Result<()> {
         (vec!["--kubernetes", "--config", "/etc"], "cannot be used with"),
         (vec![], "--config"),
     ] {
-        let bed = Bed::new()?;
+        let bed = TestBed::new()?;
         let cgroup = bed.cgroup.path().display().to_string();
         let pins = bed.pins().display().to_string();
         let admin = bed.admin().display().to_string();
@@ -315,7 +315,7 @@ fn oversized_pages_are_requested_in_smaller_ones() -> Result<()> {
     api.apply(&large);
     let agent = bed.agent_on_api(&kubeconfig, "c1", "n1", &[])?;
     assert_eq!(source(&agent, "c1", "services")?["objects"], json!(41));
-    assert_eq!(bed.dialler()?.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
+    assert_eq!(bed.dialer()?.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
     // Two responses were aborted, and then pages had 7 objects.
     assert_eq!(api.asked("list", "services"), 8);
     Ok(())
@@ -385,6 +385,6 @@ fn api_server_flag_overrides_the_kubeconfig() -> Result<()> {
     let kubeconfig = directory.scratch("kubeconfig");
     std::fs::write(&kubeconfig, dead.to_string())?;
     bed.agent_on_api(&kubeconfig, "c1", "n1", &["--api-server", &format!("https://{address}")])?;
-    assert_eq!(bed.dialler()?.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
+    assert_eq!(bed.dialer()?.dial(WEB, 1)?.greetings(), ["10.0.0.1"]);
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Bed, Cgroup, Dialler, Directory, Foreign, Place,
+    Cgroup, Dialer, Directory, ForeignProgram, ProcessContext, TestBed,
     dial::{Sender, Task},
     objects::{destination_rule, node, service, slice},
     unique, wait_until,
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::world::{BOUND, DNS, ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, WEB, metric, send, two_pods, write_pods};
 
 /// Runs `portolan doctor` and returns its JSON report and its exit code.
-fn doctor(bed: &Bed) -> Result<(Value, i32)> {
+fn doctor(bed: &TestBed) -> Result<(Value, i32)> {
     let (cgroup, pins) = (bed.cgroup.path().display().to_string(), bed.pins().display().to_string());
     let admin = bed.admin().display().to_string();
     let output = bed.portolan(&["doctor", "--cgroup", &cgroup, "--bpffs", &pins, "--admin", &admin, "-o", "json"])?;
@@ -26,11 +26,11 @@ fn state(diagnosis: &Value, check: &str) -> Value {
 
 #[test]
 fn lesson_07_refusals_never_return_eperm() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     write_pods(&directory, &[])?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 3)?.errnos(), [ECONNREFUSED; 3]);
     for from in [Sender::Connected, Sender::Fresh] {
         assert_eq!(send(&mut client, DNS, 3, from)?.errnos(), [ECONNREFUSED; 3]);
@@ -40,7 +40,7 @@ fn lesson_07_refusals_never_return_eperm() -> Result<()> {
 
 #[test]
 fn lesson_08_refusals_return_the_expected_errno() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = Directory::new()?;
     let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["strict.default.svc.cluster.local"]}]});
     directory.write("mesh.yaml", &[portolan_tests::objects::mesh_config(&keep)])?;
@@ -53,7 +53,7 @@ fn lesson_08_refusals_return_the_expected_errno() -> Result<()> {
         ],
     )?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for (to, errno) in [
         (WEB, ECONNREFUSED),
         ("[fd16::10]:80", ECONNREFUSED),
@@ -70,7 +70,7 @@ fn lesson_08_refusals_return_the_expected_errno() -> Result<()> {
 
 #[test]
 fn lesson_09_programs_on_the_wrong_cgroup_are_detected_and_reattached() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     // A previous agent with the same pins served another cgroup.
     let other = Cgroup::new(&unique("other"))?;
@@ -79,7 +79,7 @@ fn lesson_09_programs_on_the_wrong_cgroup_are_detected_and_reattached() -> Resul
     previous.process.kill();
     let (diagnosis, code) = doctor(&bed)?;
     assert_eq!((state(&diagnosis, "programs"), code), (json!("error"), 1), "{diagnosis:#}");
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 1)?.errnos(), [ENETUNREACH]);
 
     let agent = bed.agent(&directory, "c1", "n1")?;
@@ -91,14 +91,14 @@ fn lesson_09_programs_on_the_wrong_cgroup_are_detected_and_reattached() -> Resul
         (json!("ok"), json!("ok"), 0),
         "{diagnosis:#}"
     );
-    let mut outside = Dialler::start(Place { namespace: Some(&bed.namespace), cgroup: Some(&other) })?;
+    let mut outside = Dialer::start(ProcessContext { namespace: Some(&bed.namespace), cgroup: Some(&other) })?;
     assert_eq!(outside.dial(WEB, 1)?.errnos(), [ENETUNREACH], "the previous cgroup is no longer served");
     Ok(())
 }
 
 #[test]
 fn lesson_09_second_agent_on_the_same_cgroup_does_not_start() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     let pins = format!("{}-b", bed.pins().display());
@@ -112,7 +112,7 @@ fn lesson_09_second_agent_on_the_same_cgroup_does_not_start() -> Result<()> {
     let mut second = bed.start_with(&directory, "c1", "n1", &more)?;
     assert_eq!(second.process.wait(BOUND)?.code(), Some(1));
     assert!(second.log().contains("programs of another Portolan"), "{}", second.log());
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 2)?.errnos(), [0; 2]);
     let cleaned = bed.portolan(&["cleanup", "--bpffs", &pins])?;
     assert!(cleaned.status.success(), "{cleaned:?}");
@@ -121,12 +121,12 @@ fn lesson_09_second_agent_on_the_same_cgroup_does_not_start() -> Result<()> {
 
 #[test]
 fn lesson_10_foreign_programs_stay_attached() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
-    let foreign = Foreign::attach(&bed.cgroup)?;
+    let foreign = ForeignProgram::attach(&bed.cgroup)?;
     // The agent starts, serves, is killed, restarts, and is cleaned up.
     let mut agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 2)?.errnos(), [0; 2]);
     assert!(foreign.is_attached());
     let (diagnosis, code) = doctor(&bed)?;
@@ -159,7 +159,7 @@ const BUDGETS: [(&str, u32); 10] = [
 
 #[test]
 fn lesson_11_programs_stay_within_their_instruction_budgets() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     // The packet program is loaded only if a rule counts errors on an HTTP port.
     let outlier = json!({"trafficPolicy": {"outlierDetection": {"consecutive5xxErrors": 1}}});
@@ -180,14 +180,14 @@ fn lesson_11_programs_stay_within_their_instruction_budgets() -> Result<()> {
 
 #[test]
 fn lesson_12_frontend_that_does_not_fit_is_refused_and_reported_until_there_is_room() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     // `web` has two backends, `dns` the same two on another port, and the self-probe one: one entry is free.
     let sizes = ["--max-backends", "6", "--max-frontends", "16", "--max-slots", "64"];
     let mut agent = bed.agent_with(&directory, "c1", "n1", &sizes)?;
     assert_eq!(metric(&agent, "portolan_map_entries{map=\"backends\"}")?, 5);
     assert_eq!(metric(&agent, "portolan_map_capacity{map=\"backends\"}")?, 6);
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for i in 3..=4 {
         bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
         bed.serve(&format!("10.0.0.{i}:9080"), "more")?;
@@ -206,7 +206,7 @@ fn lesson_12_frontend_that_does_not_fit_is_refused_and_reported_until_there_is_r
     assert_eq!(client.dial(WEB, 4)?.count("pod1"), 2);
     assert_eq!(metric(&agent, "portolan_map_entries{map=\"backends\"}")?, 6);
     // An agent with larger maps takes over without failed connections.
-    let mut load = bed.dialler()?;
+    let mut load = bed.dialer()?;
     load.begin(&Task::Load { to: WEB.parse()? })?;
     agent.process.kill();
     let agent = bed.agent_with(&directory, "c1", "n1", &["--max-backends", "100"])?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Bed, Dialler, Directory, Namespace, Place,
+    Dialer, Directory, Namespace, ProcessContext, TestBed,
     dial::{Sender, Task},
     objects::{node, service, slice, udp_service, udp_slice},
     unique, wait_until,
@@ -15,7 +15,7 @@ use crate::world::{BOUND, DNS, ECONNABORTED, ECONNREFUSED, WEB, metric, send, tw
 
 #[test]
 fn lesson_01_connected_udp_sockets_to_a_removed_endpoint_are_closed() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = Directory::new()?;
     for i in 1..=2 {
         bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
@@ -29,7 +29,7 @@ fn lesson_01_connected_udp_sockets_to_a_removed_endpoint_are_closed() -> Result<
     };
     write(&[("10.0.0.1", "n1", ""), ("10.0.0.2", "n1", "")])?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let dns = "172.16.0.53:53".parse()?;
     // Four sockets through the Service, two to each endpoint. Three that dialed the endpoint itself, two of them after
     // the Service.
@@ -60,7 +60,7 @@ fn lesson_01_connected_udp_sockets_to_a_removed_endpoint_are_closed() -> Result<
 
 #[test]
 fn lesson_01_udp_sockets_are_closed_in_every_network_namespace() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
     // Two pods, each with its own network namespace, in which the endpoints are.
@@ -70,7 +70,7 @@ fn lesson_01_udp_sockets_are_closed_in_every_network_namespace() -> Result<()> {
         for i in 1..=2 {
             pod.add_address(&format!("10.0.0.{i}/32"))?;
         }
-        let mut client = Dialler::start(Place { namespace: Some(pod), cgroup: Some(&bed.cgroup) })?;
+        let mut client = Dialer::start(ProcessContext { namespace: Some(pod), cgroup: Some(&bed.cgroup) })?;
         for _ in 0..2 {
             client.run(&Task::HoldDatagram { to: DNS.parse()?, mapped: false, then: None })?;
         }
@@ -90,12 +90,12 @@ fn lesson_01_udp_sockets_are_closed_in_every_network_namespace() -> Result<()> {
 
 #[test]
 fn lesson_02_other_traffic_does_not_evict_udp_affinity() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     let _agent = bed.agent_with(&directory, "c1", "n1", &["--max-affinities", "16"])?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let first = send(&mut client, DNS, 1, Sender::Kept)?;
-    let mut others = bed.dialler()?;
+    let mut others = bed.dialer()?;
     let count = 4_000;
     assert_eq!(send(&mut others, DNS, count, Sender::Fresh)?.errnos(), vec![0; count as usize]);
     let again = send(&mut client, DNS, 2, Sender::Kept)?;
@@ -106,7 +106,7 @@ fn lesson_02_other_traffic_does_not_evict_udp_affinity() -> Result<()> {
 
 #[test]
 fn lesson_03_reconnected_tcp_socket_has_no_stale_state() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     for (address, greeting) in [("10.0.0.1", "web"), ("10.0.0.2", "other")] {
         bed.namespace.add_address(&format!("{address}/32"))?;
         bed.serve(&format!("{address}:9080"), greeting)?;
@@ -123,7 +123,7 @@ fn lesson_03_reconnected_tcp_socket_has_no_stale_state() -> Result<()> {
         ],
     )?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for (then, peer) in [
         // Directly to the endpoint that the Service selected: getpeername() returns the address that was dialed.
         ("10.0.0.1:9080", "10.0.0.1:9080"),
@@ -155,10 +155,10 @@ fn lesson_03_reconnected_tcp_socket_has_no_stale_state() -> Result<()> {
 
 #[test]
 fn lesson_03_disconnected_udp_socket_has_no_stale_state() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     let _agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for then in ["10.0.0.1:5353", "10.0.0.2:5353", DNS] {
         // Twice, so that the Service selects each endpoint once.
         for _ in 0..2 {
@@ -178,10 +178,10 @@ fn lesson_03_disconnected_udp_socket_has_no_stale_state() -> Result<()> {
 
 #[test]
 fn lesson_04_unconnected_udp_socket_keeps_its_source_port() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let first = send(&mut client, DNS, 1, Sender::Kept)?;
     // A connected socket to the same endpoint shows when sockets have been closed.
     for _ in 0..2 {
@@ -202,7 +202,7 @@ fn lesson_04_unconnected_udp_socket_keeps_its_source_port() -> Result<()> {
 #[test]
 fn lesson_05_tcp_is_closed_only_if_configured_and_in_one_pass_per_batch() -> Result<()> {
     for (setting, closed) in [("keep", 0), ("reset", 20)] {
-        let bed = Bed::new()?;
+        let bed = TestBed::new()?;
         let directory = Directory::new()?;
         let mut objects = vec![node("n1", "r1")];
         let mut fewer = objects.clone();
@@ -221,7 +221,7 @@ fn lesson_05_tcp_is_closed_only_if_configured_and_in_one_pass_per_batch() -> Res
         }
         directory.write("c1/all.yaml", &objects)?;
         let agent = bed.agent_with(&directory, "c1", "n1", &["--gone-connections", setting])?;
-        let mut client = bed.dialler()?;
+        let mut client = bed.dialer()?;
         for i in 1..=20 {
             client.run(&Task::Hold { to: format!("172.16.0.{i}:80").parse()?, times: 2 })?;
         }
@@ -247,10 +247,10 @@ fn lesson_05_tcp_is_closed_only_if_configured_and_in_one_pass_per_batch() -> Res
 
 #[test]
 fn lesson_06_v4_mapped_addresses_are_handled_as_ipv4() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     let agent = bed.agent_with(&directory, "c1", "n1", &["--gone-connections", "reset"])?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     // The connect, getpeername, sendmsg, and recvmsg hooks.
     let task = Task::Dial { to: WEB.parse()?, times: 2, mapped: true, nonblocking: false, send: 0 };
     let reply = client.run(&task)?;

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Result, bail, ensure};
 use portolan_tests::{
-    Agent, Bed, Directory, Held, Places,
+    Agent, BlockedFile, ConnectionSlots, Directory, TestBed,
     dial::{Sender, Task},
     objects::{node, service, slice, udp_service, udp_slice},
     patience,
@@ -24,16 +24,16 @@ use crate::world::{
 
 #[test]
 fn lesson_13_nothing_is_removed_before_the_initial_sync() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     agent.process.kill();
     // The agent starts, but blocks while it opens the only file.
     let all = directory.path().join("c1/all.yaml");
-    let blocked = Held::open(&all)?;
+    let blocked = BlockedFile::open(&all)?;
     let mut agent = bed.start(&directory, "c1", "n1")?;
     blocked.wait(BOUND)?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial("172.16.0.10:80", 4)?.errnos(), [0; 4], "frontends of the previous agent stay in effect");
     drop(blocked);
     agent.wait_ready()?;
@@ -64,10 +64,10 @@ fn lesson_13_nothing_is_removed_before_the_initial_sync() -> Result<()> {
 
 #[test]
 fn lesson_14_rescan_finds_changes_that_the_watch_misses() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     let _agent = bed.agent_with(&directory, "c1", "n1", &["--rescan", "300ms"])?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 2)?.errnos(), [0; 2]);
     // The watched directory is replaced by another one, whose contents cause no inotify events.
     let other = Directory::new()?;
@@ -82,7 +82,7 @@ fn lesson_14_rescan_finds_changes_that_the_watch_misses() -> Result<()> {
 }
 
 /// Runs `change` under load and checks that no connection fails or is misrouted.
-fn assert_no_failures_during(bed: &Bed, what: &str, change: impl FnOnce() -> Result<()>) -> Result<()> {
+fn assert_no_failures_during(bed: &TestBed, what: &str, change: impl FnOnce() -> Result<()>) -> Result<()> {
     let load = Load::start(bed.place(), &storm_frontends(), u64::MAX, None)?;
     change()?;
     let summary = load.stop()?;
@@ -93,14 +93,14 @@ fn assert_no_failures_during(bed: &Bed, what: &str, change: impl FnOnce() -> Res
 
 #[test]
 fn lesson_15_upgrade_and_downgrade_lose_no_connections() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let _servers = storm_servers(&bed)?;
     let directory = Directory::new()?;
     directory.write("c1/all.yaml", &storm_objects(&[0b1111]))?;
     let schema = |agent: &portolan_tests::Agent| -> Result<u64> { metric(agent, "portolan_schema") };
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     let own = schema(&agent)?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let frontend = storm_frontends()[0];
     client.run(&Task::Hold { to: frontend, times: 1 })?;
     for (program, expected) in [("portolan-next", own + 1), ("portolan", own), ("portolan-next", own + 1)] {
@@ -148,7 +148,7 @@ fn kill_before(kind: Step, number: u32, agent: &mut Agent, steps: &Steps) -> Res
 
 #[test]
 fn lesson_15_kill_before_any_upgrade_step_loses_no_connections() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let _servers = storm_servers(&bed)?;
     let directory = Directory::new()?;
     directory.write("c1/all.yaml", &storm_objects(&[0b1111]))?;
@@ -171,7 +171,7 @@ fn lesson_15_kill_before_any_upgrade_step_loses_no_connections() -> Result<()> {
     let emulated = patience() > 1;
     let kinds = [Step::UpdateLink, Step::MakeMap, Step::LoadProgram, Step::Pin, Step::Files];
     let kinds = if emulated { &kinds[..1] } else { &kinds[..] };
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let to = storm_frontends()[0].to_string();
     let mut kill_all = || {
         for &kind in kinds {
@@ -212,7 +212,7 @@ fn lesson_15_kill_before_any_upgrade_step_loses_no_connections() -> Result<()> {
 
 #[test]
 fn lesson_15_udp_flows_continue_after_an_upgrade() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     bed.namespace.add_address("10.0.0.3/32")?;
     bed.serve_datagrams("10.0.0.3:5353", "names")?;
@@ -222,7 +222,7 @@ fn lesson_15_udp_flows_continue_after_an_upgrade() -> Result<()> {
         &[udp_service("names", &["172.16.0.54"], 53), udp_slice("names", 5353, &[("10.0.0.3", "n1", "")])],
     )?;
     let mut agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for program in ["portolan-next", "portolan"] {
         for round in 0..3 {
             for (to, greeting) in [(DNS, "pod"), (names, "names")] {
@@ -240,7 +240,7 @@ fn lesson_15_udp_flows_continue_after_an_upgrade() -> Result<()> {
 
 #[test]
 fn lesson_15_new_version_waits_for_a_complete_table() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     bed.agent(&directory, "c1", "n1")?.process.kill();
     let good = fs::read_to_string(directory.path().join("c1/all.yaml"))?;
@@ -251,7 +251,7 @@ fn lesson_15_new_version_waits_for_a_complete_table() -> Result<()> {
         ensure!(status == 503 && why.contains("previous version"), "{status} {why}");
         Ok(())
     })?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial(WEB, 4)?.count("pod1"), 2, "the previous version's tables stay in effect");
     directory.write_text("c1/all.yaml", &good)?;
     agent.wait_ready()?;
@@ -266,7 +266,7 @@ fn connections() -> u64 {
 
 #[test]
 fn lesson_16_update_storm_misroutes_no_connections() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let _servers = storm_servers(&bed)?;
     let directory = Directory::new()?;
     directory.write("c1/all.yaml", &storm_objects(&[0b1111]))?;
@@ -278,7 +278,7 @@ fn lesson_16_update_storm_misroutes_no_connections() -> Result<()> {
             .into_iter()
             .collect()
     };
-    let places = Places::open(bed.pins())?;
+    let places = ConnectionSlots::open(bed.pins())?;
     let before = (entries()?, descriptors()?, 0);
     let count = connections();
     let mut load = Load::start(bed.place(), &storm_frontends(), count, None)?;
@@ -315,10 +315,10 @@ fn lesson_16_update_storm_misroutes_no_connections() -> Result<()> {
 
 #[test]
 fn lesson_17_last_known_state_survives_loss_of_the_source() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     let agent = bed.agent_with(&directory, "c1", "n1", &["--rescan", "200ms"])?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     fs::rename(directory.path(), directory.scratch("away"))?;
     wait_until("the finding", BOUND, || {
         let findings = agent.get("services")?["findings"].to_string();
@@ -336,10 +336,10 @@ fn lesson_17_last_known_state_survives_loss_of_the_source() -> Result<()> {
 
 #[test]
 fn lesson_18_invalid_objects_are_reported_and_the_rest_works() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     let odd: [(&str, &str, Value); 5] = [
         ("a-number", "Service default/a-number", json!({"kind": "Service", "spec": 7})),
         (
@@ -389,7 +389,7 @@ fn lesson_18_invalid_objects_are_reported_and_the_rest_works() -> Result<()> {
 
 #[test]
 fn lesson_19_thousands_of_services_and_hundreds_of_entries_work() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
     let (services, entries) = (2_000u32, 300u32);
     let mut objects = Vec::new();
@@ -420,7 +420,7 @@ fn lesson_19_thousands_of_services_and_hundreds_of_entries_work() -> Result<()> 
     agent.process.kill();
     let agent = bed.agent_with(&directory, "c1", "n1", &["--max-frontends", "3000"])?;
     assert!(metric(&agent, "portolan_map_entries{map=\"frontends\"}")? >= u64::from(services + entries));
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     for i in (0..services).step_by(397) {
         assert_eq!(client.dial(&format!("172.20.{}.{}:80", i / 250, i % 250), 1)?.greetings(), ["pod1"]);
     }
@@ -432,7 +432,7 @@ fn lesson_19_thousands_of_services_and_hundreds_of_entries_work() -> Result<()> 
 
 #[test]
 fn lesson_20_strict_cluster_local_service_refuses_without_fallback() -> Result<()> {
-    let bed = Bed::new()?;
+    let bed = TestBed::new()?;
     let directory = Directory::new()?;
     // The only endpoint is in another cluster, and the service is made strictly cluster-local.
     bed.namespace.add_address("10.1.0.1/32")?;
@@ -443,7 +443,7 @@ fn lesson_20_strict_cluster_local_service_refuses_without_fallback() -> Result<(
         &[node("n2", "r1"), service("web", &["172.17.0.10"], 80), slice("web", 9080, &[("10.1.0.1", "n2", "")])],
     )?;
     let agent = bed.agent(&directory, "c1", "n1")?;
-    let mut client = bed.dialler()?;
+    let mut client = bed.dialer()?;
     assert_eq!(client.dial("172.16.0.10:80", 2)?.greetings(), ["elsewhere"; 2], "services merge across clusters");
 
     let keep =

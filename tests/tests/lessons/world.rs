@@ -4,7 +4,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, Result};
 use portolan_tests::{
-    Agent, Bed, Dialler, Directory, Place,
+    Agent, Dialer, Directory, ProcessContext, TestBed,
     dial::{Reply, Sender, Task},
     objects::{node, service, slice, udp_service, udp_slice},
     storm::Servers,
@@ -20,7 +20,7 @@ pub(crate) const WEB: &str = "172.16.0.10:80";
 pub(crate) const DNS: &str = "172.16.0.53:53";
 
 /// Starts two pods that serve `web` over TCP and `dns` over UDP and greet with their names, and writes their objects.
-pub(crate) fn two_pods(bed: &Bed) -> Result<Directory> {
+pub(crate) fn two_pods(bed: &TestBed) -> Result<Directory> {
     for i in 1..=2 {
         bed.namespace.add_address(&format!("10.0.0.{i}/32"))?;
         bed.serve(&format!("10.0.0.{i}:9080"), &format!("pod{i}"))?;
@@ -46,7 +46,7 @@ pub(crate) fn write_pods(directory: &Directory, pods: &[u8]) -> Result<()> {
     )
 }
 
-pub(crate) fn send(client: &mut Dialler, to: &str, times: u32, from: Sender) -> Result<Reply> {
+pub(crate) fn send(client: &mut Dialer, to: &str, times: u32, from: Sender) -> Result<Reply> {
     client.run(&Task::Datagrams { to: to.parse()?, times, from, mapped: false })
 }
 
@@ -70,7 +70,7 @@ pub(crate) fn storm_endpoint(service: u8, endpoint: u8) -> SocketAddr {
 }
 
 /// Starts a server for each endpoint of a storm. Its greeting identifies the endpoint.
-pub(crate) fn storm_servers(bed: &Bed) -> Result<Servers> {
+pub(crate) fn storm_servers(bed: &TestBed) -> Result<Servers> {
     let mut addresses = Vec::new();
     for service in 0..SERVICES {
         for endpoint in 0..ENDPOINTS {
@@ -79,7 +79,7 @@ pub(crate) fn storm_servers(bed: &Bed) -> Result<Servers> {
             addresses.push((address, service, endpoint));
         }
     }
-    Servers::start(Place { namespace: Some(&bed.namespace), cgroup: None }, &addresses)
+    Servers::start(ProcessContext { namespace: Some(&bed.namespace), cgroup: None }, &addresses)
 }
 
 /// Returns the objects of a storm: a service has endpoint `e` if bit `e` of its mask is set. Masks repeat cyclically.

@@ -126,7 +126,7 @@ fn build(config: Config, direct: DirectAddress) -> Result<Client> {
     http.set_connect_timeout(Some(CONNECT));
     http.set_keepalive(Some(KEEPALIVE));
     http.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT));
-    let https = config.rustls_https_connector_with_connector(Dialler { http, direct })?;
+    let https = config.rustls_https_connector_with_connector(Dialer { http, direct })?;
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
@@ -139,12 +139,12 @@ fn build(config: Config, direct: DirectAddress) -> Result<Client> {
 
 /// A connector that dials the API server's endpoints if they are known, and falls back to the configured address.
 #[derive(Clone)]
-struct Dialler {
+struct Dialer {
     http: HttpConnector,
     direct: DirectAddress,
 }
 
-impl Service<Uri> for Dialler {
+impl Service<Uri> for Dialer {
     type Response = TokioIo<TcpStream>;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;

@@ -102,7 +102,7 @@ fn run(task: &Task, tasks: &Receiver<Task>, held: &mut Held) -> Result<Reply> {
         }
         Task::DatagramsAround { to, times } => reply.seen = datagrams::around(to, *times)?,
         Task::Reuse { to, then } => reply.seen = datagrams::reuse(*to, *then)?,
-        Task::Dialled { to, way } => reply.seen.push(ways::dial(*to, *way)?),
+        Task::Dialed { to, way } => reply.seen.push(ways::dial(*to, *way)?),
         Task::Keepalive { to, own } => {
             let socket = Socket::new(Domain::for_address(*to), Type::STREAM, None)?;
             socket.set_keepalive(*own)?;

@@ -22,11 +22,11 @@ const PLACES: usize = 0x1_0000;
 const STAGE: usize = 1 + 8;
 
 /// The connection slots of a node, mapped into this process.
-pub struct Places {
+pub struct ConnectionSlots {
     words: NonNull<u64>,
 }
 
-impl Places {
+impl ConnectionSlots {
     /// Maps the slots of the agent that pins its objects below `pins`.
     ///
     /// # Errors
@@ -71,7 +71,7 @@ impl Places {
     }
 }
 
-impl Drop for Places {
+impl Drop for ConnectionSlots {
     fn drop(&mut self) {
         // SAFETY: this value owns the mapping, and no reference into it is left.
         let unmapped = unsafe { munmap(self.words.as_ptr().cast(), PLACES * WORDS * 8) };

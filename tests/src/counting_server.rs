@@ -4,16 +4,16 @@ use std::os::fd::{FromRawFd as _, OwnedFd};
 
 use anyhow::{Context as _, Result};
 
-use crate::foreign::bpf;
+use crate::foreign_program::bpf;
 
 const BPF_ENABLE_STATS: libc::c_long = 32;
 
 /// While this value exists, the kernel counts the runs and the run time of every BPF program.
 /// Counting also stops when the process exits for any reason.
 #[derive(Debug)]
-pub struct Counting(#[allow(dead_code, reason = "dropping it stops the counting")] OwnedFd);
+pub struct CountingServer(#[allow(dead_code, reason = "dropping it stops the counting")] OwnedFd);
 
-impl Counting {
+impl CountingServer {
     /// Enables the statistics, for all programs on the machine.
     ///
     /// # Errors

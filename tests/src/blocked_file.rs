@@ -9,9 +9,9 @@ use nix::{
 };
 
 /// Blocks every open of a file until the value is dropped, through fanotify permission events.
-pub struct Held(Fanotify);
+pub struct BlockedFile(Fanotify);
 
-impl Held {
+impl BlockedFile {
     /// Starts to block opens of `file`.
     ///
     /// # Errors

@@ -27,7 +27,7 @@ pub(crate) fn sweep_dead_runs() {
 ///
 /// # Errors
 /// Returns an error if the handler's runtime or thread cannot be created.
-pub fn sweep_on_interrupt() -> Result<()> {
+pub fn cleanup_on_interrupt() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     thread::Builder::new().name("interrupt".to_owned()).spawn(move || {
         if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {

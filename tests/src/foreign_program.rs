@@ -20,12 +20,12 @@ const ALLOW_MULTI: u32 = 2;
 /// A program on the connect4 hook, attached with `BPF_PROG_ATTACH` instead of a link.
 /// It is detached when the value is dropped.
 #[derive(Debug)]
-pub struct Foreign {
+pub struct ForeignProgram {
     program: OwnedFd,
     cgroup: File,
 }
 
-impl Foreign {
+impl ForeignProgram {
     /// Attaches a program to a cgroup.
     ///
     /// # Errors
@@ -57,7 +57,7 @@ impl Foreign {
     }
 
     /// Returns the program's run time in nanoseconds and its number of runs.
-    /// The kernel counts both only while a [`Counting`](crate::Counting) exists.
+    /// The kernel counts both only while a [`CountingServer`](crate::Counting) exists.
     ///
     /// # Errors
     /// Returns an error if the kernel does not report them.
@@ -80,7 +80,7 @@ impl Foreign {
     }
 }
 
-impl Drop for Foreign {
+impl Drop for ForeignProgram {
     fn drop(&mut self) {
         if let Err(error) = self.change(BPF_PROG_DETACH) {
             eprintln!("cannot detach the foreign program: {error}");
