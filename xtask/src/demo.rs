@@ -1,8 +1,12 @@
 //! `cargo xtask demo`: builds what the demo needs, and runs its scenarios.
 
-use std::process::ExitCode;
+use std::{
+    env,
+    process::{Command, ExitCode, Output, Stdio},
+    thread,
+};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use clap::Args;
 use portolan_tests::demo::{self, Options};
 
@@ -47,6 +51,28 @@ pub(crate) fn run(args: &DemoArgs) -> Result<ExitCode> {
     eprintln!("setting up: toolchain, packages, build");
     prepare()?;
     demo::run(&Options { only: args.only.clone(), keep: args.keep, kubernetes: args.kubernetes, json: args.json })
+}
+
+/// Runs the demo on files and on API servers, at the same time: both mostly wait.
+pub(crate) fn both() -> Result<()> {
+    let run = |arguments: &'static [&'static str]| {
+        thread::spawn(move || -> Result<Output> {
+            let program = env::current_exe().context("cannot find this program")?;
+            Ok(Command::new(program).arg("demo").args(arguments).stdin(Stdio::null()).output()?)
+        })
+    };
+    let runs = [("files", run(&[])), ("API servers", run(&["--kubernetes"]))];
+    let mut failed = Vec::new();
+    for (name, run) in runs {
+        let output = run.join().map_err(|_| anyhow!("the demo on {name} panicked"))??;
+        let [out, err] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+        println!("--- demo on {name}: {}\n{}\n{}", output.status, out.trim(), err.trim());
+        if !output.status.success() {
+            failed.push(name);
+        }
+    }
+    ensure!(failed.is_empty(), "demo steps failed on {}; see the output above", failed.join(" and "));
+    Ok(())
 }
 
 /// Sets up the toolchain and packages, and builds the agent and the test programs.

@@ -4,6 +4,7 @@ mod bench;
 mod check;
 mod command;
 mod demo;
+mod kernel;
 mod manifests;
 mod packages;
 mod python;

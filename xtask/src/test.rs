@@ -2,14 +2,13 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::{Args, ValueEnum};
-use portolan_tests::demo as scenarios;
 
 use crate::{
     check::{self, part},
-    command::{cargo, need_root, run as run_command},
-    demo, manifests, packages,
+    command::need_root,
+    demo, kernel, manifests, packages,
 };
 
 /// Options of `cargo xtask test`.
@@ -54,9 +53,6 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs all tests even if some fail, and shows the output of those that pass, which includes figures.
-const KERNEL: [&str; 6] = ["test", "--no-fail-fast", "--package", "portolan-tests", "--", "--show-output"];
-
 fn run_part(part: Part) -> Result<()> {
     match part {
         Part::Format => check::format(),
@@ -67,18 +63,9 @@ fn run_part(part: Part) -> Result<()> {
         Part::Deploy => manifests::run(&manifests::ManifestArgs { check: true }),
         Part::Kernel => {
             packages::ensure_programs(&[packages::CLIENTS.as_slice(), &packages::CONTAINERS].concat())?;
-            demo::prepare_next().and_then(|()| run_command(&mut cargo(&KERNEL)))
+            demo::prepare_next().and_then(|()| kernel::run())
         }
         Part::Bench => crate::bench::smoke(),
-        Part::Demo => {
-            for kubernetes in [false, true] {
-                if scenarios::run(&scenarios::Options { kubernetes, ..scenarios::Options::default() })?
-                    != ExitCode::SUCCESS
-                {
-                    bail!("some demo steps failed; see the output above");
-                }
-            }
-            Ok(())
-        }
+        Part::Demo => demo::both(),
     }
 }

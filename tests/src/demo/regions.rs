@@ -184,7 +184,7 @@ fn outage(world: &mut World, report: &mut Report) -> Result<()> {
         &pages.to_string(),
     );
     let findings = world.plan(HANGZHOU, &[])?.0["findings"].to_string();
-    let said = findings.contains("maxEjectionPercent") && findings.contains("none is ever ejected");
+    let said = findings.contains("maxEjectionPercent") && findings.contains("no endpoint is ever ejected");
     report.step(
         "a finding reports it",
         "a finding about maxEjectionPercent",
