@@ -1,5 +1,6 @@
 //! Runs every text of the fuzzing corpus, and every example in `docs/`, from decoding to the report.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+#![allow(clippy::disallowed_methods, reason = "a test gets its times and files from somewhere")]
 
 mod common;
 

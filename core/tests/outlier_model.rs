@@ -2,6 +2,7 @@
 //! interval.
 //! Both process random sequences of events, configuration changes, and restarts, and are compared after every step.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+#![allow(clippy::disallowed_methods, reason = "a test gets its times and files from somewhere")]
 
 use std::{
     collections::{BTreeMap, BTreeSet},

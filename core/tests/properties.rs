@@ -1,5 +1,6 @@
 //! Properties that hold for every configuration.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+#![allow(clippy::disallowed_methods, reason = "a test gets its times and files from somewhere")]
 
 mod common;
 

@@ -396,4 +396,5 @@ fn ejection_time(settings: &OutlierDetection, host: &Host) -> Duration {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "a test gets its times from somewhere")]
 mod tests;

@@ -54,6 +54,7 @@ impl Warming {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "a test gets its times from somewhere")]
 mod tests {
     use super::*;
 

@@ -1,5 +1,6 @@
 //! The vectors in `data/vectors.json`: the behavior of Istio, Envoy and Kubernetes, as figures with their sources.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+#![allow(clippy::disallowed_methods, reason = "a test gets its times and files from somewhere")]
 #![allow(unreachable_pub, reason = "an integration test is a separate crate")]
 
 mod clusters;
