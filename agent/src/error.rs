@@ -1,8 +1,6 @@
 //! The errors of the agent, outside of its command line.
 
-use std::{fmt, io};
-
-use crate::controller::state_file::StateFileError;
+use std::{fmt, io, path::PathBuf};
 
 /// Why a part of the agent failed.
 ///
@@ -51,6 +49,27 @@ pub enum Error {
         /// Why it failed.
         #[source]
         source: Box<Error>,
+    },
+}
+
+/// Why a state file could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum StateFileError {
+    /// The file exists, but the system does not let it be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// The file is damaged, or written by another version.
+    #[error("persisted state unreadable, moved to {moved_to}: {reason}")]
+    Invalid {
+        /// Where its content was moved.
+        moved_to: PathBuf,
+        /// What is wrong with it.
+        reason: String,
     },
 }
 

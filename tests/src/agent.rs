@@ -13,11 +13,13 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::{
-    Process, binary, patience,
-    test_bed::{METRICS, READY},
-    wait_until,
-};
+use crate::{Process, binary, patience, wait_until};
+
+/// How long an agent may take to become ready. This is generous, for machines under load.
+pub(crate) const READY: Duration = Duration::from_secs(30);
+
+/// Metrics address of all agents. Each has its own network namespace.
+pub(crate) const METRICS: &str = "127.0.0.1:15920";
 
 /// A running agent, killed when the value is dropped.
 #[derive(Debug)]

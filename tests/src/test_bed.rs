@@ -8,24 +8,17 @@ use std::{
     process::{Command, Output},
     sync::Arc,
     thread,
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     Cgroup, Dialer, Directory, Namespace, Process, ProcessContext,
-    agent::Agent,
+    agent::{Agent, METRICS, READY},
     binary, cleanup,
     steps::{Steps, Watch},
     unique, wait_until,
 };
-
-/// How long an agent may take to become ready. This is generous, for machines under load.
-pub(crate) const READY: Duration = Duration::from_secs(30);
-
-/// Metrics address of all agents. Each has its own network namespace.
-pub(crate) const METRICS: &str = "127.0.0.1:15920";
 
 /// A node: a network namespace, a cgroup for its pods, and a bpffs directory for pins.
 /// All of them are removed when the value is dropped.

@@ -25,7 +25,7 @@ use portolan_core::{
 };
 use portolan_datapath::{HELPER_VERB, HelperArgs, Unsupported};
 
-use crate::probe::self_probe;
+use crate::probe::{self_probe, self_probe_client};
 
 /// Load-balances Service connections in the kernel, at connect().
 ///
@@ -126,7 +126,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Findings(args) => findings::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),
-        Command::SelfProbe { cgroup } => Ok(self_probe::run_client(&cgroup).map(|()| ExitCode::SUCCESS)?),
+        Command::SelfProbe { cgroup } => Ok(self_probe_client::run(&cgroup).map(|()| ExitCode::SUCCESS)?),
         Command::Helper(args) => agent::run_helper(&args),
         Command::Version => {
             let schema = portolan_common::SCHEMA_VERSION;

@@ -19,33 +19,14 @@ use portolan_core::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use crate::error::StateFileError;
+
 /// The version of the file's format. Files of another version are set aside.
 const VERSION: u32 = 1;
 /// Extension of the file that is being written.
 const NEXT: &str = "next";
 /// Extension of a file that could not be read.
 const UNREADABLE: &str = "unreadable";
-
-/// Why a state file could not be read.
-#[derive(Debug, thiserror::Error)]
-pub enum StateFileError {
-    /// The file exists, but the system does not let it be read.
-    #[error("cannot read {path}: {source}")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// The system's error.
-        source: io::Error,
-    },
-    /// The file is damaged, or written by another version.
-    #[error("persisted state unreadable, moved to {moved_to}: {reason}")]
-    Invalid {
-        /// Where its content was moved.
-        moved_to: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-}
 
 /// The content of the file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -4,7 +4,7 @@ mod check;
 pub mod confirm;
 mod prober;
 pub mod self_probe;
-mod self_probe_client;
+pub mod self_probe_client;
 
 pub use self::{
     check::{ProbeResult, check},

@@ -28,8 +28,6 @@ use tokio::{
 
 use crate::error::{Context as _, Result, ensure};
 
-pub use super::self_probe_client::run as run_client;
-
 /// Address that the client dials: on loopback, so that traffic never leaves the machine, and without a listener.
 pub const FRONTEND: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::new(127, 80, 84, 76), 15_921));
 /// Hidden subcommand that runs the client.

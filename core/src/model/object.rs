@@ -7,6 +7,7 @@ use super::{
     istio::{DestinationRule, VirtualService},
     mesh_config::MeshConfig,
     name::NamespacedName,
+    object_ref::ObjectRef,
     service::{Service, ServiceEntry},
 };
 
@@ -58,6 +59,19 @@ impl Kind {
         Self::VirtualService,
         Self::MeshConfig,
     ];
+}
+
+impl Kind {
+    /// Returns the kind of a reference, if it is one that Portolan decodes.
+    pub fn of(object: &ObjectRef) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.to_string() == object.kind)
+    }
+}
+
+impl From<&ObjectKey> for ObjectRef {
+    fn from(key: &ObjectKey) -> Self {
+        Self::new(key.kind, &key.name)
+    }
 }
 
 impl fmt::Display for Kind {

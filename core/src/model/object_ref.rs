@@ -1,19 +1,20 @@
 //! What a finding is about.
 
-use std::{cmp::Ordering, fmt};
+use std::{
+    cmp::Ordering,
+    fmt,
+    hash::{Hash, Hasher},
+};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{
-    name::NamespacedName,
-    object::{Kind, ObjectKey},
-};
+use super::name::NamespacedName;
 
 /// A reference to an object of Kubernetes or Istio, or to something of the agent such as a map.
 ///
 /// Written `Kind namespace/name`, `Kind name` without a namespace, or `name` without a kind. That is its form in JSON, and
-/// the order of references is that of their texts.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+/// references are compared and ordered by their texts.
+#[derive(Clone, Debug, Default)]
 pub struct ObjectRef {
     /// The kind; empty for a file.
     pub kind: String,
@@ -39,11 +40,6 @@ impl ObjectRef {
         Self::global("", path)
     }
 
-    /// Returns the kind, if it is one that Portolan decodes.
-    pub fn known_kind(&self) -> Option<Kind> {
-        Kind::ALL.into_iter().find(|kind| kind.to_string() == self.kind)
-    }
-
     /// Returns namespace and name.
     pub fn namespaced_name(&self) -> NamespacedName {
         NamespacedName::new(&self.namespace, &self.name)
@@ -63,6 +59,20 @@ impl fmt::Display for ObjectRef {
     }
 }
 
+impl PartialEq for ObjectRef {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for ObjectRef {}
+
+impl Hash for ObjectRef {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.parts().into_iter().for_each(|part| state.write(part.as_bytes()));
+    }
+}
+
 impl Ord for ObjectRef {
     fn cmp(&self, other: &Self) -> Ordering {
         let bytes = |parts: [&str; 5]| parts.map(str::as_bytes).concat();
@@ -73,12 +83,6 @@ impl Ord for ObjectRef {
 impl PartialOrd for ObjectRef {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
-    }
-}
-
-impl From<&ObjectKey> for ObjectRef {
-    fn from(key: &ObjectKey) -> Self {
-        Self::new(key.kind, &key.name)
     }
 }
 
@@ -95,10 +99,15 @@ impl Serialize for ObjectRef {
 }
 
 impl<'de> Deserialize<'de> for ObjectRef {
-    /// Reads the text that another process wrote. A single word is taken for a name.
+    /// Reads the text that another process wrote. A kind is a word in upper camel case; all else is taken for a name.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        let Some((kind, name)) = text.split_once(' ') else { return Ok(Self::file(text)) };
+        let is_kind = |word: &str| {
+            word.starts_with(|c: char| c.is_ascii_uppercase()) && word.chars().all(|c| c.is_ascii_alphanumeric())
+        };
+        let Some((kind, name)) = text.split_once(' ').filter(|(kind, _)| is_kind(kind)) else {
+            return Ok(Self::file(text));
+        };
         Ok(match name.split_once('/') {
             Some((namespace, name)) => Self::new(kind, &NamespacedName::new(namespace, name)),
             None => Self::global(kind, name),
@@ -108,7 +117,13 @@ impl<'de> Deserialize<'de> for ObjectRef {
 
 #[cfg(test)]
 mod tests {
+    use std::hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher};
+
     use super::*;
+
+    fn hash(object: &ObjectRef) -> u64 {
+        BuildHasherDefault::<DefaultHasher>::default().hash_one(object)
+    }
 
     #[test]
     fn text_is_stable_and_read_back() {
@@ -119,11 +134,16 @@ mod tests {
             (ObjectRef::global("Frontend", "[::1]:80"), "Frontend [::1]:80"),
             (ObjectRef::global("Kernel", ""), "Kernel"),
             (ObjectRef::file("c1/web.yaml"), "c1/web.yaml"),
+            (ObjectRef::file("c1/my rules.yaml"), "c1/my rules.yaml"),
         ] {
             assert_eq!(object.to_string(), text);
             let json = serde_json::to_string(&object).unwrap();
             assert_eq!(json, format!("{text:?}"));
-            assert_eq!(serde_json::from_str::<ObjectRef>(&json).unwrap().to_string(), text);
+            let read: ObjectRef = serde_json::from_str(&json).unwrap();
+            assert_eq!(read.to_string(), text);
+            assert_eq!(read, object, "equal texts are equal references");
+            assert_eq!(hash(&read), hash(&object));
+            assert!(!read.kind.contains(['/', '.']), "{read:?}");
         }
     }
 

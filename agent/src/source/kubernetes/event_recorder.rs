@@ -13,7 +13,7 @@ use kube::{
     api::{ListParams, PostParams},
     core::{ApiResource, DynamicObject, GroupVersionKind},
 };
-use portolan_core::model::{Finding, NamespacedName};
+use portolan_core::model::{Finding, Kind, NamespacedName};
 use serde_json::json;
 use tokio::{
     sync::mpsc,
@@ -102,7 +102,7 @@ impl EventRecorder {
 
 /// Returns the resource and name of the object that a finding is about; `None` if it was not read from the API.
 fn subject(finding: &Finding) -> Option<(&'static Resource, NamespacedName)> {
-    let kind = finding.object.known_kind()?;
+    let kind = Kind::of(&finding.object)?;
     let resource = RESOURCES.iter().chain([&PODS]).find(|resource| resource.kind == Some(kind))?;
     Some((resource, finding.object.namespaced_name()))
 }
