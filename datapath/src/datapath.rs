@@ -77,7 +77,7 @@ pub struct Datapath {
     /// Reports when no program can still read replaced map entries.
     pub grace: GracePeriods,
     /// Terminates connections to removed endpoints and connections that exceed the limits of their pool.
-    pub closer: Terminator,
+    pub terminator: Terminator,
     /// Cgroups that Portolan excludes; `None` once the opt-out enforcer has taken it.
     pub opted_out: Option<OptOutMap>,
     /// The helper process, which keeps the privileges that the agent drops.
@@ -103,6 +103,8 @@ impl Datapath {
     /// Returns [`Unsupported`](crate::Unsupported) if the machine lacks a requirement.
     /// Otherwise returns an error if another agent is running or the kernel rejects a map or program.
     pub fn open(options: &Options) -> Result<(Self, PinnedState)> {
+        // First, so that an agent without programs leaves nothing behind.
+        let object = object()?;
         let environment = Environment::check(options.cgroup.as_deref(), &options.bpffs)?;
         let pins = Pins::new(&options.bpffs);
         let locks = [pins.prepare()?, pins::own_cgroup(&environment.cgroup)?];
@@ -133,7 +135,7 @@ impl Datapath {
             }
             loader.map_pin_path(spec.name, pins.map_pin(set, spec));
         }
-        let mut bpf = loader.load(object()?).context("kernel rejected the BPF maps")?;
+        let mut bpf = loader.load(object).context("kernel rejected the BPF maps")?;
         let mut hooks = Hooks::load(&mut bpf, environment.cgroup, pins.clone())?;
         let logs = match options.log {
             ProgramLog::Off => None,
@@ -146,10 +148,24 @@ impl Datapath {
         let opted_out = Some(OptOutMap::open(&mut bpf)?);
         let prior = current.filter(|current| *current != set);
         let grace = GracePeriods::start()?;
-        let (helper, orders) = hooks.start_helper(&mut bpf, &options.program, set)?;
-        let closer = Terminator::start(&pins, set, orders)?;
+        let (helper, sweep_channel) = hooks.start_helper(&mut bpf, &options.program, set)?;
+        let terminator = Terminator::start(&pins, set, sweep_channel)?;
         Ok((
-            Self { maps, events, logs, grace, closer, opted_out, helper, hooks, bpf, pins, set, prior, _locks: locks },
+            Self {
+                maps,
+                events,
+                logs,
+                grace,
+                terminator,
+                opted_out,
+                helper,
+                hooks,
+                bpf,
+                pins,
+                set,
+                prior,
+                _locks: locks,
+            },
             pinned,
         ))
     }

@@ -80,13 +80,13 @@ impl Helper {
         cgroup: &Path,
         packets: BorrowedFd<'_>,
     ) -> Result<(Self, UnixStream)> {
-        let (orders, orders_peer) = UnixStream::pair()?;
+        let (sweep_channel, sweep_peer) = UnixStream::pair()?;
         let (requests, requests_peer) = UnixStream::pair()?;
         requests.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
         let packets = packets.as_raw_fd();
         let mut command = Command::new(program);
         command.arg0("portolan").arg(VERB).arg(pins.root()).arg(cgroup).arg(set.folder()).arg(packets.to_string());
-        command.stdin(Stdio::from(OwnedFd::from(orders_peer))).stdout(Stdio::from(OwnedFd::from(requests_peer)));
+        command.stdin(Stdio::from(OwnedFd::from(sweep_peer))).stdout(Stdio::from(OwnedFd::from(requests_peer)));
         // SAFETY: the closure only makes a system call, on a descriptor that the child inherits.
         unsafe {
             command.pre_exec(move || {
@@ -96,7 +96,7 @@ impl Helper {
         }
         let child = command.spawn().with_context(|| format!("cannot start {} {VERB}", program.display()))?;
         let channel = Mutex::new(HelperChannel { stream: requests, sequence: 0 });
-        Ok((Self(Arc::new(Inner { child, channel })), orders))
+        Ok((Self(Arc::new(Inner { child, channel })), sweep_channel))
     }
 
     /// Describes the owner of the network namespace with this cookie, for display.
@@ -162,18 +162,18 @@ pub fn serve(args: &HelperArgs) -> Result<()> {
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
     let stream = |own: BorrowedFd<'_>| Ok::<_, io::Error>(UnixStream::from(own.try_clone_to_owned()?));
-    let (mut orders, mut asks) = (stream(io::stdin().as_fd())?, stream(io::stdout().as_fd())?);
-    ensure!(orders.peer_addr().is_ok(), "`{VERB}` is internal and can only be started by the agent");
+    let (mut sweep_channel, mut asks) = (stream(io::stdin().as_fd())?, stream(io::stdout().as_fd())?);
+    ensure!(sweep_channel.peer_addr().is_ok(), "`{VERB}` is internal and can only be started by the agent");
     let pins = Pins::new(&args.bpffs);
     let set = Set::parse(&args.set).with_context(|| format!("{} is not the name of a map set", args.set))?;
     let states = SocketAccounting::open(&pins, set).context("cannot open the socket state maps")?;
     // SAFETY: the agent leaves this descriptor open for the helper.
     let packets = unsafe { BorrowedFd::borrow_raw(args.packets) };
 
-    let mut answers = orders.try_clone()?;
+    let mut answers = sweep_channel.try_clone()?;
     let (sender, sweeps) = channel();
-    thread::Builder::new().name("closer".to_owned()).spawn(move || {
-        work(&states, set.id, &sweeps, |pass| write(&mut answers, &pass).is_ok());
+    thread::Builder::new().name("terminator".to_owned()).spawn(move || {
+        work(&states, set.id, &sweeps, |report| write(&mut answers, &report).is_ok());
         end();
     })?;
     let cgroup = args.cgroup.clone();
@@ -192,8 +192,8 @@ pub fn serve(args: &HelperArgs) -> Result<()> {
         }
         end();
     })?;
-    while let Some(order) = read::<SweepRequest>(&mut orders)? {
-        if sender.send(order).is_err() {
+    while let Some(request) = read::<SweepRequest>(&mut sweep_channel)? {
+        if sender.send(request).is_err() {
             bail!("the terminator thread has ended");
         }
     }

@@ -188,7 +188,7 @@ impl TerminationPlanner {
         removed_udp: Option<RemovedEndpoints>,
     ) -> Option<SweepRequest> {
         let removed = removed_tcp || removed_udp.is_some();
-        let mut request = SweepRequest { gone_udp: removed_udp, recount: self.recounts > 0, ..SweepRequest::default() };
+        let mut request = SweepRequest { removed_udp, recount: self.recounts > 0, ..SweepRequest::default() };
         if removed {
             request.endpoints = view.layout.endpoints();
             request.complete = view.complete;
@@ -229,10 +229,10 @@ impl TerminationPlanner {
             self.unfinished.get_or_insert_default().add(unfinished);
             self.schedule_sweep(now, IDLE);
         }
-        if !report.trouble.is_empty() && !self.active.is_empty() {
+        if !report.errors.is_empty() && !self.active.is_empty() {
             self.schedule_sweep(now, IDLE);
         }
-        for error in &report.trouble {
+        for error in &report.errors {
             tracing::warn!("failed to terminate some connections: {error}");
         }
         if let Some(wait) = report.wait {

@@ -135,9 +135,9 @@ impl SocketAccounting {
 
     /// Corrects slots and counts to match `seen`, all sockets listed since the snapshot `before`.
     ///
-    /// A mismatch found for the first time is only recorded in `doubts`.
+    /// A mismatch found for the first time is only recorded in `unconfirmed`.
     /// A socket that was opened or closed during the listing may explain it.
-    pub(super) fn recount(&self, before: &Counts, seen: &Seen, doubts: &mut Doubts) -> Result<Reconciled> {
+    pub(super) fn recount(&self, before: &Counts, seen: &Seen, unconfirmed: &mut Unconfirmed) -> Result<Reconciled> {
         let (mut backends, mut pools): (HashMap<u32, u64>, HashMap<u32, u64>) = Default::default();
         for state in seen.states.iter().filter(|state| state.set == self.set && state.stage != SocketStage::None as u32)
         {
@@ -150,16 +150,16 @@ impl SocketAccounting {
             }
         }
         let mut recounted = Reconciled::default();
-        let previous = std::mem::take(doubts);
+        let previous = std::mem::take(unconfirmed);
         let backend_counts = (&self.backends, BACKEND_ACTIVE, before.backends.as_slice(), &backends);
-        doubts.backends = correct(backend_counts, &previous.backends, &mut recounted)?;
+        unconfirmed.backends = correct(backend_counts, &previous.backends, &mut recounted)?;
         let pool_counts = (&self.pools, POOL_ACTIVE, before.pools.as_slice(), &pools);
-        doubts.pools = correct(pool_counts, &previous.pools, &mut recounted)?;
+        unconfirmed.pools = correct(pool_counts, &previous.pools, &mut recounted)?;
         for owner in before.owners.iter().filter(|(_, owner)| !seen.cookies.contains(owner)) {
             if previous.owners.contains(owner) {
                 recounted.freed += usize::from(self.free(*owner)?);
             } else {
-                doubts.owners.insert(*owner);
+                unconfirmed.owners.insert(*owner);
                 recounted.unsettled += 1;
             }
         }
@@ -172,7 +172,7 @@ type Drifts = HashMap<u32, i64>;
 
 /// Mismatches that the previous run found and the next one must confirm.
 #[derive(Debug, Default)]
-pub(super) struct Doubts {
+pub(super) struct Unconfirmed {
     owners: HashSet<(u32, u64)>,
     backends: Drifts,
     pools: Drifts,

@@ -36,7 +36,7 @@ use tokio::{
 };
 
 use self::{
-    accounting::{Doubts, Waiting},
+    accounting::{Unconfirmed, Waiting},
     request::Action,
     sock_diag::Diag,
     socket::{Connected, Seen},
@@ -58,10 +58,10 @@ pub use self::{
 /// With [`RemovedEndpointTcp::Idle`], a connection is idle after this long without sent or received data.
 pub const IDLE: Duration = Duration::from_secs(5);
 
-/// Rate limit: at most this many connections to inactive endpoints are closed per [`MOVES_IN`].
+/// Rate limit: at most this many connections to inactive endpoints are closed per [`MOVE_INTERVAL`].
 /// Their applications reconnect at once, all to the same endpoints.
-const MOVES: u64 = 20;
-const MOVES_IN: Duration = Duration::from_secs(1);
+const MAX_MOVES: u64 = 20;
+const MOVE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Interval between scans for `CONNECTIONS` slots whose connect never started.
 const REAP_INTERVAL: Duration = Duration::from_secs(60);
@@ -110,7 +110,7 @@ pub struct SweepReport {
     /// Number of network namespaces visited.
     pub namespaces: usize,
     /// Errors, one message each. The sweep continues past them.
-    pub trouble: Vec<String>,
+    pub errors: Vec<String>,
     /// Removed endpoints that may still have connected UDP sockets, because of errors. Request them again.
     pub unfinished: Option<RemovedEndpoints>,
 }
@@ -121,8 +121,8 @@ pub type Closed = BTreeMap<(Reason, Protocol), u64>;
 /// The agent's side of the sweeps, which the helper runs.
 pub struct Terminator {
     states: SocketAccounting,
-    orders: UnboundedSender<SweepRequest>,
-    passes: UnboundedReceiver<SweepReport>,
+    requests: UnboundedSender<SweepRequest>,
+    reports: UnboundedReceiver<SweepReport>,
 }
 
 impl Terminator {
@@ -132,11 +132,11 @@ impl Terminator {
         let states = SocketAccounting::open(pins, set).context("cannot open the socket state maps")?;
         helper.set_nonblocking(true)?;
         let (mut answers, mut asks) = tokio::net::UnixStream::from_std(helper)?.into_split();
-        let (orders, mut pending) = unbounded_channel();
-        let (done, passes) = unbounded_channel();
+        let (requests, mut pending) = unbounded_channel();
+        let (report_sender, reports) = unbounded_channel();
         tokio::spawn(async move {
-            while let Some(order) = pending.recv().await {
-                match encode_frame(&order) {
+            while let Some(request) = pending.recv().await {
+                match encode_frame(&request) {
                     Ok(frame) => asks.write_all(&frame).await?,
                     Err(error) => tracing::warn!("failed to terminate some connections: cannot encode sweep: {error}"),
                 }
@@ -149,23 +149,23 @@ impl Terminator {
                 answers.read_exact(&mut length).await?;
                 let mut bytes = vec![0; frame_len(length)?];
                 answers.read_exact(&mut bytes).await?;
-                if done.send(postcard::from_bytes(&bytes).map_err(io::Error::other)?).is_err() {
+                if report_sender.send(postcard::from_bytes(&bytes).map_err(io::Error::other)?).is_err() {
                     return io::Result::Ok(());
                 }
             }
         });
-        Ok(Self { states, orders, passes })
+        Ok(Self { states, requests, reports })
     }
 
     /// Requests a sweep.
     /// If one is in progress, the next one follows it; requests that queue up meanwhile are merged into one.
-    pub fn begin(&self, order: SweepRequest) {
-        // Fails only if the helper has exited, which `done` reports.
-        let _ = self.orders.send(order);
+    pub fn request(&self, request: SweepRequest) {
+        // Fails only if the helper has exited, which `next_report` reports.
+        let _ = self.requests.send(request);
     }
 
     /// Returns the number of `CONNECTIONS` slots in use, and the capacity of the map.
-    pub fn places(&self) -> (u32, u32) {
+    pub fn connection_slots(&self) -> (u32, u32) {
         (self.states.taken(), portolan_common::Connection::CAPACITY)
     }
 
@@ -173,8 +173,8 @@ impl Terminator {
     ///
     /// # Errors
     /// Returns an error if the helper has exited.
-    pub async fn done(&mut self) -> Result<SweepReport> {
-        self.passes.recv().await.context("the helper exited, so connections can no longer be terminated")
+    pub async fn next_report(&mut self) -> Result<SweepReport> {
+        self.reports.recv().await.context("the helper exited, so connections can no longer be terminated")
     }
 }
 
@@ -192,13 +192,13 @@ pub(super) fn check() -> Result<(), String> {
 pub(super) fn work(
     states: &SocketAccounting,
     set: u32,
-    orders: &Receiver<SweepRequest>,
+    requests: &Receiver<SweepRequest>,
     mut done: impl FnMut(SweepReport) -> bool,
 ) {
     let own = File::open("/proc/thread-self/ns/net");
     let (mut waiting, mut reaped_at) = (Waiting::default(), Instant::now());
-    let mut doubts = Doubts::default();
-    let (mut moves, mut moves_since) = (MOVES, Instant::now());
+    let mut unconfirmed = Unconfirmed::default();
+    let (mut moves, mut moves_since) = (MAX_MOVES, Instant::now());
     loop {
         if reaped_at.elapsed() >= REAP_INTERVAL {
             reaped_at = Instant::now();
@@ -206,58 +206,58 @@ pub(super) fn work(
                 tracing::warn!("cannot reclaim abandoned connection slots: {error:#}");
             }
         }
-        let order = match orders.recv_timeout(REAP_INTERVAL) {
-            Ok(order) => order,
+        let request = match requests.recv_timeout(REAP_INTERVAL) {
+            Ok(request) => request,
             Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => return,
         };
-        let order = orders.try_iter().fold(order, SweepRequest::followed_by);
-        let closing = order.is_about_gone() || order.is_about_living();
-        let mut pass = SweepReport { closing, counting: order.recount, ..SweepReport::default() };
-        if moves_since.elapsed() >= MOVES_IN {
-            (moves, moves_since) = (MOVES, Instant::now());
+        let request = requests.try_iter().fold(request, SweepRequest::followed_by);
+        let closing = request.looks_for_removed() || request.looks_for_outlived();
+        let mut report = SweepReport { closing, counting: request.recount, ..SweepReport::default() };
+        if moves_since.elapsed() >= MOVE_INTERVAL {
+            (moves, moves_since) = (MAX_MOVES, Instant::now());
         }
-        pass.moves = moves;
+        report.moves = moves;
         let mut datagrams = Vec::new();
         let mut before = None;
-        if order.recount {
+        if request.recount {
             match sees_all_processes().and_then(|()| states.now()) {
                 Ok(now) => before = Some((now, Seen::nothing())),
-                Err(error) => pass.trouble.push(format!("cannot count connections: {error:#}")),
+                Err(error) => report.errors.push(format!("cannot count connections: {error:#}")),
             }
         }
         let mut seen = before.as_mut().map(|(_, seen)| seen);
-        for (path, namespace) in namespaces(&mut pass.trouble) {
-            pass.namespaces += 1;
-            match one_namespace(&namespace, states, set, &order, seen.as_deref_mut(), &mut pass) {
+        for (path, namespace) in namespaces(&mut report.errors) {
+            report.namespaces += 1;
+            match one_namespace(&namespace, states, set, &request, seen.as_deref_mut(), &mut report) {
                 Ok(found) => datagrams.extend(found),
-                Err(error) => pass.trouble.push(format!("{}: {error:#}", path.display())),
+                Err(error) => report.errors.push(format!("{}: {error:#}", path.display())),
             }
         }
-        moves = pass.moves;
+        moves = report.moves;
         // A thread keeps the namespace that it is in alive, so leave the last one.
         if let Err(error) = own.as_ref().map_err(|error| error.to_string()).and_then(|own| {
             let back = move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Network));
             back.map_err(|error| error.to_string())
         }) {
-            pass.trouble.push(format!("cannot return to the original network namespace: {error}"));
+            report.errors.push(format!("cannot return to the original network namespace: {error}"));
         }
         if !datagrams.is_empty()
-            && let Err(error) = close_datagrams(datagrams, states, &order, &mut pass)
+            && let Err(error) = close_datagrams(datagrams, states, &request, &mut report)
         {
-            pass.trouble.push(format!("cannot close UDP sockets of removed endpoints: {error:#}"));
+            report.errors.push(format!("cannot close UDP sockets of removed endpoints: {error:#}"));
         }
         // A partial list of sockets proves nothing, so reconcile only after a sweep without errors.
-        if let Some((before, seen)) = before.filter(|_| pass.trouble.is_empty()) {
-            match states.recount(&before, &seen, &mut doubts) {
-                Ok(recounted) => pass.recounted = Some(recounted),
-                Err(error) => pass.trouble.push(format!("cannot reconcile connection counts: {error:#}")),
+        if let Some((before, seen)) = before.filter(|_| report.errors.is_empty()) {
+            match states.recount(&before, &seen, &mut unconfirmed) {
+                Ok(recounted) => report.recounted = Some(recounted),
+                Err(error) => report.errors.push(format!("cannot reconcile connection counts: {error:#}")),
             }
         }
-        if !pass.trouble.is_empty() {
-            pass.unfinished = order.gone_udp;
+        if !report.errors.is_empty() {
+            report.unfinished = request.removed_udp;
         }
-        if !done(pass) {
+        if !done(report) {
             return;
         }
     }
@@ -301,36 +301,36 @@ fn one_namespace(
     namespace: &File,
     states: &SocketAccounting,
     set: u32,
-    order: &SweepRequest,
+    request: &SweepRequest,
     seen: Option<&mut Seen>,
-    pass: &mut SweepReport,
+    report: &mut SweepReport,
 ) -> Result<Vec<Datagrams>> {
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).context("cannot enter namespace")?;
     let diag = Rc::new(Diag::open()?);
     if let Some(seen) = seen {
         diag.count(states, seen).context("cannot list TCP connections")?;
     }
-    if order.removed_endpoint_tcp != RemovedEndpointTcp::Keep || order.is_about_living() {
+    if request.removed_endpoint_tcp != RemovedEndpointTcp::Keep || request.looks_for_outlived() {
         for connection in diag.connections(states).context("cannot list TCP connections")? {
-            let reason = match order.action_for(&connection, set) {
+            let reason = match request.action_for(&connection, set) {
                 Action::Keep => continue,
                 Action::Wait(left) => {
-                    pass.wait = Some(pass.wait.map_or(left, |wait| wait.min(left)));
+                    report.wait = Some(report.wait.map_or(left, |wait| wait.min(left)));
                     continue;
                 }
-                Action::Close(Reason::Inactive) if pass.moves == 0 => {
-                    pass.wait = Some(pass.wait.map_or(MOVES_IN, |wait| wait.min(MOVES_IN)));
+                Action::Close(Reason::Inactive) if report.moves == 0 => {
+                    report.wait = Some(report.wait.map_or(MOVE_INTERVAL, |wait| wait.min(MOVE_INTERVAL)));
                     continue;
                 }
                 Action::Close(reason) => reason,
             };
-            pass.moves -= u64::from(reason == Reason::Inactive);
+            report.moves -= u64::from(reason == Reason::Inactive);
             if diag.destroy(Protocol::Tcp, &connection.socket).context("cannot close TCP connections")? {
-                pass.count(reason, Protocol::Tcp, &connection.state);
+                report.count(reason, Protocol::Tcp, &connection.state);
             }
         }
     }
-    let Some(gone) = &order.gone_udp else { return Ok(Vec::new()) };
+    let Some(gone) = &request.removed_udp else { return Ok(Vec::new()) };
     let connected = diag.datagrams().context("cannot list UDP sockets")?.into_iter();
     let may_be = connected.filter(|socket| gone.may_be(&socket.peer.socket_addr()));
     Ok(may_be.map(|socket| (Rc::clone(&diag), socket)).collect())
@@ -341,8 +341,8 @@ fn one_namespace(
 fn close_datagrams(
     sockets: Vec<Datagrams>,
     states: &SocketAccounting,
-    order: &SweepRequest,
-    pass: &mut SweepReport,
+    request: &SweepRequest,
+    report: &mut SweepReport,
 ) -> Result<()> {
     sees_all_processes()?;
     let mut by_inode: HashMap<u64, Datagrams> =
@@ -363,12 +363,12 @@ fn close_datagrams(
             let Ok(state) = sys::lookup_socket::<SocketState>(states.storage.fd(), &borrowed) else { continue };
             if state.backend == socket.peer
                 && state.protocol == Protocol::Udp.number()
-                && order.is_gone(Protocol::Udp, &state)
+                && request.is_gone(Protocol::Udp, &state)
             {
                 match diag.destroy(Protocol::Udp, &socket) {
-                    Ok(true) => pass.count(Reason::Gone, Protocol::Udp, &state),
+                    Ok(true) => report.count(Reason::Gone, Protocol::Udp, &state),
                     Ok(false) => {}
-                    Err(error) => pass.trouble.push(format!("cannot close a UDP socket: {error}")),
+                    Err(error) => report.errors.push(format!("cannot close a UDP socket: {error}")),
                 }
             }
         }

@@ -7,7 +7,7 @@ use portolan_core::{model::Protocol, table::RemovedEndpoints};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::{IDLE, MOVES_IN, Reason, socket::Connection};
+use super::{IDLE, MOVE_INTERVAL, Reason, socket::Connection};
 
 /// What happens to TCP connections to removed endpoints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
@@ -49,7 +49,7 @@ pub struct SweepRequest {
     /// If so, a frontend that is not listed has no endpoints left; if not, its connections stay.
     pub complete: bool,
     /// Removed endpoints whose connected UDP sockets are closed; `None` to skip UDP.
-    pub gone_udp: Option<RemovedEndpoints>,
+    pub removed_udp: Option<RemovedEndpoints>,
     /// What happens to TCP connections to removed endpoints.
     pub removed_endpoint_tcp: RemovedEndpointTcp,
     /// Lifetime limits by (index in `POOLS`, epoch) of the pool.
@@ -71,13 +71,13 @@ pub(super) enum Action {
 impl SweepRequest {
     /// Merges a request with the one queued after it. The later `lifetimes` and `served` replace the earlier ones.
     pub(super) fn followed_by(self, next: Self) -> Self {
-        let about_gone = next.is_about_gone();
+        let removed = next.looks_for_removed();
         let removed_endpoint_tcp = if next.removed_endpoint_tcp == RemovedEndpointTcp::Keep {
             self.removed_endpoint_tcp
         } else {
             next.removed_endpoint_tcp
         };
-        let gone_udp = match (self.gone_udp, next.gone_udp) {
+        let removed_udp = match (self.removed_udp, next.removed_udp) {
             (Some(mut all), Some(more)) => {
                 all.add(more);
                 Some(all)
@@ -86,12 +86,12 @@ impl SweepRequest {
         };
         // A request that looks for removed endpoints lists the existing ones. Of two lists, use the later one.
         let (endpoints, complete) =
-            if about_gone { (next.endpoints, next.complete) } else { (self.endpoints, self.complete) };
+            if removed { (next.endpoints, next.complete) } else { (self.endpoints, self.complete) };
         let recount = self.recount || next.recount;
         Self {
             endpoints,
             complete,
-            gone_udp,
+            removed_udp,
             removed_endpoint_tcp,
             lifetimes: next.lifetimes,
             served: next.served,
@@ -100,13 +100,13 @@ impl SweepRequest {
     }
 
     /// Returns whether the sweep looks for connections to existing endpoints.
-    pub(super) fn is_about_living(&self) -> bool {
+    pub(super) fn looks_for_outlived(&self) -> bool {
         !self.lifetimes.is_empty() || !self.served.is_empty()
     }
 
     /// Returns whether the sweep looks for connections to removed endpoints.
-    pub(super) fn is_about_gone(&self) -> bool {
-        self.gone_udp.is_some() || self.removed_endpoint_tcp != RemovedEndpointTcp::Keep
+    pub(super) fn looks_for_removed(&self) -> bool {
+        self.removed_udp.is_some() || self.removed_endpoint_tcp != RemovedEndpointTcp::Keep
     }
 
     /// Decides what to do with a TCP connection. `set` is the id of the map set that pool ids refer to.
@@ -139,7 +139,7 @@ impl SweepRequest {
         match served.idle.checked_sub(*idle) {
             None if established => Action::Close(Reason::Inactive),
             // Bound how often busy connections are checked.
-            left => Action::Wait(left.unwrap_or_default().max(MOVES_IN)),
+            left => Action::Wait(left.unwrap_or_default().max(MOVE_INTERVAL)),
         }
     }
 
@@ -178,7 +178,7 @@ mod tests {
         let udp = SweepRequest {
             endpoints: HashMap::from([(key, [].into())]),
             complete: true,
-            gone_udp: Some(RemovedEndpoints::Any),
+            removed_udp: Some(RemovedEndpoints::Any),
             ..SweepRequest::default()
         };
         let sweep =
@@ -186,11 +186,11 @@ mod tests {
         let reset =
             SweepRequest { removed_endpoint_tcp: RemovedEndpointTcp::Reset, recount: true, ..SweepRequest::default() };
         let both = udp.clone().followed_by(sweep.clone());
-        assert!(both.complete && both.gone_udp.is_some() && both.endpoints.len() == 1 && both.lifetimes.len() == 1);
+        assert!(both.complete && both.removed_udp.is_some() && both.endpoints.len() == 1 && both.lifetimes.len() == 1);
         let both = reset.clone().followed_by(udp.clone()).followed_by(sweep);
         assert!(
             both.removed_endpoint_tcp == RemovedEndpointTcp::Reset
-                && both.gone_udp.is_some()
+                && both.removed_udp.is_some()
                 && both.recount
                 && both.complete
         );
