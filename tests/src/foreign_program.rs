@@ -57,7 +57,7 @@ impl ForeignProgram {
     }
 
     /// Returns the program's run time in nanoseconds and its number of runs.
-    /// The kernel counts both only while a [`CountingServer`](crate::Counting) exists.
+    /// The kernel counts both only while a [`CountingServer`](crate::CountingServer) exists.
     ///
     /// # Errors
     /// Returns an error if the kernel does not report them.

@@ -9,7 +9,7 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
 use crate::command::{cargo, output, root};
@@ -21,7 +21,8 @@ const WAITING_THREADS: &str = "4";
 /// A test program: its name and its file.
 type Program = (String, PathBuf);
 
-/// What became of a test program.
+/// How a test program ended, how long it took, and what it printed.
+#[derive(Clone)]
 struct Outcome {
     name: String,
     passed: bool,
@@ -35,8 +36,10 @@ pub(crate) fn run() -> Result<()> {
         programs()?.into_iter().partition(|(name, _)| WAITING.contains(&name.as_str()));
     ensure!(waiting.len() == WAITING.len(), "there are no test programs {WAITING:?}");
     let other_lane = thread::spawn(move || lane(&waiting, &["--test-threads", WAITING_THREADS]));
-    let mut outcomes = lane(&computing, &[])?;
-    outcomes.extend(other_lane.join().map_err(|_| anyhow::anyhow!("a lane panicked"))??);
+    let computing = lane(&computing, &[]);
+    // Joined even if this lane failed, so that no test outlives the task.
+    let waiting = other_lane.join().map_err(|_| anyhow!("a lane panicked"))?;
+    let outcomes = [computing?, waiting?].concat();
     println!("test program      seconds");
     for outcome in &outcomes {
         println!("  {:<14} {:>8.1}{}", outcome.name, outcome.seconds, if outcome.passed { "" } else { "  FAILED" });
@@ -50,7 +53,8 @@ pub(crate) fn run() -> Result<()> {
 
 /// Builds the test programs, and returns them in the order of their names.
 fn programs() -> Result<Vec<Program>> {
-    let build = ["test", "--quiet", "--no-run", "--package", "portolan-tests", "--message-format", "json"];
+    let build =
+        ["test", "--quiet", "--no-run", "--package", "portolan-tests", "--message-format", "json-render-diagnostics"];
     let messages = output(&mut cargo(&build))?;
     let mut programs: Vec<Program> = messages
         .lines()

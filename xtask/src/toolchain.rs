@@ -131,7 +131,7 @@ fn replace_link(to: &Path, at: &Path) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// Building `portolan` needs the toolchain, so xtask, which sets the toolchain up, must not depend on `portolan`.
+    /// A `portolan` that works needs the toolchain, so xtask, which sets the toolchain up, must not depend on it.
     #[test]
     fn xtask_does_not_depend_on_agent() {
         let needs =

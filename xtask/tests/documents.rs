@@ -120,3 +120,42 @@ fn decision_records_have_their_parts() {
     }
     assert!(count >= 17);
 }
+
+#[test]
+fn readme_sets_what_the_chart_requires() {
+    let readme = read(Path::new("README.md"));
+    let install = readme.lines().find(|line| line.starts_with("helm install")).unwrap();
+    let template = read(Path::new("deploy/helm/portolan/templates/daemonset.yaml"));
+    let required: Vec<&str> = template
+        .split("required \"")
+        .skip(1)
+        .map(|rest| rest.split_once(".Values.").unwrap().1)
+        .map(|path| path.split(|c: char| c != '.' && !c.is_alphanumeric()).next().unwrap())
+        .collect();
+    assert!(required.len() >= 2, "{required:?}");
+    for value in required {
+        assert!(install.contains(&format!("--set {value}=")), "the chart requires {value}: {install}");
+    }
+}
+
+#[test]
+fn documents_use_no_deprecated_metric() {
+    let reference = read(Path::new("docs/reference/metrics.md"));
+    let deprecated: Vec<&str> = reference
+        .lines()
+        .filter(|line| line.contains("Deprecated alias"))
+        .filter_map(|line| line.split('`').nth(1))
+        .collect();
+    assert!(!deprecated.is_empty());
+    for path in markdown() {
+        if path.ends_with("docs/reference/metrics.md") || path.ends_with("CHANGELOG.md") {
+            continue;
+        }
+        let text = read(&path);
+        let words: Vec<&str> = text.split(|c: char| c != '_' && !c.is_alphanumeric()).collect();
+        for name in &deprecated {
+            let total = format!("{name}_total");
+            assert!(!words.contains(name) && !words.contains(&total.as_str()), "{}: {name}", path.display());
+        }
+    }
+}

@@ -169,7 +169,13 @@ fn agent(registry: &mut Registry, sample: &MetricsSnapshot) {
     for (result, count) in ["success", "failing", "unknown"].into_iter().zip(sample.probes) {
         probes.get_or_create(&ProbeLabels { result }).inc_by(count);
     }
-    registry.register("portolan_probes", "Active probes by result; unknown: the agent could not probe", probes);
+    // The name of `success` up to version 0.1, until the next release.
+    probes.get_or_create(&ProbeLabels { result: "well" }).inc_by(sample.probes[0]);
+    registry.register(
+        "portolan_probes",
+        "Active probes by result; unknown: the agent could not probe; well: deprecated, repeats success",
+        probes,
+    );
     registry.register("portolan_ready", "1 while the agent is ready, see /readyz", gauge(sample.ready.into()));
     registry.register(
         "portolan_publish_seconds",
@@ -214,8 +220,8 @@ fn agent(registry: &mut Registry, sample: &MetricsSnapshot) {
         registry.register(name, help, counter);
     }
     let (used, capacity) = (Family::<MapLabels, Gauge>::default(), Family::<MapLabels, Gauge>::default());
-    let places = ("connections", sample.places.0, sample.places.1);
-    for (map, entries, size) in sample.occupancy.into_iter().chain([places]) {
+    let connection_slots = ("connections", sample.connection_slots.0, sample.connection_slots.1);
+    for (map, entries, size) in sample.occupancy.into_iter().chain([connection_slots]) {
         used.get_or_create(&MapLabels { map }).set(entries.into());
         capacity.get_or_create(&MapLabels { map }).set(size.into());
     }

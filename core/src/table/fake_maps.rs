@@ -1,6 +1,6 @@
 //! The BPF maps of a table in ordinary memory: what the programs would do with them, without a kernel.
 //!
-//! For tests of everything above the data path. `controller::kernel_facts` of the agent runs the same checks on this fake and
+//! For tests of everything above the data path. `kernel::facts` of the agent runs the same checks on this fake and
 //! on the kernel's maps, so that it may be trusted for what those checks cover and for nothing else.
 
 use std::{

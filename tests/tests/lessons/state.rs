@@ -298,7 +298,7 @@ fn lesson_16_update_storm_misroutes_no_connections() -> Result<()> {
     println!("{changes} changes, {} connections, {:.0} per second", summary.good, summary.rate());
     assert_eq!((summary.good, summary.bad, summary.misrouted), (count, 0, 0), "{summary:?}");
     let metrics = agent.http("/metrics")?.1;
-    assert!(metrics.contains("\nportolan_inconsistent_total 0\n"), "{metrics}");
+    assert!(metrics.contains("\nportolan_lookup_inconsistencies_total 0\n"), "{metrics}");
     let published = agent.events()?.into_iter().filter(|event| event["kind"] == "published").count();
     // The number of publications depends on the machine. Several must happen while connections run.
     assert!(published >= 3, "{published} publications");
