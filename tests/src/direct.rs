@@ -46,7 +46,7 @@ impl Direct {
         let (mut datapath, held) = Datapath::open(&options)?;
         drop(inside);
         datapath.attach()?;
-        Ok(Self { datapath, layout: Layout::from_held(sizes, held), open: None, runtime })
+        Ok(Self { datapath, layout: Layout::adopt(sizes, held), open: None, runtime })
     }
 
     /// Returns the data path itself.

@@ -38,7 +38,7 @@ pub fn read_text(reader: DecodeOptions, scope: &Scope, origin: &str, text: &str)
         let message = "the file is empty; delete it if that is intended";
         contents.findings.push(Finding::new(Code::EmptyFile, ObjectRef::file(origin), message));
     }
-    let mut read_again = 0;
+    let mut resync = 0;
     let mut seen = BTreeSet::new();
     for (line, document) in documents {
         let position = |(row, column): (usize, usize)| {
@@ -60,8 +60,8 @@ pub fn read_text(reader: DecodeOptions, scope: &Scope, origin: &str, text: &str)
             let known = contents.findings.len();
             read_object(reader, scope, origin, value, &mut seen, &mut contents);
             for finding in contents.findings[known..].iter_mut().filter(|finding| !finding.field.is_empty()) {
-                read_again += document.len();
-                if read_again <= READ_AGAIN {
+                resync += document.len();
+                if resync <= READ_AGAIN {
                     finding.position = yaml::locate(&document, &format!("{path}{}", finding.field)).and_then(position);
                 }
             }

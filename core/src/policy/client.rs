@@ -21,12 +21,12 @@ impl ClientLocation {
     /// Returns the client that the policy is computed for.
     pub fn client(&self, cluster: &str, store: &Store, findings: &mut Vec<Finding>) -> Client {
         let snapshot = store.snapshot();
-        let unknown = store.doubt(cluster).filter(|(_, settings)| *settings).map(|(doubt, _)| doubt);
-        if let Some(doubt) = unknown {
+        let unknown = store.first_unread(cluster).filter(|(_, settings)| *settings).map(|(unread, _)| unread);
+        if let Some(unread) = unknown {
             let message = format!(
                 "{}, so clusterLocal settings are unknown: until it can be read, connections stay in the client's \
                  cluster, unless known settings say otherwise for the host",
-                doubt.what
+                unread.what
             );
             findings.push(Finding::new(Code::SettingsUnknown, ObjectRef::global("Cluster", cluster), message));
         }

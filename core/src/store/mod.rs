@@ -100,8 +100,8 @@ impl Store {
     /// Returns an input that has never been read, and whether it may contain the MeshConfig for the cluster.
     /// Inputs that may contain the MeshConfig come first, because it decides what must never leave the cluster;
     /// then inputs that concern the cluster itself.
-    pub fn doubt(&self, cluster: &str) -> Option<(&UnreadInput, bool)> {
-        let settings = |doubt: &UnreadInput| {
+    pub fn first_unread(&self, cluster: &str) -> Option<(&UnreadInput, bool)> {
+        let settings = |unread: &UnreadInput| {
             let own = Scope::Cluster(cluster.to_owned());
             let of = |scope: &Scope| match scope {
                 Scope::Mesh => self.snapshot.mesh.mesh_config.is_some(),
@@ -111,11 +111,11 @@ impl Store {
             };
             // The MeshConfig comes from the mesh or from the cluster itself.
             // An unread input of the cluster matters only while neither is known.
-            let may_be_here = doubt.scope == Scope::Mesh || (doubt.scope == own && !of(&Scope::Mesh) && !of(&own));
-            doubt.settings || doubt.anything && may_be_here
+            let may_be_here = unread.scope == Scope::Mesh || (unread.scope == own && !of(&Scope::Mesh) && !of(&own));
+            unread.settings || unread.anything && may_be_here
         };
-        let all = self.unread.values().map(|doubt| (doubt, settings(doubt)));
-        all.max_by_key(|(doubt, settings)| (*settings, doubt.concerns(cluster)))
+        let all = self.unread.values().map(|unread| (unread, settings(unread)));
+        all.max_by_key(|(unread, settings)| (*settings, unread.concerns(cluster)))
     }
 
     /// Applies an update and adds its effects to `changes`.
@@ -164,7 +164,7 @@ impl Store {
         };
         let missing =
             contents.objects.iter().find(|read| read.object.is_none() && required(&read.key) && !known(&read.key));
-        let doubt = match missing {
+        let unread = match missing {
             Some(read) => Some(UnreadInput {
                 what: format!("{} in {origin} is invalid", read.key),
                 scope: read.key.scope.clone(),
@@ -180,14 +180,14 @@ impl Store {
             }),
             None => None,
         };
-        match doubt {
+        match unread {
             None => {
                 self.complete_origins.insert(origin.clone());
                 // The set of unread inputs changed, which affects readiness.
                 changes.findings |= self.unread.remove(origin).is_some();
             }
-            Some(doubt) if !self.complete_origins.contains(origin) => {
-                drop(self.unread.insert(origin.clone(), doubt));
+            Some(unread) if !self.complete_origins.contains(origin) => {
+                drop(self.unread.insert(origin.clone(), unread));
             }
             Some(_) => {}
         }
@@ -312,7 +312,7 @@ impl Store {
         if !finding.source.is_empty() {
             return;
         }
-        let Some(kind) = finding.object.known_kind() else { return };
+        let Some(kind) = Kind::of(&finding.object) else { return };
         let name = finding.object.namespaced_name();
         let cluster = if finding.cluster.is_empty() { cluster } else { &finding.cluster };
         let source = [Scope::Cluster(cluster.to_owned()), Scope::Mesh].into_iter().find_map(|scope| {

@@ -85,7 +85,7 @@ impl Layout {
     /// Returns the layout of maps that a previous agent has filled.
     /// The adopted frontends stay until the first table is published.
     /// Their backends keep their ids, so open connections stay accounted for.
-    pub fn from_held(sizes: Sizes, held: PinnedState) -> Self {
+    pub fn adopt(sizes: Sizes, held: PinnedState) -> Self {
         let mut layout = Self::new(sizes);
         layout.backends.restore_epochs(held.epochs);
         layout.pools.restore_epochs(held.pool_epochs);
@@ -112,8 +112,8 @@ impl Layout {
     /// Frontends that this agent has published stay its own.
     /// Deferred ranges become free at once, so no program that started before the read may still be running.
     #[must_use]
-    pub fn read_again(&self, held: PinnedState) -> Self {
-        let mut layout = Self::from_held(self.sizes, held);
+    pub fn resync(&self, held: PinnedState) -> Self {
+        let mut layout = Self::adopt(self.sizes, held);
         layout.epoch = self.epoch;
         for (key, placed) in &mut layout.frontends {
             placed.adopted = self.frontends.get(key).is_none_or(|before| before.adopted);

@@ -48,11 +48,11 @@ fn unreadable_mesh_settings_are_not_treated_as_absent() {
         );
         let world = World::read(&config, &[("c1", WEB)]);
         assert_eq!(findings(&world.report("c1", "a"), "PTL0020").len(), 1, "{data}");
-        assert_eq!(world.0.doubt("c1").map(|(_, settings)| settings), Some(true), "{data}");
+        assert_eq!(world.0.first_unread("c1").map(|(_, settings)| settings), Some(true), "{data}");
     }
     // The settings may be in an unreadable file: one of the mesh, or one of the local cluster if no settings are known.
     let settings_unread = |mesh: &str, own: &str, other: &str| {
-        World::read(mesh, &[("c1", own), ("c2", other)]).0.doubt("c1").map(|(_, settings)| settings)
+        World::read(mesh, &[("c1", own), ("c2", other)]).0.first_unread("c1").map(|(_, settings)| settings)
     };
     let known = "{apiVersion: v1, kind: ConfigMap, metadata: {name: istio, namespace: istio-system}, data: {mesh: ''}}";
     assert_eq!(settings_unread("kind: [", WEB, WEB), Some(true));

@@ -8,9 +8,9 @@ use tokio::task::JoinSet;
 
 use super::{
     WatchContext,
-    list_watch::{ListWatcher, Only},
+    list_watch::{ListWatcher, Selectors},
     resources::{PODS, RESOURCES, Resource},
-    sink::{Known, Objects, doubt},
+    sink::{Known, Objects, unread_resource},
 };
 
 /// A cluster whose objects are watched. Dropping this value stops the watches.
@@ -37,7 +37,7 @@ impl Cluster {
     }
 
     /// Stops all watches and removes the cluster's objects from the store.
-    pub(super) async fn init_done(mut self) {
+    pub(super) async fn remove(mut self) {
         self.tasks.shutdown().await;
         self.context.sources.forget(&self.id, None);
         // An error means that the agent is shutting down.
@@ -65,7 +65,7 @@ impl Cluster {
         let (context, id, client) = (self.context.clone(), self.id.clone(), client.clone());
         async move {
             let sink = Objects::new(&context, resource, &id, client.clone(), known).await;
-            ListWatcher { context, cluster: id, resource, sole_kind: Only::default(), client, sink }.run().await;
+            ListWatcher { context, cluster: id, resource, selectors: Selectors::default(), client, sink }.run().await;
         }
     }
 
@@ -85,7 +85,7 @@ impl Cluster {
                     context: context.clone(),
                     cluster,
                     resource: &PODS,
-                    sole_kind: Only::default(),
+                    selectors: Selectors::default(),
                     client,
                     sink,
                 };
@@ -103,7 +103,7 @@ impl Cluster {
                 let news = vec![
                     Update::Prune { prefix, except: HashSet::new() },
                     // If pods could not be read, that no longer matters.
-                    Update::Remove { origin: doubt(&id, &PODS) },
+                    Update::Remove { origin: unread_resource(&id, &PODS) },
                 ];
                 if context.updates.send(news).await.is_err() {
                     return;

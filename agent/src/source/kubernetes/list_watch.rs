@@ -91,7 +91,7 @@ impl From<kube::Error> for WatchEnd {
 
 /// Selectors that limit which objects of a resource are read, in addition to those of the [`Resource`] itself.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Only {
+pub(super) struct Selectors {
     pub(super) fields: Option<String>,
     pub(super) labels: Option<&'static str>,
 }
@@ -102,7 +102,7 @@ pub(super) struct ListWatcher<S> {
     pub(super) cluster: String,
     pub(super) resource: &'static Resource,
     /// Selectors for the objects to read.
-    pub(super) sole_kind: Only,
+    pub(super) selectors: Selectors,
     pub(super) client: kube::Client,
     pub(super) sink: S,
 }
@@ -249,8 +249,8 @@ impl<S: Sink> ListWatcher<S> {
     async fn list(&mut self, api: &Api<Raw>) -> Result<String, WatchEnd> {
         let mut params = ListParams {
             limit: Some(PAGE),
-            field_selector: self.sole_kind.fields.clone().or(self.resource.fields.map(str::to_owned)),
-            label_selector: self.sole_kind.labels.map(str::to_owned),
+            field_selector: self.selectors.fields.clone().or(self.resource.fields.map(str::to_owned)),
+            label_selector: self.selectors.labels.map(str::to_owned),
             ..ListParams::default()
         };
         self.sink.init();
@@ -302,8 +302,8 @@ impl<S: Sink> ListWatcher<S> {
         let name = self.resource.name();
         let params = WatchParams {
             timeout: Some(u32::try_from(self.context.watch_timeout.as_secs()).unwrap_or(u32::MAX).max(1)),
-            field_selector: self.sole_kind.fields.clone().or(self.resource.fields.map(str::to_owned)),
-            label_selector: self.sole_kind.labels.map(str::to_owned),
+            field_selector: self.selectors.fields.clone().or(self.resource.fields.map(str::to_owned)),
+            label_selector: self.selectors.labels.map(str::to_owned),
             ..WatchParams::default()
         };
         let silence = self.context.watch_timeout + STALL_GRACE;

@@ -38,7 +38,7 @@ use self::{
     client::DirectAddress,
     cluster::Cluster,
     event_recorder::EventRecorder,
-    list_watch::{ListWatcher, Only},
+    list_watch::{ListWatcher, Selectors},
     opt_out::Lists,
     remote_clusters::{LABEL, SecretSink},
     resources::{LABELLED_NAMESPACES, OWN_PODS, PODS, SECRETS},
@@ -173,10 +173,10 @@ pub async fn run(
         let (sink, secrets) = SecretSink::new(&context);
         let cluster = options.cluster.clone();
         sources.expect(&cluster, &SECRETS.name());
-        let sole_kind = Only { labels: Some(LABEL), ..Only::default() };
+        let selectors = Selectors { labels: Some(LABEL), ..Selectors::default() };
         let client = client.clone();
         others.spawn(
-            ListWatcher { context: context.clone(), cluster, resource: &SECRETS, sole_kind, client, sink }.run(),
+            ListWatcher { context: context.clone(), cluster, resource: &SECRETS, selectors, client, sink }.run(),
         );
         others.spawn(remote_clusters::run(context.clone(), secrets));
     }
@@ -186,14 +186,14 @@ pub async fn run(
         registry.want(opted_out::ByUid::new());
     } else {
         let lists = Lists::new(registry, Arc::clone(&sources));
-        let own_pods = Only { fields: Some(format!("spec.nodeName={}", options.node)), ..Only::default() };
-        let labelled = Only { labels: Some(opted_out::LABEL), ..Only::default() };
-        for (resource, sole_kind, sink) in
+        let own_pods = Selectors { fields: Some(format!("spec.nodeName={}", options.node)), ..Selectors::default() };
+        let labelled = Selectors { labels: Some(opted_out::LABEL), ..Selectors::default() };
+        for (resource, selectors, sink) in
             [(&OWN_PODS, own_pods, lists.pods()), (&LABELLED_NAMESPACES, labelled, lists.namespaces())]
         {
             let (context, cluster, client) = (context.clone(), options.cluster.clone(), client.clone());
             sources.expect(&cluster, &resource.name());
-            others.spawn(ListWatcher { context, cluster, resource, sole_kind, client, sink }.run());
+            others.spawn(ListWatcher { context, cluster, resource, selectors, client, sink }.run());
         }
     }
 

@@ -259,7 +259,7 @@ async fn follow(context: WatchContext, id: String, secret: String, mut kubeconfi
     }
     context.sources.note(&note, None);
     match cluster {
-        Some(cluster) => cluster.init_done().await,
+        Some(cluster) => cluster.remove().await,
         None => context.sources.forget(&id, None),
     }
 }

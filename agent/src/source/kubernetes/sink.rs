@@ -95,8 +95,8 @@ impl Objects {
         }
     }
 
-    fn doubt(&self) -> Origin {
-        doubt(&self.cluster, self.resource)
+    fn unread_resource(&self) -> Origin {
+        unread_resource(&self.cluster, self.resource)
     }
 }
 
@@ -120,7 +120,7 @@ impl Sink for Objects {
             self.out.push(Update::Prune { prefix, except: listed });
         }
         if std::mem::take(&mut self.marked_unread) {
-            let origin = self.doubt();
+            let origin = self.unread_resource();
             self.out.push(Update::Remove { origin });
         }
     }
@@ -138,7 +138,7 @@ impl Sink for Objects {
         // Remote clusters hold no policy, so unread resources of theirs leave no decision open.
         if self.cluster == self.context.cluster && !std::mem::replace(&mut self.marked_unread, true) {
             let contents = Contents { sole_kind: self.resource.kind, ..Contents::default() };
-            let origin = self.doubt();
+            let origin = self.unread_resource();
             self.out.push(Update::Replace { origin, contents });
         }
     }
@@ -154,7 +154,7 @@ impl Sink for Objects {
 }
 
 /// Returns the origin that stands for a whole resource while it cannot be read.
-pub(super) fn doubt(cluster: &str, resource: &Resource) -> Origin {
+pub(super) fn unread_resource(cluster: &str, resource: &Resource) -> Origin {
     Origin::resource(cluster, resource.plural)
 }
 

@@ -153,7 +153,7 @@ proptest! {
         }
         let previous = maps.clone();
         let held = maps.read_back();
-        let mut layout = Layout::from_held(Sizes::default(), held);
+        let mut layout = Layout::adopt(Sizes::default(), held);
         // Nothing is known yet, so nothing may be removed.
         layout.update(&Table::default(), Completeness::Partial).0.iter().for_each(|op| maps.write(op));
         for key in previous.keys() {
@@ -240,7 +240,7 @@ fn backends_of_rejected_adopted_frontend_are_not_reused() {
     let ops = previous.update(&table(&[(1, vec![(1, vec![1, 2])])]), Completeness::Complete).0;
     ops.iter().for_each(|op| maps.write(op));
     let held = maps.read_back();
-    let mut layout = Layout::from_held(sizes, held);
+    let mut layout = Layout::adopt(sizes, held);
     // Three entries do not fit beside the two that are in use.
     let too_much = (1, vec![(1, vec![1, 2, 3])]);
     let (_, refused) = layout.update(&table(std::slice::from_ref(&too_much)), Completeness::Complete);
@@ -262,7 +262,7 @@ fn adopted_layout() -> (Layout, FakeMaps) {
     let (mut previous, mut maps) = (Layout::new(sizes), FakeMaps::default());
     let ops = previous.update(&table(&[(1, vec![(1, vec![1])]), (2, vec![(1, vec![1, 2])])]), Completeness::Complete).0;
     maps.write_all(&ops);
-    (Layout::from_held(sizes, maps.read_back()), maps)
+    (Layout::adopt(sizes, maps.read_back()), maps)
 }
 
 #[test]
@@ -302,7 +302,7 @@ fn own_frontends_stay_own_when_maps_are_read_again() {
     let (mut layout, mut maps) = adopted_layout();
     let own = table(&[(3, vec![(1, vec![3])])]);
     maps.write_all(&layout.change(&own, &[], Completeness::WithoutSettings).0);
-    let mut layout = layout.read_again(maps.read_back());
+    let mut layout = layout.resync(maps.read_back());
     assert_eq!(layout.adopted(), 2);
     reclaim(&mut layout);
     let moved = table(&[(3, vec![(1, vec![4])]), (2, vec![(1, vec![4])])]);
