@@ -7,7 +7,7 @@ use portolan_common::{BackendStats, FrontendKey, FrontendStats, PoolStats, Track
 use portolan_core::{
     model::{ConnectionPool, IpFamily, NamespacedName, Protocol, ServiceId},
     policy::{PoolKey, Schedule, Share, WeightedGroup},
-    table::{Completeness, FrontendSpec, Layout, Op, PoolSpec, Sizes, Table, key},
+    table::{BackendId, Completeness, FrontendId, FrontendSpec, Layout, Op, PoolSpec, Sizes, Table, key},
 };
 
 use super::Kernel;
@@ -96,7 +96,7 @@ pub fn check(kernel: &mut impl Kernel) -> Result<(), Broken> {
     }
 
     // A layout that adopts it writes nothing for the same table but versions of its own, and keeps every backend id.
-    let mut adopted = Layout::from_held(SIZES, held);
+    let mut adopted = Layout::adopt(SIZES, held);
     check!(adopted.adopted() == 2, "adopted frontends: {}", adopted.adopted());
     let (ops, _) = adopted.update(&table(&[(1, &[1, 2]), (2, &[2, 3])]), Completeness::Complete);
     check!(!ops.iter().any(|op| matches!(op, Op::SetBackend(..) | Op::RemoveFrontend(_))), "adopting writes {ops:?}");
@@ -114,6 +114,12 @@ pub fn check(kernel: &mut impl Kernel) -> Result<(), Broken> {
     check!(!kernel.backend_use(backend).map_err(failed)?.used_by_others(1, 0), "a new backend is in use");
     kernel.set_report_success(backend, true).map_err(failed)?;
     kernel.set_report_success(backend, false).map_err(failed)?;
+
+    // An id that is not in use has counters of zero.
+    let unused = kernel.backend_stats(BackendId::new(SIZES.backends - 1)).map_err(failed)?;
+    check!(unused == BackendStats::default(), "counters of an unused backend: {unused:?}");
+    let unused = kernel.frontend_stats(FrontendId::new(SIZES.frontends - 1)).map_err(failed)?;
+    check!(unused == FrontendStats::default(), "counters of an unused frontend: {unused:?}");
 
     // A removed frontend is gone, and the others are not.
     let (ops, _) = adopted.update(&table(&[(2, &[2, 3])]), Completeness::Complete);

@@ -64,7 +64,7 @@ pub trait Kernel {
     /// Says whether the programs report successes of a backend, too. They always report failures.
     ///
     /// # Errors
-    /// Returns an error if there is no such backend.
+    /// Returns an error if the id is beyond the size of the map.
     fn set_report_success(&mut self, id: BackendId, wanted: bool) -> Result<()>;
 
     /// Returns a frontend's id and its version in effect.
@@ -73,25 +73,25 @@ pub trait Kernel {
     /// Returns the counters of a frontend.
     ///
     /// # Errors
-    /// Returns an error if there is no such frontend.
+    /// Returns an error if the id is beyond the size of the map. An id that is not in use has counters of zero.
     fn frontend_stats(&self, id: FrontendId) -> Result<FrontendStats>;
 
     /// Returns the counters of a backend.
     ///
     /// # Errors
-    /// Returns an error if there is no such backend.
+    /// Returns an error if the id is beyond the size of the map. An id that is not in use has counters of zero.
     fn backend_stats(&self, id: BackendId) -> Result<BackendStats>;
 
     /// Returns which network namespaces used a backend last, and the statuses of its responses.
     ///
     /// # Errors
-    /// Returns an error if there is no such backend.
+    /// Returns an error if the id is beyond the size of the map. An id that is not in use has counters of zero.
     fn backend_use(&self, id: BackendId) -> Result<BackendUse>;
 
     /// Returns the counters of a pool.
     ///
     /// # Errors
-    /// Returns an error if there is no such pool.
+    /// Returns an error if the id is beyond the size of the map. An id that is not in use has counters of zero.
     fn pool_stats(&self, id: PoolId) -> Result<PoolStats>;
 
     /// Returns the counters of the programs, summed over all CPUs.
@@ -186,11 +186,11 @@ impl Kernel for Datapath {
     }
 
     fn connection_slots(&self) -> (u32, u32) {
-        self.closer.places()
+        self.terminator.connection_slots()
     }
 
     fn sweep(&self, request: SweepRequest) {
-        self.closer.begin(request);
+        self.terminator.request(request);
     }
 
     fn location(&self) -> String {
