@@ -1,9 +1,12 @@
-//! Findings that are new: they are logged, and recorded as Kubernetes Events.
+//! The findings of all parts. New ones are logged, and recorded as Kubernetes Events.
 
 use std::collections::BTreeSet;
 
-use portolan_core::model::{Finding, Severity};
+use portolan_core::model::{Code, Finding, ObjectRef, Severity};
 use tokio::sync::mpsc;
+
+use super::{Controller, now::Now, overrides};
+use crate::kernel::Kernel;
 
 /// New findings that are logged one by one; of more, only the number is logged.
 const MAX_LOGGED: usize = 50;
@@ -49,5 +52,51 @@ impl FindingReporter {
         if let Some(more) = new.len().checked_sub(MAX_LOGGED).filter(|more| *more > 0) {
             tracing::warn!("{more} more findings; run: portolan get services");
         }
+    }
+}
+
+impl<K: Kernel> Controller<K> {
+    /// Returns all findings but those of the compiler.
+    pub(super) fn standing_findings(&self, now: Now) -> impl Iterator<Item = Finding> {
+        self.store
+            .findings()
+            .into_iter()
+            .chain(self.client_findings.iter().cloned())
+            .chain(self.start_findings.iter().cloned())
+            .chain(self.publisher.findings().cloned())
+            .chain(self.http.findings(&self.health))
+            .chain(self.probe_limit_finding())
+            .chain(self.gate.findings(now).cloned())
+            .chain(overrides::findings(self.health.overrides()))
+    }
+
+    /// Returns a finding if rules ask for more active probes than the limit allows.
+    fn probe_limit_finding(&self) -> Option<Finding> {
+        let (targets, _, asked) = self.health.probes();
+        let limit = self.settings.probes_per_second;
+        (asked > f64::from(limit)).then(|| {
+            let effect = if limit == 0 {
+                "active probes are disabled".to_owned()
+            } else {
+                format!("the limit is {limit}, so that endpoints are probed less often than periodSeconds says")
+            };
+            let message = format!(
+                "portolan.io/probe asks for {asked:.0} probes per second of {targets} endpoints; {effect} (--probes-per-second)"
+            );
+            Finding::new(Code::ProbesBounded, ObjectRef::global("Probes", ""), message)
+        })
+    }
+
+    /// Logs and records new findings; those of objects only if something about them is new.
+    pub(super) fn report_findings(&mut self, now: Now, of_objects: bool) {
+        let mut new = self.compiler.fresh_findings();
+        if of_objects {
+            let standing: BTreeSet<Finding> = self.standing_findings(now).collect();
+            new.extend(self.finding_reporter.replace(standing));
+        }
+        for finding in &mut new {
+            self.store.add_source(&self.settings.cluster, finding);
+        }
+        self.finding_reporter.report(&new);
     }
 }

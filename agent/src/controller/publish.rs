@@ -55,7 +55,7 @@ impl Publisher {
     /// Adopts what a previous agent left in the maps.
     pub(super) fn new(sizes: Sizes, pinned: PinnedState) -> Self {
         Self {
-            layout: Layout::from_held(sizes, pinned),
+            layout: Layout::adopt(sizes, pinned),
             completeness: None,
             rejected: BTreeMap::new(),
             bypassing: false,
@@ -130,7 +130,7 @@ impl Publisher {
             self.write_errors.push(Finding::new(Code::KernelWrite, ObjectRef::global("Kernel", ""), message));
             // Which writes were done is unknown. Once no program reads what they replaced, the maps tell.
             kernel.wait_for_readers();
-            self.layout = self.layout.read_again(kernel.read_back(self.layout.sizes())?);
+            self.layout = self.layout.resync(kernel.read_back(self.layout.sizes())?);
             self.completeness = None;
         }
         if let Some(epoch) = self.layout.end_epoch() {
@@ -160,14 +160,15 @@ impl Publisher {
         due
     }
 
-    /// Makes what this epoch freed available; reports whether a frontend that did not fit may fit now.
+    /// Makes what this epoch freed available; reports whether findings change, or a frontend that did not fit may fit now.
     pub(super) fn on_grace_elapsed(&mut self, epoch: GraceEpoch) -> bool {
         self.layout.reclaim(epoch);
+        let before = std::mem::replace(&mut self.nearly_full, nearly_full(&self.layout));
         let waiting = !self.rejected.is_empty() && self.retry_at.take().is_some();
         if waiting {
             self.completeness = None;
         }
-        waiting
+        waiting || before != self.nearly_full
     }
 }
 

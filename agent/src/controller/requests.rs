@@ -98,7 +98,7 @@ impl<K: Kernel> Controller<K> {
             closing_passes: self.termination.sweeps(),
             closed: self.termination.closed().clone(),
             occupancy: self.publisher.layout().occupancy(),
-            places: self.kernel.connection_slots(),
+            connection_slots: self.kernel.connection_slots(),
             ready: self.ready().is_ok(),
             findings: self.findings(now),
         }

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use super::{
     Action, Controller, Input, MAX_OUTCOMES, Now, Request, Start,
     effect::Unconfirmed,
-    state_file::{PersistedState, Saved, StateFileError, StateWriter},
+    state_file::{PersistedState, Saved, StateWriter},
 };
 use crate::{
     error::Result,
@@ -69,7 +69,7 @@ impl Start {
     /// What an agent starts from whose self-probe and prober are these.
     pub fn of(
         pinned: PinnedState,
-        persisted: Result<Option<PersistedState>, StateFileError>,
+        persisted: Result<Option<PersistedState>, crate::error::StateFileError>,
         self_probe: &SelfProbe,
         prober: &Prober,
         finding_recorder: Option<mpsc::Sender<Finding>>,
@@ -127,7 +127,7 @@ pub async fn run(
             Some((id, result)) = io.saved.recv() => Input::Saved(id, result),
             Some(seen) = io.self_probe_results.recv() => Input::SelfProbe(seen),
             epoch = kernel.grace.elapsed() => Input::GraceElapsed(epoch),
-            report = kernel.closer.done() => Input::Sweep(report?),
+            report = kernel.terminator.next_report() => Input::Sweep(report?),
             request = requests.recv() => {
                 let Some(request) = request else { return Ok(()) };
                 Input::Request(request)

@@ -1,7 +1,7 @@
 //! The controller without root, clock or I/O: inputs and times go in, a kernel in memory and a list of actions come out.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -69,10 +69,13 @@ fn web() -> FrontendKey {
 struct World {
     controller: Controller<FakeKernel>,
     now: Now,
+    /// Findings that are to be recorded as Kubernetes Events.
+    recorded: mpsc::Receiver<Finding>,
 }
 
 impl World {
     fn start(kernel: FakeKernel, persisted: Result<Option<PersistedState>, String>, now: Now) -> Self {
+        let (recorder, recorded) = mpsc::channel(64);
         let settings = Settings {
             cluster: "c1".to_owned(),
             location: ClientLocation { node: Some("n1".to_owned()), ..ClientLocation::default() },
@@ -85,9 +88,9 @@ impl World {
             persisted,
             self_probe: (Table::default(), address("127.0.0.1:1")),
             probe_counts: Arc::default(),
-            finding_recorder: None,
+            finding_recorder: Some(recorder),
         };
-        Self { controller: Controller::new(now, settings, kernel, start), now }
+        Self { recorded, controller: Controller::new(now, settings, kernel, start), now }
     }
 
     fn now() -> Now {
@@ -122,6 +125,11 @@ impl World {
         let assignments = self.controller.compiler.output().assignments;
         let of = |assignment: &&Arc<portolan_core::policy::Assignment>| assignment.service.name.name == name;
         assignments.iter().find(of).unwrap().routes[0].pool.key.clone()
+    }
+
+    /// The codes of the findings that were recorded since the last call.
+    fn recorded(&mut self) -> Vec<Code> {
+        std::iter::from_fn(|| self.recorded.try_recv().ok()).map(|finding| finding.code).collect()
     }
 
     /// Lets time pass, with every timeout that comes in it.
@@ -466,19 +474,19 @@ fn removed_endpoints_are_swept_in_one_batch() {
     assert_eq!(sweeps.len(), 1, "one request for both services and both endpoints");
     let sweep = &sweeps[0];
     assert!(sweep.complete && sweep.removed_endpoint_tcp == RemovedEndpointTcp::Idle);
-    let udp = sweep.gone_udp.as_ref().unwrap();
+    let udp = sweep.removed_udp.as_ref().unwrap();
     for i in 1..=4 {
         assert_eq!(udp.may_be(&address(&format!("10.0.0.{i}:53"))), i > 2, "endpoint {i}");
     }
     assert_eq!(sweep.endpoints[&web()].len(), 2);
     assert_eq!(sweep.endpoints[&frontend(DNS, Protocol::Udp)].len(), 2);
     // What could not be closed is looked for again, a little later and only once.
-    let report = SweepReport { unfinished: sweep.gone_udp.clone(), closing: true, ..SweepReport::default() };
+    let report = SweepReport { unfinished: sweep.removed_udp.clone(), closing: true, ..SweepReport::default() };
     world.handle(Input::Sweep(report));
     world.advance(Duration::from_secs(20));
-    let again: Vec<_> = world.kernel().sweeps.take().into_iter().filter(|sweep| sweep.gone_udp.is_some()).collect();
+    let again: Vec<_> = world.kernel().sweeps.take().into_iter().filter(|sweep| sweep.removed_udp.is_some()).collect();
     assert_eq!(again.len(), 1);
-    assert_eq!(again[0].gone_udp, sweep.gone_udp);
+    assert_eq!(again[0].removed_udp, sweep.removed_udp);
 }
 
 #[test]
@@ -594,4 +602,18 @@ fn broken_hooks_are_repaired_after_the_self_probe() {
     assert!(world.kinds().contains(&EventKind::Repaired));
     assert!(world.controller.take_actions().iter().any(|action| matches!(action, Action::SelfProbe)), "probes again");
     assert_eq!(world.ready(), Err("the self-probe failed: connection refused".to_owned()));
+}
+
+#[test]
+fn nearly_full_map_is_reported_when_an_incremental_change_fills_it() {
+    let mut world = World::serving(2);
+    assert_eq!(world.recorded(), []);
+    // 58 of 64 backends.
+    world.read(29);
+    assert_eq!(world.recorded(), [Code::MapNearlyFull]);
+    world.read(28);
+    let epoch = world.kernel().grace_epoch.get().unwrap();
+    world.handle(Input::GraceElapsed(epoch));
+    assert_eq!(world.recorded(), []);
+    assert!(!world.controller.publisher.findings().any(|finding| finding.code == Code::MapNearlyFull));
 }
