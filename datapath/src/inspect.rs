@@ -19,7 +19,7 @@ use crate::{
     map_specs::{self, Scope},
     pins::{self, Pins},
     preflight,
-    programs::{HTTP_INGRESS, PROGRAMS, ProgramSpec},
+    programs::{self, HTTP_INGRESS, PROGRAMS, ProgramSpec},
     sys, terminator,
 };
 
@@ -62,6 +62,8 @@ pub struct Facts {
     pub kernel: String,
     /// Whether this process runs as root, which loading programs requires.
     pub is_root: bool,
+    /// Whether this binary contains the eBPF programs.
+    pub embedded: Result<(), Unsupported>,
     /// Whether the kernel's BTF has the fields that the programs read; if not, why.
     pub btf: Result<(), Unsupported>,
     /// Path and id of the cgroup to serve.
@@ -136,6 +138,7 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
     Facts {
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         is_root: rustix::process::geteuid().is_root(),
+        embedded: programs::object().map(drop),
         btf: btf::offsets(Path::new("/sys/kernel/btf/vmlinux")).map(drop),
         cgroup,
         bpffs: bpffs.ancestors().find(|path| path.exists()).is_some_and(preflight::is_bpffs),

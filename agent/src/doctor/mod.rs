@@ -127,6 +127,10 @@ fn kernel(checks: &mut Checks, facts: &Facts) {
             "boot a newer kernel",
         ),
     }
+    if facts.embedded.is_err() {
+        let remedy = "build it with the eBPF toolchain: cargo xtask toolchain, then cargo build";
+        checks.add("binary", State::Error, "it was built without the eBPF programs, so its agent cannot start", remedy);
+    }
     match &facts.btf {
         Ok(()) => checks.ok("BTF", "available"),
         Err(error) => checks.add("BTF", State::Error, error.to_string(), "use a kernel with CONFIG_DEBUG_INFO_BTF"),
@@ -339,6 +343,7 @@ mod tests {
         Facts {
             kernel: "6.12.1-cloud".to_owned(),
             is_root: true,
+            embedded: Ok(()),
             btf: Ok(()),
             cgroup: Ok((PathBuf::from("/sys/fs/cgroup"), 7)),
             bpffs: true,
@@ -390,6 +395,8 @@ mod tests {
         let unsupported = || Unsupported("no".to_owned());
         let broken = Facts { btf: Err(unsupported()), cgroup: Err(unsupported()), bpffs: false, ..facts() };
         assert_eq!(states(&broken).iter().filter(|(_, state)| *state == State::Error).count(), 4);
+        let without_programs = Facts { embedded: Err(unsupported()), ..facts() };
+        assert_eq!(states(&without_programs), [("binary".to_owned(), State::Error)]);
         let mut mixed = facts();
         mixed.programs[1].of_another_set = true;
         assert_eq!(states(&mixed), [("programs".to_owned(), State::Warning)]);
