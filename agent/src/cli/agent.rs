@@ -264,9 +264,9 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode> {
             removed_endpoint_tcp: args.gone_connections,
             probes_per_second: args.probes_per_second,
         };
-        let start = controller::Start::of(held, persisted, &probe, &prober, finding_tx);
+        let start = controller::Start::of(held, persisted, &probe, &prober);
         let controller = Controller::new(controller::Now::read(), settings, datapath, start);
-        let io = controller::Io::start(prober, probe, state_writer);
+        let io = controller::Io::start(prober, probe, state_writer, finding_tx);
         let admin_state = AdminState { questions, sources: Arc::clone(&sources), registry: Arc::clone(&registry) };
         let source = async {
             match (args.config, link) {

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 use portolan_core::{
     health::Target,
-    model::{Probe, ServiceId},
+    model::{Finding, Probe, ServiceId},
     policy::PoolKey,
 };
 
@@ -58,6 +58,8 @@ pub enum Action {
         /// Results come back with it; `None` stops probing.
         number: Option<u64>,
     },
+    /// Record a new finding as a Kubernetes Event.
+    RecordFinding(Finding),
     /// Run the self-probe now.
     SelfProbe,
     /// Write the state file.

@@ -1,11 +1,10 @@
-//! The findings of all parts. New ones are logged, and recorded as Kubernetes Events.
+//! The findings of all parts. New ones are logged, and become actions that record them as Kubernetes Events.
 
 use std::collections::BTreeSet;
 
 use portolan_core::model::{Code, Finding, ObjectRef, Severity};
-use tokio::sync::mpsc;
 
-use super::{Controller, now::Now, overrides};
+use super::{Controller, effect::Action, now::Now, overrides};
 use crate::kernel::Kernel;
 
 /// New findings that are logged one by one; of more, only the number is logged.
@@ -15,16 +14,9 @@ const MAX_LOGGED: usize = 50;
 #[derive(Debug, Default)]
 pub(super) struct FindingReporter {
     known: BTreeSet<Finding>,
-    /// Records findings as Kubernetes Events.
-    recorder: Option<mpsc::Sender<Finding>>,
 }
 
 impl FindingReporter {
-    /// A reporter that also hands new findings to `recorder`.
-    pub(super) fn new(recorder: Option<mpsc::Sender<Finding>>) -> Self {
-        Self { known: BTreeSet::new(), recorder }
-    }
-
     /// Replaces all findings, and returns the new ones.
     pub(super) fn replace(&mut self, findings: BTreeSet<Finding>) -> Vec<Finding> {
         let new = findings.difference(&self.known).cloned().collect();
@@ -32,12 +24,8 @@ impl FindingReporter {
         new
     }
 
-    /// Logs and records new findings.
-    pub(super) fn report(&self, new: &[Finding]) {
-        if let Some(recorder) = &self.recorder {
-            // Best effort: a recorder that is busy loses Events, and not the log.
-            new.iter().for_each(|finding| drop(recorder.try_send(finding.clone())));
-        }
+    /// Logs new findings.
+    pub(super) fn log(new: &[Finding]) {
         for finding in new.iter().take(MAX_LOGGED) {
             let Finding { code, object, field, message, position, .. } = finding;
             let at = position.as_ref().map(|position| format!(":{}:{}", position.line, position.column));
@@ -97,6 +85,7 @@ impl<K: Kernel> Controller<K> {
         for finding in &mut new {
             self.store.add_source(&self.settings.cluster, finding);
         }
-        self.finding_reporter.report(&new);
+        FindingReporter::log(&new);
+        self.actions.extend(new.into_iter().map(Action::RecordFinding));
     }
 }

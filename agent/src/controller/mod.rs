@@ -53,7 +53,6 @@ use portolan_core::{
     table::{GraceEpoch, PinnedState, Sizes, Table},
 };
 use portolan_datapath::{Outcome, RemovedEndpointTcp, SweepReport};
-use tokio::sync::mpsc;
 
 use self::{
     effect::{Effect, Unconfirmed},
@@ -187,14 +186,12 @@ pub struct Start {
     pub self_probe: (Table, std::net::SocketAddr),
     /// Counts of active probes, for the metrics.
     pub probe_counts: Arc<Counts>,
-    /// Records new findings as Kubernetes Events.
-    pub finding_recorder: Option<mpsc::Sender<Finding>>,
 }
 
 impl<K: Kernel> Controller<K> {
     /// A controller over a kernel whose maps hold what a previous agent left.
     pub fn new(now: Now, settings: Settings, kernel: K, start: Start) -> Self {
-        let Start { pinned, persisted, self_probe, probe_counts, finding_recorder } = start;
+        let Start { pinned, persisted, self_probe, probe_counts } = start;
         let adopted = pinned.frontends.len();
         if adopted > 0 {
             let backends = pinned.backends.len();
@@ -218,7 +215,7 @@ impl<K: Kernel> Controller<K> {
             termination: TerminationPlanner::new(settings.removed_endpoint_tcp),
             persistence: Persistence::default(),
             self_probe: SelfProbeMonitor::new(self_probe.0, self_probe.1),
-            finding_reporter: FindingReporter::new(finding_recorder),
+            finding_reporter: FindingReporter::default(),
             events: EventLog::default(),
             collector: Collector::default(),
             probe_counts,

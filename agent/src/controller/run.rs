@@ -31,6 +31,8 @@ pub struct Io {
     saved: mpsc::UnboundedReceiver<Saved>,
     names: mpsc::UnboundedSender<(Unconfirmed, Option<String>)>,
     named: mpsc::UnboundedReceiver<(Unconfirmed, Option<String>)>,
+    /// Records findings as Kubernetes Events.
+    recorder: Option<mpsc::Sender<Finding>>,
 }
 
 impl Io {
@@ -39,11 +41,12 @@ impl Io {
         prober: Prober,
         self_probe: SelfProbe,
         (writer, saved): (StateWriter, mpsc::UnboundedReceiver<Saved>),
+        recorder: Option<mpsc::Sender<Finding>>,
     ) -> Self {
         let (confirmer, confirmations) = Confirmer::new();
         let (names, named) = mpsc::unbounded_channel();
         let (self_probe, self_probe_results) = self_probe.start();
-        Self { prober, confirmer, confirmations, self_probe, self_probe_results, writer, saved, names, named }
+        Self { prober, confirmer, confirmations, self_probe, self_probe_results, writer, saved, names, named, recorder }
     }
 
     /// Does the I/O of an action. Results arrive as inputs.
@@ -51,6 +54,12 @@ impl Io {
         match action {
             Action::Confirm { endpoint, probe } => self.confirmer.ask(endpoint, probe),
             Action::Probe { target, number } => self.prober.set(target, number),
+            // Best effort: a recorder that is busy loses Events, and not the log.
+            Action::RecordFinding(finding) => {
+                if let Some(recorder) = &self.recorder {
+                    let _ = recorder.try_send(finding);
+                }
+            }
             Action::SelfProbe => self.self_probe.run_now(),
             Action::Save { id, state } => self.writer.save(id, state),
             Action::NameNamespace(unconfirmed) => {
@@ -72,14 +81,12 @@ impl Start {
         persisted: Result<Option<PersistedState>, crate::error::StateFileError>,
         self_probe: &SelfProbe,
         prober: &Prober,
-        finding_recorder: Option<mpsc::Sender<Finding>>,
     ) -> Self {
         Self {
             pinned,
             persisted: persisted.map_err(|error| error.to_string()),
             self_probe: (self_probe.table(), self_probe.endpoint()),
             probe_counts: Arc::clone(&prober.counts),
-            finding_recorder,
         }
     }
 }

@@ -69,13 +69,10 @@ fn web() -> FrontendKey {
 struct World {
     controller: Controller<FakeKernel>,
     now: Now,
-    /// Findings that are to be recorded as Kubernetes Events.
-    recorded: mpsc::Receiver<Finding>,
 }
 
 impl World {
     fn start(kernel: FakeKernel, persisted: Result<Option<PersistedState>, String>, now: Now) -> Self {
-        let (recorder, recorded) = mpsc::channel(64);
         let settings = Settings {
             cluster: "c1".to_owned(),
             location: ClientLocation { node: Some("n1".to_owned()), ..ClientLocation::default() },
@@ -88,9 +85,8 @@ impl World {
             persisted,
             self_probe: (Table::default(), address("127.0.0.1:1")),
             probe_counts: Arc::default(),
-            finding_recorder: Some(recorder),
         };
-        Self { recorded, controller: Controller::new(now, settings, kernel, start), now }
+        Self { controller: Controller::new(now, settings, kernel, start), now }
     }
 
     fn now() -> Now {
@@ -127,9 +123,13 @@ impl World {
         assignments.iter().find(of).unwrap().routes[0].pool.key.clone()
     }
 
-    /// The codes of the findings that were recorded since the last call.
+    /// The codes of the findings that were to be recorded since the last call.
     fn recorded(&mut self) -> Vec<Code> {
-        std::iter::from_fn(|| self.recorded.try_recv().ok()).map(|finding| finding.code).collect()
+        let code = |action| match action {
+            Action::RecordFinding(finding) => Some(finding.code),
+            _ => None,
+        };
+        self.controller.take_actions().into_iter().filter_map(code).collect()
     }
 
     /// Lets time pass, with every timeout that comes in it.
