@@ -132,6 +132,11 @@ impl EjectionGate {
         self.first_unpublished_failure.take()
     }
 
+    /// Reports whether an outcome is from before this agent started: its ids may mean something else by now.
+    pub(super) fn is_earlier(&self, outcome: &Outcome) -> bool {
+        outcome.at < self.started
+    }
+
     /// Handles outcomes; `drained` says that the ring buffer was empty after them.
     pub(super) fn on_outcomes<K: Kernel>(
         &mut self,
@@ -140,8 +145,10 @@ impl EjectionGate {
         drained: bool,
     ) -> Vec<Effect> {
         let mut effects = Vec::new();
-        let started = self.started;
-        for outcome in outcomes.iter().filter(|outcome| outcome.at >= started) {
+        for outcome in outcomes {
+            if self.is_earlier(outcome) {
+                continue;
+            }
             let Some(pools) = view.frontends.pools(outcome.frontend_id) else { continue };
             let signal = signal(outcome);
             if signal.is_failure() {

@@ -350,8 +350,9 @@ impl<K: Kernel> Controller<K> {
     }
 
     fn on_outcomes(&mut self, now: Now, outcomes: Vec<Outcome>, drained: bool) {
-        let (of_protocol, outcomes): (Vec<_>, Vec<_>) =
+        let (mut of_protocol, outcomes): (Vec<_>, Vec<_>) =
             outcomes.into_iter().partition(|outcome| outcome.kind == OutcomeKind::NotHttp);
+        of_protocol.retain(|outcome| !self.gate.is_earlier(outcome));
         for outcome in &of_protocol {
             let own = self.health.pools_of(&outcome.backend);
             let pools = self.frontends.pools(outcome.frontend_id).unwrap_or_default();

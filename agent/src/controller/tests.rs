@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use portolan_common::{BackendUse, FrontendKey, OutcomeKind};
+use portolan_common::{BackendUse, DetectedProtocol, FrontendKey, OutcomeKind};
 use portolan_core::{
     decode::{DecodeOptions, read_text},
     health::OverrideCommand,
@@ -616,4 +616,25 @@ fn nearly_full_map_is_reported_when_an_incremental_change_fills_it() {
     world.handle(Input::GraceElapsed(epoch));
     assert_eq!(world.recorded(), []);
     assert!(!world.controller.publisher.findings().any(|finding| finding.code == Code::MapNearlyFull));
+}
+
+#[test]
+fn detected_protocol_counts_unless_it_is_from_before_the_agent() {
+    let mut world = World::serving(2);
+    world.read_text(&objects(2).replace("name: tcp", "name: http"));
+    let (frontend_id, _) = world.kernel().maps.frontend(&web()).unwrap();
+    let outcome = Outcome {
+        at: world.now.monotonic,
+        backend: address(BOTH[0]),
+        frontend_id,
+        kind: OutcomeKind::NotHttp,
+        errno: DetectedProtocol::TLS as u32,
+        latency: Duration::ZERO,
+        netns_cookie: 7,
+    };
+    let earlier = Outcome { at: outcome.at - Duration::from_millis(1), ..outcome };
+    world.handle(Input::Outcomes { outcomes: vec![earlier], drained: true });
+    assert!(!world.codes().contains(&Code::NotHttp));
+    world.handle(Input::Outcomes { outcomes: vec![outcome], drained: true });
+    assert!(world.codes().contains(&Code::NotHttp));
 }
