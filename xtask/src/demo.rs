@@ -1,12 +1,11 @@
 //! `cargo xtask demo`: builds what the demo needs, and runs its scenarios.
 
 use std::{
-    env,
-    process::{Command, ExitCode, Output, Stdio},
+    process::{ExitCode, Output, Stdio},
     thread,
 };
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Result, anyhow, ensure};
 use clap::Args;
 use portolan_tests::demo::{self, Options};
 
@@ -57,8 +56,9 @@ pub(crate) fn run(args: &DemoArgs) -> Result<ExitCode> {
 pub(crate) fn both() -> Result<()> {
     let run = |arguments: &'static [&'static str]| {
         thread::spawn(move || -> Result<Output> {
-            let program = env::current_exe().context("cannot find this program")?;
-            Ok(Command::new(program).arg("demo").args(arguments).stdin(Stdio::null()).output()?)
+            // Not the program that runs: the unit tests before may have built it again, and replaced its file.
+            let mut demo = cargo(&["run", "--quiet", "--package", "xtask", "--", "demo"]);
+            Ok(demo.args(arguments).stdin(Stdio::null()).output()?)
         })
     };
     let runs = [("files", run(&[])), ("API servers", run(&["--kubernetes"]))];
