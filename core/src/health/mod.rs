@@ -21,7 +21,7 @@ use crate::{
 
 pub use self::{
     active::{Target, Wanted},
-    outlier::{Cause, Detector, DetectorEvent, DetectorEventKind, Ejection, Saved, Signal, Threshold},
+    outlier::{Cause, Detector, DetectorEvent, DetectorEventKind, Ejection, Reached, Saved, Signal, Threshold},
     overrides::{Drain, Override, OverrideCommand, Overrides},
 };
 
@@ -250,9 +250,13 @@ impl Health {
             let Some(pool_state) = self.pools.get_mut(key) else { continue };
             let Some(detector) = pool_state.detector.as_mut() else { continue };
             let counted = detector.is_counting_failures(&address);
-            let causes = detector.observe(address, signal);
+            let reached = detector.observe(address, signal, client);
             let counts = detector.is_counting_failures(&address);
-            if counts || !causes.is_empty() {
+            // A client's failures are forgotten after a while.
+            if counts && client != 0 && !self.busy.contains(key) {
+                self.busy.insert(key.clone());
+            }
+            if counts || !reached.is_empty() {
                 let known =
                     pool_state.clients.entry(address).or_insert(FailingClients { first: client, several: false });
                 if known.first == 0 {
@@ -260,11 +264,11 @@ impl Health {
                 }
                 known.several |= signal.is_failure() && client != 0 && known.first != client;
             }
-            if !causes.is_empty() {
-                let clients = pool_state.clients.get(&address).copied();
-                let client = clients.filter(|clients| !clients.several).map(|clients| clients.first);
-                all.extend(causes.into_iter().map(|cause| (key.clone(), ThresholdReached { address, cause, client })));
-            }
+            let clients = pool_state.clients.get(&address).copied();
+            let only = clients.filter(|clients| !clients.several).map(|clients| clients.first);
+            all.extend(reached.into_iter().map(|Reached { cause, client }| {
+                (key.clone(), ThresholdReached { address, cause, client: client.or(only) })
+            }));
             if !counts {
                 pool_state.clients.remove(&address);
             }

@@ -127,11 +127,39 @@ pub struct Saved {
     pub multiplier: u32,
 }
 
+/// A threshold that an endpoint has reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reached {
+    /// Threshold and number of failures.
+    pub cause: Cause,
+    /// The client whose own failures reached it, as given to [`Detector::observe`].
+    /// `None` if those of all clients together did, without a success of any in between.
+    pub client: Option<u64>,
+}
+
+/// The clients of an endpoint whose failures are counted one by one; of more, those with the most failures.
+const MAX_CLIENTS: usize = 8;
+/// A client's failures are forgotten after this many sweeps in which it saw nothing of the endpoint.
+const MAX_IDLE_SWEEPS: u32 = 30;
+
+/// Consecutive failures that one client saw.
+#[derive(Clone, Debug, PartialEq)]
+struct ClientFailures {
+    client: u64,
+    /// Indexed as `Threshold::ALL`.
+    failures: [u32; 3],
+    /// Sweeps since the last failure.
+    idle_sweeps: u32,
+}
+
 /// State of an endpoint that has failed or been ejected.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Host {
-    /// Consecutive failures, indexed as `Threshold::ALL`.
+    /// Consecutive failures that all clients together saw, indexed as `Threshold::ALL`.
     failures: [u32; 3],
+    /// The same for each client, none of which is zero throughout.
+    /// A success of another client does not reset it: that client may have dialed something else at the same address.
+    clients: Vec<ClientFailures>,
     ejected: Option<(Instant, Cause)>,
     /// Factor for the base ejection time of the last ejection; one less after each interval of good health.
     multiplier: u32,
@@ -141,7 +169,42 @@ struct Host {
 impl Host {
     /// Returns whether the state equals the initial one.
     fn is_blank(&self) -> bool {
-        self.failures == [0; 3] && self.ejected.is_none() && self.multiplier == 0
+        !self.is_counting() && self.ejected.is_none() && self.multiplier == 0
+    }
+
+    fn is_counting(&self) -> bool {
+        self.failures != [0; 3] || !self.clients.is_empty()
+    }
+
+    fn forget_failures(&mut self) {
+        self.failures = [0; 3];
+        self.clients.clear();
+    }
+
+    /// Sets counters to zero: those of all clients together, and those of this client.
+    fn reset(&mut self, client: u64, which: impl Fn(usize) -> bool) {
+        for i in (0..3).filter(|i| which(*i)) {
+            self.failures[i] = 0;
+            self.clients.iter_mut().filter(|row| row.client == client).for_each(|row| row.failures[i] = 0);
+        }
+        self.clients.retain(|row| row.failures != [0; 3]);
+    }
+
+    /// Returns the failures of a client; `None` if it is unknown, or there is no room and it has fewer than all others.
+    fn row(&mut self, client: u64) -> Option<&mut ClientFailures> {
+        if client == 0 {
+            return None;
+        }
+        if let Some(known) = self.clients.iter().position(|row| row.client == client) {
+            return self.clients.get_mut(known);
+        }
+        if self.clients.len() >= MAX_CLIENTS {
+            let count = |row: &ClientFailures| (row.failures.into_iter().max(), std::cmp::Reverse(row.idle_sweeps));
+            let fewest = (0..self.clients.len()).min_by_key(|i| count(&self.clients[*i]))?;
+            self.clients.swap_remove(fewest);
+        }
+        self.clients.push(ClientFailures { client, failures: [0; 3], idle_sweeps: 0 });
+        self.clients.last_mut()
     }
 }
 
@@ -171,7 +234,7 @@ impl Detector {
         }
         if self.settings.counters() != settings.counters() || self.success_criterion != success_criterion {
             // The failures were counted under other rules.
-            self.marked.values_mut().for_each(|host| host.failures = [0; 3]);
+            self.marked.values_mut().for_each(Host::forget_failures);
         }
         self.success_criterion = success_criterion;
         if self.settings != *settings {
@@ -196,8 +259,12 @@ impl Detector {
         self.marked.retain(|_, host| !host.is_blank());
     }
 
-    /// Records a signal, and returns the thresholds that it reaches, in the order in which Envoy checks them.
-    pub fn observe(&mut self, address: SocketAddr, signal: Signal) -> Vec<Cause> {
+    /// Records a signal that `client` saw, and returns the thresholds that it reaches, in the order in which Envoy checks
+    /// them. `client` is the cookie of a network namespace; 0 if unknown.
+    ///
+    /// An Envoy counts for one client. Failures of several clients count together as well, which finds a dead endpoint
+    /// sooner.
+    pub fn observe(&mut self, address: SocketAddr, signal: Signal, client: u64) -> Vec<Reached> {
         let counters = self.settings.counters();
         let split = self.settings.local_origin_errors.is_some();
         // Effect of the signal on each counter: increment, reset to zero, or none.
@@ -221,11 +288,7 @@ impl Detector {
         };
         if !effect.contains(&UP) {
             if let Some(host) = self.marked.get_mut(&address) {
-                for (count, effect) in host.failures.iter_mut().zip(effect) {
-                    if effect == ZERO {
-                        *count = 0;
-                    }
-                }
+                host.reset(client, |i| effect[i] == ZERO);
                 if host.is_blank() {
                     self.marked.remove(&address);
                 }
@@ -237,20 +300,30 @@ impl Detector {
         }
         let host = self.marked.entry(address).or_default();
         let mut reached = Vec::new();
-        for (i, effect) in effect.into_iter().enumerate() {
-            match effect {
-                // A threshold of zero is disabled.
-                Some(true) if counters[i] > 0 => {
-                    host.failures[i] = host.failures[i].saturating_add(1);
-                    if host.failures[i] == counters[i] && host.ejected.is_none() {
-                        let failures = std::mem::take(&mut host.failures[i]);
-                        reached.push(Cause { threshold: Threshold::ALL[i], failures });
-                    }
-                }
-                Some(false) => host.failures[i] = 0,
-                _ => {}
+        host.reset(client, |i| effect[i] == ZERO);
+        let is_ejected = host.ejected.is_some();
+        // A threshold of zero is disabled.
+        for i in (0..3).filter(|i| effect[*i] == UP && counters[*i] > 0) {
+            let threshold = Threshold::ALL[i];
+            host.failures[i] = host.failures[i].saturating_add(1);
+            let own = host.row(client).map_or(0, |row| {
+                row.idle_sweeps = 0;
+                row.failures[i] = row.failures[i].saturating_add(1);
+                row.failures[i]
+            });
+            if is_ejected {
+                continue;
+            }
+            if host.failures[i] == counters[i] {
+                let failures = std::mem::take(&mut host.failures[i]);
+                host.clients.iter_mut().for_each(|row| row.failures[i] = 0);
+                reached.push(Reached { cause: Cause { threshold, failures }, client: None });
+            } else if own == counters[i] {
+                host.clients.iter_mut().filter(|row| row.client == client).for_each(|row| row.failures[i] = 0);
+                reached.push(Reached { cause: Cause { threshold, failures: own }, client: Some(client) });
             }
         }
+        host.clients.retain(|row| row.failures != [0; 3]);
         if host.is_blank() {
             self.marked.remove(&address);
         }
@@ -288,10 +361,11 @@ impl Detector {
         })
     }
 
-    /// Returns when to call [`Self::handle_timeout`]; `None` while there is nothing to release and no multiplier to
-    /// decrease.
+    /// Returns when to call [`Self::handle_timeout`]; `None` while there is nothing to release, no multiplier to
+    /// decrease, and no client's failures to forget.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.marked.values().any(|host| host.ejected.is_some() || host.multiplier > 0).then_some(self.next_sweep)
+        let is_busy = |host: &Host| host.ejected.is_some() || host.multiplier > 0 || !host.clients.is_empty();
+        self.marked.values().any(is_busy).then_some(self.next_sweep)
     }
 
     /// Runs the sweep: releases endpoints whose ejection time is over, and decreases the multipliers of those that have
@@ -304,11 +378,13 @@ impl Detector {
         self.next_sweep = now + self.settings.interval;
         let mut released = Vec::new();
         for (address, host) in &mut self.marked {
+            host.clients.iter_mut().for_each(|row| row.idle_sweeps += 1);
+            host.clients.retain(|row| row.idle_sweeps < MAX_IDLE_SWEEPS);
             if let Some((since, _)) = host.ejected {
                 if now.saturating_duration_since(since) >= ejection_time(&self.settings, host) {
                     host.ejected = None;
                     host.last_release = Some(now);
-                    host.failures = [0; 3];
+                    host.forget_failures();
                     released.push(*address);
                 }
                 continue;
@@ -329,7 +405,7 @@ impl Detector {
 
     /// Returns whether the endpoint has consecutive failures, so that a success would reset them.
     pub fn is_counting_failures(&self, address: &SocketAddr) -> bool {
-        self.marked.get(address).is_some_and(|host| host.failures != [0; 3])
+        self.marked.get(address).is_some_and(Host::is_counting)
     }
 
     /// Returns the ejections in effect, ordered by address.

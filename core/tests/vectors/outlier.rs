@@ -25,8 +25,8 @@ pub fn detector(hosts: u64, settings: OutlierDetection, now: Instant) -> Detecto
 
 /// Observes a signal, and ejects for every cause. In the agent, a confirmation may come in between.
 pub fn take(detector: &mut Detector, now: Instant, host: SocketAddr, signal: Signal) -> Option<DetectorEvent> {
-    let causes = detector.observe(host, signal);
-    causes.into_iter().filter_map(|cause| detector.eject(now, host, cause)).next()
+    let reached = detector.observe(host, signal, 0);
+    reached.into_iter().filter_map(|reached| detector.eject(now, host, reached.cause)).next()
 }
 
 pub fn settings(consecutive_errors: u32, max_ejection_percent: u32) -> OutlierDetection {

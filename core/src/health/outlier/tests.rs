@@ -10,8 +10,8 @@ fn new(settings: OutlierDetection, now: Instant) -> Detector {
 
 /// Records a signal, and ejects the endpoint if a threshold is reached.
 fn take(detector: &mut Detector, now: Instant, host: SocketAddr, signal: Signal) -> Option<DetectorEvent> {
-    let causes = detector.observe(host, signal);
-    causes.into_iter().filter_map(|cause| detector.eject(now, host, cause)).next()
+    let reached = detector.observe(host, signal, 0);
+    reached.into_iter().filter_map(|reached| detector.eject(now, host, reached.cause)).next()
 }
 
 fn settings(consecutive_errors: u32) -> OutlierDetection {
@@ -164,4 +164,74 @@ fn restore_continues_ejections_and_drops_expired_ones() {
     other.set_hosts(&BTreeSet::from([hosts[1]]));
     other.restore(start, Duration::ZERO, saved);
     assert_eq!(other.ejections().count(), 0);
+}
+
+#[test]
+fn success_of_one_client_does_not_reset_the_failures_of_another() {
+    let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
+    let mut detector = new(settings(5), now);
+    detector.set_hosts(&BTreeSet::from([host]));
+    let (victim, other) = (7, 8);
+    for _ in 0..4 {
+        assert_eq!(detector.observe(host, DOWN, victim), []);
+        assert_eq!(detector.observe(host, Signal::Connected, other), []);
+    }
+    let cause = Cause { threshold: Threshold::Errors, failures: 5 };
+    assert_eq!(detector.observe(host, DOWN, victim), [Reached { cause, client: Some(victim) }]);
+    // Its own success does reset them, and the count of all clients.
+    detector.observe(host, Signal::Connected, victim);
+    for _ in 0..3 {
+        (0..4).for_each(|_| assert_eq!(detector.observe(host, DOWN, victim), []));
+        assert_eq!(detector.observe(host, Signal::Connected, victim), []);
+    }
+    assert!(!detector.is_counting_failures(&host));
+}
+
+#[test]
+fn failures_of_several_clients_count_together() {
+    let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
+    let mut detector = new(settings(5), now);
+    detector.set_hosts(&BTreeSet::from([host]));
+    let reached: Vec<Reached> = (1..=5).flat_map(|client| detector.observe(host, DOWN, client)).collect();
+    let cause = Cause { threshold: Threshold::Errors, failures: 5 };
+    assert_eq!(reached, [Reached { cause, client: None }]);
+    // What led to it is used up, in every count.
+    assert!(!detector.is_counting_failures(&host));
+}
+
+#[test]
+fn many_clients_cannot_crowd_out_the_one_with_the_most_failures() {
+    let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
+    let mut detector = new(settings(5), now);
+    detector.set_hosts(&BTreeSet::from([host]));
+    let victim = 7;
+    let mut reached = Vec::new();
+    for round in 0..5 {
+        reached.extend(detector.observe(host, DOWN, victim));
+        reached.extend((0..100).flat_map(|i| {
+            let client = 1_000 + round * 100 + i;
+            let failed = detector.observe(host, DOWN, client);
+            detector.observe(host, Signal::Connected, client);
+            failed
+        }));
+    }
+    let cause = Cause { threshold: Threshold::Errors, failures: 5 };
+    assert_eq!(reached, [Reached { cause, client: Some(victim) }]);
+}
+
+#[test]
+fn failures_of_a_client_that_is_gone_are_forgotten() {
+    let (mut now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
+    let mut detector = new(settings(5), now);
+    detector.set_hosts(&BTreeSet::from([host]));
+    detector.observe(host, DOWN, 7);
+    detector.observe(host, Signal::Connected, 8);
+    assert!(detector.is_counting_failures(&host));
+    let sweeps = (1..100).find(|_| {
+        now += Duration::from_secs(1);
+        assert!(detector.handle_timeout(now).is_empty());
+        detector.poll_timeout().is_none()
+    });
+    assert_eq!(sweeps, Some(MAX_IDLE_SWEEPS as usize));
+    assert!(!detector.is_counting_failures(&host));
 }
