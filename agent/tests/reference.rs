@@ -92,7 +92,7 @@ fn snapshot() -> MetricsSnapshot {
         closing_passes: 0,
         closed: BTreeMap::from([((Reason::Gone, Protocol::Udp), 1)]),
         occupancy: [("frontends", 0, 0); 6],
-        connection_slots: (0, 0),
+        connection_slots: (0, 0, 0),
         ready: true,
         findings: Vec::new(),
     }

@@ -63,7 +63,7 @@ pub struct Outcome {
     pub kind: u32,
     /// The socket error, or 0 if established; the HTTP status or protocol bit for the kinds that say so.
     pub errno: u32,
-    /// Padding; always zero.
-    pub reserved: u32,
+    /// The backend's count of failures, see [`FailureCount`](crate::FailureCount).
+    pub failures: u32,
 }
 plain!(Outcome, 64, 8);

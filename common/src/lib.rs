@@ -6,6 +6,10 @@
 //! - IPv4 addresses are v4-mapped IPv6.
 #![no_std]
 
+// Addresses and ports are compared and shifted as little-endian words throughout.
+#[cfg(target_endian = "big")]
+compile_error!("Portolan supports little-endian machines only");
+
 mod backend;
 mod event;
 mod frontend;
@@ -19,16 +23,22 @@ pub use event::{Outcome, OutcomeKind};
 pub use frontend::{Endpoint, FrontendKey, FrontendVersion, LbPolicy, Slot, VersionFlags};
 pub use opt_out::OptOut;
 pub use pool::{Affinity, AffinityKey, DetectedProtocol, PoolLimits, PoolStats, TrackFlags};
-pub use socket::{Connection, DatagramFlows, FLOWS, Flow, Response, SocketStage, SocketState};
-pub use stats::{BackendStats, BackendUse, Counter, EventBudget, FrontendStats, TIME_BUCKETS};
+pub use socket::{
+    ClientUse, Connection, ConnectionExtra, ConnectionFlags, DatagramFlows, FLOWS, Flow, Response, SocketStage,
+    SocketState,
+};
+pub use stats::{BackendStats, BackendUse, Counter, EventBudget, FailureCount, FrontendStats, TIME_BUCKETS};
 
 /// The version of the map layout.
 /// It is part of the pin path, so two layouts never share a map.
-pub const SCHEMA_VERSION: u32 = if cfg!(feature = "next-schema") { 5 } else { 4 };
+pub const SCHEMA_VERSION: u32 = if cfg!(feature = "next-schema") { 6 } else { 5 };
 
-/// The version of the layout of per-socket state.
+/// The version of the layout of the state of connected sockets.
 /// It changes as rarely as possible, because this state survives upgrades.
-pub const SOCKET_LAYOUT: u32 = 1;
+pub const SOCKET_LAYOUT: u32 = 2;
+
+/// The version of the layout of what else survives upgrades: flows of UDP sockets, and excluded pods.
+pub const SHARED_LAYOUT: u32 = 1;
 
 /// Implements `aya::Pod` for a type and proves at compile time that it has no hidden padding.
 macro_rules! plain {

@@ -6,54 +6,175 @@
 
 use crate::{Endpoint, plain};
 
-/// The value of `SOCKETS` (socket storage) and a part of `CONNECTIONS`.
+/// The value of `CONNECTIONS`: the state of a connected socket, in one cache line.
 /// Holds the frontend that the application dialed and the backend that it got.
 /// The state is valid only while the socket's peer is that backend.
 #[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct SocketState {
-    /// The Service address that the application dialed.
-    pub frontend: Endpoint,
-    /// The endpoint that the connection was redirected to; all zero if the state is void.
-    pub backend: Endpoint,
-    /// The map set that the following ids belong to.
-    pub set: u32,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Connection {
+    /// The kernel address of the socket that owns the entry; 0 if the entry is free.
+    pub owner: u64,
+    /// The socket's cookie, by which user space recognizes it.
+    pub cookie: u64,
+    /// The time when the SYN was sent or the UDP socket connected, in nanoseconds of CLOCK_MONOTONIC.
+    /// Precise only with [`ConnectionFlags::TIMED`]; otherwise to a kernel tick.
+    pub started_ns: u64,
+    /// The last word of the Service address that the application dialed; for IPv4, the whole address.
+    pub frontend_word: u32,
+    /// The last word of the endpoint's address; for IPv4, the whole address.
+    pub backend_word: u32,
+    /// The Service port that the application dialed, in network order.
+    pub frontend_port: u16,
+    /// The endpoint's port, in network order; 0 if the state is void.
+    pub backend_port: u16,
+    /// [`ConnectionFlags`] bits; the lowest eight hold the [`SocketStage`].
+    pub flags: u32,
     /// The backend id of the endpoint.
     pub backend_id: u32,
-    /// The epoch of that id, see `Backend::epoch`.
-    pub epoch: u32,
-    /// The frontend that was dialed; a value of `FRONTENDS`.
+    /// The frontend that was dialed.
     pub frontend_id: u32,
     /// The entry of `POOLS` that holds the pool's limits; 0 for none.
     pub pool: u32,
-    /// The epoch of that entry, see `PoolLimits::epoch`.
-    pub pool_epoch: u32,
-    /// The [`SocketStage`] as a number.
-    pub stage: u32,
-    /// The connect timeout in milliseconds; 0 if Portolan set none.
+    /// The client, as in [`ClientUse`].
+    pub client: u32,
+    /// The lower half of `Backend::epoch`.
+    pub backend_epoch: u16,
+    /// Zero; reserved for the epoch of the frontend id.
+    pub frontend_epoch: u16,
+    /// The lower half of `PoolLimits::epoch`.
+    pub pool_epoch: u16,
+    /// The map set that the ids belong to.
+    pub set: u16,
+}
+plain!(Connection, 64, 8);
+
+/// The value of `CONNECTION_EXTRAS`, at the same index: what only some connections need.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConnectionExtra {
+    /// The first three words of the Service address; valid with [`ConnectionFlags::V6`].
+    pub frontend_words: [u32; 3],
+    /// The first three words of the endpoint's address; valid with [`ConnectionFlags::V6`].
+    pub backend_words: [u32; 3],
+    /// The response tracking state; valid with [`ConnectionFlags::HTTP`].
+    pub response: Response,
+    /// The connect timeout in milliseconds; valid with [`ConnectionFlags::CONNECT_TIMEOUT`].
     pub connect_timeout_ms: u32,
     /// The application's own TCP_USER_TIMEOUT in milliseconds, restored once the connect ends.
     pub user_timeout_ms: u32,
-    /// The IP protocol number.
-    pub protocol: u32,
-    /// The time when the SYN was sent or the UDP socket connected, in nanoseconds of CLOCK_MONOTONIC.
-    pub started_ns: u64,
 }
-plain!(SocketState, 88, 8);
+plain!(ConnectionExtra, 64, 8);
 
-/// The value of `CONNECTIONS`: the state of a TCP socket, at the index given by the low bits of its cookie.
-/// An entry takes two cache lines.
+/// The value of `SOCKETS` (socket storage): the same state, for sockets that got no entry in `CONNECTIONS`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct Connection {
-    /// The cookie of the socket that owns the entry; 0 if the entry is free.
-    pub owner: u64,
-    /// The socket's state.
-    pub state: SocketState,
-    /// The response tracking state; meaningful only while `Response::ON` is set.
-    pub response: Response,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketState {
+    /// What every connection needs; `owner` is 0.
+    pub connection: Connection,
+    /// What only some connections need.
+    pub extra: ConnectionExtra,
 }
-plain!(Connection, 128, 8);
+plain!(SocketState, 128, 8);
+
+/// The bits of [`Connection::flags`] above the stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConnectionFlags;
+
+impl ConnectionFlags {
+    /// The bits that hold the [`SocketStage`].
+    pub const STAGE: u32 = 0xff;
+    /// The connection counts as active, in its backend's and its pool's counters.
+    /// Whoever clears the bit decrements them: the application's close or the end of the TCP connection, whichever is
+    /// seen first.
+    pub const COUNTED: u32 = 1 << 8;
+    /// The addresses are IPv6, and their first three words are in [`ConnectionExtra`].
+    pub const V6: u32 = 1 << 9;
+    /// A UDP socket.
+    pub const UDP: u32 = 1 << 10;
+    /// Responses are being tracked.
+    pub const HTTP: u32 = 1 << 11;
+    /// [`ConnectionExtra::connect_timeout_ms`] applies.
+    pub const CONNECT_TIMEOUT: u32 = 1 << 12;
+    /// The times of this connection are needed to the microsecond.
+    pub const TIMED: u32 = 1 << 13;
+}
+
+impl Connection {
+    /// The number of ways in which a socket may be placed: consecutive entries, the first at an even index.
+    pub const WAYS: u32 = 2;
+
+    /// Returns the first of the [`Self::WAYS`] entries where the state of a socket may be.
+    /// `address` is the lower half of the socket's kernel address, and 2^(32 - `shift`) the number of pairs.
+    #[inline(always)]
+    pub const fn first_way(address: u32, shift: u32) -> u32 {
+        // The golden ratio spreads the addresses of a slab, which differ by its object size, over all pairs.
+        (address.wrapping_mul(0x9e37_79b1) >> (shift & 31)) << 1
+    }
+
+    /// Returns the `shift` of [`Self::first_way`] for an array of this many entries, a power of two.
+    pub const fn shift(entries: u32) -> u32 {
+        33 - entries.trailing_zeros()
+    }
+
+    /// Returns the stage as a number, see [`SocketStage`].
+    #[inline(always)]
+    pub const fn stage(&self) -> u32 {
+        self.flags & ConnectionFlags::STAGE
+    }
+
+    /// Returns the Service address that the application dialed.
+    #[inline(always)]
+    pub const fn frontend(&self, extra: &ConnectionExtra) -> Endpoint {
+        self.endpoint(extra.frontend_words, self.frontend_word, self.frontend_port)
+    }
+
+    /// Returns the endpoint that the connection was redirected to; its port is 0 if the state is void.
+    #[inline(always)]
+    pub const fn backend(&self, extra: &ConnectionExtra) -> Endpoint {
+        self.endpoint(extra.backend_words, self.backend_word, self.backend_port)
+    }
+
+    const fn endpoint(&self, [a, b, c]: [u32; 3], word: u32, port: u16) -> Endpoint {
+        if self.flags & ConnectionFlags::V6 == 0 {
+            Endpoint::from_v4_word(word, port)
+        } else {
+            Endpoint::from_words([a, b, c, word], port)
+        }
+    }
+}
+
+/// The value of `CLIENTS`, indexed by the lower bits of the client: what a pod uses of what all pods share.
+///
+/// A client is a cgroup at the level of pods or of their containers, by the lower half of its id.
+/// The kernel assigns these ids in ascending order, so clients share a value only once there are more than
+/// [`Self::CAPACITY`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ClientUse {
+    /// The entries of `CONNECTIONS` in use.
+    pub connections: u64,
+    /// The events sent while the agent was behind, see [`EventBudget`](crate::EventBudget).
+    pub budget: u64,
+    /// The connections that went to socket storage, because the client had used up its share of `CONNECTIONS`.
+    pub over_share: u64,
+    /// Padding to a full cache line; always zero.
+    pub reserved: [u64; 5],
+}
+plain!(ClientUse, 64, 8);
+
+impl ClientUse {
+    /// The number of values; a power of two.
+    pub const CAPACITY: u32 = 1_024;
+    /// One client may use at most one in this many entries of `CONNECTIONS`.
+    /// Its further connections keep their state in socket storage, which costs half a microsecond more for each.
+    pub const SHARE: u32 = 4;
+
+    /// Returns the index of a client.
+    #[inline(always)]
+    pub const fn index(client: u32) -> u32 {
+        client & (Self::CAPACITY - 1)
+    }
+}
 
 /// How far the responses on a connection have been tracked.
 #[repr(C)]
@@ -68,7 +189,7 @@ pub struct Response {
     /// The client's `write_seq` when data last arrived.
     /// Once it has advanced, a response may begin.
     pub written: u32,
-    /// The flag bits: [`Self::ON`], [`Self::BEGUN`], [`Self::HOLE`] and [`Self::AWAITED`].
+    /// The flag bits: [`Self::BEGUN`], [`Self::HOLE`] and [`Self::AWAITED`].
     pub flags: u32,
     /// The number of status line bytes matched so far: `0..=12`.
     pub place: u32,
@@ -78,8 +199,6 @@ pub struct Response {
 plain!(Response, 32, 8);
 
 impl Response {
-    /// Responses on this connection are tracked.
-    pub const ON: u32 = 1;
     /// At least one response has begun.
     pub const BEGUN: u32 = 2;
     /// Data is missing from the stream.
@@ -112,14 +231,6 @@ impl Response {
     }
 }
 
-impl Connection {
-    /// The number of entries; a power of two.
-    /// Each CPU allocates cookies in batches of 4,096, so on a large machine two sockets may map to the same entry long
-    /// before all are taken.
-    /// The later one keeps its state in socket storage.
-    pub const CAPACITY: u32 = 0x1_0000;
-}
-
 /// How far a TCP connection has come in the counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -129,7 +240,8 @@ pub enum SocketStage {
     /// The SYN has been sent; the connection counts as active.
     Connecting = 1,
     /// The connection is established and counts as opened.
-    Established = 2,
+    /// It has the bit of [`Self::Connecting`] too, so that one atomic addition of bits leads from stage to stage.
+    Established = 3,
 }
 
 /// The number of remembered destinations of an unconnected UDP socket: more than any resolver alternates between.

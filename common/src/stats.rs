@@ -80,16 +80,13 @@ plain!(FrontendStats, 32 + 8 * RESERVED, 8);
 /// Words of padding in [`FrontendStats`].
 const RESERVED: usize = if cfg!(feature = "next-schema") { 12 } else { 4 };
 
-/// The value of `BUDGETS`: the event budget of a network namespace while the agent is behind.
-/// It keeps one namespace from filling the ring buffer at the expense of others.
+/// The event budget of a client while the agent is behind, in [`ClientUse::budget`](crate::ClientUse::budget).
+/// It keeps one pod from filling the ring buffer at the expense of others.
 /// The upper 32 bits hold the window, the lower ones the number of events in it.
 #[derive(Clone, Copy, Debug)]
 pub struct EventBudget;
 
 impl EventBudget {
-    /// The number of budgets; a power of two.
-    /// Network namespaces get consecutive cookies.
-    pub const CAPACITY: u32 = 4_096;
     /// The number of events allowed per window.
     pub const OUTCOMES: u32 = 256;
     /// The length of a window as a power of two: 2^30 ns, about one second.
@@ -107,6 +104,28 @@ impl EventBudget {
     }
 }
 
+/// The value of `FAILURES`, indexed by backend id: whether successes must be reported.
+///
+/// The lower half counts failures, and only the programs change it.
+/// The upper half is the count up to which the agent has evaluated them and found that none counts any more.
+/// While the halves differ, the programs report successes too.
+/// The agent acknowledges only what it has evaluated, so a failure that happens meanwhile is never overwritten.
+#[derive(Clone, Copy, Debug)]
+pub struct FailureCount;
+
+impl FailureCount {
+    /// Returns whether the programs report successes.
+    #[inline(always)]
+    pub const fn reports_successes(value: u64) -> bool {
+        value as u32 != (value >> 32) as u32
+    }
+
+    /// Returns the value after the agent has evaluated all failures up to `count`.
+    pub const fn acknowledged(value: u64, count: u32) -> u64 {
+        (count as u64) << 32 | value & 0xffff_ffff
+    }
+}
+
 /// The number of entries in each half of `TIMES`: a histogram over powers of two, whose last bucket is open-ended, and
 /// then the sum.
 pub const TIME_BUCKETS: u32 = 28;
@@ -115,12 +134,14 @@ pub const TIME_BUCKETS: u32 = 28;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Counter {
-    /// Events lost because the ring buffer was full or the network namespace had used up its budget.
+    /// Events lost because the ring buffer was full or the client had used up its budget.
     EventsLost = 0,
     /// Connections refused because a lookup found the published table inconsistent.
     Inconsistent = 1,
     /// Sockets without state, because the kernel had no memory for it.
     NoMemory = 2,
+    /// Sockets whose state is in socket storage, because `CONNECTIONS` had no entry for it.
+    Fallback = 3,
 }
 
 impl FrontendStats {
@@ -137,12 +158,27 @@ impl FrontendStats {
 
 impl Counter {
     /// The number of counters.
-    pub const COUNT: u32 = 3;
+    pub const COUNT: u32 = 4;
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn failure_that_happens_during_evaluation_is_not_acknowledged() {
+        let mut value = 0;
+        assert!(!FailureCount::reports_successes(value));
+        value += 3;
+        assert!(FailureCount::reports_successes(value));
+        // The agent has evaluated two of three.
+        value = FailureCount::acknowledged(value, 2);
+        assert!(FailureCount::reports_successes(value));
+        value = FailureCount::acknowledged(value, 3);
+        assert!(!FailureCount::reports_successes(value));
+        value += 1;
+        assert!(FailureCount::reports_successes(value));
+    }
 
     #[test]
     fn event_budget_resets_with_each_window() {

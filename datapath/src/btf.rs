@@ -1,5 +1,4 @@
-//! Reads three field offsets from the kernel's BTF: `sk_err` and the cookie in `struct sock`, and `write_seq` in
-//! `struct tcp_sock`.
+//! Reads two field offsets from the kernel's BTF: `sk_err` in `struct sock`, and `write_seq` in `struct tcp_sock`.
 //!
 //! General BTF crates build all hundred thousand types, which takes 85 MB and a third of a second.
 //! This parser walks the records and stops at the requested one.
@@ -17,8 +16,6 @@ const KIND_STRUCT: u32 = 4;
 pub(crate) struct Offsets {
     /// `sk_err` in `struct sock`
     pub(crate) error: u32,
-    /// `__sk_common.skc_cookie` in `struct sock`
-    pub(crate) cookie: u32,
     /// `write_seq` in `struct tcp_sock`
     pub(crate) written: u32,
 }
@@ -31,13 +28,11 @@ pub(crate) fn offsets(path: &Path) -> Result<Offsets, Unsupported> {
         ))
     })?;
     let error = member_offset(&btf, "sock", "sk_err");
-    // `struct sock_common` is the first member of `struct sock`.
-    let cookie = member_offset(&btf, "sock_common", "skc_cookie");
     let written = member_offset(&btf, "tcp_sock", "write_seq");
-    let (Some(error), Some(cookie), Some(written)) = (error, cookie, written) else {
+    let (Some(error), Some(written)) = (error, written) else {
         return Err(Unsupported(format!("{} does not describe struct sock and struct tcp_sock", path.display())));
     };
-    Ok(Offsets { error, cookie, written })
+    Ok(Offsets { error, written })
 }
 
 /// Returns the byte offset of a struct member, or `None` if it is not found or the BTF is malformed.
@@ -98,7 +93,6 @@ mod tests {
         // __sk_common is the first member of struct sock, and sk_err comes after it.
         assert_eq!(member_offset(&btf, "sock", "__sk_common"), Some(0));
         assert!(member_offset(&btf, "sock", "sk_err").is_some_and(|offset| (128..1024).contains(&offset)));
-        assert!(member_offset(&btf, "sock_common", "skc_cookie").is_some_and(|offset| (24..128).contains(&offset)));
         assert!(member_offset(&btf, "tcp_sock", "write_seq").is_some_and(|offset| (512..4096).contains(&offset)));
         assert_eq!(member_offset(&btf, "sock", "no_such_member"), None);
     }

@@ -3,7 +3,7 @@
 use std::{fmt, os::fd::OwnedFd, path::PathBuf};
 
 use aya::{Ebpf, EbpfLoader};
-use portolan_common::SCHEMA_VERSION;
+use portolan_common::{ClientUse, Connection, SCHEMA_VERSION};
 use portolan_core::table::{PinnedState, Sizes};
 
 use crate::{
@@ -86,6 +86,7 @@ pub struct Datapath {
     bpf: Ebpf,
     pins: Pins,
     set: Set,
+    sizes: Sizes,
     /// The set that stays in effect until this one is attached; `None` once it is, or if the current set was reused.
     prior: Option<Set>,
     // Held for the lifetime of the agent, so that no second one writes to the same maps or serves the same cgroup.
@@ -124,7 +125,11 @@ impl Datapath {
         let mut loader = EbpfLoader::new();
         let level = options.log.level();
         loader.override_global("SK_ERR_OFFSET", &environment.offsets.error, true);
-        loader.override_global("SK_COOKIE_OFFSET", &environment.offsets.cookie, true);
+        let (shift, share) =
+            (Connection::shift(options.sizes.connections), options.sizes.connections / ClientUse::SHARE);
+        loader.override_global("CONNECTION_SHIFT", &shift, true);
+        loader.override_global("CONNECTION_SHARE", &share, true);
+        loader.override_global("CLIENT_LEVEL", &environment.client_level, true);
         loader.override_global("TCP_WRITE_SEQ_OFFSET", &environment.offsets.written, true);
         loader.override_global("TICK_NS", &environment.tick_ns, true);
         loader.override_global("SET", &set.id, true);
@@ -133,7 +138,7 @@ impl Datapath {
             if let Entries::Setting(entries) = spec.entries {
                 loader.map_max_entries(spec.name, entries(&options.sizes));
             }
-            loader.map_pin_path(spec.name, pins.map_pin(set, spec));
+            loader.map_pin_path(spec.name, pins.map_pin(set, spec, &options.sizes));
         }
         let mut bpf = loader.load(object).context("kernel rejected the BPF maps")?;
         let mut hooks = Hooks::load(&mut bpf, environment.cgroup, pins.clone())?;
@@ -148,8 +153,8 @@ impl Datapath {
         let opted_out = Some(OptOutMap::open(&mut bpf)?);
         let prior = current.filter(|current| *current != set);
         let grace = GracePeriods::start()?;
-        let (helper, sweep_channel) = hooks.start_helper(&mut bpf, &options.program, set)?;
-        let terminator = Terminator::start(&pins, set, sweep_channel)?;
+        let (helper, sweep_channel) = hooks.start_helper(&mut bpf, &options.program, (set, &options.sizes))?;
+        let terminator = Terminator::start(&pins, set, &options.sizes, sweep_channel)?;
         Ok((
             Self {
                 maps,
@@ -163,6 +168,7 @@ impl Datapath {
                 bpf,
                 pins,
                 set,
+                sizes: options.sizes,
                 prior,
                 _locks: locks,
             },
@@ -179,7 +185,8 @@ impl Datapath {
         self.hooks.attach(&mut self.bpf)?;
         self.pins.make_current(self.set)?;
         self.prior = None;
-        self.pins.remove_sets_but(&[self.set])
+        self.pins.remove_sets_but(&[self.set])?;
+        self.pins.remove_unused_shared(self.set, &self.sizes)
     }
 
     /// Returns whether the programs of another map set keep serving until [`Self::attach`].

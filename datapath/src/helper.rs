@@ -21,6 +21,7 @@ use std::{
     time::Duration,
 };
 
+use portolan_core::table::Sizes;
 use rustix::thread::CapabilitySet;
 
 use crate::{
@@ -58,6 +59,8 @@ pub struct HelperArgs {
     cgroup: PathBuf,
     /// Directory name of the map set, e.g. v4-17
     set: String,
+    /// Number of entries of the map with the state of connections
+    connections: u32,
     /// Inherited file descriptor of the loaded packet program
     packets: RawFd,
 }
@@ -76,7 +79,7 @@ impl Helper {
     pub(crate) fn start(
         program: &Path,
         pins: &Pins,
-        set: Set,
+        (set, sizes): (Set, &Sizes),
         cgroup: &Path,
         packets: BorrowedFd<'_>,
     ) -> Result<(Self, UnixStream)> {
@@ -85,7 +88,8 @@ impl Helper {
         requests.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
         let packets = packets.as_raw_fd();
         let mut command = Command::new(program);
-        command.arg0("portolan").arg(VERB).arg(pins.root()).arg(cgroup).arg(set.folder()).arg(packets.to_string());
+        command.arg0("portolan").arg(VERB).arg(pins.root()).arg(cgroup).arg(set.folder());
+        command.arg(sizes.connections.to_string()).arg(packets.to_string());
         command.stdin(Stdio::from(OwnedFd::from(sweep_peer))).stdout(Stdio::from(OwnedFd::from(requests_peer)));
         // SAFETY: the closure only makes a system call, on a descriptor that the child inherits.
         unsafe {
@@ -166,7 +170,8 @@ pub fn serve(args: &HelperArgs) -> Result<()> {
     ensure!(sweep_channel.peer_addr().is_ok(), "`{VERB}` is internal and can only be started by the agent");
     let pins = Pins::new(&args.bpffs);
     let set = Set::parse(&args.set).with_context(|| format!("{} is not the name of a map set", args.set))?;
-    let states = SocketAccounting::open(&pins, set).context("cannot open the socket state maps")?;
+    let sizes = Sizes { connections: args.connections, ..Sizes::default() };
+    let states = SocketAccounting::open(&pins, set, &sizes).context("cannot open the socket state maps")?;
     // SAFETY: the agent leaves this descriptor open for the helper.
     let packets = unsafe { BorrowedFd::borrow_raw(args.packets) };
 

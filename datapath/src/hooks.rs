@@ -15,6 +15,8 @@ use aya::{
     programs::{Program, ProgramFd},
 };
 
+use portolan_core::table::Sizes;
+
 use crate::{
     error::{Context as _, Result, bail, ensure},
     helper::Helper,
@@ -38,6 +40,7 @@ impl Hooks {
         for name in PROGRAMS.iter().chain([&HTTP_INGRESS]).map(|program| program.name) {
             let loaded = match bpf.program_mut(name) {
                 Some(Program::CgroupSkb(program)) => program.load(),
+                Some(Program::CgroupSock(program)) => program.load(),
                 Some(Program::CgroupSockAddr(program)) => program.load(),
                 Some(Program::SockOps(program)) => program.load(),
                 _ => bail!("BPF object is missing program {name}"),
@@ -53,7 +56,7 @@ impl Hooks {
         &mut self,
         bpf: &mut Ebpf,
         program: &Path,
-        set: Set,
+        set: (Set, &Sizes),
     ) -> Result<(Helper, std::os::unix::net::UnixStream)> {
         let packets = bpf.program_mut(HTTP_INGRESS.name).context("BPF object is missing program received")?;
         let started = Helper::start(program, &self.pins, set, &self.cgroup, fd(packets)?.as_fd())?;
@@ -206,6 +209,7 @@ impl Hooks {
 fn fd(program: &Program) -> Result<&ProgramFd> {
     Ok(match program {
         Program::CgroupSkb(program) => program.fd()?,
+        Program::CgroupSock(program) => program.fd()?,
         Program::CgroupSockAddr(program) => program.fd()?,
         Program::SockOps(program) => program.fd()?,
         _ => bail!("unexpected program type"),

@@ -2,15 +2,16 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::File,
+    fs::{self, File},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
 use aya::{
-    maps::{MapData, MapInfo},
+    maps::{Array, Map, MapData, MapInfo},
     programs::{ProgramInfo, loaded_programs},
 };
+use portolan_common::ClientUse;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -19,7 +20,7 @@ use crate::{
     map_specs::{self, Scope},
     pins::{self, Pins},
     preflight,
-    programs::{self, HTTP_INGRESS, PROGRAMS, ProgramSpec},
+    programs::{self, AttachType, HTTP_INGRESS, PROGRAMS, ProgramSpec},
     sys, terminator,
 };
 
@@ -79,6 +80,9 @@ pub struct Facts {
     /// Names of foreign programs on the same hooks, on the cgroup or its ancestors.
     /// Keyed by the name of Portolan's program for the hook.
     pub others: BTreeMap<String, Vec<String>>,
+    /// Programs of others on the sock_ops hook of cgroups below Portolan's: path, and the names of the programs.
+    /// They may disable the callbacks of connections in these cgroups.
+    pub sock_ops_below: Vec<(PathBuf, Vec<String>)>,
     /// Whether `sock_diag` can list and close sockets; if not, why.
     pub sockets: Result<(), String>,
     /// Network file systems whose client is the kernel: type and mount point.
@@ -122,15 +126,16 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
     if let Ok(folder) = cgroup.as_ref().map_err(|_| ()).and_then(|(path, _)| File::open(path).map_err(|_| ())) {
         for ProgramSpec { name, attach_type } in PROGRAMS {
             let ids = sys::programs_of(&folder, attach_type, true).unwrap_or_default();
-            let names = ids.into_iter().filter(|id| !own.contains(id)).map(|id| {
-                let name = all.get(&id).and_then(ProgramInfo::name_as_str).unwrap_or_default();
-                if name.is_empty() { format!("program {id}") } else { name.to_owned() }
-            });
+            let names = ids.into_iter().filter(|id| !own.contains(id)).map(|id| program_name(id, &all));
             let names: Vec<String> = names.collect();
             if !names.is_empty() {
                 others.insert(name.to_owned(), names);
             }
         }
+    }
+    let mut sock_ops_below = Vec::new();
+    if let Ok((path, _)) = &cgroup {
+        find_sock_ops(path, &all, &mut sock_ops_below);
     }
     let mounts = procfs::process::Process::myself().and_then(|process| process.mountinfo());
     let is_kernel_client = |kind: &str| kind.starts_with("nfs") || matches!(kind, "cifs" | "smb3" | "ceph");
@@ -146,6 +151,7 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
         schema: pins.current().map(|set| set.schema),
         programs,
         others,
+        sock_ops_below,
         sockets: terminator::check(),
         network_mounts: network_mounts
             .map(|mount| (mount.fs_type.clone(), mount.mount_point.display().to_string()))
@@ -157,6 +163,28 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
             .any(|process| process.stat().is_ok_and(|stat| stat.comm == "kube-proxy")),
         maps: counted(&pins).unwrap_or_default(),
     }
+}
+
+/// Adds the programs on the sock_ops hook of all cgroups below this one.
+fn find_sock_ops(cgroup: &Path, programs: &BTreeMap<u32, ProgramInfo>, found: &mut Vec<(PathBuf, Vec<String>)>) {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        let path = entry.path();
+        let ids = File::open(&path).and_then(|folder| sys::programs_of(&folder, AttachType::SockOps, false));
+        let names: Vec<String> = ids.unwrap_or_default().into_iter().map(|id| program_name(id, programs)).collect();
+        if !names.is_empty() {
+            found.push((path.clone(), names));
+        }
+        find_sock_ops(&path, programs, found);
+    }
+}
+
+/// Returns the name of a program, or its id if it has none.
+fn program_name(id: u32, programs: &BTreeMap<u32, ProgramInfo>) -> String {
+    let name = programs.get(&id).and_then(ProgramInfo::name_as_str).unwrap_or_default();
+    if name.is_empty() { format!("program {id}") } else { name.to_owned() }
 }
 
 /// Returns the ids, as the kernel numbers maps, of the set in use; empty if nothing is pinned.
@@ -173,6 +201,16 @@ fn is_of_another_set(program: &ProgramInfo, current: &BTreeSet<u32>) -> bool {
     })
 }
 
+/// Returns the usage of `CONNECTIONS`, from the counts of its users.
+fn connections(pins: &Pins) -> Result<MapFacts> {
+    let set = pins.current().context("no map set is pinned")?;
+    let (sizes, pin) = pins.connections(set).context("no state of connections is pinned")?;
+    let clients = Array::<_, ClientUse>::try_from(Map::Array(MapData::from_pin(pin)?))?;
+    let used: i64 = clients.iter().flatten().map(|client| client.connections as i64).sum();
+    let used = u64::try_from(used).unwrap_or_default();
+    Ok(MapFacts { name: map_specs::CONNECTIONS.name.to_lowercase(), used, size: sizes.connections.into() })
+}
+
 /// Counts the entries of the maps that can be counted from user space.
 fn counted(pins: &Pins) -> Result<Vec<MapFacts>> {
     let mut facts = Vec::new();
@@ -182,6 +220,7 @@ fn counted(pins: &Pins) -> Result<Vec<MapFacts>> {
         let size = MapInfo::from_pin(&pin)?.max_entries().into();
         facts.push(MapFacts { name: name.to_lowercase(), used: sys::count_entries(data.fd(), size)?, size });
     }
+    facts.extend(connections(pins).ok());
     Ok(facts)
 }
 

@@ -3,8 +3,9 @@
 //! A map that the object has and this table lacks (or the other way round) fails `object_and_table_agree`.
 
 use portolan_common::{
-    Affinity, AffinityKey, Backend, BackendStats, BackendUse, Connection, Counter, DatagramFlows, EventBudget,
-    FrontendKey, FrontendStats, FrontendVersion, OptOut, PoolLimits, PoolStats, Slot, SocketState, TIME_BUCKETS,
+    Affinity, AffinityKey, Backend, BackendStats, BackendUse, ClientUse, Connection, ConnectionExtra, Counter,
+    DatagramFlows, FrontendKey, FrontendStats, FrontendVersion, OptOut, PoolLimits, PoolStats, Slot, SocketState,
+    TIME_BUCKETS,
 };
 use portolan_core::table::Sizes;
 
@@ -13,8 +14,12 @@ use portolan_core::table::Sizes;
 pub(crate) enum Scope {
     /// The folder of a map set: a new schema or new sizes get a new set, and the old one goes once the new one serves.
     Set,
-    /// The folder that all sets share: state of sockets, and excluded pods. Only a new `SOCKET_LAYOUT` replaces it.
+    /// A folder that all sets share: flows of UDP sockets, and excluded pods. Only a new `SHARED_LAYOUT` replaces it.
     Shared,
+    /// A folder that all sets share: the state of connected sockets. Only a new `SOCKET_LAYOUT` replaces it.
+    Sockets,
+    /// The same folder, but another number of entries of `CONNECTIONS` gets a new map.
+    Connections,
 }
 
 /// The number of entries of a map.
@@ -71,6 +76,11 @@ impl MapSpec {
         Self { countable: true, ..Self::new::<K, V>(name, Scope::Set, Entries::Setting(entries)) }
     }
 
+    /// A memory-mapped array beside `CONNECTIONS`.
+    const fn connections<V>(name: &'static str, entries: fn(&Sizes) -> u32) -> Self {
+        Self::new::<u32, V>(name, Scope::Connections, Entries::Setting(entries)).mmapable()
+    }
+
     const fn mmapable(self) -> Self {
         Self { mmapable: true, ..self }
     }
@@ -89,25 +99,30 @@ pub(crate) const BACKEND_STATS: MapSpec =
     MapSpec::array::<BackendStats>("BACKEND_STATS", |sizes| sizes.backends).mmapable();
 pub(crate) const BACKEND_USE: MapSpec = MapSpec::array::<BackendUse>("BACKEND_USE", |sizes| sizes.backends).mmapable();
 pub(crate) const POOL_STATS: MapSpec = MapSpec::array::<PoolStats>("POOL_STATS", Sizes::pools).mmapable();
-/// Backends of which the programs report successes as well, because failures are being counted.
-pub(crate) const TROUBLED: MapSpec = MapSpec::array::<u32>("TROUBLED", |sizes| sizes.backends);
+/// Failures of backends, and how far the agent has evaluated them.
+pub(crate) const FAILURES: MapSpec = MapSpec::array::<u64>("FAILURES", |sizes| sizes.backends).mmapable();
 pub(crate) const AFFINITY: MapSpec = MapSpec::hash::<AffinityKey, Affinity>("AFFINITY", |sizes| sizes.affinities);
 /// Latency histograms.
 pub(crate) const TIMES: MapSpec = MapSpec::new::<u32, u64>("TIMES", Scope::Set, Entries::Fixed(2 * TIME_BUCKETS));
 pub(crate) const COUNTERS: MapSpec = MapSpec::new::<u32, u64>("COUNTERS", Scope::Set, Entries::Fixed(Counter::COUNT));
 pub(crate) const EVENTS: MapSpec = MapSpec::new::<(), ()>("EVENTS", Scope::Set, Entries::Fixed(0x10_0000));
-pub(crate) const BUDGETS: MapSpec =
-    MapSpec::new::<u32, u64>("BUDGETS", Scope::Set, Entries::Fixed(EventBudget::CAPACITY));
-pub(crate) const CONNECTIONS: MapSpec =
-    MapSpec::new::<u32, Connection>("CONNECTIONS", Scope::Shared, Entries::Fixed(Connection::CAPACITY)).mmapable();
-pub(crate) const SOCKETS: MapSpec = MapSpec::new::<u32, SocketState>("SOCKETS", Scope::Shared, Entries::Fixed(0));
+pub(crate) const CONNECTIONS: MapSpec = MapSpec::connections::<Connection>("CONNECTIONS", |sizes| sizes.connections);
+pub(crate) const CONNECTION_EXTRAS: MapSpec =
+    MapSpec::connections::<ConnectionExtra>("CONNECTION_EXTRAS", |sizes| sizes.connections);
+/// Its counts are those of `CONNECTIONS`, with which it comes and goes.
+pub(crate) const CLIENTS: MapSpec = MapSpec {
+    entries: Entries::Fixed(ClientUse::CAPACITY),
+    ..MapSpec::connections::<ClientUse>("CLIENTS", |_| ClientUse::CAPACITY)
+};
+pub(crate) const SOCKETS: MapSpec = MapSpec::new::<u32, SocketState>("SOCKETS", Scope::Sockets, Entries::Fixed(0));
+pub(crate) const FALLBACK_USED: MapSpec = MapSpec::new::<u32, u32>("FALLBACK_USED", Scope::Sockets, Entries::Fixed(1));
 pub(crate) const DATAGRAMS: MapSpec = MapSpec::new::<u32, DatagramFlows>("DATAGRAMS", Scope::Shared, Entries::Fixed(0));
 pub(crate) const OPTED_OUT: MapSpec =
     MapSpec::new::<u64, u32>("OPTED_OUT", Scope::Shared, Entries::Fixed(OptOut::CAPACITY));
 pub(crate) const OPT_OUT_FILTER: MapSpec = MapSpec::new::<u32, u64>("OPT_OUT_FILTER", Scope::Shared, Entries::Fixed(1));
 
 /// All maps of the object.
-pub(crate) const MAPS: [MapSpec; 22] = [
+pub(crate) const MAPS: [MapSpec; 24] = [
     FRONTENDS,
     CURRENT,
     VERSIONS,
@@ -119,14 +134,16 @@ pub(crate) const MAPS: [MapSpec; 22] = [
     BACKEND_STATS,
     BACKEND_USE,
     POOL_STATS,
-    TROUBLED,
+    FAILURES,
     AFFINITY,
     TIMES,
     COUNTERS,
     EVENTS,
-    BUDGETS,
     CONNECTIONS,
+    CONNECTION_EXTRAS,
+    CLIENTS,
     SOCKETS,
+    FALLBACK_USED,
     DATAGRAMS,
     OPTED_OUT,
     OPT_OUT_FILTER,

@@ -7,8 +7,8 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapInfo, PerCpuArray},
 };
 use portolan_common::{
-    Backend, BackendStats, BackendUse, Counter, FrontendKey, FrontendStats, FrontendVersion, PoolLimits, PoolStats,
-    Slot, TIME_BUCKETS,
+    Backend, BackendStats, BackendUse, Counter, FailureCount, FrontendKey, FrontendStats, FrontendVersion, PoolLimits,
+    PoolStats, Slot, TIME_BUCKETS,
 };
 use portolan_core::table::{BackendId, FrontendId, Op, PinnedFrontend, PinnedState, PoolId, Sizes, VersionIndex};
 
@@ -38,12 +38,14 @@ pub(crate) fn fits(pins: &Pins, set: Set, sizes: Sizes) -> bool {
 /// Global counters, summed over all CPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Outcomes dropped because the ring buffer was full or their network namespace exceeded its event budget.
+    /// Outcomes dropped because the ring buffer was full or their client exceeded its event budget.
     pub events_lost: u64,
     /// Connections refused because the lookup found inconsistent map contents.
     pub inconsistent: u64,
     /// Sockets for which per-socket state could not be allocated.
     pub no_memory: u64,
+    /// Sockets whose state is in socket storage, because `CONNECTIONS` had no entry for it.
+    pub fallback: u64,
 }
 
 /// The smallest range of `RUNS` entries that covers everything added.
@@ -82,7 +84,7 @@ pub struct Maps {
     backend_stats: Array<MapData, BackendStats>,
     backend_use: Array<MapData, BackendUse>,
     pool_stats: Array<MapData, PoolStats>,
-    report_success: Array<MapData, u32>,
+    failures: MmapArray,
     counters: PerCpuArray<MapData, u64>,
     times: PerCpuArray<MapData, u64>,
 }
@@ -101,7 +103,7 @@ impl Maps {
             backend_stats: array(bpf, map_specs::BACKEND_STATS)?,
             backend_use: array(bpf, map_specs::BACKEND_USE)?,
             pool_stats: array(bpf, map_specs::POOL_STATS)?,
-            report_success: array(bpf, map_specs::TROUBLED)?,
+            failures: mapped::<u64>(bpf, map_specs::FAILURES, sizes.backends)?,
             counters: PerCpuArray::try_from(take(bpf, map_specs::COUNTERS)?)?,
             times: PerCpuArray::try_from(take(bpf, map_specs::TIMES)?)?,
         };
@@ -179,7 +181,7 @@ impl Maps {
                 let stats = BackendStats { epoch: backend.epoch, ..BackendStats::default() };
                 self.backend_stats.set(id.get(), stats, 0)?;
                 self.backend_use.set(id.get(), BackendUse::default(), 0)?;
-                self.report_success.set(id.get(), 0, 0)?;
+                self.failures.word(id.get(), 0)?.store(0, Ordering::SeqCst);
                 self.backends.set(id.get(), *backend, 0)?;
             }
             Op::ResetPool(id, limits) => {
@@ -208,12 +210,24 @@ impl Maps {
         Ok(())
     }
 
-    /// Sets whether the programs report successes of backend `id`. They always report failures.
+    /// Lets the programs stop to report successes of backend `id`, unless it has failed more often than `failures`.
+    /// They always report failures.
     ///
     /// # Errors
     /// Returns an error if `id` is out of range.
-    pub fn set_report_success(&mut self, id: BackendId, report_success: bool) -> Result<()> {
-        Ok(self.report_success.set(id.get(), u32::from(report_success), 0)?)
+    pub fn acknowledge_failures(&mut self, id: BackendId, failures: u32) -> Result<()> {
+        let word = self.failures.word(id.get(), 0)?;
+        let mut value = word.load(Ordering::SeqCst);
+        // A program that counts a failure meanwhile makes the exchange fail; it does so at most a few times.
+        while let Err(now) = word.compare_exchange(
+            value,
+            FailureCount::acknowledged(value, failures),
+            Ordering::SeqCst,
+            Ordering::SeqCst,
+        ) {
+            value = now;
+        }
+        Ok(())
     }
 
     /// Returns the counters of frontend `id`.
@@ -284,6 +298,7 @@ impl Maps {
             events_lost: total(Counter::EventsLost)?,
             inconsistent: total(Counter::Inconsistent)?,
             no_memory: total(Counter::NoMemory)?,
+            fallback: total(Counter::Fallback)?,
         })
     }
 }

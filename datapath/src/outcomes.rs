@@ -30,6 +30,8 @@ pub struct Outcome {
     pub latency: Duration,
     /// Cookie of the application's network namespace.
     pub netns_cookie: u64,
+    /// The endpoint's count of failures, for [`Maps::acknowledge_failures`](crate::Maps::acknowledge_failures).
+    pub failures: u32,
 }
 
 /// Reads connection outcomes from the `EVENTS` ring buffer.
@@ -82,6 +84,7 @@ fn decode(bytes: &[u8]) -> Option<Outcome> {
         errno: record.errno,
         latency: Duration::from_nanos(record.latency_ns),
         netns_cookie: record.netns_cookie,
+        failures: record.failures,
     })
 }
 

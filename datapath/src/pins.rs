@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! <bpffs>/links/<program>            live links; programs are replaced inside them
-//!         sockets-v<layout>/<map>    per-socket state and excluded cgroups
+//!         sockets-v1/<map>           flows of UDP sockets, and excluded cgroups
+//!         sockets-v2/<map>           the state of connected sockets
 //!         v<schema>-<set>/<map>      one map set: all other maps
 //!         current -> v<schema>-<set> the set that the linked programs use
 //! ```
@@ -23,12 +24,13 @@ use std::{
     time::Duration,
 };
 
-use portolan_common::{SCHEMA_VERSION, SOCKET_LAYOUT};
+use portolan_common::{SCHEMA_VERSION, SHARED_LAYOUT, SOCKET_LAYOUT};
+use portolan_core::table::Sizes;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, open};
 
 use crate::{
     error::{Context as _, Result, bail, ensure},
-    map_specs::{MapSpec, Scope},
+    map_specs::{self, MapSpec, Scope},
     preflight::is_bpffs,
     sys,
 };
@@ -51,7 +53,7 @@ pub struct Pins {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Set {
     pub(crate) schema: u32,
-    /// A random nonzero id. Per-socket state refers to it.
+    /// A nonzero id below 2^16; those of older versions may be larger. Per-socket state refers to its lower half.
     pub(crate) id: u32,
 }
 
@@ -85,17 +87,45 @@ impl Pins {
         self.root.join(set.folder()).join(name)
     }
 
-    /// Where a map is pinned, with this set as the current one.
-    pub(crate) fn map_pin(&self, set: Set, spec: &MapSpec) -> PathBuf {
+    /// Where a map is pinned, with this set as the current one, and these sizes.
+    pub(crate) fn map_pin(&self, set: Set, spec: &MapSpec, sizes: &Sizes) -> PathBuf {
         match spec.scope {
             Scope::Set => self.map(set, spec.name),
-            Scope::Shared => self.socket_map(spec.name),
+            Scope::Shared => self.shared_folder(SHARED_LAYOUT).join(spec.name),
+            Scope::Sockets => self.shared_folder(SOCKET_LAYOUT).join(spec.name),
+            Scope::Connections => {
+                self.shared_folder(SOCKET_LAYOUT).join(format!("{}-{}", spec.name, sizes.connections))
+            }
         }
     }
 
-    /// Returns the pin path of a map that all sets share.
-    pub(crate) fn socket_map(&self, name: &str) -> PathBuf {
-        self.root.join(format!("sockets-v{SOCKET_LAYOUT}")).join(name)
+    fn shared_folder(&self, layout: u32) -> PathBuf {
+        self.root.join(format!("sockets-v{layout}"))
+    }
+
+    /// Returns the sizes and the pin path of `CLIENTS`, whatever the number of connections is.
+    pub(crate) fn connections(&self, set: Set) -> Option<(Sizes, PathBuf)> {
+        let of_pin = |pin: &PathBuf| {
+            let connections = pin.file_name()?.to_str()?.strip_prefix("CLIENTS-")?.parse().ok()?;
+            Some(Sizes { connections, ..Sizes::default() })
+        };
+        let sizes = entries(&self.shared_folder(SOCKET_LAYOUT)).ok()?.iter().find_map(of_pin)?;
+        Some((sizes, self.map_pin(set, &map_specs::CLIENTS, &sizes)))
+    }
+
+    /// Removes the pins of maps that all sets share but that these programs do not use: those of another layout or
+    /// another number of connections.
+    pub(crate) fn remove_unused_shared(&self, set: Set, sizes: &Sizes) -> Result<()> {
+        let used: Vec<PathBuf> = map_specs::MAPS.iter().map(|spec| self.map_pin(set, spec, sizes)).collect();
+        let is_shared = |path: &PathBuf| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("sockets-v")) && path.is_dir()
+        };
+        for folder in entries(&self.root)?.into_iter().filter(is_shared) {
+            for pin in entries(&folder)?.into_iter().filter(|pin| !used.contains(pin)) {
+                fs::remove_file(&pin).with_context(|| format!("cannot remove {}", pin.display()))?;
+            }
+        }
+        Ok(())
     }
 
     /// Returns the pin path of map `name` in the current set, or `None` if there is no current set.
@@ -105,8 +135,9 @@ impl Pins {
 
     /// Creates the directories that do not exist, accessible to root only.
     pub(crate) fn make_folders(&self) -> Result<()> {
-        let folders = [self.root.clone(), self.root.join(LINKS), self.root.join(format!("sockets-v{SOCKET_LAYOUT}"))];
-        folders.iter().try_for_each(|folder| make_folder(folder))
+        let shared = [SHARED_LAYOUT, SOCKET_LAYOUT].map(|layout| self.shared_folder(layout));
+        let folders = [self.root.clone(), self.root.join(LINKS)].into_iter().chain(shared);
+        folders.into_iter().try_for_each(|folder| make_folder(&folder))
     }
 
     /// Creates the directories and locks them for this agent.
@@ -125,11 +156,13 @@ impl Pins {
 
     /// Creates the directory of a new, empty set beside the existing ones.
     pub(crate) fn new_set(&self) -> Result<Set> {
-        // Per-socket state may refer to a removed set, so ids must not repeat.
+        // Sockets may refer to a removed set by the lower half of its id, so these must not repeat.
         // Each `RandomState` has a different seed, which makes its hash a random number.
-        let taken: Vec<u32> = self.sets()?.into_iter().map(|set| set.id).collect();
-        let drawn = std::iter::repeat_with(|| RandomState::new().build_hasher().finish() as u32);
-        let id = drawn.take(100).find(|id| *id != 0 && !taken.contains(id)).context("no unused map set id")?;
+        let taken: Vec<u16> = self.sets()?.into_iter().map(|set| set.id as u16).collect();
+        let next = taken.iter().max().map(|last| last.wrapping_add(1));
+        let drawn = std::iter::repeat_with(|| RandomState::new().build_hasher().finish() as u16);
+        let mut candidates = next.into_iter().chain(drawn.take(100));
+        let id = candidates.find(|id| *id != 0 && !taken.contains(id)).context("no unused map set id")?.into();
         let set = Set { schema: SCHEMA_VERSION, id };
         make_folder(&self.root.join(set.folder()))?;
         Ok(set)

@@ -19,6 +19,8 @@ pub(crate) struct Environment {
     pub(crate) cgroup: PathBuf,
     /// Offsets of the socket fields that the programs read.
     pub(crate) offsets: Offsets,
+    /// Depth of the cgroups that count as clients, see [`client_level`].
+    pub(crate) client_level: i32,
     /// Length of a kernel tick (`1 / CONFIG_HZ`), in nanoseconds.
     pub(crate) tick_ns: u32,
 }
@@ -37,7 +39,8 @@ impl Environment {
         let offsets = btf::offsets(Path::new("/sys/kernel/btf/vmlinux"))?;
         // The coarse clocks advance once per tick, so their resolution is the tick length.
         let tick = clock_getres(ClockId::MonotonicCoarse);
-        Ok(Self { cgroup, offsets, tick_ns: u32::try_from(tick.tv_nsec).unwrap_or_default() })
+        let client_level = client_level(&cgroup);
+        Ok(Self { cgroup, offsets, client_level, tick_ns: u32::try_from(tick.tv_nsec).unwrap_or_default() })
     }
 }
 
@@ -67,6 +70,17 @@ fn cgroup2_root() -> Result<PathBuf, Unsupported> {
     roots.next().map(|mount| mount.mount_point).ok_or_else(|| {
         Unsupported("no cgroup v2 is mounted; mount it (mount -t cgroup2 none /sys/fs/cgroup) or boot with systemd.unified_cgroup_hierarchy=1".to_owned())
     })
+}
+
+/// Returns the depth of the cgroups that count as clients, seen from the root of the hierarchy: three levels below the
+/// served cgroup.
+///
+/// With either driver of the kubelet, these are the pods of the classes Burstable and BestEffort, and the containers of
+/// Guaranteed ones.
+/// A process cannot leave them, even where it may make cgroups of its own below.
+fn client_level(cgroup: &Path) -> i32 {
+    let depth = cgroup.ancestors().skip(1).take_while(|above| filesystem(above) == Some(CGROUP2_MAGIC)).count();
+    3 + i32::try_from(depth).unwrap_or_default()
 }
 
 /// Checks that `folder` is on a bpffs. Mounts one at [`DEFAULT_BPFFS`] if `folder` is below it and none is mounted.

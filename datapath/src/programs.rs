@@ -31,6 +31,7 @@ pub(crate) enum AttachType {
     Udp6Recvmsg = 20,
     Inet4Getpeername = 29,
     Inet6Getpeername = 30,
+    InetSockRelease = 34,
 }
 
 /// A program of the BPF object and the hook that it attaches to.
@@ -46,8 +47,9 @@ const fn program(name: &'static str, attach_type: AttachType) -> ProgramSpec {
 }
 
 /// The programs that are always attached, in attach order.
-/// `sock_ops` comes first, so that no connection is rewritten before its close can be observed.
-pub(crate) const PROGRAMS: [ProgramSpec; 9] = [
+/// `sock_release` and `sock_ops` come first, so that no connection is rewritten before its end can be observed.
+pub(crate) const PROGRAMS: [ProgramSpec; 10] = [
+    program("sock_release", AttachType::InetSockRelease),
     program("sock_ops", AttachType::SockOps),
     program("getpeername4", AttachType::Inet4Getpeername),
     program("getpeername6", AttachType::Inet6Getpeername),

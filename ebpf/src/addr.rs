@@ -77,15 +77,19 @@ pub(crate) fn remote(ctx: &SockOpsContext) -> Endpoint {
     unsafe {
         // The kernel puts this port, in network order, into the upper half of the word.
         let port = (addr_of!((*ops).remote_port).read_volatile() >> 16) as u16;
+        // Both last words first: the compiler would merge the reads of two branches, at an address that it computes,
+        // which the verifier rejects.
+        let v4 = addr_of!((*ops).remote_ip4).read_volatile();
+        let last = addr_of!((*ops).remote_ip6[3]).read_volatile();
         if addr_of!((*ops).family).read_volatile() == AF_INET {
-            return Endpoint::from_v4_word(addr_of!((*ops).remote_ip4).read_volatile(), port);
+            return Endpoint::from_v4_word(v4, port);
         }
         Endpoint::from_words(
             [
                 addr_of!((*ops).remote_ip6[0]).read_volatile(),
                 addr_of!((*ops).remote_ip6[1]).read_volatile(),
                 addr_of!((*ops).remote_ip6[2]).read_volatile(),
-                addr_of!((*ops).remote_ip6[3]).read_volatile(),
+                last,
             ],
             port,
         )

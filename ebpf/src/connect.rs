@@ -1,16 +1,16 @@
 //! The connect hooks: they replace a Service address with an endpoint, for TCP and connected UDP sockets.
 
 use aya_ebpf::{
-    helpers::generated::{bpf_ktime_get_ns, bpf_set_retval, bpf_skc_to_mptcp_sock},
+    helpers::generated::{bpf_get_retval, bpf_ktime_get_coarse_ns, bpf_set_retval},
     programs::SockAddrContext,
 };
 use aya_log_ebpf::debug;
-use portolan_common::{Counter, Endpoint, FrontendKey, SocketStage};
+use portolan_common::{ConnectionFlags, Endpoint, FrontendKey};
 
 use crate::{
     addr,
     consts::{ECONNREFUSED, EHOSTUNREACH, FAIL, IPPROTO_TCP, IPPROTO_UDP, PROCEED},
-    maps::{BACKEND_STATS, POOLS, SET, count},
+    maps::{BACKEND_STATS, POOLS, SET},
     opt_out::is_opted_out,
     select::{Found, Lookup, Pick, Selected, add, lookup_frontend, pick},
     state,
@@ -22,7 +22,7 @@ pub(crate) fn connect4(ctx: &SockAddrContext) -> i32 {
     if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
         return PROCEED;
     }
-    rewrite4(ctx, protocol, connect)
+    apply4(ctx, connect(ctx, FrontendKey::new(addr::read4(ctx), protocol)))
 }
 
 #[inline(always)]
@@ -31,20 +31,16 @@ pub(crate) fn connect6(ctx: &SockAddrContext) -> i32 {
     if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
         return PROCEED;
     }
-    rewrite6(ctx, protocol, connect)
+    apply6(ctx, connect(ctx, FrontendKey::new(addr::read6(ctx), protocol)))
 }
 
 /// The decision on a call: redirect it to an endpoint, leave its address unchanged (`None`), or refuse it.
-type Decision = Result<Option<Endpoint>, Refused>;
+pub(crate) type Decision = Result<Option<Endpoint>, Refused>;
 
 /// Applies a decision to a call with an IPv4 address.
 #[inline(always)]
-pub(crate) fn rewrite4(
-    ctx: &SockAddrContext,
-    protocol: u32,
-    decide: impl FnOnce(&SockAddrContext, FrontendKey) -> Decision,
-) -> i32 {
-    match decide(ctx, FrontendKey::new(addr::read4(ctx), protocol)) {
+pub(crate) fn apply4(ctx: &SockAddrContext, decision: Decision) -> i32 {
+    match decision {
         Ok(Some(endpoint)) => {
             addr::write4(ctx, &endpoint);
             PROCEED
@@ -56,12 +52,8 @@ pub(crate) fn rewrite4(
 
 /// Applies a decision to a call with an IPv6 address.
 #[inline(always)]
-pub(crate) fn rewrite6(
-    ctx: &SockAddrContext,
-    protocol: u32,
-    decide: impl FnOnce(&SockAddrContext, FrontendKey) -> Decision,
-) -> i32 {
-    match decide(ctx, FrontendKey::new(addr::read6(ctx), protocol)) {
+pub(crate) fn apply6(ctx: &SockAddrContext, decision: Decision) -> i32 {
+    match decision {
         Ok(Some(endpoint)) => {
             addr::write6(ctx, &endpoint);
             PROCEED
@@ -76,11 +68,15 @@ pub(crate) struct Refused;
 
 /// Picks the endpoint to connect to; `None` leaves the dialed address unchanged.
 #[inline(always)]
-fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Refused> {
+fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Decision {
     let found = match lookup_frontend(&key) {
         Lookup::Found(found) => found,
         Lookup::Miss => {
-            clear_state(ctx, key.protocol());
+            // The state of a TCP socket is compared with its peer when the SYN is about to be sent.
+            // A UDP socket has no such event.
+            if key.protocol() == IPPROTO_UDP {
+                clear_state(ctx);
+            }
             return Ok(None);
         }
         Lookup::Broken => {
@@ -88,15 +84,12 @@ fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, 
             return Err(refuse(ctx, &key, false));
         }
     };
-    if is_opted_out() {
-        clear_state(ctx, key.protocol());
+    if is_denied() {
         return Ok(None);
     }
-    // MPTCP bypasses Portolan, because every further subflow would get an endpoint of its own.
-    // Strict frontends refuse it instead.
-    if key.protocol() == IPPROTO_TCP && is_mptcp(ctx) {
-        clear_state(ctx, key.protocol());
-        return if found.is_strict() { Err(refuse(ctx, &key, true)) } else { Ok(None) };
+    if is_opted_out() {
+        clear_state(ctx);
+        return Ok(None);
     }
     match pick(ctx, &found) {
         Pick::Refuse { strict } => {
@@ -116,14 +109,11 @@ pub(crate) fn protocol(ctx: &SockAddrContext) -> u32 {
     unsafe { (*ctx.sock_addr).protocol }
 }
 
-/// Returns whether the socket is a subflow of an MPTCP connection.
+/// Returns whether another program has denied the call already; it must not use up a turn or an entry.
 #[inline(always)]
-fn is_mptcp(ctx: &SockAddrContext) -> bool {
-    // SAFETY: the kernel gives a valid context.
-    unsafe {
-        let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
-        !sk.is_null() && !bpf_skc_to_mptcp_sock(sk.cast()).is_null()
-    }
+pub(crate) fn is_denied() -> bool {
+    // SAFETY: a helper call without pointers.
+    unsafe { bpf_get_retval() != 0 }
 }
 
 /// Sets the error with which the call fails at once.
@@ -139,10 +129,10 @@ pub(crate) fn refuse(ctx: &SockAddrContext, key: &FrontendKey, strict: bool) -> 
 
 /// Voids the state that an earlier connect left on this socket.
 #[inline(always)]
-fn clear_state(ctx: &SockAddrContext, protocol: u32) {
-    if let Some(state) = state::lookup(ctx, protocol) {
+fn clear_state(ctx: &SockAddrContext) {
+    if let Some(state) = state::lookup(ctx) {
         // SAFETY: the value belongs to this socket, which is locked.
-        unsafe { (*state).backend = Endpoint::from_words([0; 4], 0) };
+        unsafe { (*state.connection).backend_port = 0 };
     }
 }
 
@@ -150,40 +140,61 @@ fn clear_state(ctx: &SockAddrContext, protocol: u32) {
 #[inline(always)]
 fn clear_tcp_state(ctx: &SockAddrContext, key: &FrontendKey) {
     if key.protocol() == IPPROTO_TCP {
-        clear_state(ctx, IPPROTO_TCP);
+        clear_state(ctx);
     }
 }
 
-/// Stores on the socket what it dialed and which backend it got.
+/// Stores what the socket dialed and which backend it got.
 /// Without memory for this, the connection proceeds; only its outcome remains unknown.
 #[inline(always)]
 fn save_state(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &Selected) {
-    // SAFETY: the kernel gives a valid context; the value belongs to this socket, which is locked.
+    let Some(state) = state::get_or_create(ctx) else { return };
+    let (frontend, backend) = (key.endpoint(), taken.backend.endpoint);
+    let mut flags = 0;
+    // SAFETY: the value belongs to this socket, which is locked.
     unsafe {
-        let Some(state) = state::get_or_create(ctx, key.protocol()) else {
-            count(Counter::NoMemory);
-            return;
-        };
-        (*state).frontend = key.endpoint();
-        (*state).backend = taken.backend.endpoint;
-        (*state).set = SET.load();
-        (*state).backend_id = taken.backend_id;
-        (*state).epoch = taken.backend.epoch;
-        (*state).frontend_id = found.id;
-        (*state).pool = taken.pool;
-        (*state).stage = SocketStage::None as u32;
-        (*state).connect_timeout_ms = 0;
-        (*state).protocol = key.protocol();
+        let connection = &mut *state.connection;
+        connection.frontend_word = frontend.v4_word();
+        connection.frontend_port = frontend.port_word();
+        connection.backend_word = backend.v4_word();
+        connection.backend_port = backend.port_word();
+        connection.set = SET.load() as u16;
+        connection.backend_id = taken.backend_id;
+        connection.backend_epoch = taken.backend.epoch as u16;
+        connection.frontend_id = found.id;
+        connection.frontend_epoch = 0;
+        connection.pool = taken.pool;
+        if !(frontend.is_v4() && backend.is_v4()) {
+            // Without the extra words the state would name other addresses.
+            let Some(extra) = state.extra() else {
+                connection.backend_port = 0;
+                return;
+            };
+            let ([a, b, c, _], [d, e, f, _]) = (frontend.words(), backend.words());
+            (*extra).frontend_words = [a, b, c];
+            (*extra).backend_words = [d, e, f];
+            flags |= ConnectionFlags::V6;
+        }
         if taken.pool != 0
             && let Some(limits) = POOLS.get(taken.pool)
         {
-            (*state).pool_epoch = limits.epoch;
-            (*state).connect_timeout_ms = limits.connect_timeout_ms;
+            connection.pool_epoch = limits.epoch as u16;
+            if limits.watch != 0 {
+                flags |= ConnectionFlags::TIMED;
+            }
+            if limits.connect_timeout_ms != 0
+                && let Some(extra) = state.extra()
+            {
+                (*extra).connect_timeout_ms = limits.connect_timeout_ms;
+                flags |= ConnectionFlags::CONNECT_TIMEOUT;
+            }
         }
         if key.protocol() == IPPROTO_UDP {
-            (*state).started_ns = bpf_ktime_get_ns();
+            flags |= ConnectionFlags::UDP;
+            connection.started_ns = bpf_ktime_get_coarse_ns();
             count_flow(taken);
         }
+        connection.flags = flags;
     }
     debug!(
         ctx,

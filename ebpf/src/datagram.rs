@@ -9,11 +9,12 @@ use portolan_common::{Counter, DatagramFlows, Endpoint, FLOWS, Flow, FrontendKey
 
 use crate::{
     addr,
-    connect::{Refused, count_flow, protocol, refuse, rewrite4, rewrite6},
+    connect::{Decision, apply4, apply6, count_flow, is_denied, protocol, refuse},
     consts::{IPPROTO_UDP, PROCEED},
-    maps::{DATAGRAMS, SET, SOCKETS, count},
+    maps::{DATAGRAMS, SET, count},
     opt_out::is_opted_out,
     select::{Found, Lookup, Pick, current_backend, lookup_frontend, pick},
+    state,
 };
 
 /// The idle time after which a flow may move to another endpoint.
@@ -21,12 +22,18 @@ const SILENCE_NS: u64 = 60_000_000_000;
 
 #[inline(always)]
 pub(crate) fn sendmsg4(ctx: &SockAddrContext) -> i32 {
-    if protocol(ctx) == IPPROTO_UDP { rewrite4(ctx, IPPROTO_UDP, send) } else { PROCEED }
+    if protocol(ctx) != IPPROTO_UDP {
+        return PROCEED;
+    }
+    apply4(ctx, send(ctx, FrontendKey::new(addr::read4(ctx), IPPROTO_UDP)))
 }
 
 #[inline(always)]
 pub(crate) fn sendmsg6(ctx: &SockAddrContext) -> i32 {
-    if protocol(ctx) == IPPROTO_UDP { rewrite6(ctx, IPPROTO_UDP, send) } else { PROCEED }
+    if protocol(ctx) != IPPROTO_UDP {
+        return PROCEED;
+    }
+    apply6(ctx, send(ctx, FrontendKey::new(addr::read6(ctx), IPPROTO_UDP)))
 }
 
 #[inline(always)]
@@ -47,7 +54,7 @@ pub(crate) fn recvmsg6(ctx: &SockAddrContext) -> i32 {
 
 /// Picks the endpoint to send to; `None` leaves the dialed address unchanged.
 #[inline(always)]
-fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Refused> {
+fn send(ctx: &SockAddrContext, key: FrontendKey) -> Decision {
     let found = match lookup_frontend(&key) {
         Lookup::Found(found) => found,
         Lookup::Miss => {
@@ -56,6 +63,9 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Result<Option<Endpoint>, Ref
         }
         Lookup::Broken => return Err(refuse(ctx, &key, false)),
     };
+    if is_denied() {
+        return Ok(None);
+    }
     if let Some(endpoint) = connected_to(ctx, &key.endpoint()) {
         return Ok(Some(endpoint));
     }
@@ -112,9 +122,9 @@ fn connected_to(ctx: &SockAddrContext, dialed: &Endpoint) -> Option<Endpoint> {
         if sk.is_null() || (*sk).dst_port == 0 {
             return None;
         }
-        let state = SOCKETS.get_ptr_mut(ctx);
-        let given = !state.is_null() && (*state).frontend == *dialed && (*state).backend.port_word() != 0;
-        given.then(|| (*state).backend)
+        let state = state::lookup(ctx)?;
+        let is_given = (*state.connection).backend_port != 0 && state.frontend() == *dialed;
+        is_given.then(|| state.backend())
     }
 }
 
@@ -201,8 +211,8 @@ fn sender(ctx: &SockAddrContext, source: Endpoint) -> Option<Endpoint> {
         }
         // Connect state is valid only while the socket is connected: disconnecting with AF_UNSPEC runs no hook.
         if (*sk).dst_port != 0 {
-            let state = SOCKETS.get_ptr_mut(ctx);
-            return (!state.is_null() && (*state).backend == source).then(|| (*state).frontend);
+            let state = state::lookup(ctx)?;
+            return state.has_backend(&source).then(|| state.frontend());
         }
         let flows = DATAGRAMS.get_ptr_mut(ctx);
         if flows.is_null() {

@@ -7,13 +7,13 @@
 //! Data that does not look like a response is ignored, and packets are never dropped or delayed.
 
 use aya_ebpf::programs::SkBuffContext;
-use portolan_common::{Connection, DetectedProtocol, OutcomeKind, Response, SocketState};
+use portolan_common::{ConnectionFlags, DetectedProtocol, OutcomeKind, Response};
 
 use crate::{
-    maps::{BACKEND_USE, POOL_STATS, TCP_WRITE_SEQ_OFFSET, TROUBLED},
+    maps::{BACKEND_USE, TCP_WRITE_SEQ_OFFSET},
     outcome,
     select::add,
-    state,
+    state::{self, State},
 };
 
 const IPPROTO_TCP: u8 = 6;
@@ -29,13 +29,15 @@ const SETTINGS: u8 = 4;
 #[inline(always)]
 pub(crate) fn inspect_response(ctx: &SkBuffContext) {
     // SAFETY: the kernel gives a valid context.
-    let Some(tcp) = state::tcp_sock(unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk }) else { return };
-    let Some(connection) = state::connection(tcp) else { return };
-    // SAFETY: a live map value.
-    if unsafe { (*connection).response.flags } & Response::ON == 0 {
+    let socket = unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk };
+    let Some(state) = state::of_socket(socket) else { return };
+    if state.flags() & ConnectionFlags::HTTP == 0 {
         return;
     }
-    let _ = payload(ctx).map(|(sequence, start, len)| track_response(ctx, tcp, connection, sequence, start, len));
+    let (Some(extra), Some(tcp)) = (state.extra(), state::tcp_sock(socket)) else { return };
+    // SAFETY: a live map value.
+    let response = unsafe { &mut (*extra).response };
+    let _ = payload(ctx).map(|segment| track_response(ctx, tcp, &state, response, segment));
 }
 
 /// Returns the sequence number of the first payload byte, its offset in the packet, and the payload length.
@@ -61,16 +63,12 @@ fn payload(ctx: &SkBuffContext) -> Option<(u32, usize, u32)> {
 fn track_response(
     ctx: &SkBuffContext,
     tcp: *const u8,
-    connection: *mut Connection,
-    sequence: u32,
-    start: usize,
-    len: u32,
+    state: &State,
+    response: &mut Response,
+    (sequence, start, len): (u32, usize, u32),
 ) {
-    // SAFETY: a live map value; a read through a BTF pointer cannot fault, and the offset comes from the kernel's own
-    // BTF.
-    let (response, written) = unsafe {
-        (&mut (*connection).response, tcp.add(TCP_WRITE_SEQ_OFFSET.load() as usize).cast::<u32>().read_volatile())
-    };
+    // SAFETY: a read through a BTF pointer cannot fault, and the offset comes from the kernel's own BTF.
+    let written = unsafe { tcp.add(TCP_WRITE_SEQ_OFFSET.load() as usize).cast::<u32>().read_volatile() };
     let ahead = sequence.wrapping_sub(response.next) as i32;
     if ahead == 0 {
         response.next = sequence.wrapping_add(len);
@@ -111,8 +109,8 @@ fn track_response(
         if !response.feed(byte) {
             if response.flags & Response::BEGUN == 0 {
                 // SAFETY: a live map value.
-                unsafe { detect_protocol(ctx, &raw const (*connection).state, response.netns, start, (byte, place)) };
-                response.flags = 0;
+                unsafe { detect_protocol(ctx, state, response.netns, start, (byte, place)) };
+                state.remove_flags(ConnectionFlags::HTTP);
             }
             response.place = 0;
             return;
@@ -128,51 +126,43 @@ fn track_response(
     let status = response.status;
     if status == 101 {
         // Another protocol follows (101 Switching Protocols).
-        response.flags = 0;
+        state.remove_flags(ConnectionFlags::HTTP);
     } else if status < 200 {
         response.flags |= Response::AWAITED;
     } else {
         response.flags &= !Response::AWAITED;
         let netns = response.netns;
         // SAFETY: a live map value.
-        unsafe { on_status(&raw const (*connection).state, netns, status) };
+        unsafe { on_status(state, netns, status) };
     }
 }
 
 /// Counts a response and reports it to the agent if relevant.
 #[inline(always)]
-unsafe fn on_status(state: *const SocketState, netns: u64, status: u32) {
-    // SAFETY: `state` is a live value; so are those of the maps.
+unsafe fn on_status(state: &State, netns: u64, status: u32) {
+    // SAFETY: live values.
     unsafe {
         if outcome::stats(state).is_none() {
             return;
         }
-        let id = (*state).backend_id;
-        let Some(uses) = BACKEND_USE.get_ptr_mut(id) else { return };
-        let Some(troubled) = TROUBLED.get_ptr_mut(id) else { return };
+        let Some(uses) = BACKEND_USE.get_ptr_mut((*state.connection).backend_id) else { return };
         add(&raw mut (*uses).responses, 1);
+        let what = (OutcomeKind::Responded, status);
         if status >= 500 {
             add(&raw mut (*uses).server_errors, 1);
             if status >= 502 && status <= 504 {
                 add(&raw mut (*uses).gateway_errors, 1);
             }
-            *troubled = 1;
-        } else if *troubled == 0 {
-            return;
+            outcome::report_failure(netns, state, what);
+        } else if let Some(failures) = outcome::failures_to_reset(state) {
+            outcome::emit_outcome(netns, state, what, failures);
         }
-        outcome::emit_outcome(netns, state, OutcomeKind::Responded, status);
     }
 }
 
 /// Records which protocol a connection speaks instead of HTTP/1.
 #[inline(always)]
-unsafe fn detect_protocol(
-    ctx: &SkBuffContext,
-    state: *const SocketState,
-    netns: u64,
-    start: usize,
-    (byte, place): (u8, u32),
-) {
+unsafe fn detect_protocol(ctx: &SkBuffContext, state: &State, netns: u64, start: usize, (byte, place): (u8, u32)) {
     let spoken = if place == 0 && (byte == TLS[0] || byte == TLS[1]) {
         DetectedProtocol::TLS
     } else if place == 0 && byte == 0 && ctx.load::<u8>(start + 3).is_ok_and(|kind| kind == SETTINGS) {
@@ -182,13 +172,10 @@ unsafe fn detect_protocol(
     };
     // SAFETY: `state` is a live value; so is that of the map. Bits are only ever added.
     unsafe {
-        if outcome::pool_stats(state).is_some()
-            && let Some(pool) = POOL_STATS.get_ptr_mut((*state).pool)
-        {
-            if (*pool).spoken & spoken == 0 && outcome::emit_outcome(netns, state, OutcomeKind::NotHttp, spoken as u32)
-            {
-                (*pool).spoken |= spoken;
-            }
+        let Some(pool) = outcome::pool_stats(state) else { return };
+        let what = (OutcomeKind::NotHttp, spoken as u32);
+        if (*pool).spoken & spoken == 0 && outcome::emit_outcome(netns, state, what, 0) {
+            (*pool).spoken |= spoken;
         }
     }
 }

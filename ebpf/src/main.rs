@@ -6,6 +6,7 @@
 //! | `sendmsg4`, `sendmsg6` | send on an unconnected UDP socket | does the same for each flow |
 //! | `recvmsg4`, `recvmsg6` | receive on a UDP socket | restores the Service address as the source |
 //! | `getpeername4`, `getpeername6` | `getpeername()` | returns the Service address that was dialed |
+//! | `sock_release` | the end of a socket | frees the state of connections that never began, or were UDP |
 //! | `sock_ops` | TCP events | records connection outcomes and counters |
 //! | `received` | ingress packets, only while a rule needs it | reads the status of HTTP/1 responses |
 #![no_std]
@@ -27,8 +28,8 @@ mod select;
 mod state;
 
 use aya_ebpf::{
-    macros::{cgroup_skb, cgroup_sock_addr, sock_ops},
-    programs::{SkBuffContext, SockAddrContext, SockOpsContext},
+    macros::{cgroup_skb, cgroup_sock, cgroup_sock_addr, sock_ops},
+    programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsContext},
 };
 
 /// Handles connects to IPv4 addresses, of TCP and UDP sockets.
@@ -83,6 +84,13 @@ pub fn getpeername6(ctx: SockAddrContext) -> i32 {
 #[sock_ops]
 pub fn sock_ops(ctx: SockOpsContext) -> u32 {
     outcome::sock_ops(&ctx);
+    1
+}
+
+/// Handles the end of a socket, after its last descriptor was closed.
+#[cgroup_sock(sock_release)]
+pub fn sock_release(ctx: SockContext) -> i32 {
+    state::on_release(ctx.sock.cast_const());
     1
 }
 

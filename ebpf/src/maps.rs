@@ -13,9 +13,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use portolan_common::{
-    Affinity, AffinityKey, Backend, BackendStats, BackendUse, Connection, Counter, DatagramFlows, EventBudget,
-    FrontendKey, FrontendStats, FrontendVersion, OptOut, Outcome, PoolLimits, PoolStats, Slot, SocketState,
-    TIME_BUCKETS,
+    Affinity, AffinityKey, Backend, BackendStats, BackendUse, ClientUse, Connection, ConnectionExtra, Counter,
+    DatagramFlows, FrontendKey, FrontendStats, FrontendVersion, OptOut, Outcome, PoolLimits, PoolStats, Slot,
+    SocketState, TIME_BUCKETS,
 };
 
 /// Service address, port, protocol → frontend id.
@@ -71,23 +71,35 @@ pub(crate) static BACKEND_USE: Array<BackendUse, 1, { BPF_F_MMAPABLE as usize }>
 #[btf_map]
 pub(crate) static TIMES: PerCpuArray<u64, { 2 * TIME_BUCKETS as usize }> = PerCpuArray::new();
 
-/// Backend id → nonzero while successes must be reported.
-/// A failure sets it here; the agent clears it once no pool counts failures of the backend.
+/// Backend id → its failures, and up to which one the agent has evaluated them, see
+/// [`FailureCount`](portolan_common::FailureCount).
 #[btf_map]
-pub(crate) static TROUBLED: Array<u32, 1> = Array::new();
+pub(crate) static FAILURES: Array<u64, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Client and frontend → backend that the client returns to (`sessionAffinity`).
 #[btf_map]
 pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, 1> = LruHashMap::new();
 
-/// Low bits of the socket cookie → state of a connected TCP socket.
+/// One of two indices that a socket's address selects → state of the socket, see [`Connection::first_way`].
 #[btf_map]
-pub(crate) static CONNECTIONS: Array<Connection, { Connection::CAPACITY as usize }, { BPF_F_MMAPABLE as usize }> =
+pub(crate) static CONNECTIONS: Array<Connection, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// The same index → what only some connections need.
+#[btf_map]
+pub(crate) static CONNECTION_EXTRAS: Array<ConnectionExtra, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// Client → what it uses of `CONNECTIONS` and `EVENTS`.
+#[btf_map]
+pub(crate) static CLIENTS: Array<ClientUse, { ClientUse::CAPACITY as usize }, { BPF_F_MMAPABLE as usize }> =
     Array::new();
 
 /// Socket → the same state, for sockets without an entry in `CONNECTIONS`.
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketState> = SkStorage::new();
+
+/// Nonzero once a socket has had its state in `SOCKETS`.
+#[btf_map]
+pub(crate) static FALLBACK_USED: Array<u32, 1> = Array::new();
 
 /// Unconnected UDP socket → its flows, to redirect datagrams and to translate replies.
 #[btf_map]
@@ -99,10 +111,6 @@ pub(crate) static EVENTS: RingBuf<Outcome, { EVENTS_BYTES as usize }> = RingBuf:
 
 /// The size of [`EVENTS`] in bytes.
 pub(crate) const EVENTS_BYTES: u64 = 0x10_0000;
-
-/// Low bits of the network namespace cookie → events sent while the agent was behind, see [`EventBudget`].
-#[btf_map]
-pub(crate) static BUDGETS: Array<u64, { EventBudget::CAPACITY as usize }> = Array::new();
 
 /// Cgroup id → unused value: processes in it or below it have opted out, see [`OptOut`].
 #[btf_map]
@@ -120,9 +128,17 @@ pub(crate) static COUNTERS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerC
 #[unsafe(no_mangle)]
 pub(crate) static SK_ERR_OFFSET: Global<u32> = Global::new(0);
 
-/// The offset of the socket cookie in the kernel's `struct sock`.
+/// The `shift` of [`Connection::first_way`]; the default is that of the smallest array.
 #[unsafe(no_mangle)]
-pub(crate) static SK_COOKIE_OFFSET: Global<u32> = Global::new(0);
+pub(crate) static CONNECTION_SHIFT: Global<u32> = Global::new(32);
+
+/// The entries of `CONNECTIONS` that one client may use.
+#[unsafe(no_mangle)]
+pub(crate) static CONNECTION_SHARE: Global<u32> = Global::new(1);
+
+/// The depth of the cgroups that count as clients.
+#[unsafe(no_mangle)]
+pub(crate) static CLIENT_LEVEL: Global<i32> = Global::new(1);
 
 /// The offset of `write_seq` in the kernel's `struct tcp_sock`.
 #[unsafe(no_mangle)]

@@ -3,7 +3,10 @@
 //! State callbacks are enabled when the SYN is about to be sent, not when the connection is established.
 //! Otherwise, a refused connect would be missed: it goes straight from SYN_SENT to CLOSE.
 
-use core::ptr::addr_of;
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    ptr::addr_of,
+};
 
 use aya_ebpf::{
     EbpfContext,
@@ -12,24 +15,26 @@ use aya_ebpf::{
         BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TIMEOUT_INIT,
     },
     helpers::generated::{
-        bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_ringbuf_query, bpf_setsockopt, bpf_skc_to_tcp_sock,
+        bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_ringbuf_query,
+        bpf_setsockopt, bpf_skc_to_tcp_sock,
     },
     programs::SockOpsContext,
 };
 use aya_log_ebpf::debug;
 use portolan_common::{
-    BackendStats, Counter, EventBudget, Outcome, OutcomeKind, PoolStats, Response, SocketStage, SocketState, TrackFlags,
+    BackendStats, ClientUse, ConnectionFlags, Counter, EventBudget, FailureCount, Outcome, OutcomeKind, PoolLimits,
+    PoolStats, Response, SocketStage, TrackFlags,
 };
 
 use crate::{
     addr,
     consts::IPPROTO_TCP,
     maps::{
-        BACKEND_STATS, BACKEND_USE, BUDGETS, EVENTS, EVENTS_BYTES, POOL_STATS, POOLS, SET, SK_ERR_OFFSET, TICK_NS,
-        TROUBLED, count, time,
+        BACKEND_STATS, BACKEND_USE, CLIENTS, EVENTS, EVENTS_BYTES, FAILURES, POOL_STATS, POOLS, SET, SK_ERR_OFFSET,
+        TICK_NS, count, time,
     },
     select::{add, decrement},
-    state,
+    state::{self, State},
 };
 
 const TCP_SYN_SENT: u32 = 2;
@@ -53,71 +58,103 @@ const SO_KEEPALIVE: i32 = 9;
 
 #[inline(always)]
 pub(crate) fn sock_ops(ctx: &SockOpsContext) {
-    match ctx.op() {
-        BPF_SOCK_OPS_TCP_CONNECT_CB => {
-            if let Some(state) = state(ctx) {
-                on_connect(ctx, state);
-            }
-        }
-        BPF_SOCK_OPS_TIMEOUT_INIT => {
-            if let Some(state) = state(ctx) {
-                initial_rto(ctx, state);
-            }
-        }
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
-            if let Some(state) = state(ctx) {
-                on_established(ctx, state);
-            }
-        }
-        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == TCP_CLOSE => {
-            if let Some(state) = state(ctx) {
-                on_close(ctx, state);
-            }
-            state::release(ctx);
-        }
-        _ => {}
+    // Nine in ten runs are for other events or other sockets.
+    let op = ctx.op();
+    if op != BPF_SOCK_OPS_TCP_CONNECT_CB
+        && op != BPF_SOCK_OPS_TIMEOUT_INIT
+        && op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB
+        && !(op == BPF_SOCK_OPS_STATE_CB && ctx.arg(1) == TCP_CLOSE)
+    {
+        return;
     }
-}
-
-/// Returns the socket's state, if its peer is still the backend that it got.
-#[inline(always)]
-fn state(ctx: &SockOpsContext) -> Option<*mut SocketState> {
-    let state = state::for_sock_ops(ctx)?;
-    // SAFETY: the value belongs to this socket, which is locked.
-    unsafe { ((*state).backend == addr::remote(ctx)).then_some(state) }
+    // SAFETY: the kernel gives a valid context.
+    let socket = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
+    let Some(state) = state::of_socket(socket) else { return };
+    if op == BPF_SOCK_OPS_TIMEOUT_INIT {
+        if state.flags() & ConnectionFlags::CONNECT_TIMEOUT != 0 {
+            initial_rto(ctx, &state);
+        }
+        return;
+    }
+    let is_valid = state.has_backend(&addr::remote(ctx));
+    if op == BPF_SOCK_OPS_TCP_CONNECT_CB {
+        if is_valid {
+            on_connect(ctx, &state);
+        } else {
+            // An earlier connect to a Service failed before its SYN, and this one goes elsewhere.
+            state.free(state::owner(socket));
+        }
+    } else if op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB {
+        if is_valid {
+            on_established(ctx, &state);
+        }
+    } else {
+        if is_valid {
+            on_close(ctx, &state, state::owner(socket));
+        }
+        state.free(state::owner(socket));
+    }
 }
 
 /// Handles a SYN that is about to be sent.
 #[inline(always)]
-fn on_connect(ctx: &SockOpsContext, state: *mut SocketState) {
-    // SAFETY: `state` is a live value of this socket, which is locked.
+fn on_connect(ctx: &SockOpsContext, state: &State) {
+    let flags = state.flags();
+    // SAFETY: live map values of this socket, which is locked.
     unsafe {
-        (*state).started_ns = bpf_ktime_get_ns();
-        (*state).stage = SocketStage::Connecting as u32;
+        let connection = state.connection;
+        (*connection).started_ns =
+            if flags & ConnectionFlags::TIMED != 0 { bpf_ktime_get_ns() } else { bpf_ktime_get_coarse_ns() };
         if let Some(stats) = stats(state) {
             add(&raw mut (*stats).active, 1);
         }
-        if (*state).pool != 0 {
+        if (*connection).pool != 0 {
             if let Some(pool) = pool_stats(state) {
                 add(&raw mut (*pool).active, 1);
             }
             set_keepalive(ctx, state);
         }
-        if (*state).connect_timeout_ms != 0 {
+        if flags & ConnectionFlags::CONNECT_TIMEOUT != 0 {
             set_connect_timeout(ctx, state);
         }
     }
+    state.add_flags(SocketStage::Connecting as u32 | ConnectionFlags::COUNTED);
     let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+}
+
+/// Takes a connection out of the counts of active ones, unless that has been done.
+#[inline(always)]
+pub(crate) fn stop_counting(state: &State, owner: u64) {
+    if state.flags() & ConnectionFlags::COUNTED == 0
+        || state.remove_flags(ConnectionFlags::COUNTED) & ConnectionFlags::COUNTED == 0
+    {
+        return;
+    }
+    if !state::is_owned_by(state, owner) {
+        // The connection ended on another CPU, and the entry has another owner already, whose flag this was.
+        state.add_flags(ConnectionFlags::COUNTED);
+        return;
+    }
+    // SAFETY: live map values.
+    unsafe {
+        if let Some(stats) = stats(state) {
+            decrement(&raw mut (*stats).active);
+        }
+        if (*state.connection).pool != 0
+            && let Some(pool) = pool_stats(state)
+        {
+            decrement(&raw mut (*pool).active);
+        }
+    }
 }
 
 /// Enables TCP keepalive as the pool's limits say.
 /// An application that has enabled it keeps its own settings.
 #[inline(always)]
-unsafe fn set_keepalive(ctx: &SockOpsContext, state: *const SocketState) {
-    // SAFETY: `state` is a live value of this socket.
-    let (pool, epoch, set) = unsafe { ((*state).pool, (*state).pool_epoch, (*state).set) };
-    let Some(limits) = POOLS.get(pool).copied() else { return };
-    if limits.keepalive == 0 || limits.epoch != epoch || set != SET.load() {
+unsafe fn set_keepalive(ctx: &SockOpsContext, state: &State) {
+    // SAFETY: a live value of this socket.
+    let Some(limits) = (unsafe { limits(state) }) else { return };
+    if limits.keepalive == 0 {
         return;
     }
     let mut own = 0u32;
@@ -147,29 +184,30 @@ unsafe fn set_keepalive(ctx: &SockOpsContext, state: *const SocketState) {
 /// Limits the time of an unanswered connect: TCP_USER_TIMEOUT also applies in SYN_SENT.
 /// An application that has set a shorter one keeps it.
 #[inline(always)]
-unsafe fn set_connect_timeout(ctx: &SockOpsContext, state: *mut SocketState) {
+unsafe fn set_connect_timeout(ctx: &SockOpsContext, state: &State) {
+    let Some(extra) = state.extra() else { return };
     let mut own = 0u32;
-    let own_pointer = (&raw mut own).cast();
-    // SAFETY: `state` is a live value of this socket; the option's buffer is four bytes of the stack.
+    // SAFETY: a live value of this socket; the option's buffer is four bytes of the stack.
     unsafe {
-        bpf_getsockopt(ctx.as_ptr(), IPPROTO_TCP as i32, TCP_USER_TIMEOUT, own_pointer, 4);
-        let limit = (*state).connect_timeout_ms;
+        bpf_getsockopt(ctx.as_ptr(), IPPROTO_TCP as i32, TCP_USER_TIMEOUT, (&raw mut own).cast(), 4);
+        let limit = (*extra).connect_timeout_ms;
         if own != 0 && own <= limit {
-            (*state).connect_timeout_ms = 0;
+            state.remove_flags(ConnectionFlags::CONNECT_TIMEOUT);
             return;
         }
-        (*state).user_timeout_ms = own;
+        (*extra).user_timeout_ms = own;
         own = limit;
-        bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP as i32, TCP_USER_TIMEOUT, own_pointer, 4);
+        bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP as i32, TCP_USER_TIMEOUT, (&raw mut own).cast(), 4);
     }
 }
 
 /// Shortens the initial retransmission timeout if the connect timeout is shorter, so that the kernel checks it in time.
 #[inline(always)]
-fn initial_rto(ctx: &SockOpsContext, state: *const SocketState) {
-    // SAFETY: `state` is a live value of this socket, which is locked.
-    let limit = unsafe { (*state).connect_timeout_ms };
-    if limit == 0 || limit >= INITIAL_RTO_MS {
+fn initial_rto(ctx: &SockOpsContext, state: &State) {
+    let Some(extra) = state.extra() else { return };
+    // SAFETY: a live value of this socket, which is locked.
+    let limit = unsafe { (*extra).connect_timeout_ms };
+    if limit >= INITIAL_RTO_MS {
         return;
     }
     // In ticks of the kernel's clock.
@@ -181,18 +219,18 @@ fn initial_rto(ctx: &SockOpsContext, state: *const SocketState) {
 
 /// Restores the application's TCP_USER_TIMEOUT, unless the application has changed it in the meantime.
 #[inline(always)]
-unsafe fn restore_connect_timeout(ctx: &SockOpsContext, state: *mut SocketState) {
-    // SAFETY: `state` is a live value of this socket; the option's buffer is four bytes of the stack.
+unsafe fn restore_connect_timeout(ctx: &SockOpsContext, state: &State) {
+    if state.flags() & ConnectionFlags::CONNECT_TIMEOUT == 0 {
+        return;
+    }
+    state.remove_flags(ConnectionFlags::CONNECT_TIMEOUT);
+    let Some(extra) = state.extra() else { return };
+    let mut now = 0u32;
+    // SAFETY: a live value of this socket; the option's buffer is four bytes of the stack.
     unsafe {
-        let limit = (*state).connect_timeout_ms;
-        if limit == 0 {
-            return;
-        }
-        (*state).connect_timeout_ms = 0;
-        let mut now = 0u32;
         bpf_getsockopt(ctx.as_ptr(), IPPROTO_TCP as i32, TCP_USER_TIMEOUT, (&raw mut now).cast(), 4);
-        if now == limit {
-            now = (*state).user_timeout_ms;
+        if now == (*extra).connect_timeout_ms {
+            now = (*extra).user_timeout_ms;
             bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP as i32, TCP_USER_TIMEOUT, (&raw mut now).cast(), 4);
         }
     }
@@ -200,48 +238,39 @@ unsafe fn restore_connect_timeout(ctx: &SockOpsContext, state: *mut SocketState)
 
 /// Handles a newly established connection.
 #[inline(always)]
-fn on_established(ctx: &SockOpsContext, state: *mut SocketState) {
-    // SAFETY: `state` is a live value of this socket, which is locked.
+fn on_established(ctx: &SockOpsContext, state: &State) {
+    // SAFETY: live map values of this socket, which is locked.
     unsafe {
         restore_connect_timeout(ctx, state);
-        (*state).stage = SocketStage::Established as u32;
+        // From `Connecting`, 1, to `Established`, 3: other bits may change at the same time.
+        state.add_flags(SocketStage::Established as u32);
         let Some(stats) = stats(state) else { return };
         add(&raw mut (*stats).opened, 1);
         let watch = watch(state);
-        if watch != 0 {
-            track_use(ctx, state);
+        if watch == 0 {
+            return;
         }
-        let unseen = watch & TrackFlags::STATUS != 0 && !watch_responses(ctx);
+        track_use(ctx, state);
+        if watch & TrackFlags::STATUS != 0 {
+            watch_responses(ctx, state);
+        }
         // While no failures are being counted, successes need not be reported.
-        if TROUBLED.get((*state).backend_id).is_some_and(|troubled| *troubled != 0) {
-            let netns = bpf_get_netns_cookie(ctx.as_ptr());
-            emit_outcome(netns, state, OutcomeKind::Established, 0);
-            if unseen {
-                // Responses on this connection cannot be tracked, so establishing it counts as a success.
-                emit_outcome(netns, state, OutcomeKind::Responded, 200);
-            }
+        if let Some(failures) = failures_to_reset(state) {
+            emit_outcome(bpf_get_netns_cookie(ctx.as_ptr()), state, (OutcomeKind::Established, 0), failures);
         }
     }
 }
 
 /// Handles a closed socket, whether or not it had been connected.
 #[inline(always)]
-fn on_close(ctx: &SockOpsContext, state: *mut SocketState) {
-    // SAFETY: `state` is a live value of this socket, which is locked; the context is the kernel's.
+fn on_close(ctx: &SockOpsContext, state: &State, owner: u64) {
+    // SAFETY: live map values of this socket, which is locked; the context is the kernel's.
     unsafe {
         // Restore it even after a failed connect: the socket may connect again.
         restore_connect_timeout(ctx, state);
-        let stage = core::mem::replace(&mut (*state).stage, SocketStage::None as u32);
-        if stage != SocketStage::None as u32
-            && (*state).pool != 0
-            && let Some(pool) = pool_stats(state)
-        {
-            decrement(&raw mut (*pool).active);
-        }
+        stop_counting(state, owner);
+        let stage = state.stage();
         let Some(stats) = stats(state) else { return };
-        if stage != SocketStage::None as u32 {
-            decrement(&raw mut (*stats).active);
-        }
         if stage == SocketStage::Established as u32 {
             add(&raw mut (*stats).closed, 1);
             let received = count_bytes(ctx, stats);
@@ -263,36 +292,60 @@ fn on_close(ctx: &SockOpsContext, state: *mut SocketState) {
         if errno == 0 || errno == ECONNABORTED {
             // The application, or Portolan itself, aborted the connect before an answer: this says nothing about the
             // backend.
-            debug!(ctx, "backend {}: connect aborted locally", (*state).backend_id);
+            debug!(ctx, "backend {}: connect aborted locally", (*state.connection).backend_id);
             return;
         }
         add(&raw mut (*stats).failed, 1);
-        if let Some(troubled) = TROUBLED.get_ptr_mut((*state).backend_id) {
-            *troubled = 1;
+        // Nobody evaluates the failures of a pool without outlier detection.
+        if watch(state) != 0 {
+            let kind = if errno == ETIMEDOUT { OutcomeKind::TimedOut } else { OutcomeKind::Failed };
+            report_failure(bpf_get_netns_cookie(ctx.as_ptr()), state, (kind, errno));
         }
-        let kind = if errno == ETIMEDOUT { OutcomeKind::TimedOut } else { OutcomeKind::Failed };
-        emit_outcome(bpf_get_netns_cookie(ctx.as_ptr()), state, kind, errno);
     }
+}
+
+/// Returns the limits of the socket's pool, unless its entry has been reassigned or belongs to another map set.
+#[inline(always)]
+unsafe fn limits(state: &State) -> Option<&'static PoolLimits> {
+    // SAFETY: a live value.
+    let (pool, epoch, set) =
+        unsafe { ((*state.connection).pool, (*state.connection).pool_epoch, (*state.connection).set) };
+    POOLS.get(pool).filter(|limits| pool != 0 && limits.epoch as u16 == epoch && set == SET.load() as u16)
 }
 
 /// Returns the events to track for the socket's pool, as [`TrackFlags`] bits.
 #[inline(always)]
-unsafe fn watch(state: *const SocketState) -> u32 {
-    // SAFETY: `state` is a live value.
-    let (pool, epoch, set) = unsafe { ((*state).pool, (*state).pool_epoch, (*state).set) };
-    match POOLS.get(pool) {
-        Some(limits) if pool != 0 && limits.epoch == epoch && set == SET.load() => limits.watch,
-        _ => 0,
+unsafe fn watch(state: &State) -> u32 {
+    // SAFETY: a live value.
+    unsafe { limits(state) }.map_or(0, |limits| limits.watch)
+}
+
+/// Counts a failure of the socket's backend, and reports it.
+#[inline(always)]
+pub(crate) unsafe fn report_failure(netns: u64, state: &State, what: (OutcomeKind, u32)) {
+    // SAFETY: live values. Only the lower half is added to, and its overflow does not reach the upper half.
+    unsafe {
+        let Some(failures) = FAILURES.get_ptr_mut((*state.connection).backend_id) else { return };
+        let before = atomic_xadd::<u32, u32, { AtomicOrdering::SeqCst }>(failures.cast(), 1);
+        emit_outcome(netns, state, what, before.wrapping_add(1));
     }
+}
+
+/// Returns the number of failures of the socket's backend, if a success resets how many of them count.
+#[inline(always)]
+pub(crate) unsafe fn failures_to_reset(state: &State) -> Option<u32> {
+    // SAFETY: live values.
+    let failures = unsafe { FAILURES.get_ptr((*state.connection).backend_id)?.read_volatile() };
+    FailureCount::reports_successes(failures).then_some(failures as u32)
 }
 
 /// Records which network namespace uses the endpoint, and the connect time.
 #[inline(always)]
-unsafe fn track_use(ctx: &SockOpsContext, state: *const SocketState) {
-    // SAFETY: `state` is a live value, and so is the map's.
+unsafe fn track_use(ctx: &SockOpsContext, state: &State) {
+    // SAFETY: live values.
     // Of two concurrent updates, one may be lost; either one records a use.
     unsafe {
-        let Some(uses) = BACKEND_USE.get_ptr_mut((*state).backend_id) else { return };
+        let Some(uses) = BACKEND_USE.get_ptr_mut((*state.connection).backend_id) else { return };
         let (now, netns) = (bpf_ktime_get_ns(), bpf_get_netns_cookie(ctx.as_ptr()));
         if (*uses).last_netns != netns {
             (*uses).other_netns = (*uses).last_netns;
@@ -300,7 +353,7 @@ unsafe fn track_use(ctx: &SockOpsContext, state: *const SocketState) {
             (*uses).last_netns = netns;
         }
         (*uses).last_ns = now;
-        let took = now.saturating_sub((*state).started_ns);
+        let took = now.saturating_sub((*state.connection).started_ns);
         let before = (*uses).connect_ns;
         (*uses).connect_ns = if before == 0 { took } else { before - before / 8 + took / 8 };
         time(0, (took / 1_000) as u32);
@@ -308,40 +361,37 @@ unsafe fn track_use(ctx: &SockOpsContext, state: *const SocketState) {
 }
 
 /// Starts to track responses on a new connection.
-/// Returns `false` if the connection has no entry in `CONNECTIONS`.
 #[inline(always)]
-unsafe fn watch_responses(ctx: &SockOpsContext) -> bool {
-    let Some(connection) = state::slot_for_sock_ops(ctx) else { return false };
+unsafe fn watch_responses(ctx: &SockOpsContext, state: &State) {
+    let Some(extra) = state.extra() else { return };
     // SAFETY: a live map value; the context is the kernel's.
     unsafe {
-        (*connection).response = Response {
+        (*extra).response = Response {
             netns: bpf_get_netns_cookie(ctx.as_ptr()),
             next: addr_of!((*ctx.ops).rcv_nxt).read_volatile(),
-            flags: Response::ON | Response::AWAITED,
+            flags: Response::AWAITED,
             ..Response::default()
         };
     }
-    true
+    state.add_flags(ConnectionFlags::HTTP);
 }
 
 /// Handles the end of a connection that needed a response byte to count as a success.
 #[inline(always)]
-unsafe fn check_first_byte(ctx: &SockOpsContext, state: *const SocketState, received: u64) {
-    // SAFETY: `state` is a live value; the context is the kernel's.
+unsafe fn check_first_byte(ctx: &SockOpsContext, state: &State, received: u64) {
+    // SAFETY: live values; the context is the kernel's.
     unsafe {
-        let Some(troubled) = TROUBLED.get_ptr_mut((*state).backend_id) else { return };
         let netns = bpf_get_netns_cookie(ctx.as_ptr());
         if received > 0 {
-            if *troubled != 0 {
-                emit_outcome(netns, state, OutcomeKind::Answered, 0);
+            if let Some(failures) = failures_to_reset(state) {
+                emit_outcome(netns, state, (OutcomeKind::Answered, 0), failures);
             }
             return;
         }
         let errno = socket_error(ctx);
         // Any other close comes from the application or Portolan and says nothing about the backend.
         if errno == ECONNRESET || errno == ETIMEDOUT {
-            *troubled = 1;
-            emit_outcome(netns, state, OutcomeKind::Broken, errno);
+            report_failure(netns, state, (OutcomeKind::Broken, errno));
         }
     }
 }
@@ -366,26 +416,25 @@ unsafe fn count_bytes(ctx: &SockOpsContext, stats: *mut BackendStats) -> u64 {
 
 /// Returns the counters of the socket's backend, unless the id has been reassigned or belongs to another map set.
 #[inline(always)]
-pub(crate) unsafe fn stats(state: *const SocketState) -> Option<*mut BackendStats> {
-    // SAFETY: `state` is a live value.
+pub(crate) unsafe fn stats(state: &State) -> Option<*mut BackendStats> {
+    // SAFETY: live values.
     unsafe {
-        if (*state).set != SET.load() {
+        let connection = state.connection;
+        if (*connection).set != SET.load() as u16 {
             return None;
         }
-        let stats = BACKEND_STATS.get_ptr_mut((*state).backend_id)?;
-        ((*stats).epoch == (*state).epoch).then_some(stats)
+        let stats = BACKEND_STATS.get_ptr_mut((*connection).backend_id)?;
+        ((*stats).epoch as u16 == (*connection).backend_epoch).then_some(stats)
     }
 }
 
 /// Returns the counters of the socket's pool, unless its entry has been reassigned or belongs to another map set.
 #[inline(always)]
-pub(crate) unsafe fn pool_stats(state: *const SocketState) -> Option<*mut PoolStats> {
-    // SAFETY: `state` is a live value.
+pub(crate) unsafe fn pool_stats(state: &State) -> Option<*mut PoolStats> {
+    // SAFETY: live values.
     unsafe {
-        if (*state).set != SET.load() || POOLS.get((*state).pool)?.epoch != (*state).pool_epoch {
-            return None;
-        }
-        POOL_STATS.get_ptr_mut((*state).pool)
+        limits(state)?;
+        POOL_STATS.get_ptr_mut((*state.connection).pool)
     }
 }
 
@@ -408,27 +457,29 @@ fn socket_error(ctx: &SockOpsContext) -> u32 {
 }
 
 /// Sends an outcome to the agent, and returns whether the ring buffer had room for it.
+/// `what` is the kind and its number; `failures` is the backend's count of failures.
 /// A flood from one pod cannot crowd out the others, see [`EventBudget`].
 #[inline(always)]
-pub(crate) unsafe fn emit_outcome(netns: u64, state: *const SocketState, kind: OutcomeKind, errno: u32) -> bool {
-    // SAFETY: `state` is a live value.
+pub(crate) unsafe fn emit_outcome(netns: u64, state: &State, (kind, errno): (OutcomeKind, u32), failures: u32) -> bool {
+    // SAFETY: live values.
     unsafe {
+        let connection = state.connection;
         let now = bpf_ktime_get_ns();
-        let room = if is_behind() && !may_emit(netns, now) { None } else { EVENTS.reserve(0) };
+        let room = if is_behind() && !may_emit((*connection).client, now) { None } else { EVENTS.reserve(0) };
         let Some(mut record) = room else {
             count(Counter::EventsLost);
             return false;
         };
         record.write(Outcome {
             time_ns: now,
-            latency_ns: now.saturating_sub((*state).started_ns),
+            latency_ns: now.saturating_sub((*connection).started_ns),
             netns_cookie: netns,
-            backend: (*state).backend,
-            backend_id: (*state).backend_id,
-            frontend_id: (*state).frontend_id,
+            backend: state.backend(),
+            backend_id: (*connection).backend_id,
+            frontend_id: (*connection).frontend_id,
             kind: kind as u32,
             errno,
-            reserved: 0,
+            failures,
         });
         record.submit(0);
         true
@@ -443,14 +494,15 @@ fn is_behind() -> bool {
     unread > EVENTS_BYTES / 4
 }
 
-/// Returns whether a network namespace may send another event while the agent is behind.
-/// All namespaces share the rest of the ring buffer.
+/// Returns whether a client may send another event while the agent is behind.
+/// All clients share the rest of the ring buffer.
 #[inline(always)]
-fn may_emit(netns: u64, now: u64) -> bool {
-    let Some(place) = BUDGETS.get_ptr_mut(netns as u32 & (EventBudget::CAPACITY - 1)) else { return false };
+fn may_emit(client: u32, now: u64) -> bool {
+    let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index(client)) else { return false };
     // SAFETY: a live map value.
     // Of two concurrent updates, one may be lost.
     unsafe {
+        let place = &raw mut (*uses).budget;
         let (budget, may) = EventBudget::spend(place.read_volatile(), now);
         place.write_volatile(budget);
         may

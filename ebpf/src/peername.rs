@@ -3,7 +3,7 @@
 use aya_ebpf::programs::SockAddrContext;
 use portolan_common::Endpoint;
 
-use crate::{addr, connect::protocol, consts::PROCEED, state};
+use crate::{addr, consts::PROCEED, state};
 
 #[inline(always)]
 pub(crate) fn getpeername4(ctx: &SockAddrContext) -> i32 {
@@ -24,7 +24,6 @@ pub(crate) fn getpeername6(ctx: &SockAddrContext) -> i32 {
 /// Returns the Service address that the socket dialed, if its peer is still the backend that it got.
 #[inline(always)]
 fn dialed_address(ctx: &SockAddrContext, peer: Endpoint) -> Option<Endpoint> {
-    let state = state::lookup(ctx, protocol(ctx))?;
-    // SAFETY: the value belongs to this socket, which is locked.
-    unsafe { ((*state).backend == peer).then(|| (*state).frontend) }
+    let state = state::lookup(ctx)?;
+    state.has_backend(&peer).then(|| state.frontend())
 }

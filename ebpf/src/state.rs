@@ -1,116 +1,358 @@
 //! Per-socket state, and where it is stored.
 //!
-//! Allocating socket storage takes longer than the rest of a connect (docs/adr/0002-socket-state.md).
-//! The state of a TCP connection is therefore in `CONNECTIONS`, at the index given by its cookie, from connect to
-//! close.
-//! Socket storage is the fallback if another socket owns that entry.
-//! UDP always uses it, because no hook reports the close of a UDP socket.
+//! The state of a socket is in `CONNECTIONS`, at one of two indices that its kernel address selects, from connect until
+//! the connection or the socket ends (docs/adr/0002-socket-state.md).
+//! Socket storage is the fallback: if other sockets own both entries, or the pod has used up its share of them.
+//!
+//! The kernel reuses the addresses of sockets, so an entry is believed only while the socket's peer is the backend in
+//! it.
 
 use core::{
-    intrinsics::{AtomicOrdering, atomic_cxchg},
+    intrinsics::{AtomicOrdering, atomic_and, atomic_cxchg, atomic_or, atomic_xadd},
     ptr::null_mut,
 };
 
 use aya_ebpf::{
-    helpers::generated::{bpf_get_socket_cookie, bpf_sk_storage_get, bpf_skc_to_tcp_sock},
-    programs::{SockAddrContext, SockOpsContext},
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    helpers::generated::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_socket_cookie, bpf_sk_storage_get,
+        bpf_skc_to_tcp_sock,
+    },
+    programs::SockAddrContext,
 };
-use portolan_common::{Connection, SocketState};
+use portolan_common::{
+    ClientUse, Connection, ConnectionExtra, ConnectionFlags, Counter, Endpoint, SocketStage, SocketState,
+};
 
 use crate::{
-    consts::IPPROTO_TCP,
-    maps::{CONNECTIONS, SK_COOKIE_OFFSET, SOCKETS},
+    maps::{
+        CLIENT_LEVEL, CLIENTS, CONNECTION_EXTRAS, CONNECTION_SHARE, CONNECTION_SHIFT, CONNECTIONS, FALLBACK_USED,
+        SOCKETS, count,
+    },
+    outcome,
 };
+
+/// The state of a socket.
+#[derive(Clone, Copy)]
+pub(crate) struct State {
+    pub(crate) connection: *mut Connection,
+    place: Place,
+}
+
+#[derive(Clone, Copy)]
+enum Place {
+    /// An entry of `CONNECTIONS`, by its index.
+    Entry(u32),
+    Storage(*mut SocketState),
+}
+
+impl State {
+    #[inline(always)]
+    fn entry(index: u32) -> Option<Self> {
+        CONNECTIONS.get_ptr_mut(index).map(|connection| Self { connection, place: Place::Entry(index) })
+    }
+
+    #[inline(always)]
+    fn storage(storage: *mut SocketState) -> Option<Self> {
+        if storage.is_null() {
+            return None;
+        }
+        // SAFETY: a live value, which contains the connection.
+        Some(Self { connection: unsafe { &raw mut (*storage).connection }, place: Place::Storage(storage) })
+    }
+
+    /// Returns the part of the state that only some connections need.
+    #[inline(always)]
+    pub(crate) fn extra(&self) -> Option<*mut ConnectionExtra> {
+        match self.place {
+            Place::Entry(index) => CONNECTION_EXTRAS.get_ptr_mut(index),
+            // SAFETY: a live value.
+            Place::Storage(storage) => Some(unsafe { &raw mut (*storage).extra }),
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn flags(&self) -> u32 {
+        // SAFETY: a live map value. Another CPU may change bits at the same time.
+        unsafe { (&raw const (*self.connection).flags).read_volatile() }
+    }
+
+    /// Sets flags, and keeps those that another CPU may be clearing.
+    #[inline(always)]
+    pub(crate) fn add_flags(&self, flags: u32) {
+        // SAFETY: a live map value.
+        unsafe { atomic_or::<u32, u32, { AtomicOrdering::SeqCst }>(&raw mut (*self.connection).flags, flags) };
+    }
+
+    /// Clears flags, and returns the former ones.
+    #[inline(always)]
+    pub(crate) fn remove_flags(&self, flags: u32) -> u32 {
+        // SAFETY: a live map value.
+        unsafe { atomic_and::<u32, u32, { AtomicOrdering::SeqCst }>(&raw mut (*self.connection).flags, !flags) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn stage(&self) -> u32 {
+        self.flags() & ConnectionFlags::STAGE
+    }
+
+    /// Returns whether the state is valid for a socket with this peer.
+    #[inline(always)]
+    pub(crate) fn has_backend(&self, peer: &Endpoint) -> bool {
+        // SAFETY: live map values.
+        unsafe {
+            let connection = &*self.connection;
+            if connection.backend_port != peer.port_word() || connection.backend_word != peer.v4_word() {
+                return false;
+            }
+            if connection.flags & ConnectionFlags::V6 == 0 {
+                return peer.is_v4();
+            }
+            let [a, b, c, _] = peer.words();
+            self.extra().is_some_and(|extra| (*extra).backend_words == [a, b, c])
+        }
+    }
+
+    /// Returns the address that the application dialed.
+    #[inline(always)]
+    pub(crate) fn frontend(&self) -> Endpoint {
+        // SAFETY: live map values.
+        unsafe {
+            let connection = &*self.connection;
+            if connection.flags & ConnectionFlags::V6 == 0 {
+                return Endpoint::from_v4_word(connection.frontend_word, connection.frontend_port);
+            }
+            let [a, b, c] = self.extra().map_or([0; 3], |extra| (*extra).frontend_words);
+            Endpoint::from_words([a, b, c, connection.frontend_word], connection.frontend_port)
+        }
+    }
+
+    /// Returns the endpoint that the connection was redirected to.
+    #[inline(always)]
+    pub(crate) fn backend(&self) -> Endpoint {
+        // SAFETY: live map values.
+        unsafe {
+            let connection = &*self.connection;
+            if connection.flags & ConnectionFlags::V6 == 0 {
+                return Endpoint::from_v4_word(connection.backend_word, connection.backend_port);
+            }
+            let [a, b, c] = self.extra().map_or([0; 3], |extra| (*extra).backend_words);
+            Endpoint::from_words([a, b, c, connection.backend_word], connection.backend_port)
+        }
+    }
+
+    /// Voids the state, and frees its entry.
+    /// Socket storage is freed with the socket.
+    #[inline(always)]
+    pub(crate) fn free(&self, owner: u64) {
+        // SAFETY: a live map value.
+        unsafe { (*self.connection).backend_port = 0 };
+        if let Place::Entry(_) = self.place {
+            // SAFETY: as above.
+            unsafe {
+                let client = (*self.connection).client;
+                // Sequentially consistent: earlier writes come first on every architecture.
+                if exchange(&raw mut (*self.connection).owner, owner, 0).1 {
+                    adjust(client, u64::MAX);
+                }
+            }
+        }
+    }
+}
+
+/// The kernel address of a socket, as the owner of its entry.
+#[inline(always)]
+pub(crate) fn owner<S>(socket: *const S) -> u64 {
+    socket.expose_provenance() as u64
+}
 
 /// Returns the state of the socket that makes a call.
 #[inline(always)]
-pub(crate) fn lookup(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketState> {
-    if protocol == IPPROTO_TCP {
-        // A socket without a cookie has no entry, and socket storage is only a fallback for sockets with one.
-        // SAFETY: the kernel gives a valid context.
-        let cookie = known_cookie(unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk })?;
-        if let Some(state) = owned(cookie) {
-            return Some(state);
-        }
-    }
+pub(crate) fn lookup(ctx: &SockAddrContext) -> Option<State> {
     // SAFETY: the kernel gives a valid context.
-    let state = unsafe { SOCKETS.get_ptr_mut(ctx) };
-    (!state.is_null()).then_some(state)
+    of_socket(unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk })
+}
+
+/// Returns the state of a socket, wherever it is stored.
+#[inline(always)]
+pub(crate) fn of_socket(socket: *mut bpf_sock) -> Option<State> {
+    if socket.is_null() {
+        return None;
+    }
+    if let Some(state) = owned(socket) {
+        return Some(state);
+    }
+    if !is_fallback_used() {
+        return None;
+    }
+    State::storage(storage(socket, 0))
+}
+
+/// Returns the entry of `CONNECTIONS` that a socket owns.
+/// `S` is the type of the kernel's pointer; only its address is used.
+#[inline(always)]
+pub(crate) fn owned<S>(socket: *const S) -> Option<State> {
+    let first = Connection::first_way(owner(socket) as u32, CONNECTION_SHIFT.load());
+    owned_at(first, owner(socket)).or_else(|| owned_at(first | 1, owner(socket)))
+}
+
+#[inline(always)]
+fn owned_at(index: u32, owner: u64) -> Option<State> {
+    let state = State::entry(index)?;
+    // SAFETY: a live map value.
+    (unsafe { owner_of(state.connection) } == owner).then_some(state)
 }
 
 /// Returns the state of the socket that makes a call, and creates it if necessary; `None` if the kernel has no memory.
+/// What an earlier connect has left in it no longer counts.
 #[inline(always)]
-pub(crate) fn get_or_create(ctx: &SockAddrContext, protocol: u32) -> Option<*mut SocketState> {
-    if protocol == IPPROTO_TCP
-        && let Some(state) = claim(cookie(ctx))
-    {
+pub(crate) fn get_or_create(ctx: &SockAddrContext) -> Option<State> {
+    // SAFETY: the kernel gives a valid context.
+    let socket = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
+    if socket.is_null() {
+        return None;
+    }
+    if let Some(state) = claim(ctx, socket) {
         return Some(state);
     }
-    // SAFETY: the kernel gives a valid context.
-    let state = unsafe { SOCKETS.get_or_insert_ptr_mut(ctx, None) };
-    (!state.is_null()).then_some(state)
+    fall_back(socket)
 }
 
-/// Returns the state of the TCP socket of a sock_ops event.
+/// Returns the entry of a socket, and claims one if it has none.
 #[inline(always)]
-pub(crate) fn for_sock_ops(ctx: &SockOpsContext) -> Option<*mut SocketState> {
-    // SAFETY: the kernel gives a valid context.
-    unsafe {
-        let sk = (*ctx.ops).__bindgen_anon_2.sk;
-        if let Some(state) = owned(known_cookie(sk)?) {
-            return Some(state);
-        }
-        if sk.is_null() {
+fn claim(ctx: &SockAddrContext, socket: *mut bpf_sock) -> Option<State> {
+    let me = owner(socket);
+    let first = Connection::first_way(me as u32, CONNECTION_SHIFT.load());
+    let (one, other) = (State::entry(first)?, State::entry(first | 1)?);
+    // SAFETY: live map values.
+    let (owner_of_one, owner_of_other) = unsafe { (owner_of(one.connection), owner_of(other.connection)) };
+    let mine = if owner_of_one == me {
+        one
+    } else if owner_of_other == me {
+        other
+    } else {
+        let free = if owner_of_one == 0 {
+            one
+        } else if owner_of_other == 0 {
+            other
+        } else {
             return None;
+        };
+        let client = client();
+        let uses = CLIENTS.get_ptr_mut(ClientUse::index(client))?;
+        // SAFETY: live map values. Only the socket that changes the owner from 0 uses the entry.
+        unsafe {
+            if (&raw const (*uses).connections).read_volatile() as i64 >= i64::from(CONNECTION_SHARE.load()) {
+                atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).over_share, 1);
+                return None;
+            }
+            if !exchange(&raw mut (*free.connection).owner, 0, me).1 {
+                return None;
+            }
+            atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).connections, 1);
+            (*free.connection).client = client;
+            (*free.connection).flags = 0;
+            (*free.connection).cookie = bpf_get_socket_cookie(ctx.sock_addr.cast());
         }
-        let map = (&raw const SOCKETS).cast_mut().cast();
-        let state: *mut SocketState = bpf_sk_storage_get(map, sk.cast(), null_mut(), 0).cast();
-        (!state.is_null()).then_some(state)
-    }
+        return Some(free);
+    };
+    outcome::stop_counting(&mine, me);
+    Some(mine)
 }
 
-/// Frees the entry of a closed socket.
-/// Socket storage is freed with the socket.
-#[inline(always)]
-pub(crate) fn release(ctx: &SockOpsContext) {
-    // SAFETY: the kernel gives a valid context.
-    let Some(cookie) = known_cookie(unsafe { (*ctx.ops).__bindgen_anon_2.sk }) else { return };
-    let Some(place) = slot(cookie) else { return };
-    // SAFETY: a live map value.
-    // The exchange is sequentially consistent: earlier writes come first on every architecture.
+/// Not inlined: it is rare, and takes longer than all the rest of a connect.
+#[inline(never)]
+fn fall_back(socket: *mut bpf_sock) -> Option<State> {
+    let Some(state) = State::storage(storage(socket, u64::from(BPF_SK_STORAGE_GET_F_CREATE))) else {
+        count(Counter::NoMemory);
+        return None;
+    };
+    count(Counter::Fallback);
+    if let Some(used) = FALLBACK_USED.get_ptr_mut(0) {
+        // SAFETY: a live map value, which is set once.
+        unsafe { used.write_volatile(1) };
+    }
+    outcome::stop_counting(&state, 0);
+    // SAFETY: the value belongs to this socket, which is locked.
     unsafe {
-        let owner = &raw mut (*place).owner;
-        atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(owner, cookie, 0);
+        (*state.connection).client = client();
+        (*state.connection).flags = 0;
+    }
+    Some(state)
+}
+
+/// Returns whether any socket has ever had its state in socket storage.
+/// Until then, no hook needs to look there.
+#[inline(always)]
+fn is_fallback_used() -> bool {
+    // SAFETY: a live map value.
+    FALLBACK_USED.get_ptr(0).is_some_and(|used| unsafe { used.read_volatile() } != 0)
+}
+
+#[inline(always)]
+fn storage(socket: *mut bpf_sock, flags: u64) -> *mut SocketState {
+    let map = (&raw const SOCKETS).cast_mut().cast();
+    // SAFETY: a helper call with the kernel's own pointer.
+    unsafe { bpf_sk_storage_get(map, socket.cast(), null_mut(), flags).cast() }
+}
+
+/// Returns the client that runs this program: the pod, or the container of it, by the lower half of its cgroup's id.
+/// Outside of pods, it is the caller's own cgroup.
+#[inline(always)]
+fn client() -> u32 {
+    // SAFETY: helper calls without pointers.
+    unsafe {
+        match bpf_get_current_ancestor_cgroup_id(CLIENT_LEVEL.load()) {
+            0 => bpf_get_current_cgroup_id() as u32,
+            id => id as u32,
+        }
     }
 }
 
-/// Returns the entry of the TCP socket of a sock_ops event, if it owns one.
+/// Adds to the number of entries that a client uses.
 #[inline(always)]
-pub(crate) fn slot_for_sock_ops(ctx: &SockOpsContext) -> Option<*mut Connection> {
-    // SAFETY: the kernel gives a valid context.
-    connection(tcp_sock(unsafe { (*ctx.ops).__bindgen_anon_2.sk })?)
-}
-
-/// Returns the entry of a TCP socket, if it owns one.
-#[inline(always)]
-pub(crate) fn connection(tcp: *const u8) -> Option<*mut Connection> {
-    let cookie = read_cookie(tcp)?;
-    let place = slot(cookie)?;
-    // SAFETY: a live map value.
-    unsafe { ((&raw const (*place).owner).read_volatile() == cookie).then_some(place) }
+fn adjust(client: u32, difference: u64) {
+    if let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index(client)) {
+        // SAFETY: a live map value.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).connections, difference) };
+    }
 }
 
 #[inline(always)]
-fn cookie(ctx: &SockAddrContext) -> u64 {
-    // SAFETY: a helper call with the kernel's own context.
-    unsafe { bpf_get_socket_cookie(ctx.sock_addr.cast()) }
+unsafe fn owner_of(connection: *const Connection) -> u64 {
+    // SAFETY: guaranteed by the caller.
+    unsafe { (&raw const (*connection).owner).read_volatile() }
 }
 
-/// Returns the cookie of a TCP socket, if it already has one.
-/// Generating one would dominate the cost of a connect that bypasses Portolan.
 #[inline(always)]
-fn known_cookie<S>(sk: *mut S) -> Option<u64> {
-    read_cookie(tcp_sock(sk)?)
+unsafe fn exchange(word: *mut u64, before: u64, after: u64) -> (u64, bool) {
+    // SAFETY: guaranteed by the caller.
+    unsafe { atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, before, after) }
+}
+
+/// Handles the end of a socket's last descriptor.
+///
+/// A connection may outlive it in the kernel; then its entry stays until that ends.
+/// A program of the pod's own may hide that end from `sock_ops`, but not this hook.
+#[inline(always)]
+pub(crate) fn on_release<S>(socket: *const S) {
+    let Some(state) = owned(socket) else { return };
+    let flags = state.flags();
+    if flags & ConnectionFlags::UDP != 0 || flags & ConnectionFlags::STAGE == SocketStage::None as u32 {
+        state.free(owner(socket));
+    } else {
+        outcome::stop_counting(&state, owner(socket));
+    }
+}
+
+/// Returns whether the entry still belongs to this owner; socket storage always does.
+#[inline(always)]
+pub(crate) fn is_owned_by(state: &State, owner: u64) -> bool {
+    match state.place {
+        // SAFETY: a live map value.
+        Place::Entry(_) => unsafe { owner_of(state.connection) == owner },
+        Place::Storage(_) => true,
+    }
 }
 
 /// Returns the kernel's `struct tcp_sock`, whose field offsets come from BTF; `None` for any other socket.
@@ -122,46 +364,4 @@ pub(crate) fn tcp_sock<S>(sk: *mut S) -> Option<*const u8> {
     // SAFETY: the kernel's own pointer.
     let tcp = unsafe { bpf_skc_to_tcp_sock(sk.cast()) };
     (!tcp.is_null()).then_some(tcp.cast_const().cast())
-}
-
-#[inline(always)]
-fn read_cookie(tcp: *const u8) -> Option<u64> {
-    // SAFETY: a read through a BTF pointer cannot fault, and the offset comes from the kernel's own BTF.
-    let cookie = unsafe { tcp.add(SK_COOKIE_OFFSET.load() as usize).cast::<u64>().read_volatile() };
-    (cookie != 0).then_some(cookie)
-}
-
-/// Returns the entry at the index that a cookie selects.
-/// A CPU hands out its batch of 4,096 cookies in order, so sockets close in time are neighbors here.
-#[inline(always)]
-fn slot(cookie: u64) -> Option<*mut Connection> {
-    CONNECTIONS.get_ptr_mut(cookie as u32 & (Connection::CAPACITY - 1))
-}
-
-/// Returns the state in the cookie's entry, if this socket owns it.
-#[inline(always)]
-fn owned(cookie: u64) -> Option<*mut SocketState> {
-    let place = slot(cookie)?;
-    // SAFETY: a live map value.
-    unsafe { ((&raw const (*place).owner).read_volatile() == cookie).then_some(&raw mut (*place).state) }
-}
-
-/// Returns the state in the cookie's entry, and claims the entry if it is free.
-#[inline(always)]
-fn claim(cookie: u64) -> Option<*mut SocketState> {
-    let place = slot(cookie)?;
-    // SAFETY: a live map value.
-    // Only the socket that changes the owner from 0 uses the entry.
-    unsafe {
-        let owner = &raw mut (*place).owner;
-        let (before, taken) =
-            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(owner, 0, cookie);
-        if !taken && before != cookie {
-            return None;
-        }
-        // The previous owner may have had its responses tracked.
-        // For the new owner, this is decided once it is established.
-        (*place).response.flags = 0;
-        Some(&raw mut (*place).state)
-    }
 }

@@ -151,11 +151,21 @@ struct SizeArgs {
     /// Maximum number of client affinities (sessionAffinity); the least recently used one is evicted
     #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().affinities, value_parser = size(), env = "PORTOLAN_MAX_AFFINITIES")]
     max_affinities: u32,
+    /// Maximum number of sockets with their state in the fast map; others take half a microsecond longer to connect.
+    /// Rounded up to a power of two. Default: one for each 32 KiB of memory, thus 262144 with 8 GiB; each takes 128 bytes
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(i64::from(Sizes::CONNECTIONS.0)..=i64::from(Sizes::CONNECTIONS.1)), env = "PORTOLAN_MAX_CONNECTIONS")]
+    max_connections: Option<u32>,
 }
 
 /// Parses the size of a map: 1 to 2^26 entries.
 fn size() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1..=1 << 26)
+}
+
+/// Returns the default number of entries of `CONNECTIONS` on this machine.
+fn default_connections() -> u32 {
+    let system = rustix::system::sysinfo();
+    Sizes::connections_for_memory((system.totalram as u64).saturating_mul(system.mem_unit.into()))
 }
 
 impl SizeArgs {
@@ -165,6 +175,7 @@ impl SizeArgs {
             backends: self.max_backends,
             slots: self.max_slots,
             affinities: self.max_affinities,
+            connections: self.max_connections.map_or_else(default_connections, u32::next_power_of_two),
         }
     }
 }

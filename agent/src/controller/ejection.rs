@@ -5,7 +5,7 @@
 //! connections fail). Then the agent dials the endpoint itself, and ejects it only if that fails, too (ADR 14).
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -165,13 +165,20 @@ impl EjectionGate {
             self.recover_lost_outcomes(view, &mut effects);
         }
         // Each endpoint once, after all its outcomes: successes matter only while failures are being counted.
-        let endpoints: HashSet<SocketAddr> = outcomes.iter().map(|outcome| outcome.backend).collect();
-        for endpoint in endpoints {
-            let wanted = view.health.is_counting_failures(&endpoint);
-            if let Some(id) = view.layout.backend_id(&endpoint)
-                && let Err(error) = view.kernel.set_report_success(id, wanted)
+        let mut evaluated: HashMap<SocketAddr, u32> = HashMap::new();
+        for outcome in outcomes {
+            let last = evaluated.entry(outcome.backend).or_insert(outcome.failures);
+            // Outcomes of several CPUs may be out of order, and the count may wrap around.
+            if outcome.failures.wrapping_sub(*last) as i32 > 0 {
+                *last = outcome.failures;
+            }
+        }
+        for (endpoint, failures) in evaluated {
+            if !view.health.is_counting_failures(&endpoint)
+                && let Some(id) = view.layout.backend_id(&endpoint)
+                && let Err(error) = view.kernel.acknowledge_failures(id, failures)
             {
-                tracing::warn!("cannot have successes of {endpoint} reported: {error:#}");
+                tracing::warn!("cannot end the reports of successes of {endpoint}: {error:#}");
             }
         }
         effects

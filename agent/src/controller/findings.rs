@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use portolan_core::model::{Code, Finding, ObjectRef, Severity};
 
-use super::{Controller, effect::Action, now::Now, overrides};
+use super::{Controller, effect::Action, now::Now, overrides, publish::is_nearly_full};
 use crate::kernel::Kernel;
 
 /// New findings that are logged one by one; of more, only the number is logged.
@@ -54,8 +54,20 @@ impl<K: Kernel> Controller<K> {
             .chain(self.publisher.findings().cloned())
             .chain(self.http.findings(&self.health))
             .chain(self.probe_limit_finding())
+            .chain(self.connections_finding())
             .chain(self.gate.findings(now).cloned())
             .chain(overrides::findings(self.health.overrides()))
+    }
+
+    /// Returns a finding if few slots for the state of connections are left.
+    pub(super) fn connections_finding(&self) -> Option<Finding> {
+        let (used, size, _) = self.kernel.connection_slots();
+        is_nearly_full(used, size).then(|| {
+            let message = format!(
+                "{used} of {size} entries are in use; further sockets keep their state in socket storage, and take half a microsecond longer to connect; restart the agent with a larger --max-connections"
+            );
+            Finding::new(Code::MapNearlyFull, ObjectRef::global("Map", "connections"), message)
+        })
     }
 
     /// Returns a finding if rules ask for more active probes than the limit allows.

@@ -323,6 +323,8 @@ impl<K: Kernel> Controller<K> {
                 if repaired {
                     self.termination.recount_now(now);
                 }
+                // Nothing tells that the slots for connections run out, so this looks from time to time.
+                self.changes.findings |= self.connections_finding().is_some();
             }
             Input::GraceElapsed(epoch) => self.changes.findings |= self.publisher.on_grace_elapsed(epoch),
             Input::Sweep(report) => {

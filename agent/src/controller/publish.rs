@@ -172,14 +172,17 @@ impl Publisher {
     }
 }
 
+/// Returns whether so much of a map is in use that it is a finding.
+pub(super) fn is_nearly_full(used: u32, size: u32) -> bool {
+    u64::from(used) * 100 >= u64::from(size) * NEARLY_FULL_PERCENT && size > 0
+}
+
 fn nearly_full(layout: &Layout) -> Vec<Finding> {
-    let is_nearly_full =
-        |(_, used, size): &(&str, u32, u32)| u64::from(*used) * 100 >= u64::from(*size) * NEARLY_FULL_PERCENT;
     let finding = |(map, used, size): (&str, u32, u32)| {
         let message = format!("{used} of {size} entries are in use; restart the agent with a larger size");
         Finding::new(Code::MapNearlyFull, ObjectRef::global("Map", map), message)
     };
-    layout.occupancy().into_iter().filter(is_nearly_full).map(finding).collect()
+    layout.occupancy().into_iter().filter(|(_, used, size)| is_nearly_full(*used, *size)).map(finding).collect()
 }
 
 fn does_not_fit(rejected: &Rejected) -> Finding {

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use portolan_common::FrontendKey;
+use portolan_common::{FrontendKey, LbPolicy};
 use portolan_core::{
     model::{Protocol, ServiceId},
     policy::{Assignment, PoolKey},
@@ -32,6 +32,10 @@ const MAX_RECOUNTS: u32 = 10;
 const RECOUNT_INTERVAL: Duration = Duration::from_secs(1);
 /// The delay of a recount that is not urgent.
 const RECOUNT_DELAY: Duration = Duration::from_secs(30);
+/// The time between recounts while counts decide about connections.
+const RECOUNT_PERIOD: Duration = Duration::from_secs(60);
+/// How often the planner looks whether a pool refuses connections, and the least time between recounts because of that.
+const REFUSAL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What a sweep request is made from.
 pub(super) struct View<'a, K> {
@@ -59,6 +63,21 @@ pub(super) struct TerminationPlanner {
     /// Endpoints that get connections, by frontend, where a rule closes idle connections to all others.
     active: HashMap<FrontendKey, ActiveEndpoints>,
     next: Option<Instant>,
+    /// Pools whose counts decide about connections: with `maxConnections`, or balanced by LEAST_REQUEST.
+    counted: HashMap<PoolKey, Counted>,
+    /// When to look whether one of them refuses connections.
+    look_at: Option<Instant>,
+    /// When counts were compared last.
+    recounted_at: Option<Instant>,
+}
+
+/// A pool whose count of connections decides about further ones.
+#[derive(Debug, Default)]
+struct Counted {
+    /// The services whose connections use it.
+    users: BTreeSet<ServiceId>,
+    /// Connections that it had refused when the planner looked last.
+    refused: u64,
 }
 
 impl TerminationPlanner {
@@ -81,6 +100,12 @@ impl TerminationPlanner {
     pub(super) fn untrack<'a>(&mut self, assignments: impl IntoIterator<Item = &'a Arc<Assignment>>) {
         for assignment in assignments {
             for key in assignment.routes.iter().map(|route| &route.pool.key) {
+                if let Some(counted) = self.counted.get_mut(key) {
+                    counted.users.remove(&assignment.service);
+                    if counted.users.is_empty() {
+                        self.counted.remove(key);
+                    }
+                }
                 if let Some((_, users)) = self.lifetimes.get_mut(key) {
                     users.remove(&assignment.service);
                     if users.is_empty() {
@@ -109,7 +134,12 @@ impl TerminationPlanner {
             }
             self.schedule_sweep(now, idle);
         }
+        let compares = assignment.schedule.runs.iter().any(|run| run.choice == LbPolicy::LeastRequest);
         for pool in assignment.routes.iter().map(|route| &route.pool) {
+            if compares || pool.limits.max_connections.is_some() {
+                self.counted.entry(pool.key.clone()).or_default().users.insert(assignment.service.clone());
+                self.look_at.get_or_insert(now.instant + REFUSAL_INTERVAL);
+            }
             let lifetime = Lifetime { idle: pool.limits.idle_timeout, max_age: pool.limits.max_duration };
             if lifetime == Lifetime::default() {
                 self.lifetimes.remove(&pool.key);
@@ -151,11 +181,14 @@ impl TerminationPlanner {
 
     /// Returns when [`Self::handle_timeout`] wants to be called.
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
-        [self.next, self.recount_at].into_iter().flatten().min()
+        [self.next, self.recount_at, self.look_at].into_iter().flatten().min()
     }
 
     /// Returns the sweep that is due: for connections that exceed their limits, and for those that were not idle before.
     pub(super) fn handle_timeout<K: Kernel>(&mut self, now: Now, view: &View<'_, K>) -> Option<SweepRequest> {
+        if self.look_at.take_if(|at| *at <= now.instant).is_some() {
+            self.look_at_counted(now, view);
+        }
         let recount = self.recount_at.take_if(|at| *at <= now.instant).is_some();
         if self.next.take_if(|at| *at <= now.instant).is_none() {
             return recount.then(|| self.request(view, false, None)).flatten();
@@ -163,6 +196,29 @@ impl TerminationPlanner {
         self.schedule_by_limits(now);
         let unfinished = self.unfinished.take();
         self.request(view, self.policy != RemovedEndpointTcp::Keep, unfinished)
+    }
+
+    /// Plans a recount if a pool refuses connections, or if counts that decide about them were compared long ago.
+    fn look_at_counted<K: Kernel>(&mut self, now: Now, view: &View<'_, K>) {
+        if self.counted.is_empty() {
+            return;
+        }
+        self.look_at = Some(now.instant + REFUSAL_INTERVAL);
+        let (mut is_used, mut refuses) = (false, false);
+        for (key, counted) in &mut self.counted {
+            let Some((id, _)) = view.layout.pool(key) else {
+                // LEAST_REQUEST without limits: only its endpoints have counts.
+                is_used = true;
+                continue;
+            };
+            let Ok(stats) = view.kernel.pool_stats(id) else { continue };
+            is_used |= stats.active as i64 > 0;
+            refuses |= stats.overflow > std::mem::replace(&mut counted.refused, stats.overflow);
+        }
+        let is_old = self.recounted_at.is_none_or(|at| now.instant >= at + RECOUNT_PERIOD);
+        if self.recounts == 0 && (refuses || is_used && is_old) {
+            self.recount_now(now);
+        }
     }
 
     /// Returns the sweep for endpoints that a publication removed.
@@ -200,7 +256,7 @@ impl TerminationPlanner {
             let Some((id, epoch)) = view.layout.pool(key) else { continue };
             // A pool without connections needs no look at all sockets.
             if view.kernel.pool_stats(id).is_ok_and(|stats| stats.active as i64 > 0) {
-                request.lifetimes.insert((id.get(), epoch), *lifetime);
+                request.lifetimes.insert((id.get(), epoch as u16), *lifetime);
             }
         }
         if view.in_sync {
@@ -247,6 +303,7 @@ impl TerminationPlanner {
             events.push(Event::new(EventKind::Repaired, message));
         }
         if report.counting {
+            self.recounted_at = Some(now.instant);
             let done = report.recounted.is_some_and(|recounted| recounted.unsettled == 0);
             self.recounts = if done { 0 } else { self.recounts.saturating_sub(1) };
             if self.recounts > 0 {

@@ -76,7 +76,7 @@ impl World {
         let settings = Settings {
             cluster: "c1".to_owned(),
             location: ClientLocation { node: Some("n1".to_owned()), ..ClientLocation::default() },
-            sizes: Sizes { frontends: 16, backends: 64, slots: 1024, affinities: 16 },
+            sizes: Sizes { frontends: 16, backends: 64, slots: 1024, affinities: 16, connections: 1 << 14 },
             removed_endpoint_tcp: RemovedEndpointTcp::Idle,
             probes_per_second: 0,
         };
@@ -182,6 +182,7 @@ impl World {
             errno: 111,
             latency: Duration::from_millis(1),
             netns_cookie: netns,
+            failures: 1,
         };
         self.handle(Input::Outcomes { outcomes: vec![outcome; times], drained: true });
     }
@@ -336,7 +337,7 @@ fn limits_of_a_shared_pool_survive_the_removal_of_a_route_to_it() {
     world.kernel().sweeps.borrow_mut().clear();
     world.advance(Duration::from_secs(120));
     let sweeps = world.kernel().sweeps.take();
-    assert!(sweeps.iter().any(|sweep| sweep.lifetimes.contains_key(&(id.get(), epoch))), "{sweeps:?}");
+    assert!(sweeps.iter().any(|sweep| sweep.lifetimes.contains_key(&(id.get(), epoch as u16))), "{sweeps:?}");
 }
 
 #[test]
@@ -631,6 +632,7 @@ fn detected_protocol_counts_unless_it_is_from_before_the_agent() {
         errno: DetectedProtocol::TLS as u32,
         latency: Duration::ZERO,
         netns_cookie: 7,
+        failures: 0,
     };
     let earlier = Outcome { at: outcome.at - Duration::from_millis(1), ..outcome };
     world.handle(Input::Outcomes { outcomes: vec![earlier], drained: true });

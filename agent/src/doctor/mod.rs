@@ -257,6 +257,11 @@ fn other_programs(checks: &mut Checks, facts: &Facts) {
         let says = format!("{}, attached to the same hook", names.join(", "));
         checks.add(&format!("other programs: {hook}"), State::Note, says, "");
     }
+    for (cgroup, names) in &facts.sock_ops_below {
+        let says = format!("{}, attached to the sock_ops hook of {}", names.join(", "), cgroup.display());
+        let effect = "if it calls bpf_sock_ops_cb_flags_set, it must keep the flags that are set: otherwise failures and bytes of the connections in this cgroup are not seen";
+        checks.add("other programs: sock_ops", State::Note, says, effect);
+    }
     if facts.kube_proxy {
         let says = "kube-proxy is running: it handles only the connections that bypass Portolan";
         checks.add("kube-proxy", State::Note, says, "");
@@ -351,6 +356,7 @@ mod tests {
             schema: Some(portolan_common::SCHEMA_VERSION),
             programs: vec![program("connect4"), program("sock_ops")],
             others: BTreeMap::new(),
+            sock_ops_below: Vec::new(),
             sockets: Ok(()),
             network_mounts: Vec::new(),
             kube_proxy: false,

@@ -14,7 +14,7 @@ use portolan_core::{
 use super::Kernel;
 
 /// The sizes that the facts are checked with.
-pub const SIZES: Sizes = Sizes { frontends: 8, backends: 16, slots: 256, affinities: 8 };
+pub const SIZES: Sizes = Sizes { frontends: 8, backends: 16, slots: 256, affinities: 8, connections: 1 << 14 };
 
 /// A fact that does not hold, with what was seen.
 pub type Broken = String;
@@ -113,8 +113,7 @@ pub fn check(kernel: &mut impl Kernel) -> Result<(), Broken> {
     let stats = kernel.frontend_stats(id).map_err(failed)?;
     check!(stats == FrontendStats::default(), "counters of a new frontend: {stats:?}");
     check!(!kernel.backend_use(backend).map_err(failed)?.used_by_others(1, 0), "a new backend is in use");
-    kernel.set_report_success(backend, true).map_err(failed)?;
-    kernel.set_report_success(backend, false).map_err(failed)?;
+    kernel.acknowledge_failures(backend, 1).map_err(failed)?;
 
     // An id that is not in use has counters of zero.
     let unused = kernel.backend_stats(BackendId::new(SIZES.backends - 1)).map_err(failed)?;

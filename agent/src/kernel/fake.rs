@@ -2,7 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::BTreeSet,
+    collections::BTreeMap,
 };
 
 use portolan_common::{BackendStats, BackendUse, FrontendKey, FrontendStats, FrontendVersion, PoolStats, TIME_BUCKETS};
@@ -30,8 +30,10 @@ pub struct FakeKernel {
     pub broken_hooks: Vec<String>,
     /// Whether the program that reads HTTP responses is attached.
     pub http_sniffing: bool,
-    /// Backends of which successes are reported.
-    pub report_success: BTreeSet<BackendId>,
+    /// Failures up to which those of a backend are acknowledged.
+    pub acknowledged: BTreeMap<BackendId, u32>,
+    /// Slots for connection state: in use, how many there are, and connections over their pod's share.
+    pub connection_slots: (u32, u32, u64),
     /// Sweeps that were asked for, until a test takes them.
     pub sweeps: RefCell<Vec<SweepRequest>>,
     /// The last epoch whose grace period was begun.
@@ -45,7 +47,7 @@ impl Kernel for FakeKernel {
                 return Err(Error::State(format!("cannot write {op:?}")));
             }
             if let Op::SetBackend(id, _) = op {
-                self.report_success.remove(id);
+                self.acknowledged.remove(id);
             }
             self.maps.write(op);
         }
@@ -92,12 +94,8 @@ impl Kernel for FakeKernel {
         }
     }
 
-    fn set_report_success(&mut self, id: BackendId, wanted: bool) -> Result<()> {
-        if wanted {
-            self.report_success.insert(id)
-        } else {
-            self.report_success.remove(&id)
-        };
+    fn acknowledge_failures(&mut self, id: BackendId, failures: u32) -> Result<()> {
+        self.acknowledged.insert(id, failures);
         Ok(())
     }
 
@@ -130,8 +128,8 @@ impl Kernel for FakeKernel {
         Ok([empty(), empty()])
     }
 
-    fn connection_slots(&self) -> (u32, u32) {
-        (0, portolan_common::Connection::CAPACITY)
+    fn connection_slots(&self) -> (u32, u32, u64) {
+        self.connection_slots
     }
 
     fn sweep(&self, request: SweepRequest) {

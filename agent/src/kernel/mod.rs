@@ -61,11 +61,12 @@ pub trait Kernel {
     /// Returns the kernel's error.
     fn set_http_sniffing(&mut self, wanted: bool) -> Result<()>;
 
-    /// Says whether the programs report successes of a backend, too. They always report failures.
+    /// Lets the programs stop to report successes of a backend, unless it has failed more often than `failures`, which is
+    /// [`Outcome::failures`](portolan_datapath::Outcome::failures). They always report failures.
     ///
     /// # Errors
     /// Returns an error if the id is beyond the size of the map.
-    fn set_report_success(&mut self, id: BackendId, wanted: bool) -> Result<()>;
+    fn acknowledge_failures(&mut self, id: BackendId, failures: u32) -> Result<()>;
 
     /// Returns a frontend's id and its version in effect.
     fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, FrontendVersion)>;
@@ -106,8 +107,9 @@ pub trait Kernel {
     /// Returns an error if the map cannot be read.
     fn latencies(&self) -> Result<[Vec<u64>; 2]>;
 
-    /// Returns the slots for connection state that are in use, and how many there are.
-    fn connection_slots(&self) -> (u32, u32);
+    /// Returns the slots for connection state that are in use, how many there are, and how many connections so far found
+    /// their pod's share used up.
+    fn connection_slots(&self) -> (u32, u32, u64);
 
     /// Asks the helper to look through all sockets. Requests that wait are merged.
     fn sweep(&self, request: SweepRequest);
@@ -153,8 +155,8 @@ impl Kernel for Datapath {
         self.watch_responses(wanted).map(drop)
     }
 
-    fn set_report_success(&mut self, id: BackendId, wanted: bool) -> Result<()> {
-        self.maps.set_report_success(id, wanted)
+    fn acknowledge_failures(&mut self, id: BackendId, failures: u32) -> Result<()> {
+        self.maps.acknowledge_failures(id, failures)
     }
 
     fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, FrontendVersion)> {
@@ -185,7 +187,7 @@ impl Kernel for Datapath {
         self.maps.times()
     }
 
-    fn connection_slots(&self) -> (u32, u32) {
+    fn connection_slots(&self) -> (u32, u32, u64) {
         self.terminator.connection_slots()
     }
 

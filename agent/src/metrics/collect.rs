@@ -95,7 +95,7 @@ pub struct MetricsSnapshot {
     /// Map name, entries in use, and capacity of each map.
     pub occupancy: [(&'static str, u32, u32); 6],
     /// Number of connections with a state entry, and the capacity for such entries.
-    pub connection_slots: (u32, u32),
+    pub connection_slots: (u32, u32, u64),
     /// Whether the agent is ready.
     pub ready: bool,
     /// All current findings.

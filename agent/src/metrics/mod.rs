@@ -211,6 +211,16 @@ fn agent(registry: &mut Registry, sample: &MetricsSnapshot) {
             "Sockets that got an endpoint, but no per-socket state",
             sample.counters.no_memory,
         ),
+        (
+            "portolan_socket_storage_states",
+            "Sockets whose state is in socket storage, because the connections map had no entry for it",
+            sample.counters.fallback,
+        ),
+        (
+            "portolan_connections_over_share",
+            "Sockets whose state is in socket storage, because their pod had used up its share of the connections map",
+            sample.connection_slots.2,
+        ),
         ("portolan_inconsistent", "Deprecated alias of portolan_lookup_inconsistencies", sample.counters.inconsistent),
         ("portolan_no_memory", "Deprecated alias of portolan_socket_state_alloc_failures", sample.counters.no_memory),
     ];

@@ -47,17 +47,30 @@ pub struct Sizes {
     pub slots: u32,
     /// Clients with session affinity (an LRU map).
     pub affinities: u32,
+    /// Sockets whose state is in `CONNECTIONS`; a power of two.
+    pub connections: u32,
 }
 
 impl Default for Sizes {
     /// Fits 10,000 services and 100,000 endpoints.
     /// The rest is headroom for changes: new entries are written before old ones are freed.
     fn default() -> Self {
-        Self { frontends: 1 << 14, backends: 1 << 17, slots: 1 << 20, affinities: 1 << 16 }
+        Self { frontends: 1 << 14, backends: 1 << 17, slots: 1 << 20, affinities: 1 << 16, connections: 1 << 18 }
     }
 }
 
 impl Sizes {
+    /// The smallest and the largest number of entries of `CONNECTIONS`.
+    pub const CONNECTIONS: (u32, u32) = (1 << 10, 1 << 24);
+
+    /// Returns the default number of entries of `CONNECTIONS` for a machine with this many bytes of memory.
+    ///
+    /// One entry, of 128 bytes, for each 32 KiB: 2^18 entries (32 MiB) with 8 GiB.
+    pub fn connections_for_memory(bytes: u64) -> u32 {
+        let entries = (bytes >> 15).max(1).checked_next_power_of_two().unwrap_or(u64::MAX);
+        u32::try_from(entries).unwrap_or(u32::MAX).clamp(1 << 14, 1 << 22)
+    }
+
     /// Returns the capacity of `VERSIONS`: during a change, a frontend has two versions.
     pub fn versions(&self) -> u32 {
         self.frontends.saturating_mul(2)

@@ -10,13 +10,14 @@ use std::{
 };
 
 use aya::maps::{MapData, MapInfo};
-use portolan_common::{BackendStats, Connection, PoolStats, SocketStage, SocketState};
+use portolan_common::{BackendStats, ClientUse, Connection, ConnectionExtra, ConnectionFlags, PoolStats};
+use portolan_core::table::Sizes;
 use serde::{Deserialize, Serialize};
 
-use super::socket::Seen;
+use super::socket::{Seen, State};
 use crate::{
     error::Result,
-    map_specs,
+    map_specs::{self, MapSpec},
     mmap_array::MmapArray,
     pins::{Pins, Set},
 };
@@ -24,29 +25,42 @@ use crate::{
 /// Word offsets of the counts of active connections.
 const BACKEND_ACTIVE: usize = offset_of!(BackendStats, active) / 8;
 const POOL_ACTIVE: usize = offset_of!(PoolStats, active) / 8;
-/// Word offset of the cookie of the socket that owns a slot.
+/// Word offset of the number of entries that a client uses.
+const CLIENT_CONNECTIONS: usize = offset_of!(ClientUse, connections) / 8;
+/// Word offsets of the owner of an entry, and of its flags, which are the upper half of their word.
 const OWNER: usize = offset_of!(Connection, owner) / 8;
+const FLAGS: usize = offset_of!(Connection, flags) / 8;
+const _: () = assert!(offset_of!(Connection, flags) % 8 == 4);
+const COUNTED: u64 = (ConnectionFlags::COUNTED as u64) << 32;
 
-/// A slot is abandoned if its connect has not started for this long and no socket list contains its owner.
+/// An entry is abandoned if its connection has not started, or its application has closed it, for this long and no
+/// socket list contains its socket.
 ///
-/// Its connect failed before a SYN was sent.
-/// Or the socket uses TCP_FASTOPEN_CONNECT and has sent nothing since; what it does later is not counted.
+/// The kernel does not tell of the end of its own sockets, nor of that of the subflows of MPTCP.
+/// A socket that uses TCP_FASTOPEN_CONNECT and has sent nothing is in no list; what it does later is not counted.
 const ABANDONED: Duration = Duration::from_secs(600);
 
 /// The maps with per-socket state and counts of active connections.
 pub(crate) struct SocketAccounting {
     pub(super) storage: MapData,
     connections: MmapArray,
+    extras: MmapArray,
+    clients: MmapArray,
+    fallback_used: aya::maps::Array<MapData, u32>,
     backends: MmapArray,
     pools: MmapArray,
     limits: aya::maps::Array<MapData, portolan_common::PoolLimits>,
-    set: u32,
+    set: u16,
 }
+
+/// The entries of `CONNECTIONS` by the cookies of their sockets, at one moment.
+#[derive(Debug, Default)]
+pub(super) struct CookieIndex(HashMap<u64, u32>);
 
 /// The corrections that reconciling made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reconciled {
-    /// `CONNECTIONS` slots freed, because their sockets no longer exist.
+    /// Entries of `CONNECTIONS` freed, because their sockets no longer exist.
     pub freed: usize,
     /// Counts of active connections corrected, of backends and of pools.
     pub corrected: usize,
@@ -54,115 +68,179 @@ pub struct Reconciled {
     pub unsettled: usize,
 }
 
-/// A snapshot of slot owners and active counts.
+/// An entry of `CONNECTIONS` and the socket that it belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Entry {
+    index: u32,
+    owner: u64,
+    cookie: u64,
+}
+
+/// A snapshot of the entries of connections, and of active counts.
 pub(super) struct Counts {
-    owners: Vec<(u32, u64)>,
+    entries: Vec<Entry>,
     backends: Vec<u64>,
     pools: Vec<u64>,
 }
 
 impl SocketAccounting {
-    pub(crate) fn open(pins: &Pins, set: Set) -> Result<Self> {
-        let mapped = |name: &str| -> Result<(MapData, u32)> {
-            let pin = pins.map(set, name);
+    pub(crate) fn open(pins: &Pins, set: Set, sizes: &Sizes) -> Result<Self> {
+        let pinned = |spec: &MapSpec| -> Result<(MapData, u32)> {
+            let pin = pins.map_pin(set, spec, sizes);
             Ok((MapData::from_pin(&pin)?, MapInfo::from_pin(&pin)?.max_entries()))
         };
-        let connections = MapData::from_pin(pins.socket_map(map_specs::CONNECTIONS.name))?;
-        let (backends, backend_entries) = mapped(map_specs::BACKEND_STATS.name)?;
-        let (pools, pool_entries) = mapped(map_specs::POOL_STATS.name)?;
+        let array = |spec: &MapSpec| -> Result<aya::maps::Map> { Ok(aya::maps::Map::Array(pinned(spec)?.0)) };
+        let (connections, entries) = pinned(&map_specs::CONNECTIONS)?;
+        let (extras, _) = pinned(&map_specs::CONNECTION_EXTRAS)?;
+        let (clients, _) = pinned(&map_specs::CLIENTS)?;
+        let (backends, backend_entries) = pinned(&map_specs::BACKEND_STATS)?;
+        let (pools, pool_entries) = pinned(&map_specs::POOL_STATS)?;
         Ok(Self {
-            storage: MapData::from_pin(pins.socket_map(map_specs::SOCKETS.name))?,
-            connections: MmapArray::open::<Connection>(connections.fd(), Connection::CAPACITY)?,
+            storage: pinned(&map_specs::SOCKETS)?.0,
+            connections: MmapArray::open::<Connection>(connections.fd(), entries)?,
+            extras: MmapArray::open::<ConnectionExtra>(extras.fd(), entries)?,
+            clients: MmapArray::open::<ClientUse>(clients.fd(), ClientUse::CAPACITY)?,
+            fallback_used: aya::maps::Array::try_from(array(&map_specs::FALLBACK_USED)?)?,
             backends: MmapArray::open::<BackendStats>(backends.fd(), backend_entries)?,
             pools: MmapArray::open::<PoolStats>(pools.fd(), pool_entries)?,
-            limits: aya::maps::Array::try_from(aya::maps::Map::Array(mapped(map_specs::POOLS.name)?.0))?,
-            set: set.id,
+            limits: aya::maps::Array::try_from(array(&map_specs::POOLS)?)?,
+            set: set.id as u16,
         })
     }
 
-    /// Returns the state of the TCP socket with this cookie, or `None` if it has no `CONNECTIONS` slot.
-    pub(super) fn connection(&self, cookie: u64) -> Option<SocketState> {
-        let connection: Connection = self.connections.read(cookie as u32 & (Connection::CAPACITY - 1)).ok()?;
-        (connection.owner == cookie).then_some(connection.state)
+    /// Reads an entry, if it has an owner.
+    fn entry(&self, index: u32) -> Result<Option<Connection>> {
+        if self.connections.word(index, OWNER)?.load(Ordering::SeqCst) == 0 {
+            return Ok(None);
+        }
+        Ok(Some(self.connections.read::<Connection>(index)?).filter(|connection| connection.owner != 0))
     }
 
-    /// Counts the slots in use.
-    pub(super) fn taken(&self) -> u32 {
-        let taken =
-            |slot: &u32| self.connections.word(*slot, OWNER).is_ok_and(|owner| owner.load(Ordering::Relaxed) != 0);
-        (0..self.connections.len()).filter(taken).count() as u32
-    }
-
-    /// Returns the slots whose connect has not started for [`ABANDONED`], as (slot, owner).
-    pub(super) fn abandoned(&self, waiting: &mut Waiting, now: Instant) -> Result<Vec<(u32, u64)>> {
-        let mut still = Vec::new();
-        for slot in 0..self.connections.len() {
-            if self.connections.word(slot, OWNER)?.load(Ordering::Relaxed) == 0 {
-                continue;
+    /// Finds the entries of all sockets.
+    pub(super) fn by_cookie(&self) -> Result<CookieIndex> {
+        let mut index = CookieIndex::default();
+        for place in 0..self.connections.len() {
+            if let Some(connection) = self.entry(place)? {
+                index.0.insert(connection.cookie, place);
             }
-            let connection: Connection = self.connections.read(slot)?;
-            if connection.owner != 0 && connection.state.stage == SocketStage::None as u32 {
-                still.push((slot, connection.owner));
+        }
+        Ok(index)
+    }
+
+    /// Returns the state of the socket with this cookie, or `None` if it has no entry in `CONNECTIONS`.
+    pub(super) fn connection(&self, index: &CookieIndex, cookie: u64) -> Option<State> {
+        let place = *index.0.get(&cookie)?;
+        let connection = self.entry(place).ok()?.filter(|connection| connection.cookie == cookie)?;
+        Some(State::new(&connection, &self.extras.read(place).ok()?))
+    }
+
+    /// Returns whether any socket has ever had its state in socket storage.
+    pub(super) fn uses_storage(&self) -> bool {
+        self.fallback_used.get(&0, 0).map_or(true, |used| used != 0)
+    }
+
+    /// Returns the number of entries in use, the capacity, and the number of connections that found their pod's share
+    /// used up.
+    pub(super) fn usage(&self) -> (u32, u32, u64) {
+        let (mut used, mut over_share) = (0i64, 0);
+        for client in 0..self.clients.len() {
+            let Ok(uses) = self.clients.read::<ClientUse>(client) else { continue };
+            used += uses.connections as i64;
+            over_share += uses.over_share;
+        }
+        (u32::try_from(used).unwrap_or_default(), self.connections.len(), over_share)
+    }
+
+    /// Returns the entries of TCP sockets that no hook may ever free, and that have been like that for [`ABANDONED`].
+    pub(super) fn abandoned(&self, waiting: &mut Waiting, now: Instant) -> Result<Vec<Entry>> {
+        let mut still = Vec::new();
+        for index in 0..self.connections.len() {
+            let Some(connection) = self.entry(index)? else { continue };
+            let is_open = connection.flags & (ConnectionFlags::COUNTED | ConnectionFlags::UDP) != 0;
+            if !is_open {
+                still.push(Entry { index, owner: connection.owner, cookie: connection.cookie });
             }
         }
         Ok(waiting.abandoned(&still, now))
     }
 
-    /// Frees a slot if the same socket still owns it. Returns whether it did.
-    pub(super) fn free(&self, (slot, owner): (u32, u64)) -> Result<bool> {
-        let word = self.connections.word(slot, OWNER)?;
-        Ok(word.compare_exchange(owner, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok())
+    /// Frees an entry if it still belongs to the same socket, and takes its connection out of the counts of active ones.
+    /// Returns whether it did.
+    pub(super) fn free(&self, entry: Entry) -> Result<bool> {
+        let connection: Connection = self.connections.read(entry.index)?;
+        if connection.owner != entry.owner || connection.cookie != entry.cookie {
+            return Ok(false);
+        }
+        let flags = self.connections.word(entry.index, FLAGS)?.fetch_and(!COUNTED, Ordering::SeqCst);
+        let owner = self.connections.word(entry.index, OWNER)?;
+        if owner.compare_exchange(entry.owner, 0, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+            return Ok(false);
+        }
+        let client = ClientUse::index(connection.client);
+        self.clients.word(client, CLIENT_CONNECTIONS)?.fetch_sub(1, Ordering::SeqCst);
+        if flags & COUNTED != 0 && connection.set == self.set {
+            let stats: BackendStats = self.backends.read(connection.backend_id)?;
+            if stats.epoch as u16 == connection.backend_epoch {
+                self.backends.word(connection.backend_id, BACKEND_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
+            }
+            let (pool, epoch) = (connection.pool, connection.pool_epoch);
+            if pool != 0 && self.limits.get(&pool, 0)?.epoch as u16 == epoch {
+                self.pools.word(pool, POOL_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+        Ok(true)
     }
 
     /// Takes a snapshot to compare with a list of all sockets.
     pub(super) fn now(&self) -> Result<Counts> {
-        let mut owners = Vec::new();
-        for slot in 0..self.connections.len() {
-            if self.connections.word(slot, OWNER)?.load(Ordering::SeqCst) == 0 {
-                continue;
-            }
-            let connection: Connection = self.connections.read(slot)?;
+        let mut entries = Vec::new();
+        for index in 0..self.connections.len() {
+            let Some(connection) = self.entry(index)? else { continue };
             // A socket that has not started to connect is in no socket list.
-            if connection.owner != 0 && connection.state.stage != SocketStage::None as u32 {
-                owners.push((slot, connection.owner));
+            if connection.flags & ConnectionFlags::COUNTED != 0 {
+                entries.push(Entry { index, owner: connection.owner, cookie: connection.cookie });
             }
         }
         let all = |of: &MmapArray, word| -> Result<Vec<u64>> {
             (0..of.len()).map(|id| Ok(of.word(id, word)?.load(Ordering::SeqCst))).collect()
         };
-        Ok(Counts { owners, backends: all(&self.backends, BACKEND_ACTIVE)?, pools: all(&self.pools, POOL_ACTIVE)? })
+        Ok(Counts { entries, backends: all(&self.backends, BACKEND_ACTIVE)?, pools: all(&self.pools, POOL_ACTIVE)? })
     }
 
-    /// Corrects slots and counts to match `seen`, all sockets listed since the snapshot `before`.
+    /// Corrects entries and counts to match `seen`, all sockets listed since the snapshot `before`.
     ///
     /// A mismatch found for the first time is only recorded in `unconfirmed`.
     /// A socket that was opened or closed during the listing may explain it.
     pub(super) fn recount(&self, before: &Counts, seen: &Seen, unconfirmed: &mut Unconfirmed) -> Result<Reconciled> {
         let (mut backends, mut pools): (HashMap<u32, u64>, HashMap<u32, u64>) = Default::default();
-        for state in seen.states.iter().filter(|state| state.set == self.set && state.stage != SocketStage::None as u32)
-        {
+        for state in seen.states.iter().filter(|state| state.set == self.set && state.is_counted()) {
             let stats: BackendStats = self.backends.read(state.backend_id)?;
-            if stats.epoch == state.epoch {
+            if stats.epoch as u16 == state.backend_epoch {
                 *backends.entry(state.backend_id).or_default() += 1;
             }
-            if state.pool != 0 && self.limits.get(&state.pool, 0)?.epoch == state.pool_epoch {
+            if state.pool != 0 && self.limits.get(&state.pool, 0)?.epoch as u16 == state.pool_epoch {
                 *pools.entry(state.pool).or_default() += 1;
             }
         }
         let mut recounted = Reconciled::default();
         let previous = std::mem::take(unconfirmed);
+        for entry in before.entries.iter().filter(|entry| !seen.cookies.contains(&entry.cookie)) {
+            if previous.entries.contains(entry) {
+                recounted.freed += usize::from(self.free(*entry)?);
+            } else {
+                unconfirmed.entries.insert(*entry);
+                recounted.unsettled += 1;
+            }
+        }
+        // What was freed took its counts with it, so the snapshot is out of date.
+        if recounted.freed > 0 {
+            recounted.unsettled += 1;
+            return Ok(recounted);
+        }
         let backend_counts = (&self.backends, BACKEND_ACTIVE, before.backends.as_slice(), &backends);
         unconfirmed.backends = correct(backend_counts, &previous.backends, &mut recounted)?;
         let pool_counts = (&self.pools, POOL_ACTIVE, before.pools.as_slice(), &pools);
         unconfirmed.pools = correct(pool_counts, &previous.pools, &mut recounted)?;
-        for owner in before.owners.iter().filter(|(_, owner)| !seen.cookies.contains(owner)) {
-            if previous.owners.contains(owner) {
-                recounted.freed += usize::from(self.free(*owner)?);
-            } else {
-                unconfirmed.owners.insert(*owner);
-                recounted.unsettled += 1;
-            }
-        }
         Ok(recounted)
     }
 }
@@ -173,7 +251,7 @@ type Drifts = HashMap<u32, i64>;
 /// Mismatches that the previous run found and the next one must confirm.
 #[derive(Debug, Default)]
 pub(super) struct Unconfirmed {
-    owners: HashSet<(u32, u64)>,
+    entries: HashSet<Entry>,
     backends: Drifts,
     pools: Drifts,
 }
@@ -204,24 +282,17 @@ fn correct(
     Ok(drifts)
 }
 
-/// Slots whose connect had not started at the last scan: slot → owner, and when that owner was first seen.
+/// Entries that were like that at the last scan, and since when.
 #[derive(Debug, Default)]
-pub(super) struct Waiting(HashMap<u32, (u64, Instant)>);
+pub(super) struct Waiting(HashMap<Entry, Instant>);
 
 impl Waiting {
-    /// Records `still`, the slots that wait now, and returns those that have waited for [`ABANDONED`].
-    fn abandoned(&mut self, still: &[(u32, u64)], now: Instant) -> Vec<(u32, u64)> {
-        let mut abandoned = Vec::new();
-        let mut waiting = HashMap::with_capacity(still.len());
-        for (slot, owner) in still {
-            let since = self.0.get(slot).filter(|(previous, _)| previous == owner).map_or(now, |(_, since)| *since);
-            if now.saturating_duration_since(since) >= ABANDONED {
-                abandoned.push((*slot, *owner));
-            }
-            waiting.insert(*slot, (*owner, since));
-        }
-        self.0 = waiting;
-        abandoned
+    /// Records `still`, the entries that wait now, and returns those that have waited for [`ABANDONED`].
+    fn abandoned(&mut self, still: &[Entry], now: Instant) -> Vec<Entry> {
+        let since = |entry: &Entry| self.0.get(entry).copied().unwrap_or(now);
+        self.0 = still.iter().map(|entry| (*entry, since(entry))).collect();
+        let is_over = |(_, since): &(&Entry, &Instant)| now.saturating_duration_since(**since) >= ABANDONED;
+        self.0.iter().filter(is_over).map(|(entry, _)| *entry).collect()
     }
 }
 
@@ -230,6 +301,11 @@ impl Seen {
     pub(super) fn nothing() -> Self {
         Self { cookies: HashSet::new(), states: Vec::new() }
     }
+
+    /// Returns whether the list contains the socket of this entry.
+    pub(super) fn has(&self, entry: Entry) -> bool {
+        self.cookies.contains(&entry.cookie)
+    }
 }
 
 #[cfg(test)]
@@ -237,16 +313,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn slot_of_connect_that_never_starts_is_reclaimed() {
+    fn entry_of_connect_that_never_starts_is_reclaimed() {
         let (mut waiting, start) = (Waiting::default(), Instant::now());
         let after = |seconds| start + Duration::from_secs(seconds);
-        assert_eq!(waiting.abandoned(&[(1, 10), (2, 20)], start), []);
-        // The second slot has a different owner by now.
-        assert_eq!(waiting.abandoned(&[(1, 10), (2, 21)], after(300)), []);
-        assert_eq!(waiting.abandoned(&[(1, 10), (2, 21)], after(599)), []);
-        assert_eq!(waiting.abandoned(&[(1, 10), (2, 21)], after(600)), [(1, 10)]);
-        // A slot that was free for a moment starts over.
+        let entry = |index, cookie| Entry { index, owner: 1, cookie };
+        assert_eq!(waiting.abandoned(&[entry(1, 10), entry(2, 20)], start), []);
+        // The second entry belongs to another socket by now, at the same address.
+        assert_eq!(waiting.abandoned(&[entry(1, 10), entry(2, 21)], after(300)), []);
+        assert_eq!(waiting.abandoned(&[entry(1, 10), entry(2, 21)], after(599)), []);
+        assert_eq!(waiting.abandoned(&[entry(1, 10), entry(2, 21)], after(600)), [entry(1, 10)]);
+        // An entry that was free for a moment starts over.
         assert_eq!(waiting.abandoned(&[], after(700)), []);
-        assert_eq!(waiting.abandoned(&[(2, 21)], after(1000)), []);
+        assert_eq!(waiting.abandoned(&[entry(2, 21)], after(1000)), []);
     }
 }

@@ -24,7 +24,10 @@ use std::{
 };
 
 use portolan_common::SocketState;
-use portolan_core::{model::Protocol, table::RemovedEndpoints};
+use portolan_core::{
+    model::Protocol,
+    table::{RemovedEndpoints, Sizes},
+};
 use rustix::{
     process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
     thread::{LinkNameSpaceType, move_into_link_name_space},
@@ -36,10 +39,10 @@ use tokio::{
 };
 
 use self::{
-    accounting::{Unconfirmed, Waiting},
+    accounting::{CookieIndex, Unconfirmed, Waiting},
     request::Action,
     sock_diag::Diag,
-    socket::{Connected, Seen},
+    socket::{Connected, Seen, State},
 };
 use crate::{
     error::{Context as _, Error, Result, ensure},
@@ -63,7 +66,7 @@ pub const IDLE: Duration = Duration::from_secs(5);
 const MAX_MOVES: u64 = 20;
 const MOVE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Interval between scans for `CONNECTIONS` slots whose connect never started.
+/// Interval between scans for entries of `CONNECTIONS` that no hook may ever free.
 const REAP_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Why a socket was closed.
@@ -128,8 +131,8 @@ pub struct Terminator {
 impl Terminator {
     /// Opens the pinned socket state maps of `set`, and starts the tasks that talk to the helper over its socket.
     /// Must be called within a Tokio runtime.
-    pub(super) fn start(pins: &Pins, set: Set, helper: UnixStream) -> Result<Self> {
-        let states = SocketAccounting::open(pins, set).context("cannot open the socket state maps")?;
+    pub(super) fn start(pins: &Pins, set: Set, sizes: &Sizes, helper: UnixStream) -> Result<Self> {
+        let states = SocketAccounting::open(pins, set, sizes).context("cannot open the socket state maps")?;
         helper.set_nonblocking(true)?;
         let (mut answers, mut asks) = tokio::net::UnixStream::from_std(helper)?.into_split();
         let (requests, mut pending) = unbounded_channel();
@@ -164,9 +167,10 @@ impl Terminator {
         let _ = self.requests.send(request);
     }
 
-    /// Returns the number of `CONNECTIONS` slots in use, and the capacity of the map.
-    pub fn connection_slots(&self) -> (u32, u32) {
-        (self.states.taken(), portolan_common::Connection::CAPACITY)
+    /// Returns the usage of `CONNECTIONS`: the entries in use, the capacity, and the number of connections so far that
+    /// found their pod's share used up.
+    pub fn connection_slots(&self) -> (u32, u32, u64) {
+        self.states.usage()
     }
 
     /// Waits for the next sweep to finish, and returns its report.
@@ -203,7 +207,7 @@ pub(super) fn work(
         if reaped_at.elapsed() >= REAP_INTERVAL {
             reaped_at = Instant::now();
             if let Err(error) = reap_abandoned(states, &mut waiting, reaped_at) {
-                tracing::warn!("cannot reclaim abandoned connection slots: {error:#}");
+                tracing::warn!("cannot reclaim abandoned entries of CONNECTIONS: {error:#}");
             }
         }
         let request = match requests.recv_timeout(REAP_INTERVAL) {
@@ -227,9 +231,13 @@ pub(super) fn work(
             }
         }
         let mut seen = before.as_mut().map(|(_, seen)| seen);
+        let index = states.by_cookie().unwrap_or_else(|error| {
+            report.errors.push(format!("cannot read the state of connections: {error:#}"));
+            CookieIndex::default()
+        });
         for (path, namespace) in namespaces(&mut report.errors) {
             report.namespaces += 1;
-            match one_namespace(&namespace, states, set, &request, seen.as_deref_mut(), &mut report) {
+            match one_namespace(&namespace, (states, &index, set), &request, seen.as_deref_mut(), &mut report) {
                 Ok(found) => datagrams.extend(found),
                 Err(error) => report.errors.push(format!("{}: {error:#}", path.display())),
             }
@@ -243,7 +251,7 @@ pub(super) fn work(
             report.errors.push(format!("cannot return to the original network namespace: {error}"));
         }
         if !datagrams.is_empty()
-            && let Err(error) = close_datagrams(datagrams, states, &request, &mut report)
+            && let Err(error) = close_datagrams(datagrams, states, &index, &request, &mut report)
         {
             report.errors.push(format!("cannot close UDP sockets of removed endpoints: {error:#}"));
         }
@@ -263,7 +271,7 @@ pub(super) fn work(
     }
 }
 
-/// Frees the slots of connects that failed before they started; no hook sees those fail.
+/// Frees the entries of sockets that ended without any hook seeing it.
 fn reap_abandoned(states: &SocketAccounting, waiting: &mut Waiting, now: Instant) -> Result<()> {
     let abandoned = states.abandoned(waiting, now)?;
     if abandoned.is_empty() {
@@ -272,14 +280,15 @@ fn reap_abandoned(states: &SocketAccounting, waiting: &mut Waiting, now: Instant
     sees_all_processes()?;
     let own = File::open("/proc/thread-self/ns/net")?;
     let (mut seen, mut trouble) = (Seen::nothing(), Vec::new());
+    let index = states.by_cookie()?;
     let counted = namespaces(&mut trouble).into_iter().try_for_each(|(_, namespace)| {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-        Ok(Diag::open()?.count(states, &mut seen)?)
+        Ok(Diag::open()?.count(states, &index, &mut seen)?)
     });
     move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Network))?;
     counted.and_then(|()| trouble.pop().map_or(Ok(()), |why| Err(Error::State(why))))?;
-    let gone = abandoned.into_iter().filter(|(_, owner)| !seen.cookies.contains(owner));
-    gone.into_iter().try_for_each(|slot| states.free(slot).map(drop))
+    let gone = abandoned.into_iter().filter(|entry| !seen.has(*entry));
+    gone.into_iter().try_for_each(|entry| states.free(entry).map(drop))
 }
 
 /// Checks that this process sees all processes of the machine.
@@ -299,8 +308,7 @@ type Datagrams = (Rc<Diag>, Connected);
 /// Returns the UDP sockets that may match.
 fn one_namespace(
     namespace: &File,
-    states: &SocketAccounting,
-    set: u32,
+    (states, index, set): (&SocketAccounting, &CookieIndex, u32),
     request: &SweepRequest,
     seen: Option<&mut Seen>,
     report: &mut SweepReport,
@@ -308,10 +316,10 @@ fn one_namespace(
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).context("cannot enter namespace")?;
     let diag = Rc::new(Diag::open()?);
     if let Some(seen) = seen {
-        diag.count(states, seen).context("cannot list TCP connections")?;
+        diag.count(states, index, seen).context("cannot list TCP connections")?;
     }
     if request.removed_endpoint_tcp != RemovedEndpointTcp::Keep || request.looks_for_outlived() {
-        for connection in diag.connections(states).context("cannot list TCP connections")? {
+        for connection in diag.connections(states, index).context("cannot list TCP connections")? {
             let reason = match request.action_for(&connection, set) {
                 Action::Keep => continue,
                 Action::Wait(left) => {
@@ -337,16 +345,26 @@ fn one_namespace(
 }
 
 /// Closes those UDP sockets whose Portolan state matches the request.
-/// `sock_diag` does not report socket storage for UDP, so each socket is duplicated from a process that owns it.
+/// `sock_diag` does not report socket storage for UDP, so a socket that has its state there is duplicated from a process
+/// that owns it.
 fn close_datagrams(
     sockets: Vec<Datagrams>,
     states: &SocketAccounting,
+    index: &CookieIndex,
     request: &SweepRequest,
     report: &mut SweepReport,
 ) -> Result<()> {
+    let mut by_inode: HashMap<u64, Datagrams> = HashMap::new();
+    for (diag, socket) in sockets {
+        match states.connection(index, socket.cookie()) {
+            Some(state) => close_datagram((&diag, &socket), &state, request, report),
+            None => drop(by_inode.insert(socket.inode.into(), (diag, socket))),
+        }
+    }
+    if by_inode.is_empty() || !states.uses_storage() {
+        return Ok(());
+    }
     sees_all_processes()?;
-    let mut by_inode: HashMap<u64, Datagrams> =
-        sockets.into_iter().map(|(diag, socket)| (socket.inode.into(), (diag, socket))).collect();
     for process in procfs::process::all_processes().map_err(io::Error::other).context("cannot read /proc")?.flatten() {
         if by_inode.is_empty() {
             break;
@@ -360,20 +378,28 @@ fn close_datagrams(
             let Ok(borrowed) = borrow(process.pid, descriptor) else { continue };
             let Some((diag, socket)) = by_inode.remove(&inode) else { continue };
             // Without state, Portolan did not choose the socket's peer.
-            let Ok(state) = sys::lookup_socket::<SocketState>(states.storage.fd(), &borrowed) else { continue };
-            if state.backend == socket.peer
-                && state.protocol == Protocol::Udp.number()
-                && request.is_gone(Protocol::Udp, &state)
-            {
-                match diag.destroy(Protocol::Udp, &socket) {
-                    Ok(true) => report.count(Reason::Gone, Protocol::Udp, &state),
-                    Ok(false) => {}
-                    Err(error) => report.errors.push(format!("cannot close a UDP socket: {error}")),
-                }
-            }
+            let Ok(stored) = sys::lookup_socket::<SocketState>(states.storage.fd(), &borrowed) else { continue };
+            close_datagram((&diag, &socket), &State::new(&stored.connection, &stored.extra), request, report);
         }
     }
     Ok(())
+}
+
+/// Closes a UDP socket if its state matches both its peer and the request.
+fn close_datagram(
+    (diag, socket): (&Diag, &Connected),
+    state: &State,
+    request: &SweepRequest,
+    report: &mut SweepReport,
+) {
+    if state.backend != socket.peer || !state.is_udp() || !request.is_gone(Protocol::Udp, state) {
+        return;
+    }
+    match diag.destroy(Protocol::Udp, socket) {
+        Ok(true) => report.count(Reason::Gone, Protocol::Udp, state),
+        Ok(false) => {}
+        Err(error) => report.errors.push(format!("cannot close a UDP socket: {error}")),
+    }
 }
 
 /// Returns the descriptors of a process with their inodes.
@@ -395,7 +421,7 @@ fn borrow(process: i32, descriptor: i32) -> Result<OwnedFd> {
 }
 
 impl SweepReport {
-    fn count(&mut self, reason: Reason, protocol: Protocol, state: &SocketState) {
+    fn count(&mut self, reason: Reason, protocol: Protocol, state: &State) {
         *self.closed.entry((reason, protocol, state.backend.socket_addr())).or_default() += 1;
     }
 }

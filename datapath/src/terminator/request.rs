@@ -2,12 +2,15 @@
 
 use std::{collections::HashMap, fmt, net::SocketAddr, sync::Arc, time::Duration};
 
-use portolan_common::{FrontendKey, SocketStage, SocketState};
+use portolan_common::FrontendKey;
 use portolan_core::{model::Protocol, table::RemovedEndpoints};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::{IDLE, MOVE_INTERVAL, Reason, socket::Connection};
+use super::{
+    IDLE, MOVE_INTERVAL, Reason,
+    socket::{Connection, State},
+};
 
 /// What happens to TCP connections to removed endpoints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
@@ -52,12 +55,12 @@ pub struct SweepRequest {
     pub removed_udp: Option<RemovedEndpoints>,
     /// What happens to TCP connections to removed endpoints.
     pub removed_endpoint_tcp: RemovedEndpointTcp,
-    /// Lifetime limits by (index in `POOLS`, epoch) of the pool.
-    pub lifetimes: HashMap<(u32, u32), Lifetime>,
+    /// Lifetime limits by (index in `POOLS`, lower half of the epoch) of the pool.
+    pub lifetimes: HashMap<(u32, u16), Lifetime>,
     /// The endpoints that receive connections now, by frontend.
     /// Idle connections to other endpoints are closed, subject to a rate limit.
     pub served: HashMap<FrontendKey, ActiveEndpoints>,
-    /// Whether to reconcile `CONNECTIONS` slots and counts of active connections with the sockets that exist.
+    /// Whether to reconcile the entries of `CONNECTIONS` and the counts of active connections with the sockets that exist.
     pub recount: bool,
 }
 
@@ -117,9 +120,9 @@ impl SweepRequest {
             return if waits { Action::Wait(IDLE - *idle) } else { Action::Close(Reason::Gone) };
         }
         // Lifetime limits apply only once the connection is established.
-        let established = state.stage == SocketStage::Established as u32;
+        let established = state.is_established();
         if established
-            && state.set == set
+            && u32::from(state.set) == set
             && state.pool != 0
             && let Some(lifetime) = self.lifetimes.get(&(state.pool, state.pool_epoch))
         {
@@ -143,7 +146,7 @@ impl SweepRequest {
         }
     }
 
-    pub(super) fn is_gone(&self, protocol: Protocol, state: &SocketState) -> bool {
+    pub(super) fn is_gone(&self, protocol: Protocol, state: &State) -> bool {
         match self.endpoints.get(&FrontendKey::new(state.frontend, protocol.number())) {
             Some(endpoints) => endpoints.binary_search(&state.backend.socket_addr()).is_err(),
             None => self.complete,
@@ -152,7 +155,7 @@ impl SweepRequest {
 }
 
 /// Returns the time since the connection's SYN.
-fn age(state: &SocketState) -> Duration {
+fn age(state: &State) -> Duration {
     let now = clock_gettime(ClockId::Monotonic);
     let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
     now.saturating_sub(Duration::from_nanos(state.started_ns))

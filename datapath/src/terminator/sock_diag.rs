@@ -15,8 +15,8 @@ use portolan_common::{Endpoint, SocketState};
 use portolan_core::model::Protocol;
 
 use super::{
-    accounting::SocketAccounting,
-    socket::{Connected, Connection, Seen, peer},
+    accounting::{CookieIndex, SocketAccounting},
+    socket::{Connected, Connection, Seen, State, peer},
 };
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
@@ -63,12 +63,12 @@ impl Diag {
     }
 
     /// Lists the TCP connections that have Portolan state and whose peer is the endpoint in it.
-    pub(super) fn connections(&self, states: &SocketAccounting) -> io::Result<Vec<Connection>> {
+    pub(super) fn connections(&self, states: &SocketAccounting, index: &CookieIndex) -> io::Result<Vec<Connection>> {
         let mut found = Vec::new();
         // Half-closed connections may still receive data.
         let tcp_states = [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT];
         self.streams(&tcp_states, states, &mut |body| {
-            found.extend(connection(body, &|cookie| states.connection(cookie)));
+            found.extend(connection(body, &|cookie| states.connection(index, cookie)));
         })?;
         Ok(found)
     }
@@ -83,14 +83,14 @@ impl Diag {
     }
 
     /// Adds all connected TCP sockets of the namespace, and their Portolan state, to `seen`.
-    pub(super) fn count(&self, states: &SocketAccounting, seen: &mut Seen) -> io::Result<()> {
+    pub(super) fn count(&self, states: &SocketAccounting, index: &CookieIndex, seen: &mut Seen) -> io::Result<()> {
         let tcp_states =
             [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING];
         self.streams(&tcp_states, states, &mut |body| {
             let Some(socket) = connected(body) else { return };
             seen.cookies.insert(socket.cookie());
-            seen.states
-                .extend(connection(body, &|cookie| states.connection(cookie)).map(|connection| connection.state));
+            let own = connection(body, &|cookie| states.connection(index, cookie));
+            seen.states.extend(own.map(|connection| connection.state));
         })
     }
 
@@ -216,7 +216,7 @@ fn connected(body: &[u8]) -> Option<Connected> {
 
 /// Parses a connection of Portolan's from an `inet_diag_msg` and its attributes.
 /// Its state comes from `by_cookie`, or else from the socket storage in the message.
-fn connection(body: &[u8], by_cookie: &dyn Fn(u64) -> Option<SocketState>) -> Option<Connection> {
+fn connection(body: &[u8], by_cookie: &dyn Fn(u64) -> Option<State>) -> Option<Connection> {
     let socket = connected(body)?;
     let attributes = body.get(MESSAGE..)?;
     let state = by_cookie(socket.cookie()).or_else(|| stored(attributes))?;
@@ -229,13 +229,14 @@ fn connection(body: &[u8], by_cookie: &dyn Fn(u64) -> Option<SocketState>) -> Op
 }
 
 /// Extracts the state from the socket storage attributes.
-fn stored(attributes: &[u8]) -> Option<SocketState> {
+fn stored(attributes: &[u8]) -> Option<State> {
     let value = within(within(within(attributes, INET_DIAG_SK_BPF_STORAGES)?, STORAGE)?, STORAGE_MAP_VALUE)?;
     if value.len() != size_of::<SocketState>() {
         return None;
     }
     // SAFETY: `SocketState` is plain data of exactly this length, and the read may be unaligned.
-    Some(unsafe { value.as_ptr().cast::<SocketState>().read_unaligned() })
+    let SocketState { connection, extra } = unsafe { value.as_ptr().cast::<SocketState>().read_unaligned() };
+    Some(State::new(&connection, &extra))
 }
 
 #[cfg(test)]

@@ -2,7 +2,54 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use portolan_common::{Endpoint, SocketState};
+use portolan_common::{Connection as Entry, ConnectionExtra, ConnectionFlags, Endpoint, SocketStage};
+
+/// Portolan's state of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct State {
+    /// The Service address that the application dialed.
+    pub(super) frontend: Endpoint,
+    /// The endpoint that the connection was redirected to; its port is 0 if the state is void.
+    pub(super) backend: Endpoint,
+    /// The map set that the ids belong to.
+    pub(super) set: u16,
+    pub(super) backend_id: u32,
+    pub(super) backend_epoch: u16,
+    pub(super) pool: u32,
+    pub(super) pool_epoch: u16,
+    /// When the SYN was sent or the UDP socket connected, in nanoseconds of CLOCK_MONOTONIC.
+    pub(super) started_ns: u64,
+    flags: u32,
+}
+
+impl State {
+    pub(super) fn new(connection: &Entry, extra: &ConnectionExtra) -> Self {
+        Self {
+            frontend: connection.frontend(extra),
+            backend: connection.backend(extra),
+            set: connection.set,
+            backend_id: connection.backend_id,
+            backend_epoch: connection.backend_epoch,
+            pool: connection.pool,
+            pool_epoch: connection.pool_epoch,
+            started_ns: connection.started_ns,
+            flags: connection.flags,
+        }
+    }
+
+    /// Returns whether the connection is in the counts of active ones.
+    pub(super) fn is_counted(&self) -> bool {
+        self.flags & ConnectionFlags::COUNTED != 0
+    }
+
+    pub(super) fn is_established(&self) -> bool {
+        self.flags & ConnectionFlags::STAGE == SocketStage::Established as u32
+    }
+
+    pub(super) fn is_udp(&self) -> bool {
+        self.flags & ConnectionFlags::UDP != 0
+    }
+}
 
 /// A connected TCP or UDP socket.
 pub(super) struct Connected {
@@ -24,14 +71,14 @@ impl Connected {
 pub(super) struct Seen {
     pub(super) cookies: HashSet<u64>,
     /// Portolan's state of those whose endpoint it chose.
-    pub(super) states: Vec<SocketState>,
+    pub(super) states: Vec<State>,
 }
 
 /// A TCP connection whose endpoint Portolan chose.
 pub(super) struct Connection {
     pub(super) socket: Connected,
     /// Portolan's state of the socket.
-    pub(super) state: SocketState,
+    pub(super) state: State,
     /// Time since data was last sent or received.
     pub(super) idle: Duration,
 }

@@ -72,7 +72,7 @@ fn tables() -> impl Strategy<Value = Vec<Table>> {
 }
 
 /// Sizes so small that ids and ranges are reused many times.
-const SMALL: Sizes = Sizes { frontends: 12, backends: 30, slots: 400, affinities: 1 };
+const SMALL: Sizes = Sizes { frontends: 12, backends: 30, slots: 400, affinities: 1, connections: 1 << 14 };
 
 proptest! {
     #[test]
@@ -174,7 +174,7 @@ proptest! {
 
 #[test]
 fn frontend_that_does_not_fit_is_rejected_and_others_are_published() {
-    let sizes = Sizes { frontends: 4, backends: 3, slots: 100, affinities: 1 };
+    let sizes = Sizes { frontends: 4, backends: 3, slots: 100, affinities: 1, connections: 1 << 14 };
     let mut layout = Layout::new(sizes);
     let (_, refused) = layout.update(&table(&[(1, vec![(1, vec![1, 2])])]), Completeness::Complete);
     assert_eq!(refused, []);
@@ -201,7 +201,7 @@ fn frontend_that_does_not_fit_is_rejected_and_others_are_published() {
 #[test]
 fn rejected_frontend_leaves_limits_unchanged() {
     // `POOLS` has three entries, of which entry 0 is reserved.
-    let sizes = Sizes { frontends: 1, backends: 4, slots: 10, affinities: 1 };
+    let sizes = Sizes { frontends: 1, backends: 4, slots: 10, affinities: 1, connections: 1 << 14 };
     let mut layout = Layout::new(sizes);
     let pool = |port, max| PoolSpec {
         key: PoolKey {
@@ -235,7 +235,7 @@ fn rejected_frontend_leaves_limits_unchanged() {
 /// The kernel still sends connections to the previous endpoints of a rejected frontend.
 #[test]
 fn backends_of_rejected_adopted_frontend_are_not_reused() {
-    let sizes = Sizes { frontends: 4, backends: 4, slots: 10, affinities: 1 };
+    let sizes = Sizes { frontends: 4, backends: 4, slots: 10, affinities: 1, connections: 1 << 14 };
     let (mut previous, mut maps) = (Layout::new(sizes), FakeMaps::default());
     let ops = previous.update(&table(&[(1, vec![(1, vec![1, 2])])]), Completeness::Complete).0;
     ops.iter().for_each(|op| maps.write(op));
@@ -258,7 +258,7 @@ fn backends_of_rejected_adopted_frontend_are_not_reused() {
 
 /// Returns a layout that has adopted frontends 1 and 2 of a previous agent, which share endpoint 1, and the maps.
 fn adopted_layout() -> (Layout, FakeMaps) {
-    let sizes = Sizes { frontends: 8, backends: 8, slots: 40, affinities: 1 };
+    let sizes = Sizes { frontends: 8, backends: 8, slots: 40, affinities: 1, connections: 1 << 14 };
     let (mut previous, mut maps) = (Layout::new(sizes), FakeMaps::default());
     let ops = previous.update(&table(&[(1, vec![(1, vec![1])]), (2, vec![(1, vec![1, 2])])]), Completeness::Complete).0;
     maps.write_all(&ops);
