@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use portolan_bench::task::Task;
 use portolan_core::table::{Sizes, Table};
 use portolan_tests::{
-    CountingServer, ForeignProgram, ProcessContext, TestBed,
+    CountingServer, Foreign, ForeignProgram, ProcessContext, TestBed,
     direct::{Direct, table},
     storm::{Load, Servers},
 };
@@ -104,7 +104,7 @@ fn measure(count: u32, threads: usize, connections: u64) -> Result<InKernel> {
         Servers::start(ProcessContext { namespace: Some(&bed.namespace), cgroup: None }, &[(everywhere, 0, 0)])?;
     let (frontends, table) = services(count);
     // Attached before Portolan, because the program that runs first pays for cold caches.
-    let nothing = ForeignProgram::attach(&bed.cgroup)?;
+    let nothing = ForeignProgram::attach(&bed.cgroup, Foreign::Allow)?;
     let mut direct = Direct::new(&bed, Sizes::default())?;
     direct.publish(&table)?;
     let _counting = CountingServer::begin()?;

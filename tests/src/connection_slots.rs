@@ -1,4 +1,4 @@
-//! Portolan's slots for TCP connection state (the pinned map `CONNECTIONS`), accessed from outside the agent.
+//! Portolan's slots for the state of connections (the pinned map `CONNECTIONS`), accessed from outside the agent.
 
 use std::{
     ffi::CString,
@@ -15,52 +15,66 @@ use anyhow::{Context as _, Result};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 const BPF_OBJ_GET: libc::c_long = 7;
-/// Length of a slot in 64-bit words. The first word is the owner: the socket's cookie, or 0 if the slot is free.
-const WORDS: usize = 16;
-const PLACES: usize = 0x1_0000;
-/// Index of the word whose lower half is the connection's stage. The state follows the owner.
-const STAGE: usize = 1 + 8;
+/// Length of a slot in 64-bit words. The first word is the owner: the socket's address, or 0 if the slot is free.
+const WORDS: usize = 8;
+/// Index of the word whose upper half holds the flags.
+const FLAGS: usize = 4;
+/// The flags that say how far the connection has come.
+const STAGE: u32 = 0xff;
+/// The flag of a UDP socket, whose slot is freed only with the socket.
+const UDP: u32 = 1 << 10;
 
 /// The connection slots of a node, mapped into this process.
 pub struct ConnectionSlots {
     words: NonNull<u64>,
+    slots: usize,
 }
 
 impl ConnectionSlots {
     /// Maps the slots of the agent that pins its objects below `pins`.
     ///
     /// # Errors
-    /// Returns an error if no `sockets-v*` directory is pinned there, or if the map cannot be opened or mapped.
+    /// Returns an error if no such map is pinned there, or if it cannot be opened or mapped.
     pub fn open(pins: &Path) -> Result<Self> {
-        let mut folders = fs::read_dir(pins)?.flatten().map(|entry| entry.path());
-        let is_ours = |path: &Path| path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"sockets-v"));
-        let folder = folders.find(|path| is_ours(path)).context("no sockets-v* directory is pinned")?;
-        let map = open(&folder.join("CONNECTIONS"))?;
+        let slots =
+            |path: &Path| -> Option<usize> { path.file_name()?.to_str()?.strip_prefix("CONNECTIONS-")?.parse().ok() };
+        let folders = fs::read_dir(pins)?.flatten().map(|entry| entry.path());
+        let ours =
+            folders.filter(|path| path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"sockets-v")));
+        let mut pinned = ours.filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten();
+        let found = pinned.find_map(|entry| Some((slots(&entry.path())?, entry.path())));
+        let (slots, path) = found.context("no map CONNECTIONS is pinned")?;
+        let map = open(&path)?;
         let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
         // SAFETY: this creates a new mapping at an address that the kernel chooses.
-        let start = unsafe { mmap(null_mut(), PLACES * WORDS * 8, access, flags, map.as_fd(), 0) };
+        let start = unsafe { mmap(null_mut(), slots * WORDS * 8, access, flags, map.as_fd(), 0) };
         let words = NonNull::new(start.context("cannot mmap CONNECTIONS")?.cast()).context("mmap returned null")?;
-        Ok(Self { words })
+        Ok(Self { words, slots })
+    }
+
+    /// Returns the number of slots.
+    pub fn size(&self) -> usize {
+        self.slots
     }
 
     /// Counts the slots that a connection owns.
     pub fn taken(&self) -> usize {
-        (0..PLACES).filter(|place| self.word(place * WORDS) != 0).count()
+        (0..self.slots).filter(|slot| self.word(slot * WORDS) != 0).count()
     }
 
     /// Counts the slots of connections whose SYN a hook has seen.
     pub fn connected(&self) -> usize {
-        let is = |place: &usize| self.word(place * WORDS) != 0 && self.word(place * WORDS + STAGE) as u32 != 0;
-        (0..PLACES).filter(is).count()
+        let stage = |slot: &usize| (self.word(slot * WORDS + FLAGS) >> 32) as u32 & STAGE;
+        (0..self.slots).filter(|slot| self.word(slot * WORDS) != 0 && stage(slot) != 0).count()
     }
 
-    /// Fills every free slot, as if an established connection of a nonexistent socket owned it.
+    /// Fills every free slot, as if a socket that does not exist owned it.
     pub fn take_all(&self) {
-        for place in (0..PLACES).filter(|place| self.word(place * WORDS) == 0) {
+        for slot in (0..self.slots).filter(|slot| self.word(slot * WORDS) == 0) {
             // SAFETY: within the mapping, which lives as long as `self`.
             unsafe {
-                self.words.add(place * WORDS + STAGE).write_volatile(u64::MAX);
-                self.words.add(place * WORDS).write_volatile(u64::MAX);
+                self.words.add(slot * WORDS + FLAGS).write_volatile(u64::from(UDP) << 32);
+                self.words.add(slot * WORDS).write_volatile(u64::MAX);
             }
         }
     }
@@ -74,7 +88,7 @@ impl ConnectionSlots {
 impl Drop for ConnectionSlots {
     fn drop(&mut self) {
         // SAFETY: this value owns the mapping, and no reference into it is left.
-        let unmapped = unsafe { munmap(self.words.as_ptr().cast(), PLACES * WORDS * 8) };
+        let unmapped = unsafe { munmap(self.words.as_ptr().cast(), self.slots * WORDS * 8) };
         debug_assert!(unmapped.is_ok(), "{unmapped:?}");
     }
 }

@@ -55,6 +55,16 @@ pub enum Task {
         /// Number of connections.
         times: u32,
     },
+    /// Connects sockets that are bound to 127.0.0.1, which the kernel refuses with EINVAL before it sends a SYN.
+    /// The reply's `good` is the number of these errors, `bad` that of any other result.
+    BoundToLoopback {
+        /// Address to connect to.
+        to: SocketAddr,
+        /// Number of sockets.
+        times: u32,
+        /// Whether to keep the sockets.
+        keep: bool,
+    },
     /// Connects a UDP socket and keeps it.
     HoldDatagram {
         /// Address to connect to.

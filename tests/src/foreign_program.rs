@@ -1,4 +1,4 @@
-//! A third-party program on a cgroup, which allows every connection.
+//! Third-party programs on a cgroup.
 
 use std::{
     fs::{self, File},
@@ -13,16 +13,59 @@ use crate::Cgroup;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_PROG_ATTACH: libc::c_long = 8;
 const BPF_PROG_DETACH: libc::c_long = 9;
-const CGROUP_SOCK_ADDR: u32 = 18;
+const PROG_TYPE_SOCK_OPS: u32 = 13;
+const PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
+const SOCK_OPS: u32 = 3;
 const CONNECT4: u32 = 10;
 const ALLOW_MULTI: u32 = 2;
 
-/// A program on the connect4 hook, attached with `BPF_PROG_ATTACH` instead of a link.
+/// What a third-party program does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Foreign {
+    /// On the connect4 hook, it allows every connection.
+    Allow,
+    /// On the connect4 hook, it denies every connection, with EPERM.
+    Deny,
+    /// On the sock_ops hook, it disables all callbacks of each new connection, so that no program sees its end.
+    HideEnds,
+}
+
+impl Foreign {
+    /// Returns the program's type, its hook, and its instructions.
+    fn program(self) -> (u32, u32, &'static [u64]) {
+        /// `exit`
+        const EXIT: u64 = 0x95;
+        /// `r0 = 0`, `r0 = 1`
+        const R0: [u64; 2] = [0xb7, 0x0000_0001_0000_00b7];
+        match self {
+            Self::Allow => (PROG_TYPE_CGROUP_SOCK_ADDR, CONNECT4, &[R0[1], EXIT]),
+            Self::Deny => (PROG_TYPE_CGROUP_SOCK_ADDR, CONNECT4, &[R0[0], EXIT]),
+            Self::HideEnds => {
+                let code = &[
+                    // r2 = *(u32 *)(r1 + 0): the event
+                    0x0000_0000_0000_1261,
+                    // if r2 != 4 (a connection is established): skip two instructions
+                    0x0000_0004_0002_0255,
+                    // r2 = 0
+                    0x0000_0000_0000_02b7,
+                    // call bpf_sock_ops_cb_flags_set
+                    0x0000_003b_0000_0085,
+                    R0[1],
+                    EXIT,
+                ];
+                (PROG_TYPE_SOCK_OPS, SOCK_OPS, code)
+            }
+        }
+    }
+}
+
+/// A third-party program on a hook, attached with `BPF_PROG_ATTACH` instead of a link.
 /// It is detached when the value is dropped.
 #[derive(Debug)]
 pub struct ForeignProgram {
     program: OwnedFd,
     cgroup: File,
+    hook: u32,
 }
 
 impl ForeignProgram {
@@ -30,23 +73,22 @@ impl ForeignProgram {
     ///
     /// # Errors
     /// Returns an error if the kernel rejects the program or its attachment.
-    pub fn attach(cgroup: &Cgroup) -> Result<Self> {
-        // r0 = 1; exit
-        let code: [u64; 2] = [0x0000_0001_0000_00b7, 0x0000_0000_0000_0095];
+    pub fn attach(cgroup: &Cgroup, what: Foreign) -> Result<Self> {
+        let (kind, hook, code) = what.program();
         let license = c"GPL";
         let mut attr = [0u32; 32];
-        attr[0] = CGROUP_SOCK_ADDR;
+        attr[0] = kind;
         attr[1] = code.len() as u32;
         set_pointer(&mut attr, 2, code.as_ptr().addr());
         set_pointer(&mut attr, 4, license.as_ptr().addr());
         let name = *b"foreign\0";
         attr[12] = u32::from_ne_bytes([name[0], name[1], name[2], name[3]]);
         attr[13] = u32::from_ne_bytes([name[4], name[5], name[6], name[7]]);
-        attr[17] = CONNECT4;
+        attr[17] = hook;
         let program = bpf(BPF_PROG_LOAD, &mut attr).context("cannot load a program")?;
         // SAFETY: the kernel just returned this descriptor, so nothing else owns it.
         let program = unsafe { OwnedFd::from_raw_fd(program) };
-        let foreign = Self { program, cgroup: File::open(cgroup.path())? };
+        let foreign = Self { program, cgroup: File::open(cgroup.path())?, hook };
         foreign.change(BPF_PROG_ATTACH).context("cannot attach a program")?;
         Ok(foreign)
     }
@@ -74,7 +116,7 @@ impl ForeignProgram {
         let mut attr = [0u32; 32];
         attr[0] = self.cgroup.as_raw_fd() as u32;
         attr[1] = self.program.as_raw_fd() as u32;
-        attr[2] = CONNECT4;
+        attr[2] = self.hook;
         attr[3] = if command == BPF_PROG_ATTACH { ALLOW_MULTI } else { 0 };
         bpf(command, &mut attr).map(drop)
     }

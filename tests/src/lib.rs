@@ -36,7 +36,7 @@ pub use container::Container;
 pub use counting_server::CountingServer;
 pub use dial::Dialer;
 pub use directory::Directory;
-pub use foreign_program::ForeignProgram;
+pub use foreign_program::{Foreign, ForeignProgram};
 pub use netns::{Namespace, link};
 pub use pod::Pod;
 pub use process::{Process, ProcessContext, binary};

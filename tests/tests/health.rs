@@ -289,9 +289,15 @@ fn early_resets_count_only_with_the_annotation() -> Result<()> {
 fn with_noise(bed: &TestBed) -> Result<(Directory, Server, Agent)> {
     let (directory, near) = near_and_far(bed, &eager(), &none())?;
     bed.namespace.add_address("10.2.0.1/32")?;
+    // Outcomes are reported only where a rule evaluates them; this one never ejects.
+    let rule = json!({"trafficPolicy": {"outlierDetection": {"consecutive5xxErrors": 1_000_000}}});
     directory.write(
         "c1/noise.yaml",
-        &[plain(service("noise", &["172.16.0.20"], 80)), plain(slice("noise", 9080, &[("10.2.0.1", "near", "")]))],
+        &[
+            plain(service("noise", &["172.16.0.20"], 80)),
+            plain(slice("noise", 9080, &[("10.2.0.1", "near", "")])),
+            destination_rule("noise", &rule),
+        ],
     )?;
     let agent = bed.agent(&directory, "c1", "near")?;
     Ok((directory, near, agent))

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Agent, ConnectionSlots, Dialer, Directory, TestBed,
+    Agent, ConnectionSlots, Dialer, Directory, Pod, TestBed,
     dial::{Task, Way},
     objects::{destination_rule, node, service, slice},
     wait_until,
@@ -18,8 +18,6 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 const ECONNREFUSED: i32 = 111;
 const ECONNABORTED: i32 = 103;
-const EHOSTUNREACH: i32 = 113;
-const ENETUNREACH: i32 = 101;
 const ETIMEDOUT: i32 = 110;
 const EPROTONOSUPPORT: i32 = 93;
 const BOUND: Duration = Duration::from_secs(20);
@@ -165,7 +163,6 @@ fn gone_connections_flag_decides_about_removed_endpoints() -> Result<()> {
 fn special_ways_to_connect_work() -> Result<()> {
     let bed = TestBed::new()?;
     let directory = limited(&bed, &json!({}))?;
-    // A strictly cluster-local service refuses every protocol that it cannot rewrite.
     let keep = json!({"serviceSettings": [{"settings": {"clusterLocal": true}, "hosts": ["strict.default.svc.cluster.local"]}]});
     directory.write("mesh.yaml", &[portolan_tests::objects::mesh_config(&keep)])?;
     directory.write(
@@ -177,20 +174,16 @@ fn special_ways_to_connect_work() -> Result<()> {
     let _agent = bed.agent(&directory, "c1", "n1")?;
     let mut client = bed.dialer()?;
     let from = "10.0.9.9:0".parse()?;
-    for way in [Way::FastOpen, Way::FastOpenConnect, Way::Bound(from)] {
+    for way in [Way::FastOpen, Way::FastOpenConnect, Way::Bound(from), Way::Multipath] {
         let reply = client.run(&Task::Dialed { to: WEB.parse()?, way })?;
         let seen = &reply.seen[0];
         assert!(seen.errno == 0 && seen.greeting.starts_with("pod"), "{way:?}: {seen:?}");
-        assert_eq!(seen.peer, Some(WEB.parse()?), "{way:?}");
+        // The hook of `getpeername()` sees the MPTCP socket, and that of `connect()` its first subflow.
+        assert_eq!(seen.peer == Some(WEB.parse()?), way != Way::Multipath, "{way:?}: {seen:?}");
     }
-    // Multipath TCP and SCTP are not rewritten, so nothing listens here. A strict service refuses them nevertheless.
-    let multipath = client.run(&Task::Dialed { to: WEB.parse()?, way: Way::Multipath })?;
-    assert_eq!(multipath.errnos(), [ENETUNREACH]);
-    let direct = client.run(&Task::Dialed { to: "10.0.0.1:9080".parse()?, way: Way::Multipath })?;
-    assert_eq!(direct.greetings(), ["pod1"]);
     let strict = client.run(&Task::Dialed { to: "172.16.0.20:80".parse()?, way: Way::Multipath })?;
-    assert_eq!(strict.errnos(), [EHOSTUNREACH]);
-    // An SCTP listener on the Service address itself gets the connection.
+    assert_eq!(strict.greetings(), ["pod1"]);
+    // SCTP is not rewritten. An SCTP listener on the Service address itself gets the connection.
     bed.namespace.add_address("172.16.0.11/32")?;
     let listener = bed
         .namespace
@@ -212,6 +205,56 @@ fn special_ways_to_connect_work() -> Result<()> {
             assert_eq!(dial(&mut client)?.errnos(), [EPROTONOSUPPORT]);
         }
     }
+    Ok(())
+}
+
+/// The first subflow of an MPTCP connection is rewritten, and the others join it at the endpoint's own address.
+#[test]
+fn subflows_of_multipath_tcp_join_at_the_endpoint() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = limited(&bed, &json!({}))?;
+    write(&directory, &[3], &json!({}))?;
+    bed.namespace.add_address("10.0.0.3/32")?;
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    let mut pod = Pod::new(&bed, 1)?;
+    pod.namespace.add_address("192.168.1.5/32")?;
+    bed.namespace.ip(&["route", "add", "192.168.1.5/32", "via", "192.168.1.1"])?;
+    pod.namespace.ip(&["mptcp", "limits", "set", "subflow", "2"])?;
+    bed.namespace.ip(&["mptcp", "limits", "set", "subflow", "2", "add_addr_accepted", "2"])?;
+    pod.namespace.ip(&["mptcp", "endpoint", "add", "192.168.1.5", "subflow"])?;
+    let joins = || -> Result<u64> {
+        let text = bed.namespace.enter(|| Ok(std::fs::read_to_string("/proc/thread-self/net/netstat")?))?;
+        let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split(' ').collect()).collect();
+        let table = lines.chunks(2).find(|pair| pair[0][0] == "MPTcpExt:");
+        let column =
+            |pair: &[Vec<&str>]| pair[0].iter().position(|name| *name == "MPJoinAckRx").map(|i| pair[1][i].parse());
+        Ok(table.and_then(column).transpose()?.unwrap_or_default())
+    };
+    let listener = bed.namespace.enter(|| {
+        let listener = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP))?;
+        listener.bind(&"10.0.0.3:9080".parse::<SocketAddr>()?.into())?;
+        listener.listen(1)?;
+        Ok(listener)
+    })?;
+    std::thread::scope(|scope| -> Result<()> {
+        let server = scope.spawn(|| -> Result<()> {
+            let (socket, _) = listener.accept()?;
+            socket.send(b"first,")?;
+            wait_until("the second subflow", BOUND, || {
+                ensure!(joins()? == 1, "{} subflows joined", joins()?);
+                Ok(())
+            })?;
+            socket.send(b"second")?;
+            Ok(socket.shutdown(std::net::Shutdown::Both)?)
+        });
+        let reply = pod.client.run(&Task::Dialed { to: WEB.parse()?, way: Way::Multipath })?;
+        server.join().expect("the server does not panic")?;
+        assert_eq!(reply.greetings(), ["first,second"]);
+        Ok(())
+    })?;
+    // It is one connection of the service.
+    let endpoints = agent.get("endpoints")?;
+    assert_eq!(endpoints["services"][0]["endpoints"][0]["kernel"]["connections"], json!(1), "{endpoints}");
     Ok(())
 }
 

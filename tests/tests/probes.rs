@@ -301,7 +301,7 @@ fn probe_confirms_failures_seen_by_a_single_pod() -> Result<()> {
     let (bad, good) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
     let ask = |pod: &Pod, path: &str| -> Result<String> {
         let url = format!("http://172.16.0.10{path}");
-        let mut curl = pod.start(&bed, "curl", &["-s", "-w", " %{http_code}", &url])?;
+        let mut curl = pod.start("curl", &["-s", "-w", " %{http_code}", &url])?;
         let mut answer = String::new();
         curl.child().stdout.take().context("no output")?.read_to_string(&mut answer)?;
         Ok(answer)

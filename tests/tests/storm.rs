@@ -76,7 +76,7 @@ fn storm(count: u64, pace: Duration) -> Result<()> {
     }
     let _servers = Servers::start(ProcessContext { namespace: Some(&bed.namespace), cgroup: None }, &addresses)?;
     // So small that every ID and slot is reused many times.
-    let sizes = Sizes { frontends: 8, backends: 48, slots: 256, affinities: 1 };
+    let sizes = Sizes { frontends: 8, backends: 48, slots: 256, affinities: 1, connections: 1 << 14 };
     let mut direct = Direct::new(&bed, sizes)?;
     let desired = |masks: &[u8]| {
         let dialed = (0..SERVICES).map(|service| {
@@ -156,7 +156,8 @@ fn opt_out_applies_at_any_cgroup_depth() -> Result<()> {
     let bed = TestBed::new()?;
     bed.namespace.add_address("10.0.0.1/32")?;
     bed.serve("10.0.0.1:9080", "served")?;
-    let mut direct = Direct::new(&bed, Sizes { frontends: 8, backends: 8, slots: 64, affinities: 8 })?;
+    let mut direct =
+        Direct::new(&bed, Sizes { frontends: 8, backends: 8, slots: 64, affinities: 8, connections: 1 << 14 })?;
     direct.publish(&table([("172.16.0.10:80".parse()?, vec!["10.0.0.1:9080".parse()?])]))?;
     let (deep, other) = (bed.cgroup.make_inside("a/b/c/d/e/f")?, bed.cgroup.make_inside("a/c")?);
     let start = |cgroup| Dialer::start(ProcessContext { namespace: Some(&bed.namespace), cgroup: Some(cgroup) });

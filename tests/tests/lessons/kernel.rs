@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use portolan_tests::{
-    Cgroup, Dialer, Directory, ForeignProgram, ProcessContext, TestBed,
+    Cgroup, Dialer, Directory, Foreign, ForeignProgram, ProcessContext, TestBed,
     dial::{Sender, Task},
     objects::{destination_rule, node, service, slice},
     unique, wait_until,
@@ -123,7 +123,7 @@ fn lesson_09_second_agent_on_the_same_cgroup_does_not_start() -> Result<()> {
 fn lesson_10_foreign_programs_stay_attached() -> Result<()> {
     let bed = TestBed::new()?;
     let directory = two_pods(&bed)?;
-    let foreign = ForeignProgram::attach(&bed.cgroup)?;
+    let foreign = ForeignProgram::attach(&bed.cgroup, Foreign::Allow)?;
     // The agent starts, serves, is killed, restarts, and is cleaned up.
     let mut agent = bed.agent(&directory, "c1", "n1")?;
     let mut client = bed.dialer()?;
@@ -144,7 +144,7 @@ fn lesson_10_foreign_programs_stay_attached() -> Result<()> {
 
 /// Maximum number of instructions that the verifier may process for each program.
 /// Raise a budget only as a deliberate decision.
-const BUDGETS: [(&str, u32); 10] = [
+const BUDGETS: [(&str, u32); 11] = [
     ("connect4", 20_000),
     ("connect6", 20_000),
     ("getpeername4", 500),
@@ -155,6 +155,7 @@ const BUDGETS: [(&str, u32); 10] = [
     ("sendmsg4", 60_000),
     ("sendmsg6", 60_000),
     ("sock_ops", 8_000),
+    ("sock_release", 1_000),
 ];
 
 #[test]

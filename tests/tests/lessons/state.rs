@@ -203,7 +203,7 @@ fn lesson_15_kill_before_any_upgrade_step_loses_no_connections() -> Result<()> {
             }
             println!("killed before {kind:?}: {kills} times");
             assert!(kills > 0, "never killed before {kind:?}");
-            assert!(kind != Step::UpdateLink || kills == 9u32.div_ceil(stride as u32), "{kills} link updates");
+            assert!(kind != Step::UpdateLink || kills == 10u32.div_ceil(stride as u32), "{kills} link updates");
         }
         Ok(())
     };

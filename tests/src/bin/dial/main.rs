@@ -83,6 +83,20 @@ fn run(task: &Task, tasks: &Receiver<Task>, held: &mut Held) -> Result<Reply> {
                 }
             }
         }
+        Task::BoundToLoopback { to, times, keep } => {
+            raise_descriptor_limit()?;
+            for _ in 0..*times {
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+                socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
+                match errno(socket.connect(&(*to).into())) {
+                    libc::EINVAL => reply.good += 1,
+                    _ => reply.bad += 1,
+                }
+                if *keep {
+                    held.sockets.push((socket, 0));
+                }
+            }
+        }
         Task::HoldDatagram { to, mapped, then } => {
             let to = if *mapped { mapped_form(*to) } else { *to };
             let socket = Socket::new(Domain::for_address(to), Type::DGRAM, None)?;
@@ -125,6 +139,15 @@ fn run(task: &Task, tasks: &Receiver<Task>, held: &mut Held) -> Result<Reply> {
         }
     }
     Ok(reply)
+}
+
+/// Allows this process as many descriptors as the system does.
+fn raise_descriptor_limit() -> io::Result<()> {
+    let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+    Ok(rustix::process::setrlimit(
+        rustix::process::Resource::Nofile,
+        rustix::process::Rlimit { current: most, maximum: most },
+    )?)
 }
 
 /// Sockets that outlive the task that created them.

@@ -42,8 +42,8 @@ pub(super) fn dial(to: SocketAddr, way: Way) -> Result<Seen> {
     let mut stream = TcpStream::from(socket);
     let mut greeting = String::new();
     let peer = stream.peer_addr().ok();
-    // SCTP has no half-closed connections.
-    if way != Way::Sctp {
+    // SCTP has no half-closed connections, and a half-closed MPTCP connection adds no subflows.
+    if !matches!(way, Way::Sctp | Way::Multipath) {
         stream.shutdown(std::net::Shutdown::Write)?;
     }
     let errno = errno(stream.read_to_string(&mut greeting).map(drop));

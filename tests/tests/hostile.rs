@@ -1,0 +1,286 @@
+//! One pod tries to break the data path for all others. Each test is an attack that is within a pod's means.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use portolan_tests::{
+    Agent, ConnectionSlots, Directory, Foreign, ForeignProgram, Namespace, Pod, TestBed,
+    dial::{Task, Way},
+    objects::{destination_rule, node, plain, service, slice},
+    unique, wait_until,
+};
+use serde_json::{Value, json};
+
+const ECONNREFUSED: i32 = 111;
+const EPERM: i32 = 1;
+const BOUND: Duration = Duration::from_secs(20);
+const WEB: &str = "172.16.0.10:80";
+const FAILURE: &str = "HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n";
+
+/// Returns the number of attempts of an attack, which `PORTOLAN_ATTACK_ATTEMPTS` overrides.
+fn attempts(usual: u32) -> u32 {
+    std::env::var("PORTOLAN_ATTACK_ATTEMPTS").ok().and_then(|count| count.parse().ok()).unwrap_or(usual)
+}
+
+/// Writes a service on an HTTP port with a near and a far endpoint, and these settings in its rule.
+fn web(bed: &TestBed, policy: &Value) -> Result<Directory> {
+    let directory = Directory::new()?;
+    for address in ["10.0.0.1/32", "10.1.0.1/32"] {
+        bed.namespace.add_address(address)?;
+    }
+    directory.write(
+        "c1/all.yaml",
+        &[
+            node("near", "r1/z1"),
+            node("far", "r2/z1"),
+            service("web", &["172.16.0.10"], 80),
+            slice("web", 9080, &[("10.0.0.1", "near", ""), ("10.1.0.1", "far", "")]),
+            destination_rule("web", &json!({"trafficPolicy": policy})),
+        ],
+    )?;
+    Ok(directory)
+}
+
+fn eager(consecutive: u32) -> Value {
+    json!({"outlierDetection": {
+        "consecutive5xxErrors": consecutive, "interval": "1s", "baseEjectionTime": "2m", "maxEjectionPercent": 100,
+    }})
+}
+
+fn wait_ejected(agent: &Agent) -> Result<()> {
+    wait_until("the ejection", BOUND, || {
+        let ejections = agent.get("ejections")?.to_string();
+        ensure!(ejections.contains("10.0.0.1:9080"), "{ejections}\n{}", agent.log());
+        Ok(())
+    })
+}
+
+fn metric(agent: &Agent, name: &str) -> Result<u64> {
+    let metrics = agent.http("/metrics")?.1;
+    let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    Ok(line.with_context(|| format!("no metric {name}"))?.parse()?)
+}
+
+/// Threat 16: connects that fail between the hook and the SYN must not use up what observes other connections.
+#[test]
+fn connects_that_fail_before_their_syn_leave_others_observed() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = web(&bed, &eager(5))?;
+    bed.serve("10.0.0.1:9080", FAILURE)?;
+    bed.serve("10.1.0.1:9080", "HTTP/1.1 200 OK\r\n\r\n")?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let slots = ConnectionSlots::open(bed.pins())?;
+    let (mut attacker, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
+    let (mut left, to) = (attempts(140_000), WEB.parse()?);
+    while left > 0 {
+        let times = left.min(1_000_000);
+        left -= times;
+        let reply = attacker.client.run(&Task::BoundToLoopback { to, times, keep: false })?;
+        assert_eq!((reply.good, reply.bad), (times.into(), 0));
+    }
+    assert_eq!(slots.taken(), 0, "slots that stay");
+    assert_eq!(other.client.dial(WEB, 5)?.count(FAILURE), 5);
+    wait_ejected(&agent)?;
+    assert_eq!(metric(&agent, "portolan_map_entries{map=\"connections\"}")?, 0);
+    Ok(())
+}
+
+/// The same with sockets that the pod keeps: it gets its share of the slots, and all others are observed nevertheless.
+#[test]
+fn one_pod_cannot_take_all_slots() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = web(&bed, &eager(5))?;
+    bed.serve("10.0.0.1:9080", FAILURE)?;
+    let agent = bed.agent_with(&directory, "c1", "near", &["--max-connections", "1024"])?;
+    let slots = ConnectionSlots::open(bed.pins())?;
+    let (mut attacker, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
+    let attack = Task::BoundToLoopback { to: WEB.parse()?, times: 3_000, keep: true };
+    assert_eq!(attacker.client.run(&attack)?.good, 3_000);
+    assert_eq!((slots.size(), slots.taken()), (1_024, 256), "a quarter is what one pod gets");
+    assert!(metric(&agent, "portolan_connections_over_share_total")? >= 2_000);
+    assert_eq!(other.client.dial(WEB, 5)?.count(FAILURE), 5);
+    wait_ejected(&agent)?;
+    // With the sockets, their slots are free again.
+    attacker.client.run(&Task::Release)?;
+    wait_until("the slots to be freed", BOUND, || {
+        ensure!(slots.taken() == 0, "{} are in use", slots.taken());
+        Ok(())
+    })
+}
+
+/// Many pods use up the slots: a finding says so, connections go on, and their responses are seen.
+#[test]
+fn full_slots_are_a_finding_and_change_nothing_else() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = web(&bed, &eager(5))?;
+    bed.serve("10.0.0.1:9080", FAILURE)?;
+    let agent = bed.agent_with(&directory, "c1", "near", &["--max-connections", "1024"])?;
+    let slots = ConnectionSlots::open(bed.pins())?;
+    let mut pods = (1..=6).map(|number| Pod::new(&bed, number)).collect::<Result<Vec<_>>>()?;
+    let attack = Task::BoundToLoopback { to: WEB.parse()?, times: 2_000, keep: true };
+    for pod in &mut pods[..5] {
+        assert_eq!(pod.client.run(&attack)?.good, 2_000);
+    }
+    assert!(slots.taken() > 1_000, "{} slots are in use", slots.taken());
+    wait_until("the finding", BOUND, || {
+        let found = agent.findings("PTL0092")?;
+        ensure!(found.iter().any(|found| found.contains("--max-connections")), "{found:?}");
+        Ok(())
+    })?;
+    assert_eq!(pods[5].client.dial(WEB, 5)?.count(FAILURE), 5);
+    wait_ejected(&agent)?;
+    let doctor = bed.portolan(&["doctor", "-o", "json", "--bpffs", &bed.pins().display().to_string()])?;
+    let diagnosis: Value = serde_json::from_slice(&doctor.stdout)?;
+    let maps = diagnosis["maps"].as_array().cloned().unwrap_or_default();
+    let connections = maps.iter().find(|map| map["name"] == "connections").context("no line for connections")?;
+    assert!(connections["used"].as_u64() > Some(1_000), "{connections}");
+    Ok(())
+}
+
+/// Threat 18: another program on a pod's own cgroup hides the ends of connections.
+#[test]
+fn hidden_ends_of_connections_do_not_exhaust_a_limit() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = web(&bed, &json!({"connectionPool": {"tcp": {"maxConnections": 3}}}))?;
+    bed.serve("10.0.0.1:9080", "near")?;
+    bed.serve("10.1.0.1:9080", "far")?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let (mut attacker, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
+    let hiding = ForeignProgram::attach(&attacker.cgroup, Foreign::HideEnds)?;
+    for _ in 0..4 {
+        attacker.client.run(&Task::Hold { to: WEB.parse()?, times: 3 })?;
+        assert_eq!(other.client.dial(WEB, 1)?.errnos(), [ECONNREFUSED], "the limit is reached");
+        attacker.client.run(&Task::Release)?;
+        // The application's own close is seen.
+        wait_until("the counts to come down", BOUND, || {
+            let errnos = other.client.dial(WEB, 1)?.errnos();
+            ensure!(errnos == [0], "{errnos:?}\n{}", agent.log());
+            Ok(())
+        })?;
+    }
+    // `doctor` tells of the program.
+    let (pins, cgroup) = (bed.pins().display().to_string(), bed.cgroup.path().display().to_string());
+    let doctor = bed.portolan(&["doctor", "-o", "json", "--bpffs", &pins, "--cgroup", &cgroup])?;
+    let found = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    assert!(found.contains("sock_ops") && found.contains("pod1"), "{found}");
+    drop(hiding);
+    Ok(())
+}
+
+/// The kernel closes the subflows of MPTCP itself, so that only a recount finds the hidden end of one.
+#[test]
+fn hidden_ends_of_subflows_are_found_by_a_recount() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = web(&bed, &json!({"connectionPool": {"tcp": {"maxConnections": 3}}}))?;
+    bed.serve("10.0.0.1:9080", "near")?;
+    bed.serve("10.1.0.1:9080", "far")?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let (mut attacker, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
+    let _hiding = ForeignProgram::attach(&attacker.cgroup, Foreign::HideEnds)?;
+    for _ in 0..3 {
+        let reply = attacker.client.run(&Task::Dialed { to: WEB.parse()?, way: Way::Multipath })?;
+        assert_eq!(reply.errnos(), [0]);
+    }
+    wait_until("the counts to come down", BOUND, || {
+        let errnos = other.client.dial(WEB, 3)?.errnos();
+        ensure!(errnos == [0; 3], "{errnos:?}\n{}", agent.log());
+        Ok(())
+    })
+}
+
+/// Threat 17: a pod gives its own interface the address of a dead endpoint, and connects there.
+#[test]
+fn impersonated_endpoint_is_ejected_nevertheless() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = web(&bed, &eager(5))?;
+    let objects = [plain(service("web", &["172.16.0.10"], 80)), plain(slice("web", 9080, &[("10.0.0.1", "near", "")]))];
+    directory.write(
+        "c1/all.yaml",
+        &objects.into_iter().chain([destination_rule("web", &json!({"trafficPolicy": eager(5)}))]).collect::<Vec<_>>(),
+    )?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let (mut attacker, mut victim) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
+    attacker.namespace.add_address("10.0.0.1/32")?;
+    bed.serve_in(&attacker.namespace, "10.0.0.1:9080", "impersonated")?;
+    assert_eq!(attacker.client.dial(WEB, 3)?.greetings(), ["impersonated"; 3]);
+    attacker.client.begin(&Task::Load { to: WEB.parse()? })?;
+    let mut refused = 0;
+    let most = attempts(2_000);
+    while agent.get("ejections")?["services"].as_array().is_none_or(Vec::is_empty) && refused < most {
+        let errnos = victim.client.dial(WEB, 1)?.errnos();
+        assert_eq!(errnos, [ECONNREFUSED]);
+        refused += 1;
+    }
+    let load = attacker.client.run(&Task::Stop)?;
+    println!("ejected after {refused} failures, beside {} connections of the attacker", load.good);
+    wait_ejected(&agent)?;
+    assert!(refused < 200, "{refused} failures before the ejection");
+    Ok(())
+}
+
+/// A connect that another program denies takes no turn and no slot.
+#[test]
+fn denied_connects_take_no_turn() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory =
+        web(&bed, &json!({"loadBalancer": {"simple": "ROUND_ROBIN", "localityLbSetting": {"enabled": false}}}))?;
+    bed.serve("10.0.0.1:9080", "one")?;
+    bed.serve("10.1.0.1:9080", "other")?;
+    let _agent = bed.agent(&directory, "c1", "near")?;
+    let slots = ConnectionSlots::open(bed.pins())?;
+    let (mut denied, mut served) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
+    let _denying = ForeignProgram::attach(&denied.cgroup, Foreign::Deny)?;
+    let mut seen = Vec::new();
+    for _ in 0..6 {
+        assert_eq!(denied.client.dial(WEB, 1)?.errnos(), [EPERM]);
+        seen.push(served.client.dial(WEB, 1)?.greetings()[0].to_owned());
+    }
+    assert!(seen.windows(2).all(|pair| pair[0] != pair[1]), "{seen:?}");
+    wait_until("the slots to be freed", BOUND, || {
+        ensure!(slots.taken() == 0, "{} are in use", slots.taken());
+        Ok(())
+    })
+}
+
+/// Failures of a service that no rule evaluates cost the agent nothing.
+#[test]
+fn failures_without_a_rule_are_counted_and_not_reported() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = web(&bed, &json!({}))?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let mut client = bed.dialer()?;
+    assert_eq!(client.dial(WEB, 500)?.errnos(), [ECONNREFUSED; 500]);
+    let endpoints = agent.get("endpoints")?;
+    let failed = |endpoint: &Value| endpoint["kernel"]["failures"].as_u64();
+    let endpoints = endpoints["services"][0]["endpoints"].as_array().cloned().unwrap_or_default();
+    assert_eq!(endpoints.iter().filter_map(failed).sum::<u64>(), 500, "{endpoints:?}");
+    let failed = agent.events()?.iter().filter(|event| event["kind"] == "failed").count();
+    assert_eq!(failed, 0);
+    Ok(())
+}
+
+/// A pod that makes network namespaces has no more of the ring buffer than one that does not.
+#[test]
+fn namespaces_of_a_pod_share_its_budget_of_events() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = web(&bed, &eager(1_000_000))?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let attacker = Pod::new(&bed, 1)?;
+    let namespaces = (0..20).map(|_| Namespace::new(unique("own"))).collect::<Result<Vec<_>>>()?;
+    agent.process.signal(rustix::process::Signal::STOP)?;
+    // Nothing listens in these namespaces, and the endpoint's address is their own.
+    for namespace in &namespaces {
+        namespace.add_address("10.0.0.1/32")?;
+        namespace.add_address("10.1.0.1/32")?;
+        let place = portolan_tests::ProcessContext { namespace: Some(namespace), cgroup: Some(&attacker.cgroup) };
+        portolan_tests::Dialer::start(place)?.dial(WEB, 1_000)?;
+    }
+    agent.process.signal(rustix::process::Signal::CONT)?;
+    // A quarter of the buffer is for everybody; above that, the pod has 256 each second, in all its namespaces.
+    wait_until("the lost events", BOUND, || {
+        let lost = metric(&agent, "portolan_events_lost_total")?;
+        ensure!(lost > 10_000, "{lost} of 20,000");
+        Ok(())
+    })
+}
