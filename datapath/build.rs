@@ -6,6 +6,9 @@
 
 use std::{env, error::Error, path::PathBuf, process::Command};
 
+/// The binaries of the eBPF crate.
+const OBJECTS: [&str; 2] = ["portolan", "floor"];
+
 fn main() -> Result<(), Box<dyn Error>> {
     // Read at run time: another checkout that shares the target directory may have compiled this script.
     let manifest_dir = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
@@ -25,7 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             println!(
                 "cargo::warning=the eBPF toolchain is not set up, so this build embeds no programs; run: cargo xtask toolchain"
             );
-            return Ok(std::fs::write(out.join("portolan.bpf.o"), [])?);
+            return OBJECTS.iter().try_for_each(|name| Ok(std::fs::write(out.join(format!("{name}.bpf.o")), [])?));
         }
     }
 
@@ -78,6 +81,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         );
         return Ok(());
     }
-    std::fs::copy(target.join(triple).join("release/portolan"), out.join("portolan.bpf.o"))?;
+    for name in OBJECTS {
+        std::fs::copy(target.join(triple).join("release").join(name), out.join(format!("{name}.bpf.o")))?;
+    }
     Ok(())
 }

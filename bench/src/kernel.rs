@@ -1,10 +1,11 @@
 //! Run time of the eBPF programs by the kernel's own statistics, for several numbers of Services.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, SocketAddrV4};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use portolan_bench::task::Task;
 use portolan_core::table::{Sizes, Table};
+use portolan_datapath::floor::Floor;
 use portolan_tests::{
     CountingServer, Foreign, ForeignProgram, ProcessContext, TestBed,
     direct::{Direct, table},
@@ -13,6 +14,7 @@ use portolan_tests::{
 use serde::Serialize;
 
 use crate::{
+    figures::Median,
     progress,
     served::{ActiveEndpoints, bpftool},
     world::{SERVICE, SERVICE_PORT, client},
@@ -20,7 +22,10 @@ use crate::{
 
 const ENDPOINTS: u32 = 10;
 
-/// Mean run time of the programs in nanoseconds, from the kernel's statistics (`BPF_STATS_RUN_TIME`).
+/// Run time of the programs in nanoseconds, from the kernel's statistics (`BPF_STATS_RUN_TIME`).
+///
+/// Each figure is the median over the rounds of the mean of a round, without the time that the statistics take:
+/// that of an empty program in the same round.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct InKernel {
     pub(crate) services: u32,
@@ -28,13 +33,19 @@ pub(crate) struct InKernel {
     /// Threads that dial concurrently.
     pub(crate) threads: usize,
     /// `connect4` for a connect to a Service address.
-    pub(crate) hit: f64,
+    pub(crate) hit: Median,
     /// `connect4` for a connect to any other address.
-    pub(crate) miss: f64,
-    /// `sock_ops`, per event, for connections to a Service address.
-    pub(crate) outcome: f64,
-    /// An empty program: the overhead of the statistics, which is included in all other figures.
-    pub(crate) nothing: f64,
+    pub(crate) miss: Median,
+    /// The same for the floor: a minimal program with the same services.
+    pub(crate) floor_hit: Median,
+    pub(crate) floor_miss: Median,
+    /// Ratios of the same rounds, Portolan to the floor.
+    pub(crate) hit_to_floor: Median,
+    pub(crate) miss_to_floor: Median,
+    /// All programs together, for one connection to a Service address that carries one answer.
+    pub(crate) connection: Median,
+    /// An empty program: the overhead of the statistics, which no other figure includes.
+    pub(crate) nothing: Median,
 }
 
 /// The kernel's statistics of one program.
@@ -48,17 +59,17 @@ pub(crate) struct Program {
 }
 
 /// The programs that requests and datagrams trigger. `getpeername4` needs an explicit call, so it is not measured.
-const PROGRAMS: [&str; 4] = ["connect4", "sock_ops", "sendmsg4", "recvmsg4"];
+const PROGRAMS: [&str; 5] = ["connect4", "sock_ops", "sock_release", "sendmsg4", "recvmsg4"];
 
-/// Measures every combination with this many connections.
+/// Measures every combination, in this many rounds of this many connections.
 ///
-/// One Service is dialed by 1, 2 and 4 threads, which share its cursor. Larger tables are dialed in turn by 4 threads.
-pub(crate) fn run(services: &[u32], connections: u64) -> Result<Vec<InKernel>> {
+/// One Service is dialed by 1, 2 and 4 threads, which share its cursor. Larger tables are dialed in turn by one thread.
+pub(crate) fn run(services: &[u32], rounds: usize, connections: u64) -> Result<Vec<InKernel>> {
     let single_service = [1, 2, 4].map(|threads| (1, threads));
-    let larger_tables = services.iter().filter(|services| **services > 1).map(|services| (*services, 4));
+    let larger_tables = services.iter().filter(|services| **services > 1).map(|services| (*services, 1));
     let measured = |(services, threads)| {
         progress(&format!("in the kernel, {services} services, {threads} threads"));
-        measure(services, threads, connections)
+        measure(services, threads, rounds, connections)
     };
     single_service.into_iter().chain(larger_tables).map(measured).collect()
 }
@@ -95,38 +106,110 @@ fn services(count: u32) -> (Vec<SocketAddr>, Table) {
     (frontends, table)
 }
 
-fn measure(count: u32, threads: usize, connections: u64) -> Result<InKernel> {
-    let bed = TestBed::named("kernel")?;
-    // One server listens on all of 10.0.0.0/8, which is local to the node.
-    bed.namespace.ip(&["route", "add", "local", "10.0.0.0/8", "dev", "lo"])?;
-    let everywhere = SocketAddr::from(([0, 0, 0, 0], 9080));
-    let _server =
-        Servers::start(ProcessContext { namespace: Some(&bed.namespace), cgroup: None }, &[(everywhere, 0, 0)])?;
-    let (frontends, table) = services(count);
-    // Attached before Portolan, because the program that runs first pays for cold caches.
-    let nothing = ForeignProgram::attach(&bed.cgroup, Foreign::Allow)?;
-    let mut direct = Direct::new(&bed, Sizes::default())?;
-    direct.publish(&table)?;
-    let _counting = CountingServer::begin()?;
-    let dial = |to: &[SocketAddr]| -> Result<()> {
-        let summary = Load::start_with(bed.place(), to, connections, None, threads)?.finish()?;
+/// A node without an agent, all of whose 10.0.0.0/8 one server serves.
+struct Node {
+    // Detached in this order: programs before their cgroup is removed.
+    nothing: ForeignProgram,
+    _server: Servers,
+    bed: TestBed,
+}
+
+impl Node {
+    fn new(name: &str) -> Result<Self> {
+        let bed = TestBed::named(name)?;
+        bed.namespace.ip(&["route", "add", "local", "10.0.0.0/8", "dev", "lo"])?;
+        let everywhere = SocketAddr::from(([0, 0, 0, 0], 9080));
+        let place = ProcessContext { namespace: Some(&bed.namespace), cgroup: None };
+        let server = Servers::start(place, &[(everywhere, 0, 0)])?;
+        // Attached first, because the program that runs first pays for cold caches.
+        let nothing = ForeignProgram::attach(&bed.cgroup, Foreign::Allow)?;
+        Ok(Self { nothing, _server: server, bed })
+    }
+
+    fn dial(&self, to: &[SocketAddr], connections: u64, threads: usize) -> Result<()> {
+        let summary = Load::start_with(self.bed.place(), to, connections, None, threads)?.finish()?;
         ensure!(summary.bad == 0 && summary.good == connections, "{summary:?}");
         Ok(())
-    };
-    let (start, outcomes) = (counted(&bed, "connect4")?, counted(&bed, "sock_ops")?);
-    dial(&frontends)?;
-    let (hits, outcomes_of_hits) = (counted(&bed, "connect4")?, counted(&bed, "sock_ops")?);
-    dial(&[SocketAddr::from(([10, 0, 0, 1], 9080))])?;
-    let misses = counted(&bed, "connect4")?;
+    }
+}
+
+/// The figures of one round.
+struct Round {
+    hit: f64,
+    miss: f64,
+    floor_hit: f64,
+    floor_miss: f64,
+    connection: f64,
+    nothing: f64,
+}
+
+fn measure(count: u32, threads: usize, rounds: usize, connections: u64) -> Result<InKernel> {
+    let (frontends, table) = services(count);
+    let (ours, theirs) = (Node::new("kernel")?, Node::new("floor")?);
+    let mut direct = Direct::new(&ours.bed, Sizes::default())?;
+    direct.publish(&table)?;
+    let endpoint = |i: usize| SocketAddr::from(([10, 1, (i >> 8) as u8, i as u8], 9080));
+    let pairs = frontends.iter().enumerate().map(|(i, frontend)| Ok((v4(*frontend)?, v4(endpoint(i))?)));
+    let mut floor = Floor::attach(theirs.bed.cgroup.path(), &pairs.collect::<Result<Vec<_>>>()?)?;
+    let direct_address = [SocketAddr::from(([10, 0, 0, 1], 9080))];
+    let _counting = CountingServer::begin()?;
+    // Every service once, so that no round pays for the first use of its memory.
+    let warm = u64::from(count).max(1_000);
+    ours.dial(&frontends, warm, threads)?;
+    theirs.dial(&frontends, warm, threads)?;
+    let mut all = Vec::new();
+    for _ in 0..rounds {
+        let nothing_before = ours.nothing.counted()?;
+        let before = HOOKS.map(|name| counted(&ours.bed, name));
+        ours.dial(&frontends, connections, threads)?;
+        let after = HOOKS.map(|name| counted(&ours.bed, name));
+        ours.dial(&direct_address, connections, threads)?;
+        let missed = counted(&ours.bed, HOOKS[0])?;
+        let nothing = mean(nothing_before, ours.nothing.counted()?);
+        let floor_before = floor.counted()?;
+        theirs.dial(&frontends, connections, threads)?;
+        let floor_after = floor.counted()?;
+        theirs.dial(&direct_address, connections, threads)?;
+        let floor_missed = floor.counted()?;
+        let mut connection = 0.0;
+        for (before, after) in before.iter().zip(&after) {
+            let (Ok(before), Ok(after)) = (before, after) else { bail!("a program has no statistics") };
+            connection += (after.0 - before.0) as f64 - nothing * (after.1 - before.1) as f64;
+        }
+        let (Ok(start), Ok(hits)) = (&before[0], &after[0]) else { bail!("connect4 has no statistics") };
+        all.push(Round {
+            hit: mean(*start, *hits) - nothing,
+            miss: mean(*hits, missed) - nothing,
+            floor_hit: mean(floor_before, floor_after) - nothing,
+            floor_miss: mean(floor_after, floor_missed) - nothing,
+            connection: connection / connections as f64,
+            nothing,
+        });
+    }
+    let median = |of: fn(&Round) -> f64| Median::of(all.iter().map(of)).context("no rounds");
     Ok(InKernel {
         services: count,
         endpoints: count * ENDPOINTS,
         threads,
-        hit: mean(start, hits),
-        miss: mean(hits, misses),
-        outcome: mean(outcomes, outcomes_of_hits),
-        nothing: mean((0, 0), nothing.counted()?),
+        hit: median(|round| round.hit)?,
+        miss: median(|round| round.miss)?,
+        floor_hit: median(|round| round.floor_hit)?,
+        floor_miss: median(|round| round.floor_miss)?,
+        hit_to_floor: median(|round| round.hit / round.floor_hit)?,
+        miss_to_floor: median(|round| round.miss / round.floor_miss)?,
+        connection: median(|round| round.connection)?,
+        nothing: median(|round| round.nothing)?,
     })
+}
+
+/// The programs that run for a TCP connection over IPv4.
+const HOOKS: [&str; 3] = ["connect4", "sock_ops", "sock_release"];
+
+fn v4(address: SocketAddr) -> Result<SocketAddrV4> {
+    match address {
+        SocketAddr::V4(address) => Ok(address),
+        SocketAddr::V6(_) => bail!("{address} is not IPv4"),
+    }
 }
 
 /// Returns the total run time in nanoseconds and the number of runs of a pinned program.

@@ -99,7 +99,8 @@ fn main() -> Result<()> {
         save(&mut report)?;
     }
     if wanted(Part::Kernel) {
-        report.kernel = kernel::run(&services, if quick { 500 } else { 100_000 })?;
+        let (rounds, connections) = if quick { (2, 500) } else { (effort.rounds, 20_000) };
+        report.kernel = kernel::run(&services, rounds, connections)?;
         save(&mut report)?;
     }
     if wanted(Part::Tables) {

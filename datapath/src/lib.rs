@@ -6,6 +6,8 @@ mod btf;
 pub mod capabilities;
 mod datapath;
 mod error;
+#[cfg(feature = "floor")]
+pub mod floor;
 mod helper;
 mod hooks;
 mod inspect;
