@@ -91,7 +91,7 @@ fn snapshot() -> MetricsSnapshot {
         overflow: BTreeMap::from([(name(), 1)]),
         closing_passes: 0,
         closed: BTreeMap::from([((Reason::Gone, Protocol::Udp), 1)]),
-        occupancy: [("frontends", 0, 0); 6],
+        occupancy: [("frontends", 0, 0); 7],
         connection_slots: (0, 0, 0),
         ready: true,
         findings: Vec::new(),

@@ -60,7 +60,9 @@ pub struct Outcome {
     /// The id of the frontend that the application dialed.
     pub frontend_id: u32,
     /// The [`OutcomeKind`] as a number.
-    pub kind: u32,
+    pub kind: u16,
+    /// The lower half of the epoch of the frontend id: the id may be that of another frontend by now.
+    pub frontend_epoch: u16,
     /// The socket error, or 0 if established; the HTTP status or protocol bit for the kinds that say so.
     pub errno: u32,
     /// The backend's count of failures, see [`FailureCount`](crate::FailureCount).

@@ -78,9 +78,9 @@ impl From<SocketAddr> for Endpoint {
     }
 }
 
-/// The key of `FRONTENDS`: a Service address, a port and a protocol.
+/// What a frontend is found by: a Service address, a port and a protocol.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct FrontendKey {
     endpoint: Endpoint,
@@ -106,22 +106,178 @@ impl FrontendKey {
     pub const fn protocol(&self) -> u32 {
         self.protocol
     }
+
+    /// Returns a number that identifies the key: the key itself for IPv4, and a hash of it for IPv6.
+    #[inline(always)]
+    pub const fn fingerprint(&self) -> u64 {
+        const V4: u64 = 1 << 56;
+        const V6: u64 = 2 << 56;
+        let rest = (self.endpoint.port as u64) << 32 | (self.protocol as u64 & 0xff) << 48;
+        if self.endpoint.is_v4() {
+            return self.endpoint.v4_word() as u64 | rest | V4;
+        }
+        let [a, b, c, d] = self.endpoint.address;
+        let mixed = (a as u64 | (b as u64) << 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (c as u64 | (d as u64) << 32);
+        let mixed = (mixed ^ (mixed >> 29) ^ rest).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        (mixed ^ (mixed >> 32)) & (V4 - 1) | V6
+    }
+
+    /// Returns the IPv4 key that a fingerprint is, or `None` if it is no such key.
+    pub const fn from_v4_fingerprint(fingerprint: u64) -> Option<Self> {
+        if fingerprint >> 56 != 1 {
+            return None;
+        }
+        let endpoint = Endpoint::from_v4_word(fingerprint as u32, (fingerprint >> 32) as u16);
+        Some(Self::new(endpoint, (fingerprint >> 48) as u32 & 0xff))
+    }
 }
 
-/// The value of `VERSIONS`: one published version of a frontend.
-/// It is immutable while a program may read it.
-/// The next version is written to another index, and one word in `CURRENT` selects the active one.
+/// One frontend: a cache line of `FRONTENDS4`, and the first half of a value of `FRONTENDS6`.
+///
+/// The index is the frontend's id, and follows from its key: open addressing with two buckets of two lines each.
+/// A key is in its first bucket if there was room, else in its second one, else at an index that `FRONTEND_OVERFLOW`
+/// names.
+/// A bucket with an empty line therefore ends the search.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FrontendVersion {
-    /// The frontend that the version belongs to.
-    /// A program that finds another key has raced with a change of `FRONTENDS` and retries.
-    pub key: FrontendKey,
-    /// The publication number, counted over all frontends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Frontend {
+    /// The [fingerprint](FrontendKey::fingerprint) of the key, [`Self::EMPTY`] or [`Self::REMOVED`].
+    /// Written last, and not reused for another key while a program may be reading the line.
+    pub key: u64,
+    /// What is in effect, see [`Published`]. A single store publishes.
+    pub current: u64,
+    /// The shared cursor: the number of turns taken so far.
+    pub cursor: u64,
+    /// Connections refused because the frontend is empty, or because a returning client's pool is at its limit.
+    pub refused: u64,
+    /// Connections that took a turn and were refused, because the turn is empty or its pool is at its limit.
+    pub refused_turns: u64,
+    /// Connections that returned to their backend and took no turn.
+    pub came_back: u64,
+    /// Incremented whenever the line is reused for another key.
+    pub epoch: u32,
+    /// The number of the publication, counted over all frontends; for people.
     pub generation: u32,
+    /// Zero; reserved for the schedules of client classes.
+    pub variants: u64,
+    /// Padding to full cache lines; always zero.
+    pub reserved: [u64; RESERVED],
+}
+plain!(Frontend, 64 + 8 * RESERVED, 8);
+
+/// Words of padding in [`Frontend`].
+const RESERVED: usize = if cfg!(feature = "next-schema") { 8 } else { 0 };
+
+impl Frontend {
+    /// The key of a line that has not been used, or that no search passes.
+    pub const EMPTY: u64 = 0;
+    /// The key of a line that is free, but that searches pass on the way to other lines.
+    pub const REMOVED: u64 = u64::MAX;
+    /// The number of lines in a bucket.
+    pub const BUCKET: u32 = 2;
+
+    /// Scrambles a fingerprint: the first step to its buckets. `seed` differs between map sets.
+    #[inline(always)]
+    pub const fn hash(fingerprint: u64, seed: u64) -> u64 {
+        let mixed = (fingerprint ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        // Addresses of Services follow each other, and one multiplication alone would leave patterns.
+        (mixed ^ (mixed >> 32)).wrapping_mul(0xbf58_476d_1ce4_e5b9)
+    }
+
+    /// Returns the first line of the first bucket for a hash; 2^(64 - `shift`) is the number of buckets.
+    #[inline(always)]
+    pub const fn first_bucket(hash: u64, shift: u32) -> u32 {
+        ((hash >> (shift & 63)) as u32).wrapping_mul(Self::BUCKET)
+    }
+
+    /// Returns the first line of the second bucket for a hash.
+    #[inline(always)]
+    pub const fn second_bucket(hash: u64, shift: u32) -> u32 {
+        Self::first_bucket((hash ^ (hash >> 32)).wrapping_mul(0x94d0_49bb_1331_11eb), shift)
+    }
+}
+
+/// A value of `FRONTENDS6`: a frontend with an IPv6 address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Frontend6 {
+    /// The same as for IPv4.
+    pub line: Frontend,
+    /// The key that the fingerprint stands for. Written before the fingerprint.
+    pub key: FrontendKey,
+    /// Padding to full cache lines; always zero.
+    pub reserved: [u64; 5],
+}
+plain!(Frontend6, 128 + 8 * RESERVED, 8);
+
+/// The word that publishes a frontend's schedule: [`Frontend::current`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Published(pub u64);
+
+impl Published {
+    /// Packs a word. `base` is the first entry in `ENTRIES`; with [`PublishedFlags::DETAILED`], an index of `VERSIONS`.
+    /// `period` is the number of turns, after which they repeat; 0 refuses all connections.
+    pub const fn new(base: u32, period: u16, flags: u16) -> Self {
+        Self(base as u64 | (period as u64) << 32 | (flags as u64) << 48)
+    }
+
+    /// Returns the first entry in `ENTRIES`, or the index of `VERSIONS`.
+    #[inline(always)]
+    pub const fn base(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// Returns the number of turns.
+    #[inline(always)]
+    pub const fn period(self) -> u32 {
+        (self.0 >> 32) as u32 & 0xffff
+    }
+
+    /// Returns whether a flag of [`PublishedFlags`] is set.
+    #[inline(always)]
+    pub const fn has(self, flag: u16) -> bool {
+        self.0 & (flag as u64) << 48 != 0
+    }
+}
+
+/// The flags of [`Published`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PublishedFlags;
+
+impl PublishedFlags {
+    /// Connections must stay in the client's cluster.
+    /// Without an endpoint there, they fail with EHOSTUNREACH; Portolan never lets them bypass it.
+    pub const STRICT: u16 = 1;
+    /// The schedule is in `VERSIONS`, because it is more than a list of endpoints.
+    pub const DETAILED: u16 = 2;
+}
+
+/// The value of `ENTRIES`: one turn of a schedule that is a list of endpoints.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Entry {
+    /// The endpoint's IPv4 address in network order; 0 for IPv6, whose address is in `BACKENDS`.
+    pub address: u32,
+    /// The endpoint's port in network order.
+    pub port: u16,
+    /// The lower half of `Backend::epoch`.
+    pub epoch: u16,
+    /// The endpoint's backend id.
+    pub backend_id: u32,
+    /// The entry of `POOLS` that holds the pool's limits; 0 for none.
+    pub pool: u32,
+}
+plain!(Entry, 16, 4);
+
+/// The value of `VERSIONS`: a schedule that is more than a list of endpoints.
+/// It is immutable while a program may read it.
+/// The next version is written to another index, and the word in [`Frontend::current`] selects the active one.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FrontendVersion {
     /// The first slot of the schedule in `SLOTS`.
     pub base: u32,
-    /// The number of slots in the schedule; 0 means that the frontend is empty and refuses connections.
+    /// The number of slots in the schedule; not 0.
     pub period: u32,
     /// The first entry in `RUNS` of the sorted list of backends that have a turn, without duplicates.
     /// The pool of each follows in the same order.
@@ -133,19 +289,16 @@ pub struct FrontendVersion {
     pub affinity_seconds: u32,
     /// A combination of [`VersionFlags`] bits.
     pub flags: u32,
-    /// Padding to a full cache line; always zero.
-    pub reserved: [u32; 3],
+    /// Padding; always zero.
+    pub reserved: [u32; 2],
 }
-plain!(FrontendVersion, 64, 4);
+plain!(FrontendVersion, 32, 4);
 
 /// The bits of [`FrontendVersion::flags`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VersionFlags;
 
 impl VersionFlags {
-    /// Connections must stay in the client's cluster.
-    /// Without an endpoint there, they fail with EHOSTUNREACH; Portolan never lets them bypass it.
-    pub const STRICT: u32 = 1;
     /// Each connection draws a slot at random instead of taking the next one.
     pub const RANDOM: u32 = 2;
 }
@@ -202,5 +355,46 @@ impl Slot {
             Some(member) => self.first.wrapping_add(member as u32),
             None => self.first,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(address: &str, protocol: u32) -> FrontendKey {
+        FrontendKey::new(address.parse::<SocketAddr>().unwrap().into(), protocol)
+    }
+
+    #[test]
+    fn fingerprint_of_ipv4_is_the_key() {
+        for (address, protocol) in [("172.16.0.10:80", 6), ("255.255.255.255:65535", 17), ("0.0.0.0:0", 6)] {
+            let key = key(address, protocol);
+            assert_eq!(FrontendKey::from_v4_fingerprint(key.fingerprint()), Some(key));
+        }
+    }
+
+    #[test]
+    fn fingerprints_differ() {
+        let keys = [
+            key("[fd00::10]:80", 6),
+            key("[fd00::10]:80", 17),
+            key("[fd00::10]:81", 6),
+            key("[fd00::11]:80", 6),
+            key("[fd00:0:0:1::10]:80", 6),
+            key("[fd01::10]:80", 6),
+            key("172.16.0.10:80", 6),
+        ];
+        for (i, one) in keys.iter().enumerate() {
+            assert!(keys[i + 1..].iter().all(|other| other.fingerprint() != one.fingerprint()));
+            assert!(![Frontend::EMPTY, Frontend::REMOVED].contains(&one.fingerprint()));
+        }
+    }
+
+    #[test]
+    fn published_word_round_trips() {
+        let word = Published::new(u32::MAX, 10_000, PublishedFlags::STRICT);
+        assert_eq!((word.base(), word.period()), (u32::MAX, 10_000));
+        assert!(word.has(PublishedFlags::STRICT) && !word.has(PublishedFlags::DETAILED));
     }
 }

@@ -20,7 +20,10 @@ mod stats;
 
 pub use backend::Backend;
 pub use event::{Outcome, OutcomeKind};
-pub use frontend::{Endpoint, FrontendKey, FrontendVersion, LbPolicy, Slot, VersionFlags};
+pub use frontend::{
+    Endpoint, Entry, Frontend, Frontend6, FrontendKey, FrontendVersion, LbPolicy, Published, PublishedFlags, Slot,
+    VersionFlags,
+};
 pub use opt_out::OptOut;
 pub use pool::{Affinity, AffinityKey, DetectedProtocol, PoolLimits, PoolStats, TrackFlags};
 pub use socket::{

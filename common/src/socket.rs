@@ -39,7 +39,7 @@ pub struct Connection {
     pub client: u32,
     /// The lower half of `Backend::epoch`.
     pub backend_epoch: u16,
-    /// Zero; reserved for the epoch of the frontend id.
+    /// The lower half of `Frontend::epoch`.
     pub frontend_epoch: u16,
     /// The lower half of `PoolLimits::epoch`.
     pub pool_epoch: u16,

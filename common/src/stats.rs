@@ -1,6 +1,6 @@
 //! The counters that the kernel maintains.
 
-use crate::plain;
+use crate::{Frontend, plain};
 
 /// The value of `BACKEND_STATS`, indexed by backend id.
 #[repr(C)]
@@ -59,26 +59,18 @@ impl BackendUse {
     }
 }
 
-/// The value of `FRONTEND_STATS`, indexed by frontend id.
-/// It fills a cache line, because all CPUs contend for the cursor.
-#[repr(C)]
+/// The counters of a frontend, as read from its line, see [`Frontend`](crate::Frontend).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FrontendStats {
-    /// The shared cursor: the number of slots taken so far.
+    /// The number of turns taken so far.
     pub cursor: u64,
-    /// Connections refused because the frontend is empty, or because a returning client's pool is at its limit.
+    /// Connections refused without a turn.
     pub refused: u64,
-    /// Connections that took a slot and were refused, because the slot is empty or its pool is at its limit.
-    pub refused_slots: u64,
-    /// Connections that returned to their backend and took no slot.
+    /// Connections that took a turn and were refused.
+    pub refused_turns: u64,
+    /// Connections that returned to their backend and took no turn.
     pub came_back: u64,
-    /// Padding to a full cache line; always zero.
-    pub reserved: [u64; RESERVED],
 }
-plain!(FrontendStats, 32 + 8 * RESERVED, 8);
-
-/// Words of padding in [`FrontendStats`].
-const RESERVED: usize = if cfg!(feature = "next-schema") { 12 } else { 4 };
 
 /// The event budget of a client while the agent is behind, in [`ClientUse::budget`](crate::ClientUse::budget).
 /// It keeps one pod from filling the ring buffer at the expense of others.
@@ -144,15 +136,22 @@ pub enum Counter {
     Fallback = 3,
 }
 
+impl From<&Frontend> for FrontendStats {
+    fn from(line: &Frontend) -> Self {
+        let Frontend { cursor, refused, refused_turns, came_back, .. } = *line;
+        Self { cursor, refused, refused_turns, came_back }
+    }
+}
+
 impl FrontendStats {
     /// Returns the number of connections that got a backend.
     pub fn given(&self) -> u64 {
-        (self.cursor + self.came_back).saturating_sub(self.refused_slots)
+        (self.cursor + self.came_back).saturating_sub(self.refused_turns)
     }
 
     /// Returns the number of connections that were refused, for any reason.
     pub fn refused_in_all(&self) -> u64 {
-        self.refused + self.refused_slots
+        self.refused + self.refused_turns
     }
 }
 

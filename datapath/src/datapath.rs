@@ -3,7 +3,7 @@
 use std::{fmt, os::fd::OwnedFd, path::PathBuf};
 
 use aya::{Ebpf, EbpfLoader};
-use portolan_common::{ClientUse, Connection, SCHEMA_VERSION};
+use portolan_common::{ClientUse, Connection, Frontend, SCHEMA_VERSION};
 use portolan_core::table::{PinnedState, Sizes};
 
 use crate::{
@@ -128,6 +128,10 @@ impl Datapath {
         let (shift, share) =
             (Connection::shift(options.sizes.connections), options.sizes.connections / ClientUse::SHARE);
         loader.override_global("CONNECTION_SHIFT", &shift, true);
+        // Whoever chooses the addresses of Services does not know where they end up.
+        let (seed, frontend_shift) = (Frontend::hash(set.id.into(), 0), options.sizes.frontend_shift());
+        loader.override_global("FRONTEND_SEED", &seed, true);
+        loader.override_global("FRONTEND_SHIFT", &frontend_shift, true);
         loader.override_global("CONNECTION_SHARE", &share, true);
         loader.override_global("CLIENT_LEVEL", &environment.client_level, true);
         loader.override_global("TCP_WRITE_SEQ_OFFSET", &environment.offsets.written, true);
@@ -148,7 +152,7 @@ impl Datapath {
         };
         // The previous agent may have freed entries just before it exited.
         barrier();
-        let (maps, pinned) = Maps::open(&mut bpf, options.sizes)?;
+        let (maps, pinned) = Maps::open(&mut bpf, options.sizes, seed)?;
         let events = EventStream::open(&mut bpf)?;
         let opted_out = Some(OptOutMap::open(&mut bpf)?);
         let prior = current.filter(|current| *current != set);

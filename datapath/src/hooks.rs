@@ -1,6 +1,7 @@
 //! The hooks: attached as pinned links that outlive the agent, and updated in place when the next agent starts.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io,
     os::{
@@ -30,6 +31,8 @@ pub(crate) struct Hooks {
     cgroup_id: u64,
     pins: Pins,
     links: Vec<(&'static str, OwnedFd)>,
+    /// The kernel's ids of the loaded programs, by name.
+    programs: BTreeMap<&'static str, u32>,
     /// Attaches the packet program, which needs CAP_NET_ADMIN; `None` before [`Self::start_helper`].
     helper: Option<Helper>,
 }
@@ -37,6 +40,7 @@ pub(crate) struct Hooks {
 impl Hooks {
     /// Loads all programs into the kernel, which verifies them. Attaches nothing.
     pub(crate) fn load(bpf: &mut Ebpf, cgroup: PathBuf, pins: Pins) -> Result<Self> {
+        let mut programs = BTreeMap::new();
         for name in PROGRAMS.iter().chain([&HTTP_INGRESS]).map(|program| program.name) {
             let loaded = match bpf.program_mut(name) {
                 Some(Program::CgroupSkb(program)) => program.load(),
@@ -46,9 +50,11 @@ impl Hooks {
                 _ => bail!("BPF object is missing program {name}"),
             };
             loaded.with_context(|| format!("kernel rejected program {name}"))?;
+            let program = bpf.program(name).context("BPF object does not contain this program")?;
+            programs.insert(name, program.info()?.id());
         }
         let cgroup_id = fs::metadata(&cgroup).with_context(|| format!("cannot read {}", cgroup.display()))?.ino();
-        Ok(Self { cgroup, cgroup_id, pins, links: Vec::new(), helper: None })
+        Ok(Self { cgroup, cgroup_id, pins, links: Vec::new(), programs, helper: None })
     }
 
     /// Starts the helper from the executable `program`. Also returns the socket for its sweep requests.
@@ -157,10 +163,14 @@ impl Hooks {
     }
 
     fn check_one(&self, name: &str, link: &OwnedFd) -> Result<()> {
-        match sys::cgroup_id(link)? {
+        let info = sys::info(link)?;
+        match info.cgroup {
             id if id == self.cgroup_id => {}
             0 => bail!("{name} is detached from {}", self.cgroup.display()),
             id => bail!("{name} is attached to cgroup {id} instead of {}", self.cgroup.display()),
+        }
+        if let Some(own) = self.programs.get(name) {
+            ensure!(info.program == *own, "{name} was replaced by program {} in its link", info.program);
         }
         ensure!(self.pins.link(name).exists(), "{name} is no longer pinned and would be detached when the agent exits");
         Ok(())
@@ -185,7 +195,10 @@ impl Hooks {
             self.pins.make_folders()?;
             // If only the pin is missing, pin the live link again, so that no connection bypasses Portolan.
             let pin = self.pins.link(name);
-            if sys::cgroup_id(link).is_ok_and(|id| id == self.cgroup_id) {
+            let is_own = |info: sys::LinkInfo| {
+                info.cgroup == self.cgroup_id && self.programs.get(name).is_none_or(|own| info.program == *own)
+            };
+            if !pin.exists() && sys::info(link).is_ok_and(is_own) {
                 sys::pin(link, &pin)
                     .with_context(|| format!("{error:#}; cannot pin its link again at {}", pin.display()))?;
                 repaired.push(format!("{error:#}"));

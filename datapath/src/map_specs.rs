@@ -4,7 +4,7 @@
 
 use portolan_common::{
     Affinity, AffinityKey, Backend, BackendStats, BackendUse, ClientUse, Connection, ConnectionExtra, Counter,
-    DatagramFlows, FrontendKey, FrontendStats, FrontendVersion, OptOut, PoolLimits, PoolStats, Slot, SocketState,
+    DatagramFlows, Entry, Frontend, Frontend6, FrontendVersion, OptOut, PoolLimits, PoolStats, Slot, SocketState,
     TIME_BUCKETS,
 };
 use portolan_core::table::Sizes;
@@ -86,15 +86,17 @@ impl MapSpec {
     }
 }
 
-pub(crate) const FRONTENDS: MapSpec = MapSpec::hash::<FrontendKey, u32>("FRONTENDS", |sizes| sizes.frontends);
-pub(crate) const CURRENT: MapSpec = MapSpec::array::<u64>("CURRENT", |sizes| sizes.frontends).mmapable();
+pub(crate) const FRONTENDS4: MapSpec = MapSpec::array::<Frontend>("FRONTENDS4", Sizes::frontend_lines).mmapable();
+pub(crate) const FRONTENDS6: MapSpec = MapSpec::array::<Frontend6>("FRONTENDS6", Sizes::frontend_lines).mmapable();
+/// Both families share it.
+pub(crate) const FRONTEND_OVERFLOW: MapSpec =
+    MapSpec::hash::<u64, u32>("FRONTEND_OVERFLOW", |sizes| 2 * sizes.frontend_overflow());
+pub(crate) const ENTRIES: MapSpec = MapSpec::array::<Entry>("ENTRIES", |sizes| sizes.slots).mmapable();
 pub(crate) const VERSIONS: MapSpec = MapSpec::array::<FrontendVersion>("VERSIONS", Sizes::versions).mmapable();
 pub(crate) const SLOTS: MapSpec = MapSpec::array::<Slot>("SLOTS", |sizes| sizes.slots).mmapable();
 pub(crate) const RUNS: MapSpec = MapSpec::array::<u32>("RUNS", |sizes| sizes.slots);
 pub(crate) const BACKENDS: MapSpec = MapSpec::array::<Backend>("BACKENDS", |sizes| sizes.backends);
 pub(crate) const POOLS: MapSpec = MapSpec::array::<PoolLimits>("POOLS", Sizes::pools);
-pub(crate) const FRONTEND_STATS: MapSpec =
-    MapSpec::array::<FrontendStats>("FRONTEND_STATS", |sizes| sizes.frontends).mmapable();
 pub(crate) const BACKEND_STATS: MapSpec =
     MapSpec::array::<BackendStats>("BACKEND_STATS", |sizes| sizes.backends).mmapable();
 pub(crate) const BACKEND_USE: MapSpec = MapSpec::array::<BackendUse>("BACKEND_USE", |sizes| sizes.backends).mmapable();
@@ -122,15 +124,16 @@ pub(crate) const OPTED_OUT: MapSpec =
 pub(crate) const OPT_OUT_FILTER: MapSpec = MapSpec::new::<u32, u64>("OPT_OUT_FILTER", Scope::Shared, Entries::Fixed(1));
 
 /// All maps of the object.
-pub(crate) const MAPS: [MapSpec; 24] = [
-    FRONTENDS,
-    CURRENT,
+pub(crate) const MAPS: [MapSpec; 25] = [
+    FRONTENDS4,
+    FRONTENDS6,
+    FRONTEND_OVERFLOW,
+    ENTRIES,
     VERSIONS,
     SLOTS,
     RUNS,
     BACKENDS,
     POOLS,
-    FRONTEND_STATS,
     BACKEND_STATS,
     BACKEND_USE,
     POOL_STATS,

@@ -1,16 +1,22 @@
 //! The BPF maps: written in the order that the table prescribes, and read for status and metrics.
 
-use std::{collections::BTreeSet, sync::atomic::Ordering};
+use std::{
+    collections::BTreeSet,
+    mem::offset_of,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use aya::{
     Ebpf, Pod,
     maps::{Array, HashMap, Map, MapData, MapInfo, PerCpuArray},
 };
 use portolan_common::{
-    Backend, BackendStats, BackendUse, Counter, FailureCount, FrontendKey, FrontendStats, FrontendVersion, PoolLimits,
-    PoolStats, Slot, TIME_BUCKETS,
+    Backend, BackendStats, BackendUse, Counter, Entry, FailureCount, Frontend, Frontend6, FrontendKey, FrontendStats,
+    FrontendVersion, PoolLimits, PoolStats, Published, PublishedFlags, Slot, TIME_BUCKETS,
 };
-use portolan_core::table::{BackendId, FrontendId, Op, PinnedFrontend, PinnedState, PoolId, Sizes, VersionIndex};
+use portolan_core::table::{
+    BackendId, FrontendId, Generation, Op, PinnedFrontend, PinnedState, PoolId, Sizes, VersionIndex,
+};
 
 use crate::{
     error::{Context as _, Result, bail},
@@ -70,39 +76,47 @@ impl Range {
 }
 
 /// The maps that the agent reads and writes.
+///
+/// Most are memory-mapped: a schedule has up to 10,000 slots, and a system call for each would take about a millisecond.
 pub struct Maps {
-    frontends: HashMap<MapData, FrontendKey, u32>,
-    /// Frontend id → index of the active version. A single atomic store publishes a version.
-    current: MmapArray,
-    versions: Array<MapData, FrontendVersion>,
-    /// Memory-mapped: a version has up to 10,000 slots, and a system call for each would take about a millisecond.
+    seed: u64,
+    sizes: Sizes,
+    frontends4: MmapArray,
+    frontends6: MmapArray,
+    frontend_overflow: HashMap<MapData, u64, u32>,
+    entries: MmapArray,
+    versions: MmapArray,
     slots: MmapArray,
     runs: Array<MapData, u32>,
     backends: Array<MapData, Backend>,
     pools: Array<MapData, PoolLimits>,
-    frontend_stats: Array<MapData, FrontendStats>,
-    backend_stats: Array<MapData, BackendStats>,
-    backend_use: Array<MapData, BackendUse>,
-    pool_stats: Array<MapData, PoolStats>,
+    backend_stats: MmapArray,
+    backend_use: MmapArray,
+    pool_stats: MmapArray,
     failures: MmapArray,
     counters: PerCpuArray<MapData, u64>,
     times: PerCpuArray<MapData, u64>,
 }
 
 impl Maps {
-    pub(crate) fn open(bpf: &mut Ebpf, sizes: Sizes) -> Result<(Self, PinnedState)> {
+    /// `seed` is that of the hash by which the programs find frontends.
+    pub(crate) fn open(bpf: &mut Ebpf, sizes: Sizes, seed: u64) -> Result<(Self, PinnedState)> {
+        let lines = sizes.frontend_lines();
         let maps = Self {
-            frontends: HashMap::try_from(take(bpf, map_specs::FRONTENDS)?)?,
-            current: mapped::<u64>(bpf, map_specs::CURRENT, sizes.frontends)?,
-            versions: array(bpf, map_specs::VERSIONS)?,
+            seed,
+            sizes,
+            frontends4: mapped::<Frontend>(bpf, map_specs::FRONTENDS4, lines)?,
+            frontends6: mapped::<Frontend6>(bpf, map_specs::FRONTENDS6, lines)?,
+            frontend_overflow: HashMap::try_from(take(bpf, map_specs::FRONTEND_OVERFLOW)?)?,
+            entries: mapped::<Entry>(bpf, map_specs::ENTRIES, sizes.slots)?,
+            versions: mapped::<FrontendVersion>(bpf, map_specs::VERSIONS, sizes.versions())?,
             slots: mapped::<Slot>(bpf, map_specs::SLOTS, sizes.slots)?,
             runs: array(bpf, map_specs::RUNS)?,
             backends: array(bpf, map_specs::BACKENDS)?,
             pools: array(bpf, map_specs::POOLS)?,
-            frontend_stats: array(bpf, map_specs::FRONTEND_STATS)?,
-            backend_stats: array(bpf, map_specs::BACKEND_STATS)?,
-            backend_use: array(bpf, map_specs::BACKEND_USE)?,
-            pool_stats: array(bpf, map_specs::POOL_STATS)?,
+            backend_stats: mapped::<BackendStats>(bpf, map_specs::BACKEND_STATS, sizes.backends)?,
+            backend_use: mapped::<BackendUse>(bpf, map_specs::BACKEND_USE, sizes.backends)?,
+            pool_stats: mapped::<PoolStats>(bpf, map_specs::POOL_STATS, sizes.pools())?,
             failures: mapped::<u64>(bpf, map_specs::FAILURES, sizes.backends)?,
             counters: PerCpuArray::try_from(take(bpf, map_specs::COUNTERS)?)?,
             times: PerCpuArray::try_from(take(bpf, map_specs::TIMES)?)?,
@@ -111,32 +125,70 @@ impl Maps {
         Ok((maps, pinned))
     }
 
+    /// Reads the line of a frontend.
+    fn line(&self, id: FrontendId) -> Result<Frontend> {
+        match id.is_v6() {
+            false => self.frontends4.read(id.index()),
+            true => Ok(self.frontends6.read::<Frontend6>(id.index())?.line),
+        }
+    }
+
+    /// Returns a word of a frontend's line, at this offset in bytes.
+    fn line_word(&self, id: FrontendId, offset: usize) -> Result<&AtomicU64> {
+        let lines = if id.is_v6() { &self.frontends6 } else { &self.frontends4 };
+        lines.word(id.index(), offset / 8)
+    }
+
     /// Reads back what the maps contain: frontends, the ranges that they use, and their backends and pools.
     ///
     /// # Errors
     /// Returns an error if the kernel rejects a read.
     pub fn read_back(&self, sizes: Sizes) -> Result<PinnedState> {
-        let mut state = PinnedState::default();
+        let mut state = PinnedState { seed: self.seed, ..PinnedState::default() };
         let (mut backends, mut pools) = (BTreeSet::new(), BTreeSet::new());
-        for entry in self.frontends.iter() {
-            let (_, id) = entry?;
-            let id = FrontendId::new(id);
-            let index = self.current_version(id)?;
-            let version = self.versions.get(&index.get(), 0)?;
-            let mut range = Range::default();
-            for i in version.base..version.base.saturating_add(version.period).min(sizes.slots) {
-                let slot: Slot = self.slots.read(i)?;
-                range.add(slot.first, slot.len);
-                pools.insert(slot.pool);
+        let ids = [false, true].into_iter().flat_map(|v6| (0..sizes.frontend_lines()).map(move |i| (i, v6)));
+        for (index, v6) in ids {
+            let id = FrontendId::of_line(index, v6);
+            let line = self.line(id)?;
+            let key = match line.key {
+                Frontend::EMPTY | Frontend::REMOVED => {
+                    if line.epoch > 0 || line.key == Frontend::REMOVED {
+                        state.free_lines.push((id, line.epoch, line.key == Frontend::REMOVED));
+                    }
+                    continue;
+                }
+                _ if v6 => self.frontends6.read::<Frontend6>(index)?.key,
+                fingerprint => FrontendKey::from_v4_fingerprint(fingerprint).context("a frontend has no valid key")?,
+            };
+            let (epoch, published, generation) =
+                (line.epoch, Published(line.current), Generation::new(line.generation));
+            let mut pinned = PinnedFrontend { key, id, epoch, published, generation, version: None, runs: (0, 0) };
+            if published.has(PublishedFlags::DETAILED) {
+                let index = VersionIndex::new(published.base());
+                let version: FrontendVersion = self.versions.read(index.get())?;
+                let mut range = Range::default();
+                for i in version.base..version.base.saturating_add(version.period).min(sizes.slots) {
+                    let slot: Slot = self.slots.read(i)?;
+                    range.add(slot.first, slot.len);
+                    pools.insert(slot.pool);
+                }
+                let slot_runs = range.within(sizes.slots);
+                for i in slot_runs.0..slot_runs.0 + slot_runs.1 {
+                    backends.insert(self.runs.get(&i, 0)?);
+                }
+                // The members are among the backends of the slots. Their pools follow, one entry each.
+                range.add(version.members, version.member_count.saturating_mul(2));
+                pinned.runs = range.within(sizes.slots);
+                pinned.version = Some((index, version));
+            } else {
+                let end = published.base().saturating_add(published.period()).min(sizes.slots);
+                for i in published.base()..end {
+                    let entry: Entry = self.entries.read(i)?;
+                    backends.insert(entry.backend_id);
+                    pools.insert(entry.pool);
+                }
             }
-            let slot_runs = range.within(sizes.slots);
-            for i in slot_runs.0..slot_runs.0 + slot_runs.1 {
-                backends.insert(self.runs.get(&i, 0)?);
-            }
-            // The members are among the backends of the slots. Their pools follow, one entry each.
-            range.add(version.members, version.member_count.saturating_mul(2));
-            let runs = range.within(sizes.slots);
-            state.frontends.push(PinnedFrontend { id, index, version, runs });
+            state.frontends.push(pinned);
         }
         for (id, backend) in (0..sizes.backends).zip(self.backends.iter()) {
             let backend = backend?;
@@ -179,15 +231,15 @@ impl Maps {
                 // The new epoch comes first: sockets of the previous endpoint stop counting here before the new one
                 // becomes visible.
                 let stats = BackendStats { epoch: backend.epoch, ..BackendStats::default() };
-                self.backend_stats.set(id.get(), stats, 0)?;
-                self.backend_use.set(id.get(), BackendUse::default(), 0)?;
+                self.backend_stats.write(id.get(), stats)?;
+                self.backend_use.write(id.get(), BackendUse::default())?;
                 self.failures.word(id.get(), 0)?.store(0, Ordering::SeqCst);
                 self.backends.set(id.get(), *backend, 0)?;
             }
             Op::ResetPool(id, limits) => {
                 // The reverse order: the epoch of a pool is in its limits, not in its counters.
                 self.pools.set(id.get(), *limits, 0)?;
-                self.pool_stats.set(id.get(), PoolStats::default(), 0)?;
+                self.pool_stats.write(id.get(), PoolStats::default())?;
             }
             Op::SetPool(id, limits) => self.pools.set(id.get(), *limits, 0)?,
             Op::SetRuns(first, ids) => {
@@ -200,14 +252,57 @@ impl Maps {
                     self.slots.write(i, *slot)?;
                 }
             }
-            Op::SetVersion(index, version) => self.versions.set(index.get(), *version, 0)?,
-            Op::ResetFrontend(id) => self.frontend_stats.set(id.get(), FrontendStats::default(), 0)?,
-            // Everything reachable from this version is already written.
-            Op::Publish(id, index) => self.current.word(id.get(), 0)?.store(u64::from(index.get()), Ordering::SeqCst),
-            Op::AddFrontend(key, id) => self.frontends.insert(*key, id.get(), 0)?,
-            Op::RemoveFrontend(key) => self.frontends.remove(key)?,
+            Op::SetEntries(first, entries) => {
+                for (i, entry) in (*first..).zip(entries) {
+                    self.entries.write(i, *entry)?;
+                }
+            }
+            Op::SetVersion(index, version) => self.versions.write(index.get(), *version)?,
+            Op::ResetFrontend(id, epoch) => {
+                // Nothing is published for it until the next write.
+                let key = self.line_word(*id, offset_of!(Frontend, key))?.load(Ordering::SeqCst);
+                let line = Frontend { key, epoch: *epoch, ..Frontend::default() };
+                match id.is_v6() {
+                    false => self.frontends4.write(id.index(), line)?,
+                    true => self.frontends6.write(id.index(), Frontend6 { line, ..Frontend6::default() })?,
+                }
+            }
+            // Everything reachable from this word is already written.
+            Op::Publish(id, published, generation) => {
+                self.line_word(*id, offset_of!(Frontend, current))?.store(published.0, Ordering::SeqCst);
+                let word = self.line_word(*id, offset_of!(Frontend, epoch))?;
+                let epoch = word.load(Ordering::SeqCst) & 0xffff_ffff;
+                word.store(epoch | u64::from(generation.get()) << 32, Ordering::SeqCst);
+            }
+            Op::PassLine(id) => self.write_key(*id, Frontend::REMOVED)?,
+            Op::AddFrontend(key, id) => {
+                if id.is_v6() {
+                    let mut value: Frontend6 = self.frontends6.read(id.index())?;
+                    value.key = *key;
+                    self.frontends6.write(id.index(), value)?;
+                }
+                self.write_key(*id, key.fingerprint())?;
+                if self.is_overflow(*id) {
+                    self.frontend_overflow.insert(key.fingerprint(), id.index(), 0)?;
+                }
+            }
+            Op::RemoveFrontend(key, id, is_passed) => {
+                if self.is_overflow(*id) {
+                    self.frontend_overflow.remove(&key.fingerprint())?;
+                }
+                self.write_key(*id, if *is_passed { Frontend::REMOVED } else { Frontend::EMPTY })?;
+            }
         }
         Ok(())
+    }
+
+    fn write_key(&self, id: FrontendId, word: u64) -> Result<()> {
+        self.line_word(id, offset_of!(Frontend, key))?.store(word, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn is_overflow(&self, id: FrontendId) -> bool {
+        id.index() >= self.sizes.hashed_frontend_lines()
     }
 
     /// Lets the programs stop to report successes of backend `id`, unless it has failed more often than `failures`.
@@ -235,7 +330,7 @@ impl Maps {
     /// # Errors
     /// Returns an error if `id` is out of range.
     pub fn frontend_stats(&self, id: FrontendId) -> Result<FrontendStats> {
-        Ok(self.frontend_stats.get(&id.get(), 0)?)
+        Ok(FrontendStats::from(&self.line(id)?))
     }
 
     /// Returns the counters of backend `id`.
@@ -243,7 +338,7 @@ impl Maps {
     /// # Errors
     /// Returns an error if `id` is out of range.
     pub fn backend_stats(&self, id: BackendId) -> Result<BackendStats> {
-        Ok(self.backend_stats.get(&id.get(), 0)?)
+        self.backend_stats.read(id.get())
     }
 
     /// Returns which network namespaces used backend `id` last, and its HTTP/1 response counts.
@@ -251,7 +346,7 @@ impl Maps {
     /// # Errors
     /// Returns an error if `id` is out of range.
     pub fn backend_use(&self, id: BackendId) -> Result<BackendUse> {
-        Ok(self.backend_use.get(&id.get(), 0)?)
+        self.backend_use.read(id.get())
     }
 
     /// Returns two histograms, summed over all CPUs: connect times, and round-trip times.
@@ -275,17 +370,22 @@ impl Maps {
     /// # Errors
     /// Returns an error if `id` is out of range.
     pub fn pool_stats(&self, id: PoolId) -> Result<PoolStats> {
-        Ok(self.pool_stats.get(&id.get(), 0)?)
+        self.pool_stats.read(id.get())
     }
 
-    /// Looks up a frontend in the kernel: its id and its active version. Returns `None` if there is no entry for `key`.
-    pub fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, FrontendVersion)> {
-        let id = FrontendId::new(self.frontends.get(key, 0).ok()?);
-        Some((id, self.versions.get(&self.current_version(id).ok()?.get(), 0).ok()?))
-    }
-
-    fn current_version(&self, id: FrontendId) -> Result<VersionIndex> {
-        Ok(VersionIndex::new(self.current.word(id.get(), 0)?.load(Ordering::SeqCst) as u32))
+    /// Looks up a frontend in the kernel as the programs do: its id, what is published for it, and the number of that
+    /// publication.
+    /// Returns `None` if it is not there.
+    pub fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, Published, Generation)> {
+        let (fingerprint, v6) = (key.fingerprint(), !key.endpoint().is_v4());
+        let (hash, shift) = (Frontend::hash(fingerprint, self.seed), self.sizes.frontend_shift());
+        let buckets = [Frontend::first_bucket(hash, shift), Frontend::second_bucket(hash, shift)];
+        let lines = buckets.into_iter().flat_map(|first| first..first + Frontend::BUCKET);
+        let behind = self.frontend_overflow.get(&fingerprint, 0).ok();
+        lines.chain(behind).map(|index| FrontendId::of_line(index, v6)).find_map(|id| {
+            let line = self.line(id).ok()?;
+            (line.key == fingerprint).then_some((id, Published(line.current), Generation::new(line.generation)))
+        })
     }
 
     /// Returns the global counters, summed over all CPUs.

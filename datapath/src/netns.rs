@@ -34,11 +34,15 @@ pub(crate) fn namespaces(errors: &mut Vec<String>) -> Vec<(PathBuf, File)> {
     match fs::read_dir("/proc") {
         Ok(entries) => {
             let is_process = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
-            for entry in entries.flatten().filter(|entry| entry.file_name().to_str().is_some_and(is_process)) {
-                add(entry.path().join("ns/net"));
-                // Other threads may be in other namespaces, and the main thread may have exited.
-                for thread in fs::read_dir(entry.path().join("task")).into_iter().flatten().flatten() {
-                    if thread.file_name() != entry.file_name() {
+            let entries = entries.flatten().filter(|entry| entry.file_name().to_str().is_some_and(is_process));
+            // A namespace is named after the first process found in it: one that lives there, not one of whose threads
+            // only visits it, as those of an agent do.
+            let processes: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+            processes.iter().for_each(|process| add(process.join("ns/net")));
+            // Other threads may be in other namespaces, and the main thread may have exited.
+            for process in &processes {
+                for thread in fs::read_dir(process.join("task")).into_iter().flatten().flatten() {
+                    if Some(thread.file_name().as_os_str()) != process.file_name() {
                         add(thread.path().join("ns/net"));
                     }
                 }

@@ -21,6 +21,8 @@ pub struct Outcome {
     pub backend: SocketAddr,
     /// Id of the frontend that the application dialed.
     pub frontend_id: FrontendId,
+    /// The lower half of the epoch of that id.
+    pub frontend_epoch: u16,
     /// What happened.
     pub kind: OutcomeKind,
     /// The errno that the application received, or 0 for none.
@@ -80,7 +82,8 @@ fn decode(bytes: &[u8]) -> Option<Outcome> {
         at: Duration::from_nanos(record.time_ns),
         backend: record.backend.socket_addr(),
         frontend_id: FrontendId::new(record.frontend_id),
-        kind: OutcomeKind::from_u32(record.kind)?,
+        frontend_epoch: record.frontend_epoch,
+        kind: OutcomeKind::from_u32(record.kind.into())?,
         errno: record.errno,
         latency: Duration::from_nanos(record.latency_ns),
         netns_cookie: record.netns_cookie,

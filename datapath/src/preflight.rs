@@ -1,6 +1,9 @@
 //! Startup checks of the machine. Each missing requirement is a one-line error.
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
 
 use rustix::{
     fs::statfs,
@@ -49,7 +52,14 @@ impl Environment {
 /// # Errors
 /// Returns an error if the cgroup does not exist, is not cgroup v2, or no cgroup v2 is mounted.
 pub fn cgroup(given: Option<&Path>) -> Result<PathBuf, Unsupported> {
-    let cgroup = given.map_or_else(cgroup2_root, |path| Ok(path.to_owned()))?;
+    let cgroup = match given {
+        Some(path) => path.to_owned(),
+        None => {
+            let root = cgroup2_root()?;
+            check_is_root(&root)?;
+            root
+        }
+    };
     let unsupported = |what: String| Err(Unsupported(what));
     match filesystem(&cgroup) {
         Some(CGROUP2_MAGIC) => Ok(cgroup),
@@ -59,6 +69,22 @@ pub fn cgroup(given: Option<&Path>) -> Result<PathBuf, Unsupported> {
         None => {
             unsupported(format!("cgroup {} does not exist; create it, or set a different --cgroup", cgroup.display()))
         }
+    }
+}
+
+/// Checks that a mounted cgroup is the root of the machine's hierarchy.
+///
+/// In a cgroup namespace, what looks like the root is the cgroup of the container, in which there are no other pods.
+fn check_is_root(cgroup: &Path) -> Result<(), Unsupported> {
+    /// The kernel numbers the cgroups of a hierarchy from its root on.
+    const ROOT: u64 = 1;
+    match std::fs::metadata(cgroup).map(|metadata| metadata.ino()) {
+        Ok(ROOT) => Ok(()),
+        Ok(_) => Err(Unsupported(format!(
+            "{} is the cgroup of this container, not of the machine: no pod would be served; mount the host's /sys/fs/cgroup into the container, and set --cgroup to that path",
+            cgroup.display()
+        ))),
+        Err(error) => Err(Unsupported(format!("cannot read {}: {error}", cgroup.display()))),
     }
 }
 

@@ -10,9 +10,10 @@ use portolan_common::{ConnectionFlags, Endpoint, FrontendKey};
 use crate::{
     addr,
     consts::{ECONNREFUSED, EHOSTUNREACH, FAIL, IPPROTO_TCP, IPPROTO_UDP, PROCEED},
+    frontend::{self, Found},
     maps::{BACKEND_STATS, POOLS, SET},
     opt_out::is_opted_out,
-    select::{Found, Lookup, Pick, Selected, add, lookup_frontend, pick},
+    select::{Pick, Selected, add, pick},
     state,
 };
 
@@ -69,20 +70,13 @@ pub(crate) struct Refused;
 /// Picks the endpoint to connect to; `None` leaves the dialed address unchanged.
 #[inline(always)]
 fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Decision {
-    let found = match lookup_frontend(&key) {
-        Lookup::Found(found) => found,
-        Lookup::Miss => {
-            // The state of a TCP socket is compared with its peer when the SYN is about to be sent.
-            // A UDP socket has no such event.
-            if key.protocol() == IPPROTO_UDP {
-                clear_state(ctx);
-            }
-            return Ok(None);
+    let Some(found) = frontend::find(&key) else {
+        // The state of a TCP socket is compared with its peer when the SYN is about to be sent.
+        // A UDP socket has no such event.
+        if key.protocol() == IPPROTO_UDP {
+            clear_state(ctx);
         }
-        Lookup::Broken => {
-            clear_tcp_state(ctx, &key);
-            return Err(refuse(ctx, &key, false));
-        }
+        return Ok(None);
     };
     if is_denied() {
         return Ok(None);
@@ -91,14 +85,14 @@ fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Decision {
         clear_state(ctx);
         return Ok(None);
     }
-    match pick(ctx, &found) {
+    match pick(ctx, &key, &found) {
         Pick::Refuse { strict } => {
             clear_tcp_state(ctx, &key);
             Err(refuse(ctx, &key, strict))
         }
         Pick::Take(taken) => {
             save_state(ctx, &key, &found, &taken);
-            Ok(Some(taken.backend.endpoint))
+            Ok(Some(taken.endpoint))
         }
     }
 }
@@ -149,28 +143,28 @@ fn clear_tcp_state(ctx: &SockAddrContext, key: &FrontendKey) {
 #[inline(always)]
 fn save_state(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &Selected) {
     let Some(state) = state::get_or_create(ctx) else { return };
-    let (frontend, backend) = (key.endpoint(), taken.backend.endpoint);
+    let (dialed, backend) = (key.endpoint(), taken.endpoint);
     let mut flags = 0;
     // SAFETY: the value belongs to this socket, which is locked.
     unsafe {
         let connection = &mut *state.connection;
-        connection.frontend_word = frontend.v4_word();
-        connection.frontend_port = frontend.port_word();
+        connection.frontend_word = dialed.v4_word();
+        connection.frontend_port = dialed.port_word();
         connection.backend_word = backend.v4_word();
         connection.backend_port = backend.port_word();
         connection.set = SET.load() as u16;
         connection.backend_id = taken.backend_id;
-        connection.backend_epoch = taken.backend.epoch as u16;
+        connection.backend_epoch = taken.epoch as u16;
         connection.frontend_id = found.id;
-        connection.frontend_epoch = 0;
+        connection.frontend_epoch = (*found.line).epoch as u16;
         connection.pool = taken.pool;
-        if !(frontend.is_v4() && backend.is_v4()) {
+        if !(dialed.is_v4() && backend.is_v4()) {
             // Without the extra words the state would name other addresses.
             let Some(extra) = state.extra() else {
                 connection.backend_port = 0;
                 return;
             };
-            let ([a, b, c, _], [d, e, f, _]) = (frontend.words(), backend.words());
+            let ([a, b, c, _], [d, e, f, _]) = (dialed.words(), backend.words());
             (*extra).frontend_words = [a, b, c];
             (*extra).backend_words = [d, e, f];
             flags |= ConnectionFlags::V6;
@@ -198,12 +192,11 @@ fn save_state(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &S
     }
     debug!(
         ctx,
-        "frontend {} generation {}: backend {} {:i}:{}",
+        "frontend {}: backend {} {:i}:{}",
         found.id,
-        found.version.generation,
         taken.backend_id,
-        u32::from_be(taken.backend.endpoint.v4_word()),
-        u16::from_be(taken.backend.endpoint.port_word())
+        u32::from_be(taken.endpoint.v4_word()),
+        u16::from_be(taken.endpoint.port_word())
     );
 }
 

@@ -5,15 +5,16 @@
 //! Flows are stored on the socket, so that traffic of other sockets cannot evict them.
 
 use aya_ebpf::{helpers::generated::bpf_ktime_get_ns, programs::SockAddrContext};
-use portolan_common::{Counter, DatagramFlows, Endpoint, FLOWS, Flow, FrontendKey};
+use portolan_common::{Counter, DatagramFlows, Endpoint, FLOWS, Flow, FrontendKey, PublishedFlags};
 
 use crate::{
     addr,
     connect::{Decision, apply4, apply6, count_flow, is_denied, protocol, refuse},
     consts::{IPPROTO_UDP, PROCEED},
-    maps::{DATAGRAMS, SET, count},
+    frontend::{self, Found},
+    maps::{DATAGRAMS, SET, VERSIONS, count},
     opt_out::is_opted_out,
-    select::{Found, Lookup, Pick, current_backend, lookup_frontend, pick},
+    select::{Pick, current_backend, pick},
     state,
 };
 
@@ -55,13 +56,9 @@ pub(crate) fn recvmsg6(ctx: &SockAddrContext) -> i32 {
 /// Picks the endpoint to send to; `None` leaves the dialed address unchanged.
 #[inline(always)]
 fn send(ctx: &SockAddrContext, key: FrontendKey) -> Decision {
-    let found = match lookup_frontend(&key) {
-        Lookup::Found(found) => found,
-        Lookup::Miss => {
-            clear_state(ctx, &key.endpoint());
-            return Ok(None);
-        }
-        Lookup::Broken => return Err(refuse(ctx, &key, false)),
+    let Some(found) = frontend::find(&key) else {
+        clear_state(ctx, &key.endpoint());
+        return Ok(None);
     };
     if is_denied() {
         return Ok(None);
@@ -81,33 +78,33 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Decision {
     if flows.is_null() {
         // The datagram still goes to its endpoint, but the reply will come from an address that was not dialed.
         count(Counter::NoMemory);
-        return match pick(ctx, &found) {
+        return match pick(ctx, &key, &found) {
             Pick::Refuse { strict } => Err(refuse(ctx, &key, strict)),
-            Pick::Take(taken) => Ok(Some(taken.backend.endpoint)),
+            Pick::Take(taken) => Ok(Some(taken.endpoint)),
         };
     }
     // SAFETY: as above.
     let flows = unsafe { &mut *flows };
     // SAFETY: a helper call without pointers.
     let now = unsafe { bpf_ktime_get_ns() };
-    if let Some(endpoint) = continue_flow(flows, &found, now) {
+    if let Some(endpoint) = continue_flow(flows, &key, &found, now) {
         return Ok(Some(endpoint));
     }
-    match pick(ctx, &found) {
+    match pick(ctx, &key, &found) {
         Pick::Refuse { strict } => Err(refuse(ctx, &key, strict)),
         Pick::Take(taken) => {
             count_flow(&taken);
             let flow = Flow {
                 frontend: key.endpoint(),
-                backend: taken.backend.endpoint,
+                backend: taken.endpoint,
                 backend_id: taken.backend_id,
-                epoch: taken.backend.epoch,
+                epoch: taken.epoch,
                 reserved: 0,
                 forward: 1,
                 last_ns: now,
             };
             start_flow(flows, flow);
-            Ok(Some(taken.backend.endpoint))
+            Ok(Some(taken.endpoint))
         }
     }
 }
@@ -143,11 +140,16 @@ fn is_peer(ctx: &SockAddrContext, dialed: &Endpoint) -> bool {
 
 /// Returns the endpoint of the flow to this frontend, if there is one that may continue.
 #[inline(always)]
-fn continue_flow(flows: &mut DatagramFlows, found: &Found, now: u64) -> Option<Endpoint> {
+fn continue_flow(flows: &mut DatagramFlows, key: &FrontendKey, found: &Found, now: u64) -> Option<Endpoint> {
     if flows.set != SET.load() {
         return None;
     }
-    let frontend = found.version.key.endpoint();
+    // The schedules of UDP frontends list their members, and are therefore never mere lists of endpoints.
+    if !found.current.has(PublishedFlags::DETAILED) {
+        return None;
+    }
+    let version = VERSIONS.get(found.current.base())?;
+    let frontend = key.endpoint();
     for flow in &mut flows.flows {
         if flow.forward == 0 || flow.frontend != frontend {
             continue;
@@ -155,9 +157,9 @@ fn continue_flow(flows: &mut DatagramFlows, found: &Found, now: u64) -> Option<E
         if now.saturating_sub(flow.last_ns) > SILENCE_NS {
             return None;
         }
-        let taken = current_backend(&found.version, flow.backend_id, flow.epoch)?;
+        let taken = current_backend(version, flow.backend_id, flow.epoch)?;
         flow.last_ns = now;
-        return Some(taken.backend.endpoint);
+        return Some(taken.endpoint);
     }
     None
 }

@@ -19,6 +19,7 @@ mod addr;
 mod connect;
 mod consts;
 mod datagram;
+mod frontend;
 mod http;
 mod maps;
 mod opt_out;

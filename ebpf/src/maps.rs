@@ -1,7 +1,9 @@
 //! All maps, and all constants that the agent sets at load time; the agent also sets the map sizes.
 //!
-//! A connection reads FRONTENDS → CURRENT → VERSIONS → SLOTS → RUNS → BACKENDS, in this order.
-//! Except for CURRENT, the agent writes only entries that no program can be reading; a write to CURRENT publishes them.
+//! A connection reads FRONTENDS4 or FRONTENDS6 → ENTRIES, in this order; a schedule that is more than a list of endpoints
+//! FRONTENDS4 or FRONTENDS6 → VERSIONS → SLOTS → RUNS → BACKENDS.
+//! Except for the first word of a frontend's line and the one that publishes, the agent writes only what no program can be
+//! reading.
 //!
 //! The values of an mmapable array start at a page boundary, so values of 64 bytes occupy one cache line each.
 //! With many services, fetching these lines is the most expensive part of a connect.
@@ -14,21 +16,27 @@ use aya_ebpf::{
 };
 use portolan_common::{
     Affinity, AffinityKey, Backend, BackendStats, BackendUse, ClientUse, Connection, ConnectionExtra, Counter,
-    DatagramFlows, FrontendKey, FrontendStats, FrontendVersion, OptOut, Outcome, PoolLimits, PoolStats, Slot,
+    DatagramFlows, Entry, Frontend, Frontend6, FrontendVersion, OptOut, Outcome, PoolLimits, PoolStats, Slot,
     SocketState, TIME_BUCKETS,
 };
 
-/// Service address, port, protocol → frontend id.
-/// Entries never change: replacing one could make a concurrent reader of its bucket miss it.
+/// Index, which follows from the key → frontend with an IPv4 address, see [`Frontend`].
 #[btf_map]
-pub(crate) static FRONTENDS: HashMap<FrontendKey, u32, 1> = HashMap::new();
+pub(crate) static FRONTENDS4: Array<Frontend, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// Frontend id → index of the active version.
-/// The agent maps this array into memory and updates it with a single store.
+/// The same for IPv6 addresses.
 #[btf_map]
-pub(crate) static CURRENT: Array<u64, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+pub(crate) static FRONTENDS6: Array<Frontend6, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// Index → version of a frontend.
+/// Fingerprint of a key → index, for the few frontends whose buckets were full.
+#[btf_map]
+pub(crate) static FRONTEND_OVERFLOW: HashMap<u64, u32, 1> = HashMap::new();
+
+/// Index → turn of a schedule that is a list of endpoints.
+#[btf_map]
+pub(crate) static ENTRIES: Array<Entry, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// Index → version of a frontend whose schedule is more than that.
 #[btf_map]
 pub(crate) static VERSIONS: Array<FrontendVersion, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
@@ -48,10 +56,6 @@ pub(crate) static BACKENDS: Array<Backend, 1> = Array::new();
 /// Index → limits of a pool.
 #[btf_map]
 pub(crate) static POOLS: Array<PoolLimits, 1> = Array::new();
-
-/// Frontend id → shared cursor and counters.
-#[btf_map]
-pub(crate) static FRONTEND_STATS: Array<FrontendStats, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Backend id → counters.
 #[btf_map]
@@ -131,6 +135,14 @@ pub(crate) static SK_ERR_OFFSET: Global<u32> = Global::new(0);
 /// The `shift` of [`Connection::first_way`]; the default is that of the smallest array.
 #[unsafe(no_mangle)]
 pub(crate) static CONNECTION_SHIFT: Global<u32> = Global::new(32);
+
+/// The `seed` of [`Frontend::hash`].
+#[unsafe(no_mangle)]
+pub(crate) static FRONTEND_SEED: Global<u64> = Global::new(0);
+
+/// The `shift` of [`Frontend::first_bucket`]; the default is that of the smallest array.
+#[unsafe(no_mangle)]
+pub(crate) static FRONTEND_SHIFT: Global<u32> = Global::new(63);
 
 /// The entries of `CONNECTIONS` that one client may use.
 #[unsafe(no_mangle)]

@@ -477,7 +477,8 @@ pub(crate) unsafe fn emit_outcome(netns: u64, state: &State, (kind, errno): (Out
             backend: state.backend(),
             backend_id: (*connection).backend_id,
             frontend_id: (*connection).frontend_id,
-            kind: kind as u32,
+            kind: kind as u16,
+            frontend_epoch: (*connection).frontend_epoch,
             errno,
             failures,
         });

@@ -1,42 +1,24 @@
-//! Backend selection for a connection: one hash lookup, then array reads.
+//! Backend selection for a connection.
+//!
+//! Most schedules are a list of endpoints, of which each connection takes the next: two array reads.
+//! Whatever is more than that is in a function of its own, so that it costs the others nothing.
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{
+    bindings::bpf_sock_addr,
     helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_ktime_get_ns},
     programs::SockAddrContext,
 };
 use portolan_common::{
-    Affinity, AffinityKey, Backend, Counter, FrontendKey, FrontendStats, FrontendVersion, LbPolicy, Slot, VersionFlags,
+    Affinity, AffinityKey, Counter, Endpoint, Entry, Frontend, FrontendKey, FrontendVersion, LbPolicy, PublishedFlags,
+    Slot, VersionFlags,
 };
 
-use crate::maps::{
-    AFFINITY, BACKEND_STATS, BACKENDS, CURRENT, FRONTEND_STATS, FRONTENDS, POOL_STATS, POOLS, RUNS, SLOTS, VERSIONS,
-    count,
+use crate::{
+    frontend::{Found, V6},
+    maps::{AFFINITY, BACKEND_STATS, BACKENDS, ENTRIES, POOL_STATS, POOLS, RUNS, SLOTS, VERSIONS, count},
 };
-
-/// A frontend that a connection dials, with its active version.
-pub(crate) struct Found {
-    pub(crate) id: u32,
-    pub(crate) version: FrontendVersion,
-}
-
-impl Found {
-    /// Returns whether connections must stay in the client's cluster.
-    #[inline(always)]
-    pub(crate) fn is_strict(&self) -> bool {
-        self.version.flags & VersionFlags::STRICT != 0
-    }
-}
-
-/// The result of looking up an address in `FRONTENDS`.
-pub(crate) enum Lookup {
-    /// Not a Service address: Portolan ignores the connection.
-    Miss,
-    Found(Found),
-    /// The table is inconsistent.
-    Broken,
-}
 
 /// The result of picking a backend.
 pub(crate) enum Pick {
@@ -49,75 +31,105 @@ pub(crate) enum Pick {
 }
 
 /// The backend picked for one connection.
+#[derive(Clone, Copy)]
 pub(crate) struct Selected {
+    pub(crate) endpoint: Endpoint,
     pub(crate) backend_id: u32,
-    pub(crate) backend: Backend,
     pub(crate) pool: u32,
+    pub(crate) epoch: u32,
 }
 
-/// The number of lookup attempts that may race with changes of FRONTENDS.
-/// Every race takes a system call by the agent, so even one is rare.
-const TRIES: u32 = 4;
+/// What [`pick_detailed`] returns.
+const TAKE: u32 = 0;
+const REFUSE: u32 = 1;
+const REFUSE_STRICT: u32 = 2;
+
 /// Binary search steps: enough for 262,143 members, the largest supported number of backends.
 const SEARCH_STEPS: u32 = 18;
 /// An affinity entry is refreshed at most this many times per timeout.
 const AFFINITY_STEPS: u64 = 16;
 
-/// Looks up the frontend of a dialed address.
+/// Picks a backend for one more connection to the frontend with this key.
 #[inline(always)]
-pub(crate) fn lookup_frontend(key: &FrontendKey) -> Lookup {
-    for _ in 0..TRIES {
-        // SAFETY: the value is copied out at once.
-        let Some(id) = (unsafe { FRONTENDS.get(key) }).copied() else { return Lookup::Miss };
-        let Some(current) = CURRENT.get_ptr(id) else { break };
-        // SAFETY: a live map value, which the agent changes by a single store.
-        let index = unsafe { current.read_volatile() } as u32;
-        let Some(version) = VERSIONS.get(index) else { break };
-        // The id of a removed entry of FRONTENDS may already belong to another frontend.
-        if version.key == *key {
-            return Lookup::Found(Found { id, version: *version });
+pub(crate) fn pick(ctx: &SockAddrContext, key: &FrontendKey, found: &Found) -> Pick {
+    let current = found.current;
+    if current.has(PublishedFlags::DETAILED) {
+        let mut taken = Selected { endpoint: Endpoint::from_words([0; 4], 0), backend_id: 0, pool: 0, epoch: 0 };
+        return match pick_detailed(ctx.sock_addr, found.line, current.base(), key, &mut taken) {
+            TAKE => Pick::Take(taken),
+            REFUSE_STRICT => Pick::Refuse { strict: true },
+            _ => Pick::Refuse { strict: false },
+        };
+    }
+    // SAFETY: a live map value; the fields are only ever added to.
+    unsafe {
+        let line = found.line;
+        let period = current.period();
+        if period == 0 {
+            add(&raw mut (*line).refused, 1);
+            return Pick::Refuse { strict: current.has(PublishedFlags::STRICT) };
+        }
+        let turn = add(&raw mut (*line).cursor, 1) as u32;
+        // An eBPF program cannot panic, and the compiler does not know that the period is nonzero, so the division
+        // must be checked.
+        let Some(turn) = turn.checked_rem(period) else { return inconsistent() };
+        let Some(entry) = ENTRIES.get_ptr(current.base().wrapping_add(turn)) else { return inconsistent() };
+        match take_entry(entry, found.id & V6 != 0) {
+            Some(taken) => Pick::Take(taken),
+            None => inconsistent(),
         }
     }
-    count(Counter::Inconsistent);
-    Lookup::Broken
 }
 
-/// Picks a backend for one more connection to the frontend.
+/// # Safety
+/// `entry` must point to a live value of `ENTRIES`.
 #[inline(always)]
-pub(crate) fn pick(ctx: &SockAddrContext, found: &Found) -> Pick {
-    let version = &found.version;
-    let Some(stats) = FRONTEND_STATS.get_ptr_mut(found.id) else { return inconsistent() };
-    if version.period == 0 {
-        // SAFETY: a live map value; the field is only ever added to.
-        unsafe { add(&raw mut (*stats).refused, 1) };
-        return Pick::Refuse { strict: found.is_strict() };
-    }
-    if version.affinity_seconds == 0 {
-        return next(ctx, found, stats);
-    }
-    let key = AffinityKey { client: client(ctx), frontend: version.key };
-    if let Some(taken) = affinity_backend(&key, version) {
-        if at_connection_limit(taken.pool) {
-            // SAFETY: a live map value; the field is only ever added to.
-            unsafe { add(&raw mut (*stats).refused, 1) };
-            return Pick::Refuse { strict: false };
+unsafe fn take_entry(entry: *const Entry, v6: bool) -> Option<Selected> {
+    // SAFETY: guaranteed by the caller. The value is immutable while it is in use.
+    unsafe {
+        let (backend_id, pool) = ((*entry).backend_id, (*entry).pool);
+        if !v6 {
+            let endpoint = Endpoint::from_v4_word((*entry).address, (*entry).port);
+            return Some(Selected { endpoint, backend_id, pool, epoch: u32::from((*entry).epoch) });
         }
-        // SAFETY: as above.
-        unsafe { add(&raw mut (*stats).came_back, 1) };
-        return Pick::Take(taken);
+        let backend = BACKENDS.get(backend_id)?;
+        Some(Selected { endpoint: backend.endpoint, backend_id, pool, epoch: backend.epoch })
     }
-    let pick = next(ctx, found, stats);
-    if let Pick::Take(taken) = &pick {
-        let affinity = Affinity {
-            // SAFETY: a helper call without pointers.
-            last_ns: unsafe { bpf_ktime_get_ns() },
-            backend_id: taken.backend_id,
-            epoch: taken.backend.epoch,
-        };
-        // Best effort: without memory for the entry, the client is still served.
-        let _ = AFFINITY.insert(&key, &affinity, 0);
+}
+
+/// Picks a backend from a schedule that is more than a list of endpoints; `index` is that of its version.
+#[inline(never)]
+fn pick_detailed(
+    ctx: *mut bpf_sock_addr,
+    line: *mut Frontend,
+    index: u32,
+    key: &FrontendKey,
+    taken: &mut Selected,
+) -> u32 {
+    // SAFETY: `line` is a live map value; its counters are only ever added to. Helper calls without pointers.
+    unsafe {
+        let Some(version) = VERSIONS.get(index) else { return refuse_inconsistent() };
+        if version.affinity_seconds == 0 {
+            return next(ctx, line, version, taken);
+        }
+        let key = AffinityKey { client: client(ctx), frontend: *key };
+        if let Some(returned) = affinity_backend(&key, version) {
+            if at_connection_limit(returned.pool) {
+                add(&raw mut (*line).refused, 1);
+                return REFUSE;
+            }
+            add(&raw mut (*line).came_back, 1);
+            *taken = returned;
+            return TAKE;
+        }
+        let result = next(ctx, line, version, taken);
+        if result == TAKE {
+            let affinity = Affinity { last_ns: bpf_ktime_get_ns(), backend_id: taken.backend_id, epoch: taken.epoch };
+            // Best effort: without memory for the entry, the client is still served.
+            let _ = AFFINITY.insert(&key, &affinity, 0);
+        }
+        result
     }
-    pick
 }
 
 /// Returns the client's previous backend, if it still has turns and the affinity has not expired.
@@ -148,8 +160,8 @@ fn affinity_backend(key: &AffinityKey, version: &FrontendVersion) -> Option<Sele
 pub(crate) fn current_backend(version: &FrontendVersion, backend_id: u32, epoch: u32) -> Option<Selected> {
     let place = find_member(version, backend_id)?;
     let pool = *RUNS.get(version.members.wrapping_add(version.member_count).wrapping_add(place))?;
-    let backend = BACKENDS.get(backend_id).copied()?;
-    (backend.epoch == epoch).then_some(Selected { backend_id, backend, pool })
+    let backend = BACKENDS.get(backend_id)?;
+    (backend.epoch == epoch).then_some(Selected { endpoint: backend.endpoint, backend_id, pool, epoch })
 }
 
 /// Returns the position of a backend among those with turns in this version, by binary search.
@@ -178,34 +190,32 @@ fn find_member(version: &FrontendVersion, backend_id: u32) -> Option<u32> {
 
 /// Takes the next slot of the frontend's schedule, or a random one, and picks a backend of its run.
 #[inline(always)]
-fn next(ctx: &SockAddrContext, found: &Found, stats: *mut FrontendStats) -> Pick {
-    let version = &found.version;
+fn next(ctx: *mut bpf_sock_addr, line: *mut Frontend, version: &FrontendVersion, taken: &mut Selected) -> u32 {
     // SAFETY: a live map value; the field is only ever added to.
-    let cursor = unsafe { add(&raw mut (*stats).cursor, 1) };
+    let cursor = unsafe { add(&raw mut (*line).cursor, 1) };
     let drawn = version.flags & VersionFlags::RANDOM != 0;
     let turn = if drawn { u64::from(random()) } else { cursor };
-    // An eBPF program cannot panic, and the compiler does not know that the period is nonzero, so the division must be
-    // checked.
     let period = u64::from(version.period);
     let (Some(place), Some(round)) = (turn.checked_rem(period), turn.checked_div(period)) else {
-        return inconsistent();
+        return refuse_inconsistent();
     };
-    let Some(slot) = SLOTS.get(version.base.wrapping_add(place as u32)).copied() else { return inconsistent() };
+    let Some(slot) = SLOTS.get(version.base.wrapping_add(place as u32)).copied() else { return refuse_inconsistent() };
     let is_empty = slot.len == 0;
     if is_empty || at_connection_limit(slot.pool) {
         // SAFETY: as above.
-        unsafe { add(&raw mut (*stats).refused_slots, 1) };
-        return Pick::Refuse { strict: is_empty && slot.strict != 0 };
+        unsafe { add(&raw mut (*line).refused_turns, 1) };
+        return if is_empty && slot.strict != 0 { REFUSE_STRICT } else { REFUSE };
     }
     let entry = if slot.choice == LbPolicy::RoundRobin as u16 { slot.entry(round) } else { pick_in_run(ctx, &slot) };
-    let Some(&backend_id) = RUNS.get(entry) else { return inconsistent() };
-    let Some(backend) = BACKENDS.get(backend_id).copied() else { return inconsistent() };
-    Pick::Take(Selected { backend_id, backend, pool: slot.pool })
+    let Some(&backend_id) = RUNS.get(entry) else { return refuse_inconsistent() };
+    let Some(backend) = BACKENDS.get(backend_id) else { return refuse_inconsistent() };
+    *taken = Selected { endpoint: backend.endpoint, backend_id, pool: slot.pool, epoch: backend.epoch };
+    TAKE
 }
 
 /// Returns the entry of `RUNS` that a slot without round robin picks.
 #[inline(always)]
-fn pick_in_run(ctx: &SockAddrContext, slot: &Slot) -> u32 {
+fn pick_in_run(ctx: *mut bpf_sock_addr, slot: &Slot) -> u32 {
     if slot.choice == LbPolicy::Hash as u16 {
         return slot.at(splitmix64(client(ctx)));
     }
@@ -256,9 +266,9 @@ fn at_connection_limit(pool: u32) -> bool {
 
 /// Identifies the client by its network namespace, that is, its pod.
 #[inline(always)]
-fn client(ctx: &SockAddrContext) -> u64 {
+fn client(ctx: *mut bpf_sock_addr) -> u64 {
     // SAFETY: the kernel gives a valid context.
-    unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) }
+    unsafe { bpf_get_netns_cookie(ctx.cast()) }
 }
 
 #[inline(always)]
@@ -281,6 +291,12 @@ fn splitmix64(number: u64) -> u64 {
 fn inconsistent() -> Pick {
     count(Counter::Inconsistent);
     Pick::Refuse { strict: false }
+}
+
+#[inline(always)]
+fn refuse_inconsistent() -> u32 {
+    count(Counter::Inconsistent);
+    REFUSE
 }
 
 /// Adds to a shared counter atomically and returns its previous value.

@@ -149,7 +149,7 @@ impl EjectionGate {
             if self.is_earlier(outcome) {
                 continue;
             }
-            let Some(pools) = view.frontends.pools(outcome.frontend_id) else { continue };
+            let Some(pools) = view.frontends.pools(outcome.frontend_id, outcome.frontend_epoch) else { continue };
             let signal = signal(outcome);
             if signal.is_failure() {
                 self.log_failure(view.layout, pools, outcome, signal, &mut effects);

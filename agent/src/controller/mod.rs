@@ -357,7 +357,7 @@ impl<K: Kernel> Controller<K> {
         of_protocol.retain(|outcome| !self.gate.is_earlier(outcome));
         for outcome in &of_protocol {
             let own = self.health.pools_of(&outcome.backend);
-            let pools = self.frontends.pools(outcome.frontend_id).unwrap_or_default();
+            let pools = self.frontends.pools(outcome.frontend_id, outcome.frontend_epoch).unwrap_or_default();
             let mut effects = Vec::new();
             for pool in pools.iter().filter(|pool| own.contains(pool)) {
                 let (layout, protocol) = (self.publisher.layout(), u64::from(outcome.errno));

@@ -52,7 +52,7 @@ impl<K: Kernel> Controller<K> {
                 self.kernel.sweep(request);
             }
         }
-        let frontends = ops.iter().filter(|op| matches!(op, Op::Publish(..) | Op::RemoveFrontend(_))).count();
+        let frontends = ops.iter().filter(|op| matches!(op, Op::Publish(..) | Op::RemoveFrontend(..))).count();
         let first_failure = self.gate.take_first_failure();
         self.publications.push(Publication { frontends, writes: ops.len(), first_failure, first });
         Ok(())
@@ -110,7 +110,7 @@ impl<K: Kernel> Controller<K> {
 
     /// Saves what the writes will reset.
     fn before_writes(&mut self, now: Now, ops: &[Op]) {
-        if ops.iter().any(|op| matches!(op, Op::RemoveFrontend(_) | Op::ResetFrontend(_))) {
+        if ops.iter().any(|op| matches!(op, Op::RemoveFrontend(..) | Op::ResetFrontend(..))) {
             self.count_frontends();
         }
         if self.collector.before(ops, &self.kernel) {

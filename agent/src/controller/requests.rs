@@ -194,10 +194,10 @@ impl<K: Kernel> Controller<K> {
     fn frontend_kernel(&self, assignment: &Assignment) -> FrontendKernel {
         let mut sum = FrontendKernel::default();
         let keys = assignment.frontends.iter().map(|address| table::key(*address, assignment.protocol));
-        for (id, version) in keys.filter_map(|key| self.kernel.frontend(&key)) {
+        for (id, published, generation) in keys.filter_map(|key| self.kernel.frontend(&key)) {
             let stats = self.kernel.frontend_stats(id).unwrap_or_default();
-            sum.slots += version.period;
-            sum.generation = sum.generation.max(version.generation);
+            sum.slots += published.period();
+            sum.generation = sum.generation.max(generation.get());
             sum.connections += stats.given();
             sum.refused += stats.refused_in_all();
         }

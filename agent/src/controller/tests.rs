@@ -173,11 +173,17 @@ impl World {
 
     /// Reports failed connections of a network namespace to an endpoint.
     fn fail(&mut self, endpoint: &str, netns: u64, times: usize) {
-        let (frontend_id, _) = self.kernel().maps.frontend(&web()).unwrap();
+        self.fail_of_epoch(1, endpoint, netns, times);
+    }
+
+    /// Reports the same for connections that dialed the frontend when its id had this epoch.
+    fn fail_of_epoch(&mut self, frontend_epoch: u16, endpoint: &str, netns: u64, times: usize) {
+        let (frontend_id, ..) = self.kernel().maps.frontend(&web()).unwrap();
         let outcome = Outcome {
             at: self.now.monotonic,
             backend: address(endpoint),
             frontend_id,
+            frontend_epoch,
             kind: OutcomeKind::Failed,
             errno: 111,
             latency: Duration::from_millis(1),
@@ -358,6 +364,15 @@ fn outcomes_from_before_the_start_are_ignored() {
     world.fail(BOTH[0], 7, 2);
     world.now = now;
     assert_eq!(world.picks(&web()), BOTH);
+}
+
+#[test]
+fn late_outcome_of_a_reused_frontend_id_is_not_counted() {
+    let mut world = World::serving(2);
+    world.fail_of_epoch(0, BOTH[0], 7, 10);
+    assert_eq!(world.picks(&web()), BOTH);
+    world.fail_of_epoch(1, BOTH[0], 7, 2);
+    assert_eq!(world.picks(&web()), [BOTH[1]]);
 }
 
 #[test]
@@ -623,11 +638,12 @@ fn nearly_full_map_is_reported_when_an_incremental_change_fills_it() {
 fn detected_protocol_counts_unless_it_is_from_before_the_agent() {
     let mut world = World::serving(2);
     world.read_text(&objects(2).replace("name: tcp", "name: http"));
-    let (frontend_id, _) = world.kernel().maps.frontend(&web()).unwrap();
+    let (frontend_id, ..) = world.kernel().maps.frontend(&web()).unwrap();
     let outcome = Outcome {
         at: world.now.monotonic,
         backend: address(BOTH[0]),
         frontend_id,
+        frontend_epoch: 1,
         kind: OutcomeKind::NotHttp,
         errno: DetectedProtocol::TLS as u32,
         latency: Duration::ZERO,

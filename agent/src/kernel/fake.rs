@@ -5,8 +5,10 @@ use std::{
     collections::BTreeMap,
 };
 
-use portolan_common::{BackendStats, BackendUse, FrontendKey, FrontendStats, FrontendVersion, PoolStats, TIME_BUCKETS};
-use portolan_core::table::{BackendId, FrontendId, GraceEpoch, Op, PinnedState, PoolId, Sizes, fake_maps::FakeMaps};
+use portolan_common::{BackendStats, BackendUse, FrontendKey, FrontendStats, PoolStats, Published, TIME_BUCKETS};
+use portolan_core::table::{
+    BackendId, FrontendId, Generation, GraceEpoch, Op, PinnedState, PoolId, Sizes, fake_maps::FakeMaps,
+};
 use portolan_datapath::{Counters, Error, Result, SweepRequest};
 
 use super::Kernel;
@@ -99,7 +101,7 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 
-    fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, FrontendVersion)> {
+    fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, Published, Generation)> {
         self.maps.frontend(key)
     }
 

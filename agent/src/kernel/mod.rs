@@ -8,8 +8,8 @@ pub mod facts;
 #[cfg(any(test, feature = "fake-kernel"))]
 pub mod fake;
 
-use portolan_common::{BackendStats, BackendUse, FrontendKey, FrontendStats, FrontendVersion, PoolStats};
-use portolan_core::table::{BackendId, FrontendId, GraceEpoch, Op, PinnedState, PoolId, Sizes};
+use portolan_common::{BackendStats, BackendUse, FrontendKey, FrontendStats, PoolStats, Published};
+use portolan_core::table::{BackendId, FrontendId, Generation, GraceEpoch, Op, PinnedState, PoolId, Sizes};
 use portolan_datapath::{Counters, Datapath, Result, SweepRequest, barrier};
 
 /// The programs, maps and hooks of a node.
@@ -68,8 +68,8 @@ pub trait Kernel {
     /// Returns an error if the id is beyond the size of the map.
     fn acknowledge_failures(&mut self, id: BackendId, failures: u32) -> Result<()>;
 
-    /// Returns a frontend's id and its version in effect.
-    fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, FrontendVersion)>;
+    /// Returns a frontend's id, what is published for it, and the number of that publication.
+    fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, Published, Generation)>;
 
     /// Returns the counters of a frontend.
     ///
@@ -159,7 +159,7 @@ impl Kernel for Datapath {
         self.maps.acknowledge_failures(id, failures)
     }
 
-    fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, FrontendVersion)> {
+    fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, Published, Generation)> {
         self.maps.frontend(key)
     }
 

@@ -93,7 +93,7 @@ pub struct MetricsSnapshot {
     /// Number of terminated connections, by reason and protocol.
     pub closed: Closed,
     /// Map name, entries in use, and capacity of each map.
-    pub occupancy: [(&'static str, u32, u32); 6],
+    pub occupancy: [(&'static str, u32, u32); 7],
     /// Number of connections with a state entry, and the capacity for such entries.
     pub connection_slots: (u32, u32, u64),
     /// Whether the agent is ready.
@@ -176,7 +176,7 @@ impl Collector {
             if let Op::ResetPool(id, _) = op {
                 active |= kernel.pool_stats(*id).is_ok_and(|stats| stats.active != 0);
             }
-            if let Op::ResetFrontend(id) = op {
+            if let Op::ResetFrontend(id, _) = op {
                 self.seen_frontends.remove(id);
             }
             if let Op::SetBackend(id, backend) = op {

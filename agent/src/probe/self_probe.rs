@@ -1,12 +1,12 @@
 //! The self-probe: the agent connects through its own programs every few seconds, and readiness depends on the result.
 //!
 //! A client process in the served cgroup dials an otherwise unused address.
-//! The programs rewrite that address to this agent's listener.
+//! The programs rewrite that address to this agent's listener, over IPv4 and, if the machine has it, IPv6.
 //! The response proves that the programs are attached, that the maps are active, and that peer addresses are translated
 //! back. All traffic stays on loopback: without a rewrite, the connect would be refused there.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
     path::{Path, PathBuf},
     process::Stdio,
     sync::Arc,
@@ -30,6 +30,8 @@ use crate::error::{Context as _, Result, ensure};
 
 /// Address that the client dials: on loopback, so that traffic never leaves the machine, and without a listener.
 pub const FRONTEND: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::new(127, 80, 84, 76), 15_921));
+/// The same for IPv6, where loopback has one address only.
+pub const FRONTEND6: SocketAddr = SocketAddr::V6(SocketAddrV6::new(Ipv6Addr::LOCALHOST, 15_921, 0, 0));
 /// Hidden subcommand that runs the client.
 pub const VERB: &str = "self-probe";
 /// Name of the child cgroup for the client, if the cgroup itself cannot hold processes.
@@ -38,6 +40,10 @@ pub const CGROUP: &str = "portolan-probe";
 pub(super) const GREETING: &[u8] = b"portolan\n";
 /// Time between self-probes.
 pub const INTERVAL: Duration = Duration::from_secs(3);
+/// Pause after an error of a listener, such as a lack of descriptors, that would otherwise be repeated at once.
+const PAUSE: Duration = Duration::from_millis(100);
+/// The client's question for IPv4 alone, and for both families.
+pub(super) const QUESTIONS: [&str; 2] = ["probe 4", "probe 4 6"];
 /// Timeout of one probe; generous, because all traffic is on loopback.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -45,10 +51,50 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct SelfProbe {
     cgroup: PathBuf,
-    listener: TcpListener,
+    v4: Listener,
+    /// `None` if the machine has no IPv6.
+    v6: Option<Listener>,
+    wanted: Arc<Notify>,
+}
+
+/// Sockets on loopback for both protocols, with the same port.
+#[derive(Debug)]
+struct Listener {
+    streams: TcpListener,
     datagrams: UdpSocket,
     endpoint: SocketAddr,
-    wanted: Arc<Notify>,
+}
+
+impl Listener {
+    async fn bind(local: SocketAddr) -> Result<Self> {
+        let streams = TcpListener::bind(local).await.context("cannot bind the TCP self-probe listener on loopback")?;
+        let endpoint = streams.local_addr()?;
+        let datagrams = UdpSocket::bind(endpoint).await.context("cannot bind the UDP self-probe socket on loopback")?;
+        Ok(Self { streams, datagrams, endpoint })
+    }
+
+    /// Answers until the future is dropped.
+    async fn serve(&self) {
+        let answer_streams = async {
+            loop {
+                match self.streams.accept().await {
+                    // If the client is gone, its probe has failed already.
+                    Ok((mut stream, _)) => drop(stream.write_all(GREETING).await),
+                    Err(_) => tokio::time::sleep(PAUSE).await,
+                }
+            }
+        };
+        let answer_datagrams = async {
+            let mut buffer = [0; GREETING.len()];
+            loop {
+                match self.datagrams.recv_from(&mut buffer).await {
+                    Ok((len, from)) => drop(self.datagrams.send_to(&buffer[..len], from).await),
+                    Err(_) => tokio::time::sleep(PAUSE).await,
+                }
+            }
+        };
+        tokio::join!(answer_streams, answer_datagrams);
+    }
 }
 
 /// Result of a self-probe; `Err` has the reason of the failure.
@@ -71,30 +117,33 @@ impl SelfProbe {
     /// # Errors
     /// Returns an error if a socket on loopback cannot be bound.
     pub async fn new(cgroup: &Path) -> Result<Self> {
-        let local = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0);
-        let listener = TcpListener::bind(local).await.context("cannot bind the TCP self-probe listener on loopback")?;
-        let endpoint = listener.local_addr()?;
-        let datagrams = UdpSocket::bind(endpoint).await.context("cannot bind the UDP self-probe socket on loopback")?;
-        Ok(Self { cgroup: cgroup.to_owned(), listener, datagrams, endpoint, wanted: Arc::new(Notify::new()) })
+        let v4 = Listener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
+        let v6 = Listener::bind(SocketAddr::from((Ipv6Addr::LOCALHOST, 0))).await;
+        let v6 = v6.inspect_err(|error| tracing::info!("the self-probe does without IPv6: {error:#}")).ok();
+        Ok(Self { cgroup: cgroup.to_owned(), v4, v6, wanted: Arc::new(Notify::new()) })
     }
 
-    /// Returns the address of the listener, which is the endpoint behind [`FRONTEND`].
+    /// Returns the address of the IPv4 listener, which is the endpoint behind [`FRONTEND`].
     pub fn endpoint(&self) -> SocketAddr {
-        self.endpoint
+        self.v4.endpoint
     }
 
-    /// Returns the frontends that the kernel must have for the self-probe: [`FRONTEND`], TCP and UDP.
+    /// Returns the frontends that the kernel must have for the self-probe: [`FRONTEND`] and, if the machine has IPv6,
+    /// [`FRONTEND6`], both for TCP and UDP.
     pub fn table(&self) -> Table {
-        let members = vec![(self.endpoint, 1)];
-        let entry = FrontendSpec {
-            schedule: Arc::new(Schedule::new(vec![WeightedGroup::in_turn(Share::from(1), members)])),
-            endpoints: Arc::new([self.endpoint]),
+        let entry = |endpoint: SocketAddr| FrontendSpec {
+            schedule: Arc::new(Schedule::new(vec![WeightedGroup::in_turn(Share::from(1), vec![(endpoint, 1)])])),
+            endpoints: Arc::new([endpoint]),
             pools: Arc::new([]),
             affinity: None,
             random: false,
         };
-        let of = |protocol| (key(FRONTEND, protocol), entry.clone());
-        Table { frontends: [Protocol::Tcp, Protocol::Udp].map(of).into() }
+        let v6 = self.v6.as_ref().map(|listener| (FRONTEND6, listener.endpoint));
+        let families = [(FRONTEND, self.v4.endpoint)].into_iter().chain(v6);
+        let both = families.flat_map(|(frontend, endpoint)| {
+            [Protocol::Tcp, Protocol::Udp].map(|protocol| (key(frontend, protocol), entry(endpoint)))
+        });
+        Table { frontends: both.collect() }
     }
 
     /// Starts to serve the listeners, and to probe: first when [`SelfProbeHandle::run_now`] asks for it, then every [`INTERVAL`].
@@ -108,28 +157,19 @@ impl SelfProbe {
     }
 
     async fn run(self, seen: mpsc::Sender<Seen>) {
-        let Self { cgroup, listener, datagrams, wanted, .. } = self;
-        let answer_streams = async {
-            loop {
-                if let Ok((mut stream, _)) = listener.accept().await {
-                    // If the client is gone, its probe has failed already.
-                    let _ = stream.write_all(GREETING).await;
-                }
+        let Self { cgroup, v4, v6, wanted } = self;
+        let serve_v6 = async {
+            match &v6 {
+                Some(v6) => v6.serve().await,
+                None => std::future::pending().await,
             }
         };
-        let answer_datagrams = async {
-            let mut buffer = [0; GREETING.len()];
-            loop {
-                if let Ok((len, from)) = datagrams.recv_from(&mut buffer).await {
-                    let _ = datagrams.send_to(&buffer[..len], from).await;
-                }
-            }
-        };
+        let question = QUESTIONS[usize::from(v6.is_some())];
         let probe = async {
             let mut client = None;
             wanted.notified().await;
             loop {
-                let result = probe_once(&mut client, &cgroup).await;
+                let result = probe_once(&mut client, &cgroup, question).await;
                 if result.is_err() {
                     client = None;
                 }
@@ -140,19 +180,19 @@ impl SelfProbe {
             }
         };
         tokio::select! {
-            () = answer_streams => {}
-            () = answer_datagrams => {}
+            () = v4.serve() => {}
+            () = serve_v6 => {}
             () = probe => {}
         }
     }
 }
 
-async fn probe_once(client: &mut Option<Client>, cgroup: &Path) -> Result<()> {
+async fn probe_once(client: &mut Option<Client>, cgroup: &Path, question: &str) -> Result<()> {
     let client = match client {
         Some(client) => client,
         None => client.insert(Client::start(cgroup)?),
     };
-    timeout(PROBE_TIMEOUT, client.ask()).await.context("the self-probe client timed out")?
+    timeout(PROBE_TIMEOUT, client.ask(question)).await.context("the self-probe client timed out")?
 }
 
 /// The client process. It exits with the agent, because its standard input then ends.
@@ -174,8 +214,8 @@ impl Client {
         Ok(Self { questions, answers, _process: process })
     }
 
-    async fn ask(&mut self) -> Result<()> {
-        self.questions.write_all(b"probe\n").await?;
+    async fn ask(&mut self, question: &str) -> Result<()> {
+        self.questions.write_all(format!("{question}\n").as_bytes()).await?;
         let answer = self.answers.next_line().await?.context("the self-probe client has exited")?;
         ensure!(answer == "ok", "{answer}");
         Ok(())

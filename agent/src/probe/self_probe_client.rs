@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::self_probe::{FRONTEND, GREETING};
+use super::self_probe::{FRONTEND, FRONTEND6, GREETING, QUESTIONS};
 use crate::error::{Context as _, Result, ensure};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -20,8 +20,8 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 pub fn run(cgroup: &Path) -> Result<()> {
     move_below(cgroup)?;
     for line in io::stdin().lock().lines() {
-        line?;
-        let answer = match probe() {
+        let v6 = line? == QUESTIONS[1];
+        let answer = match probe(v6) {
             Ok(()) => "ok".to_owned(),
             Err(error) => format!("{error:#}").replace('\n', " "),
         };
@@ -32,13 +32,18 @@ pub fn run(cgroup: &Path) -> Result<()> {
     Ok(())
 }
 
-fn probe() -> Result<()> {
+fn probe(v6: bool) -> Result<()> {
     let mapped = mapped();
     stream(FRONTEND).context("connect4 or getpeername4 does not work")?;
     stream(mapped).context("connect6 or getpeername6 does not work")?;
     datagram("127.0.0.1:0", FRONTEND).context("sendmsg4 or recvmsg4 does not work")?;
     // An IPv4-mapped address on an IPv6 socket: sent as IPv4, received as IPv6.
-    datagram("[::]:0", mapped).context("sendmsg4 or recvmsg6 does not work")
+    datagram("[::]:0", mapped).context("sendmsg4 or recvmsg6 does not work")?;
+    if v6 {
+        stream(FRONTEND6).context("connect6 or getpeername6 does not work for IPv6")?;
+        datagram("[::1]:0", FRONTEND6).context("sendmsg6 or recvmsg6 does not work for IPv6")?;
+    }
+    Ok(())
 }
 
 /// Returns [`FRONTEND`] as an IPv4-mapped IPv6 address.

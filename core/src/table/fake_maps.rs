@@ -9,11 +9,12 @@ use std::{
 };
 
 use portolan_common::{
-    Backend, BackendStats, BackendUse, FrontendKey, FrontendStats, FrontendVersion, PoolLimits, PoolStats, Slot,
+    Backend, BackendStats, BackendUse, Entry, FrontendKey, FrontendStats, FrontendVersion, PoolLimits, PoolStats,
+    Published, PublishedFlags, Slot,
 };
 
 use super::{
-    ids::{BackendId, FrontendId, PoolId, VersionIndex},
+    ids::{BackendId, FrontendId, Generation, PoolId, VersionIndex},
     kernel_state::{PinnedFrontend, PinnedState},
     ops::Op,
 };
@@ -22,7 +23,9 @@ use super::{
 #[derive(Clone, Debug, Default)]
 pub struct FakeMaps {
     frontends: BTreeMap<FrontendKey, FrontendId>,
-    active_versions: BTreeMap<FrontendId, VersionIndex>,
+    /// Lines that were ever in use.
+    lines: BTreeMap<FrontendId, Line>,
+    entries: BTreeMap<u32, Entry>,
     versions: BTreeMap<VersionIndex, FrontendVersion>,
     slots: BTreeMap<u32, Slot>,
     runs: BTreeMap<u32, u32>,
@@ -36,6 +39,16 @@ pub struct FakeMaps {
     pub backend_use: BTreeMap<BackendId, BackendUse>,
     /// Counters of pools; a test sets them as the programs would.
     pub pool_stats: BTreeMap<PoolId, PoolStats>,
+}
+
+/// A line that was in use.
+#[derive(Clone, Copy, Debug, Default)]
+struct Line {
+    epoch: u32,
+    published: Published,
+    generation: Generation,
+    /// Whether searches pass it while it is free.
+    passed: bool,
 }
 
 impl FakeMaps {
@@ -54,11 +67,22 @@ impl FakeMaps {
             Op::SetPool(id, limits) => drop(self.pools.insert(*id, *limits)),
             Op::SetRuns(first, ids) => self.runs.extend((*first..).zip(ids.iter().copied())),
             Op::SetSlots(first, slots) => self.slots.extend((*first..).zip(slots.iter().copied())),
+            Op::SetEntries(first, entries) => self.entries.extend((*first..).zip(entries.iter().copied())),
             Op::SetVersion(index, version) => drop(self.versions.insert(*index, *version)),
-            Op::ResetFrontend(id) => drop(self.frontend_stats.insert(*id, FrontendStats::default())),
-            Op::Publish(id, index) => drop(self.active_versions.insert(*id, *index)),
+            Op::ResetFrontend(id, epoch) => {
+                self.lines.insert(*id, Line { epoch: *epoch, ..Line::default() });
+                self.frontend_stats.insert(*id, FrontendStats::default());
+            }
+            Op::Publish(id, published, generation) => {
+                let line = self.lines.entry(*id).or_default();
+                (line.published, line.generation) = (*published, *generation);
+            }
+            Op::PassLine(id) => self.lines.entry(*id).or_default().passed = true,
             Op::AddFrontend(key, id) => drop(self.frontends.insert(*key, *id)),
-            Op::RemoveFrontend(key) => drop(self.frontends.remove(key)),
+            Op::RemoveFrontend(key, id, passed) => {
+                self.frontends.remove(key);
+                self.lines.entry(*id).or_default().passed = *passed;
+            }
         }
     }
 
@@ -77,20 +101,21 @@ impl FakeMaps {
         self.pools.get(&id)
     }
 
-    /// Returns a frontend's id and its version in effect.
-    pub fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, FrontendVersion)> {
+    /// Returns a frontend's id, what is published for it, and the number of that publication.
+    pub fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, Published, Generation)> {
         let id = self.frontends.get(key)?;
-        Some((*id, *self.versions.get(self.active_versions.get(id)?)?))
+        let line = self.lines.get(id)?;
+        Some((*id, line.published, line.generation))
     }
 
-    /// Returns the version in effect of a frontend.
+    /// Returns what is published for a frontend.
     ///
     /// # Panics
-    /// There is no such frontend, or the version belongs to another one: then a write came too early.
-    pub fn version(&self, key: &FrontendKey) -> FrontendVersion {
-        let version = self.versions[&self.active_versions[&self.frontends[key]]];
-        assert_eq!(version.key, *key, "the published version belongs to another frontend");
-        version
+    /// There is no such frontend, or nothing is published for it: then a write came too early.
+    pub fn published(&self, key: &FrontendKey) -> Published {
+        let published = self.lines[&self.frontends[key]].published;
+        assert_ne!(published, Published::default(), "nothing is published for the frontend");
+        published
     }
 
     /// Returns the endpoint of each of the first `count` connections to a frontend, as the programs choose it: `None` where
@@ -99,20 +124,33 @@ impl FakeMaps {
     /// # Panics
     /// An entry that the programs would read is missing.
     pub fn picks(&self, key: &FrontendKey, count: u64) -> Vec<Option<SocketAddr>> {
-        self.picks_of(&self.version(key), count)
+        self.picks_of(self.published(key), count)
     }
 
-    /// Returns the same as [`Self::picks`] for a version that a program may still be reading.
+    /// Returns the same as [`Self::picks`] for what a program may still be reading.
     ///
     /// # Panics
-    /// An entry that the programs would read is missing.
-    pub fn picks_of(&self, version: &FrontendVersion, count: u64) -> Vec<Option<SocketAddr>> {
-        let period = u64::from(version.period);
+    /// An entry that the programs would read is missing, or names a backend that is another one by now.
+    pub fn picks_of(&self, published: Published, count: u64) -> Vec<Option<SocketAddr>> {
+        let period = u64::from(published.period());
         let count = if period == 0 { 0 } else { count };
+        let endpoint = |id: u32| self.backends[&BackendId::new(id)];
+        if !published.has(PublishedFlags::DETAILED) {
+            let pick = |turn: u64| {
+                let entry = self.entries[&(published.base() + (turn % period) as u32)];
+                let backend = endpoint(entry.backend_id);
+                assert_eq!((entry.epoch, entry.port), (backend.epoch as u16, backend.endpoint.port_word()));
+                let word = if backend.endpoint.is_v4() { backend.endpoint.v4_word() } else { 0 };
+                assert_eq!(entry.address, word);
+                Some(backend.endpoint.socket_addr())
+            };
+            return (0..count).map(pick).collect();
+        }
+        let version = self.versions[&VersionIndex::new(published.base())];
+        assert_eq!(u64::from(version.period), period);
         let pick = |turn: u64| {
             let slot = self.slots[&(version.base + (turn % period) as u32)];
-            let id = || BackendId::new(self.runs[&slot.entry(turn / period)]);
-            (slot.len > 0).then(|| self.backends[&id()].endpoint.socket_addr())
+            (slot.len > 0).then(|| endpoint(self.runs[&slot.entry(turn / period)]).endpoint.socket_addr())
         };
         (0..count).map(pick).collect()
     }
@@ -122,7 +160,11 @@ impl FakeMaps {
     /// # Panics
     /// They are not sorted by id, as the programs' binary search needs them.
     pub fn members(&self, key: &FrontendKey) -> BTreeSet<SocketAddr> {
-        let version = self.version(key);
+        let published = self.published(key);
+        if !published.has(PublishedFlags::DETAILED) {
+            return BTreeSet::new();
+        }
+        let version = self.versions[&VersionIndex::new(published.base())];
         let ids: Vec<u32> = (version.members..version.members + version.member_count).map(|i| self.runs[&i]).collect();
         assert!(ids.is_sorted(), "the programs search the members by bisection");
         ids.iter().map(|id| self.backends[&BackendId::new(*id)].endpoint.socket_addr()).collect()
@@ -133,24 +175,47 @@ impl FakeMaps {
         let (mut backends, mut pools) = (BTreeSet::new(), BTreeSet::new());
         let mut frontends = Vec::new();
         for (key, id) in &self.frontends {
-            let version = self.version(key);
-            let slots: Vec<Slot> = (version.base..version.base + version.period).map(|i| self.slots[&i]).collect();
-            pools.extend(slots.iter().map(|slot| PoolId::new(slot.pool)));
-            let of_slots = slots.iter().filter(|slot| slot.len > 0).map(|slot| (slot.first, slot.len));
-            for (first, len) in of_slots.clone() {
-                backends.extend((first..first + len).map(|i| BackendId::new(self.runs[&i])));
+            let published = self.published(key);
+            let mut pinned = PinnedFrontend {
+                key: *key,
+                id: *id,
+                epoch: self.lines[id].epoch,
+                published,
+                generation: self.lines[id].generation,
+                version: None,
+                runs: (0, 0),
+            };
+            if published.has(PublishedFlags::DETAILED) {
+                let index = VersionIndex::new(published.base());
+                let version = self.versions[&index];
+                let slots: Vec<Slot> = (version.base..version.base + version.period).map(|i| self.slots[&i]).collect();
+                pools.extend(slots.iter().map(|slot| PoolId::new(slot.pool)));
+                let of_slots = slots.iter().filter(|slot| slot.len > 0).map(|slot| (slot.first, slot.len));
+                for (first, len) in of_slots.clone() {
+                    backends.extend((first..first + len).map(|i| BackendId::new(self.runs[&i])));
+                }
+                let members = (version.member_count > 0).then_some((version.members, 2 * version.member_count));
+                let ranges: Vec<(u32, u32)> = of_slots.chain(members).collect();
+                let start = ranges.iter().map(|(first, _)| *first).min().unwrap_or(0);
+                let end = ranges.iter().map(|(first, len)| first + len).max().unwrap_or(0);
+                pinned.version = Some((index, version));
+                pinned.runs = (start, end - start);
+            } else {
+                for i in published.base()..published.base() + published.period() {
+                    pools.insert(PoolId::new(self.entries[&i].pool));
+                    backends.insert(BackendId::new(self.entries[&i].backend_id));
+                }
             }
-            let members = (version.member_count > 0).then_some((version.members, 2 * version.member_count));
-            let ranges: Vec<(u32, u32)> = of_slots.chain(members).collect();
-            let start = ranges.iter().map(|(first, _)| *first).min().unwrap_or(0);
-            let end = ranges.iter().map(|(first, len)| first + len).max().unwrap_or(0);
-            let index = self.active_versions[id];
-            frontends.push(PinnedFrontend { id: *id, index, version, runs: (start, end - start) });
+            frontends.push(pinned);
         }
+        let used: BTreeSet<FrontendId> = self.frontends.values().copied().collect();
+        let free = self.lines.iter().filter(|(id, _)| !used.contains(id));
         let in_use = |(id, backend): (&BackendId, &Backend)| backends.contains(id).then_some((*id, *backend));
         let limited = |(id, limits): (&PoolId, &PoolLimits)| pools.contains(id).then_some((*id, *limits));
         PinnedState {
+            seed: 0,
             frontends,
+            free_lines: free.map(|(id, line)| (*id, line.epoch, line.passed)).collect(),
             backends: self.backends.iter().filter_map(in_use).collect(),
             epochs: self.backends.iter().map(|(id, backend)| (*id, backend.epoch)).collect(),
             pools: self.pools.iter().filter_map(limited).collect(),

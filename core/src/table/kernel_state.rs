@@ -1,18 +1,24 @@
 //! The state that pinned maps hold when an agent starts.
 
-use portolan_common::{Backend, FrontendVersion, PoolLimits};
+use portolan_common::{Backend, FrontendKey, FrontendVersion, PoolLimits, Published};
 
-use super::ids::{BackendId, FrontendId, PoolId, VersionIndex};
+use super::ids::{BackendId, FrontendId, Generation, PoolId, VersionIndex};
 
 /// A frontend that a previous agent left in the pinned maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PinnedFrontend {
-    /// The frontend id: the index into `CURRENT` and `FRONTEND_STATS`.
+    /// Its address, port and protocol.
+    pub key: FrontendKey,
+    /// The frontend id: where its line is.
     pub id: FrontendId,
-    /// The index of the active version in `VERSIONS`.
-    pub index: VersionIndex,
-    /// The active version, as read from `VERSIONS`.
-    pub version: FrontendVersion,
+    /// The epoch of that line.
+    pub epoch: u32,
+    /// What is in effect.
+    pub published: Published,
+    /// The number of the publication.
+    pub generation: Generation,
+    /// The active version and its index in `VERSIONS`; `None` if the schedule is a list of endpoints.
+    pub version: Option<(VersionIndex, FrontendVersion)>,
     /// The range of `RUNS` that the version uses: first entry and number of entries.
     pub runs: (u32, u32),
 }
@@ -20,8 +26,12 @@ pub struct PinnedFrontend {
 /// The contents that a previous agent left in the pinned maps.
 #[derive(Clone, Debug, Default)]
 pub struct PinnedState {
-    /// All frontends in `FRONTENDS`.
+    /// The seed of the hash by which frontends are found.
+    pub seed: u64,
+    /// All frontends.
     pub frontends: Vec<PinnedFrontend>,
+    /// Lines that were in use and are free, with the epoch of their last use, and whether searches pass them.
+    pub free_lines: Vec<(FrontendId, u32, bool)>,
     /// The backends that these frontends use, by backend id.
     pub backends: Vec<(BackendId, Backend)>,
     /// The last epoch of every backend id that was ever allocated, as (id, epoch).

@@ -8,11 +8,15 @@ use std::{
     time::Duration,
 };
 
-use portolan_common::{Backend, Endpoint, FrontendKey, FrontendVersion, PoolLimits, Slot, VersionFlags};
+use portolan_common::{
+    Backend, Endpoint, Entry, FrontendKey, FrontendVersion, LbPolicy, PoolLimits, Published, PublishedFlags, Slot,
+    VersionFlags,
+};
 use siphasher::sip::SipHasher13;
 
 use super::{
     FrontendSpec, PoolSpec, Table,
+    frontend_lines::FrontendLines,
     ids::{BackendId, FrontendId, Generation, GraceEpoch, PoolId, VersionIndex},
     kernel_state::{PinnedFrontend, PinnedState},
     ops::{Completeness, Op, Rejected, RemovedEndpoints, Sizes},
@@ -21,16 +25,18 @@ use super::{
 };
 use crate::{
     model::{ConnectionPool, Protocol},
-    policy::PoolKey,
+    policy::{PoolKey, Schedule},
 };
 
 /// A frontend as the kernel holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct PlacedFrontend {
     id: FrontendId,
-    /// The index of the active version in `VERSIONS`.
-    index: VersionIndex,
-    version: FrontendVersion,
+    /// The epoch of its line.
+    epoch: u32,
+    published: Published,
+    /// The active version and its index in `VERSIONS`; `None` if the schedule is a list of endpoints.
+    version: Option<(VersionIndex, FrontendVersion)>,
     /// `None` if a previous agent wrote the frontend and its schedule was not read back.
     entry: Option<FrontendSpec>,
     /// Whether a previous agent wrote the frontend and this agent has not replaced it yet.
@@ -43,7 +49,8 @@ struct PlacedFrontend {
 pub struct Layout {
     sizes: Sizes,
     frontends: BTreeMap<FrontendKey, PlacedFrontend>,
-    frontend_ids: RangeAllocator,
+    lines: FrontendLines,
+    entries: RangeAllocator,
     versions: RangeAllocator,
     slots: RangeAllocator,
     runs: RangeAllocator,
@@ -64,12 +71,17 @@ pub struct Layout {
 impl Layout {
     /// Returns the layout of empty maps.
     pub fn new(sizes: Sizes) -> Self {
+        Self::with_seed(sizes, 0)
+    }
+
+    fn with_seed(sizes: Sizes, seed: u64) -> Self {
         let mut pools = RangeAllocator::new(sizes.pools());
         pools.claim(0, 1);
         Self {
             sizes,
             frontends: BTreeMap::new(),
-            frontend_ids: RangeAllocator::new(sizes.frontends),
+            lines: FrontendLines::new(&sizes, seed),
+            entries: RangeAllocator::new(sizes.slots),
             versions: RangeAllocator::new(sizes.versions()),
             slots: RangeAllocator::new(sizes.slots),
             runs: RangeAllocator::new(sizes.slots),
@@ -86,7 +98,10 @@ impl Layout {
     /// The adopted frontends stay until the first table is published.
     /// Their backends keep their ids, so open connections stay accounted for.
     pub fn adopt(sizes: Sizes, held: PinnedState) -> Self {
-        let mut layout = Self::new(sizes);
+        let mut layout = Self::with_seed(sizes, held.seed);
+        for (id, epoch, removed) in held.free_lines {
+            layout.lines.restore(id, epoch, removed);
+        }
         layout.backends.restore_epochs(held.epochs);
         layout.pools.restore_epochs(held.pool_epochs);
         for (id, backend) in held.backends {
@@ -96,14 +111,19 @@ impl Layout {
             layout.pools.adopt(limits.name, id);
             layout.limits.insert(id, limits);
         }
-        for PinnedFrontend { id, index, version, runs } in held.frontends {
-            layout.frontend_ids.claim(id.get(), 1);
-            layout.versions.claim(index.get(), 1);
-            layout.slots.claim(version.base, version.period);
-            layout.runs.claim(runs.0, runs.1);
-            layout.generation = layout.generation.max(Generation::new(version.generation));
-            let placed = PlacedFrontend { id, index, version, entry: None, adopted: true, runs };
-            layout.frontends.insert(version.key, placed);
+        for PinnedFrontend { key, id, epoch, published, generation, version, runs } in held.frontends {
+            layout.lines.claim(&key, id, epoch);
+            layout.generation = layout.generation.max(generation);
+            match &version {
+                Some((index, version)) => {
+                    layout.versions.claim(index.get(), 1);
+                    layout.slots.claim(version.base, version.period);
+                    layout.runs.claim(runs.0, runs.1);
+                }
+                None => layout.entries.claim(published.base(), published.period()),
+            }
+            let placed = PlacedFrontend { id, epoch, published, version, entry: None, adopted: true, runs };
+            layout.frontends.insert(key, placed);
         }
         layout
     }
@@ -126,8 +146,8 @@ impl Layout {
     pub fn end_epoch(&mut self) -> Option<GraceEpoch> {
         let epoch = self.epoch;
         let ranges =
-            [&self.frontend_ids, &self.versions, &self.slots, &self.runs, self.backends.ranges(), self.pools.ranges()];
-        if !ranges.into_iter().any(|ranges| ranges.has_deferred(epoch)) {
+            [&self.entries, &self.versions, &self.slots, &self.runs, self.backends.ranges(), self.pools.ranges()];
+        if !self.lines.has_deferred(epoch) && !ranges.into_iter().any(|ranges| ranges.has_deferred(epoch)) {
             return None;
         }
         self.epoch = epoch.next();
@@ -137,8 +157,9 @@ impl Layout {
     /// Makes everything that was freed up to `epoch` reusable.
     /// Call this once every program that was running when the epoch ended has finished.
     pub fn reclaim(&mut self, epoch: GraceEpoch) {
+        self.lines.reclaim(epoch);
         let ranges = [
-            &mut self.frontend_ids,
+            &mut self.entries,
             &mut self.versions,
             &mut self.slots,
             &mut self.runs,
@@ -156,6 +177,11 @@ impl Layout {
     /// Returns the id of a frontend, or `None` if the kernel does not have it.
     pub fn frontend_id(&self, key: &FrontendKey) -> Option<FrontendId> {
         self.frontends.get(key).map(|placed| placed.id)
+    }
+
+    /// Returns the epoch of a frontend's id, or `None` if the kernel does not have it.
+    pub fn frontend_epoch(&self, key: &FrontendKey) -> Option<u32> {
+        self.frontends.get(key).map(|placed| placed.epoch)
     }
 
     /// Returns the backend id of an endpoint, or `None` if no frontend uses it.
@@ -188,10 +214,11 @@ impl Layout {
     }
 
     /// Returns, for each map with allocated ranges, its name, the entries in use, and the capacity.
-    pub fn occupancy(&self) -> [(&'static str, u32, u32); 6] {
+    pub fn occupancy(&self) -> [(&'static str, u32, u32); 7] {
         let of = |name, ranges: &RangeAllocator| (name, ranges.used(), ranges.size());
         [
-            of("frontends", &self.frontend_ids),
+            ("frontends", self.lines.used(), self.lines.size()),
+            of("entries", &self.entries),
             of("versions", &self.versions),
             of("backends", self.backends.ranges()),
             of("slots", &self.slots),
@@ -236,7 +263,7 @@ impl Layout {
             }
             let must_keep = |placed: &PlacedFrontend| match completeness {
                 Completeness::Complete => false,
-                Completeness::Partial => placed.adopted && placed.version.period > 0 && entry.schedule.is_empty(),
+                Completeness::Partial => placed.adopted && placed.period() > 0 && entry.schedule.is_empty(),
                 Completeness::WithoutSettings => placed.adopted,
             };
             if self.frontends.get(key).is_some_and(must_keep) {
@@ -252,7 +279,7 @@ impl Layout {
                 refused.push(Rejected { key: *key, map, full, held: known || placed.is_ok() });
             }
             if let Ok(placed) = placed {
-                freed.extend(self.frontends.insert(*key, placed).map(|old| (old, false)));
+                freed.extend(self.frontends.insert(*key, placed).map(|old| (*key, old, false)));
             }
         }
         for key in gone {
@@ -261,53 +288,103 @@ impl Layout {
                 continue;
             }
             if let Some(old) = self.frontends.remove(key) {
-                ops.push(Op::RemoveFrontend(*key));
-                freed.push((old, true));
+                ops.push(Op::RemoveFrontend(*key, old.id, self.lines.remove(key, old.id)));
+                freed.push((*key, old, true));
             }
         }
         // Deferred to here: until the writes above are done, the kernel reads the old ranges.
-        for (old, whole) in freed {
-            self.free(&old, whole);
+        for (key, old, whole) in freed {
+            self.free(&key, &old, whole);
         }
         (ops, refused)
     }
 
-    /// Allocates everything a frontend needs and appends its writes, bottom up: backends, limits, runs, slots, the
-    /// version, and last the single word that publishes them.
+    /// Allocates everything a frontend needs and appends its writes, bottom up: backends, limits, the schedule, and last
+    /// the single word that publishes it.
     fn place(
         &mut self,
         key: &FrontendKey,
         entry: &FrontendSpec,
         ops: &mut Vec<Op>,
     ) -> Result<PlacedFrontend, (&'static str, OutOfCapacity)> {
-        let schedule = &entry.schedule;
-        let run_members: u32 = schedule.runs.iter().map(|run| run.members.len() as u32).sum();
-        // Frontends with returning clients also list their members behind the runs.
-        let has_returning_clients = entry.affinity.is_some() || key.protocol() == Protocol::Udp.number();
-        let live: BTreeSet<SocketAddr> = if has_returning_clients && !schedule.is_empty() {
-            let visited = schedule.runs.iter().filter(|run| run.visits > 0);
-            visited.flat_map(|run| run.members.iter().copied()).collect()
-        } else {
-            BTreeSet::new()
+        let before = self.frontends.get(key).map(|placed| (placed.id, placed.epoch));
+        let free = match before {
+            Some(_) => 0,
+            None => self.lines.find_free(key).map_err(|full| ("FRONTENDS", full))?,
         };
-        let period = schedule.turns.len() as u32;
-        let run_entries = run_members + 2 * live.len() as u32;
-        let before = self.frontends.get(key).map(|placed| placed.id);
-        let room = self.reserve(before, period, run_entries)?;
+        let demand = Demand::of(key, entry);
+        let room = self.reserve(&demand)?;
         let taken = self
             .acquire_backends(entry, ops)
             .and_then(|()| self.acquire_pools(entry, ops).inspect_err(|_| self.unalloc_backends(entry)));
         let pools = match taken {
             Ok(pools) => pools,
             Err(full) => {
-                self.release_reservation(before, period, run_entries, &room);
+                self.release_reservation(&demand, &room);
                 return Err(full);
             }
         };
+        self.generation = self.generation.next();
+        let strict = if entry.is_strict() { PublishedFlags::STRICT } else { 0 };
+        let (mut version, mut runs) = (None, (0, 0));
+        let published = match &demand {
+            Demand::Nothing => Published::new(0, 0, strict),
+            Demand::Entries(turns) => {
+                ops.push(Op::SetEntries(room.entries, self.entries_of(entry, &pools, turns)));
+                Published::new(room.entries, turns.len() as u16, strict)
+            }
+            Demand::Version { run_entries, live, .. } => {
+                let detailed = self.version_of(entry, &pools, live, &room, ops);
+                ops.push(Op::SetVersion(room.index, detailed));
+                version = Some((room.index, detailed));
+                runs = (room.runs, *run_entries);
+                let period = detailed.period as u16;
+                Published::new(room.index.get(), period, strict | PublishedFlags::DETAILED)
+            }
+        };
+        let (id, epoch) = before.unwrap_or_else(|| {
+            let placement = self.lines.place(key, free);
+            ops.extend(placement.passed.into_iter().map(Op::PassLine));
+            ops.push(Op::ResetFrontend(placement.id, placement.epoch));
+            (placement.id, placement.epoch)
+        });
+        ops.push(Op::Publish(id, published, self.generation));
+        if before.is_none() {
+            ops.push(Op::AddFrontend(*key, id));
+        }
+        Ok(PlacedFrontend { id, epoch, published, version, entry: Some(entry.clone()), adopted: false, runs })
+    }
 
+    /// Returns the turns of a schedule that is a list of endpoints.
+    fn entries_of(&self, entry: &FrontendSpec, pools: &[PoolId], turns: &[(u32, u32)]) -> Vec<Entry> {
+        let turn = |(run, member): &(u32, u32)| {
+            let run = &entry.schedule.runs[*run as usize];
+            let address = run.members[*member as usize];
+            let endpoint = Endpoint::from(address);
+            Entry {
+                address: if endpoint.is_v4() { endpoint.v4_word() } else { 0 },
+                port: endpoint.port_word(),
+                epoch: self.backends.epoch(&address) as u16,
+                backend_id: self.backend_id(&address).unwrap_or_default().get(),
+                pool: pools.get(run.route as usize).copied().unwrap_or(PoolId::NONE).get(),
+            }
+        };
+        turns.iter().map(turn).collect()
+    }
+
+    /// Appends the runs and slots of a schedule that is more than a list of endpoints, and returns its version.
+    fn version_of(
+        &self,
+        entry: &FrontendSpec,
+        pools: &[PoolId],
+        live: &BTreeSet<SocketAddr>,
+        room: &Reservation,
+        ops: &mut Vec<Op>,
+    ) -> FrontendVersion {
+        let schedule = &entry.schedule;
         let mut first = room.runs;
         let mut slots_of = Vec::with_capacity(schedule.runs.len());
-        let mut ids = Vec::with_capacity(run_entries as usize);
+        let mut ids = Vec::new();
         for run in &schedule.runs {
             let len = run.members.len() as u32;
             let route = run.route as usize;
@@ -337,80 +414,57 @@ impl Layout {
         ids.extend(members.iter().map(|id| pool_of.get(id).copied().unwrap_or(PoolId::NONE).get()));
         let slots: Vec<Slot> =
             schedule.turns.iter().map(|turn| Slot { visit: turn.visit, ..slots_of[turn.run as usize] }).collect();
-        self.generation = self.generation.next();
-        let flag = |is: bool, flag: u32| if is { flag } else { 0 };
-        let version = FrontendVersion {
-            key: *key,
-            generation: self.generation.get(),
+        let period = slots.len() as u32;
+        if !ids.is_empty() {
+            ops.push(Op::SetRuns(room.runs, ids));
+        }
+        ops.push(Op::SetSlots(room.slots, slots));
+        FrontendVersion {
             base: room.slots,
             period,
             members: first,
             member_count: members.len() as u32,
             affinity_seconds: entry.affinity.map_or(0, seconds),
-            flags: flag(entry.is_strict(), VersionFlags::STRICT) | flag(entry.random, VersionFlags::RANDOM),
+            flags: if entry.random { VersionFlags::RANDOM } else { 0 },
             reserved: Default::default(),
-        };
-        if before.is_none() {
-            ops.push(Op::ResetFrontend(room.id));
         }
-        if run_entries > 0 {
-            ops.push(Op::SetRuns(room.runs, ids));
-        }
-        if period > 0 {
-            ops.push(Op::SetSlots(room.slots, slots));
-        }
-        ops.extend([Op::SetVersion(room.index, version), Op::Publish(room.id, room.index)]);
-        if before.is_none() {
-            ops.push(Op::AddFrontend(*key, room.id));
-        }
-        let runs = (room.runs, run_entries);
-        Ok(PlacedFrontend { id: room.id, index: room.index, version, entry: Some(entry.clone()), adopted: false, runs })
     }
 
-    /// Allocates the id and ranges that belong to one frontend alone.
+    /// Allocates the ranges that belong to one frontend alone.
     /// Allocates nothing if one of them does not fit.
-    fn reserve(
-        &mut self,
-        id: Option<FrontendId>,
-        period: u32,
-        run_entries: u32,
-    ) -> Result<Reservation, (&'static str, OutOfCapacity)> {
+    fn reserve(&mut self, demand: &Demand) -> Result<Reservation, (&'static str, OutOfCapacity)> {
         let take = |ranges: &mut RangeAllocator, len, map| match len {
             0 => Ok(0),
             len => ranges.alloc(len).map_err(|full| (map, full)),
         };
-        let mut room = Reservation {
-            id: match id {
-                Some(id) => id,
-                None => take(&mut self.frontend_ids, 1, "FRONTENDS")?.into(),
-            },
-            index: VersionIndex::default(),
-            slots: 0,
-            runs: 0,
-        };
-        let taken = take(&mut self.versions, 1, "VERSIONS").and_then(|index| {
-            room.index = index.into();
-            let slots = take(&mut self.slots, period, "SLOTS").inspect_err(|_| self.versions.unalloc(index, 1))?;
-            room.slots = slots;
-            room.runs = take(&mut self.runs, run_entries, "RUNS").inspect_err(|_| {
-                self.versions.unalloc(index, 1);
-                self.slots.unalloc(slots, period);
-            })?;
-            Ok(())
-        });
-        if taken.is_err() && id.is_none() {
-            self.frontend_ids.unalloc(room.id.get(), 1);
+        let mut room = Reservation::default();
+        match demand {
+            Demand::Nothing => {}
+            Demand::Entries(turns) => room.entries = take(&mut self.entries, turns.len() as u32, "ENTRIES")?,
+            Demand::Version { period, run_entries, .. } => {
+                let index = take(&mut self.versions, 1, "VERSIONS")?;
+                room.index = index.into();
+                room.slots =
+                    take(&mut self.slots, *period, "SLOTS").inspect_err(|_| self.versions.unalloc(index, 1))?;
+                room.runs = take(&mut self.runs, *run_entries, "RUNS").inspect_err(|_| {
+                    self.versions.unalloc(index, 1);
+                    self.slots.unalloc(room.slots, *period);
+                })?;
+            }
         }
-        taken.map(|()| room)
+        Ok(room)
     }
 
-    fn release_reservation(&mut self, id: Option<FrontendId>, period: u32, run_entries: u32, room: &Reservation) {
-        if id.is_none() {
-            self.frontend_ids.unalloc(room.id.get(), 1);
+    fn release_reservation(&mut self, demand: &Demand, room: &Reservation) {
+        match demand {
+            Demand::Nothing => {}
+            Demand::Entries(turns) => self.entries.unalloc(room.entries, turns.len() as u32),
+            Demand::Version { period, run_entries, .. } => {
+                self.versions.unalloc(room.index.get(), 1);
+                self.slots.unalloc(room.slots, *period);
+                self.runs.unalloc(room.runs, *run_entries);
+            }
         }
-        self.versions.unalloc(room.index.get(), 1);
-        self.slots.unalloc(room.slots, period);
-        self.runs.unalloc(room.runs, run_entries);
     }
 
     /// Acquires a backend id for every endpoint of an entry.
@@ -486,21 +540,26 @@ impl Layout {
         }
     }
 
-    fn free(&mut self, old: &PlacedFrontend, whole: bool) {
+    fn free(&mut self, key: &FrontendKey, old: &PlacedFrontend, whole: bool) {
         let epoch = self.epoch;
-        let now = self.frontends.get(&old.version.key).and_then(|placed| placed.entry.as_ref());
+        let now = self.frontends.get(key).and_then(|placed| placed.entry.as_ref());
         let has = |member: &SocketAddr| now.is_some_and(|entry| entry.endpoints.binary_search(member).is_ok());
-        let protocol = if old.version.key.protocol() == Protocol::Udp.number() { Protocol::Udp } else { Protocol::Tcp };
+        let protocol = if key.protocol() == Protocol::Udp.number() { Protocol::Udp } else { Protocol::Tcp };
         let lost = old.entry.as_ref().map(|entry| entry.endpoints.iter().filter(|it| !has(it)).copied().collect());
         match lost.map_or(RemovedEndpoints::Any, RemovedEndpoints::These) {
             RemovedEndpoints::These(none) if none.is_empty() => {}
             lost => self.lost.entry(protocol).or_default().add(lost),
         }
-        self.slots.defer_free(epoch, old.version.base, old.version.period);
-        self.runs.defer_free(epoch, old.runs.0, old.runs.1);
-        self.versions.defer_free(epoch, old.index.get(), 1);
+        match &old.version {
+            Some((index, version)) => {
+                self.slots.defer_free(epoch, version.base, version.period);
+                self.runs.defer_free(epoch, old.runs.0, old.runs.1);
+                self.versions.defer_free(epoch, index.get(), 1);
+            }
+            None => self.entries.defer_free(epoch, old.published.base(), old.published.period()),
+        }
         if whole {
-            self.frontend_ids.defer_free(epoch, old.id.get(), 1);
+            self.lines.defer_free(epoch, old.id);
         }
         if let Some(entry) = &old.entry {
             self.release_backends(entry);
@@ -509,9 +568,102 @@ impl Layout {
     }
 }
 
-/// The id and the first entries of the ranges that belong to one frontend alone.
+impl PlacedFrontend {
+    /// Returns the number of turns, or of slots; 0 if the frontend refuses all connections.
+    fn period(&self) -> u32 {
+        self.published.period()
+    }
+}
+
+/// What a frontend needs for itself alone.
+enum Demand {
+    /// It refuses all connections.
+    Nothing,
+    /// Its schedule is a list of endpoints: this member of this run at each turn.
+    Entries(Vec<(u32, u32)>),
+    /// Its schedule is more than that.
+    Version {
+        /// The number of slots.
+        period: u32,
+        /// The number of entries of `RUNS`.
+        run_entries: u32,
+        /// The endpoints that clients may return to.
+        live: BTreeSet<SocketAddr>,
+    },
+}
+
+/// The longest list of endpoints that a schedule with several runs is turned into.
+/// One run alone may be longer.
+const MAX_TURNS: u64 = 1_024;
+
+impl Demand {
+    fn of(key: &FrontendKey, entry: &FrontendSpec) -> Self {
+        let schedule = &entry.schedule;
+        if schedule.is_empty() {
+            return Self::Nothing;
+        }
+        let has_returning_clients = entry.affinity.is_some() || key.protocol() == Protocol::Udp.number();
+        let is_limited = entry.pools.iter().any(|pool| pool.limits.max_connections.is_some());
+        if !has_returning_clients
+            && !is_limited
+            && !entry.random
+            && let Some(turns) = turns(schedule)
+        {
+            return Self::Entries(turns);
+        }
+        // Frontends with returning clients also list their members behind the runs.
+        let live: BTreeSet<SocketAddr> = if has_returning_clients {
+            let visited = schedule.runs.iter().filter(|run| run.visits > 0);
+            visited.flat_map(|run| run.members.iter().copied()).collect()
+        } else {
+            BTreeSet::new()
+        };
+        let run_members: u32 = schedule.runs.iter().map(|run| run.members.len() as u32).sum();
+        let period = schedule.turns.len() as u32;
+        Self::Version { period, run_entries: run_members + 2 * live.len() as u32, live }
+    }
+}
+
+/// Returns a schedule as a list of (run, member) that repeats, or `None` if it is none, or a long one.
+///
+/// The kernel visits the runs in the order of the turns, and each time takes the next member of the run.
+fn turns(schedule: &Schedule) -> Option<Vec<(u32, u32)>> {
+    let period = schedule.turns.len() as u64;
+    let mut rounds = 1u64;
+    for run in schedule.runs.iter().filter(|run| run.visits > 0) {
+        let (len, visits) = (run.members.len() as u64, u64::from(run.visits));
+        if len == 0 || run.choice != LbPolicy::RoundRobin {
+            return None;
+        }
+        // After this many rounds the run is where it began.
+        let own = len / gcd(len, visits);
+        rounds = rounds / gcd(rounds, own) * own;
+        if period * rounds > MAX_TURNS && schedule.runs.len() > 1 {
+            return None;
+        }
+    }
+    let all = u16::try_from(period * rounds).ok()?;
+    let turn = |i: u16| {
+        let (round, place) = (u64::from(i) / period, u64::from(i) % period);
+        let turn = schedule.turns[place as usize];
+        let run = &schedule.runs[turn.run as usize];
+        let visit = round * u64::from(run.visits) + u64::from(turn.visit);
+        (turn.run, (visit % run.members.len() as u64) as u32)
+    };
+    Some((0..all).map(turn).collect())
+}
+
+fn gcd(mut a: u64, mut b: u64) -> u64 {
+    while b != 0 {
+        (a, b) = (b, a % b);
+    }
+    a
+}
+
+/// The first entries of the ranges that belong to one frontend alone.
+#[derive(Default)]
 struct Reservation {
-    id: FrontendId,
+    entries: u32,
     index: VersionIndex,
     slots: u32,
     runs: u32,

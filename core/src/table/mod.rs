@@ -8,6 +8,7 @@
 
 #[cfg(any(test, feature = "fake"))]
 pub mod fake_maps;
+mod frontend_lines;
 mod ids;
 mod kernel_state;
 mod layout;

@@ -3,11 +3,11 @@
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
-use portolan_common::{Backend, FrontendKey, FrontendVersion, PoolLimits, Slot};
+use portolan_common::{Backend, Entry, Frontend, FrontendKey, FrontendVersion, PoolLimits, Published, Slot};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ids::{BackendId, FrontendId, PoolId, VersionIndex},
+    ids::{BackendId, FrontendId, Generation, PoolId, VersionIndex},
     range_alloc::OutOfCapacity,
 };
 
@@ -24,26 +24,32 @@ pub enum Op {
     SetRuns(u32, Vec<u32>),
     /// Writes slots of a schedule to `SLOTS`, starting at this entry.
     SetSlots(u32, Vec<Slot>),
+    /// Writes turns to `ENTRIES`, starting at this entry.
+    SetEntries(u32, Vec<Entry>),
     /// Writes a version of a frontend to an index that no program reads yet.
     SetVersion(VersionIndex, FrontendVersion),
-    /// Resets the cursor and counters of a frontend id.
-    ResetFrontend(FrontendId),
-    /// Publishes: from now on, connections to this frontend id use the version at this index.
-    Publish(FrontendId, VersionIndex),
-    /// Maps a Service address to a frontend id.
+    /// Resets the cursor and counters of a frontend's line, for this epoch.
+    ResetFrontend(FrontendId, u32),
+    /// Publishes: from now on, connections to this frontend use this schedule.
+    Publish(FrontendId, Published, Generation),
+    /// Marks a line that is free as removed, so that searches pass it.
+    PassLine(FrontendId),
+    /// Adds a Service address: from now on, a search finds it at this line.
     AddFrontend(FrontendKey, FrontendId),
-    /// Removes a Service address from `FRONTENDS`: from now on, its connections bypass Portolan.
-    RemoveFrontend(FrontendKey),
+    /// Removes a Service address: from now on, its connections bypass Portolan.
+    /// The last value says whether searches must pass its line.
+    RemoveFrontend(FrontendKey, FrontendId, bool),
 }
 
 /// The capacity of each map, in entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Frontends; `VERSIONS` has twice as many entries, and so has `POOLS`.
+    /// Frontends. `FRONTENDS4` and `FRONTENDS6` have more than four times as many lines; `VERSIONS` and `POOLS` have twice as
+    /// many entries.
     pub frontends: u32,
     /// Backends, one for each distinct endpoint.
     pub backends: u32,
-    /// Schedule slots; `RUNS` has as many entries.
+    /// Schedule slots; `RUNS` and `ENTRIES` have as many entries.
     pub slots: u32,
     /// Clients with session affinity (an LRU map).
     pub affinities: u32,
@@ -69,6 +75,33 @@ impl Sizes {
     pub fn connections_for_memory(bytes: u64) -> u32 {
         let entries = (bytes >> 15).max(1).checked_next_power_of_two().unwrap_or(u64::MAX);
         u32::try_from(entries).unwrap_or(u32::MAX).clamp(1 << 14, 1 << 22)
+    }
+
+    /// Returns the base 2 logarithm of the number of buckets in `FRONTENDS4` and in `FRONTENDS6`: at most a quarter of
+    /// their lines are in use.
+    fn frontend_bucket_bits(&self) -> u32 {
+        self.frontends.max(1).checked_next_power_of_two().map_or(31, u32::trailing_zeros).min(27) + 1
+    }
+
+    /// Returns the number of lines in buckets.
+    pub fn hashed_frontend_lines(&self) -> u32 {
+        Frontend::BUCKET << self.frontend_bucket_bits()
+    }
+
+    /// Returns the number of lines of `FRONTENDS4`, and of `FRONTENDS6`: those in buckets, and those behind.
+    pub fn frontend_lines(&self) -> u32 {
+        self.hashed_frontend_lines() + self.frontend_overflow()
+    }
+
+    /// Returns the number of lines behind the buckets, and the capacity of `FRONTEND_OVERFLOW` for one family.
+    /// Of a full table, less than one frontend in a hundred goes there.
+    pub fn frontend_overflow(&self) -> u32 {
+        self.frontends / 16 + 16
+    }
+
+    /// Returns the `shift` of [`Frontend::first_bucket`].
+    pub fn frontend_shift(&self) -> u32 {
+        64 - self.frontend_bucket_bits()
     }
 
     /// Returns the capacity of `VERSIONS`: during a change, a frontend has two versions.

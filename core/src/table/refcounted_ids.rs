@@ -65,6 +65,11 @@ impl<K: Copy + Eq + Hash + Ord, I: Copy + Eq + Hash + From<u32> + Into<u32>> Ref
         self.known.get(key).map(|known| known.id)
     }
 
+    /// Returns the epoch of an item's id; 0 if it has none.
+    pub(super) fn epoch(&self, key: &K) -> u32 {
+        self.id(key).and_then(|id| self.epochs.get(&id).copied()).unwrap_or_default()
+    }
+
     /// Returns every item that has an id, in no particular order.
     pub(super) fn iter(&self) -> impl Iterator<Item = (K, I)> {
         self.known.iter().map(|(key, known)| (*key, known.id))

@@ -43,8 +43,10 @@ const ABANDONED: Duration = Duration::from_secs(600);
 /// The maps with per-socket state and counts of active connections.
 pub(crate) struct SocketAccounting {
     pub(super) storage: MapData,
-    connections: MmapArray,
-    extras: MmapArray,
+    connections: MapData,
+    extras: MapData,
+    /// The number of entries of both.
+    entries: u32,
     clients: MmapArray,
     fallback_used: aya::maps::Array<MapData, u32>,
     backends: MmapArray,
@@ -53,9 +55,40 @@ pub(crate) struct SocketAccounting {
     set: u16,
 }
 
-/// The entries of `CONNECTIONS` by the cookies of their sockets, at one moment.
-#[derive(Debug, Default)]
-pub(super) struct CookieIndex(HashMap<u64, u32>);
+/// The usage of `CONNECTIONS`, from what the programs count for each client.
+pub(crate) struct ConnectionUsage {
+    clients: MmapArray,
+    entries: u32,
+}
+
+impl ConnectionUsage {
+    pub(crate) fn open(pins: &Pins, set: Set, sizes: &Sizes) -> Result<Self> {
+        let clients = MapData::from_pin(pins.map_pin(set, &map_specs::CLIENTS, sizes))?;
+        let clients = MmapArray::open::<ClientUse>(clients.fd(), ClientUse::CAPACITY)?;
+        Ok(Self { clients, entries: sizes.connections })
+    }
+
+    /// Returns the number of entries in use, the capacity, and the number of connections so far that found their pod's
+    /// share used up.
+    pub(super) fn read(&self) -> (u32, u32, u64) {
+        let (mut used, mut over_share) = (0i64, 0);
+        for client in 0..self.clients.len() {
+            let Ok(uses) = self.clients.read::<ClientUse>(client) else { continue };
+            used += uses.connections as i64;
+            over_share += uses.over_share;
+        }
+        (u32::try_from(used).unwrap_or_default(), self.entries, over_share)
+    }
+}
+
+/// The state of all connections, mapped into memory: megabytes, and therefore only while they are needed.
+pub(super) struct Connections<'a> {
+    accounting: &'a SocketAccounting,
+    connections: MmapArray,
+    extras: MmapArray,
+    /// Entries by the cookie of their socket, when the value was made.
+    by_cookie: HashMap<u64, u32>,
+}
 
 /// The corrections that reconciling made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,8 +130,9 @@ impl SocketAccounting {
         let (pools, pool_entries) = pinned(&map_specs::POOL_STATS)?;
         Ok(Self {
             storage: pinned(&map_specs::SOCKETS)?.0,
-            connections: MmapArray::open::<Connection>(connections.fd(), entries)?,
-            extras: MmapArray::open::<ConnectionExtra>(extras.fd(), entries)?,
+            connections,
+            extras,
+            entries,
             clients: MmapArray::open::<ClientUse>(clients.fd(), ClientUse::CAPACITY)?,
             fallback_used: aya::maps::Array::try_from(array(&map_specs::FALLBACK_USED)?)?,
             backends: MmapArray::open::<BackendStats>(backends.fd(), backend_entries)?,
@@ -106,6 +140,34 @@ impl SocketAccounting {
             limits: aya::maps::Array::try_from(array(&map_specs::POOLS)?)?,
             set: set.id as u16,
         })
+    }
+
+    /// Returns whether any socket has ever had its state in socket storage.
+    pub(super) fn uses_storage(&self) -> bool {
+        self.fallback_used.get(&0, 0).map_or(true, |used| used != 0)
+    }
+
+    /// Maps the state of all connections into memory.
+    pub(super) fn connections(&self) -> Result<Connections<'_>> {
+        let mut all = Connections {
+            accounting: self,
+            connections: MmapArray::open::<Connection>(self.connections.fd(), self.entries)?,
+            extras: MmapArray::open::<ConnectionExtra>(self.extras.fd(), self.entries)?,
+            by_cookie: HashMap::new(),
+        };
+        for index in 0..self.entries {
+            if let Some(connection) = all.entry(index)? {
+                all.by_cookie.insert(connection.cookie, index);
+            }
+        }
+        Ok(all)
+    }
+}
+
+impl Connections<'_> {
+    /// Returns the maps that do not belong to connections.
+    pub(super) fn accounting(&self) -> &SocketAccounting {
+        self.accounting
     }
 
     /// Reads an entry, if it has an owner.
@@ -116,39 +178,11 @@ impl SocketAccounting {
         Ok(Some(self.connections.read::<Connection>(index)?).filter(|connection| connection.owner != 0))
     }
 
-    /// Finds the entries of all sockets.
-    pub(super) fn by_cookie(&self) -> Result<CookieIndex> {
-        let mut index = CookieIndex::default();
-        for place in 0..self.connections.len() {
-            if let Some(connection) = self.entry(place)? {
-                index.0.insert(connection.cookie, place);
-            }
-        }
-        Ok(index)
-    }
-
     /// Returns the state of the socket with this cookie, or `None` if it has no entry in `CONNECTIONS`.
-    pub(super) fn connection(&self, index: &CookieIndex, cookie: u64) -> Option<State> {
-        let place = *index.0.get(&cookie)?;
-        let connection = self.entry(place).ok()?.filter(|connection| connection.cookie == cookie)?;
-        Some(State::new(&connection, &self.extras.read(place).ok()?))
-    }
-
-    /// Returns whether any socket has ever had its state in socket storage.
-    pub(super) fn uses_storage(&self) -> bool {
-        self.fallback_used.get(&0, 0).map_or(true, |used| used != 0)
-    }
-
-    /// Returns the number of entries in use, the capacity, and the number of connections that found their pod's share
-    /// used up.
-    pub(super) fn usage(&self) -> (u32, u32, u64) {
-        let (mut used, mut over_share) = (0i64, 0);
-        for client in 0..self.clients.len() {
-            let Ok(uses) = self.clients.read::<ClientUse>(client) else { continue };
-            used += uses.connections as i64;
-            over_share += uses.over_share;
-        }
-        (u32::try_from(used).unwrap_or_default(), self.connections.len(), over_share)
+    pub(super) fn connection(&self, cookie: u64) -> Option<State> {
+        let index = *self.by_cookie.get(&cookie)?;
+        let connection = self.entry(index).ok()?.filter(|connection| connection.cookie == cookie)?;
+        Some(State::new(&connection, &self.extras.read(index).ok()?))
     }
 
     /// Returns the entries of TCP sockets that no hook may ever free, and that have been like that for [`ABANDONED`].
@@ -167,6 +201,7 @@ impl SocketAccounting {
     /// Frees an entry if it still belongs to the same socket, and takes its connection out of the counts of active ones.
     /// Returns whether it did.
     pub(super) fn free(&self, entry: Entry) -> Result<bool> {
+        let own = self.accounting;
         let connection: Connection = self.connections.read(entry.index)?;
         if connection.owner != entry.owner || connection.cookie != entry.cookie {
             return Ok(false);
@@ -177,15 +212,15 @@ impl SocketAccounting {
             return Ok(false);
         }
         let client = ClientUse::index(connection.client);
-        self.clients.word(client, CLIENT_CONNECTIONS)?.fetch_sub(1, Ordering::SeqCst);
-        if flags & COUNTED != 0 && connection.set == self.set {
-            let stats: BackendStats = self.backends.read(connection.backend_id)?;
+        own.clients.word(client, CLIENT_CONNECTIONS)?.fetch_sub(1, Ordering::SeqCst);
+        if flags & COUNTED != 0 && connection.set == own.set {
+            let stats: BackendStats = own.backends.read(connection.backend_id)?;
             if stats.epoch as u16 == connection.backend_epoch {
-                self.backends.word(connection.backend_id, BACKEND_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
+                own.backends.word(connection.backend_id, BACKEND_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
             }
             let (pool, epoch) = (connection.pool, connection.pool_epoch);
-            if pool != 0 && self.limits.get(&pool, 0)?.epoch as u16 == epoch {
-                self.pools.word(pool, POOL_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
+            if pool != 0 && own.limits.get(&pool, 0)?.epoch as u16 == epoch {
+                own.pools.word(pool, POOL_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
             }
         }
         Ok(true)
@@ -204,7 +239,8 @@ impl SocketAccounting {
         let all = |of: &MmapArray, word| -> Result<Vec<u64>> {
             (0..of.len()).map(|id| Ok(of.word(id, word)?.load(Ordering::SeqCst))).collect()
         };
-        Ok(Counts { entries, backends: all(&self.backends, BACKEND_ACTIVE)?, pools: all(&self.pools, POOL_ACTIVE)? })
+        let own = self.accounting;
+        Ok(Counts { entries, backends: all(&own.backends, BACKEND_ACTIVE)?, pools: all(&own.pools, POOL_ACTIVE)? })
     }
 
     /// Corrects entries and counts to match `seen`, all sockets listed since the snapshot `before`.
@@ -212,13 +248,14 @@ impl SocketAccounting {
     /// A mismatch found for the first time is only recorded in `unconfirmed`.
     /// A socket that was opened or closed during the listing may explain it.
     pub(super) fn recount(&self, before: &Counts, seen: &Seen, unconfirmed: &mut Unconfirmed) -> Result<Reconciled> {
+        let own = self.accounting;
         let (mut backends, mut pools): (HashMap<u32, u64>, HashMap<u32, u64>) = Default::default();
-        for state in seen.states.iter().filter(|state| state.set == self.set && state.is_counted()) {
-            let stats: BackendStats = self.backends.read(state.backend_id)?;
+        for state in seen.states.iter().filter(|state| state.set == own.set && state.is_counted()) {
+            let stats: BackendStats = own.backends.read(state.backend_id)?;
             if stats.epoch as u16 == state.backend_epoch {
                 *backends.entry(state.backend_id).or_default() += 1;
             }
-            if state.pool != 0 && self.limits.get(&state.pool, 0)?.epoch as u16 == state.pool_epoch {
+            if state.pool != 0 && own.limits.get(&state.pool, 0)?.epoch as u16 == state.pool_epoch {
                 *pools.entry(state.pool).or_default() += 1;
             }
         }
@@ -237,9 +274,9 @@ impl SocketAccounting {
             recounted.unsettled += 1;
             return Ok(recounted);
         }
-        let backend_counts = (&self.backends, BACKEND_ACTIVE, before.backends.as_slice(), &backends);
+        let backend_counts = (&own.backends, BACKEND_ACTIVE, before.backends.as_slice(), &backends);
         unconfirmed.backends = correct(backend_counts, &previous.backends, &mut recounted)?;
-        let pool_counts = (&self.pools, POOL_ACTIVE, before.pools.as_slice(), &pools);
+        let pool_counts = (&own.pools, POOL_ACTIVE, before.pools.as_slice(), &pools);
         unconfirmed.pools = correct(pool_counts, &previous.pools, &mut recounted)?;
         Ok(recounted)
     }

@@ -39,7 +39,7 @@ use tokio::{
 };
 
 use self::{
-    accounting::{CookieIndex, Unconfirmed, Waiting},
+    accounting::{ConnectionUsage, Connections, Unconfirmed, Waiting},
     request::Action,
     sock_diag::Diag,
     socket::{Connected, Seen, State},
@@ -123,7 +123,7 @@ pub type Closed = BTreeMap<(Reason, Protocol), u64>;
 
 /// The agent's side of the sweeps, which the helper runs.
 pub struct Terminator {
-    states: SocketAccounting,
+    usage: ConnectionUsage,
     requests: UnboundedSender<SweepRequest>,
     reports: UnboundedReceiver<SweepReport>,
 }
@@ -132,7 +132,7 @@ impl Terminator {
     /// Opens the pinned socket state maps of `set`, and starts the tasks that talk to the helper over its socket.
     /// Must be called within a Tokio runtime.
     pub(super) fn start(pins: &Pins, set: Set, sizes: &Sizes, helper: UnixStream) -> Result<Self> {
-        let states = SocketAccounting::open(pins, set, sizes).context("cannot open the socket state maps")?;
+        let usage = ConnectionUsage::open(pins, set, sizes).context("cannot open the socket state maps")?;
         helper.set_nonblocking(true)?;
         let (mut answers, mut asks) = tokio::net::UnixStream::from_std(helper)?.into_split();
         let (requests, mut pending) = unbounded_channel();
@@ -157,7 +157,7 @@ impl Terminator {
                 }
             }
         });
-        Ok(Self { states, requests, reports })
+        Ok(Self { usage, requests, reports })
     }
 
     /// Requests a sweep.
@@ -170,7 +170,7 @@ impl Terminator {
     /// Returns the usage of `CONNECTIONS`: the entries in use, the capacity, and the number of connections so far that
     /// found their pod's share used up.
     pub fn connection_slots(&self) -> (u32, u32, u64) {
-        self.states.usage()
+        self.usage.read()
     }
 
     /// Waits for the next sweep to finish, and returns its report.
@@ -222,22 +222,29 @@ pub(super) fn work(
             (moves, moves_since) = (MAX_MOVES, Instant::now());
         }
         report.moves = moves;
+        let connections = match states.connections() {
+            Ok(connections) => connections,
+            Err(error) => {
+                report.errors.push(format!("cannot read the state of connections: {error:#}"));
+                report.unfinished = request.removed_udp;
+                if done(report) {
+                    continue;
+                }
+                return;
+            }
+        };
         let mut datagrams = Vec::new();
         let mut before = None;
         if request.recount {
-            match sees_all_processes().and_then(|()| states.now()) {
+            match sees_all_processes().and_then(|()| connections.now()) {
                 Ok(now) => before = Some((now, Seen::nothing())),
                 Err(error) => report.errors.push(format!("cannot count connections: {error:#}")),
             }
         }
         let mut seen = before.as_mut().map(|(_, seen)| seen);
-        let index = states.by_cookie().unwrap_or_else(|error| {
-            report.errors.push(format!("cannot read the state of connections: {error:#}"));
-            CookieIndex::default()
-        });
         for (path, namespace) in namespaces(&mut report.errors) {
             report.namespaces += 1;
-            match one_namespace(&namespace, (states, &index, set), &request, seen.as_deref_mut(), &mut report) {
+            match one_namespace(&namespace, (&connections, set), &request, seen.as_deref_mut(), &mut report) {
                 Ok(found) => datagrams.extend(found),
                 Err(error) => report.errors.push(format!("{}: {error:#}", path.display())),
             }
@@ -251,13 +258,13 @@ pub(super) fn work(
             report.errors.push(format!("cannot return to the original network namespace: {error}"));
         }
         if !datagrams.is_empty()
-            && let Err(error) = close_datagrams(datagrams, states, &index, &request, &mut report)
+            && let Err(error) = close_datagrams(datagrams, &connections, &request, &mut report)
         {
             report.errors.push(format!("cannot close UDP sockets of removed endpoints: {error:#}"));
         }
         // A partial list of sockets proves nothing, so reconcile only after a sweep without errors.
         if let Some((before, seen)) = before.filter(|_| report.errors.is_empty()) {
-            match states.recount(&before, &seen, &mut unconfirmed) {
+            match connections.recount(&before, &seen, &mut unconfirmed) {
                 Ok(recounted) => report.recounted = Some(recounted),
                 Err(error) => report.errors.push(format!("cannot reconcile connection counts: {error:#}")),
             }
@@ -273,22 +280,22 @@ pub(super) fn work(
 
 /// Frees the entries of sockets that ended without any hook seeing it.
 fn reap_abandoned(states: &SocketAccounting, waiting: &mut Waiting, now: Instant) -> Result<()> {
-    let abandoned = states.abandoned(waiting, now)?;
+    let connections = states.connections()?;
+    let abandoned = connections.abandoned(waiting, now)?;
     if abandoned.is_empty() {
         return Ok(());
     }
     sees_all_processes()?;
     let own = File::open("/proc/thread-self/ns/net")?;
     let (mut seen, mut trouble) = (Seen::nothing(), Vec::new());
-    let index = states.by_cookie()?;
     let counted = namespaces(&mut trouble).into_iter().try_for_each(|(_, namespace)| {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-        Ok(Diag::open()?.count(states, &index, &mut seen)?)
+        Ok(Diag::open()?.count(&connections, &mut seen)?)
     });
     move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Network))?;
     counted.and_then(|()| trouble.pop().map_or(Ok(()), |why| Err(Error::State(why))))?;
     let gone = abandoned.into_iter().filter(|entry| !seen.has(*entry));
-    gone.into_iter().try_for_each(|entry| states.free(entry).map(drop))
+    gone.into_iter().try_for_each(|entry| connections.free(entry).map(drop))
 }
 
 /// Checks that this process sees all processes of the machine.
@@ -308,7 +315,7 @@ type Datagrams = (Rc<Diag>, Connected);
 /// Returns the UDP sockets that may match.
 fn one_namespace(
     namespace: &File,
-    (states, index, set): (&SocketAccounting, &CookieIndex, u32),
+    (states, set): (&Connections<'_>, u32),
     request: &SweepRequest,
     seen: Option<&mut Seen>,
     report: &mut SweepReport,
@@ -316,10 +323,10 @@ fn one_namespace(
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).context("cannot enter namespace")?;
     let diag = Rc::new(Diag::open()?);
     if let Some(seen) = seen {
-        diag.count(states, index, seen).context("cannot list TCP connections")?;
+        diag.count(states, seen).context("cannot list TCP connections")?;
     }
     if request.removed_endpoint_tcp != RemovedEndpointTcp::Keep || request.looks_for_outlived() {
-        for connection in diag.connections(states, index).context("cannot list TCP connections")? {
+        for connection in diag.connections(states).context("cannot list TCP connections")? {
             let reason = match request.action_for(&connection, set) {
                 Action::Keep => continue,
                 Action::Wait(left) => {
@@ -349,19 +356,18 @@ fn one_namespace(
 /// that owns it.
 fn close_datagrams(
     sockets: Vec<Datagrams>,
-    states: &SocketAccounting,
-    index: &CookieIndex,
+    states: &Connections<'_>,
     request: &SweepRequest,
     report: &mut SweepReport,
 ) -> Result<()> {
     let mut by_inode: HashMap<u64, Datagrams> = HashMap::new();
     for (diag, socket) in sockets {
-        match states.connection(index, socket.cookie()) {
+        match states.connection(socket.cookie()) {
             Some(state) => close_datagram((&diag, &socket), &state, request, report),
             None => drop(by_inode.insert(socket.inode.into(), (diag, socket))),
         }
     }
-    if by_inode.is_empty() || !states.uses_storage() {
+    if by_inode.is_empty() || !states.accounting().uses_storage() {
         return Ok(());
     }
     sees_all_processes()?;
@@ -378,7 +384,7 @@ fn close_datagrams(
             let Ok(borrowed) = borrow(process.pid, descriptor) else { continue };
             let Some((diag, socket)) = by_inode.remove(&inode) else { continue };
             // Without state, Portolan did not choose the socket's peer.
-            let Ok(stored) = sys::lookup_socket::<SocketState>(states.storage.fd(), &borrowed) else { continue };
+            let Ok(stored) = sys::lookup_socket::<SocketState>(states.accounting().storage.fd(), &borrowed) else { continue };
             close_datagram((&diag, &socket), &State::new(&stored.connection, &stored.extra), request, report);
         }
     }

@@ -15,7 +15,7 @@ use portolan_common::{Endpoint, SocketState};
 use portolan_core::model::Protocol;
 
 use super::{
-    accounting::{CookieIndex, SocketAccounting},
+    accounting::Connections,
     socket::{Connected, Connection, Seen, State, peer},
 };
 
@@ -63,33 +63,33 @@ impl Diag {
     }
 
     /// Lists the TCP connections that have Portolan state and whose peer is the endpoint in it.
-    pub(super) fn connections(&self, states: &SocketAccounting, index: &CookieIndex) -> io::Result<Vec<Connection>> {
+    pub(super) fn connections(&self, states: &Connections<'_>) -> io::Result<Vec<Connection>> {
         let mut found = Vec::new();
         // Half-closed connections may still receive data.
         let tcp_states = [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT];
         self.streams(&tcp_states, states, &mut |body| {
-            found.extend(connection(body, &|cookie| states.connection(index, cookie)));
+            found.extend(connection(body, &|cookie| states.connection(cookie)));
         })?;
         Ok(found)
     }
 
     /// Dumps the TCP sockets in `tcp_states`, each with its socket storage.
-    fn streams(&self, tcp_states: &[u32], states: &SocketAccounting, take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    fn streams(&self, tcp_states: &[u32], states: &Connections<'_>, take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
         let mut map = Vec::new();
-        attribute(&mut map, REQ_MAP_FD, &(states.storage.fd().as_fd().as_raw_fd() as u32).to_ne_bytes());
+        attribute(&mut map, REQ_MAP_FD, &(states.accounting().storage.fd().as_fd().as_raw_fd() as u32).to_ne_bytes());
         let mut storage = Vec::new();
         attribute(&mut storage, REQ_SK_BPF_STORAGES | NESTED, &map);
         self.dump(Protocol::Tcp, tcp_states.iter().fold(0, |all, one| all | 1 << one), &storage, take)
     }
 
     /// Adds all connected TCP sockets of the namespace, and their Portolan state, to `seen`.
-    pub(super) fn count(&self, states: &SocketAccounting, index: &CookieIndex, seen: &mut Seen) -> io::Result<()> {
+    pub(super) fn count(&self, states: &Connections<'_>, seen: &mut Seen) -> io::Result<()> {
         let tcp_states =
             [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING];
         self.streams(&tcp_states, states, &mut |body| {
             let Some(socket) = connected(body) else { return };
             seen.cookies.insert(socket.cookie());
-            let own = connection(body, &|cookie| states.connection(index, cookie));
+            let own = connection(body, &|cookie| states.connection(cookie));
             seen.states.extend(own.map(|connection| connection.state));
         })
     }

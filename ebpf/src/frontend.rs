@@ -1,0 +1,126 @@
+//! Finds the frontend that a connection dials: open addressing in memory-mapped arrays (docs/adr/0018-hit-path.md).
+
+use portolan_common::{Frontend, FrontendKey, Published};
+
+use crate::maps::{FRONTEND_OVERFLOW, FRONTEND_SEED, FRONTEND_SHIFT, FRONTENDS4, FRONTENDS6};
+
+/// The bit of a frontend id that tells IPv6 from IPv4; the other bits are the index.
+pub(crate) const V6: u32 = 1 << 31;
+
+/// A frontend that a connection dials, with what was in effect when it was found.
+#[derive(Clone, Copy)]
+pub(crate) struct Found {
+    pub(crate) line: *mut Frontend,
+    pub(crate) id: u32,
+    pub(crate) current: Published,
+}
+
+impl Found {
+    #[inline(always)]
+    fn new(line: *mut Frontend, id: u32) -> Self {
+        // SAFETY: a live map value, of which the agent changes this word by a single store.
+        let current = Published(unsafe { (&raw const (*line).current).read_volatile() });
+        Self { line, id, current }
+    }
+}
+
+/// Returns the frontend with this key; `None` if it is not a Service address.
+#[inline(always)]
+pub(crate) fn find(key: &FrontendKey) -> Option<Found> {
+    if key.endpoint().is_v4() { find4(key.fingerprint()) } else { find6(key) }
+}
+
+#[inline(always)]
+fn find4(fingerprint: u64) -> Option<Found> {
+    let hash = Frontend::hash(fingerprint, FRONTEND_SEED.load());
+    let first = Frontend::first_bucket(hash, FRONTEND_SHIFT.load());
+    let (one, one_key) = line4(first)?;
+    if one_key == fingerprint {
+        return Some(Found::new(one, first));
+    }
+    let (other, other_key) = line4(first | 1)?;
+    if other_key == fingerprint {
+        return Some(Found::new(other, first | 1));
+    }
+    if one_key == Frontend::EMPTY || other_key == Frontend::EMPTY {
+        return None;
+    }
+    let index = search4(fingerprint, hash).checked_sub(1)?;
+    Some(Found::new(line4(index)?.0, index))
+}
+
+#[inline(always)]
+fn line4(index: u32) -> Option<(*mut Frontend, u64)> {
+    let line = FRONTENDS4.get_ptr_mut(index)?;
+    // SAFETY: a live map value, of which the agent changes this word by a single store.
+    Some((line, unsafe { (&raw const (*line).key).read_volatile() }))
+}
+
+/// Searches behind the first bucket, and returns the index plus one; 0 if there is no such frontend.
+/// Not inlined: few frontends are there.
+#[inline(never)]
+fn search4(fingerprint: u64, hash: u64) -> u32 {
+    let second = Frontend::second_bucket(hash, FRONTEND_SHIFT.load());
+    let Some((_, one_key)) = line4(second) else { return 0 };
+    if one_key == fingerprint {
+        return second.wrapping_add(1);
+    }
+    let Some((_, other_key)) = line4(second | 1) else { return 0 };
+    if other_key == fingerprint {
+        return (second | 1).wrapping_add(1);
+    }
+    if one_key == Frontend::EMPTY || other_key == Frontend::EMPTY {
+        return 0;
+    }
+    overflow(fingerprint)
+}
+
+#[inline(always)]
+fn overflow(fingerprint: u64) -> u32 {
+    // SAFETY: the value is copied out at once.
+    unsafe { FRONTEND_OVERFLOW.get(&fingerprint) }.map_or(0, |index| index.wrapping_add(1))
+}
+
+/// The same for IPv6, where the fingerprint is a hash.
+#[inline(always)]
+fn find6(key: &FrontendKey) -> Option<Found> {
+    let fingerprint = key.fingerprint();
+    let hash = Frontend::hash(fingerprint, FRONTEND_SEED.load());
+    let first = Frontend::first_bucket(hash, FRONTEND_SHIFT.load());
+    let (one_key, other_key) = (key6(first)?, key6(first | 1)?);
+    let index = if one_key == fingerprint {
+        first
+    } else if other_key == fingerprint {
+        first | 1
+    } else if one_key == Frontend::EMPTY || other_key == Frontend::EMPTY {
+        return None;
+    } else {
+        search6(fingerprint, hash).checked_sub(1)?
+    };
+    let value = FRONTENDS6.get_ptr_mut(index)?;
+    // SAFETY: a live map value. Its key stays the same while a program may be reading the line.
+    unsafe { ((*value).key == *key).then(|| Found::new(&raw mut (*value).line, index | V6)) }
+}
+
+#[inline(always)]
+fn key6(index: u32) -> Option<u64> {
+    let value = FRONTENDS6.get_ptr(index)?;
+    // SAFETY: a live map value, of which the agent changes this word by a single store.
+    Some(unsafe { (&raw const (*value).line.key).read_volatile() })
+}
+
+#[inline(never)]
+fn search6(fingerprint: u64, hash: u64) -> u32 {
+    let second = Frontend::second_bucket(hash, FRONTEND_SHIFT.load());
+    let (Some(one_key), Some(other_key)) = (key6(second), key6(second | 1)) else { return 0 };
+    if one_key == fingerprint {
+        return second.wrapping_add(1);
+    }
+    if other_key == fingerprint {
+        return (second | 1).wrapping_add(1);
+    }
+    if one_key == Frontend::EMPTY || other_key == Frontend::EMPTY {
+        return 0;
+    }
+    overflow(fingerprint)
+}
