@@ -63,15 +63,16 @@ const PROGRAMS: [&str; 5] = ["connect4", "sock_ops", "sock_release", "sendmsg4",
 
 /// Measures every combination, in this many rounds of this many connections.
 ///
-/// One Service is dialed by 1, 2 and 4 threads, which share its cursor. Larger tables are dialed in turn by one thread.
-pub(crate) fn run(services: &[u32], rounds: usize, connections: u64) -> Result<Vec<InKernel>> {
-    let single_service = [1, 2, 4].map(|threads| (1, threads));
+/// One Service is dialed by each of these numbers of threads, which share its cursor. Larger tables are dialed in turn by
+/// one thread.
+pub(crate) fn run(services: &[u32], threads: &[usize], rounds: usize, connections: u64) -> Result<Vec<InKernel>> {
+    let single_service = threads.iter().map(|threads| (1, *threads));
     let larger_tables = services.iter().filter(|services| **services > 1).map(|services| (*services, 1));
     let measured = |(services, threads)| {
         progress(&format!("in the kernel, {services} services, {threads} threads"));
         measure(services, threads, rounds, connections)
     };
-    single_service.into_iter().chain(larger_tables).map(measured).collect()
+    single_service.chain(larger_tables).map(measured).collect()
 }
 
 /// Measures each program on this many requests and datagrams to a Service of this node.

@@ -43,6 +43,9 @@ struct Options {
     /// Table sizes to measure, as numbers of Services
     #[arg(long, value_delimiter = ',', default_values_t = [1, 100, 1_000, 10_000])]
     services: Vec<u32>,
+    /// Numbers of threads that dial one Service at the same time, for the run time of the programs
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4])]
+    threads: Vec<usize>,
     /// Output directory for the report
     #[arg(long, default_value = "bench-report")]
     report: PathBuf,
@@ -100,7 +103,7 @@ fn main() -> Result<()> {
     }
     if wanted(Part::Kernel) {
         let (rounds, connections) = if quick { (2, 500) } else { (effort.rounds, 20_000) };
-        report.kernel = kernel::run(&services, rounds, connections)?;
+        report.kernel = kernel::run(&services, &options.threads, rounds, connections)?;
         save(&mut report)?;
     }
     if wanted(Part::Tables) {

@@ -5,7 +5,7 @@ use portolan_common::{Frontend, FrontendKey, Published};
 use crate::maps::{FRONTEND_OVERFLOW, FRONTEND_SEED, FRONTEND_SHIFT, FRONTENDS4, FRONTENDS6};
 
 /// The bit of a frontend id that tells IPv6 from IPv4; the other bits are the index.
-pub(crate) const V6: u32 = 1 << 31;
+const V6: u32 = 1 << 31;
 
 /// A frontend that a connection dials, with what was in effect when it was found.
 #[derive(Clone, Copy)]

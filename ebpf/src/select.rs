@@ -16,7 +16,7 @@ use portolan_common::{
 };
 
 use crate::{
-    frontend::{Found, V6},
+    frontend::Found,
     maps::{AFFINITY, BACKEND_STATS, BACKENDS, ENTRIES, POOL_STATS, POOLS, RUNS, SLOTS, VERSIONS, count},
 };
 
@@ -74,7 +74,7 @@ pub(crate) fn pick(ctx: &SockAddrContext, key: &FrontendKey, found: &Found) -> P
         // must be checked.
         let Some(turn) = turn.checked_rem(period) else { return inconsistent() };
         let Some(entry) = ENTRIES.get_ptr(current.base().wrapping_add(turn)) else { return inconsistent() };
-        match take_entry(entry, found.id & V6 != 0) {
+        match take_entry(entry, !key.endpoint().is_v4()) {
             Some(taken) => Pick::Take(taken),
             None => inconsistent(),
         }
