@@ -2,14 +2,13 @@
 
 use std::net::{SocketAddr, SocketAddrV4};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use portolan_bench::task::Task;
 use portolan_core::table::{Sizes, Table};
 use portolan_datapath::floor::Floor;
 use portolan_tests::{
-    CountingServer, Foreign, ForeignProgram, ProcessContext, TestBed,
+    CountingServer, Foreign, ForeignProgram, TestBed,
     direct::{Direct, table},
-    storm::{Load, Servers},
 };
 use serde::Serialize;
 
@@ -17,7 +16,7 @@ use crate::{
     figures::Median,
     progress,
     served::{ActiveEndpoints, bpftool},
-    world::{SERVICE, SERVICE_PORT, client},
+    world::{SERVICE, SERVICE_PORT, Worker, client, client_on, serve_all},
 };
 
 const ENDPOINTS: u32 = 10;
@@ -30,7 +29,7 @@ const ENDPOINTS: u32 = 10;
 pub(crate) struct InKernel {
     pub(crate) services: u32,
     pub(crate) endpoints: u32,
-    /// Threads that dial concurrently.
+    /// Clients that dial at the same time, each on a CPU of its own.
     pub(crate) threads: usize,
     /// `connect4` for a connect to a Service address.
     pub(crate) hit: Median,
@@ -42,7 +41,7 @@ pub(crate) struct InKernel {
     /// Ratios of the same rounds, Portolan to the floor.
     pub(crate) hit_to_floor: Median,
     pub(crate) miss_to_floor: Median,
-    /// All programs together, for one connection to a Service address that carries one answer.
+    /// All programs together, for one connection to a Service address, from connect to close.
     pub(crate) connection: Median,
     /// An empty program: the overhead of the statistics, which no other figure includes.
     pub(crate) nothing: Median,
@@ -63,8 +62,8 @@ const PROGRAMS: [&str; 5] = ["connect4", "sock_ops", "sock_release", "sendmsg4",
 
 /// Measures every combination, in this many rounds of this many connections.
 ///
-/// One Service is dialed by each of these numbers of threads, which share its cursor. Larger tables are dialed in turn by
-/// one thread.
+/// One Service is dialed by each of these numbers of clients, which share its cursor. Larger tables are dialed in turn by
+/// one client.
 pub(crate) fn run(services: &[u32], threads: &[usize], rounds: usize, connections: u64) -> Result<Vec<InKernel>> {
     let single_service = threads.iter().map(|threads| (1, *threads));
     let larger_tables = services.iter().filter(|services| **services > 1).map(|services| (*services, 1));
@@ -100,36 +99,57 @@ fn mean(from: (u64, u64), to: (u64, u64)) -> f64 {
 /// Returns the frontends of `count` Services, and a table in which each has ten endpoints of its own.
 fn services(count: u32) -> (Vec<SocketAddr>, Table) {
     let frontend = |i: u32| SocketAddr::from(([172, 16 + (i >> 16) as u8, (i >> 8) as u8, i as u8], 80));
-    let endpoint = |i: u32| SocketAddr::from(([10, 1 + (i >> 16) as u8, (i >> 8) as u8, i as u8], 9080));
+    let endpoint = |i: u32| SocketAddr::from(([10, 1 + (i >> 16) as u8, (i >> 8) as u8, i as u8], QUIET));
     let frontends: Vec<SocketAddr> = (0..count).map(frontend).collect();
     let all = (0..count).map(|i| (frontend(i), (0..ENDPOINTS).map(|e| endpoint(i * ENDPOINTS + e)).collect()));
     let table = table(all);
     (frontends, table)
 }
 
+/// Connections of one task: fewer than fit into the server's queue.
+const AT_ONCE: usize = 4_000;
+/// The first port of the server; the third one is [`QUIET`].
+const FIRST: u16 = 9078;
+/// The port whose connections the server does not accept until it is asked to, so that no wakeup disturbs the client.
+const QUIET: u16 = FIRST + 2;
+
 /// A node without an agent, all of whose 10.0.0.0/8 one server serves.
 struct Node {
     // Detached in this order: programs before their cgroup is removed.
     nothing: ForeignProgram,
-    _server: Servers,
+    clients: Vec<Worker>,
+    server: Worker,
     bed: TestBed,
+    /// The next address that is dialed.
+    next: usize,
 }
 
 impl Node {
-    fn new(name: &str) -> Result<Self> {
+    fn new(name: &str, threads: usize) -> Result<Self> {
         let bed = TestBed::named(name)?;
         bed.namespace.ip(&["route", "add", "local", "10.0.0.0/8", "dev", "lo"])?;
-        let everywhere = SocketAddr::from(([0, 0, 0, 0], 9080));
-        let place = ProcessContext { namespace: Some(&bed.namespace), cgroup: None };
-        let server = Servers::start(place, &[(everywhere, 0, 0)])?;
+        let server = serve_all(&bed.namespace, FIRST)?;
         // Attached first, because the program that runs first pays for cold caches.
         let nothing = ForeignProgram::attach(&bed.cgroup, Foreign::Allow)?;
-        Ok(Self { nothing, _server: server, bed })
+        let clients = (0..threads).map(|cpu| client_on(cpu, &bed.namespace, &bed.cgroup)).collect::<Result<_>>()?;
+        Ok(Self { nothing, clients, server, bed, next: 0 })
     }
 
-    fn dial(&self, to: &[SocketAddr], connections: u64, threads: usize) -> Result<()> {
-        let summary = Load::start_with(self.bed.place(), to, connections, None, threads)?.finish()?;
-        ensure!(summary.bad == 0 && summary.good == connections, "{summary:?}");
+    /// Connects to these addresses in turn, this often with all clients together.
+    fn dial(&mut self, to: &[SocketAddr], connections: u64) -> Result<()> {
+        let mut left = usize::try_from(connections)?;
+        while left > 0 {
+            let count = left.min(AT_ONCE) / self.clients.len();
+            for client in &mut self.clients {
+                client.begin(&Task::ConnectEach { to: to.to_vec(), first: self.next, count })?;
+                self.next += count;
+                left = left.saturating_sub(count.max(1));
+            }
+            for client in &mut self.clients {
+                client.answer()?;
+            }
+            self.server.ask(&Task::Empty)?;
+        }
         Ok(())
     }
 }
@@ -146,31 +166,31 @@ struct Round {
 
 fn measure(count: u32, threads: usize, rounds: usize, connections: u64) -> Result<InKernel> {
     let (frontends, table) = services(count);
-    let (ours, theirs) = (Node::new("kernel")?, Node::new("floor")?);
+    let (mut ours, mut theirs) = (Node::new("kernel", threads)?, Node::new("floor", threads)?);
     let mut direct = Direct::new(&ours.bed, Sizes::default())?;
     direct.publish(&table)?;
-    let endpoint = |i: usize| SocketAddr::from(([10, 1, (i >> 8) as u8, i as u8], 9080));
+    let endpoint = |i: usize| SocketAddr::from(([10, 1, (i >> 8) as u8, i as u8], QUIET));
     let pairs = frontends.iter().enumerate().map(|(i, frontend)| Ok((v4(*frontend)?, v4(endpoint(i))?)));
     let mut floor = Floor::attach(theirs.bed.cgroup.path(), &pairs.collect::<Result<Vec<_>>>()?)?;
-    let direct_address = [SocketAddr::from(([10, 0, 0, 1], 9080))];
+    let direct_address = [SocketAddr::from(([10, 0, 0, 1], QUIET))];
     let _counting = CountingServer::begin()?;
     // Every service once, so that no round pays for the first use of its memory.
     let warm = u64::from(count).max(1_000);
-    ours.dial(&frontends, warm, threads)?;
-    theirs.dial(&frontends, warm, threads)?;
+    ours.dial(&frontends, warm)?;
+    theirs.dial(&frontends, warm)?;
     let mut all = Vec::new();
     for _ in 0..rounds {
         let nothing_before = ours.nothing.counted()?;
         let before = HOOKS.map(|name| counted(&ours.bed, name));
-        ours.dial(&frontends, connections, threads)?;
+        ours.dial(&frontends, connections)?;
         let after = HOOKS.map(|name| counted(&ours.bed, name));
-        ours.dial(&direct_address, connections, threads)?;
+        ours.dial(&direct_address, connections)?;
         let missed = counted(&ours.bed, HOOKS[0])?;
         let nothing = mean(nothing_before, ours.nothing.counted()?);
         let floor_before = floor.counted()?;
-        theirs.dial(&frontends, connections, threads)?;
+        theirs.dial(&frontends, connections)?;
         let floor_after = floor.counted()?;
-        theirs.dial(&direct_address, connections, threads)?;
+        theirs.dial(&direct_address, connections)?;
         let floor_missed = floor.counted()?;
         let mut connection = 0.0;
         for (before, after) in before.iter().zip(&after) {

@@ -43,8 +43,8 @@ struct Options {
     /// Table sizes to measure, as numbers of Services
     #[arg(long, value_delimiter = ',', default_values_t = [1, 100, 1_000, 10_000])]
     services: Vec<u32>,
-    /// Numbers of threads that dial one Service at the same time, for the run time of the programs
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4])]
+    /// Numbers of clients that dial one Service at the same time, for the run time of the programs
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 2])]
     threads: Vec<usize>,
     /// Output directory for the report
     #[arg(long, default_value = "bench-report")]

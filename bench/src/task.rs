@@ -18,6 +18,15 @@ pub enum Task {
         /// Each is timed from its scheduled start. `None`: one after another, each timed by itself.
         rate: Option<f64>,
     },
+    /// Connects to each address in turn, and closes, as [`Self::Connect`] does.
+    ConnectEach {
+        /// Addresses to connect to.
+        to: Vec<SocketAddr>,
+        /// Which of them to begin with.
+        first: usize,
+        /// Number of connections; at most the server's listen backlog (4,096).
+        count: usize,
+    },
     /// Per request: connects, sends one byte, reads one byte back, closes.
     Request {
         /// Address to connect to.

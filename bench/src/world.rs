@@ -78,9 +78,25 @@ impl World {
     }
 }
 
+/// Starts a server on all addresses of a namespace, at three consecutive ports from this one.
+pub(crate) fn serve_all(namespace: &Namespace, first: u16) -> Result<Worker> {
+    let address = SocketAddr::from(([0, 0, 0, 0], first)).to_string();
+    let place = ProcessContext { namespace: Some(namespace), cgroup: None };
+    let mut server = Worker::start(&["server".to_owned(), last_cpu(), address], place)?;
+    server.ask(&Task::Empty)?;
+    Ok(server)
+}
+
 /// Starts a client in a namespace, and in a cgroup if eBPF programs shall apply to it.
 pub(crate) fn client(namespace: &Namespace, cgroup: Option<&Cgroup>) -> Result<Worker> {
     Worker::start(&["client".to_owned(), "0".to_owned()], ProcessContext { namespace: Some(namespace), cgroup })
+}
+
+/// Starts a client in a namespace and a cgroup, on this CPU, or on another one if there are not that many.
+pub(crate) fn client_on(cpu: usize, namespace: &Namespace, cgroup: &Cgroup) -> Result<Worker> {
+    let cpu = cpu % std::thread::available_parallelism().map_or(1, usize::from);
+    let place = ProcessContext { namespace: Some(namespace), cgroup: Some(cgroup) };
+    Worker::start(&["client".to_owned(), cpu.to_string()], place)
 }
 
 /// Returns the number of the server's CPU: the last one, so it differs from the client's unless there is only one.

@@ -28,7 +28,7 @@ use rustix::{
     thread::{CpuSet, sched_setaffinity},
     time::{ClockId, clock_gettime},
 };
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 /// Listen backlog of the server (the default of `net.core.somaxconn`).
 const QUEUE: i32 = 4_096;
@@ -74,6 +74,11 @@ fn client(task: Task) -> Result<Measurement> {
     let (began, spent_before) = (Instant::now(), spent());
     let mut answer = match task {
         Task::Connect { to, count, rate } => connects(to, count, rate)?,
+        Task::ConnectEach { to, first, count } => {
+            let to: Vec<SockAddr> = to.into_iter().map(SockAddr::from).collect();
+            ensure!(count <= QUEUE as usize, "{count} connections exceed the server's listen backlog of {QUEUE}");
+            each(count, |i| Ok(stream_socket()?.connect(&to[(first + i) % to.len()])?))?
+        }
         Task::Request { to, count } => each(count, |_| request(to).map(drop))?,
         Task::RoundTrips { to, count } => {
             let mut stream = TcpStream::connect(to)?;

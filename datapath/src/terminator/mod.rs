@@ -384,7 +384,9 @@ fn close_datagrams(
             let Ok(borrowed) = borrow(process.pid, descriptor) else { continue };
             let Some((diag, socket)) = by_inode.remove(&inode) else { continue };
             // Without state, Portolan did not choose the socket's peer.
-            let Ok(stored) = sys::lookup_socket::<SocketState>(states.accounting().storage.fd(), &borrowed) else { continue };
+            let Ok(stored) = sys::lookup_socket::<SocketState>(states.accounting().storage.fd(), &borrowed) else {
+                continue;
+            };
             close_datagram((&diag, &socket), &State::new(&stored.connection, &stored.extra), request, report);
         }
     }
