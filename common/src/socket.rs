@@ -14,7 +14,7 @@ use crate::{Endpoint, plain};
 pub struct Connection {
     /// The kernel address of the socket that owns the entry; 0 if the entry is free.
     pub owner: u64,
-    /// The socket's cookie, by which user space recognizes it.
+    /// The socket's cookie, by which user space recognizes it; 0 before the SYN.
     pub cookie: u64,
     /// The time when the SYN was sent or the UDP socket connected, in nanoseconds of CLOCK_MONOTONIC.
     /// Precise only with [`ConnectionFlags::TIMED`]; otherwise to a kernel tick.
@@ -97,6 +97,8 @@ impl ConnectionFlags {
     pub const CONNECT_TIMEOUT: u32 = 1 << 12;
     /// The times of this connection are needed to the microsecond.
     pub const TIMED: u32 = 1 << 13;
+    /// The entry is in its client's share, see [`ClientUse`]; then its cookie is known.
+    pub const SHARED: u32 = 1 << 14;
 }
 
 impl Connection {
@@ -151,7 +153,7 @@ impl Connection {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ClientUse {
-    /// The entries of `CONNECTIONS` in use.
+    /// The entries of `CONNECTIONS` in use, of sockets that have sent a SYN or are UDP.
     pub connections: u64,
     /// The events sent while the agent was behind, see [`EventBudget`](crate::EventBudget).
     pub budget: u64,

@@ -1,7 +1,7 @@
 //! The connect hooks: they replace a Service address with an endpoint, for TCP and connected UDP sockets.
 
 use aya_ebpf::{
-    helpers::generated::{bpf_get_retval, bpf_ktime_get_coarse_ns, bpf_set_retval},
+    helpers::generated::{bpf_get_retval, bpf_get_socket_cookie, bpf_ktime_get_coarse_ns, bpf_set_retval},
     programs::SockAddrContext,
 };
 use aya_log_ebpf::debug;
@@ -14,7 +14,7 @@ use crate::{
     maps::{BACKEND_STATS, POOLS, SET},
     opt_out::is_opted_out,
     select::{Pick, Selected, add, pick},
-    state,
+    state::{self, State},
 };
 
 #[inline(always)]
@@ -188,7 +188,11 @@ fn save_state(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &S
             connection.started_ns = bpf_ktime_get_coarse_ns();
             count_flow(taken);
         }
+        connection.cookie = 0;
         connection.flags = flags;
+        if key.protocol() == IPPROTO_UDP {
+            join_share_of_udp(ctx, &state);
+        }
     }
     debug!(
         ctx,
@@ -198,6 +202,19 @@ fn save_state(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &S
         u32::from_be(taken.endpoint.v4_word()),
         u16::from_be(taken.endpoint.port_word())
     );
+}
+
+/// Counts an entry of a UDP socket in its client's share, or moves it to socket storage.
+#[inline(always)]
+fn join_share_of_udp(ctx: &SockAddrContext, state: &State) {
+    // SAFETY: helper calls with the kernel's own context.
+    unsafe {
+        if !state::join_share(state, bpf_get_socket_cookie(ctx.sock_addr.cast()))
+            && let Some(index) = state.index()
+        {
+            state::move_to_storage(state.connection, index, (*ctx.sock_addr).__bindgen_anon_1.sk);
+        }
+    }
 }
 
 /// Counts a UDP socket or flow that got a backend.

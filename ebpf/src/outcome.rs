@@ -15,8 +15,8 @@ use aya_ebpf::{
         BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TIMEOUT_INIT,
     },
     helpers::generated::{
-        bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_ringbuf_query,
-        bpf_setsockopt, bpf_skc_to_tcp_sock,
+        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_getsockopt, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
+        bpf_ringbuf_query, bpf_setsockopt, bpf_skc_to_tcp_sock,
     },
     programs::SockOpsContext,
 };
@@ -79,7 +79,16 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
     let is_valid = state.has_backend(&addr::remote(ctx));
     if op == BPF_SOCK_OPS_TCP_CONNECT_CB {
         if is_valid {
-            on_connect(ctx, &state);
+            // SAFETY: a helper call with the kernel's own context.
+            let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+            if state::join_share(&state, cookie) {
+                on_connect(ctx, &state);
+            } else if let Some(index) = state.index()
+                && state::move_to_storage(state.connection, index, socket)
+                && let Some(moved) = state::of_socket(socket)
+            {
+                on_connect(ctx, &moved);
+            }
         } else {
             // An earlier connect to a Service failed before its SYN, and this one goes elsewhere.
             state.free(state::owner(socket));

@@ -15,8 +15,7 @@ use core::{
 use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     helpers::generated::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_socket_cookie, bpf_sk_storage_get,
-        bpf_skc_to_tcp_sock,
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_sk_storage_get, bpf_skc_to_tcp_sock,
     },
     programs::SockAddrContext,
 };
@@ -59,6 +58,15 @@ impl State {
         }
         // SAFETY: a live value, which contains the connection.
         Some(Self { connection: unsafe { &raw mut (*storage).connection }, place: Place::Storage(storage) })
+    }
+
+    /// Returns the index of the entry; `None` for socket storage.
+    #[inline(always)]
+    pub(crate) fn index(&self) -> Option<u32> {
+        match self.place {
+            Place::Entry(index) => Some(index),
+            Place::Storage(_) => None,
+        }
     }
 
     /// Returns the part of the state that only some connections need.
@@ -148,14 +156,10 @@ impl State {
         // SAFETY: a live map value.
         unsafe { (*self.connection).backend_port = 0 };
         if let Place::Entry(_) = self.place {
+            leave_share(self);
             // SAFETY: as above.
-            unsafe {
-                let client = (*self.connection).client;
-                // Sequentially consistent: earlier writes come first on every architecture.
-                if exchange(&raw mut (*self.connection).owner, owner, 0).1 {
-                    adjust(client, u64::MAX);
-                }
-            }
+            // Sequentially consistent: earlier writes come first on every architecture.
+            unsafe { exchange(&raw mut (*self.connection).owner, owner, 0) };
         }
     }
 }
@@ -212,7 +216,7 @@ pub(crate) fn get_or_create(ctx: &SockAddrContext) -> Option<State> {
     if socket.is_null() {
         return None;
     }
-    if let Some(state) = claim(ctx, socket) {
+    if let Some(state) = claim(socket) {
         return Some(state);
     }
     fall_back(socket)
@@ -220,44 +224,115 @@ pub(crate) fn get_or_create(ctx: &SockAddrContext) -> Option<State> {
 
 /// Returns the entry of a socket, and claims one if it has none.
 #[inline(always)]
-fn claim(ctx: &SockAddrContext, socket: *mut bpf_sock) -> Option<State> {
+fn claim(socket: *mut bpf_sock) -> Option<State> {
     let me = owner(socket);
     let first = Connection::first_way(me as u32, CONNECTION_SHIFT.load());
     let (one, other) = (State::entry(first)?, State::entry(first | 1)?);
     // SAFETY: live map values.
     let (owner_of_one, owner_of_other) = unsafe { (owner_of(one.connection), owner_of(other.connection)) };
-    let mine = if owner_of_one == me {
+    if owner_of_one == me || owner_of_other == me {
+        let mine = if owner_of_one == me { one } else { other };
+        return forget(mine.connection, me).then_some(mine);
+    }
+    let free = if owner_of_one == 0 {
         one
-    } else if owner_of_other == me {
+    } else if owner_of_other == 0 {
         other
     } else {
-        let free = if owner_of_one == 0 {
-            one
-        } else if owner_of_other == 0 {
-            other
-        } else {
-            return None;
-        };
-        let client = client();
-        let uses = CLIENTS.get_ptr_mut(ClientUse::index(client))?;
-        // SAFETY: live map values. Only the socket that changes the owner from 0 uses the entry.
-        unsafe {
-            if (&raw const (*uses).connections).read_volatile() as i64 >= i64::from(CONNECTION_SHARE.load()) {
-                atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).over_share, 1);
-                return None;
-            }
-            if !exchange(&raw mut (*free.connection).owner, 0, me).1 {
-                return None;
-            }
-            atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).connections, 1);
-            (*free.connection).client = client;
-            (*free.connection).flags = 0;
-            (*free.connection).cookie = bpf_get_socket_cookie(ctx.sock_addr.cast());
-        }
-        return Some(free);
+        return steal(first, me);
     };
-    outcome::stop_counting(&mine, me);
-    Some(mine)
+    // SAFETY: a live map value. Only the socket that changes the owner from 0 uses the entry.
+    unsafe { exchange(&raw mut (*free.connection).owner, 0, me).1 }.then_some(free)
+}
+
+/// Takes an entry from a socket whose connect has not come to its SYN: it failed, or is about to send it.
+/// A pod can hold many of the former, and nobody counts them.
+/// The latter, should it lose its entry in the microsecond that this takes, is served without being observed.
+#[inline(never)]
+fn steal(first: u32, me: u64) -> Option<State> {
+    for way in 0..Connection::WAYS {
+        let state = State::entry(first | way)?;
+        // SAFETY: a live map value.
+        unsafe {
+            let before = owner_of(state.connection);
+            let is_idle = state.flags() & (ConnectionFlags::STAGE | ConnectionFlags::UDP) == 0;
+            if is_idle && before != 0 && exchange(&raw mut (*state.connection).owner, before, me).1 {
+                return Some(state);
+            }
+        }
+    }
+    None
+}
+
+/// Ends the accounting of what an earlier connect of this socket has left in its entry. Returns true.
+/// Not inlined: it is rare.
+#[inline(never)]
+fn forget(connection: *mut Connection, me: u64) -> bool {
+    let state = State { connection, place: Place::Entry(0) };
+    outcome::stop_counting(&state, me);
+    leave_share(&state);
+    true
+}
+
+/// Records which client an entry belongs to, and the socket's cookie.
+/// Returns `false` if the client has used up its share of `CONNECTIONS`.
+///
+/// Must run in the context of the caller: for TCP when the SYN is about to be sent, so that a failing connect costs
+/// little; for UDP in the connect hook.
+#[inline(always)]
+pub(crate) fn join_share(state: &State, cookie: u64) -> bool {
+    let client = client();
+    // SAFETY: live map values; the counter is only ever added to.
+    unsafe {
+        (*state.connection).client = client;
+        (*state.connection).cookie = cookie;
+        if let Place::Storage(_) = state.place {
+            return true;
+        }
+        let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index(client)) else { return true };
+        if (&raw const (*uses).connections).read_volatile() as i64 >= i64::from(CONNECTION_SHARE.load()) {
+            atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).over_share, 1);
+            return false;
+        }
+        atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).connections, 1);
+    }
+    state.add_flags(ConnectionFlags::SHARED);
+    true
+}
+
+/// Takes an entry out of its client's share, if it is in it.
+#[inline(always)]
+fn leave_share(state: &State) {
+    if state.flags() & ConnectionFlags::SHARED == 0
+        || state.remove_flags(ConnectionFlags::SHARED) & ConnectionFlags::SHARED == 0
+    {
+        return;
+    }
+    // SAFETY: live map values; the counter is only ever added to.
+    unsafe {
+        if let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index((*state.connection).client)) {
+            atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).connections, u64::MAX);
+        }
+    }
+}
+
+/// Moves the state of a socket, whose client has used up its share, from its entry to socket storage.
+/// Returns `false` if the kernel has no memory for it.
+#[inline(never)]
+pub(crate) fn move_to_storage(connection: *mut Connection, index: u32, socket: *mut bpf_sock) -> bool {
+    let Some(moved) = fall_back(socket) else { return false };
+    // SAFETY: live values of this socket, which is locked.
+    unsafe {
+        let (flags, client) = ((*moved.connection).flags, (*moved.connection).client);
+        *moved.connection = Connection { owner: 0, ..*connection };
+        (*moved.connection).client = client;
+        (*moved.connection).flags |= flags;
+        if let (Some(from), Some(to)) = (CONNECTION_EXTRAS.get_ptr(index), moved.extra()) {
+            *to = *from;
+        }
+        exchange(&raw mut (*connection).owner, owner(socket), 0);
+    }
+    true
 }
 
 /// Not inlined: it is rare, and takes longer than all the rest of a connect.
@@ -273,11 +348,6 @@ fn fall_back(socket: *mut bpf_sock) -> Option<State> {
         unsafe { used.write_volatile(1) };
     }
     outcome::stop_counting(&state, 0);
-    // SAFETY: the value belongs to this socket, which is locked.
-    unsafe {
-        (*state.connection).client = client();
-        (*state.connection).flags = 0;
-    }
     Some(state)
 }
 
@@ -306,15 +376,6 @@ fn client() -> u32 {
             0 => bpf_get_current_cgroup_id() as u32,
             id => id as u32,
         }
-    }
-}
-
-/// Adds to the number of entries that a client uses.
-#[inline(always)]
-fn adjust(client: u32, difference: u64) {
-    if let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index(client)) {
-        // SAFETY: a live map value.
-        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).connections, difference) };
     }
 }
 

@@ -32,6 +32,7 @@ const OWNER: usize = offset_of!(Connection, owner) / 8;
 const FLAGS: usize = offset_of!(Connection, flags) / 8;
 const _: () = assert!(offset_of!(Connection, flags) % 8 == 4);
 const COUNTED: u64 = (ConnectionFlags::COUNTED as u64) << 32;
+const SHARED: u64 = (ConnectionFlags::SHARED as u64) << 32;
 
 /// An entry is abandoned if its connection has not started, or its application has closed it, for this long and no
 /// socket list contains its socket.
@@ -206,13 +207,15 @@ impl Connections<'_> {
         if connection.owner != entry.owner || connection.cookie != entry.cookie {
             return Ok(false);
         }
-        let flags = self.connections.word(entry.index, FLAGS)?.fetch_and(!COUNTED, Ordering::SeqCst);
+        let flags = self.connections.word(entry.index, FLAGS)?.fetch_and(!(COUNTED | SHARED), Ordering::SeqCst);
         let owner = self.connections.word(entry.index, OWNER)?;
         if owner.compare_exchange(entry.owner, 0, Ordering::SeqCst, Ordering::SeqCst).is_err() {
             return Ok(false);
         }
-        let client = ClientUse::index(connection.client);
-        own.clients.word(client, CLIENT_CONNECTIONS)?.fetch_sub(1, Ordering::SeqCst);
+        if flags & SHARED != 0 {
+            let client = ClientUse::index(connection.client);
+            own.clients.word(client, CLIENT_CONNECTIONS)?.fetch_sub(1, Ordering::SeqCst);
+        }
         if flags & COUNTED != 0 && connection.set == own.set {
             let stats: BackendStats = own.backends.read(connection.backend_id)?;
             if stats.epoch as u16 == connection.backend_epoch {
