@@ -18,7 +18,7 @@ use crate::{
     pins::{self, Pins, Set},
     preflight::Environment,
     programs::object,
-    rcu::{GracePeriods, barrier},
+    rcu::{self, GracePeriods, barrier},
     terminator::Terminator,
 };
 
@@ -150,6 +150,7 @@ impl Datapath {
             ProgramLog::Off => None,
             ProgramLog::Debug => Some(Logs::open(&mut bpf)?),
         };
+        rcu::prepare();
         // The previous agent may have freed entries just before it exited.
         barrier();
         let (maps, pinned) = Maps::open(&mut bpf, options.sizes, seed)?;

@@ -35,7 +35,7 @@ pub use self::{
     outcomes::{EventStream, Logs, Outcome},
     pins::{Pins, cleanup, remove_locks},
     preflight::cgroup,
-    rcu::{GracePeriods, barrier},
+    rcu::{GracePeriods, MapBarrier, barrier},
     terminator::{
         ActiveEndpoints, Closed, IDLE, Lifetime, Reason, Reconciled, RemovedEndpointTcp, SweepReport, SweepRequest,
         Terminator,

@@ -2,10 +2,15 @@
 //!
 //! BPF programs run inside RCU read-side critical sections.
 //! The membarrier system call returns only after every section that had begun has ended.
+//! Kernels with isolated CPUs (`nohz_full`) do not offer it; there, replacing an inner map waits for the same.
 //! So the end of a grace period is certain, not an estimate of how long a program may be delayed.
 
 use std::{
-    sync::mpsc::{Receiver, Sender, channel},
+    os::fd::OwnedFd,
+    sync::{
+        OnceLock,
+        mpsc::{Receiver, Sender, channel},
+    },
     thread,
     time::Duration,
 };
@@ -16,13 +21,61 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use crate::{
     capabilities,
     error::{Context as _, Result},
+    sys,
 };
 
 /// `MEMBARRIER_CMD_GLOBAL` of linux/membarrier.h, which calls `synchronize_rcu()` in the kernel.
 const GLOBAL: libc::c_int = 1;
-/// Fallback delay for kernels with isolated CPUs, which reject the barrier.
+/// Delay if the kernel offers neither way to wait.
 /// Far longer than a program of a few hundred instructions can be delayed.
 const WITHOUT_BARRIER: Duration = Duration::from_secs(1);
+
+/// Waits for grace periods where membarrier does not; set by [`prepare`].
+static MAP_BARRIER: OnceLock<MapBarrier> = OnceLock::new();
+
+/// A map of maps: the kernel returns from replacing its entry only once no program can be reading the former one.
+#[derive(Debug)]
+pub struct MapBarrier {
+    outer: OwnedFd,
+    inner: OwnedFd,
+}
+
+impl MapBarrier {
+    /// Creates the maps, which takes `CAP_BPF`.
+    ///
+    /// # Errors
+    /// Returns an error if the kernel rejects a map.
+    pub fn new() -> Result<Self> {
+        let inner = sys::create_array(None).context("cannot create a map")?;
+        let outer = sys::create_array(Some(&inner)).context("cannot create a map of maps")?;
+        Ok(Self { outer, inner })
+    }
+
+    /// Blocks until every BPF program that is running now has returned.
+    ///
+    /// # Errors
+    /// Returns an error if the kernel rejects the update.
+    pub fn wait(&self) -> Result<()> {
+        Ok(sys::set_inner(&self.outer, &self.inner)?)
+    }
+}
+
+/// Prepares [`barrier`] for a kernel without membarrier, while the agent still has its capabilities.
+pub(crate) fn prepare() {
+    /// `MEMBARRIER_CMD_QUERY` of linux/membarrier.h, which returns the commands that are offered.
+    const QUERY: libc::c_int = 0;
+    // SAFETY: the system call takes no pointers.
+    let offered = unsafe { libc::syscall(libc::SYS_membarrier, QUERY, 0, 0) };
+    if offered >= 0 && offered & libc::c_long::from(GLOBAL) != 0 {
+        return;
+    }
+    match MapBarrier::new() {
+        Ok(created) => drop(MAP_BARRIER.set(created)),
+        Err(error) => {
+            tracing::warn!("freed map entries are reused after a second, not after a grace period: {error:#}")
+        }
+    }
+}
 
 /// Waits for grace periods on a dedicated thread, because the system call takes several milliseconds.
 pub struct GracePeriods {
@@ -79,10 +132,13 @@ fn wait_for(epochs: &Receiver<GraceEpoch>, done: &UnboundedSender<GraceEpoch>) {
 
 /// Blocks until every BPF program that is running now has returned.
 ///
-/// Takes several milliseconds, or one second if the kernel rejects the barrier.
+/// Takes several milliseconds, or one second if the kernel offers no way to wait.
 pub fn barrier() {
     // SAFETY: the system call takes no pointers.
-    if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } != 0 {
+    if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } == 0 {
+        return;
+    }
+    if MAP_BARRIER.get().is_none_or(|maps| maps.wait().is_err()) {
         thread::sleep(WITHOUT_BARRIER);
     }
 }

@@ -15,7 +15,9 @@ use std::{
 
 use crate::programs::AttachType;
 
+const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
@@ -190,6 +192,55 @@ pub(crate) fn lookup_socket<T: aya::Pod>(map: impl AsFd, socket: impl AsFd) -> i
     unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr)? };
     // SAFETY: the kernel has written the value, and any bytes are a valid `Pod`.
     Ok(unsafe { value.assume_init() })
+}
+
+/// Creates an array with one value of four bytes, or an array of one such map if `inner` is given.
+pub(crate) fn create_array(inner: Option<&OwnedFd>) -> io::Result<OwnedFd> {
+    const ARRAY: u32 = 2;
+    const ARRAY_OF_MAPS: u32 = 12;
+    #[repr(C)]
+    struct Attr {
+        map_type: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+        flags: u32,
+        inner_map_fd: u32,
+    }
+    let mut attr = Attr {
+        map_type: if inner.is_some() { ARRAY_OF_MAPS } else { ARRAY },
+        key_size: 4,
+        value_size: 4,
+        max_entries: 1,
+        flags: 0,
+        inner_map_fd: inner.map_or(0, |inner| inner.as_raw_fd() as u32),
+    };
+    // SAFETY: `attr` has the layout that this command expects, and outlives the call.
+    let fd = unsafe { bpf(BPF_MAP_CREATE, &mut attr)? };
+    // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sets the only entry of an array of maps.
+pub(crate) fn set_inner(outer: &OwnedFd, inner: &OwnedFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        map_fd: u32,
+        pad: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let (key, value) = (0u32, inner.as_raw_fd());
+    let mut attr = Attr {
+        map_fd: outer.as_raw_fd() as u32,
+        pad: 0,
+        key: (&raw const key).addr() as u64,
+        value: (&raw const value).addr() as u64,
+        flags: 0,
+    };
+    // SAFETY: `attr` has the layout that this command expects; key and value have the map's sizes and outlive the call.
+    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
 }
 
 /// Counts the entries of a hash map, up to `most`.

@@ -1,6 +1,7 @@
 //! The connect hooks: they replace a Service address with an endpoint, for TCP and connected UDP sockets.
 
 use aya_ebpf::{
+    bindings::bpf_sock_addr,
     helpers::generated::{bpf_get_retval, bpf_get_socket_cookie, bpf_ktime_get_coarse_ns, bpf_set_retval},
     programs::SockAddrContext,
 };
@@ -124,10 +125,17 @@ pub(crate) fn refuse(ctx: &SockAddrContext, key: &FrontendKey, strict: bool) -> 
 /// Voids the state that an earlier connect left on this socket.
 #[inline(always)]
 fn clear_state(ctx: &SockAddrContext) {
-    if let Some(state) = state::lookup(ctx) {
+    clear_state_of(ctx.sock_addr);
+}
+
+/// Not inlined: several paths lead here, none of them the common one. Returns 0.
+#[inline(never)]
+fn clear_state_of(ctx: *mut bpf_sock_addr) -> u32 {
+    if let Some(state) = state::lookup(&SockAddrContext::new(ctx)) {
         // SAFETY: the value belongs to this socket, which is locked.
         unsafe { (*state.connection).backend_port = 0 };
     }
+    0
 }
 
 /// Voids the state of a TCP socket only: a UDP socket keeps its former peer if a connect is refused.
@@ -142,7 +150,39 @@ fn clear_tcp_state(ctx: &SockAddrContext, key: &FrontendKey) {
 /// Without memory for this, the connection proceeds; only its outcome remains unknown.
 #[inline(always)]
 fn save_state(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &Selected) {
-    let Some(state) = state::get_or_create(ctx) else { return };
+    // SAFETY: the kernel gives a valid context.
+    let socket = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
+    if socket.is_null() {
+        return;
+    }
+    match state::claim(socket) {
+        Some(state) => fill(ctx, &state, key, found, taken),
+        None => drop(save_elsewhere(ctx.sock_addr, key, found, taken)),
+    }
+    debug!(
+        ctx,
+        "frontend {}: backend {} {:i}:{}",
+        found.id,
+        taken.backend_id,
+        u32::from_be(taken.endpoint.v4_word()),
+        u16::from_be(taken.endpoint.port_word())
+    );
+}
+
+/// Stores the same where both entries of the socket are taken.
+/// Not inlined: it is rare, and takes longer than all the rest of a connect. Returns 0.
+#[inline(never)]
+fn save_elsewhere(ctx: *mut bpf_sock_addr, key: &FrontendKey, found: &Found, taken: &Selected) -> u32 {
+    // SAFETY: the kernel gives a valid context.
+    if let Some(state) = state::make_room(unsafe { (*ctx).__bindgen_anon_1.sk }) {
+        fill(&SockAddrContext::new(ctx), &state, key, found, taken);
+    }
+    0
+}
+
+/// Fills in the state of a socket.
+#[inline(always)]
+fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, taken: &Selected) {
     let (dialed, backend) = (key.endpoint(), taken.endpoint);
     let mut flags = 0;
     // SAFETY: the value belongs to this socket, which is locked.
@@ -191,17 +231,9 @@ fn save_state(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &S
         connection.cookie = 0;
         connection.flags = flags;
         if key.protocol() == IPPROTO_UDP {
-            join_share_of_udp(ctx, &state);
+            join_share_of_udp(ctx, state);
         }
     }
-    debug!(
-        ctx,
-        "frontend {}: backend {} {:i}:{}",
-        found.id,
-        taken.backend_id,
-        u32::from_be(taken.endpoint.v4_word()),
-        u16::from_be(taken.endpoint.port_word())
-    );
 }
 
 /// Counts an entry of a UDP socket in its client's share, or moves it to socket storage.

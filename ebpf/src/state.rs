@@ -207,24 +207,20 @@ fn owned_at(index: u32, owner: u64) -> Option<State> {
     (unsafe { owner_of(state.connection) } == owner).then_some(state)
 }
 
-/// Returns the state of the socket that makes a call, and creates it if necessary; `None` if the kernel has no memory.
-/// What an earlier connect has left in it no longer counts.
+/// Returns a place for the state of a socket for which [`claim`] found none; `None` if the kernel has no memory.
 #[inline(always)]
-pub(crate) fn get_or_create(ctx: &SockAddrContext) -> Option<State> {
-    // SAFETY: the kernel gives a valid context.
-    let socket = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
+pub(crate) fn make_room(socket: *mut bpf_sock) -> Option<State> {
     if socket.is_null() {
         return None;
     }
-    if let Some(state) = claim(socket) {
-        return Some(state);
-    }
-    fall_back(socket)
+    let me = owner(socket);
+    steal(Connection::first_way(me as u32, CONNECTION_SHIFT.load()), me).or_else(|| fall_back(socket))
 }
 
-/// Returns the entry of a socket, and claims one if it has none.
+/// Returns the entry of a socket, and claims one if it has none; `None` if others have both of its entries.
+/// What an earlier connect has left in it no longer counts.
 #[inline(always)]
-fn claim(socket: *mut bpf_sock) -> Option<State> {
+pub(crate) fn claim(socket: *mut bpf_sock) -> Option<State> {
     let me = owner(socket);
     let first = Connection::first_way(me as u32, CONNECTION_SHIFT.load());
     let (one, other) = (State::entry(first)?, State::entry(first | 1)?);
@@ -239,7 +235,7 @@ fn claim(socket: *mut bpf_sock) -> Option<State> {
     } else if owner_of_other == 0 {
         other
     } else {
-        return steal(first, me);
+        return None;
     };
     // SAFETY: a live map value. Only the socket that changes the owner from 0 uses the entry.
     unsafe { exchange(&raw mut (*free.connection).owner, 0, me).1 }.then_some(free)
@@ -248,7 +244,7 @@ fn claim(socket: *mut bpf_sock) -> Option<State> {
 /// Takes an entry from a socket whose connect has not come to its SYN: it failed, or is about to send it.
 /// A pod can hold many of the former, and nobody counts them.
 /// The latter, should it lose its entry in the microsecond that this takes, is served without being observed.
-#[inline(never)]
+#[inline(always)]
 fn steal(first: u32, me: u64) -> Option<State> {
     for way in 0..Connection::WAYS {
         let state = State::entry(first | way)?;
@@ -335,8 +331,7 @@ pub(crate) fn move_to_storage(connection: *mut Connection, index: u32, socket: *
     true
 }
 
-/// Not inlined: it is rare, and takes longer than all the rest of a connect.
-#[inline(never)]
+#[inline(always)]
 fn fall_back(socket: *mut bpf_sock) -> Option<State> {
     let Some(state) = State::storage(storage(socket, u64::from(BPF_SK_STORAGE_GET_F_CREATE))) else {
         count(Counter::NoMemory);

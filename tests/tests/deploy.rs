@@ -118,6 +118,11 @@ fn check_privileges(own: u32) -> Result<()> {
     }
     ensure!(of_threads(own, "NoNewPrivs")?.iter().all(|set| set == "1"));
     let helper = helper_of(own)?;
+    // Each thread has a filter of system calls: its own, or that of the container.
+    for process in [own, helper] {
+        let filters = of_threads(process, "Seccomp")?;
+        ensure!(filters.iter().all(|mode| mode == "2"), "Seccomp of {process}: {filters:?}");
+    }
     // CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN.
     let expected = format!("{:016x}", 1 << 12 | 1 << 19 | 1 << 21);
     for field in ["CapPrm", "CapEff"] {

@@ -89,6 +89,40 @@ pub fn bind_admin(path: &Path) -> Result<UnixListener> {
     listener.with_context(|| format!("--admin: cannot listen on {}", path.display()))
 }
 
+/// The admin socket, which answers only root and the user of this process, whatever its mode is by now.
+struct TrustedListener(UnixListener);
+
+impl TrustedListener {
+    fn is_trusted(stream: &tokio::net::UnixStream) -> bool {
+        let own = rustix::process::geteuid().as_raw();
+        stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own)
+    }
+}
+
+impl axum::serve::Listener for TrustedListener {
+    type Io = tokio::net::UnixStream;
+    type Addr = tokio::net::unix::SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        loop {
+            match self.0.accept().await {
+                Ok((stream, address)) if Self::is_trusted(&stream) => return (stream, address),
+                // Closed without an answer.
+                Ok(_) => {}
+                // A lack of descriptors would be repeated at once.
+                Err(_) => tokio::time::sleep(PAUSE).await,
+            }
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<Self::Addr> {
+        self.0.local_addr()
+    }
+}
+
+/// Pause after an error of the listener.
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// Serves the admin API until the future is dropped.
 ///
 /// # Errors
@@ -103,7 +137,7 @@ pub async fn serve_admin(listener: UnixListener, state: AdminState) -> Result<()
         .route("/v1/orders", post(order))
         .route("/readyz", get(readyz))
         .with_state(state);
-    Ok(axum::serve(listener, router).await?)
+    Ok(axum::serve(TrustedListener(listener), router).await?)
 }
 
 /// Serves `/metrics`, `/healthz` and `/readyz` until the future is dropped.

@@ -234,8 +234,8 @@ impl Connections<'_> {
         let mut entries = Vec::new();
         for index in 0..self.connections.len() {
             let Some(connection) = self.entry(index)? else { continue };
-            // A socket that has not started to connect is in no socket list.
-            if connection.flags & ConnectionFlags::COUNTED != 0 {
+            // A socket that has not started to connect is in no socket list, and has no cookie here.
+            if connection.cookie != 0 && connection.flags & ConnectionFlags::UDP == 0 {
                 entries.push(Entry { index, owner: connection.owner, cookie: connection.cookie });
             }
         }

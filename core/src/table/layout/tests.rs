@@ -195,7 +195,7 @@ fn frontend_that_does_not_fit_is_rejected_and_others_are_published() {
     let (ops, refused) =
         layout.update(&table(&[(1, vec![(1, vec![1, 2])]), (3, vec![(1, vec![6, 7, 8])])]), Completeness::Complete);
     assert_eq!(refused.iter().map(|refused| refused.key).collect::<Vec<_>>(), [frontend(3)]);
-    let refuses = |op: &Op| matches!(op, Op::Publish(_, published) if published.period() == 0);
+    let refuses = |op: &Op| matches!(op, Op::Publish(_, published, _) if published.period() == 0);
     assert!(added(&ops, 3) && ops.iter().any(refuses), "{ops:?}");
     // Reservations of the rejected frontend do not leak.
     reclaim(&mut layout);
