@@ -72,7 +72,7 @@ pub(crate) fn prepare() {
     match MapBarrier::new() {
         Ok(created) => drop(MAP_BARRIER.set(created)),
         Err(error) => {
-            tracing::warn!("freed map entries are reused after a second, not after a grace period: {error:#}")
+            tracing::warn!("freed map entries are reused after a second, not after a grace period: {error:#}");
         }
     }
 }
