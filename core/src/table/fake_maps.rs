@@ -113,9 +113,9 @@ impl FakeMaps {
     /// # Panics
     /// There is no such frontend, or nothing is published for it: then a write came too early.
     pub fn published(&self, key: &FrontendKey) -> Published {
-        let published = self.lines[&self.frontends[key]].published;
-        assert_ne!(published, Published::default(), "nothing is published for the frontend");
-        published
+        let line = &self.lines[&self.frontends[key]];
+        assert_ne!(line.generation, Generation::default(), "nothing is published for the frontend");
+        line.published
     }
 
     /// Returns the endpoint of each of the first `count` connections to a frontend, as the programs choose it: `None` where
