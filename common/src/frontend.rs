@@ -240,7 +240,7 @@ impl Published {
     }
 }
 
-/// The flags of [`Published`].
+/// Bits beside the schedule in the word that publishes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PublishedFlags;
 

@@ -305,7 +305,7 @@ fn on_close(ctx: &SockOpsContext, state: &State, owner: u64) {
             return;
         }
         add(&raw mut (*stats).failed, 1);
-        // Nobody evaluates the failures of a pool without outlier detection.
+        // The failures of a pool without outlier detection are not evaluated.
         if watch(state) != 0 {
             let kind = if errno == ETIMEDOUT { OutcomeKind::TimedOut } else { OutcomeKind::Failed };
             report_failure(bpf_get_netns_cookie(ctx.as_ptr()), state, (kind, errno));

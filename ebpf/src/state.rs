@@ -242,7 +242,7 @@ pub(crate) fn claim(socket: *mut bpf_sock) -> Option<State> {
 }
 
 /// Takes an entry from a socket whose connect has not come to its SYN: it failed, or is about to send it.
-/// A pod can hold many of the former, and nobody counts them.
+/// A pod can hold many of the former, which are in no share.
 /// The latter, should it lose its entry in the microsecond that this takes, is served without being observed.
 #[inline(always)]
 fn steal(first: u32, me: u64) -> Option<State> {

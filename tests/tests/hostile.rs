@@ -301,7 +301,7 @@ fn namespaces_of_a_pod_share_its_budget_of_events() -> Result<()> {
         portolan_tests::Dialer::start(place)?.dial(WEB, 1_000)?;
     }
     agent.process.signal(rustix::process::Signal::CONT)?;
-    // A quarter of the buffer is for everybody. Above that, the pod has 256 each second, in all its namespaces together.
+    // A quarter of the buffer is for all pods. Above that, the pod has 256 each second, in all its namespaces together.
     let most = 15_000 / 4 + 256 * (began.elapsed().as_secs() + 3);
     wait_until("the lost events", BOUND, || {
         let lost = metric(&agent, "portolan_events_lost_total")?;
