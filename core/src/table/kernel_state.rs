@@ -28,7 +28,7 @@ pub struct PinnedFrontend {
 pub struct PinnedState {
     /// The seed of the hash by which frontends are found.
     pub seed: u64,
-    /// All frontends.
+    /// Those of both address families, in the order of their lines.
     pub frontends: Vec<PinnedFrontend>,
     /// Lines that were in use and are free, with the epoch of their last use, and whether searches pass them.
     pub free_lines: Vec<(FrontendId, u32, bool)>,
