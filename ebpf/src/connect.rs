@@ -9,7 +9,7 @@ use aya_log_ebpf::debug;
 use portolan_common::{ConnectionFlags, Endpoint, FrontendKey};
 
 use crate::{
-    addr,
+    addr, claim,
     consts::{ECONNREFUSED, EHOSTUNREACH, FAIL, IPPROTO_TCP, IPPROTO_UDP, PROCEED},
     frontend::{self, Found},
     maps::{BACKEND_STATS, POOLS, SET},
@@ -155,7 +155,7 @@ fn save_state(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &S
     if socket.is_null() {
         return;
     }
-    match state::claim(socket) {
+    match claim::claim(socket) {
         Some(state) => fill(ctx, &state, key, found, taken),
         None => drop(save_elsewhere(ctx.sock_addr, key, found, taken)),
     }
@@ -174,7 +174,7 @@ fn save_state(ctx: &SockAddrContext, key: &FrontendKey, found: &Found, taken: &S
 #[inline(never)]
 fn save_elsewhere(ctx: *mut bpf_sock_addr, key: &FrontendKey, found: &Found, taken: &Selected) -> u32 {
     // SAFETY: the kernel gives a valid context.
-    if let Some(state) = state::make_room(unsafe { (*ctx).__bindgen_anon_1.sk }) {
+    if let Some(state) = claim::make_room(unsafe { (*ctx).__bindgen_anon_1.sk }) {
         fill(&SockAddrContext::new(ctx), &state, key, found, taken);
     }
     0
@@ -241,10 +241,10 @@ fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, 
 fn join_share_of_udp(ctx: &SockAddrContext, state: &State) {
     // SAFETY: helper calls with the kernel's own context.
     unsafe {
-        if !state::join_share(state, bpf_get_socket_cookie(ctx.sock_addr.cast()))
+        if !claim::join_share(state, bpf_get_socket_cookie(ctx.sock_addr.cast()))
             && let Some(index) = state.index()
         {
-            state::move_to_storage(state.connection, index, (*ctx.sock_addr).__bindgen_anon_1.sk);
+            claim::move_to_storage(state.connection, index, (*ctx.sock_addr).__bindgen_anon_1.sk);
         }
     }
 }

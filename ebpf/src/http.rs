@@ -10,6 +10,7 @@ use aya_ebpf::programs::SkBuffContext;
 use portolan_common::{ConnectionFlags, DetectedProtocol, OutcomeKind, Response};
 
 use crate::{
+    accounting,
     maps::{BACKEND_USE, TCP_WRITE_SEQ_OFFSET},
     outcome,
     select::add,
@@ -142,7 +143,7 @@ fn track_response(
 unsafe fn on_status(state: &State, netns: u64, status: u32) {
     // SAFETY: live values.
     unsafe {
-        if outcome::stats(state).is_none() {
+        if accounting::stats(state).is_none() {
             return;
         }
         let Some(uses) = BACKEND_USE.get_ptr_mut((*state.connection).backend_id) else { return };
@@ -172,7 +173,7 @@ unsafe fn detect_protocol(ctx: &SkBuffContext, state: &State, netns: u64, start:
     };
     // SAFETY: `state` is a live value; so is that of the map. Bits are only ever added.
     unsafe {
-        let Some(pool) = outcome::pool_stats(state) else { return };
+        let Some(pool) = accounting::pool_stats(state) else { return };
         let what = (OutcomeKind::NotHttp, spoken as u32);
         if (*pool).spoken & spoken == 0 && outcome::emit_outcome(netns, state, what, 0) {
             (*pool).spoken |= spoken;

@@ -15,7 +15,9 @@
 #![allow(internal_features, reason = "an exact shared cursor needs atomic_xadd with its result")]
 #![allow(missing_docs, unreachable_pub, reason = "aya's macros generate a second, bare item for each entry point")]
 
+mod accounting;
 mod addr;
+mod claim;
 mod connect;
 mod consts;
 mod datagram;
@@ -91,7 +93,7 @@ pub fn sock_ops(ctx: SockOpsContext) -> u32 {
 /// Handles the end of a socket, after its last descriptor was closed.
 #[cgroup_sock(sock_release)]
 pub fn sock_release(ctx: SockContext) -> i32 {
-    state::on_release(ctx.sock.cast_const());
+    claim::on_release(ctx.sock.cast_const());
     1
 }
 

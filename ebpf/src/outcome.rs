@@ -22,18 +22,16 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use portolan_common::{
-    BackendStats, ClientUse, ConnectionFlags, Counter, EventBudget, FailureCount, Outcome, OutcomeKind, PoolLimits,
-    PoolStats, Response, SocketStage, TrackFlags,
+    BackendStats, ClientUse, ConnectionFlags, Counter, EventBudget, FailureCount, Outcome, OutcomeKind, Response,
+    SocketStage, TrackFlags,
 };
 
 use crate::{
-    addr,
+    accounting::{limits, pool_stats, stats, stop_counting, watch},
+    addr, claim,
     consts::IPPROTO_TCP,
-    maps::{
-        BACKEND_STATS, BACKEND_USE, CLIENTS, EVENTS, EVENTS_BYTES, FAILURES, POOL_STATS, POOLS, SET, SK_ERR_OFFSET,
-        TICK_NS, count, time,
-    },
-    select::{add, decrement},
+    maps::{BACKEND_USE, CLIENTS, EVENTS, EVENTS_BYTES, FAILURES, SK_ERR_OFFSET, TICK_NS, count, time},
+    select::add,
     state::{self, State},
 };
 
@@ -81,10 +79,10 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
         if is_valid {
             // SAFETY: a helper call with the kernel's own context.
             let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-            if state::join_share(&state, cookie) {
+            if claim::join_share(&state, cookie) {
                 on_connect(ctx, &state);
             } else if let Some(index) = state.index()
-                && state::move_to_storage(state.connection, index, socket)
+                && claim::move_to_storage(state.connection, index, socket)
                 && let Some(moved) = state::of_socket(socket)
             {
                 on_connect(ctx, &moved);
@@ -129,32 +127,6 @@ fn on_connect(ctx: &SockOpsContext, state: &State) {
     }
     state.add_flags(SocketStage::Connecting as u32 | ConnectionFlags::COUNTED);
     let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
-}
-
-/// Takes a connection out of the counts of active ones, unless that has been done.
-#[inline(always)]
-pub(crate) fn stop_counting(state: &State, owner: u64) {
-    if state.flags() & ConnectionFlags::COUNTED == 0
-        || state.remove_flags(ConnectionFlags::COUNTED) & ConnectionFlags::COUNTED == 0
-    {
-        return;
-    }
-    if !state::is_owned_by(state, owner) {
-        // The connection ended on another CPU, and the entry has another owner already, whose flag this was.
-        state.add_flags(ConnectionFlags::COUNTED);
-        return;
-    }
-    // SAFETY: live map values.
-    unsafe {
-        if let Some(stats) = stats(state) {
-            decrement(&raw mut (*stats).active);
-        }
-        if (*state.connection).pool != 0
-            && let Some(pool) = pool_stats(state)
-        {
-            decrement(&raw mut (*pool).active);
-        }
-    }
 }
 
 /// Enables TCP keepalive as the pool's limits say.
@@ -313,22 +285,6 @@ fn on_close(ctx: &SockOpsContext, state: &State, owner: u64) {
     }
 }
 
-/// Returns the limits of the socket's pool, unless its entry has been reassigned or belongs to another map set.
-#[inline(always)]
-unsafe fn limits(state: &State) -> Option<&'static PoolLimits> {
-    // SAFETY: a live value.
-    let (pool, epoch, set) =
-        unsafe { ((*state.connection).pool, (*state.connection).pool_epoch, (*state.connection).set) };
-    POOLS.get(pool).filter(|limits| pool != 0 && limits.epoch as u16 == epoch && set == SET.load() as u16)
-}
-
-/// Returns the events to track for the socket's pool, as [`TrackFlags`] bits.
-#[inline(always)]
-unsafe fn watch(state: &State) -> u32 {
-    // SAFETY: a live value.
-    unsafe { limits(state) }.map_or(0, |limits| limits.watch)
-}
-
 /// Counts a failure of the socket's backend, and reports it.
 #[inline(always)]
 pub(crate) unsafe fn report_failure(netns: u64, state: &State, what: (OutcomeKind, u32)) {
@@ -420,30 +376,6 @@ unsafe fn count_bytes(ctx: &SockOpsContext, stats: *mut BackendStats) -> u64 {
         let received = received.saturating_sub(u64::from(peers_fin));
         add(&raw mut (*stats).received_bytes, received);
         received
-    }
-}
-
-/// Returns the counters of the socket's backend, unless the id has been reassigned or belongs to another map set.
-#[inline(always)]
-pub(crate) unsafe fn stats(state: &State) -> Option<*mut BackendStats> {
-    // SAFETY: live values.
-    unsafe {
-        let connection = state.connection;
-        if (*connection).set != SET.load() as u16 {
-            return None;
-        }
-        let stats = BACKEND_STATS.get_ptr_mut((*connection).backend_id)?;
-        ((*stats).epoch as u16 == (*connection).backend_epoch).then_some(stats)
-    }
-}
-
-/// Returns the counters of the socket's pool, unless its entry has been reassigned or belongs to another map set.
-#[inline(always)]
-pub(crate) unsafe fn pool_stats(state: &State) -> Option<*mut PoolStats> {
-    // SAFETY: live values.
-    unsafe {
-        limits(state)?;
-        POOL_STATS.get_ptr_mut((*state.connection).pool)
     }
 }
 

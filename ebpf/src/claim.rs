@@ -1,0 +1,166 @@
+//! Takes and frees the places of sockets: entries of `CONNECTIONS`, or socket storage (docs/adr/0018-socket-state.md).
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use aya_ebpf::{
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id},
+};
+use portolan_common::{ClientUse, Connection, ConnectionFlags, Counter, SocketStage};
+
+use crate::{
+    accounting,
+    maps::{CLIENT_LEVEL, CLIENTS, CONNECTION_EXTRAS, CONNECTION_SHARE, CONNECTION_SHIFT, FALLBACK_USED, count},
+    state::{Place, State, exchange, leave_share, owned, owner, owner_of, storage},
+};
+
+/// Returns a place for the state of a socket for which [`claim`] found none; `None` if the kernel has no memory.
+#[inline(always)]
+pub(crate) fn make_room(socket: *mut bpf_sock) -> Option<State> {
+    if socket.is_null() {
+        return None;
+    }
+    let me = owner(socket);
+    steal(Connection::first_way(me as u32, CONNECTION_SHIFT.load()), me).or_else(|| fall_back(socket))
+}
+
+/// Returns the entry of a socket, and claims one if it has none; `None` if others have both of its entries.
+/// What an earlier connect has left in it no longer counts.
+#[inline(always)]
+pub(crate) fn claim(socket: *mut bpf_sock) -> Option<State> {
+    let me = owner(socket);
+    let first = Connection::first_way(me as u32, CONNECTION_SHIFT.load());
+    let (one, other) = (State::entry(first)?, State::entry(first | 1)?);
+    // SAFETY: live map values.
+    let (owner_of_one, owner_of_other) = unsafe { (owner_of(one.connection), owner_of(other.connection)) };
+    if owner_of_one == me || owner_of_other == me {
+        let mine = if owner_of_one == me { one } else { other };
+        return forget(mine.connection, me).then_some(mine);
+    }
+    let free = if owner_of_one == 0 {
+        one
+    } else if owner_of_other == 0 {
+        other
+    } else {
+        return None;
+    };
+    // SAFETY: a live map value. Only the socket that changes the owner from 0 uses the entry.
+    unsafe { exchange(&raw mut (*free.connection).owner, 0, me).1 }.then_some(free)
+}
+
+/// Takes an entry from a socket whose connect has not come to its SYN: it failed, or is about to send it.
+/// A pod can hold many of the former, which are in no share.
+/// The latter, should it lose its entry in the microsecond that this takes, is served without being observed.
+#[inline(always)]
+fn steal(first: u32, me: u64) -> Option<State> {
+    for way in 0..Connection::WAYS {
+        let state = State::entry(first | way)?;
+        // SAFETY: a live map value.
+        unsafe {
+            let before = owner_of(state.connection);
+            let is_idle = state.flags() & (ConnectionFlags::STAGE | ConnectionFlags::UDP) == 0;
+            if is_idle && before != 0 && exchange(&raw mut (*state.connection).owner, before, me).1 {
+                return Some(state);
+            }
+        }
+    }
+    None
+}
+
+/// Ends the accounting of what an earlier connect of this socket has left in its entry. Returns true.
+/// Not inlined: it is rare.
+#[inline(never)]
+fn forget(connection: *mut Connection, me: u64) -> bool {
+    let state = State { connection, place: Place::Entry(0) };
+    accounting::stop_counting(&state, me);
+    leave_share(&state);
+    true
+}
+
+/// Records which client an entry belongs to, and the socket's cookie.
+/// Returns `false` if the client has used up its share of `CONNECTIONS`.
+///
+/// Must run in the context of the caller: for TCP when the SYN is about to be sent, so that a failing connect costs
+/// little; for UDP in the connect hook.
+#[inline(always)]
+pub(crate) fn join_share(state: &State, cookie: u64) -> bool {
+    let client = client();
+    // SAFETY: live map values; the counter is only ever added to.
+    unsafe {
+        (*state.connection).client = client;
+        (*state.connection).cookie = cookie;
+        if let Place::Storage(_) = state.place {
+            return true;
+        }
+        let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index(client)) else { return true };
+        if (&raw const (*uses).connections).read_volatile() as i64 >= i64::from(CONNECTION_SHARE.load()) {
+            atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).over_share, 1);
+            return false;
+        }
+        atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).connections, 1);
+    }
+    state.add_flags(ConnectionFlags::SHARED);
+    true
+}
+
+/// Moves the state of a socket, whose client has used up its share, from its entry to socket storage.
+/// Returns `false` if the kernel has no memory for it.
+#[inline(never)]
+pub(crate) fn move_to_storage(connection: *mut Connection, index: u32, socket: *mut bpf_sock) -> bool {
+    let Some(moved) = fall_back(socket) else { return false };
+    // SAFETY: live values of this socket, which is locked.
+    unsafe {
+        let (flags, client) = ((*moved.connection).flags, (*moved.connection).client);
+        *moved.connection = Connection { owner: 0, ..*connection };
+        (*moved.connection).client = client;
+        (*moved.connection).flags |= flags;
+        if let (Some(from), Some(to)) = (CONNECTION_EXTRAS.get_ptr(index), moved.extra()) {
+            *to = *from;
+        }
+        exchange(&raw mut (*connection).owner, owner(socket), 0);
+    }
+    true
+}
+
+#[inline(always)]
+fn fall_back(socket: *mut bpf_sock) -> Option<State> {
+    let Some(state) = State::storage(storage(socket, u64::from(BPF_SK_STORAGE_GET_F_CREATE))) else {
+        count(Counter::NoMemory);
+        return None;
+    };
+    count(Counter::Fallback);
+    if let Some(used) = FALLBACK_USED.get_ptr_mut(0) {
+        // SAFETY: a live map value, which is set once.
+        unsafe { used.write_volatile(1) };
+    }
+    accounting::stop_counting(&state, 0);
+    Some(state)
+}
+
+/// Returns the client that runs this program: the pod, or the container of it, by the lower half of its cgroup's id.
+/// Outside of pods, it is the caller's own cgroup.
+#[inline(always)]
+fn client() -> u32 {
+    // SAFETY: helper calls without pointers.
+    unsafe {
+        match bpf_get_current_ancestor_cgroup_id(CLIENT_LEVEL.load()) {
+            0 => bpf_get_current_cgroup_id() as u32,
+            id => id as u32,
+        }
+    }
+}
+
+/// Handles the end of a socket's last descriptor.
+///
+/// A connection may outlive it in the kernel; then its entry stays until that ends.
+/// A program of the pod's own may hide that end from `sock_ops`, but not this hook.
+#[inline(always)]
+pub(crate) fn on_release<S>(socket: *const S) {
+    let Some(state) = owned(socket) else { return };
+    let flags = state.flags();
+    if flags & ConnectionFlags::UDP != 0 || flags & ConnectionFlags::STAGE == SocketStage::None as u32 {
+        state.free(owner(socket));
+    } else {
+        accounting::stop_counting(&state, owner(socket));
+    }
+}
