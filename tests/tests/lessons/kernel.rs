@@ -146,15 +146,15 @@ fn lesson_10_foreign_programs_stay_attached() -> Result<()> {
 /// Raise a budget only as a deliberate decision.
 const BUDGETS: [(&str, u32); 11] = [
     ("connect4", 60_000),
-    ("connect6", 60_000),
+    ("connect6", 80_000),
     ("getpeername4", 500),
     ("getpeername6", 500),
     ("received", 15_000),
     ("recvmsg4", 2_500),
     ("recvmsg6", 2_500),
-    ("sendmsg4", 60_000),
-    ("sendmsg6", 60_000),
-    ("sock_ops", 8_000),
+    ("sendmsg4", 80_000),
+    ("sendmsg6", 120_000),
+    ("sock_ops", 12_000),
     ("sock_release", 1_000),
 ];
 
