@@ -305,6 +305,14 @@ impl Maps {
         id.index() >= self.sizes.hashed_frontend_lines()
     }
 
+    /// Returns how many failures of backend `id` the programs have reported, or tried to; it wraps around.
+    ///
+    /// # Errors
+    /// Returns an error if `id` is out of range.
+    pub fn failures(&self, id: BackendId) -> Result<u32> {
+        Ok(self.failures.word(id.get(), 0)?.load(Ordering::SeqCst) as u32)
+    }
+
     /// Lets the programs stop to report successes of backend `id`, unless it has failed more often than `failures`.
     /// They always report failures.
     ///

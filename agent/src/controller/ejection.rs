@@ -39,6 +39,8 @@ use crate::{
 const FINDING_TTL: Duration = Duration::from_secs(600);
 /// Findings, and names of network namespaces, that are kept; the oldest finding is evicted.
 const MAX_FINDINGS: usize = 200;
+/// Backends whose counters are read in one turn of the loop, after outcomes were lost.
+const RECOVERED_AT_ONCE: usize = 1_024;
 /// Synthetic failures for outcomes that were lost: further ones change nothing.
 const MAX_SYNTHETIC_FAILURES: u64 = 100;
 
@@ -89,10 +91,15 @@ pub(super) struct EjectionGate {
     naming: bool,
     /// Outcomes before this time happened while no agent was running.
     started: Duration,
-    /// Failures of each backend that were reported, to tell which were lost.
+    /// Failed connects of each backend that were reported, to tell how many were not.
     failures_reported: HashMap<BackendId, u64>,
+    /// The last count of failures of each backend that came with an outcome, to tell how many reports were lost.
+    /// Failed connects that no rule evaluates are not reported, and not lost.
+    failures_seen: HashMap<BackendId, u32>,
     /// Outcomes that were lost, when that was looked at last.
     events_lost: u64,
+    /// Backends whose failures have yet to be compared with those that were reported, because outcomes were lost.
+    recovering: Vec<(SocketAddr, BackendId)>,
     /// When the first failure happened whose ejection is not published yet (`CLOCK_MONOTONIC`).
     first_unpublished_failure: Option<Duration>,
 }
@@ -107,7 +114,9 @@ impl EjectionGate {
             naming: false,
             started: now.monotonic,
             failures_reported: HashMap::new(),
+            failures_seen: HashMap::new(),
             events_lost: 0,
+            recovering: Vec::new(),
             first_unpublished_failure: None,
         }
     }
@@ -118,6 +127,9 @@ impl EjectionGate {
             if let Some(stats) = kernel.backend_stats(id).ok().filter(|stats| stats.failed > 0) {
                 self.failures_reported.insert(id, stats.failed);
             }
+            if let Some(failures) = kernel.failures(id).ok().filter(|failures| *failures > 0) {
+                self.failures_seen.insert(id, failures);
+            }
         }
         self.events_lost = kernel.counters().map_or(0, |counters| counters.events_lost);
     }
@@ -125,6 +137,7 @@ impl EjectionGate {
     /// Forgets what was reported of a backend whose id got another endpoint.
     pub(super) fn reset_backend(&mut self, id: BackendId) {
         self.failures_reported.remove(&id);
+        self.failures_seen.remove(&id);
     }
 
     /// Takes the time of the first failure whose ejection was not published until now.
@@ -174,8 +187,9 @@ impl EjectionGate {
             }
         }
         for (endpoint, failures) in evaluated {
+            let Some(id) = view.layout.backend_id(&endpoint) else { continue };
+            self.failures_seen.insert(id, failures);
             if !view.health.is_counting_failures(&endpoint)
-                && let Some(id) = view.layout.backend_id(&endpoint)
                 && let Err(error) = view.kernel.acknowledge_failures(id, failures)
             {
                 tracing::warn!("cannot end the reports of successes of {endpoint}: {error:#}");
@@ -343,17 +357,41 @@ impl EjectionGate {
         self.names.insert(client, name);
     }
 
+    /// Returns when [`Self::handle_timeout`] wants to be called.
+    pub(super) fn poll_timeout(&self, now: Now) -> Option<Instant> {
+        (!self.recovering.is_empty()).then_some(now.instant)
+    }
+
+    /// Continues what was too much for one turn of the loop.
+    pub(super) fn handle_timeout<K: Kernel>(&mut self, view: &mut View<'_, K>) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        self.recover_some(view, &mut effects);
+        effects
+    }
+
     /// Outcomes that found the ring buffer full are gone, but the programs have counted their failures.
     fn recover_lost_outcomes<K: Kernel>(&mut self, view: &mut View<'_, K>, effects: &mut Vec<Effect>) {
         let lost = view.kernel.counters().map_or(self.events_lost, |counters| counters.events_lost);
-        if std::mem::replace(&mut self.events_lost, lost) == lost {
-            return;
+        if std::mem::replace(&mut self.events_lost, lost) != lost {
+            // Starts over if it was under way: backends that were looked at may have lost more since.
+            self.recovering = view.layout.backends().collect();
         }
-        let backends: Vec<(SocketAddr, BackendId)> = view.layout.backends().collect();
-        for (address, id) in backends {
+        self.recover_some(view, effects);
+    }
+
+    /// Compares the failures of some backends with those that were reported.
+    fn recover_some<K: Kernel>(&mut self, view: &mut View<'_, K>, effects: &mut Vec<Effect>) {
+        let rest = self.recovering.len().saturating_sub(RECOVERED_AT_ONCE);
+        for (address, id) in self.recovering.split_off(rest) {
+            // Its id may be that of another endpoint by now.
+            if view.layout.backend_id(&address) != Some(id) {
+                continue;
+            }
             let Ok(stats) = view.kernel.backend_stats(id) else { continue };
             let reported = self.failures_reported.insert(id, stats.failed).unwrap_or_default();
-            let missing = stats.failed.saturating_sub(reported);
+            let failures = view.kernel.failures(id).unwrap_or_default();
+            let lost = failures.wrapping_sub(self.failures_seen.insert(id, failures).unwrap_or_default());
+            let missing = stats.failed.saturating_sub(reported).min(lost.into());
             if missing == 0 {
                 continue;
             }

@@ -249,6 +249,7 @@ impl<K: Kernel> Controller<K> {
             self.publisher.poll_timeout(),
             self.termination.poll_timeout(),
             self.persistence.poll_timeout(),
+            self.gate.poll_timeout(now),
         ];
         timeouts.into_iter().flatten().min()
     }
@@ -424,6 +425,9 @@ impl<K: Kernel> Controller<K> {
             self.persistence.mark_dirty();
             (self.changes.everything, self.changes.findings) = (true, true);
         }
+        let (gate, mut view) = self.gate(now);
+        let effects = gate.handle_timeout(&mut view);
+        self.route(now, effects);
         let (released, warmed) = self.health.handle_timeout(now.instant);
         for (pool, event) in &released {
             self.persistence.mark_dirty();

@@ -381,10 +381,23 @@ fn lost_outcomes_are_recovered_from_the_counters() {
     let id = world.backend(BOTH[0]);
     let kernel = world.controller.kernel_mut();
     kernel.maps.backend_stats.get_mut(&id).unwrap().failed = 5;
+    kernel.failures.insert(id, 5);
     kernel.counters.events_lost = 5;
     // Any outcome makes the gate look.
     world.fail(BOTH[1], 7, 1);
     assert_eq!(world.picks(&web()), [BOTH[1]]);
+}
+
+#[test]
+fn failures_without_a_report_are_not_lost_outcomes() {
+    let mut world = World::serving(2);
+    let id = world.backend(BOTH[0]);
+    let kernel = world.controller.kernel_mut();
+    // Connections of another service, which no rule evaluates, failed at the same endpoint.
+    kernel.maps.backend_stats.get_mut(&id).unwrap().failed = 5;
+    kernel.counters.events_lost = 5;
+    world.fail(BOTH[1], 7, 1);
+    assert_eq!(world.picks(&web()), BOTH);
 }
 
 #[test]

@@ -116,6 +116,7 @@ pub fn check(kernel: &mut impl Kernel) -> Result<(), Broken> {
     let stats = kernel.frontend_stats(id).map_err(failed)?;
     check!(stats == FrontendStats::default(), "counters of a new frontend: {stats:?}");
     check!(!kernel.backend_use(backend).map_err(failed)?.used_by_others(1, 0), "a new backend is in use");
+    check!(kernel.failures(backend).map_err(failed)? == 0, "a new backend has failures");
     kernel.acknowledge_failures(backend, 1).map_err(failed)?;
 
     // An id that is not in use has counters of zero.

@@ -32,6 +32,8 @@ pub struct FakeKernel {
     pub broken_hooks: Vec<String>,
     /// Whether the program that reads HTTP responses is attached.
     pub http_sniffing: bool,
+    /// Failures of backends that the programs have reported, or tried to.
+    pub failures: BTreeMap<BackendId, u32>,
     /// Failures up to which those of a backend are acknowledged.
     pub acknowledged: BTreeMap<BackendId, u32>,
     /// Slots for connection state: in use, how many there are, and connections over their pod's share.
@@ -94,6 +96,10 @@ impl Kernel for FakeKernel {
                 Ok(())
             }
         }
+    }
+
+    fn failures(&self, id: BackendId) -> Result<u32> {
+        Ok(self.failures.get(&id).copied().unwrap_or_default())
     }
 
     fn acknowledge_failures(&mut self, id: BackendId, failures: u32) -> Result<()> {

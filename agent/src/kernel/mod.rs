@@ -61,6 +61,12 @@ pub trait Kernel {
     /// Returns the kernel's error.
     fn set_http_sniffing(&mut self, wanted: bool) -> Result<()>;
 
+    /// Returns how many failures of a backend the programs have reported, or tried to; it wraps around.
+    ///
+    /// # Errors
+    /// Returns an error if the id is beyond the size of the map.
+    fn failures(&self, id: BackendId) -> Result<u32>;
+
     /// Lets the programs stop to report successes of a backend, unless it has failed more often than `failures`, which is
     /// [`Outcome::failures`](portolan_datapath::Outcome::failures). They always report failures.
     ///
@@ -153,6 +159,10 @@ impl Kernel for Datapath {
 
     fn set_http_sniffing(&mut self, wanted: bool) -> Result<()> {
         self.watch_responses(wanted).map(drop)
+    }
+
+    fn failures(&self, id: BackendId) -> Result<u32> {
+        self.maps.failures(id)
     }
 
     fn acknowledge_failures(&mut self, id: BackendId, failures: u32) -> Result<()> {
