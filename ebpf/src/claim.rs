@@ -77,17 +77,16 @@ fn forget(connection: *mut Connection, me: u64) -> bool {
     true
 }
 
-/// Records which client an entry belongs to, and the socket's cookie.
+/// Counts an entry for its client, and records the socket's cookie.
 /// Returns `false` if the client has used up its share of `CONNECTIONS`.
 ///
-/// Must run in the context of the caller: for TCP when the SYN is about to be sent, so that a failing connect costs
-/// little; for UDP in the connect hook.
+/// For TCP, this runs when the SYN is about to be sent, so that a failing connect costs little; for UDP, in the connect
+/// hook.
 #[inline(always)]
 pub(crate) fn join_share(state: &State, cookie: u64) -> bool {
-    let client = client();
     // SAFETY: live map values; the counter is only ever added to.
     unsafe {
-        (*state.connection).client = client;
+        let client = (*state.connection).client;
         (*state.connection).cookie = cookie;
         if let Place::Storage(_) = state.place {
             return true;
@@ -110,10 +109,7 @@ pub(crate) fn move_to_storage(connection: *mut Connection, index: u32, socket: *
     let Some(moved) = fall_back(socket) else { return false };
     // SAFETY: live values of this socket, which is locked.
     unsafe {
-        let (flags, client) = ((*moved.connection).flags, (*moved.connection).client);
         *moved.connection = Connection { owner: 0, ..*connection };
-        (*moved.connection).client = client;
-        (*moved.connection).flags |= flags;
         if let (Some(from), Some(to)) = (CONNECTION_EXTRAS.get_ptr(index), moved.extra()) {
             *to = *from;
         }
@@ -139,8 +135,9 @@ fn fall_back(socket: *mut bpf_sock) -> Option<State> {
 
 /// Returns the client that runs this program: the pod, or the container of it, by the lower half of its cgroup's id.
 /// Outside of pods, it is the caller's own cgroup.
+/// Only for the connect hooks: before Linux 6.2, `sock_ops` cannot ask.
 #[inline(always)]
-fn client() -> u32 {
+pub(crate) fn client() -> u32 {
     // SAFETY: helper calls without pointers.
     unsafe {
         match bpf_get_current_ancestor_cgroup_id(CLIENT_LEVEL.load()) {

@@ -198,6 +198,7 @@ fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, 
         connection.frontend_id = found.id;
         connection.frontend_epoch = (*found.line).epoch as u16;
         connection.pool = taken.pool;
+        connection.client = claim::client();
         if !(dialed.is_v4() && backend.is_v4()) {
             // Without the extra words the state would name other addresses.
             let Some(extra) = state.extra() else {
