@@ -152,9 +152,9 @@ const BUDGETS: [(&str, u32); 11] = [
     ("received", 15_000),
     ("recvmsg4", 2_500),
     ("recvmsg6", 2_500),
-    ("sendmsg4", 80_000),
-    ("sendmsg6", 120_000),
-    ("sock_ops", 12_000),
+    ("sendmsg4", 160_000),
+    ("sendmsg6", 160_000),
+    ("sock_ops", 16_000),
     ("sock_release", 1_000),
 ];
 
