@@ -168,7 +168,7 @@ impl ClientUse {
     /// The number of values; a power of two.
     pub const CAPACITY: u32 = 1_024;
     /// One client may use at most one in this many entries of `CONNECTIONS`.
-    /// Its further connections keep their state in socket storage, which costs half a microsecond more for each.
+    /// Its further connections keep their state in socket storage, which is slower to create for each.
     pub const SHARE: u32 = 4;
 
     /// Returns the index of a client.

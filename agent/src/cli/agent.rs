@@ -151,7 +151,7 @@ struct SizeArgs {
     /// Maximum number of client affinities (sessionAffinity); the least recently used one is evicted
     #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().affinities, value_parser = size(), env = "PORTOLAN_MAX_AFFINITIES")]
     max_affinities: u32,
-    /// Maximum number of sockets with their state in the fast map; others take half a microsecond longer to connect.
+    /// Maximum number of sockets with their state in the fast map; others take longer to connect.
     /// Rounded up to a power of two. Default: one for each 32 KiB of memory, thus 262144 with 8 GiB; each takes 128 bytes
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(i64::from(Sizes::CONNECTIONS.0)..=i64::from(Sizes::CONNECTIONS.1)), env = "PORTOLAN_MAX_CONNECTIONS")]
     max_connections: Option<u32>,

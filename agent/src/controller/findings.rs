@@ -64,7 +64,7 @@ impl<K: Kernel> Controller<K> {
         let (used, size, _) = self.kernel.connection_slots();
         is_nearly_full(used, size).then(|| {
             let message = format!(
-                "{used} of {size} entries are in use; further sockets keep their state in socket storage, and take half a microsecond longer to connect; restart the agent with a larger --max-connections"
+                "{used} of {size} entries are in use; further sockets keep their state in socket storage, and take longer to connect; restart the agent with a larger --max-connections"
             );
             Finding::new(Code::MapNearlyFull, ObjectRef::global("Map", "connections"), message)
         })
