@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use portolan_bench::task::Task;
+use portolan_bench::task::{Measurement, Task};
 use portolan_tests::{Namespace, unique};
 
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
     figures::{Arm, Round},
     progress,
     proxies::{self, ENVOY, HAPROXY, Proxy},
-    served::{ALGORITHMS, ActiveEndpoints},
+    served::{self, ALGORITHMS, ActiveEndpoints, OTHER_PORT},
     world::{ENDPOINT_PORT, ENDPOINTS, Port, SERVICE, SERVICE_PORT, Worker, World, client, spent},
 };
 
@@ -43,7 +43,16 @@ enum Way {
     /// A proxy on loopback: its first port, and its index.
     /// It accepts every connect, so only requests are meaningful, and it has no UDP.
     Proxy(u16, usize),
+    /// Each of these addresses in turn: only connects are measured.
+    InTurn(Vec<SocketAddr>),
 }
+
+/// The arm that all other ones are compared with.
+pub(crate) const DIRECT: &str = "direct";
+/// The arm that connects in turn are compared with.
+pub(crate) const DIRECT_IN_TURN: &str = "direct, in turn";
+/// The first port of the server for connects in turn; its queue is at the port that endpoints of these Services have.
+const IN_TURN_PORT: u16 = OTHER_PORT - Port::Quiet as u16;
 
 struct Running {
     arm: Arm,
@@ -79,8 +88,15 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
     // In the namespace of the first node, but outside of its pods' cgroup.
     let first = &served[0].1.bed;
     clients.push(client(&first.namespace, None)?);
-    let direct = Arm::new("direct", "endpoint address, no eBPF programs", None);
+    let direct = Arm::new(DIRECT, "endpoint address, no eBPF programs", None);
     running.push(Running { arm: direct, client: 0, way: Way::Address(ENDPOINTS[0], endpoint_ports) });
+    let most = effort.services.iter().copied().max().unwrap_or(1);
+    let mut in_turn_server = world.serve_in_turn(IN_TURN_PORT)?;
+    let in_turn = |of: &dyn Fn(u32) -> SocketAddr| Way::InTurn((1..most).map(of).collect());
+    if most > 1 {
+        let arm = Arm::new(DIRECT_IN_TURN, "an endpoint of each Service in turn, no eBPF programs", None);
+        running.push(Running { arm, client: 0, way: in_turn(&served::endpoint_of_other) });
+    }
     for (services, node) in &served {
         clients.push(client(&node.bed.namespace, Some(&node.bed.cgroup))?);
         let inside = clients.len() - 1;
@@ -98,6 +114,10 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
             };
             let arm = Arm::new(format!("{name}, {services}"), about, Some(*services));
             running.push(Running { arm, client: inside, way: Way::Address(with(last), service_ports) });
+        }
+        if *services == most && most > 1 {
+            let arm = Arm::new(format!("hit in turn, {most}"), "each Service in turn", Some(most));
+            running.push(Running { arm, client: inside, way: in_turn(&served::address_of_other) });
         }
     }
     let mut namespaces = Vec::new();
@@ -119,6 +139,11 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
             }
             clients.push(client(&namespace, None)?);
             running.push(Running { arm, client: clients.len() - 1, way: Way::Address(SERVICE, service_ports) });
+            if *services == most && most > 1 {
+                let arm = Arm::new(format!("{kind} in turn, {most}"), "each Service in turn", Some(most));
+                let way = in_turn(&served::address_of_other);
+                running.push(Running { arm, client: clients.len() - 1, way });
+            }
             namespaces.push(namespace);
         }
     }
@@ -159,15 +184,27 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
             let figures = match &own.way {
                 Way::Address(address, ports) => addressed(client, &mut server, *address, ports, effort)?,
                 Way::Proxy(port, proxy) => proxied(client, &mut server, *port, &proxies[*proxy], effort)?,
+                Way::InTurn(all) => {
+                    // No address again before all others, for the length of the run.
+                    let first = round * effort.connects % all.len();
+                    let each = Task::ConnectEach { to: all.clone(), first, count: effort.connects };
+                    let connects = client.ask(&each)?;
+                    in_turn_server.ask(&Task::Empty)?;
+                    of_connects(&connects)
+                }
             };
             if round > 0 {
                 own.arm.rounds.push(figures);
             }
         }
     }
-    let direct = running[0].arm.rounds.clone();
     let mut arms: Vec<Arm> = running.into_iter().map(|running| running.arm).collect();
-    arms.iter_mut().for_each(|arm| arm.sum_up(&direct));
+    let rounds_of = |name| arms.iter().find(|arm| arm.name == name).map(|arm| arm.rounds.clone()).unwrap_or_default();
+    let (direct, direct_in_turn) = (rounds_of(DIRECT), rounds_of(DIRECT_IN_TURN));
+    for arm in &mut arms {
+        let baseline = if arm.name.contains("in turn") { &direct_in_turn } else { &direct };
+        arm.sum_up(baseline);
+    }
     arms.extend(missing);
     Ok(Measured { arms, served, _world: (world, server) })
 }
@@ -196,13 +233,10 @@ fn addressed(
     effort: &Effort,
 ) -> Result<Round> {
     let at = |port: Port| SocketAddr::from((Ipv4Addr::from(address), ports[port as usize]));
-    let mut round = Round::new();
     let quiet = at(Port::Quiet);
     let connects = client.ask(&Task::Connect { to: quiet, count: effort.connects, rate: None })?;
     server.ask(&Task::Empty)?;
-    let [p50, p90, p99, p999] = connects.percentiles;
-    round.extend([("connect p50", p50), ("connect p90", p90), ("connect p99", p99), ("connect p99.9", p999)]);
-    round.insert("connects per second", connects.count as f64 / connects.seconds);
+    let mut round = of_connects(&connects);
     let paced = client.ask(&Task::Connect { to: quiet, count: effort.connects, rate: Some(PACE) })?;
     server.ask(&Task::Empty)?;
     let [p50, _, p99, p999] = paced.percentiles;
@@ -215,6 +249,19 @@ fn addressed(
     let each = client.ask(&Task::Datagrams { to, count: effort.requests, connected: true })?;
     round.insert("connected datagram p50", each.percentiles[0]);
     Ok(round)
+}
+
+/// Returns the figures of connects that followed each other.
+fn of_connects(connects: &Measurement) -> Round {
+    let [p50, p90, p99, p999] = connects.percentiles;
+    let rate = connects.count as f64 / connects.seconds;
+    Round::from([
+        ("connect p50", p50),
+        ("connect p90", p90),
+        ("connect p99", p99),
+        ("connect p99.9", p999),
+        ("connects per second", rate),
+    ])
 }
 
 /// Measures one round of an arm that dials a proxy.

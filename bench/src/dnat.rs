@@ -9,9 +9,12 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::Namespace;
 
-use crate::world::{self, ENDPOINT_PORT, SERVICE, SERVICE_PORT};
+use crate::{
+    served::OTHER_PORT,
+    world::{self, ENDPOINT_PORT, SERVICE, SERVICE_PORT},
+};
 
-/// Number of endpoints of each Service that clients do not dial.
+/// Number of endpoints of each Service that clients dial only in turn.
 /// With ten, iptables would have half a million rules at 10,000 Services.
 pub(crate) const ENDPOINTS: u32 = 2;
 
@@ -31,7 +34,9 @@ fn services(count: u32) -> Vec<Service> {
         address: dotted((0xac11_0000 + i).to_be_bytes()),
         protocol: "tcp",
         port: 80,
-        endpoints: (0..ENDPOINTS).map(|e| (dotted((0x0a01_0000 + i * ENDPOINTS + e).to_be_bytes()), 8080)).collect(),
+        endpoints: (0..ENDPOINTS)
+            .map(|e| (dotted((0x0a01_0000 + i * ENDPOINTS + e).to_be_bytes()), OTHER_PORT))
+            .collect(),
     };
     let own = |protocol, more: u16| Service {
         address: dotted(SERVICE),

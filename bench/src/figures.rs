@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The figures of one arm in one round, by measure.
 pub(crate) type Round = BTreeMap<&'static str, f64>;
 
 /// A median, with its 95 % confidence interval if there are enough values for one.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Median {
     pub(crate) median: f64,
     pub(crate) interval: Option<(f64, f64)>,
@@ -103,6 +103,18 @@ pub(crate) fn ratio(one: &Arm, other: &Arm, measure: &str) -> Option<Median> {
     Median::of(pairs.filter_map(|(one, other)| Some(one.get(measure)? / other.get(measure)?)))
 }
 
+/// Returns the median over the rounds of what one arm adds to a baseline, divided by what another one adds.
+///
+/// Rounds in which the other arm adds nothing measurable are left out.
+pub(crate) fn added(one: &Arm, other: &Arm, baseline: &Arm, measure: &str) -> Option<Median> {
+    let rounds = one.rounds.iter().zip(&other.rounds).zip(&baseline.rounds);
+    Median::of(rounds.filter_map(|((one, other), base)| {
+        let base = base.get(measure)?;
+        let (own, theirs) = (one.get(measure)? - base, other.get(measure)? - base);
+        (theirs > 0.0).then_some(own / theirs)
+    }))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,5 +138,16 @@ mod tests {
         arm.sum_up(&[round(1.0), round(10.0), round(100.0)]);
         assert_eq!(arm.ratios["x"].median, 2.0);
         assert_eq!(arm.figures["x"].median, 20.0);
+    }
+
+    #[test]
+    fn added_latency_leaves_out_the_baseline() {
+        let arm = |values: [f64; 3]| {
+            let mut arm = Arm::new("a", "", None);
+            arm.rounds = values.map(|value| Round::from([("x", value)])).to_vec();
+            arm
+        };
+        let ratio = added(&arm([11.0, 21.0, 30.0]), &arm([20.0, 30.0, 30.0]), &arm([10.0, 20.0, 30.0]), "x").unwrap();
+        assert!((ratio.median - 0.1).abs() < 1e-9, "{ratio:?}");
     }
 }

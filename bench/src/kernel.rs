@@ -16,7 +16,7 @@ use crate::{
     figures::Median,
     progress,
     served::{ActiveEndpoints, bpftool},
-    world::{SERVICE, SERVICE_PORT, Worker, client, client_on, serve_all},
+    world::{SERVICE, SERVICE_PORT, Worker, client, client_on, serve_on},
 };
 
 const ENDPOINTS: u32 = 10;
@@ -92,7 +92,7 @@ pub(crate) fn programs(node: &ActiveEndpoints, count: usize) -> Result<Vec<Progr
     PROGRAMS.into_iter().zip(before).map(of).collect()
 }
 
-fn mean(from: (u64, u64), to: (u64, u64)) -> f64 {
+pub(crate) fn mean(from: (u64, u64), to: (u64, u64)) -> f64 {
     (to.0 - from.0) as f64 / (to.1 - from.1).max(1) as f64
 }
 
@@ -107,28 +107,28 @@ fn services(count: u32) -> (Vec<SocketAddr>, Table) {
 }
 
 /// Connections of one task: fewer than fit into the server's queue.
-const AT_ONCE: usize = 4_000;
+pub(crate) const AT_ONCE: usize = 4_000;
 /// The first port of the server; the third one is [`QUIET`].
-const FIRST: u16 = 9078;
+pub(crate) const FIRST: u16 = 9078;
 /// The port whose connections the server does not accept until it is asked to, so that no wakeup disturbs the client.
-const QUIET: u16 = FIRST + 2;
+pub(crate) const QUIET: u16 = FIRST + 2;
 
 /// A node without an agent, all of whose 10.0.0.0/8 one server serves.
-struct Node {
+pub(crate) struct Node {
     // Detached in this order: programs before their cgroup is removed.
-    nothing: ForeignProgram,
-    clients: Vec<Worker>,
-    server: Worker,
-    bed: TestBed,
+    pub(crate) nothing: ForeignProgram,
+    pub(crate) clients: Vec<Worker>,
+    pub(crate) server: Worker,
+    pub(crate) bed: TestBed,
     /// The next address that is dialed.
     next: usize,
 }
 
 impl Node {
-    fn new(name: &str, threads: usize) -> Result<Self> {
+    pub(crate) fn new(name: &str, threads: usize) -> Result<Self> {
         let bed = TestBed::named(name)?;
         bed.namespace.ip(&["route", "add", "local", "10.0.0.0/8", "dev", "lo"])?;
-        let server = serve_all(&bed.namespace, FIRST)?;
+        let server = serve_on(&bed.namespace, SocketAddr::from(([0, 0, 0, 0], FIRST)))?;
         // Attached first, because the program that runs first pays for cold caches.
         let nothing = ForeignProgram::attach(&bed.cgroup, Foreign::Allow)?;
         let clients = (0..threads).map(|cpu| client_on(cpu, &bed.namespace, &bed.cgroup)).collect::<Result<_>>()?;
@@ -234,7 +234,7 @@ fn v4(address: SocketAddr) -> Result<SocketAddrV4> {
 }
 
 /// Returns the total run time in nanoseconds and the number of runs of a pinned program.
-fn counted(bed: &TestBed, name: &str) -> Result<(u64, u64)> {
+pub(crate) fn counted(bed: &TestBed, name: &str) -> Result<(u64, u64)> {
     let link = bpftool(&["link", "show", "pinned"], bed.pins().join("links").join(name).as_os_str())?;
     let id = link["prog_id"].as_u64().context("bpftool reports no program for the link")?;
     let program = bpftool(&["prog", "show", "id"], id.to_string().as_ref())?;

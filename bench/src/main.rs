@@ -9,6 +9,7 @@ mod figures;
 mod files;
 mod kernel;
 mod machine;
+mod paths;
 mod proxies;
 mod reaction;
 mod report;
@@ -21,7 +22,11 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 
-use crate::{connections::Effort, machine::Machine, report::Report};
+use crate::{
+    connections::Effort,
+    machine::Machine,
+    report::{Baseline, Report},
+};
 
 /// Measures the cost and speed of Portolan next to its alternatives, and writes a report (needs root).
 ///
@@ -43,9 +48,13 @@ struct Options {
     /// Table sizes to measure, as numbers of Services
     #[arg(long, value_delimiter = ',', default_values_t = [1, 100, 1_000, 10_000])]
     services: Vec<u32>,
-    /// Numbers of clients that dial one Service at the same time, for the run time of the programs
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 2])]
+    /// Numbers of clients that dial one Service at the same time, for the run time of the programs. Default: 1, 2, 4… up to
+    /// all CPUs
+    #[arg(long, value_delimiter = ',')]
     threads: Vec<usize>,
+    /// The report.json of an earlier run: says which figures are better or worse than there
+    #[arg(long, value_name = "FILE")]
+    compare: Option<PathBuf>,
     /// Output directory for the report
     #[arg(long, default_value = "bench-report")]
     report: PathBuf,
@@ -87,12 +96,10 @@ fn main() -> Result<()> {
         services: services.clone(),
     };
     let envoy = options.envoy.as_deref();
-    let mut report = Report::new(Machine::look(envoy), quick);
+    let baseline = options.compare.as_deref().map(Baseline::read).transpose()?;
+    let mut report = Report::new(Machine::look(envoy), quick, baseline);
     // Save after each part, so that a later failure does not discard earlier results.
-    let save = |report: &mut Report| {
-        report.judge();
-        report.write(&options.report)
-    };
+    let save = |report: &mut Report| report.save(&options.report);
     if wanted(Part::Connections) {
         let measured = connections::run(&effort, envoy.ok_or(options.no_envoy.as_str()))?;
         report.arms = measured.arms;
@@ -103,7 +110,12 @@ fn main() -> Result<()> {
     }
     if wanted(Part::Kernel) {
         let (rounds, connections) = if quick { (2, 500) } else { (effort.rounds, 20_000) };
-        report.kernel = kernel::run(&services, &options.threads, rounds, connections)?;
+        let threads = if options.threads.is_empty() { up_to_all_cpus() } else { options.threads.clone() };
+        report.kernel = kernel::run(&services, &threads, rounds, connections)?;
+        save(&mut report)?;
+        report.ways = paths::run(rounds, if quick { 500 } else { 8_000 })?;
+        save(&mut report)?;
+        report.loads = paths::loads()?;
         save(&mut report)?;
     }
     if wanted(Part::Tables) {
@@ -132,6 +144,15 @@ fn main() -> Result<()> {
     ensure!(invalid.is_empty(), "missing or invalid figures for: {}", invalid.join(", "));
     println!("\nreport written to {}: report.md, report.json, index.html and charts", options.report.display());
     Ok(())
+}
+
+/// Returns the powers of two up to the number of CPUs, and that number.
+fn up_to_all_cpus() -> Vec<usize> {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut all: Vec<usize> =
+        std::iter::successors(Some(1), |count| Some(count * 2)).take_while(|it| *it < cpus).collect();
+    all.push(cpus);
+    all
 }
 
 /// Reports progress on stderr.

@@ -1,6 +1,6 @@
 //! A node with an agent, run as a user would run it, and the objects that the agent reads.
 
-use std::{ffi::OsStr, fmt::Write as _, time::Instant};
+use std::{ffi::OsStr, fmt::Write as _, net::SocketAddr, time::Instant};
 
 use anyhow::{Context as _, Result};
 use portolan_tests::{
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::world::{self, ENDPOINT_PORT, SERVICE, SERVICE_PORT, World};
 
-/// Number of endpoints of each Service that clients do not dial.
+/// Number of endpoints of each Service that clients dial only in turn.
 pub(crate) const ENDPOINTS: u32 = 10;
 pub(crate) const NODES: u32 = 100;
 /// Number of Services per file.
@@ -123,7 +123,7 @@ pub(crate) fn dialed(last: u8, endpoints: &[[u8; 4]]) -> [Value; 2] {
 
 /// Writes the rest of the mesh.
 ///
-/// These are nodes in three regions, one DestinationRule for all Services, and Services that no client dials.
+/// These are nodes in three regions, one DestinationRule for all Services, and Services that clients dial only in turn.
 pub(crate) fn write_mesh(directory: &Directory, services: u32) -> Result<()> {
     let rule = json!({"trafficPolicy": {
         "outlierDetection": {"consecutive5xxErrors": 3, "maxEjectionPercent": 50},
@@ -143,16 +143,29 @@ pub(crate) fn write_mesh(directory: &Directory, services: u32) -> Result<()> {
     Ok(())
 }
 
-/// Returns Service number `i` of those that no client dials, and its EndpointSlice.
+/// The port of the endpoints of the other Services.
+pub(crate) const OTHER_PORT: u16 = 8080;
+
+/// Returns the address and port of Service number `i` of the others.
+pub(crate) fn address_of_other(i: u32) -> SocketAddr {
+    SocketAddr::from(((0xac11_0000 + i).to_be_bytes(), 80))
+}
+
+/// Returns the first endpoint of Service number `i` of the others.
+pub(crate) fn endpoint_of_other(i: u32) -> SocketAddr {
+    SocketAddr::from(((0x0a10_0000 + i * ENDPOINTS).to_be_bytes(), OTHER_PORT))
+}
+
+/// Returns Service number `i` of those that clients dial only in turn, and its EndpointSlice.
 pub(crate) fn other(i: u32) -> [Value; 2] {
     let dotted = |address: u32| std::net::Ipv4Addr::from(address).to_string();
     let name = format!("s-{i}");
-    let mut slice = portolan_tests::objects::slice(&name, 8080, &[]);
+    let mut slice = portolan_tests::objects::slice(&name, OTHER_PORT, &[]);
     let endpoint = |e: u32| {
         let at = i * ENDPOINTS + e;
         json!({"addresses": [dotted(0x0a10_0000 + at)], "nodeName": format!("node-{}", at % NODES),
             "conditions": {"ready": true, "serving": true, "terminating": false}})
     };
     slice["endpoints"] = (0..ENDPOINTS).map(endpoint).collect();
-    [portolan_tests::objects::service(&name, &[&dotted(0xac11_0000 + i)], 80), slice]
+    [portolan_tests::objects::service(&name, &[&address_of_other(i).ip().to_string()], 80), slice]
 }

@@ -27,6 +27,34 @@ pub enum Task {
         /// Number of connections; at most the server's listen backlog (4,096).
         count: usize,
     },
+    /// Connects to an address that refuses each connection, and fails if one succeeds.
+    Refused {
+        /// Address to connect to.
+        to: SocketAddr,
+        /// Number of connects.
+        count: usize,
+    },
+    /// Connects, and keeps the connections open instead of those of the last such task.
+    Hold {
+        /// Address to connect to.
+        to: SocketAddr,
+        /// Number of connections; at most the server's listen backlog (4,096).
+        count: usize,
+    },
+    /// Connects a UDP socket, and closes it, without sending.
+    ConnectDatagram {
+        /// Address to connect to.
+        to: SocketAddr,
+        /// Number of sockets.
+        count: usize,
+    },
+    /// Sends UDP datagrams of one byte from one unconnected socket, without waiting for replies.
+    Send {
+        /// Address to send to.
+        to: SocketAddr,
+        /// Number of datagrams.
+        count: usize,
+    },
     /// Per request: connects, sends one byte, reads one byte back, closes.
     Request {
         /// Address to connect to.

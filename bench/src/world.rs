@@ -76,11 +76,17 @@ impl World {
         server.ask(&Task::Empty)?;
         Ok(server)
     }
+
+    /// Starts a server for all addresses below 10.0.0.0/8, at three consecutive ports from this one.
+    pub(crate) fn serve_in_turn(&self, first: u16) -> Result<Worker> {
+        self.namespace.ip(&["route", "add", "local", "10.0.0.0/8", "dev", "lo"])?;
+        serve_on(&self.namespace, SocketAddr::from(([0, 0, 0, 0], first)))
+    }
 }
 
-/// Starts a server on all addresses of a namespace, at three consecutive ports from this one.
-pub(crate) fn serve_all(namespace: &Namespace, first: u16) -> Result<Worker> {
-    let address = SocketAddr::from(([0, 0, 0, 0], first)).to_string();
+/// Starts a server on an address, or on all of a namespace, at three consecutive ports from this one.
+pub(crate) fn serve_on(namespace: &Namespace, first: SocketAddr) -> Result<Worker> {
+    let address = first.to_string();
     let place = ProcessContext { namespace: Some(namespace), cgroup: None };
     let mut server = Worker::start(&["server".to_owned(), last_cpu(), address], place)?;
     server.ask(&Task::Empty)?;

@@ -131,6 +131,14 @@ impl Direct {
     pub fn inconsistent(&self) -> Result<u64> {
         Ok(self.datapath.maps.counters()?.inconsistent)
     }
+
+    /// Returns the number of sockets so far whose state went to socket storage.
+    ///
+    /// # Errors
+    /// Returns an error if the kernel rejects a read of the counters.
+    pub fn fallback(&self) -> Result<u64> {
+        Ok(self.datapath.maps.counters()?.fallback)
+    }
 }
 
 /// Builds a table of TCP frontends, each of which uses its endpoints in turn, with equal weights.

@@ -25,6 +25,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use portolan_bench::task::{Measurement, Task, Watched};
 use rustix::{
     event::epoll,
+    process::{Resource, getrlimit, setrlimit},
     thread::{CpuSet, sched_setaffinity},
     time::{ClockId, clock_gettime},
 };
@@ -45,7 +46,8 @@ fn main() -> Result<()> {
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["client", cpu] => {
             pin(cpu)?;
-            tasks(client)
+            let mut held = Vec::new();
+            tasks(|task| client(task, &mut held))
         }
         ["server", cpu, "--answer", byte, ref addresses @ ..] => server(cpu, addresses, Some(byte.parse()?)),
         ["server", cpu, ref addresses @ ..] => server(cpu, addresses, None),
@@ -70,14 +72,43 @@ fn tasks(mut work: impl FnMut(Task) -> Result<Measurement>) -> Result<()> {
     Ok(())
 }
 
-fn client(task: Task) -> Result<Measurement> {
+/// Runs a task. `held` are the connections that stay open between tasks.
+fn client(task: Task, held: &mut Vec<Socket>) -> Result<Measurement> {
     let (began, spent_before) = (Instant::now(), spent());
     let mut answer = match task {
         Task::Connect { to, count, rate } => connects(to, count, rate)?,
         Task::ConnectEach { to, first, count } => {
             let to: Vec<SockAddr> = to.into_iter().map(SockAddr::from).collect();
             ensure!(count <= QUEUE as usize, "{count} connections exceed the server's listen backlog of {QUEUE}");
-            each(count, |i| Ok(stream_socket()?.connect(&to[(first + i) % to.len()])?))?
+            each(count, |i| {
+                let to = &to[(first + i) % to.len()];
+                Ok(stream_socket(to)?.connect(to)?)
+            })?
+        }
+        Task::Refused { to, count } => {
+            let to = SockAddr::from(to);
+            each(count, |_| match stream_socket(&to)?.connect(&to) {
+                Ok(()) => bail!("a connect succeeded that should have been refused"),
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(()),
+                Err(error) => Err(error.into()),
+            })?
+        }
+        Task::Hold { to, count } => {
+            ensure!(count <= QUEUE as usize, "{count} connections exceed the server's listen backlog of {QUEUE}");
+            let to = SockAddr::from(to);
+            allow_descriptors(count)?;
+            held.clear();
+            each(count, |_| {
+                let socket = stream_socket(&to)?;
+                socket.connect(&to)?;
+                held.push(socket);
+                Ok(())
+            })?
+        }
+        Task::ConnectDatagram { to, count } => each(count, |_| Ok(datagram_socket()?.connect(to)?))?,
+        Task::Send { to, count } => {
+            let socket = datagram_socket()?;
+            each(count, |_| Ok(socket.send_to(&[7], to).map(drop)?))?
         }
         Task::Request { to, count } => each(count, |_| request(to).map(drop))?,
         Task::RoundTrips { to, count } => {
@@ -134,10 +165,22 @@ fn of(mut times: Vec<Duration>) -> Measurement {
 }
 
 /// Returns a socket that is closed with a RST, so that no port stays in TIME_WAIT.
-fn stream_socket() -> Result<Socket> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+fn stream_socket(to: &SockAddr) -> Result<Socket> {
+    let socket = Socket::new(to.domain(), Type::STREAM, None)?;
     socket.set_linger(Some(Duration::ZERO))?;
     Ok(socket)
+}
+
+/// Allows this process as many open connections, and some other descriptors.
+fn allow_descriptors(count: usize) -> Result<()> {
+    let mut limit = getrlimit(Resource::Nofile);
+    let needed = count as u64 + 64;
+    if limit.current.is_some_and(|current| current < needed) {
+        limit.current = Some(needed);
+        limit.maximum = limit.maximum.map(|maximum| maximum.max(needed));
+        setrlimit(Resource::Nofile, limit)?;
+    }
+    Ok(())
 }
 
 fn datagram_socket() -> Result<UdpSocket> {
@@ -148,11 +191,11 @@ fn datagram_socket() -> Result<UdpSocket> {
 
 fn connects(to: SocketAddr, count: usize, rate: Option<f64>) -> Result<Measurement> {
     ensure!(count <= QUEUE as usize, "{count} connections exceed the server's listen backlog of {QUEUE}");
-    let to = to.into();
+    let to = SockAddr::from(to);
     let mut times = Vec::with_capacity(count);
     let start = Instant::now();
     for i in 0..count {
-        let socket = stream_socket()?;
+        let socket = stream_socket(&to)?;
         let began = match rate {
             None => Instant::now(),
             Some(rate) => {
@@ -170,10 +213,11 @@ fn connects(to: SocketAddr, count: usize, rate: Option<f64>) -> Result<Measureme
 }
 
 fn request(to: SocketAddr) -> Result<u8> {
-    let socket = stream_socket()?;
+    let to = SockAddr::from(to);
+    let socket = stream_socket(&to)?;
     socket.set_tcp_nodelay(true)?;
     socket.set_read_timeout(Some(TIMEOUT))?;
-    socket.connect_timeout(&to.into(), TIMEOUT)?;
+    socket.connect_timeout(&to, TIMEOUT)?;
     round_trip(&mut socket.into())
 }
 

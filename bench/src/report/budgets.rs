@@ -4,7 +4,9 @@ use serde::Serialize;
 
 use super::{Report, of_median, with_interval};
 use crate::{
-    figures::{Median, ratio},
+    connections::{DIRECT, DIRECT_IN_TURN},
+    figures::{Median, added, ratio},
+    paths::UDP,
     reaction::Death,
 };
 
@@ -76,19 +78,26 @@ impl Report {
         };
         let arm = |name: &str| self.arms.iter().find(|arm| arm.name == name && !arm.rounds.is_empty());
         let services: Vec<u32> = self.agents.iter().map(|agent| agent.services).collect();
-        let ends = services.first().into_iter().chain(services.last().filter(|_| services.len() > 1));
-        for services in ends {
-            let Some(hit) = arm(&format!("hit, {services}")) else { continue };
-            for (measure, of) in [("connect p50", "p50"), ("connect p99", "p99")] {
-                if let Some(ratio) = hit.ratios.get(measure) {
-                    let what = format!("connect() through Portolan / direct, {of}, {services} services");
-                    add(what, "≤ 1.05".to_owned(), with_interval(*ratio), Verdict::at_most(*ratio, 1.05));
+        let ends: Vec<u32> =
+            services.first().into_iter().chain(services.last().filter(|_| services.len() > 1)).copied().collect();
+        for services in &ends {
+            for (kind, goal) in [("hit", 1.02), ("hit in turn", 1.06), ("miss", 1.01)] {
+                if let Some(ratio) = arm(&format!("{kind}, {services}")).and_then(|arm| arm.ratios.get("connect p50")) {
+                    let what = format!("connect() / direct, p50, {kind}, {services} services");
+                    add(what, format!("≤ {goal}"), with_interval(*ratio), Verdict::at_most(*ratio, goal));
                 }
             }
-            if let Some(ratio) = arm(&format!("nftables, {services}")).and_then(|dnat| ratio(dnat, hit, "connect p50"))
+            for (kind, dnat, direct) in
+                [("hit", "nftables", DIRECT), ("hit in turn", "nftables in turn", DIRECT_IN_TURN)]
             {
-                let what = format!("connect() with DNAT (nftables) / through Portolan, p50, {services} services");
-                add(what, "≥ 3".to_owned(), with_interval(ratio), Verdict::at_least(ratio, 3.0));
+                let arms = [&format!("{kind}, {services}"), &format!("{dnat}, {services}"), direct].map(arm);
+                let [Some(hit), Some(dnat), Some(direct)] = arms else { continue };
+                if let Some(ratio) = added(hit, dnat, direct, "connect p50") {
+                    let what = format!(
+                        "added to connect(), through Portolan / DNAT (nftables), p50, {kind}, {services} services"
+                    );
+                    add(what, "≤ 0.10".to_owned(), with_interval(ratio), Verdict::at_most(ratio, 0.1));
+                }
             }
         }
         if let Some(hit) = services.first().and_then(|first| arm(&format!("hit, {first}"))) {
@@ -140,6 +149,15 @@ impl Report {
             let what = format!("all hooks of one connection, {services} services in turn");
             let measured = format!("{} ns", with_interval(row.connection));
             add(what, format!("≤ {goal} ns"), measured, Verdict::at_most(row.connection, goal));
+        }
+        if let Some(way) = self.ways.iter().find(|way| way.what == UDP) {
+            let measured = format!("{} ns", of_median(way.call, 0));
+            add(
+                "connect4 run time, connected UDP, hit".to_owned(),
+                "≤ 250 ns".to_owned(),
+                measured,
+                Verdict::at_most(way.call, 250.0),
+            );
         }
         // The last row without a DestinationRule per Service: the largest table with only the shared rules.
         if let Some(last) = self.tables.iter().rev().find(|row| row.rules < row.services) {

@@ -2,6 +2,7 @@
 
 mod budgets;
 mod charts;
+mod comparison;
 mod page;
 
 use std::{fs, path::Path};
@@ -9,7 +10,11 @@ use std::{fs, path::Path};
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
-use self::budgets::Budget;
+pub(crate) use self::comparison::Baseline;
+use self::{
+    budgets::Budget,
+    comparison::{Change, Figure},
+};
 use crate::{
     agents::AgentCost,
     api::OnApi,
@@ -19,6 +24,7 @@ use crate::{
     files::Verb,
     kernel::{InKernel, Program},
     machine::Machine,
+    paths::{LIST, Load, OTHER, Way},
     reaction::{Away, RATE, REFUSED_RATE, Reaction},
     tables::Built,
 };
@@ -36,12 +42,21 @@ pub(crate) struct Report {
     pub(crate) kernel: Vec<InKernel>,
     /// Run time per program, for sequential requests and datagrams to one Service.
     pub(crate) programs: Vec<Program>,
+    /// Run time for each way through the programs.
+    pub(crate) ways: Vec<Way>,
+    /// How often both entries of a connection are taken.
+    pub(crate) loads: Vec<Load>,
     pub(crate) tables: Vec<Built>,
     pub(crate) on_api: Option<OnApi>,
     pub(crate) reaction: Vec<Reaction>,
     pub(crate) failing: Option<Failing>,
     pub(crate) away: Vec<Away>,
     pub(crate) files: Vec<Verb>,
+    /// What later reports are compared with.
+    figures: Vec<Figure>,
+    /// An earlier report that this one is compared with.
+    #[serde(skip)]
+    baseline: Option<Baseline>,
 }
 
 /// A section of the report: a table, with an introduction and charts.
@@ -55,10 +70,35 @@ struct Section {
 }
 
 impl Report {
-    pub(crate) fn new(machine: Machine, quick: bool) -> Self {
-        let (budgets, arms, agents, kernel, programs) = Default::default();
-        let (tables, on_api, reaction, failing, away, files) = Default::default();
-        Self { machine, quick, budgets, arms, agents, kernel, programs, tables, on_api, reaction, failing, away, files }
+    pub(crate) fn new(machine: Machine, quick: bool, baseline: Option<Baseline>) -> Self {
+        let (budgets, arms, agents, kernel, programs, ways, loads) = Default::default();
+        let (tables, on_api, reaction, failing, away, files, figures) = Default::default();
+        Self {
+            machine,
+            quick,
+            budgets,
+            arms,
+            agents,
+            kernel,
+            programs,
+            ways,
+            loads,
+            tables,
+            on_api,
+            reaction,
+            failing,
+            away,
+            files,
+            figures,
+            baseline,
+        }
+    }
+
+    /// Evaluates the figures so far, and writes the report.
+    pub(crate) fn save(&mut self, folder: &Path) -> Result<()> {
+        self.judge();
+        self.figures = self.comparable();
+        self.write(folder)
     }
 
     /// Returns the names of figures that are missing, not finite or implausible.
@@ -75,6 +115,13 @@ impl Report {
             let figures = [row.hit, row.miss, row.floor_hit, row.floor_miss, row.connection, row.nothing];
             let sound = figures.iter().all(|it| it.is_finite() && it.median > 0.0);
             check(format!("in the kernel, {}", row.services), sound);
+        }
+        for way in &self.ways {
+            let sound = [way.call, way.all].iter().all(|it| it.is_finite() && it.median > 0.0);
+            check(way.what.to_owned(), sound);
+        }
+        for load in &self.loads {
+            check(format!("{} % of the entries", load.percent), load.in_storage < load.connections as u64);
         }
         for row in &self.tables {
             let sound =
@@ -110,7 +157,7 @@ impl Report {
     }
 
     /// Writes the report and its charts into a directory, in all formats.
-    pub(crate) fn write(&self, folder: &Path) -> Result<()> {
+    fn write(&self, folder: &Path) -> Result<()> {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let sections = self.sections()?;
         let write = |name: &str, text: &str| {
@@ -131,7 +178,14 @@ impl Report {
         let line = |budget: &Budget| {
             format!("  {:<14}  {}: {} (goal {})\n", budget.verdict.as_str(), budget.what, budget.measured, budget.goal)
         };
-        format!("\nbudgets:\n{}", self.budgets.iter().map(line).collect::<String>())
+        let mut text = format!("\nbudgets:\n{}", self.budgets.iter().map(line).collect::<String>());
+        if let Some(compared) = self.section_of_comparison() {
+            text += &format!("\n{}\n", compared.about);
+            for row in compared.rows.iter().filter(|row| row[0] != Change::Noise.as_str()) {
+                text += &format!("  {:<6}  {}: {} before, {} now\n", row[0], row[1], row[2], row[3]);
+            }
+        }
+        text
     }
 
     fn heading(&self) -> Vec<String> {
@@ -158,11 +212,14 @@ impl Report {
 
     fn sections(&self) -> Result<Vec<Section>> {
         let mut all = vec![self.section_of_budgets()];
+        all.extend(self.section_of_comparison());
         if !self.arms.is_empty() {
             all.extend([self.section_of_connects()?, self.section_of_requests(), self.section_of_services()?]);
             all.extend([self.section_of_agents(), self.section_of_programs()]);
         }
         all.extend((!self.kernel.is_empty()).then(|| self.section_of_kernel()));
+        all.extend((!self.ways.is_empty()).then(|| self.section_of_ways()));
+        all.extend((!self.loads.is_empty()).then(|| self.section_of_loads()));
         all.extend((!self.tables.is_empty()).then(|| self.section_of_tables()));
         all.extend(self.on_api.as_ref().map(section_of_api));
         if !self.reaction.is_empty() {
@@ -185,6 +242,34 @@ impl Report {
             rows: self.budgets.iter().map(row).collect(),
             charts: Vec::new(),
         }
+    }
+
+    /// Returns the comparison with an earlier report, if there is one.
+    fn section_of_comparison(&self) -> Option<Section> {
+        let baseline = self.baseline.as_ref()?;
+        let compared = baseline.compare(&self.figures);
+        let count = |change| compared.iter().filter(|one| one.change == change).count();
+        let mut about = format!(
+            "{} better, {} worse, {} within the noise: a change counts if the confidence intervals of both reports have \
+             nothing in common.",
+            count(Change::Better),
+            count(Change::Worse),
+            count(Change::Noise)
+        );
+        if let Some(caveat) = baseline.caveat(&self.machine.kernel, &self.machine.processor) {
+            about += &format!(" {caveat}");
+        }
+        let row = |one: &comparison::Compared| {
+            let value = |median: Median| of_median(median, if median.median < 100.0 { 3 } else { 0 });
+            vec![one.change.as_str().to_owned(), one.name.clone(), value(one.before), value(one.now)]
+        };
+        Some(Section {
+            title: "Compared with the earlier report",
+            about,
+            header: words(&["", "figure", "before", "now"]),
+            rows: compared.iter().map(row).collect(),
+            charts: Vec::new(),
+        })
     }
 
     fn section_of_connects(&self) -> Result<Section> {
@@ -367,6 +452,56 @@ impl Report {
                 "empty program",
             ]),
             rows: self.kernel.iter().map(row).collect(),
+            charts: Vec::new(),
+        }
+    }
+
+    fn section_of_ways(&self) -> Section {
+        let of = |what: &str| self.ways.iter().find(|way| way.what == what).map(|way| way.call.median);
+        let (list, other) = (of(LIST).unwrap_or(f64::NAN), of(OTHER).unwrap_or(f64::NAN));
+        let row = |way: &Way| {
+            vec![
+                way.what.to_owned(),
+                way.hook.to_owned(),
+                of_median(way.call, 0),
+                format!("{:+.0}", way.call.median - list),
+                of_median(way.all, 0),
+            ]
+        };
+        Section {
+            title: "Program run time, by way through the programs",
+            about: format!(
+                "Time per run in ns, from the kernel's statistics, without what those take. \
+                 A list of endpoints is the common case. \
+                 Finding out that an address is no Service takes {other:.0} ns of its {list:.0} ns. \
+                 `all hooks` also has the programs at later events of the same socket, until it is closed."
+            ),
+            header: words(&["what is dialed", "program", "ns", "beside a list of endpoints", "all hooks"]),
+            rows: self.ways.iter().map(row).collect(),
+            charts: Vec::new(),
+        }
+    }
+
+    fn section_of_loads(&self) -> Section {
+        let row = |load: &Load| {
+            let part = load.in_storage as f64 / load.connections.max(1) as f64 * 100.0;
+            vec![
+                format!("{} %", load.percent),
+                load.connections.to_string(),
+                load.in_storage.to_string(),
+                format!("{part:.1} %"),
+            ]
+        };
+        let entries = self.loads.first().map_or(0, |load| load.entries);
+        Section {
+            title: "Connections without an entry",
+            about: format!(
+                "Connections that stay open, in a table of {entries} entries. \
+                 A connection that finds both of its entries taken has its state in socket storage, \
+                 which is as complete, and slower to create."
+            ),
+            header: words(&["of the entries", "open connections", "in socket storage", "part"]),
+            rows: self.loads.iter().map(row).collect(),
             charts: Vec::new(),
         }
     }
