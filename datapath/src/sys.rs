@@ -7,7 +7,7 @@ use std::{
     ffi::CString,
     io,
     os::{
-        fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
+        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
@@ -171,27 +171,29 @@ pub(crate) fn programs_of(cgroup: impl AsFd, attach_type: AttachType, effective:
 
 /// Looks up the value of a socket in a socket storage map. Fails with ENOENT if the socket has none.
 pub(crate) fn lookup_socket<T: aya::Pod>(map: impl AsFd, socket: impl AsFd) -> io::Result<T> {
-    #[repr(C)]
-    struct Attr {
-        map_fd: u32,
-        pad: u32,
-        key: u64,
-        value: u64,
-        flags: u64,
-    }
     let key = socket.as_fd().as_raw_fd();
     let mut value = std::mem::MaybeUninit::<T>::zeroed();
-    let mut attr = Attr {
-        map_fd: map.as_fd().as_raw_fd() as u32,
-        pad: 0,
-        key: (&raw const key).addr() as u64,
-        value: value.as_mut_ptr().addr() as u64,
-        flags: 0,
-    };
-    // SAFETY: `attr` has the layout that this command expects; key and value have the map's sizes and outlive the call.
-    unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr)? };
+    let mut element = Element::new(map.as_fd(), &raw const key, value.as_mut_ptr());
+    // SAFETY: key and value have the map's sizes and outlive the call.
+    unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut element)? };
     // SAFETY: the kernel has written the value, and any bytes are a valid `Pod`.
     Ok(unsafe { value.assume_init() })
+}
+
+/// What the commands for one element of a map expect.
+#[repr(C)]
+struct Element {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+impl Element {
+    fn new<K, V>(map: BorrowedFd<'_>, key: *const K, value: *const V) -> Self {
+        Self { map_fd: map.as_raw_fd() as u32, pad: 0, key: key.addr() as u64, value: value.addr() as u64, flags: 0 }
+    }
 }
 
 /// Creates an array with one value of four bytes, or an array of one such map if `inner` is given.
@@ -223,24 +225,10 @@ pub(crate) fn create_array(inner: Option<&OwnedFd>) -> io::Result<OwnedFd> {
 
 /// Sets the only entry of an array of maps.
 pub(crate) fn set_inner(outer: &OwnedFd, inner: &OwnedFd) -> io::Result<()> {
-    #[repr(C)]
-    struct Attr {
-        map_fd: u32,
-        pad: u32,
-        key: u64,
-        value: u64,
-        flags: u64,
-    }
     let (key, value) = (0u32, inner.as_raw_fd());
-    let mut attr = Attr {
-        map_fd: outer.as_raw_fd() as u32,
-        pad: 0,
-        key: (&raw const key).addr() as u64,
-        value: (&raw const value).addr() as u64,
-        flags: 0,
-    };
-    // SAFETY: `attr` has the layout that this command expects; key and value have the map's sizes and outlive the call.
-    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+    let mut element = Element::new(outer.as_fd(), &raw const key, &raw const value);
+    // SAFETY: key and value have the map's sizes and outlive the call.
+    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut element) }.map(drop)
 }
 
 /// Counts the entries of a hash map, up to `most`.

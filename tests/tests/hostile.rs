@@ -161,14 +161,20 @@ fn full_slots_are_a_finding_and_change_nothing_else() -> Result<()> {
     Ok(())
 }
 
-/// Threat 18: another program on a pod's own cgroup hides the ends of connections.
-#[test]
-fn hidden_ends_of_connections_do_not_exhaust_a_limit() -> Result<()> {
+/// Starts a node whose Service accepts three connections at a time.
+fn limited() -> Result<(TestBed, Directory, Agent)> {
     let bed = TestBed::new()?;
     let directory = web(&bed, &json!({"connectionPool": {"tcp": {"maxConnections": 3}}}))?;
     bed.serve("10.0.0.1:9080", "near")?;
     bed.serve("10.1.0.1:9080", "far")?;
     let agent = bed.agent(&directory, "c1", "near")?;
+    Ok((bed, directory, agent))
+}
+
+/// Threat 18: another program on a pod's own cgroup hides the ends of connections.
+#[test]
+fn hidden_ends_of_connections_do_not_exhaust_a_limit() -> Result<()> {
+    let (bed, _directory, agent) = limited()?;
     let (mut attacker, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
     let hiding = ForeignProgram::attach(&attacker.cgroup, Foreign::HideEnds)?;
     for _ in 0..4 {
@@ -194,11 +200,7 @@ fn hidden_ends_of_connections_do_not_exhaust_a_limit() -> Result<()> {
 /// The kernel closes the subflows of MPTCP itself, so that only a recount finds the hidden end of one.
 #[test]
 fn hidden_ends_of_subflows_are_found_by_a_recount() -> Result<()> {
-    let bed = TestBed::new()?;
-    let directory = web(&bed, &json!({"connectionPool": {"tcp": {"maxConnections": 3}}}))?;
-    bed.serve("10.0.0.1:9080", "near")?;
-    bed.serve("10.1.0.1:9080", "far")?;
-    let agent = bed.agent(&directory, "c1", "near")?;
+    let (bed, _directory, agent) = limited()?;
     let (mut attacker, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
     let _hiding = ForeignProgram::attach(&attacker.cgroup, Foreign::HideEnds)?;
     for _ in 0..3 {
