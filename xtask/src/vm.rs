@@ -25,7 +25,8 @@ use crate::{
 /// Debian kernel series that are tested by default.
 const SERIES: [&str; 2] = ["6.1", "6.12"];
 /// Test binaries that exercise the kernel.
-const TESTS: [&str; 8] = ["lessons", "datapath", "datagrams", "algorithms", "limits", "outcomes", "restart", "storm"];
+const TESTS: [&str; 9] =
+    ["lessons", "datapath", "datagrams", "algorithms", "limits", "outcomes", "hostile", "restart", "storm"];
 /// Kernel modules that tests need, in load order: each comes after its dependencies. Built-in ones are skipped.
 const MODULES: [&str; 10] = [
     "veth",
@@ -369,7 +370,8 @@ fn script(modules: &[String], binaries: &[(String, PathBuf)], filter: Option<&st
     let mut lines: Vec<String> = [
         "#!/bin/busybox sh",
         "/bin/busybox --install -s /bin",
-        "export PATH=/bin HOME=/ RUST_BACKTRACE=0 PORTOLAN_PATIENCE=8 PORTOLAN_STORM_CONNECTIONS=4000",
+        "export PATH=/bin HOME=/ RUST_BACKTRACE=0 PORTOLAN_PATIENCE=8 PORTOLAN_STORM_CONNECTIONS=4000 \
+         PORTOLAN_ATTACK_ATTEMPTS=2000",
         "mount -t proc proc /proc",
         "mount -t sysfs sys /sys",
         "mount -t devtmpfs dev /dev",
