@@ -107,10 +107,15 @@ impl Connection {
 
     /// Returns the first of the [`Self::WAYS`] entries where the state of a socket may be.
     /// `address` is the lower half of the socket's kernel address, and 2^(32 - `shift`) the number of pairs.
+    ///
+    /// The kernel allocates sockets from slabs of 32 KiB, one after the other.
+    /// Those of a slab have their entries in one page of 32 pairs, so that a new socket mostly finds its page where another
+    /// one has been shortly before; and as sockets are longer than 1 KiB, each has another pair of the page.
     #[inline(always)]
     pub const fn first_way(address: u32, shift: u32) -> u32 {
-        // The golden ratio spreads the addresses of a slab, which differ by its object size, over all pairs.
-        (address.wrapping_mul(0x9e37_79b1) >> (shift & 31)) << 1
+        // The golden ratio spreads the slabs over all pages.
+        let page = (address >> 15).wrapping_mul(0x9e37_79b1) >> ((shift + 5) & 31);
+        (page << 5 | (address >> 10) & 31) << 1
     }
 
     /// Returns the `shift` of [`Self::first_way`] for an array of this many entries, a power of two.
