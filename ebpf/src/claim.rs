@@ -11,7 +11,7 @@ use portolan_common::{ClientUse, Connection, ConnectionFlags, Counter, SocketSta
 use crate::{
     accounting,
     maps::{CLIENT_LEVEL, CLIENTS, CONNECTION_EXTRAS, CONNECTION_SHARE, CONNECTION_SHIFT, FALLBACK_USED, count},
-    state::{Place, State, exchange, leave_share, owned, owner, owner_of, storage},
+    state::{Place, State, exchange, owned, owner, owner_of, storage},
 };
 
 /// Returns a place for the state of a socket for which [`claim`] found none; `None` if the kernel has no memory.
@@ -35,7 +35,7 @@ pub(crate) fn claim(socket: *mut bpf_sock) -> Option<State> {
     let (owner_of_one, owner_of_other) = unsafe { (owner_of(one.connection), owner_of(other.connection)) };
     if owner_of_one == me || owner_of_other == me {
         let mine = if owner_of_one == me { one } else { other };
-        return forget(mine.connection, me).then_some(mine);
+        return accounting::forget(mine.connection, me).then_some(mine);
     }
     let free = if owner_of_one == 0 {
         one
@@ -67,39 +67,28 @@ fn steal(first: u32, me: u64) -> Option<State> {
     None
 }
 
-/// Ends the accounting of what an earlier connect of this socket has left in its entry. Returns true.
-/// Not inlined: it is rare.
-#[inline(never)]
-fn forget(connection: *mut Connection, me: u64) -> bool {
-    let state = State { connection, place: Place::Entry(0) };
-    accounting::stop_counting(&state, me);
-    leave_share(&state);
-    true
-}
-
 /// Counts an entry for its client, and records the socket's cookie.
-/// Returns `false` if the client has used up its share of `CONNECTIONS`.
+/// Returns the flags that say so, or `None` if the client has used up its share of `CONNECTIONS`.
 ///
 /// For TCP, this runs when the SYN is about to be sent, so that a failing connect costs little; for UDP, in the connect
 /// hook.
 #[inline(always)]
-pub(crate) fn join_share(state: &State, cookie: u64) -> bool {
+pub(crate) fn join_share(state: &State, cookie: u64) -> Option<u32> {
     // SAFETY: live map values; the counter is only ever added to.
     unsafe {
         let client = (*state.connection).client;
         (*state.connection).cookie = cookie;
         if let Place::Storage(_) = state.place {
-            return true;
+            return Some(0);
         }
-        let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index(client)) else { return true };
+        let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index(client)) else { return Some(0) };
         if (&raw const (*uses).connections).read_volatile() as i64 >= i64::from(CONNECTION_SHARE.load()) {
             atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).over_share, 1);
-            return false;
+            return None;
         }
         atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).connections, 1);
     }
-    state.add_flags(ConnectionFlags::SHARED);
-    true
+    Some(ConnectionFlags::SHARED)
 }
 
 /// Moves the state of a socket, whose client has used up its share, from its entry to socket storage.
@@ -129,7 +118,7 @@ fn fall_back(socket: *mut bpf_sock) -> Option<State> {
         // SAFETY: a live map value, which is set once.
         unsafe { used.write_volatile(1) };
     }
-    accounting::stop_counting(&state, 0);
+    accounting::leave(&state, 0, ConnectionFlags::COUNTED);
     Some(state)
 }
 
@@ -156,8 +145,8 @@ pub(crate) fn on_release<S>(socket: *const S) {
     let Some(state) = owned(socket) else { return };
     let flags = state.flags();
     if flags & ConnectionFlags::UDP != 0 || flags & ConnectionFlags::STAGE == SocketStage::None as u32 {
-        state.free(owner(socket));
+        accounting::free(&state, owner(socket));
     } else {
-        accounting::stop_counting(&state, owner(socket));
+        accounting::leave(&state, owner(socket), ConnectionFlags::COUNTED);
     }
 }

@@ -27,7 +27,7 @@ use portolan_common::{
 };
 
 use crate::{
-    accounting::{limits, pool_stats, stats, stop_counting, watch},
+    accounting::{self, limits, pool_stats, stats, watch},
     addr, claim,
     consts::IPPROTO_TCP,
     maps::{BACKEND_USE, CLIENTS, EVENTS, EVENTS_BYTES, FAILURES, SK_ERR_OFFSET, TICK_NS, count, time},
@@ -79,17 +79,17 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
         if is_valid {
             // SAFETY: a helper call with the kernel's own context.
             let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-            if claim::join_share(&state, cookie) {
-                on_connect(ctx, &state);
+            if let Some(flags) = claim::join_share(&state, cookie) {
+                on_connect(ctx, &state, flags);
             } else if let Some(index) = state.index()
                 && claim::move_to_storage(state.connection, index, socket)
                 && let Some(moved) = state::of_socket(socket)
             {
-                on_connect(ctx, &moved);
+                on_connect(ctx, &moved, 0);
             }
         } else {
             // An earlier connect to a Service failed before its SYN, and this one goes elsewhere.
-            state.free(state::owner(socket));
+            accounting::free(&state, state::owner(socket));
         }
     } else if op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB {
         if is_valid {
@@ -99,13 +99,13 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
         if is_valid {
             on_close(ctx, &state, state::owner(socket));
         }
-        state.free(state::owner(socket));
+        accounting::free(&state, state::owner(socket));
     }
 }
 
-/// Handles a SYN that is about to be sent.
+/// Handles a SYN that is about to be sent, and sets these flags with its own.
 #[inline(always)]
-fn on_connect(ctx: &SockOpsContext, state: &State) {
+fn on_connect(ctx: &SockOpsContext, state: &State, more: u32) {
     let flags = state.flags();
     // SAFETY: live map values of this socket, which is locked.
     unsafe {
@@ -125,7 +125,7 @@ fn on_connect(ctx: &SockOpsContext, state: &State) {
             set_connect_timeout(ctx, state);
         }
     }
-    state.add_flags(SocketStage::Connecting as u32 | ConnectionFlags::COUNTED);
+    state.set_first_flags(more | SocketStage::Connecting as u32 | ConnectionFlags::COUNTED);
     let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
 }
 
@@ -249,7 +249,7 @@ fn on_close(ctx: &SockOpsContext, state: &State, owner: u64) {
     unsafe {
         // Restore it even after a failed connect: the socket may connect again.
         restore_connect_timeout(ctx, state);
-        stop_counting(state, owner);
+        accounting::leave(state, owner, ConnectionFlags::COUNTED | ConnectionFlags::SHARED);
         let stage = state.stage();
         let Some(stats) = stats(state) else { return };
         if stage == SocketStage::Established as u32 {
@@ -372,9 +372,14 @@ unsafe fn count_bytes(ctx: &SockOpsContext, stats: *mut BackendStats) -> u64 {
     unsafe {
         let sent = addr_of!((*ctx.ops).bytes_acked).read_volatile();
         let received = addr_of!((*ctx.ops).bytes_received).read_volatile();
-        add(&raw mut (*stats).sent_bytes, sent.saturating_sub(1 + u64::from(own_fin)));
-        let received = received.saturating_sub(u64::from(peers_fin));
-        add(&raw mut (*stats).received_bytes, received);
+        let (sent, received) =
+            (sent.saturating_sub(1 + u64::from(own_fin)), received.saturating_sub(u64::from(peers_fin)));
+        if sent != 0 {
+            add(&raw mut (*stats).sent_bytes, sent);
+        }
+        if received != 0 {
+            add(&raw mut (*stats).received_bytes, received);
+        }
         received
     }
 }

@@ -8,7 +8,7 @@
 //! it.
 
 use core::{
-    intrinsics::{AtomicOrdering, atomic_and, atomic_cxchg, atomic_or, atomic_xadd},
+    intrinsics::{AtomicOrdering, atomic_and, atomic_cxchg, atomic_or},
     ptr::null_mut,
 };
 
@@ -17,9 +17,9 @@ use aya_ebpf::{
     helpers::generated::{bpf_sk_storage_get, bpf_skc_to_tcp_sock},
     programs::SockAddrContext,
 };
-use portolan_common::{ClientUse, Connection, ConnectionExtra, ConnectionFlags, Endpoint, SocketState};
+use portolan_common::{Connection, ConnectionExtra, ConnectionFlags, Endpoint, SocketState};
 
-use crate::maps::{CLIENTS, CONNECTION_EXTRAS, CONNECTION_SHIFT, CONNECTIONS, FALLBACK_USED, SOCKETS};
+use crate::maps::{CONNECTION_EXTRAS, CONNECTION_SHIFT, CONNECTIONS, FALLBACK_USED, SOCKETS};
 
 /// The state of a socket.
 #[derive(Clone, Copy)]
@@ -73,6 +73,13 @@ impl State {
     pub(crate) fn flags(&self) -> u32 {
         // SAFETY: a live map value. Another CPU may change bits at the same time.
         unsafe { (&raw const (*self.connection).flags).read_volatile() }
+    }
+
+    /// Sets flags of a connection whose SYN has not been sent: no other CPU can be changing them.
+    #[inline(always)]
+    pub(crate) fn set_first_flags(&self, flags: u32) {
+        // SAFETY: a live map value of this socket, which is locked.
+        unsafe { (&raw mut (*self.connection).flags).write_volatile(self.flags() | flags) };
     }
 
     /// Sets flags, and keeps those that another CPU may be clearing.
@@ -138,20 +145,6 @@ impl State {
             Endpoint::from_words([a, b, c, connection.backend_word], connection.backend_port)
         }
     }
-
-    /// Voids the state, and frees its entry.
-    /// Socket storage is freed with the socket.
-    #[inline(always)]
-    pub(crate) fn free(&self, owner: u64) {
-        // SAFETY: a live map value.
-        unsafe { (*self.connection).backend_port = 0 };
-        if let Place::Entry(_) = self.place {
-            leave_share(self);
-            // SAFETY: as above.
-            // Sequentially consistent: earlier writes come first on every architecture.
-            unsafe { exchange(&raw mut (*self.connection).owner, owner, 0) };
-        }
-    }
 }
 
 /// The kernel address of a socket, as the owner of its entry.
@@ -195,22 +188,6 @@ fn owned_at(index: u32, owner: u64) -> Option<State> {
     let state = State::entry(index)?;
     // SAFETY: a live map value.
     (unsafe { owner_of(state.connection) } == owner).then_some(state)
-}
-
-/// Takes an entry out of its client's share, if it is in it.
-#[inline(always)]
-pub(crate) fn leave_share(state: &State) {
-    if state.flags() & ConnectionFlags::SHARED == 0
-        || state.remove_flags(ConnectionFlags::SHARED) & ConnectionFlags::SHARED == 0
-    {
-        return;
-    }
-    // SAFETY: live map values; the counter is only ever added to.
-    unsafe {
-        if let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index((*state.connection).client)) {
-            atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).connections, u64::MAX);
-        }
-    }
 }
 
 /// Returns whether any socket has ever had its state in socket storage.
