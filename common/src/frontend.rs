@@ -132,7 +132,7 @@ impl FrontendKey {
     }
 }
 
-/// One frontend: a cache line of `FRONTENDS4`, and the first half of a value of `FRONTENDS6`.
+/// One frontend: the first cache line of a value of `FRONTENDS4` or `FRONTENDS6`.
 ///
 /// The index is the frontend's id, and follows from its key: open addressing with two buckets of two lines each.
 /// A key is in its first bucket if there was room, else in its second one, else at an index that `FRONTEND_OVERFLOW`
@@ -175,6 +175,8 @@ impl Frontend {
     pub const REMOVED: u64 = u64::MAX;
     /// The number of lines in a bucket.
     pub const BUCKET: u32 = 2;
+    /// The number of turns that have room behind the line.
+    pub const INLINE: usize = 4;
 
     /// Scrambles a fingerprint: the first step to its buckets. `seed` differs between map sets.
     #[inline(always)]
@@ -197,18 +199,33 @@ impl Frontend {
     }
 }
 
-/// A value of `FRONTENDS6`: a frontend with an IPv6 address.
+/// A value of `FRONTENDS4`: a frontend with an IPv4 address, and room for a short list of endpoints.
+///
+/// Processors fetch cache lines in pairs, so that such a list arrives with its frontend's line.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Frontend4 {
+    /// What every connect reads.
+    pub line: Frontend,
+    /// The turns of a version with [`PublishedFlags::INLINE`] or [`VersionFlags::INLINE`].
+    pub inline: [Entry; Frontend::INLINE],
+}
+plain!(Frontend4, 128 + 8 * RESERVED, 8);
+
+/// A value of `FRONTENDS6`: the same with an IPv6 address.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Frontend6 {
-    /// The same as for IPv4.
+    /// As for IPv4.
     pub line: Frontend,
+    /// As for IPv4.
+    pub inline: [Entry; Frontend::INLINE],
     /// The key that the fingerprint stands for. Written before the fingerprint.
     pub key: FrontendKey,
     /// Padding to full cache lines; always zero.
     pub reserved: [u64; 5],
 }
-plain!(Frontend6, 128 + 8 * RESERVED, 8);
+plain!(Frontend6, 192 + 8 * RESERVED, 8);
 
 /// The word that publishes a frontend's schedule: [`Frontend::current`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -250,10 +267,12 @@ impl PublishedFlags {
     pub const STRICT: u16 = 1;
     /// The schedule is in `VERSIONS`, because it is more than a list of endpoints.
     pub const DETAILED: u16 = 2;
+    /// The turns are not in `ENTRIES`, but behind the frontend's line.
+    pub const INLINE: u16 = 4;
 }
 
-/// The value of `ENTRIES`: one turn of a schedule that is a list of endpoints.
-#[repr(C)]
+/// The value of `ENTRIES`, and of the room behind a frontend's line: one turn of a schedule that is a list of endpoints.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Entry {
     /// The endpoint's IPv4 address in network order; 0 for IPv6, whose address is in `BACKENDS`.
@@ -267,7 +286,30 @@ pub struct Entry {
     /// The entry of `POOLS` that holds the pool's limits; 0 for none.
     pub pool: u32,
 }
-plain!(Entry, 16, 4);
+plain!(Entry, 16, 8);
+
+impl Entry {
+    /// Returns the entry as two words, which are written and read at once.
+    #[inline(always)]
+    pub const fn words(&self) -> [u64; 2] {
+        [
+            self.address as u64 | (self.port as u64) << 32 | (self.epoch as u64) << 48,
+            self.backend_id as u64 | (self.pool as u64) << 32,
+        ]
+    }
+
+    /// The inverse of [`Self::words`].
+    #[inline(always)]
+    pub const fn from_words([first, second]: [u64; 2]) -> Self {
+        Self {
+            address: first as u32,
+            port: (first >> 32) as u16,
+            epoch: (first >> 48) as u16,
+            backend_id: second as u32,
+            pool: (second >> 32) as u32,
+        }
+    }
+}
 
 /// The value of `VERSIONS`: a schedule that is more than a list of endpoints.
 /// It is immutable while a program may read it.
@@ -277,7 +319,7 @@ plain!(Entry, 16, 4);
 pub struct FrontendVersion {
     /// The first slot of the schedule in `SLOTS`.
     pub base: u32,
-    /// The number of slots in the schedule; not 0.
+    /// The number of slots in the schedule; 0 if it is a list of endpoints.
     pub period: u32,
     /// The first entry in `RUNS` of the sorted list of backends that have a turn, without duplicates.
     /// The pool of each follows in the same order.
@@ -289,8 +331,10 @@ pub struct FrontendVersion {
     pub affinity_seconds: u32,
     /// A combination of [`VersionFlags`] bits.
     pub flags: u32,
-    /// Padding; always zero.
-    pub reserved: [u32; 2],
+    /// The first turn in `ENTRIES` if the schedule is a list of endpoints; then it has no slots.
+    pub entries: u32,
+    /// The number of these turns; 0 if the schedule is in `SLOTS`.
+    pub entry_count: u32,
 }
 plain!(FrontendVersion, 32, 4);
 
@@ -301,6 +345,8 @@ pub struct VersionFlags;
 impl VersionFlags {
     /// Each connection draws a slot at random instead of taking the next one.
     pub const RANDOM: u32 = 2;
+    /// The turns are not in `ENTRIES`, but behind the frontend's line.
+    pub const INLINE: u32 = 4;
 }
 
 /// How a slot picks one backend of its run.

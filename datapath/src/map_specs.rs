@@ -4,7 +4,7 @@
 
 use portolan_common::{
     Affinity, AffinityKey, Backend, BackendStats, BackendUse, ClientUse, Connection, ConnectionExtra, Counter,
-    DatagramFlows, Entry, Frontend, Frontend6, FrontendVersion, OptOut, PoolLimits, PoolStats, Slot, SocketState,
+    DatagramFlows, Entry, Frontend4, Frontend6, FrontendVersion, OptOut, PoolLimits, PoolStats, Slot, SocketState,
     TIME_BUCKETS,
 };
 use portolan_core::table::Sizes;
@@ -86,7 +86,7 @@ impl MapSpec {
     }
 }
 
-pub(crate) const FRONTENDS4: MapSpec = MapSpec::array::<Frontend>("FRONTENDS4", Sizes::frontend_lines).mmapable();
+pub(crate) const FRONTENDS4: MapSpec = MapSpec::array::<Frontend4>("FRONTENDS4", Sizes::frontend_lines).mmapable();
 pub(crate) const FRONTENDS6: MapSpec = MapSpec::array::<Frontend6>("FRONTENDS6", Sizes::frontend_lines).mmapable();
 /// Both families share it.
 pub(crate) const FRONTEND_OVERFLOW: MapSpec =

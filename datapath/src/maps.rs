@@ -11,8 +11,8 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapInfo, PerCpuArray},
 };
 use portolan_common::{
-    Backend, BackendStats, BackendUse, Counter, Entry, FailureCount, Frontend, Frontend6, FrontendKey, FrontendStats,
-    FrontendVersion, PoolLimits, PoolStats, Published, PublishedFlags, Slot, TIME_BUCKETS,
+    Backend, BackendStats, BackendUse, Counter, Entry, FailureCount, Frontend, Frontend4, Frontend6, FrontendKey,
+    FrontendStats, FrontendVersion, PoolLimits, PoolStats, Published, PublishedFlags, Slot, TIME_BUCKETS, VersionFlags,
 };
 use portolan_core::table::{
     BackendId, FrontendId, Generation, Op, PinnedFrontend, PinnedState, PoolId, Sizes, VersionIndex,
@@ -105,7 +105,7 @@ impl Maps {
         let maps = Self {
             seed,
             sizes,
-            frontends4: mapped::<Frontend>(bpf, map_specs::FRONTENDS4, lines)?,
+            frontends4: mapped::<Frontend4>(bpf, map_specs::FRONTENDS4, lines)?,
             frontends6: mapped::<Frontend6>(bpf, map_specs::FRONTENDS6, lines)?,
             frontend_overflow: HashMap::try_from(take(bpf, map_specs::FRONTEND_OVERFLOW)?)?,
             entries: mapped::<Entry>(bpf, map_specs::ENTRIES, sizes.slots)?,
@@ -128,12 +128,25 @@ impl Maps {
     /// Reads the line of a frontend.
     fn line(&self, id: FrontendId) -> Result<Frontend> {
         match id.is_v6() {
-            false => self.frontends4.read(id.index()),
+            false => Ok(self.frontends4.read::<Frontend4>(id.index())?.line),
             true => Ok(self.frontends6.read::<Frontend6>(id.index())?.line),
         }
     }
 
-    /// Returns a word of a frontend's line, at this offset in bytes.
+    /// Reads the turns of a list: its first entry in `ENTRIES`, its length, and whether it is behind the frontend's line
+    /// instead.
+    fn turns(&self, id: FrontendId, (base, len, is_inline): (u32, u32, bool)) -> Result<Vec<Entry>> {
+        if !is_inline {
+            return (base..base.saturating_add(len).min(self.sizes.slots)).map(|i| self.entries.read(i)).collect();
+        }
+        let inline = match id.is_v6() {
+            false => self.frontends4.read::<Frontend4>(id.index())?.inline,
+            true => self.frontends6.read::<Frontend6>(id.index())?.inline,
+        };
+        Ok(inline.into_iter().take(len as usize).collect())
+    }
+
+    /// Returns a word of a frontend, at this offset in bytes; those of its line and its turns are the same for both families.
     fn line_word(&self, id: FrontendId, offset: usize) -> Result<&AtomicU64> {
         let lines = if id.is_v6() { &self.frontends6 } else { &self.frontends4 };
         lines.word(id.index(), offset / 8)
@@ -163,6 +176,7 @@ impl Maps {
             let (epoch, published, generation) =
                 (line.epoch, Published(line.current), Generation::new(line.generation));
             let mut pinned = PinnedFrontend { key, id, epoch, published, generation, version: None, runs: (0, 0) };
+            let mut list = (published.base(), published.period(), published.has(PublishedFlags::INLINE));
             if published.has(PublishedFlags::DETAILED) {
                 let index = VersionIndex::new(published.base());
                 let version: FrontendVersion = self.versions.read(index.get())?;
@@ -176,17 +190,15 @@ impl Maps {
                 for i in slot_runs.0..slot_runs.0 + slot_runs.1 {
                     backends.insert(self.runs.get(&i, 0)?);
                 }
-                // The members are among the backends of the slots. Their pools follow, one entry each.
+                // The members are among the backends of the slots or of the list. Their pools follow, one entry each.
                 range.add(version.members, version.member_count.saturating_mul(2));
                 pinned.runs = range.within(sizes.slots);
                 pinned.version = Some((index, version));
-            } else {
-                let end = published.base().saturating_add(published.period()).min(sizes.slots);
-                for i in published.base()..end {
-                    let entry: Entry = self.entries.read(i)?;
-                    backends.insert(entry.backend_id);
-                    pools.insert(entry.pool);
-                }
+                list = (version.entries, version.entry_count, version.flags & VersionFlags::INLINE != 0);
+            }
+            for entry in self.turns(id, list)? {
+                backends.insert(entry.backend_id);
+                pools.insert(entry.pool);
             }
             state.frontends.push(pinned);
         }
@@ -257,13 +269,22 @@ impl Maps {
                     self.entries.write(i, *entry)?;
                 }
             }
+            Op::SetInline(id, entries) => {
+                for (i, entry) in entries.iter().enumerate() {
+                    let offset = offset_of!(Frontend4, inline) + i * size_of::<Entry>();
+                    // A later atomic store publishes the words.
+                    for (half, word) in entry.words().into_iter().enumerate() {
+                        self.line_word(*id, offset + half * 8)?.store(word, Ordering::Relaxed);
+                    }
+                }
+            }
             Op::SetVersion(index, version) => self.versions.write(index.get(), *version)?,
             Op::ResetFrontend(id, epoch) => {
                 // Nothing is published for it until the next write.
                 let key = self.line_word(*id, offset_of!(Frontend, key))?.load(Ordering::SeqCst);
                 let line = Frontend { key, epoch: *epoch, ..Frontend::default() };
                 match id.is_v6() {
-                    false => self.frontends4.write(id.index(), line)?,
+                    false => self.frontends4.write(id.index(), Frontend4 { line, ..Frontend4::default() })?,
                     true => self.frontends6.write(id.index(), Frontend6 { line, ..Frontend6::default() })?,
                 }
             }

@@ -24,7 +24,7 @@ pub(crate) fn connect4(ctx: &SockAddrContext) -> i32 {
     if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
         return PROCEED;
     }
-    apply4(ctx, connect(ctx, FrontendKey::new(addr::read4(ctx), protocol)))
+    connect(ctx, FrontendKey::new(addr::read4(ctx), protocol)).apply4(ctx)
 }
 
 #[inline(always)]
@@ -33,42 +33,55 @@ pub(crate) fn connect6(ctx: &SockAddrContext) -> i32 {
     if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
         return PROCEED;
     }
-    apply6(ctx, connect(ctx, FrontendKey::new(addr::read6(ctx), protocol)))
+    connect(ctx, FrontendKey::new(addr::read6(ctx), protocol)).apply6(ctx)
 }
 
-/// The decision on a call: redirect it to an endpoint, leave its address unchanged (`None`), or refuse it.
-pub(crate) type Decision = Result<Option<Endpoint>, Refused>;
+/// The decision on a call: redirect it to an endpoint, leave its address unchanged, or refuse it.
+///
+/// The endpoint is all zero where there is none.
+/// In an `Option`, its words would be undefined there, and the verifier rejects the compiler's copies of them.
+pub(crate) struct Decision {
+    endpoint: Endpoint,
+    /// What the program returns.
+    verdict: i32,
+}
 
-/// Applies a decision to a call with an IPv4 address.
-#[inline(always)]
-pub(crate) fn apply4(ctx: &SockAddrContext, decision: Decision) -> i32 {
-    match decision {
-        Ok(Some(endpoint)) => {
-            addr::write4(ctx, &endpoint);
-            PROCEED
+impl Decision {
+    #[inline(always)]
+    pub(crate) fn redirect(endpoint: Endpoint) -> Self {
+        Self { endpoint, verdict: PROCEED }
+    }
+
+    #[inline(always)]
+    pub(crate) fn unchanged() -> Self {
+        Self { endpoint: Endpoint::from_words([0; 4], 0), verdict: PROCEED }
+    }
+
+    #[inline(always)]
+    fn refused() -> Self {
+        Self { endpoint: Endpoint::from_words([0; 4], 0), verdict: FAIL }
+    }
+
+    /// Applies the decision to a call with an IPv4 address, and returns the program's result.
+    #[inline(always)]
+    pub(crate) fn apply4(&self, ctx: &SockAddrContext) -> i32 {
+        if self.endpoint.port_word() != 0 {
+            addr::write4(ctx, &self.endpoint);
         }
-        Ok(None) => PROCEED,
-        Err(Refused) => FAIL,
+        self.verdict
+    }
+
+    /// Applies the decision to a call with an IPv6 address, and returns the program's result.
+    #[inline(always)]
+    pub(crate) fn apply6(&self, ctx: &SockAddrContext) -> i32 {
+        if self.endpoint.port_word() != 0 {
+            addr::write6(ctx, &self.endpoint);
+        }
+        self.verdict
     }
 }
 
-/// Applies a decision to a call with an IPv6 address.
-#[inline(always)]
-pub(crate) fn apply6(ctx: &SockAddrContext, decision: Decision) -> i32 {
-    match decision {
-        Ok(Some(endpoint)) => {
-            addr::write6(ctx, &endpoint);
-            PROCEED
-        }
-        Ok(None) => PROCEED,
-        Err(Refused) => FAIL,
-    }
-}
-
-/// The call must fail; its error is already set.
-pub(crate) struct Refused;
-
-/// Picks the endpoint to connect to; `None` leaves the dialed address unchanged.
+/// Picks the endpoint to connect to.
 #[inline(always)]
 fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Decision {
     let Some(found) = frontend::find(&key) else {
@@ -77,23 +90,23 @@ fn connect(ctx: &SockAddrContext, key: FrontendKey) -> Decision {
         if key.protocol() == IPPROTO_UDP {
             clear_state(ctx);
         }
-        return Ok(None);
+        return Decision::unchanged();
     };
     if is_denied() {
-        return Ok(None);
+        return Decision::unchanged();
     }
     if is_opted_out() {
         clear_state(ctx);
-        return Ok(None);
+        return Decision::unchanged();
     }
     match pick(ctx, &key, &found) {
         Pick::Refuse { strict } => {
             clear_tcp_state(ctx, &key);
-            Err(refuse(ctx, &key, strict))
+            refuse(ctx, &key, strict)
         }
         Pick::Take(taken) => {
             save_state(ctx, &key, &found, &taken);
-            Ok(Some(taken.endpoint))
+            Decision::redirect(taken.endpoint)
         }
     }
 }
@@ -114,12 +127,12 @@ pub(crate) fn is_denied() -> bool {
 /// Sets the error with which the call fails at once.
 /// The default EPERM is unsuitable: applications retry on these errors, and kernel clients have looped on EPERM.
 #[inline(always)]
-pub(crate) fn refuse(ctx: &SockAddrContext, key: &FrontendKey, strict: bool) -> Refused {
+pub(crate) fn refuse(ctx: &SockAddrContext, key: &FrontendKey, strict: bool) -> Decision {
     let dialed = key.endpoint();
     debug!(ctx, "refused {:i}:{}: no backend", u32::from_be(dialed.v4_word()), u16::from_be(dialed.port_word()));
     // SAFETY: a helper call without pointers.
     unsafe { bpf_set_retval(if strict { -EHOSTUNREACH } else { -ECONNREFUSED }) };
-    Refused
+    Decision::refused()
 }
 
 /// Voids the state that an earlier connect left on this socket.
@@ -232,19 +245,19 @@ fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, 
         connection.cookie = 0;
         connection.flags = flags;
         if key.protocol() == IPPROTO_UDP {
-            join_share_of_udp(ctx, state);
+            join_share_of_udp(ctx, state, flags);
         }
     }
 }
 
 /// Counts an entry of a UDP socket in its client's share, or moves it to socket storage.
 #[inline(always)]
-fn join_share_of_udp(ctx: &SockAddrContext, state: &State) {
-    // SAFETY: helper calls with the kernel's own context.
+fn join_share_of_udp(ctx: &SockAddrContext, state: &State, flags: u32) {
+    // SAFETY: helper calls with the kernel's own context; a live value of this socket, which is locked.
     unsafe {
-        if !claim::join_share(state, bpf_get_socket_cookie(ctx.sock_addr.cast()))
-            && let Some(index) = state.index()
-        {
+        if let Some(joined) = claim::join_share(state, bpf_get_socket_cookie(ctx.sock_addr.cast())) {
+            (*state.connection).flags = flags | joined;
+        } else if let Some(index) = state.index() {
             claim::move_to_storage(state.connection, index, (*ctx.sock_addr).__bindgen_anon_1.sk);
         }
     }

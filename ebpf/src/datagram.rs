@@ -5,16 +5,16 @@
 //! Flows are stored on the socket, so that traffic of other sockets cannot evict them.
 
 use aya_ebpf::{helpers::generated::bpf_ktime_get_ns, programs::SockAddrContext};
-use portolan_common::{Counter, DatagramFlows, Endpoint, FLOWS, Flow, FrontendKey, PublishedFlags};
+use portolan_common::{Counter, DatagramFlows, Endpoint, FLOWS, Flow, FrontendKey, Published, PublishedFlags};
 
 use crate::{
     addr,
-    connect::{Decision, apply4, apply6, count_flow, is_denied, protocol, refuse},
+    connect::{Decision, count_flow, is_denied, protocol, refuse},
     consts::{IPPROTO_UDP, PROCEED},
-    frontend::{self, Found},
+    frontend,
     maps::{DATAGRAMS, SET, VERSIONS, count},
     opt_out::is_opted_out,
-    select::{Pick, current_backend, pick},
+    select::{Pick, current_backend, pick_from_version},
     state,
 };
 
@@ -26,7 +26,7 @@ pub(crate) fn sendmsg4(ctx: &SockAddrContext) -> i32 {
     if protocol(ctx) != IPPROTO_UDP {
         return PROCEED;
     }
-    apply4(ctx, send(ctx, FrontendKey::new(addr::read4(ctx), IPPROTO_UDP)))
+    send(ctx, FrontendKey::new(addr::read4(ctx), IPPROTO_UDP)).apply4(ctx)
 }
 
 #[inline(always)]
@@ -34,7 +34,7 @@ pub(crate) fn sendmsg6(ctx: &SockAddrContext) -> i32 {
     if protocol(ctx) != IPPROTO_UDP {
         return PROCEED;
     }
-    apply6(ctx, send(ctx, FrontendKey::new(addr::read6(ctx), IPPROTO_UDP)))
+    send(ctx, FrontendKey::new(addr::read6(ctx), IPPROTO_UDP)).apply6(ctx)
 }
 
 #[inline(always)]
@@ -53,45 +53,40 @@ pub(crate) fn recvmsg6(ctx: &SockAddrContext) -> i32 {
     PROCEED
 }
 
-/// Picks the endpoint to send to; `None` leaves the dialed address unchanged.
+/// Picks the endpoint to send to.
 #[inline(always)]
 fn send(ctx: &SockAddrContext, key: FrontendKey) -> Decision {
     let Some(found) = frontend::find(&key) else {
         clear_state(ctx, &key.endpoint());
-        return Ok(None);
+        return Decision::unchanged();
     };
     if is_denied() {
-        return Ok(None);
+        return Decision::unchanged();
     }
     if let Some(endpoint) = connected_to(ctx, &key.endpoint()) {
-        return Ok(Some(endpoint));
+        return Decision::redirect(endpoint);
     }
     if is_peer(ctx, &key.endpoint()) {
-        return Ok(None);
+        return Decision::unchanged();
     }
     if is_opted_out() {
         clear_state(ctx, &key.endpoint());
-        return Ok(None);
+        return Decision::unchanged();
     }
     // SAFETY: the kernel gives a valid context; the value belongs to this socket, which is locked.
     let flows = unsafe { DATAGRAMS.get_or_insert_ptr_mut(ctx, None) };
+    // SAFETY: a helper call without pointers.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let mut endpoint = Endpoint::from_words([0; 4], 0);
     if flows.is_null() {
         // The datagram still goes to its endpoint, but the reply will come from an address that was not dialed.
         count(Counter::NoMemory);
-        return match pick(ctx, &key, &found) {
-            Pick::Refuse { strict } => Err(refuse(ctx, &key, strict)),
-            Pick::Take(taken) => Ok(Some(taken.endpoint)),
-        };
-    }
     // SAFETY: as above.
-    let flows = unsafe { &mut *flows };
-    // SAFETY: a helper call without pointers.
-    let now = unsafe { bpf_ktime_get_ns() };
-    if let Some(endpoint) = continue_flow(flows, &key, &found, now) {
-        return Ok(Some(endpoint));
+    } else if continue_flow(unsafe { &mut *flows }, &key.endpoint(), found.current, now, &mut endpoint) {
+        return Decision::redirect(endpoint);
     }
-    match pick(ctx, &key, &found) {
-        Pick::Refuse { strict } => Err(refuse(ctx, &key, strict)),
+    match pick_from_version(ctx, &key, &found) {
+        Pick::Refuse { strict } => refuse(ctx, &key, strict),
         Pick::Take(taken) => {
             count_flow(&taken);
             let flow = Flow {
@@ -103,8 +98,11 @@ fn send(ctx: &SockAddrContext, key: FrontendKey) -> Decision {
                 forward: 1,
                 last_ns: now,
             };
-            start_flow(flows, flow);
-            Ok(Some(taken.endpoint))
+            if !flows.is_null() {
+                // SAFETY: as above.
+                start_flow(unsafe { &mut *flows }, &flow);
+            }
+            Decision::redirect(taken.endpoint)
         }
     }
 }
@@ -138,36 +136,45 @@ fn is_peer(ctx: &SockAddrContext, dialed: &Endpoint) -> bool {
     }
 }
 
-/// Returns the endpoint of the flow to this frontend, if there is one that may continue.
-#[inline(always)]
-fn continue_flow(flows: &mut DatagramFlows, key: &FrontendKey, found: &Found, now: u64) -> Option<Endpoint> {
+/// Finds the flow to this frontend, if there is one that may continue, and stores its endpoint. Returns whether there is.
+///
+/// Not inlined, so that the verifier forgets which flow it was.
+#[inline(never)]
+fn continue_flow(
+    flows: &mut DatagramFlows,
+    frontend: &Endpoint,
+    current: Published,
+    now: u64,
+    endpoint: &mut Endpoint,
+) -> bool {
     if flows.set != SET.load() {
-        return None;
+        return false;
     }
     // The schedules of UDP frontends list their members, and are therefore never mere lists of endpoints.
-    if !found.current.has(PublishedFlags::DETAILED) {
-        return None;
+    if !current.has(PublishedFlags::DETAILED) {
+        return false;
     }
-    let version = VERSIONS.get(found.current.base())?;
-    let frontend = key.endpoint();
+    let Some(version) = VERSIONS.get(current.base()) else { return false };
     for flow in &mut flows.flows {
-        if flow.forward == 0 || flow.frontend != frontend {
+        if flow.forward == 0 || flow.frontend != *frontend {
             continue;
         }
         if now.saturating_sub(flow.last_ns) > SILENCE_NS {
-            return None;
+            return false;
         }
-        let taken = current_backend(version, flow.backend_id, flow.epoch)?;
+        let Some(taken) = current_backend(version, flow.backend_id, flow.epoch) else { return false };
         flow.last_ns = now;
-        return Some(taken.endpoint);
+        *endpoint = taken.endpoint;
+        return true;
     }
-    None
+    false
 }
 
 /// Stores a new flow in place of the one that has been idle longest.
 /// An earlier flow to the same frontend is kept for late replies.
-#[inline(always)]
-fn start_flow(flows: &mut DatagramFlows, new: Flow) {
+/// Not inlined, so that the verifier checks the loop once per call. Returns 0.
+#[inline(never)]
+fn start_flow(flows: &mut DatagramFlows, new: &Flow) -> u32 {
     // Ids of another map set are invalid here, but the addresses still identify late replies.
     let foreign = flows.set != SET.load();
     flows.set = SET.load();
@@ -181,8 +188,9 @@ fn start_flow(flows: &mut DatagramFlows, new: Flow) {
         }
     }
     if let Some(flow) = flows.flows.get_mut(place % FLOWS) {
-        *flow = new;
+        *flow = *new;
     }
+    0
 }
 
 /// Voids flows to this address, because a datagram goes to it directly: its replies no longer belong to a Service.

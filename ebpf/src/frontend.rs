@@ -1,4 +1,4 @@
-//! Finds the frontend that a connection dials: open addressing in memory-mapped arrays (docs/adr/0018-hit-path.md).
+//! Finds the frontend that a connection dials: open addressing in memory-mapped arrays (docs/adr/0019-hit-path.md).
 
 use portolan_common::{Frontend, FrontendKey, Published};
 
@@ -51,7 +51,7 @@ fn find4(fingerprint: u64) -> Option<Found> {
 
 #[inline(always)]
 fn line4(index: u32) -> Option<(*mut Frontend, u64)> {
-    let line = FRONTENDS4.get_ptr_mut(index)?;
+    let line: *mut Frontend = FRONTENDS4.get_ptr_mut(index)?.cast();
     // SAFETY: a live map value, of which the agent changes this word by a single store.
     Some((line, unsafe { (&raw const (*line).key).read_volatile() }))
 }
@@ -99,7 +99,7 @@ fn find6(key: &FrontendKey) -> Option<Found> {
     };
     let value = FRONTENDS6.get_ptr_mut(index)?;
     // SAFETY: a live map value. Its key stays the same while a program may be reading the line.
-    unsafe { ((*value).key == *key).then(|| Found::new(&raw mut (*value).line, index | V6)) }
+    unsafe { ((*value).key == *key).then(|| Found::new(value.cast(), index | V6)) }
 }
 
 #[inline(always)]

@@ -1,6 +1,6 @@
 //! All maps, and all constants that the agent sets at load time; the agent also sets the map sizes.
 //!
-//! A connection reads FRONTENDS4 or FRONTENDS6 → ENTRIES, in this order; a schedule that is more than a list of endpoints
+//! A connection reads FRONTENDS4 or FRONTENDS6, and → ENTRIES for a list of more than four turns; a schedule that is more than a list of endpoints
 //! FRONTENDS4 or FRONTENDS6 → VERSIONS → SLOTS → RUNS → BACKENDS.
 //! Except for the first word of a frontend's line and the one that publishes, the agent writes only what no program can be
 //! reading.
@@ -16,13 +16,13 @@ use aya_ebpf::{
 };
 use portolan_common::{
     Affinity, AffinityKey, Backend, BackendStats, BackendUse, ClientUse, Connection, ConnectionExtra, Counter,
-    DatagramFlows, Entry, Frontend, Frontend6, FrontendVersion, OptOut, Outcome, PoolLimits, PoolStats, Slot,
+    DatagramFlows, Entry, Frontend4, Frontend6, FrontendVersion, OptOut, Outcome, PoolLimits, PoolStats, Slot,
     SocketState, TIME_BUCKETS,
 };
 
-/// Index, which follows from the key → frontend with an IPv4 address, see [`Frontend`].
+/// Index, which follows from the key → frontend with an IPv4 address, see [`Frontend`](portolan_common::Frontend).
 #[btf_map]
-pub(crate) static FRONTENDS4: Array<Frontend, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+pub(crate) static FRONTENDS4: Array<Frontend4, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// The same for IPv6 addresses.
 #[btf_map]

@@ -11,8 +11,8 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use portolan_common::{
-    Affinity, AffinityKey, Counter, Endpoint, Entry, Frontend, FrontendKey, FrontendVersion, LbPolicy, PublishedFlags,
-    Slot, VersionFlags,
+    Affinity, AffinityKey, Counter, Endpoint, Entry, Frontend, Frontend4, FrontendKey, FrontendVersion, LbPolicy,
+    PublishedFlags, Slot, VersionFlags,
 };
 
 use crate::{
@@ -53,48 +53,78 @@ const AFFINITY_STEPS: u64 = 16;
 #[inline(always)]
 pub(crate) fn pick(ctx: &SockAddrContext, key: &FrontendKey, found: &Found) -> Pick {
     let current = found.current;
-    if current.has(PublishedFlags::DETAILED) {
-        let mut taken = Selected { endpoint: Endpoint::from_words([0; 4], 0), backend_id: 0, pool: 0, epoch: 0 };
-        return match pick_detailed(ctx.sock_addr, found.line, current.base(), key, &mut taken) {
-            TAKE => Pick::Take(taken),
-            REFUSE_STRICT => Pick::Refuse { strict: true },
-            _ => Pick::Refuse { strict: false },
-        };
+    let period = current.period();
+    if period == 0 || current.has(PublishedFlags::DETAILED) {
+        return pick_from_version(ctx, key, found);
     }
-    // SAFETY: a live map value; the fields are only ever added to.
+    // SAFETY: a live map value; the field is only ever added to.
     unsafe {
         let line = found.line;
-        let period = current.period();
-        if period == 0 {
-            add(&raw mut (*line).refused, 1);
-            return Pick::Refuse { strict: current.has(PublishedFlags::STRICT) };
-        }
         let turn = add(&raw mut (*line).cursor, 1) as u32;
         // An eBPF program cannot panic, and the compiler does not know that the period is nonzero, so the division
         // must be checked.
         let Some(turn) = turn.checked_rem(period) else { return inconsistent() };
-        let Some(entry) = ENTRIES.get_ptr(current.base().wrapping_add(turn)) else { return inconsistent() };
-        match take_entry(entry, !key.endpoint().is_v4()) {
+        let Some(entry) = entry_at(line, current.has(PublishedFlags::INLINE), current.base(), turn) else {
+            return inconsistent();
+        };
+        match take_entry(&entry, !key.endpoint().is_v4()) {
             Some(taken) => Pick::Take(taken),
             None => inconsistent(),
         }
     }
 }
 
-/// # Safety
-/// `entry` must point to a live value of `ENTRIES`.
+/// The same for a frontend whose schedule is in `VERSIONS`, as those of UDP always are, or that refuses all connections.
 #[inline(always)]
-unsafe fn take_entry(entry: *const Entry, v6: bool) -> Option<Selected> {
-    // SAFETY: guaranteed by the caller. The value is immutable while it is in use.
-    unsafe {
-        let (backend_id, pool) = ((*entry).backend_id, (*entry).pool);
-        if !v6 {
-            let endpoint = Endpoint::from_v4_word((*entry).address, (*entry).port);
-            return Some(Selected { endpoint, backend_id, pool, epoch: u32::from((*entry).epoch) });
-        }
-        let backend = BACKENDS.get(backend_id)?;
-        Some(Selected { endpoint: backend.endpoint, backend_id, pool, epoch: backend.epoch })
+pub(crate) fn pick_from_version(ctx: &SockAddrContext, key: &FrontendKey, found: &Found) -> Pick {
+    let current = found.current;
+    if !current.has(PublishedFlags::DETAILED) {
+        // SAFETY: a live map value; the field is only ever added to.
+        unsafe { add(&raw mut (*found.line).refused, 1) };
+        return Pick::Refuse { strict: current.has(PublishedFlags::STRICT) };
     }
+    let mut taken = Selected { endpoint: Endpoint::from_words([0; 4], 0), backend_id: 0, pool: 0, epoch: 0 };
+    match pick_detailed(ctx.sock_addr, found.line, current.base(), key, &mut taken) {
+        TAKE => Pick::Take(taken),
+        REFUSE_STRICT => Pick::Refuse { strict: true },
+        _ => Pick::Refuse { strict: false },
+    }
+}
+
+/// Returns the entry at a turn of a list: behind the frontend's line, or in `ENTRIES` from `base` on.
+///
+/// # Safety
+/// `line` must be the line of a live value of `FRONTENDS4` or `FRONTENDS6`.
+#[inline(always)]
+unsafe fn entry_at(line: *mut Frontend, is_inline: bool, base: u32, turn: u32) -> Option<Entry> {
+    // SAFETY: guaranteed by the caller; the values of both maps begin alike. An entry is immutable while it is in use.
+    // Both words are read at once, so that the two places are the same to the verifier from here on.
+    unsafe {
+        if is_inline {
+            // The mask tells the verifier the bounds of the whole register, which it does not know after a division.
+            let turn = turn & 7;
+            if turn >= Frontend::INLINE as u32 {
+                return None;
+            }
+            let inline = (&raw const (*line.cast::<Frontend4>()).inline).cast::<Entry>();
+            let words: *const u64 = inline.add(turn as usize).cast();
+            return Some(Entry::from_words([words.read_volatile(), words.add(1).read_volatile()]));
+        }
+        let words: *const u64 = ENTRIES.get_ptr(base.wrapping_add(turn))?.cast();
+        Some(Entry::from_words([words.read_volatile(), words.add(1).read_volatile()]))
+    }
+}
+
+/// Returns what an entry stands for; an IPv6 address is in `BACKENDS`.
+#[inline(always)]
+fn take_entry(entry: &Entry, v6: bool) -> Option<Selected> {
+    let Entry { address, port, epoch, backend_id, pool } = *entry;
+    if !v6 {
+        let endpoint = Endpoint::from_v4_word(address, port);
+        return Some(Selected { endpoint, backend_id, pool, epoch: u32::from(epoch) });
+    }
+    let backend = BACKENDS.get(backend_id)?;
+    Some(Selected { endpoint: backend.endpoint, backend_id, pool, epoch: backend.epoch })
 }
 
 /// Picks a backend from a schedule that is more than a list of endpoints; `index` is that of its version.
@@ -109,8 +139,9 @@ fn pick_detailed(
     // SAFETY: `line` is a live map value; its counters are only ever added to. Helper calls without pointers.
     unsafe {
         let Some(version) = VERSIONS.get(index) else { return refuse_inconsistent() };
+        let v6 = !key.endpoint().is_v4();
         if version.affinity_seconds == 0 {
-            return next(ctx, line, version, taken);
+            return next(ctx, line, version, v6, taken);
         }
         let key = AffinityKey { client: client(ctx), frontend: *key };
         if let Some(returned) = affinity_backend(&key, version) {
@@ -122,7 +153,7 @@ fn pick_detailed(
             *taken = returned;
             return TAKE;
         }
-        let result = next(ctx, line, version, taken);
+        let result = next(ctx, line, version, v6, taken);
         if result == TAKE {
             let affinity = Affinity { last_ns: bpf_ktime_get_ns(), backend_id: taken.backend_id, epoch: taken.epoch };
             // Best effort: without memory for the entry, the client is still served.
@@ -190,9 +221,28 @@ fn find_member(version: &FrontendVersion, backend_id: u32) -> Option<u32> {
 
 /// Takes the next slot of the frontend's schedule, or a random one, and picks a backend of its run.
 #[inline(always)]
-fn next(ctx: *mut bpf_sock_addr, line: *mut Frontend, version: &FrontendVersion, taken: &mut Selected) -> u32 {
+fn next(
+    ctx: *mut bpf_sock_addr,
+    line: *mut Frontend,
+    version: &FrontendVersion,
+    v6: bool,
+    taken: &mut Selected,
+) -> u32 {
     // SAFETY: a live map value; the field is only ever added to.
     let cursor = unsafe { add(&raw mut (*line).cursor, 1) };
+    if let Some(turn) = (cursor as u32).checked_rem(version.entry_count) {
+        // SAFETY: `line` is that of a live map value.
+        let entry = unsafe { entry_at(line, version.flags & VersionFlags::INLINE != 0, version.entries, turn) };
+        let Some(entry) = entry else { return refuse_inconsistent() };
+        if at_connection_limit(entry.pool) {
+            // SAFETY: as above.
+            unsafe { add(&raw mut (*line).refused_turns, 1) };
+            return REFUSE;
+        }
+        let Some(selected) = take_entry(&entry, v6) else { return refuse_inconsistent() };
+        *taken = selected;
+        return TAKE;
+    }
     let drawn = version.flags & VersionFlags::RANDOM != 0;
     let turn = if drawn { u64::from(random()) } else { cursor };
     let period = u64::from(version.period);

@@ -10,7 +10,7 @@ use std::{
 
 use portolan_common::{
     Backend, BackendStats, BackendUse, Entry, FrontendKey, FrontendStats, FrontendVersion, PoolLimits, PoolStats,
-    Published, PublishedFlags, Slot,
+    Published, PublishedFlags, Slot, VersionFlags,
 };
 
 use super::{
@@ -26,6 +26,7 @@ pub struct FakeMaps {
     /// Lines that were ever in use.
     lines: BTreeMap<FrontendId, Line>,
     entries: BTreeMap<u32, Entry>,
+    inline: BTreeMap<FrontendId, Vec<Entry>>,
     versions: BTreeMap<VersionIndex, FrontendVersion>,
     slots: BTreeMap<u32, Slot>,
     runs: BTreeMap<u32, u32>,
@@ -68,6 +69,7 @@ impl FakeMaps {
             Op::SetRuns(first, ids) => self.runs.extend((*first..).zip(ids.iter().copied())),
             Op::SetSlots(first, slots) => self.slots.extend((*first..).zip(slots.iter().copied())),
             Op::SetEntries(first, entries) => self.entries.extend((*first..).zip(entries.iter().copied())),
+            Op::SetInline(id, entries) => drop(self.inline.insert(*id, entries.clone())),
             Op::SetVersion(index, version) => drop(self.versions.insert(*index, *version)),
             Op::ResetFrontend(id, epoch) => {
                 self.lines.insert(*id, Line { epoch: *epoch, ..Line::default() });
@@ -124,35 +126,52 @@ impl FakeMaps {
     /// # Panics
     /// An entry that the programs would read is missing.
     pub fn picks(&self, key: &FrontendKey, count: u64) -> Vec<Option<SocketAddr>> {
-        self.picks_of(self.published(key), count)
+        self.picks_of(self.frontends[key], self.published(key), count)
     }
 
     /// Returns the same as [`Self::picks`] for what a program may still be reading.
     ///
     /// # Panics
     /// An entry that the programs would read is missing, or names a backend that is another one by now.
-    pub fn picks_of(&self, published: Published, count: u64) -> Vec<Option<SocketAddr>> {
+    pub fn picks_of(&self, id: FrontendId, published: Published, count: u64) -> Vec<Option<SocketAddr>> {
         let period = u64::from(published.period());
         let count = if period == 0 { 0 } else { count };
         let endpoint = |id: u32| self.backends[&BackendId::new(id)];
-        if !published.has(PublishedFlags::DETAILED) {
+        let version =
+            published.has(PublishedFlags::DETAILED).then(|| self.versions[&VersionIndex::new(published.base())]);
+        let (base, len, is_inline) = self.list(published, version.as_ref());
+        if len > 0 {
             let pick = |turn: u64| {
-                let entry = self.entries[&(published.base() + (turn % period) as u32)];
+                let entry = self.turn(id, is_inline, base, (turn % period) as u32);
                 let backend = endpoint(entry.backend_id);
                 assert_eq!((entry.epoch, entry.port), (backend.epoch as u16, backend.endpoint.port_word()));
                 let word = if backend.endpoint.is_v4() { backend.endpoint.v4_word() } else { 0 };
                 assert_eq!(entry.address, word);
                 Some(backend.endpoint.socket_addr())
             };
+            assert_eq!(u64::from(len), period);
             return (0..count).map(pick).collect();
         }
-        let version = self.versions[&VersionIndex::new(published.base())];
+        let Some(version) = version else { return Vec::new() };
         assert_eq!(u64::from(version.period), period);
         let pick = |turn: u64| {
             let slot = self.slots[&(version.base + (turn % period) as u32)];
             (slot.len > 0).then(|| endpoint(self.runs[&slot.entry(turn / period)]).endpoint.socket_addr())
         };
         (0..count).map(pick).collect()
+    }
+
+    /// Returns the list of turns that is published: its first entry in `ENTRIES`, its length, which is 0 if the schedule is in
+    /// slots, and whether it is behind the frontend's line instead.
+    fn list(&self, published: Published, version: Option<&FrontendVersion>) -> (u32, u32, bool) {
+        match version {
+            Some(version) => (version.entries, version.entry_count, version.flags & VersionFlags::INLINE != 0),
+            None => (published.base(), published.period(), published.has(PublishedFlags::INLINE)),
+        }
+    }
+
+    fn turn(&self, id: FrontendId, is_inline: bool, base: u32, turn: u32) -> Entry {
+        if is_inline { self.inline[&id][turn as usize] } else { self.entries[&(base + turn)] }
     }
 
     /// Returns the endpoints that a client with session affinity may return to.
@@ -185,9 +204,14 @@ impl FakeMaps {
                 version: None,
                 runs: (0, 0),
             };
-            if published.has(PublishedFlags::DETAILED) {
-                let index = VersionIndex::new(published.base());
-                let version = self.versions[&index];
+            let version =
+                published.has(PublishedFlags::DETAILED).then(|| self.versions[&VersionIndex::new(published.base())]);
+            let (base, len, is_inline) = self.list(published, version.as_ref());
+            for entry in (0..len).map(|turn| self.turn(*id, is_inline, base, turn)) {
+                pools.insert(PoolId::new(entry.pool));
+                backends.insert(BackendId::new(entry.backend_id));
+            }
+            if let Some(version) = version {
                 let slots: Vec<Slot> = (version.base..version.base + version.period).map(|i| self.slots[&i]).collect();
                 pools.extend(slots.iter().map(|slot| PoolId::new(slot.pool)));
                 let of_slots = slots.iter().filter(|slot| slot.len > 0).map(|slot| (slot.first, slot.len));
@@ -198,13 +222,8 @@ impl FakeMaps {
                 let ranges: Vec<(u32, u32)> = of_slots.chain(members).collect();
                 let start = ranges.iter().map(|(first, _)| *first).min().unwrap_or(0);
                 let end = ranges.iter().map(|(first, len)| first + len).max().unwrap_or(0);
-                pinned.version = Some((index, version));
+                pinned.version = Some((VersionIndex::new(published.base()), version));
                 pinned.runs = (start, end - start);
-            } else {
-                for i in published.base()..published.base() + published.period() {
-                    pools.insert(PoolId::new(self.entries[&i].pool));
-                    backends.insert(BackendId::new(self.entries[&i].backend_id));
-                }
             }
             frontends.push(pinned);
         }

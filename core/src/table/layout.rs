@@ -9,13 +9,14 @@ use std::{
 };
 
 use portolan_common::{
-    Backend, Endpoint, Entry, FrontendKey, FrontendVersion, LbPolicy, PoolLimits, Published, PublishedFlags, Slot,
+    Backend, Endpoint, Entry, Frontend, FrontendKey, FrontendVersion, PoolLimits, Published, PublishedFlags, Slot,
     VersionFlags,
 };
 use siphasher::sip::SipHasher13;
 
 use super::{
     FrontendSpec, PoolSpec, Table,
+    demand::Demand,
     frontend_lines::FrontendLines,
     ids::{BackendId, FrontendId, Generation, GraceEpoch, PoolId, VersionIndex},
     kernel_state::{PinnedFrontend, PinnedState},
@@ -25,7 +26,7 @@ use super::{
 };
 use crate::{
     model::{ConnectionPool, Protocol},
-    policy::{PoolKey, Schedule},
+    policy::PoolKey,
 };
 
 /// A frontend as the kernel holds it.
@@ -42,6 +43,8 @@ struct PlacedFrontend {
     /// Whether a previous agent wrote the frontend and this agent has not replaced it yet.
     adopted: bool,
     runs: (u32, u32),
+    /// The last epoch in which programs may have begun to read turns of an earlier version behind the frontend's line.
+    inline_until: Option<GraceEpoch>,
 }
 
 /// The contents of the kernel's maps, and the index of each item.
@@ -64,6 +67,10 @@ pub struct Layout {
     /// Tags the ranges that the current publication frees.
     /// [`Self::reclaim`] makes them reusable.
     epoch: GraceEpoch,
+    /// The last epoch in which a version with turns behind its frontend's line was replaced.
+    inline_freed: Option<GraceEpoch>,
+    /// The last epoch that has been reclaimed.
+    reclaimed: Option<GraceEpoch>,
     /// The endpoints that frontends have lost since the last [`Self::drain_removed`].
     lost: BTreeMap<Protocol, RemovedEndpoints>,
 }
@@ -90,6 +97,8 @@ impl Layout {
             limits: HashMap::new(),
             generation: Generation::default(),
             epoch: GraceEpoch::new(1),
+            inline_freed: None,
+            reclaimed: None,
             lost: BTreeMap::new(),
         }
     }
@@ -114,15 +123,15 @@ impl Layout {
         for PinnedFrontend { key, id, epoch, published, generation, version, runs } in held.frontends {
             layout.lines.claim(&key, id, epoch);
             layout.generation = layout.generation.max(generation);
-            match &version {
-                Some((index, version)) => {
-                    layout.versions.claim(index.get(), 1);
-                    layout.slots.claim(version.base, version.period);
-                    layout.runs.claim(runs.0, runs.1);
-                }
-                None => layout.entries.claim(published.base(), published.period()),
+            if let Some((index, version)) = &version {
+                layout.versions.claim(index.get(), 1);
+                layout.slots.claim(version.base, version.period);
+                layout.runs.claim(runs.0, runs.1);
             }
-            let placed = PlacedFrontend { id, epoch, published, version, entry: None, adopted: true, runs };
+            let placed =
+                PlacedFrontend { id, epoch, published, version, entry: None, adopted: true, runs, inline_until: None };
+            let (first, len) = placed.entries();
+            layout.entries.claim(first, len);
             layout.frontends.insert(key, placed);
         }
         layout
@@ -147,7 +156,9 @@ impl Layout {
         let epoch = self.epoch;
         let ranges =
             [&self.entries, &self.versions, &self.slots, &self.runs, self.backends.ranges(), self.pools.ranges()];
-        if !self.lines.has_deferred(epoch) && !ranges.into_iter().any(|ranges| ranges.has_deferred(epoch)) {
+        let is_inline = self.inline_freed == Some(epoch);
+        if !is_inline && !self.lines.has_deferred(epoch) && !ranges.into_iter().any(|ranges| ranges.has_deferred(epoch))
+        {
             return None;
         }
         self.epoch = epoch.next();
@@ -158,6 +169,7 @@ impl Layout {
     /// Call this once every program that was running when the epoch ended has finished.
     pub fn reclaim(&mut self, epoch: GraceEpoch) {
         self.lines.reclaim(epoch);
+        self.reclaimed = self.reclaimed.max(Some(epoch));
         let ranges = [
             &mut self.entries,
             &mut self.versions,
@@ -313,33 +325,17 @@ impl Layout {
             None => self.lines.find_free(key).map_err(|full| ("FRONTENDS", full))?,
         };
         let demand = Demand::of(key, entry);
-        let room = self.reserve(&demand)?;
+        let inline_until = self.inline_until(key);
+        let is_inline = demand.turns.len() <= Frontend::INLINE && inline_until <= self.reclaimed;
+        let room = self.reserve(&demand, is_inline)?;
         let taken = self
             .acquire_backends(entry, ops)
             .and_then(|()| self.acquire_pools(entry, ops).inspect_err(|_| self.unalloc_backends(entry)));
         let pools = match taken {
             Ok(pools) => pools,
             Err(full) => {
-                self.release_reservation(&demand, &room);
+                self.release_reservation(&room);
                 return Err(full);
-            }
-        };
-        self.generation = self.generation.next();
-        let strict = if entry.is_strict() { PublishedFlags::STRICT } else { 0 };
-        let (mut version, mut runs) = (None, (0, 0));
-        let published = match &demand {
-            Demand::Nothing => Published::new(0, 0, strict),
-            Demand::Entries(turns) => {
-                ops.push(Op::SetEntries(room.entries, self.entries_of(entry, &pools, turns)));
-                Published::new(room.entries, turns.len() as u16, strict)
-            }
-            Demand::Version { run_entries, live, .. } => {
-                let detailed = self.version_of(entry, &pools, live, &room, ops);
-                ops.push(Op::SetVersion(room.index, detailed));
-                version = Some((room.index, detailed));
-                runs = (room.runs, *run_entries);
-                let period = detailed.period as u16;
-                Published::new(room.index.get(), period, strict | PublishedFlags::DETAILED)
             }
         };
         let (id, epoch) = before.unwrap_or_else(|| {
@@ -348,11 +344,44 @@ impl Layout {
             ops.push(Op::ResetFrontend(placement.id, placement.epoch));
             (placement.id, placement.epoch)
         });
+        if !demand.turns.is_empty() {
+            let entries = self.entries_of(entry, &pools, &demand.turns);
+            ops.push(if is_inline { Op::SetInline(id, entries) } else { Op::SetEntries(room.entries.0, entries) });
+        }
+        let mut flags = if entry.is_strict() { PublishedFlags::STRICT } else { 0 };
+        let (mut version, mut runs) = (None, (0, 0));
+        let published = match &demand.version {
+            None => {
+                let has_inline = is_inline && !demand.turns.is_empty();
+                flags |= if has_inline { PublishedFlags::INLINE } else { 0 };
+                Published::new(room.entries.0, demand.turns.len() as u16, flags)
+            }
+            Some(needed) => {
+                let mut detailed = self.version_of(entry, &pools, &needed.live, &room, !demand.turns.is_empty(), ops);
+                (detailed.entries, detailed.entry_count) = (room.entries.0, demand.turns.len() as u32);
+                detailed.flags |= if is_inline && !demand.turns.is_empty() { VersionFlags::INLINE } else { 0 };
+                let index = VersionIndex::new(room.version.0);
+                ops.push(Op::SetVersion(index, detailed));
+                version = Some((index, detailed));
+                runs = room.runs;
+                let period = detailed.period.max(detailed.entry_count) as u16;
+                Published::new(index.get(), period, flags | PublishedFlags::DETAILED)
+            }
+        };
+        self.generation = self.generation.next();
         ops.push(Op::Publish(id, published, self.generation));
         if before.is_none() {
             ops.push(Op::AddFrontend(*key, id));
         }
-        Ok(PlacedFrontend { id, epoch, published, version, entry: Some(entry.clone()), adopted: false, runs })
+        let entry = Some(entry.clone());
+        Ok(PlacedFrontend { id, epoch, published, version, entry, adopted: false, runs, inline_until })
+    }
+
+    /// Returns the last epoch in which programs may have begun to read turns behind a frontend's line, once its current
+    /// version is replaced.
+    fn inline_until(&self, key: &FrontendKey) -> Option<GraceEpoch> {
+        let placed = self.frontends.get(key)?;
+        if placed.is_inline() { Some(self.epoch) } else { placed.inline_until }
     }
 
     /// Returns the turns of a schedule that is a list of endpoints.
@@ -372,20 +401,23 @@ impl Layout {
         turns.iter().map(turn).collect()
     }
 
-    /// Appends the runs and slots of a schedule that is more than a list of endpoints, and returns its version.
+    /// Appends the runs and slots of a schedule that is more than a list of endpoints, and returns its version without
+    /// such a list.
     fn version_of(
         &self,
         entry: &FrontendSpec,
         pools: &[PoolId],
         live: &BTreeSet<SocketAddr>,
         room: &Reservation,
+        is_list: bool,
         ops: &mut Vec<Op>,
     ) -> FrontendVersion {
         let schedule = &entry.schedule;
-        let mut first = room.runs;
-        let mut slots_of = Vec::with_capacity(schedule.runs.len());
+        let runs = if is_list { &[] } else { schedule.runs.as_slice() };
+        let mut first = room.runs.0;
+        let mut slots_of = Vec::with_capacity(runs.len());
         let mut ids = Vec::new();
-        for run in &schedule.runs {
+        for run in runs {
             let len = run.members.len() as u32;
             let route = run.route as usize;
             slots_of.push(Slot {
@@ -412,58 +444,67 @@ impl Layout {
         }
         ids.extend(members.iter().map(|id| id.get()));
         ids.extend(members.iter().map(|id| pool_of.get(id).copied().unwrap_or(PoolId::NONE).get()));
+        let turns = if is_list { &[] } else { schedule.turns.as_slice() };
         let slots: Vec<Slot> =
-            schedule.turns.iter().map(|turn| Slot { visit: turn.visit, ..slots_of[turn.run as usize] }).collect();
+            turns.iter().map(|turn| Slot { visit: turn.visit, ..slots_of[turn.run as usize] }).collect();
         let period = slots.len() as u32;
         if !ids.is_empty() {
-            ops.push(Op::SetRuns(room.runs, ids));
+            ops.push(Op::SetRuns(room.runs.0, ids));
         }
-        ops.push(Op::SetSlots(room.slots, slots));
+        if !slots.is_empty() {
+            ops.push(Op::SetSlots(room.slots.0, slots));
+        }
         FrontendVersion {
-            base: room.slots,
+            base: room.slots.0,
             period,
             members: first,
             member_count: members.len() as u32,
             affinity_seconds: entry.affinity.map_or(0, seconds),
             flags: if entry.random { VersionFlags::RANDOM } else { 0 },
-            reserved: Default::default(),
+            entries: 0,
+            entry_count: 0,
         }
     }
 
-    /// Allocates the ranges that belong to one frontend alone.
+    /// Allocates the ranges that belong to one frontend alone; its turns need none if they are `inline`.
     /// Allocates nothing if one of them does not fit.
-    fn reserve(&mut self, demand: &Demand) -> Result<Reservation, (&'static str, OutOfCapacity)> {
-        let take = |ranges: &mut RangeAllocator, len, map| match len {
-            0 => Ok(0),
-            len => ranges.alloc(len).map_err(|full| (map, full)),
-        };
+    fn reserve(&mut self, demand: &Demand, inline: bool) -> Result<Reservation, (&'static str, OutOfCapacity)> {
         let mut room = Reservation::default();
-        match demand {
-            Demand::Nothing => {}
-            Demand::Entries(turns) => room.entries = take(&mut self.entries, turns.len() as u32, "ENTRIES")?,
-            Demand::Version { period, run_entries, .. } => {
-                let index = take(&mut self.versions, 1, "VERSIONS")?;
-                room.index = index.into();
-                room.slots =
-                    take(&mut self.slots, *period, "SLOTS").inspect_err(|_| self.versions.unalloc(index, 1))?;
-                room.runs = take(&mut self.runs, *run_entries, "RUNS").inspect_err(|_| {
-                    self.versions.unalloc(index, 1);
-                    self.slots.unalloc(room.slots, *period);
-                })?;
-            }
+        let fits = self.take_ranges(demand, inline, &mut room);
+        if fits.is_err() {
+            self.release_reservation(&room);
         }
-        Ok(room)
+        fits.map(|()| room)
     }
 
-    fn release_reservation(&mut self, demand: &Demand, room: &Reservation) {
-        match demand {
-            Demand::Nothing => {}
-            Demand::Entries(turns) => self.entries.unalloc(room.entries, turns.len() as u32),
-            Demand::Version { period, run_entries, .. } => {
-                self.versions.unalloc(room.index.get(), 1);
-                self.slots.unalloc(room.slots, *period);
-                self.runs.unalloc(room.runs, *run_entries);
-            }
+    fn take_ranges(
+        &mut self,
+        demand: &Demand,
+        inline: bool,
+        room: &mut Reservation,
+    ) -> Result<(), (&'static str, OutOfCapacity)> {
+        let take = |ranges: &mut RangeAllocator, len, map| match len {
+            0 => Ok((0, 0)),
+            len => ranges.alloc(len).map(|first| (first, len)).map_err(|full| (map, full)),
+        };
+        room.entries = take(&mut self.entries, if inline { 0 } else { demand.turns.len() as u32 }, "ENTRIES")?;
+        if let Some(needed) = &demand.version {
+            room.version = take(&mut self.versions, 1, "VERSIONS")?;
+            room.slots = take(&mut self.slots, needed.period, "SLOTS")?;
+            room.runs = take(&mut self.runs, needed.run_entries, "RUNS")?;
+        }
+        Ok(())
+    }
+
+    fn release_reservation(&mut self, room: &Reservation) {
+        let ranges = [
+            (&mut self.entries, room.entries),
+            (&mut self.versions, room.version),
+            (&mut self.slots, room.slots),
+            (&mut self.runs, room.runs),
+        ];
+        for (ranges, (first, len)) in ranges.into_iter().filter(|(_, (_, len))| *len > 0) {
+            ranges.unalloc(first, len);
         }
     }
 
@@ -550,14 +591,16 @@ impl Layout {
             RemovedEndpoints::These(none) if none.is_empty() => {}
             lost => self.lost.entry(protocol).or_default().add(lost),
         }
-        match &old.version {
-            Some((index, version)) => {
-                self.slots.defer_free(epoch, version.base, version.period);
-                self.runs.defer_free(epoch, old.runs.0, old.runs.1);
-                self.versions.defer_free(epoch, index.get(), 1);
-            }
-            None => self.entries.defer_free(epoch, old.published.base(), old.published.period()),
+        if let Some((index, version)) = &old.version {
+            self.slots.defer_free(epoch, version.base, version.period);
+            self.runs.defer_free(epoch, old.runs.0, old.runs.1);
+            self.versions.defer_free(epoch, index.get(), 1);
         }
+        if old.is_inline() {
+            self.inline_freed = Some(epoch);
+        }
+        let (first, len) = old.entries();
+        self.entries.defer_free(epoch, first, len);
         if whole {
             self.lines.defer_free(epoch, old.id);
         }
@@ -573,100 +616,32 @@ impl PlacedFrontend {
     fn period(&self) -> u32 {
         self.published.period()
     }
-}
 
-/// What a frontend needs for itself alone.
-enum Demand {
-    /// It refuses all connections.
-    Nothing,
-    /// Its schedule is a list of endpoints: this member of this run at each turn.
-    Entries(Vec<(u32, u32)>),
-    /// Its schedule is more than that.
-    Version {
-        /// The number of slots.
-        period: u32,
-        /// The number of entries of `RUNS`.
-        run_entries: u32,
-        /// The endpoints that clients may return to.
-        live: BTreeSet<SocketAddr>,
-    },
-}
-
-/// The longest list of endpoints that a schedule with several runs is turned into.
-/// One run alone may be longer.
-const MAX_TURNS: u64 = 1_024;
-
-impl Demand {
-    fn of(key: &FrontendKey, entry: &FrontendSpec) -> Self {
-        let schedule = &entry.schedule;
-        if schedule.is_empty() {
-            return Self::Nothing;
+    /// Returns whether its turns are behind its line.
+    fn is_inline(&self) -> bool {
+        match &self.version {
+            Some((_, version)) => version.flags & VersionFlags::INLINE != 0,
+            None => self.published.has(PublishedFlags::INLINE),
         }
-        let has_returning_clients = entry.affinity.is_some() || key.protocol() == Protocol::Udp.number();
-        let is_limited = entry.pools.iter().any(|pool| pool.limits.max_connections.is_some());
-        if !has_returning_clients
-            && !is_limited
-            && !entry.random
-            && let Some(turns) = turns(schedule)
-        {
-            return Self::Entries(turns);
+    }
+
+    /// Returns the range of `ENTRIES` that it uses: first entry and number of entries.
+    fn entries(&self) -> (u32, u32) {
+        match &self.version {
+            _ if self.is_inline() => (0, 0),
+            Some((_, version)) => (version.entries, version.entry_count),
+            None => (self.published.base(), self.published.period()),
         }
-        // Frontends with returning clients also list their members behind the runs.
-        let live: BTreeSet<SocketAddr> = if has_returning_clients {
-            let visited = schedule.runs.iter().filter(|run| run.visits > 0);
-            visited.flat_map(|run| run.members.iter().copied()).collect()
-        } else {
-            BTreeSet::new()
-        };
-        let run_members: u32 = schedule.runs.iter().map(|run| run.members.len() as u32).sum();
-        let period = schedule.turns.len() as u32;
-        Self::Version { period, run_entries: run_members + 2 * live.len() as u32, live }
     }
 }
 
-/// Returns a schedule as a list of (run, member) that repeats, or `None` if it is none, or a long one.
-///
-/// The kernel visits the runs in the order of the turns, and each time takes the next member of the run.
-fn turns(schedule: &Schedule) -> Option<Vec<(u32, u32)>> {
-    let period = schedule.turns.len() as u64;
-    let mut rounds = 1u64;
-    for run in schedule.runs.iter().filter(|run| run.visits > 0) {
-        let (len, visits) = (run.members.len() as u64, u64::from(run.visits));
-        if len == 0 || run.choice != LbPolicy::RoundRobin {
-            return None;
-        }
-        // After this many rounds the run is where it began.
-        let own = len / gcd(len, visits);
-        rounds = rounds / gcd(rounds, own) * own;
-        if period * rounds > MAX_TURNS && schedule.runs.len() > 1 {
-            return None;
-        }
-    }
-    let all = u16::try_from(period * rounds).ok()?;
-    let turn = |i: u16| {
-        let (round, place) = (u64::from(i) / period, u64::from(i) % period);
-        let turn = schedule.turns[place as usize];
-        let run = &schedule.runs[turn.run as usize];
-        let visit = round * u64::from(run.visits) + u64::from(turn.visit);
-        (turn.run, (visit % run.members.len() as u64) as u32)
-    };
-    Some((0..all).map(turn).collect())
-}
-
-fn gcd(mut a: u64, mut b: u64) -> u64 {
-    while b != 0 {
-        (a, b) = (b, a % b);
-    }
-    a
-}
-
-/// The first entries of the ranges that belong to one frontend alone.
+/// The ranges that belong to one frontend alone: first entry and number of entries.
 #[derive(Default)]
 struct Reservation {
-    entries: u32,
-    index: VersionIndex,
-    slots: u32,
-    runs: u32,
+    entries: (u32, u32),
+    version: (u32, u32),
+    slots: (u32, u32),
+    runs: (u32, u32),
 }
 
 /// Converts a pool's limits to the kernel's representation.

@@ -6,6 +6,7 @@
 //! `Layout::update` returns the writes that lead from one to the other, ordered so that every prefix leaves a
 //! consistent state.
 
+mod demand;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake_maps;
 mod frontend_lines;

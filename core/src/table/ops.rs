@@ -26,6 +26,8 @@ pub enum Op {
     SetSlots(u32, Vec<Slot>),
     /// Writes turns to `ENTRIES`, starting at this entry.
     SetEntries(u32, Vec<Entry>),
+    /// Writes all turns of a frontend behind its line, where no program reads them yet.
+    SetInline(FrontendId, Vec<Entry>),
     /// Writes a version of a frontend to an index that no program reads yet.
     SetVersion(VersionIndex, FrontendVersion),
     /// Resets the cursor and counters of a frontend's line, for this epoch.

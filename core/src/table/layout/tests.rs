@@ -81,10 +81,11 @@ proptest! {
         let (mut layout, mut maps) = (Layout::new(SMALL), FakeMaps::default());
         let mut before = Table::default();
         // Versions that a program may still be reading, with the picks that they gave.
-        let mut read: Vec<(Published, Vec<Option<SocketAddr>>)> = Vec::new();
+        let mut read: Vec<(FrontendId, Published, Vec<Option<SocketAddr>>)> = Vec::new();
         for (table, settles) in tables.iter().zip(settles) {
             for key in maps.keys() {
-                read.push((maps.published(key), maps.picks(key, PICKS)));
+                let id = maps.frontend(key).unwrap().0;
+                read.push((id, maps.published(key), maps.picks(key, PICKS)));
             }
             let (ops, refused) = layout.update(table, Completeness::Complete);
             // Without grace periods, ranges run out: the update is rejected, and nothing else breaks.
@@ -97,8 +98,8 @@ proptest! {
                     let mut versions = versions.map(|entry| expected(&entry.schedule));
                     prop_assert!(versions.any(|version| version == picks), "a partial update is visible");
                 }
-                for (published, picks) in &read {
-                    prop_assert_eq!(&maps.picks_of(*published, PICKS), picks, "what is still in use has changed");
+                for (id, published, picks) in &read {
+                    prop_assert_eq!(&maps.picks_of(*id, *published, PICKS), picks, "what is still in use has changed");
                 }
             }
             let present: BTreeSet<_> = maps.keys().collect();
@@ -237,6 +238,29 @@ fn rejected_frontend_leaves_limits_unchanged() {
     assert_eq!((ops.iter().filter(|op| matches!(op, Op::SetPool(..))).count(), refused.len()), (1, 0));
 }
 
+#[test]
+fn short_lists_are_behind_their_line_once_no_program_reads_an_earlier_one() {
+    let mut layout = Layout::new(SMALL);
+    let is_inline = |ops: &[Op]| ops.iter().any(|op| matches!(op, Op::SetInline(..)));
+    let mut publish = |members: &[u8], settles: bool| {
+        // Frontend 1 is a mere list, and frontend 2 also lists its members.
+        let wanted = table(&[(1, vec![(1, members.to_vec())]), (2, vec![(1, members.to_vec())])]);
+        let (ops, refused) = layout.update(&wanted, Completeness::Complete);
+        assert_eq!(refused, []);
+        let used = layout.occupancy().iter().find(|(name, ..)| *name == "entries").unwrap().1;
+        if settles {
+            reclaim(&mut layout);
+        }
+        (is_inline(&ops), used)
+    };
+    assert_eq!(publish(&[1, 2], true), (true, 0));
+    assert_eq!(publish(&[1, 3], false), (false, 4), "programs may be reading the first list");
+    assert_eq!(publish(&[1, 4], false), (false, 8));
+    assert_eq!(publish(&[1, 5], true), (false, 12));
+    assert_eq!(publish(&[1, 6], true), (true, 4), "a grace period has elapsed");
+    assert_eq!(publish(&(1..=5).collect::<Vec<_>>(), true), (false, 10), "too long");
+}
+
 /// The kernel still sends connections to the previous endpoints of a rejected frontend.
 #[test]
 fn backends_of_rejected_adopted_frontend_are_not_reused() {
@@ -246,8 +270,8 @@ fn backends_of_rejected_adopted_frontend_are_not_reused() {
     ops.iter().for_each(|op| maps.write(op));
     let held = maps.read_back();
     let mut layout = Layout::adopt(sizes, held);
-    // Three entries do not fit beside the two that are in use.
-    let too_much = (1, vec![(1, vec![1, 2, 3])]);
+    // Neither behind the line nor in `ENTRIES` is room for as many turns.
+    let too_much = (1, vec![(1, (1..=5).collect())]);
     let (_, refused) = layout.update(&table(std::slice::from_ref(&too_much)), Completeness::Complete);
     assert_eq!(refused.len(), 1);
     for member in [7, 8] {
