@@ -7,7 +7,7 @@ use portolan_bench::task::Task;
 use portolan_core::table::{Sizes, Table};
 use portolan_datapath::floor::Floor;
 use portolan_tests::{
-    CountingServer, Foreign, ForeignProgram, TestBed,
+    Cgroup, CountingServer, Foreign, ForeignProgram, TestBed,
     direct::{Direct, table},
 };
 use serde::Serialize;
@@ -19,7 +19,9 @@ use crate::{
     world::{SERVICE, SERVICE_PORT, Worker, client, client_on, serve_on},
 };
 
-const ENDPOINTS: u32 = 10;
+/// Endpoints of each Service. Most Services have few, whose turns are beside the frontend.
+const FEW: u32 = 4;
+const MANY: u32 = 10;
 
 /// Run time of the programs in nanoseconds, from the kernel's statistics (`BPF_STATS_RUN_TIME`).
 ///
@@ -41,7 +43,7 @@ pub(crate) struct InKernel {
     /// Ratios of the same rounds, Portolan to the floor.
     pub(crate) hit_to_floor: Median,
     pub(crate) miss_to_floor: Median,
-    /// All programs together, for one connection to a Service address, from connect to close.
+    /// All programs together, for one connection to a Service address with one request, from connect to close.
     pub(crate) connection: Median,
     /// An empty program: the overhead of the statistics, which no other figure includes.
     pub(crate) nothing: Median,
@@ -65,11 +67,12 @@ const PROGRAMS: [&str; 5] = ["connect4", "sock_ops", "sock_release", "sendmsg4",
 /// One Service is dialed by each of these numbers of clients, which share its cursor. Larger tables are dialed in turn by
 /// one client.
 pub(crate) fn run(services: &[u32], threads: &[usize], rounds: usize, connections: u64) -> Result<Vec<InKernel>> {
-    let single_service = threads.iter().map(|threads| (1, *threads));
-    let larger_tables = services.iter().filter(|services| **services > 1).map(|services| (*services, 1));
-    let measured = |(services, threads)| {
-        progress(&format!("in the kernel, {services} services, {threads} threads"));
-        measure(services, threads, rounds, connections)
+    let single_service = threads.iter().map(|threads| (1, MANY, *threads));
+    let larger_tables = services.iter().filter(|services| **services > 1);
+    let larger_tables = larger_tables.flat_map(|services| [(*services, FEW, 1), (*services, MANY, 1)]);
+    let measured = |(services, each, threads)| {
+        progress(&format!("in the kernel, {services} services of {each} endpoints, {threads} threads"));
+        measure(services, each, threads, rounds, connections)
     };
     single_service.chain(larger_tables).map(measured).collect()
 }
@@ -96,12 +99,12 @@ pub(crate) fn mean(from: (u64, u64), to: (u64, u64)) -> f64 {
     (to.0 - from.0) as f64 / (to.1 - from.1).max(1) as f64
 }
 
-/// Returns the frontends of `count` Services, and a table in which each has ten endpoints of its own.
-fn services(count: u32) -> (Vec<SocketAddr>, Table) {
+/// Returns the frontends of `count` Services, and a table in which each has `each` endpoints of its own, at this port.
+fn services(count: u32, each: u32, port: u16) -> (Vec<SocketAddr>, Table) {
     let frontend = |i: u32| SocketAddr::from(([172, 16 + (i >> 16) as u8, (i >> 8) as u8, i as u8], 80));
-    let endpoint = |i: u32| SocketAddr::from(([10, 1 + (i >> 16) as u8, (i >> 8) as u8, i as u8], QUIET));
+    let endpoint = |i: u32| SocketAddr::from(([10, 1 + (i >> 16) as u8, (i >> 8) as u8, i as u8], port));
     let frontends: Vec<SocketAddr> = (0..count).map(frontend).collect();
-    let all = (0..count).map(|i| (frontend(i), (0..ENDPOINTS).map(|e| endpoint(i * ENDPOINTS + e)).collect()));
+    let all = (0..count).map(|i| (frontend(i), (0..each).map(|e| endpoint(i * MANY + e)).collect()));
     let table = table(all);
     (frontends, table)
 }
@@ -113,12 +116,19 @@ pub(crate) const FIRST: u16 = 9078;
 /// The port whose connections the server does not accept until it is asked to, so that no wakeup disturbs the client.
 pub(crate) const QUIET: u16 = FIRST + 2;
 
+/// Returns the path of a container's cgroup, as the kubelet names it, below the cgroup of all pods.
+pub(crate) fn container(pod: usize) -> String {
+    format!("kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{pod}.slice/cri-{pod}.scope")
+}
+
 /// A node without an agent, all of whose 10.0.0.0/8 one server serves.
 pub(crate) struct Node {
     // Detached in this order: programs before their cgroup is removed.
     pub(crate) nothing: ForeignProgram,
     pub(crate) clients: Vec<Worker>,
     pub(crate) server: Worker,
+    /// Where a container's cgroup is on a cluster's node, below the served one.
+    pub(crate) pod: Cgroup,
     pub(crate) bed: TestBed,
     /// The next address that is dialed.
     next: usize,
@@ -131,8 +141,9 @@ impl Node {
         let server = serve_on(&bed.namespace, SocketAddr::from(([0, 0, 0, 0], FIRST)))?;
         // Attached first, because the program that runs first pays for cold caches.
         let nothing = ForeignProgram::attach(&bed.cgroup, Foreign::Allow)?;
-        let clients = (0..threads).map(|cpu| client_on(cpu, &bed.namespace, &bed.cgroup)).collect::<Result<_>>()?;
-        Ok(Self { nothing, clients, server, bed, next: 0 })
+        let pod = bed.cgroup.make_inside(&container(0))?;
+        let clients = (0..threads).map(|cpu| client_on(cpu, &bed.namespace, &pod)).collect::<Result<_>>()?;
+        Ok(Self { nothing, clients, server, pod, bed, next: 0 })
     }
 
     /// Connects to these addresses in turn, this often with all clients together.
@@ -152,6 +163,26 @@ impl Node {
         }
         Ok(())
     }
+
+    /// Makes this many requests from the first client, to these addresses in turn, each on a connection of its own.
+    fn request(&mut self, to: &[SocketAddr], count: u64) -> Result<()> {
+        let count = usize::try_from(count)?;
+        self.clients[0].ask(&Task::RequestEach { to: to.to_vec(), first: self.next, count })?;
+        self.next += count;
+        Ok(())
+    }
+
+    /// Returns the run time of all programs for each of this many requests, without that of the statistics.
+    fn cost_of_requests(&mut self, to: &[SocketAddr], count: u64) -> Result<f64> {
+        let all = |bed: &TestBed| HOOKS.map(|name| counted(bed, name)).into_iter().collect::<Result<Vec<_>>>();
+        let (before, nothing_before) = (all(&self.bed)?, self.nothing.counted()?);
+        self.request(to, count)?;
+        let nothing = mean(nothing_before, self.nothing.counted()?);
+        let net = |(before, after): (&(u64, u64), (u64, u64))| {
+            (after.0 - before.0) as f64 - nothing * (after.1 - before.1) as f64
+        };
+        Ok(before.iter().zip(all(&self.bed)?).map(net).sum::<f64>() / count as f64)
+    }
 }
 
 /// The figures of one round.
@@ -160,14 +191,15 @@ struct Round {
     miss: f64,
     floor_hit: f64,
     floor_miss: f64,
-    connection: f64,
     nothing: f64,
 }
 
-fn measure(count: u32, threads: usize, rounds: usize, connections: u64) -> Result<InKernel> {
-    let (frontends, table) = services(count);
+fn measure(count: u32, each: u32, threads: usize, rounds: usize, connections: u64) -> Result<InKernel> {
+    let (frontends, table) = services(count, each, QUIET);
     let (mut ours, mut theirs) = (Node::new("kernel", threads)?, Node::new("floor", threads)?);
-    let mut direct = Direct::new(&ours.bed, Sizes::default())?;
+    // Room for two tables: the second one is written before the first one is freed.
+    let sizes = Sizes { backends: (1 << 17).max(count * each * 3), ..Sizes::default() };
+    let mut direct = Direct::new(&ours.bed, sizes)?;
     direct.publish(&table)?;
     let endpoint = |i: usize| SocketAddr::from(([10, 1, (i >> 8) as u8, i as u8], QUIET));
     let pairs = frontends.iter().enumerate().map(|(i, frontend)| Ok((v4(*frontend)?, v4(endpoint(i))?)));
@@ -181,9 +213,9 @@ fn measure(count: u32, threads: usize, rounds: usize, connections: u64) -> Resul
     let mut all = Vec::new();
     for _ in 0..rounds {
         let nothing_before = ours.nothing.counted()?;
-        let before = HOOKS.map(|name| counted(&ours.bed, name));
+        let start = counted(&ours.bed, HOOKS[0])?;
         ours.dial(&frontends, connections)?;
-        let after = HOOKS.map(|name| counted(&ours.bed, name));
+        let hits = counted(&ours.bed, HOOKS[0])?;
         ours.dial(&direct_address, connections)?;
         let missed = counted(&ours.bed, HOOKS[0])?;
         let nothing = mean(nothing_before, ours.nothing.counted()?);
@@ -192,25 +224,23 @@ fn measure(count: u32, threads: usize, rounds: usize, connections: u64) -> Resul
         let floor_after = floor.counted()?;
         theirs.dial(&direct_address, connections)?;
         let floor_missed = floor.counted()?;
-        let mut connection = 0.0;
-        for (before, after) in before.iter().zip(&after) {
-            let (Ok(before), Ok(after)) = (before, after) else { bail!("a program has no statistics") };
-            connection += (after.0 - before.0) as f64 - nothing * (after.1 - before.1) as f64;
-        }
-        let (Ok(start), Ok(hits)) = (&before[0], &after[0]) else { bail!("connect4 has no statistics") };
         all.push(Round {
-            hit: mean(*start, *hits) - nothing,
-            miss: mean(*hits, missed) - nothing,
+            hit: mean(start, hits) - nothing,
+            miss: mean(hits, missed) - nothing,
             floor_hit: mean(floor_before, floor_after) - nothing,
             floor_miss: mean(floor_after, floor_missed) - nothing,
-            connection: connection / connections as f64,
             nothing,
         });
     }
+    // The same services, with a server that answers.
+    direct.publish(&services(count, each, FIRST).1)?;
+    ours.request(&frontends, u64::from(count))?;
+    let with_requests: Vec<f64> =
+        (0..rounds).map(|_| ours.cost_of_requests(&frontends, connections / 4)).collect::<Result<_>>()?;
     let median = |of: fn(&Round) -> f64| Median::of(all.iter().map(of)).context("no rounds");
     Ok(InKernel {
         services: count,
-        endpoints: count * ENDPOINTS,
+        endpoints: count * each,
         threads,
         hit: median(|round| round.hit)?,
         miss: median(|round| round.miss)?,
@@ -218,7 +248,7 @@ fn measure(count: u32, threads: usize, rounds: usize, connections: u64) -> Resul
         floor_miss: median(|round| round.floor_miss)?,
         hit_to_floor: median(|round| round.hit / round.floor_hit)?,
         miss_to_floor: median(|round| round.miss / round.floor_miss)?,
-        connection: median(|round| round.connection)?,
+        connection: Median::of(with_requests).context("no rounds")?,
         nothing: median(|round| round.nothing)?,
     })
 }

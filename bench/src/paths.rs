@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use crate::{
     figures::Median,
-    kernel::{AT_ONCE, FIRST, Node, QUIET, counted, mean},
+    kernel::{AT_ONCE, FIRST, Node, QUIET, container, counted, mean},
     progress,
     world::{Worker, client_on, serve_on},
 };
@@ -87,7 +87,7 @@ pub(crate) fn run(rounds: usize, calls: usize) -> Result<Vec<Way>> {
     let small = Sizes { connections: Sizes::CONNECTIONS.0, ..Sizes::default() };
     let mut exhausted = Direct::new(&full.bed, small)?;
     exhausted.publish(&frontends()?)?;
-    let mut holder = client_on(0, &full.bed.namespace, &full.bed.cgroup)?;
+    let mut holder = client_on(0, &full.bed.namespace, &full.pod)?;
     let (_, _, _, list) = WAYS[2];
     let held = usize::try_from(small.connections / 2)?;
     holder.ask(&Task::Hold { to: list.parse()?, count: held })?;
@@ -227,23 +227,21 @@ pub(crate) fn loads() -> Result<Vec<Load>> {
     let mut node = Node::new("load", 1)?;
     let mut direct = Direct::new(&node.bed, Sizes { connections: ENTRIES, ..Sizes::default() })?;
     direct.publish(&frontends()?)?;
-    let pods: Vec<_> = (0..PODS).map(|i| node.bed.cgroup.make_inside(&format!("pod{i}"))).collect::<Result<_>>()?;
+    let pods: Vec<_> = (1..=PODS).map(|pod| node.bed.cgroup.make_inside(&container(pod))).collect::<Result<_>>()?;
     let mut clients: Vec<Worker> =
         pods.iter().map(|pod| client_on(0, &node.bed.namespace, pod)).collect::<Result<_>>()?;
     let to: SocketAddr = WAYS[2].3.parse()?;
-    let mut all = Vec::new();
+    let before = direct.fallback()?;
+    let (mut all, mut open) = (Vec::new(), 0);
     for percent in [20, 50, 80] {
         let each = usize::try_from(ENTRIES * percent / 100)? / PODS;
-        let before = direct.fallback()?;
         for client in &mut clients {
-            client.ask(&Task::Hold { to, count: each })?;
+            client.ask(&Task::Hold { to, count: each - open })?;
             node.server.ask(&Task::Empty)?;
         }
+        open = each;
         let in_storage = direct.fallback()? - before;
         all.push(Load { percent, entries: ENTRIES, connections: each * PODS, in_storage });
-        for client in &mut clients {
-            client.ask(&Task::Hold { to, count: 0 })?;
-        }
     }
     Ok(all)
 }

@@ -34,7 +34,7 @@ pub enum Task {
         /// Number of connects.
         count: usize,
     },
-    /// Connects, and keeps the connections open instead of those of the last such task.
+    /// Connects, and keeps the connections open until the process ends.
     Hold {
         /// Address to connect to.
         to: SocketAddr,
@@ -59,6 +59,15 @@ pub enum Task {
     Request {
         /// Address to connect to.
         to: SocketAddr,
+        /// Number of requests.
+        count: usize,
+    },
+    /// The same, to each address in turn.
+    RequestEach {
+        /// Addresses to connect to.
+        to: Vec<SocketAddr>,
+        /// Which of them to begin with.
+        first: usize,
         /// Number of requests.
         count: usize,
     },

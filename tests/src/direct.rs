@@ -8,7 +8,7 @@ use std::{
     task::Poll,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail};
 use portolan_core::{
     model::Protocol,
     policy::{Schedule, Share, WeightedGroup},
@@ -82,8 +82,10 @@ impl Direct {
         while let Poll::Ready(epoch) = self.poll_settled() {
             self.elapsed(epoch);
         }
-        ensure!(refused.is_empty(), "some frontends do not fit: {refused:?}");
-        Ok(())
+        match refused.first() {
+            None => Ok(()),
+            Some(first) => bail!("{} frontends do not fit; the first: {first:?}", refused.len()),
+        }
     }
 
     /// Waits until freed entries can be reused. Returns at once if none are pending.

@@ -72,7 +72,7 @@ fn tasks(mut work: impl FnMut(Task) -> Result<Measurement>) -> Result<()> {
     Ok(())
 }
 
-/// Runs a task. `held` are the connections that stay open between tasks.
+/// Runs a task. `held` are the connections that stay open after it.
 fn client(task: Task, held: &mut Vec<Socket>) -> Result<Measurement> {
     let (began, spent_before) = (Instant::now(), spent());
     let mut answer = match task {
@@ -96,8 +96,7 @@ fn client(task: Task, held: &mut Vec<Socket>) -> Result<Measurement> {
         Task::Hold { to, count } => {
             ensure!(count <= QUEUE as usize, "{count} connections exceed the server's listen backlog of {QUEUE}");
             let to = SockAddr::from(to);
-            allow_descriptors(count)?;
-            held.clear();
+            allow_descriptors(held.len() + count)?;
             each(count, |_| {
                 let socket = stream_socket(&to)?;
                 socket.connect(&to)?;
@@ -111,6 +110,7 @@ fn client(task: Task, held: &mut Vec<Socket>) -> Result<Measurement> {
             each(count, |_| Ok(socket.send_to(&[7], to).map(drop)?))?
         }
         Task::Request { to, count } => each(count, |_| request(to).map(drop))?,
+        Task::RequestEach { to, first, count } => each(count, |i| request(to[(first + i) % to.len()]).map(drop))?,
         Task::RoundTrips { to, count } => {
             let mut stream = TcpStream::connect(to)?;
             stream.set_nodelay(true)?;

@@ -137,16 +137,20 @@ impl Report {
         }
         for row in self.kernel.iter().filter(|row| row.services == 1 && row.threads == 1 || row.services > 1) {
             let services = row.services;
+            let each = row.endpoints / services;
             for (what, ratio, own, floor) in [
                 ("hit", row.hit_to_floor, row.hit, row.floor_hit),
                 ("miss", row.miss_to_floor, row.miss, row.floor_miss),
             ] {
                 let measured = format!("{} ({:.0} / {:.0} ns)", with_interval(ratio), own.median, floor.median);
-                let what = format!("connect4 run time / floor, {what}, {services} services in turn");
+                let what =
+                    format!("connect4 run time / floor, {what}, {services} services of {each} endpoints in turn");
                 add(what, "≤ 1.1".to_owned(), measured, Verdict::at_most(ratio, 1.1));
             }
             let goal = if services == 1 { 300.0 } else { 900.0 };
-            let what = format!("all hooks of one connection, {services} services in turn");
+            let what = format!(
+                "all hooks of one connection with one request, {services} services of {each} endpoints in turn"
+            );
             let measured = format!("{} ns", with_interval(row.connection));
             add(what, format!("≤ {goal} ns"), measured, Verdict::at_most(row.connection, goal));
         }

@@ -129,7 +129,9 @@ impl Report {
             }
         }
         for row in &self.kernel {
-            let name = |what: &str| format!("{what}, {} services, {} threads", row.services, row.threads);
+            let name = |what: &str| {
+                format!("{what}, {} services, {} endpoints, {} threads", row.services, row.endpoints, row.threads)
+            };
             add(name("connect4 / floor, hit"), Better::Lower, row.hit_to_floor);
             add(name("connect4 / floor, miss"), Better::Lower, row.miss_to_floor);
             add(name("all hooks, ns"), Better::Lower, row.connection);

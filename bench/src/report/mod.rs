@@ -437,7 +437,7 @@ impl Report {
             about: "Time per run in ns, from the kernel's statistics (bpf_stats), as the median of interleaved rounds. \
                     All Services are dialed in turn. Threads that dial the same Service share its cursor. \
                     The floor is a minimal program: one hash lookup, one array read, the rewrite, no state. \
-                    `all hooks` is the sum over connect4, sock_ops and sock_release for one connection with one answer. \
+                    `all hooks` is the sum over connect4, sock_ops and sock_release for one connection with one request and its answer. \
                     The statistics themselves take as long as the empty program, which no other figure includes."
                 .to_owned(),
             header: words(&[
