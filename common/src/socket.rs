@@ -108,14 +108,16 @@ impl Connection {
     /// Returns the first of the [`Self::WAYS`] entries where the state of a socket may be.
     /// `address` is the lower half of the socket's kernel address, and 2^(32 - `shift`) the number of pairs.
     ///
-    /// The kernel allocates sockets from slabs of 32 KiB, one after the other.
+    /// The kernel allocates sockets from slabs of up to 32 KiB, mostly one after the other.
     /// Those of a slab have their entries in one page of 32 pairs, so that a new socket mostly finds its page where another
     /// one has been shortly before; and as sockets are longer than 1 KiB, each has another pair of the page.
+    /// Sockets are in the same places of all slabs, so that each slab begins at another pair.
     #[inline(always)]
     pub const fn first_way(address: u32, shift: u32) -> u32 {
         // The golden ratio spreads the slabs over all pages.
-        let page = (address >> 15).wrapping_mul(0x9e37_79b1) >> ((shift + 5) & 31);
-        (page << 5 | (address >> 10) & 31) << 1
+        let begin = (address >> 15).wrapping_mul(0x9e37_79b1) >> (shift & 31);
+        let pair = begin.wrapping_add(address >> 10) & 31;
+        (begin & !31 | pair) << 1
     }
 
     /// Returns the `shift` of [`Self::first_way`] for an array of this many entries, a power of two.
@@ -296,6 +298,38 @@ mod tests {
         let mut response = Response::default();
         let fits = line.bytes().take(Response::LENGTH as usize).all(|byte| response.feed(byte));
         (fits && response.place == Response::LENGTH).then_some(response.status)
+    }
+
+    #[test]
+    fn sockets_of_a_slab_have_pairs_of_their_own_in_one_page() {
+        let shift = Connection::shift(1 << 18);
+        for slab in [0x8000u32, 0x1234_8000, 0xffff_8000] {
+            // The sizes of UDP and TCP sockets on Linux 6.18, over IPv4 and IPv6, in bytes.
+            for size in [1_344u32, 1_472, 2_368, 2_496] {
+                let way = |i: u32| Connection::first_way(slab + i * size, shift);
+                for i in 0..0x8000 / size {
+                    assert!(way(i) < 1 << 18 && way(i) / 64 == way(0) / 64, "{size}: another page");
+                    assert!((0..i).all(|other| way(i) != way(other)), "{size}: the same pair");
+                }
+            }
+        }
+    }
+
+    /// TCP sockets fill a third of the smallest array: hardly any pair gets more than two.
+    #[test]
+    fn sockets_of_many_slabs_are_spread_over_all_pairs() {
+        const ENTRIES: usize = 1 << 10;
+        let mut pairs = [0u8; ENTRIES / 2];
+        let (shift, size, in_slab) = (Connection::shift(ENTRIES as u32), 2_368u32, 13u32);
+        for i in 0..340 {
+            // Slabs follow each other as far as memory is free.
+            let address = (i / in_slab) * 0x8000 + (i / in_slab / 7) * 0x30_0000 + (i % in_slab) * size;
+            pairs[Connection::first_way(address, shift) as usize / 2] += 1;
+        }
+        let unused = pairs.iter().filter(|sockets| **sockets == 0).count();
+        let beyond: u32 = pairs.iter().map(|sockets| u32::from(sockets.saturating_sub(2))).sum();
+        // Of 340 sockets in 512 pairs at random, 263 pairs would be unused, and 14 sockets would be beyond two.
+        assert!(unused < 300 && beyond < 25, "{unused} pairs unused, {beyond} sockets without an entry");
     }
 
     #[test]

@@ -8,33 +8,23 @@ use crate::{
     state::{self, Place, State, exchange},
 };
 
-/// Takes a connection out of the counts that these flags stand for: the active connections of its backend and pool
-/// ([`ConnectionFlags::COUNTED`]), and its client's share ([`ConnectionFlags::SHARED`]).
-/// Whoever clears a flag decrements the counts.
+/// Takes a connection out of the counts of active ones, of its backend and its pool, unless that has been done.
+/// The application's close and the end of the TCP connection may come at the same time, on two CPUs: whoever clears the
+/// flag decrements the counts.
 #[inline(always)]
-pub(crate) fn leave(state: &State, owner: u64, flags: u32) {
-    if state.flags() & flags == 0 {
-        return;
-    }
-    let left = state.remove_flags(flags) & flags;
-    if left == 0 {
+pub(crate) fn stop_counting(state: &State, owner: u64) {
+    if state.flags() & ConnectionFlags::COUNTED == 0
+        || state.remove_flags(ConnectionFlags::COUNTED) & ConnectionFlags::COUNTED == 0
+    {
         return;
     }
     if !state::is_owned_by(state, owner) {
-        // The connection ended on another CPU, and the entry has another owner already, whose flags these were.
-        state.add_flags(left);
+        // The connection ended on another CPU, and the entry has another owner already, whose flag this was.
+        state.add_flags(ConnectionFlags::COUNTED);
         return;
     }
     // SAFETY: live map values; the counters are only ever added to.
     unsafe {
-        if left & ConnectionFlags::SHARED != 0
-            && let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index((*state.connection).client))
-        {
-            decrement(&raw mut (*uses).connections);
-        }
-        if left & ConnectionFlags::COUNTED == 0 {
-            return;
-        }
         if let Some(stats) = stats(state) {
             decrement(&raw mut (*stats).active);
         }
@@ -46,29 +36,45 @@ pub(crate) fn leave(state: &State, owner: u64, flags: u32) {
     }
 }
 
-/// Both flags of [`leave`].
-const COUNTS: u32 = ConnectionFlags::COUNTED | ConnectionFlags::SHARED;
-
 /// Takes what an earlier connect of this socket has left in its entry out of the counts. Returns true.
 /// Not inlined: it is rare.
 #[inline(never)]
 pub(crate) fn forget(connection: *mut Connection, owner: u64) -> bool {
-    leave(&State { connection, place: Place::Entry(0) }, owner, COUNTS);
+    let state = State { connection, place: Place::Entry(0) };
+    stop_counting(&state, owner);
+    // SAFETY: a live map value of this socket.
+    leave_share(state.flags(), unsafe { (*connection).client });
     true
 }
 
-/// Voids the state of a socket, takes it out of the counts, and frees its entry.
-/// Socket storage is freed with the socket.
+/// Takes the state of a socket out of the counts, and frees its entry; in socket storage, the state is voided.
 #[inline(always)]
 pub(crate) fn free(state: &State, owner: u64) {
-    leave(state, owner, COUNTS);
-    // SAFETY: a live map value of this socket.
+    stop_counting(state, owner);
+    // SAFETY: a live map value.
     unsafe {
-        (*state.connection).backend_port = 0;
-        if let Place::Entry(_) = state.place {
-            // Sequentially consistent: earlier writes come first on every architecture.
-            exchange(&raw mut (*state.connection).owner, owner, 0);
+        let connection = state.connection;
+        if let Place::Storage(_) = state.place {
+            (*connection).backend_port = 0;
+            return;
         }
+        let (flags, client) = (state.flags(), (&raw const (*connection).client).read_volatile());
+        // Sequentially consistent: earlier writes come first on every architecture.
+        // Whoever frees the entry takes it out of the share: it may have been stolen, or the agent may be freeing it.
+        if exchange(&raw mut (*connection).owner, owner, 0).1 {
+            leave_share(flags, client);
+        }
+    }
+}
+
+/// Takes an entry with these flags out of its client's share, if it is in it.
+#[inline(always)]
+fn leave_share(flags: u32, client: u32) {
+    if flags & ConnectionFlags::SHARED != 0
+        && let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index(client))
+    {
+        // SAFETY: a live map value; the counter is only ever added to.
+        unsafe { decrement(&raw mut (*uses).connections) };
     }
 }
 

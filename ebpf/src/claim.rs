@@ -118,7 +118,7 @@ fn fall_back(socket: *mut bpf_sock) -> Option<State> {
         // SAFETY: a live map value, which is set once.
         unsafe { used.write_volatile(1) };
     }
-    accounting::leave(&state, 0, ConnectionFlags::COUNTED);
+    accounting::stop_counting(&state, 0);
     Some(state)
 }
 
@@ -147,6 +147,6 @@ pub(crate) fn on_release<S>(socket: *const S) {
     if flags & ConnectionFlags::UDP != 0 || flags & ConnectionFlags::STAGE == SocketStage::None as u32 {
         accounting::free(&state, owner(socket));
     } else {
-        accounting::leave(&state, owner(socket), ConnectionFlags::COUNTED);
+        accounting::stop_counting(&state, owner(socket));
     }
 }

@@ -97,7 +97,7 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
         }
     } else {
         if is_valid {
-            on_close(ctx, &state, state::owner(socket));
+            on_close(ctx, &state);
         }
         accounting::free(&state, state::owner(socket));
     }
@@ -223,8 +223,7 @@ fn on_established(ctx: &SockOpsContext, state: &State) {
     // SAFETY: live map values of this socket, which is locked.
     unsafe {
         restore_connect_timeout(ctx, state);
-        // From `Connecting`, 1, to `Established`, 3: other bits may change at the same time.
-        state.add_flags(SocketStage::Established as u32);
+        state.set_stage(SocketStage::Established);
         let Some(stats) = stats(state) else { return };
         add(&raw mut (*stats).opened, 1);
         let watch = watch(state);
@@ -244,12 +243,11 @@ fn on_established(ctx: &SockOpsContext, state: &State) {
 
 /// Handles a closed socket, whether or not it had been connected.
 #[inline(always)]
-fn on_close(ctx: &SockOpsContext, state: &State, owner: u64) {
+fn on_close(ctx: &SockOpsContext, state: &State) {
     // SAFETY: live map values of this socket, which is locked; the context is the kernel's.
     unsafe {
         // Restore it even after a failed connect: the socket may connect again.
         restore_connect_timeout(ctx, state);
-        accounting::leave(state, owner, ConnectionFlags::COUNTED | ConnectionFlags::SHARED);
         let stage = state.stage();
         let Some(stats) = stats(state) else { return };
         if stage == SocketStage::Established as u32 {

@@ -17,7 +17,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_sk_storage_get, bpf_skc_to_tcp_sock},
     programs::SockAddrContext,
 };
-use portolan_common::{Connection, ConnectionExtra, ConnectionFlags, Endpoint, SocketState};
+use portolan_common::{Connection, ConnectionExtra, ConnectionFlags, Endpoint, SocketStage, SocketState};
 
 use crate::maps::{CONNECTION_EXTRAS, CONNECTION_SHIFT, CONNECTIONS, FALLBACK_USED, SOCKETS};
 
@@ -80,6 +80,13 @@ impl State {
     pub(crate) fn set_first_flags(&self, flags: u32) {
         // SAFETY: a live map value of this socket, which is locked.
         unsafe { (&raw mut (*self.connection).flags).write_volatile(self.flags() | flags) };
+    }
+
+    /// Sets the stage, a byte that only the events of the socket's own connection write, one at a time.
+    #[inline(always)]
+    pub(crate) fn set_stage(&self, stage: SocketStage) {
+        // SAFETY: a live map value. The stage is the lowest byte; big-endian machines are refused at build time.
+        unsafe { (&raw mut (*self.connection).flags).cast::<u8>().write_volatile(stage as u8) };
     }
 
     /// Sets flags, and keeps those that another CPU may be clearing.

@@ -207,11 +207,12 @@ impl Connections<'_> {
         if connection.owner != entry.owner || connection.cookie != entry.cookie {
             return Ok(false);
         }
-        let flags = self.connections.word(entry.index, FLAGS)?.fetch_and(!(COUNTED | SHARED), Ordering::SeqCst);
+        let flags = self.connections.word(entry.index, FLAGS)?.fetch_and(!COUNTED, Ordering::SeqCst);
         let owner = self.connections.word(entry.index, OWNER)?;
         if owner.compare_exchange(entry.owner, 0, Ordering::SeqCst, Ordering::SeqCst).is_err() {
             return Ok(false);
         }
+        // Whoever frees an entry takes it out of its client's share.
         if flags & SHARED != 0 {
             let client = ClientUse::index(connection.client);
             own.clients.word(client, CLIENT_CONNECTIONS)?.fetch_sub(1, Ordering::SeqCst);
