@@ -265,7 +265,7 @@ impl PublishedFlags {
     /// Connections must stay in the client's cluster.
     /// Without an endpoint there, they fail with EHOSTUNREACH; Portolan never lets them bypass it.
     pub const STRICT: u16 = 1;
-    /// The schedule is in `VERSIONS`, because it is more than a list of endpoints.
+    /// The schedule is in `VERSIONS`, because it is more than a list of endpoints, or needs more than one.
     pub const DETAILED: u16 = 2;
     /// The turns are not in `ENTRIES`, but behind the frontend's line.
     pub const INLINE: u16 = 4;
@@ -289,7 +289,7 @@ pub struct Entry {
 plain!(Entry, 16, 8);
 
 impl Entry {
-    /// Returns the entry as two words, which are written and read at once.
+    /// Returns the entry as two words.
     #[inline(always)]
     pub const fn words(&self) -> [u64; 2] {
         [
@@ -311,7 +311,7 @@ impl Entry {
     }
 }
 
-/// The value of `VERSIONS`: a schedule that is more than a list of endpoints.
+/// The value of `VERSIONS`: a schedule that is more than a list of endpoints, or needs more than one: limits, or members.
 /// It is immutable while a program may read it.
 /// The next version is written to another index, and the word in [`Frontend::current`] selects the active one.
 #[repr(C)]

@@ -302,16 +302,17 @@ impl Maps {
                     value.key = *key;
                     self.frontends6.write(id.index(), value)?;
                 }
-                self.write_key(*id, key.fingerprint())?;
+                // In this order, and the reverse one below: a frontend whose line has its key can be found.
                 if self.is_overflow(*id) {
                     self.frontend_overflow.insert(key.fingerprint(), id.index(), 0)?;
                 }
+                self.write_key(*id, key.fingerprint())?;
             }
             Op::RemoveFrontend(key, id, is_passed) => {
+                self.write_key(*id, if *is_passed { Frontend::REMOVED } else { Frontend::EMPTY })?;
                 if self.is_overflow(*id) {
                     self.frontend_overflow.remove(&key.fingerprint())?;
                 }
-                self.write_key(*id, if *is_passed { Frontend::REMOVED } else { Frontend::EMPTY })?;
             }
         }
         Ok(())
@@ -334,7 +335,7 @@ impl Maps {
         Ok(self.failures.word(id.get(), 0)?.load(Ordering::SeqCst) as u32)
     }
 
-    /// Lets the programs stop to report successes of backend `id`, unless it has failed more often than `failures`.
+    /// Lets the programs stop reporting successes of backend `id`, unless it has failed more often than `failures`.
     /// They always report failures.
     ///
     /// # Errors

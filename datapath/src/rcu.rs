@@ -2,7 +2,8 @@
 //!
 //! BPF programs run inside RCU read-side critical sections.
 //! The membarrier system call returns only after every section that had begun has ended.
-//! Kernels with isolated CPUs (`nohz_full`) do not offer it; there, replacing an inner map waits for the same.
+//! Kernels with isolated CPUs (`nohz_full`) do not offer it, and with a single CPU it returns at once, although a program
+//! may have been preempted. There, replacing an inner map waits for the same.
 //! So the end of a grace period is certain, not an estimate of how long a program may be delayed.
 
 use std::{
@@ -60,13 +61,15 @@ impl MapBarrier {
     }
 }
 
-/// Prepares [`barrier`] for a kernel without membarrier, while the agent still has its capabilities.
+/// Prepares [`barrier`] for a kernel where membarrier does not wait, while the agent still has its capabilities.
 pub(crate) fn prepare() {
     /// `MEMBARRIER_CMD_QUERY` of linux/membarrier.h, which returns the commands that are offered.
     const QUERY: libc::c_int = 0;
     // SAFETY: the system call takes no pointers.
     let offered = unsafe { libc::syscall(libc::SYS_membarrier, QUERY, 0, 0) };
-    if offered >= 0 && offered & libc::c_long::from(GLOBAL) != 0 {
+    // SAFETY: as above.
+    let cpus = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
+    if offered >= 0 && offered & libc::c_long::from(GLOBAL) != 0 && cpus > 1 {
         return;
     }
     match MapBarrier::new() {
@@ -134,11 +137,11 @@ fn wait_for(epochs: &Receiver<GraceEpoch>, done: &UnboundedSender<GraceEpoch>) {
 ///
 /// Takes several milliseconds, or one second if the kernel offers no way to wait.
 pub fn barrier() {
-    // SAFETY: the system call takes no pointers.
-    if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } == 0 {
+    if MAP_BARRIER.get().is_some_and(|maps| maps.wait().is_ok()) {
         return;
     }
-    if MAP_BARRIER.get().is_none_or(|maps| maps.wait().is_err()) {
+    // SAFETY: the system call takes no pointers.
+    if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } != 0 {
         thread::sleep(WITHOUT_BARRIER);
     }
 }

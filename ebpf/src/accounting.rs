@@ -1,4 +1,4 @@
-//! What the counters of a connection's backend and pool are, and when it stops to count as active.
+//! What the counters of a connection's backend and pool are, and when it stops counting as active.
 
 use portolan_common::{BackendStats, ClientUse, Connection, ConnectionFlags, PoolLimits, PoolStats};
 
@@ -36,7 +36,7 @@ pub(crate) fn stop_counting(state: &State, owner: u64) {
     }
 }
 
-/// Takes what an earlier connect of this socket has left in its entry out of the counts. Returns true.
+/// Removes an earlier connect of this socket from the counts. Returns true.
 /// Not inlined: it is rare.
 #[inline(never)]
 pub(crate) fn forget(connection: *mut Connection, owner: u64) -> bool {

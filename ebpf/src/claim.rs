@@ -11,7 +11,7 @@ use portolan_common::{ClientUse, Connection, ConnectionFlags, Counter, SocketSta
 use crate::{
     accounting,
     maps::{CLIENT_LEVEL, CLIENTS, CONNECTION_EXTRAS, CONNECTION_SHARE, CONNECTION_SHIFT, FALLBACK_USED, count},
-    state::{Place, State, exchange, owned, owner, owner_of, storage},
+    state::{self, Place, State, exchange, owner, owner_of, storage},
 };
 
 /// Returns a place for the state of a socket for which [`claim`] found none; `None` if the kernel has no memory.
@@ -37,15 +37,13 @@ pub(crate) fn claim(socket: *mut bpf_sock) -> Option<State> {
         let mine = if owner_of_one == me { one } else { other };
         return accounting::forget(mine.connection, me).then_some(mine);
     }
-    let free = if owner_of_one == 0 {
-        one
-    } else if owner_of_other == 0 {
-        other
-    } else {
-        return None;
-    };
-    // SAFETY: a live map value. Only the socket that changes the owner from 0 uses the entry.
-    unsafe { exchange(&raw mut (*free.connection).owner, 0, me).1 }.then_some(free)
+    // SAFETY: live map values. Only the socket that changes the owner from 0 uses the entry.
+    unsafe {
+        if owner_of_one == 0 && exchange(&raw mut (*one.connection).owner, 0, me).1 {
+            return Some(one);
+        }
+        (owner_of_other == 0 && exchange(&raw mut (*other.connection).owner, 0, me).1).then_some(other)
+    }
 }
 
 /// Takes an entry from a socket whose connect has not come to its SYN: it failed, or is about to send it.
@@ -141,8 +139,8 @@ pub(crate) fn client() -> u32 {
 /// A connection may outlive it in the kernel; then its entry stays until that ends.
 /// A program of the pod's own may hide that end from `sock_ops`, but not this hook.
 #[inline(always)]
-pub(crate) fn on_release<S>(socket: *const S) {
-    let Some(state) = owned(socket) else { return };
+pub(crate) fn on_release(socket: *mut bpf_sock) {
+    let Some(state) = state::of_socket(socket) else { return };
     let flags = state.flags();
     if flags & ConnectionFlags::UDP != 0 || flags & ConnectionFlags::STAGE == SocketStage::None as u32 {
         accounting::free(&state, owner(socket));

@@ -93,7 +93,7 @@ pub fn sock_ops(ctx: SockOpsContext) -> u32 {
 /// Handles the end of a socket, after its last descriptor was closed.
 #[cgroup_sock(sock_release)]
 pub fn sock_release(ctx: SockContext) -> i32 {
-    claim::on_release(ctx.sock.cast_const());
+    claim::on_release(ctx.sock);
     1
 }
 

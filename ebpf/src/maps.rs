@@ -1,9 +1,8 @@
 //! All maps, and all constants that the agent sets at load time; the agent also sets the map sizes.
 //!
-//! A connection reads FRONTENDS4 or FRONTENDS6, and → ENTRIES for a list of more than four turns; a schedule that is more than a list of endpoints
-//! FRONTENDS4 or FRONTENDS6 → VERSIONS → SLOTS → RUNS → BACKENDS.
-//! Except for the first word of a frontend's line and the one that publishes, the agent writes only what no program can be
-//! reading.
+//! A connection reads FRONTENDS4 or FRONTENDS6, where a short list of endpoints is beside the frontend, or else → ENTRIES.
+//! If the schedule is more than such a list, it reads → VERSIONS in between, and → SLOTS → RUNS → BACKENDS without a list.
+//! The agent writes schedules only where no program can be reading them, and publishes each by a single store.
 //!
 //! The values of an mmapable array start at a page boundary, so values of 64 bytes occupy one cache line each.
 //! With many services, fetching these lines is the most expensive part of a connect.
@@ -132,7 +131,7 @@ pub(crate) static COUNTERS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerC
 #[unsafe(no_mangle)]
 pub(crate) static SK_ERR_OFFSET: Global<u32> = Global::new(0);
 
-/// The `shift` of [`Connection::first_way`]; the default is that of the smallest array.
+/// The `shift` of [`Connection::first_way`].
 #[unsafe(no_mangle)]
 pub(crate) static CONNECTION_SHIFT: Global<u32> = Global::new(32);
 

@@ -69,7 +69,8 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
     let socket = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
     let Some(state) = state::of_socket(socket) else { return };
     if op == BPF_SOCK_OPS_TIMEOUT_INIT {
-        if state.flags() & ConnectionFlags::CONNECT_TIMEOUT != 0 {
+        // SAFETY: a live map value of this socket.
+        if unsafe { (*state.connection).backend_port } != 0 && state.flags() & ConnectionFlags::CONNECT_TIMEOUT != 0 {
             initial_rto(ctx, &state);
         }
         return;
@@ -77,15 +78,25 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
     let is_valid = state.has_backend(&addr::remote(ctx));
     if op == BPF_SOCK_OPS_TCP_CONNECT_CB {
         if is_valid {
+            if state.flags() & (ConnectionFlags::STAGE | ConnectionFlags::SHARED) != 0 {
+                // The end of an earlier connection was hidden, and this socket, which the kernel has put in the place of
+                // the former one, connects to the same endpoint without its Service.
+                accounting::free(&state, state::owner(socket));
+                return;
+            }
             // SAFETY: a helper call with the kernel's own context.
             let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
             if let Some(flags) = claim::join_share(&state, cookie) {
                 on_connect(ctx, &state, flags);
-            } else if let Some(index) = state.index()
-                && claim::move_to_storage(state.connection, index, socket)
-                && let Some(moved) = state::of_socket(socket)
-            {
-                on_connect(ctx, &moved, 0);
+            } else if let Some(index) = state.index() {
+                if claim::move_to_storage(state.connection, index, socket)
+                    && let Some(moved) = state::of_socket(socket)
+                {
+                    on_connect(ctx, &moved, 0);
+                } else {
+                    // Without memory for its state, nothing of this connection is reported.
+                    accounting::free(&state, state::owner(socket));
+                }
             }
         } else {
             // An earlier connect to a Service failed before its SYN, and this one goes elsewhere.

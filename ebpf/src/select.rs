@@ -1,6 +1,6 @@
 //! Backend selection for a connection.
 //!
-//! Most schedules are a list of endpoints, of which each connection takes the next: two array reads.
+//! Most schedules are a list of endpoints, of which each connection takes the next.
 //! Whatever is more than that is in a function of its own, so that it costs the others nothing.
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
@@ -36,6 +36,7 @@ pub(crate) struct Selected {
     pub(crate) endpoint: Endpoint,
     pub(crate) backend_id: u32,
     pub(crate) pool: u32,
+    /// The epoch of the id; only the lower half counts.
     pub(crate) epoch: u32,
 }
 
@@ -187,12 +188,13 @@ fn affinity_backend(key: &AffinityKey, version: &FrontendVersion) -> Option<Sele
 }
 
 /// Returns the backend, if its id still has this epoch and it has turns in this version.
+/// The lower half of the epoch decides: entries of lists have no more.
 #[inline(always)]
 pub(crate) fn current_backend(version: &FrontendVersion, backend_id: u32, epoch: u32) -> Option<Selected> {
     let place = find_member(version, backend_id)?;
     let pool = *RUNS.get(version.members.wrapping_add(version.member_count).wrapping_add(place))?;
     let backend = BACKENDS.get(backend_id)?;
-    (backend.epoch == epoch).then_some(Selected { endpoint: backend.endpoint, backend_id, pool, epoch })
+    (backend.epoch as u16 == epoch as u16).then_some(Selected { endpoint: backend.endpoint, backend_id, pool, epoch })
 }
 
 /// Returns the position of a backend among those with turns in this version, by binary search.

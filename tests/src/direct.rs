@@ -88,18 +88,19 @@ impl Direct {
         }
     }
 
-    /// Waits until freed entries can be reused. Returns at once if none are pending.
+    /// Waits until freed entries can be reused, and moves short lists there. Returns at once if none are pending.
     ///
     /// # Errors
-    /// Returns an error if no grace epoch elapses within 10 seconds.
+    /// Returns an error if no grace epoch elapses within 10 seconds, or if the kernel rejects a write.
     pub fn reclaim(&mut self) -> Result<()> {
-        if self.open.is_none() {
-            return Ok(());
+        while self.open.is_some() {
+            let elapsed =
+                async { tokio::time::timeout(std::time::Duration::from_secs(10), self.datapath.grace.elapsed()).await };
+            let epoch = self.runtime.block_on(elapsed).context("no grace epoch elapsed within 10 s")?;
+            self.elapsed(epoch);
+            let moves = self.layout.move_inline();
+            self.write((moves, Vec::new()))?;
         }
-        let elapsed =
-            async { tokio::time::timeout(std::time::Duration::from_secs(10), self.datapath.grace.elapsed()).await };
-        let epoch = self.runtime.block_on(elapsed).context("no grace epoch elapsed within 10 s")?;
-        self.elapsed(epoch);
         Ok(())
     }
 

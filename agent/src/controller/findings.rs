@@ -60,11 +60,12 @@ impl<K: Kernel> Controller<K> {
     }
 
     /// Returns a finding if few slots for the state of connections are left.
+    /// Its message has no count, so that it stays the same finding while connections come and go.
     pub(super) fn connections_finding(&self) -> Option<Finding> {
         let (used, size, _) = self.kernel.connection_slots();
         is_nearly_full(used, size).then(|| {
             let message = format!(
-                "{used} of {size} entries are in use; further sockets keep their state in socket storage, and take longer to connect; restart the agent with a larger --max-connections"
+                "nine in ten of {size} slots are in use; further sockets keep their state in socket storage, and take longer to connect; restart the agent with a larger --max-connections"
             );
             Finding::new(Code::MapNearlyFull, ObjectRef::global("Map", "connections"), message)
         })

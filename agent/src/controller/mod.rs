@@ -151,6 +151,8 @@ pub struct Controller<K> {
     store: Store,
     client: Client,
     client_findings: Vec<Finding>,
+    /// Whether few slots for the state of connections were left at the last self-probe.
+    connections_nearly_full: bool,
     start_findings: Vec<Finding>,
     compiler: Compiler,
     health: Health,
@@ -202,6 +204,7 @@ impl<K: Kernel> Controller<K> {
             store: Store::default(),
             client: Client::default(),
             client_findings: Vec::new(),
+            connections_nearly_full: false,
             start_findings: Vec::new(),
             compiler: Compiler::default(),
             health: Health::default(),
@@ -261,6 +264,7 @@ impl<K: Kernel> Controller<K> {
     /// cannot go on; the next one adopts what is pinned.
     pub fn handle(&mut self, now: Now, input: Input) -> portolan_datapath::Result<()> {
         self.on_input(now, input);
+        self.publisher.move_lists(now, &mut self.kernel)?;
         // Publishing may find out something that changes the policy once more.
         while self.store.synced() && !self.changes.is_empty() {
             self.publish(now)?;
@@ -324,8 +328,10 @@ impl<K: Kernel> Controller<K> {
                 if repaired {
                     self.termination.recount_now(now);
                 }
-                // Nothing tells that the slots for connections run out, so this looks from time to time.
-                self.changes.findings |= self.connections_finding().is_some();
+                // No event signals that the slots for connections are running out, so they are looked at here.
+                let is_nearly_full = self.connections_finding().is_some();
+                self.changes.findings |=
+                    is_nearly_full != std::mem::replace(&mut self.connections_nearly_full, is_nearly_full);
             }
             Input::GraceElapsed(epoch) => self.changes.findings |= self.publisher.on_grace_elapsed(epoch),
             Input::Sweep(report) => {

@@ -49,6 +49,8 @@ pub(super) struct Publisher {
     nearly_full: Vec<Finding>,
     retry_at: Option<Instant>,
     retry_delay: Duration,
+    /// Whether a grace period has elapsed since lists were last moved.
+    moves_lists: bool,
 }
 
 impl Publisher {
@@ -63,6 +65,7 @@ impl Publisher {
             nearly_full: Vec::new(),
             retry_at: None,
             retry_delay: FIRST_RETRY,
+            moves_lists: false,
         }
     }
 
@@ -163,12 +166,25 @@ impl Publisher {
     /// Makes what this epoch freed available; reports whether findings change, or a frontend that did not fit may fit now.
     pub(super) fn on_grace_elapsed(&mut self, epoch: GraceEpoch) -> bool {
         self.layout.reclaim(epoch);
+        self.moves_lists = true;
         let before = std::mem::replace(&mut self.nearly_full, nearly_full(&self.layout));
         let waiting = !self.rejected.is_empty() && self.retry_at.take().is_some();
         if waiting {
             self.completeness = None;
         }
         waiting || before != self.nearly_full
+    }
+
+    /// Moves short lists of endpoints behind the lines of their frontends, if a grace period has made room there.
+    ///
+    /// # Errors
+    /// As [`Self::commit`].
+    pub(super) fn move_lists(&mut self, now: Now, kernel: &mut impl Kernel) -> portolan_datapath::Result<()> {
+        if !std::mem::take(&mut self.moves_lists) {
+            return Ok(());
+        }
+        let ops = self.layout.move_inline();
+        if ops.is_empty() { Ok(()) } else { self.commit(now, &ops, kernel) }
     }
 }
 

@@ -67,7 +67,7 @@ pub trait Kernel {
     /// Returns an error if the id is beyond the size of the map.
     fn failures(&self, id: BackendId) -> Result<u32>;
 
-    /// Lets the programs stop to report successes of a backend, unless it has failed more often than `failures`, which is
+    /// Lets the programs stop reporting successes of a backend, unless it has failed more often than `failures`, which is
     /// [`Outcome::failures`](portolan_datapath::Outcome::failures). They always report failures.
     ///
     /// # Errors

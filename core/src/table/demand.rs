@@ -33,13 +33,21 @@ pub(super) struct VersionDemand {
 const MAX_TURNS: u64 = 1_024;
 
 impl Demand {
-    /// Returns what a frontend needs.
+    /// Returns what a frontend needs, with its schedule as a list of endpoints if that is possible.
     pub(super) fn of(key: &FrontendKey, entry: &FrontendSpec) -> Self {
+        Self::with(key, entry, if entry.random { None } else { turns(&entry.schedule) })
+    }
+
+    /// Returns what a frontend needs with its schedule in slots, which are fewer than the turns of a long list.
+    pub(super) fn in_slots(key: &FrontendKey, entry: &FrontendSpec) -> Self {
+        Self::with(key, entry, None)
+    }
+
+    fn with(key: &FrontendKey, entry: &FrontendSpec, list: Option<Vec<(u32, u32)>>) -> Self {
         let schedule = &entry.schedule;
         if schedule.is_empty() {
             return Self::default();
         }
-        let list = if entry.random { None } else { turns(schedule) };
         let has_returning_clients = entry.affinity.is_some() || key.protocol() == Protocol::Udp.number();
         let is_limited = entry.pools.iter().any(|pool| pool.limits.max_connections.is_some());
         if !has_returning_clients

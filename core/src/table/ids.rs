@@ -48,17 +48,17 @@ macro_rules! ids {
 }
 
 ids! {
-    /// A frontend: a value of `FRONTENDS`, and the index of `CURRENT` and `FRONTEND_STATS`.
+    /// A frontend: the index of `FRONTENDS4` or `FRONTENDS6`.
     ///
     /// Stays the same while the frontend exists, whatever version it uses.
     FrontendId;
-    /// A backend: the index of `BACKENDS`, `BACKEND_STATS`, `BACKEND_USE` and `TROUBLED`.
+    /// A backend: the index of `BACKENDS`, `BACKEND_STATS`, `BACKEND_USE` and `FAILURES`.
     ///
     /// Reused for another endpoint after a grace period, then with the next epoch.
     BackendId;
     /// A pool with limits or tracking: the index of `POOLS` and `POOL_STATS`. [`PoolId::NONE`] is a pool without either.
     PoolId;
-    /// A version of a frontend: the index of `VERSIONS`. `CURRENT` holds the one in effect.
+    /// A version of a frontend: the index of `VERSIONS`. `Frontend::current` holds the one in effect.
     VersionIndex;
     /// The number of a published version, for people: it grows by one with each version of any frontend, and wraps around.
     Generation;

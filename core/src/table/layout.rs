@@ -71,6 +71,8 @@ pub struct Layout {
     inline_freed: Option<GraceEpoch>,
     /// The last epoch that has been reclaimed.
     reclaimed: Option<GraceEpoch>,
+    /// Frontends whose short lists are not behind their lines, because programs could read an earlier one there.
+    displaced: BTreeSet<FrontendKey>,
     /// The endpoints that frontends have lost since the last [`Self::drain_removed`].
     lost: BTreeMap<Protocol, RemovedEndpoints>,
 }
@@ -99,6 +101,7 @@ impl Layout {
             epoch: GraceEpoch::new(1),
             inline_freed: None,
             reclaimed: None,
+            displaced: BTreeSet::new(),
             lost: BTreeMap::new(),
         }
     }
@@ -179,6 +182,27 @@ impl Layout {
             self.pools.ranges_mut(),
         ];
         ranges.into_iter().for_each(|ranges| ranges.reclaim(epoch));
+    }
+
+    /// Returns the writes that move short lists back behind the lines of their frontends, as far as no program reads an
+    /// earlier one there any longer. Call this after [`Self::reclaim`].
+    pub fn move_inline(&mut self) -> Vec<Op> {
+        let (mut ops, mut freed) = (Vec::new(), Vec::new());
+        for key in std::mem::take(&mut self.displaced) {
+            let Some(placed) = self.frontends.get(&key).filter(|placed| !placed.is_inline()) else { continue };
+            if placed.inline_until > self.reclaimed {
+                self.displaced.insert(key);
+                continue;
+            }
+            let Some(entry) = placed.entry.clone() else { continue };
+            if let Ok(moved) = self.place(&key, &entry, &mut ops) {
+                freed.extend(self.frontends.insert(key, moved).map(|old| (key, old)));
+            }
+        }
+        for (key, old) in freed {
+            self.free(&key, &old, false);
+        }
+        ops
     }
 
     /// Returns the number of frontends that are still as a previous agent published them.
@@ -324,10 +348,16 @@ impl Layout {
             Some(_) => 0,
             None => self.lines.find_free(key).map_err(|full| ("FRONTENDS", full))?,
         };
-        let demand = Demand::of(key, entry);
+        let mut demand = Demand::of(key, entry);
         let inline_until = self.inline_until(key);
-        let is_inline = demand.turns.len() <= Frontend::INLINE && inline_until <= self.reclaimed;
-        let room = self.reserve(&demand, is_inline)?;
+        let is_short = !demand.turns.is_empty() && demand.turns.len() <= Frontend::INLINE;
+        let is_inline = is_short && inline_until <= self.reclaimed;
+        let mut room = self.reserve(&demand, is_inline);
+        if matches!(room, Err(("ENTRIES", _))) {
+            demand = Demand::in_slots(key, entry);
+            room = self.reserve(&demand, false);
+        }
+        let room = room?;
         let taken = self
             .acquire_backends(entry, ops)
             .and_then(|()| self.acquire_pools(entry, ops).inspect_err(|_| self.unalloc_backends(entry)));
@@ -352,14 +382,13 @@ impl Layout {
         let (mut version, mut runs) = (None, (0, 0));
         let published = match &demand.version {
             None => {
-                let has_inline = is_inline && !demand.turns.is_empty();
-                flags |= if has_inline { PublishedFlags::INLINE } else { 0 };
+                flags |= if is_inline { PublishedFlags::INLINE } else { 0 };
                 Published::new(room.entries.0, demand.turns.len() as u16, flags)
             }
             Some(needed) => {
                 let mut detailed = self.version_of(entry, &pools, &needed.live, &room, !demand.turns.is_empty(), ops);
                 (detailed.entries, detailed.entry_count) = (room.entries.0, demand.turns.len() as u32);
-                detailed.flags |= if is_inline && !demand.turns.is_empty() { VersionFlags::INLINE } else { 0 };
+                detailed.flags |= if is_inline { VersionFlags::INLINE } else { 0 };
                 let index = VersionIndex::new(room.version.0);
                 ops.push(Op::SetVersion(index, detailed));
                 version = Some((index, detailed));
@@ -372,6 +401,9 @@ impl Layout {
         ops.push(Op::Publish(id, published, self.generation));
         if before.is_none() {
             ops.push(Op::AddFrontend(*key, id));
+        }
+        if is_short && !is_inline {
+            self.displaced.insert(*key);
         }
         let entry = Some(entry.clone());
         Ok(PlacedFrontend { id, epoch, published, version, entry, adopted: false, runs, inline_until })

@@ -209,7 +209,11 @@ impl Connections<'_> {
         }
         let flags = self.connections.word(entry.index, FLAGS)?.fetch_and(!COUNTED, Ordering::SeqCst);
         let owner = self.connections.word(entry.index, OWNER)?;
-        if owner.compare_exchange(entry.owner, 0, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+        if let Err(now) = owner.compare_exchange(entry.owner, 0, Ordering::SeqCst, Ordering::SeqCst) {
+            if now != 0 {
+                // The entry has another owner already, whose flag this was.
+                self.connections.word(entry.index, FLAGS)?.fetch_or(flags & COUNTED, Ordering::SeqCst);
+            }
             return Ok(false);
         }
         // Whoever frees an entry takes it out of its client's share.

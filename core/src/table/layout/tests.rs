@@ -261,6 +261,44 @@ fn short_lists_are_behind_their_line_once_no_program_reads_an_earlier_one() {
     assert_eq!(publish(&(1..=5).collect::<Vec<_>>(), true), (false, 10), "too long");
 }
 
+#[test]
+fn short_lists_move_back_behind_their_line() {
+    let (mut previous, mut maps) = (Layout::new(SMALL), FakeMaps::default());
+    let wanted = table(&[(1, vec![(1, vec![1, 2])]), (2, vec![(1, vec![2, 3])])]);
+    maps.write_all(&previous.update(&wanted, Completeness::Complete).0);
+    // The next agent publishes beside what the last one has left behind the lines.
+    let mut layout = Layout::adopt(SMALL, maps.read_back());
+    maps.write_all(&layout.update(&wanted, Completeness::Complete).0);
+    let used = |layout: &Layout| layout.occupancy().iter().find(|(name, ..)| *name == "entries").unwrap().1;
+    assert_eq!((used(&layout), layout.move_inline()), (4, Vec::new()), "programs may be reading them");
+    for left in [4, 0] {
+        let epoch = layout.end_epoch().unwrap();
+        layout.reclaim(epoch);
+        maps.write_all(&layout.move_inline());
+        assert_eq!(used(&layout), left);
+        assert_eq!(maps.picks(&frontend(1), 2), [Some(address(1)), Some(address(2))]);
+        assert_eq!(maps.picks(&frontend(2), 2), [Some(address(2)), Some(address(3))]);
+    }
+    assert_eq!((layout.end_epoch(), layout.move_inline()), (None, Vec::new()));
+    assert_eq!(layout.update(&wanted, Completeness::Complete), (Vec::new(), Vec::new()));
+}
+
+/// 70 turns are a list of 70 entries, or 10 slots and two runs of 7 entries.
+#[test]
+fn list_that_does_not_fit_is_in_slots() {
+    let split = |i| (i, vec![(9, vec![1, 2, 3, 4, 5, 6, 7]), (1, vec![8, 9, 10, 11, 12, 13, 14])]);
+    let sizes = Sizes { frontends: 4, backends: 16, slots: 100, affinities: 1, connections: 1 << 14 };
+    let (mut layout, mut maps) = (Layout::new(sizes), FakeMaps::default());
+    let wanted = table(&[split(1), split(3)]);
+    let (ops, refused) = layout.update(&wanted, Completeness::Complete);
+    assert_eq!(refused, []);
+    maps.write_all(&ops);
+    let used: Vec<_> =
+        layout.occupancy().into_iter().filter(|(name, ..)| ["entries", "slots", "runs"].contains(name)).collect();
+    assert_eq!(used, [("entries", 70, 100), ("slots", 10, 100), ("runs", 14, 100)]);
+    assert_eq!(maps.picks(&frontend(1), 140), maps.picks(&frontend(3), 140));
+}
+
 /// The kernel still sends connections to the previous endpoints of a rejected frontend.
 #[test]
 fn backends_of_rejected_adopted_frontend_are_not_reused() {
