@@ -202,7 +202,7 @@ pub(crate) fn run(effort: &Effort, envoy: Result<&Path, &str>) -> Result<Measure
     let rounds_of = |name| arms.iter().find(|arm| arm.name == name).map(|arm| arm.rounds.clone()).unwrap_or_default();
     let (direct, direct_in_turn) = (rounds_of(DIRECT), rounds_of(DIRECT_IN_TURN));
     for arm in &mut arms {
-        let baseline = if arm.name.contains("in turn") { &direct_in_turn } else { &direct };
+        let baseline = if arm.is_in_turn() { &direct_in_turn } else { &direct };
         arm.sum_up(baseline);
     }
     arms.extend(missing);

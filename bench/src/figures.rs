@@ -76,6 +76,11 @@ impl Arm {
         Self { name: name.into(), about: about.into(), services, missing: None, rounds: Vec::new(), figures, ratios }
     }
 
+    /// Returns whether it connects to all Services in turn, and is compared with an arm that does so directly.
+    pub(crate) fn is_in_turn(&self) -> bool {
+        self.name.contains("in turn")
+    }
+
     pub(crate) fn figure(&self, measure: &str) -> Option<f64> {
         self.figures.get(measure).map(|figure| figure.median)
     }

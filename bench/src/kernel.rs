@@ -164,6 +164,19 @@ impl Node {
         Ok(())
     }
 
+    /// Dials these addresses in turn, and returns what a program took for each of its runs.
+    fn cost(
+        &mut self,
+        to: &[SocketAddr],
+        connections: u64,
+        mut counted: impl FnMut(&Self) -> Result<(u64, u64)>,
+    ) -> Result<Cost> {
+        let (before, nothing_before) = (counted(self)?, self.nothing.counted()?);
+        self.dial(to, connections)?;
+        let nothing = mean(nothing_before, self.nothing.counted()?);
+        Ok(Cost { net: mean(before, counted(self)?) - nothing, nothing })
+    }
+
     /// Makes this many requests from the first client, to these addresses in turn, each on a connection of its own.
     fn request(&mut self, to: &[SocketAddr], count: u64) -> Result<()> {
         let count = usize::try_from(count)?;
@@ -185,6 +198,12 @@ impl Node {
     }
 }
 
+/// The mean run time of a program, without that of an empty program in the same calls.
+struct Cost {
+    net: f64,
+    nothing: f64,
+}
+
 /// The figures of one round.
 struct Round {
     hit: f64,
@@ -198,7 +217,8 @@ fn measure(count: u32, each: u32, threads: usize, rounds: usize, connections: u6
     let (frontends, table) = services(count, each, QUIET);
     let (mut ours, mut theirs) = (Node::new("kernel", threads)?, Node::new("floor", threads)?);
     // Room for two tables: the second one is written before the first one is freed.
-    let sizes = Sizes { backends: (1 << 17).max(count * each * 3), ..Sizes::default() };
+    let sizes =
+        Sizes { frontends: (1 << 14).max(count * 2), backends: (1 << 17).max(count * each * 3), ..Sizes::default() };
     let mut direct = Direct::new(&ours.bed, sizes)?;
     direct.publish(&table)?;
     let endpoint = |i: usize| SocketAddr::from(([10, 1, (i >> 8) as u8, i as u8], QUIET));
@@ -212,28 +232,21 @@ fn measure(count: u32, each: u32, threads: usize, rounds: usize, connections: u6
     theirs.dial(&frontends, warm)?;
     let mut all = Vec::new();
     for _ in 0..rounds {
-        let nothing_before = ours.nothing.counted()?;
-        let start = counted(&ours.bed, HOOKS[0])?;
-        ours.dial(&frontends, connections)?;
-        let hits = counted(&ours.bed, HOOKS[0])?;
-        ours.dial(&direct_address, connections)?;
-        let missed = counted(&ours.bed, HOOKS[0])?;
-        let nothing = mean(nothing_before, ours.nothing.counted()?);
-        let floor_before = floor.counted()?;
-        theirs.dial(&frontends, connections)?;
-        let floor_after = floor.counted()?;
-        theirs.dial(&direct_address, connections)?;
-        let floor_missed = floor.counted()?;
+        let hit = ours.cost(&frontends, connections, |node| counted(&node.bed, HOOKS[0]))?;
+        let miss = ours.cost(&direct_address, connections, |node| counted(&node.bed, HOOKS[0]))?;
+        let floor_hit = theirs.cost(&frontends, connections, |_| Ok(floor.counted()?))?;
+        let floor_miss = theirs.cost(&direct_address, connections, |_| Ok(floor.counted()?))?;
         all.push(Round {
-            hit: mean(start, hits) - nothing,
-            miss: mean(hits, missed) - nothing,
-            floor_hit: mean(floor_before, floor_after) - nothing,
-            floor_miss: mean(floor_after, floor_missed) - nothing,
-            nothing,
+            hit: hit.net,
+            miss: miss.net,
+            floor_hit: floor_hit.net,
+            floor_miss: floor_miss.net,
+            nothing: hit.nothing,
         });
     }
     // The same services, with a server that answers.
     direct.publish(&services(count, each, FIRST).1)?;
+    direct.reclaim()?;
     ours.request(&frontends, u64::from(count))?;
     let with_requests: Vec<f64> =
         (0..rounds).map(|_| ours.cost_of_requests(&frontends, connections / 4)).collect::<Result<_>>()?;

@@ -46,14 +46,14 @@ struct Options {
     #[arg(long, default_value_t = 21, value_parser = clap::value_parser!(u16).range(10..))]
     rounds: u16,
     /// Table sizes to measure, as numbers of Services
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 100, 1_000, 10_000])]
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 100, 1_000, 10_000], value_parser = clap::value_parser!(u32).range(1..=50_000))]
     services: Vec<u32>,
     /// Numbers of clients that dial one Service at the same time, for the run time of the programs. Default: 1, 2, 4… up to
     /// all CPUs
-    #[arg(long, value_delimiter = ',')]
-    threads: Vec<usize>,
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1_024))]
+    threads: Vec<u16>,
     /// The report.json of an earlier run: says which figures are better or worse than there
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "quick")]
     compare: Option<PathBuf>,
     /// Output directory for the report
     #[arg(long, default_value = "bench-report")]
@@ -87,7 +87,9 @@ fn main() -> Result<()> {
     portolan_tests::cleanup_on_interrupt()?;
     let wanted = |part| options.only.is_empty() || options.only.contains(&part);
     let quick = options.quick;
-    let services = if quick { vec![1, 100] } else { options.services.clone() };
+    let mut services = if quick { vec![1, 100] } else { options.services.clone() };
+    services.sort_unstable();
+    services.dedup();
     let effort = Effort {
         rounds: if quick { 2 } else { options.rounds.into() },
         connects: if quick { 100 } else { 2_000 },
@@ -110,7 +112,11 @@ fn main() -> Result<()> {
     }
     if wanted(Part::Kernel) {
         let (rounds, connections) = if quick { (2, 500) } else { (effort.rounds, 20_000) };
-        let threads = if options.threads.is_empty() { up_to_all_cpus() } else { options.threads.clone() };
+        let threads = if options.threads.is_empty() {
+            up_to_all_cpus()
+        } else {
+            options.threads.iter().copied().map(usize::from).collect()
+        };
         report.kernel = kernel::run(&services, &threads, rounds, connections)?;
         save(&mut report)?;
         report.ways = paths::run(rounds, if quick { 500 } else { 8_000 })?;

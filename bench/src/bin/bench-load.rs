@@ -76,14 +76,13 @@ fn tasks(mut work: impl FnMut(Task) -> Result<Measurement>) -> Result<()> {
 fn client(task: Task, held: &mut Vec<Socket>) -> Result<Measurement> {
     let (began, spent_before) = (Instant::now(), spent());
     let mut answer = match task {
-        Task::Connect { to, count, rate } => connects(to, count, rate)?,
+        Task::Connect { to, count, rate } => {
+            let to = SockAddr::from(to);
+            of_connects(count, |_| &to, rate)?
+        }
         Task::ConnectEach { to, first, count } => {
             let to: Vec<SockAddr> = to.into_iter().map(SockAddr::from).collect();
-            ensure!(count <= QUEUE as usize, "{count} connections exceed the server's listen backlog of {QUEUE}");
-            each(count, |i| {
-                let to = &to[(first + i) % to.len()];
-                Ok(stream_socket(to)?.connect(to)?)
-            })?
+            of_connects(count, |i| &to[(first + i) % to.len()], None)?
         }
         Task::Refused { to, count } => {
             let to = SockAddr::from(to);
@@ -189,13 +188,14 @@ fn datagram_socket() -> Result<UdpSocket> {
     Ok(socket)
 }
 
-fn connects(to: SocketAddr, count: usize, rate: Option<f64>) -> Result<Measurement> {
+/// Connects to an address for each number, and times only `connect()`, or from the planned start of each with a rate.
+fn of_connects<'a>(count: usize, to: impl Fn(usize) -> &'a SockAddr, rate: Option<f64>) -> Result<Measurement> {
     ensure!(count <= QUEUE as usize, "{count} connections exceed the server's listen backlog of {QUEUE}");
-    let to = SockAddr::from(to);
     let mut times = Vec::with_capacity(count);
     let start = Instant::now();
     for i in 0..count {
-        let socket = stream_socket(&to)?;
+        let to = to(i);
+        let socket = stream_socket(to)?;
         let began = match rate {
             None => Instant::now(),
             Some(rate) => {
@@ -206,7 +206,7 @@ fn connects(to: SocketAddr, count: usize, rate: Option<f64>) -> Result<Measureme
                 planned
             }
         };
-        socket.connect(&to)?;
+        socket.connect(to)?;
         times.push(began.elapsed());
     }
     Ok(of(times))

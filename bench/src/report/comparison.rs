@@ -6,7 +6,10 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 use super::Report;
-use crate::figures::Median;
+use crate::{
+    connections::{DIRECT, DIRECT_IN_TURN},
+    figures::Median,
+};
 
 /// A figure with a name that is the same in every report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -61,7 +64,10 @@ impl Baseline {
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let baseline: Self = serde_json::from_str(&text).with_context(|| {
-            format!("{} is no report of this benchmark: pass the report.json of an earlier run", path.display())
+            format!(
+                "{} has no figures that can be compared: pass the report.json of a run of this version or a later one",
+                path.display()
+            )
         })?;
         anyhow::ensure!(!baseline.quick, "{} is a smoke run (--quick), whose figures mean nothing", path.display());
         Ok(baseline)
@@ -77,6 +83,14 @@ impl Baseline {
         let mut all: Vec<Compared> = now.iter().filter_map(one).collect();
         all.sort_by_key(|compared| compared.change);
         all
+    }
+
+    /// Returns the names of figures that only one of the reports has.
+    pub(crate) fn only_in_one(&self, now: &[Figure]) -> Vec<String> {
+        let is_in = |figures: &[Figure], name: &str| figures.iter().any(|figure| figure.name == name);
+        let gone = self.figures.iter().filter(|figure| !is_in(now, &figure.name));
+        let fresh = now.iter().filter(|figure| !is_in(&self.figures, &figure.name));
+        gone.chain(fresh).map(|figure| figure.name.clone()).collect()
     }
 
     /// Returns why the figures may differ for other reasons than the code, if there is such a reason.
@@ -122,10 +136,11 @@ impl Report {
     pub(super) fn comparable(&self) -> Vec<Figure> {
         let mut all = Vec::new();
         let mut add = |name: String, better: Better, value: Median| all.push(Figure { name, better, value });
-        for arm in &self.arms {
+        for arm in self.arms.iter().filter(|arm| arm.name != DIRECT && arm.name != DIRECT_IN_TURN) {
+            let baseline = if arm.is_in_turn() { DIRECT_IN_TURN } else { DIRECT };
             for (measure, ratio) in &arm.ratios {
                 let better = if measure.contains("per second") { Better::Higher } else { Better::Lower };
-                add(format!("{}: {measure} / direct", arm.name), better, *ratio);
+                add(format!("{}: {measure} / {baseline}", arm.name), better, *ratio);
             }
         }
         for row in &self.kernel {
@@ -185,6 +200,7 @@ mod tests {
         let compared = baseline.compare(&now);
         let seen: Vec<_> = compared.iter().map(|one| (one.name.as_str(), one.change)).collect();
         assert_eq!(seen, [("slower", Change::Worse), ("same", Change::Noise)]);
+        assert_eq!(baseline.only_in_one(&now), ["gone", "new"]);
         assert!(baseline.caveat("6.1", "a").is_none());
         assert!(baseline.caveat("6.12", "a").is_some());
     }
