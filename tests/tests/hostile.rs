@@ -197,6 +197,31 @@ fn hidden_ends_of_connections_do_not_exhaust_a_limit() -> Result<()> {
     Ok(())
 }
 
+/// The same for the connections that a pod has beyond its share of the slots, whose state is in socket storage.
+#[test]
+fn hidden_ends_of_connections_beyond_the_share_are_seen_at_once() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = web(&bed, &json!({"connectionPool": {"tcp": {"maxConnections": 400}}}))?;
+    bed.serve("10.0.0.1:9080", "near")?;
+    bed.serve("10.1.0.1:9080", "far")?;
+    let agent = bed.agent_with(&directory, "c1", "near", &["--max-connections", "1024"])?;
+    let mut attacker = Pod::new(&bed, 1)?;
+    let _hiding = ForeignProgram::attach(&attacker.cgroup, Foreign::HideEnds)?;
+    attacker.client.run(&Task::Hold { to: WEB.parse()?, times: 400 })?;
+    assert!(metric(&agent, "portolan_connections_over_share_total")? > 100);
+    attacker.client.run(&Task::Release)?;
+    // A recount would correct the counts as well, and tell of it.
+    wait_until("the counts to come down", BOUND, || {
+        let endpoints = agent.get("endpoints")?["services"][0]["endpoints"].clone();
+        let active = endpoints.as_array().into_iter().flatten().filter_map(|it| it["kernel"]["active"].as_u64());
+        ensure!(active.sum::<u64>() == 0, "{endpoints}");
+        Ok(())
+    })?;
+    let repairs: Vec<Value> = agent.events()?.into_iter().filter(|event| event["kind"] == "repaired").collect();
+    assert!(repairs.is_empty(), "{repairs:?}");
+    Ok(())
+}
+
 /// The kernel closes the subflows of MPTCP itself, so that only a recount finds the hidden end of one.
 #[test]
 fn hidden_ends_of_subflows_are_found_by_a_recount() -> Result<()> {
