@@ -107,19 +107,22 @@ impl FrontendKey {
         self.protocol
     }
 
-    /// Returns a number that identifies the key: the key itself for IPv4, and a hash of it for IPv6.
+    /// Returns a number that stands for the key: the key itself for IPv4, which no other key has.
+    ///
+    /// For IPv6, its lower half is a universal hash of the address, with these [multipliers](FrontendHash::multipliers):
+    /// without knowing them, no two addresses can be chosen whose numbers are more likely equal than 1 in 2^31.
     #[inline(always)]
-    pub const fn fingerprint(&self) -> u64 {
+    pub const fn fingerprint(&self, multipliers: &[u64; 4]) -> u64 {
         const V4: u64 = 1 << 56;
         const V6: u64 = 2 << 56;
         let rest = (self.endpoint.port as u64) << 32 | (self.protocol as u64 & 0xff) << 48;
         if self.endpoint.is_v4() {
             return self.endpoint.v4_word() as u64 | rest | V4;
         }
-        let [a, b, c, d] = self.endpoint.address;
-        let mixed = (a as u64 | (b as u64) << 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (c as u64 | (d as u64) << 32);
-        let mixed = (mixed ^ (mixed >> 29) ^ rest).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        (mixed ^ (mixed >> 32)) & (V4 - 1) | V6
+        let ([a, b, c, d], [k, l, m, n]) = (self.endpoint.address, *multipliers);
+        let ab = (a as u64).wrapping_mul(k).wrapping_add((b as u64).wrapping_mul(l));
+        let cd = (c as u64).wrapping_mul(m).wrapping_add((d as u64).wrapping_mul(n));
+        ab.wrapping_add(cd) >> 32 | rest | V6
     }
 
     /// Returns the IPv4 key that a fingerprint is, or `None` if it is no such key.
@@ -129,6 +132,29 @@ impl FrontendKey {
         }
         let endpoint = Endpoint::from_v4_word(fingerprint as u32, (fingerprint >> 32) as u16);
         Some(Self::new(endpoint, (fingerprint >> 48) as u32 & 0xff))
+    }
+}
+
+/// The hash by which frontends are found. Its seed differs between map sets, and is known only on the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrontendHash {
+    /// See [`Frontend::hash`].
+    pub seed: u64,
+    /// See [`FrontendKey::fingerprint`].
+    pub multipliers: [u64; 4],
+}
+
+impl FrontendHash {
+    /// Derives the hash from the id of a map set.
+    pub fn of_set(id: u32) -> Self {
+        let draw = |i: u64| {
+            // SplitMix64: consecutive inputs give unrelated numbers.
+            let mixed = (id as u64).wrapping_add(i << 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            mixed ^ (mixed >> 31)
+        };
+        Self { seed: draw(1), multipliers: [draw(2), draw(3), draw(4), draw(5)] }
     }
 }
 
@@ -178,7 +204,7 @@ impl Frontend {
     /// The number of turns that have room behind the line.
     pub const INLINE: usize = 4;
 
-    /// Scrambles a fingerprint: the first step to its buckets. `seed` differs between map sets.
+    /// Scrambles a fingerprint: the first step to its buckets. `seed` is that of [`FrontendHash`].
     #[inline(always)]
     pub const fn hash(fingerprint: u64, seed: u64) -> u64 {
         let mixed = (fingerprint ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -416,7 +442,7 @@ mod tests {
     fn fingerprint_of_ipv4_is_the_key() {
         for (address, protocol) in [("172.16.0.10:80", 6), ("255.255.255.255:65535", 17), ("0.0.0.0:0", 6)] {
             let key = key(address, protocol);
-            assert_eq!(FrontendKey::from_v4_fingerprint(key.fingerprint()), Some(key));
+            assert_eq!(FrontendKey::from_v4_fingerprint(key.fingerprint(&[1; 4])), Some(key));
         }
     }
 
@@ -432,8 +458,9 @@ mod tests {
             key("172.16.0.10:80", 6),
         ];
         for (i, one) in keys.iter().enumerate() {
-            assert!(keys[i + 1..].iter().all(|other| other.fingerprint() != one.fingerprint()));
-            assert!(![Frontend::EMPTY, Frontend::REMOVED].contains(&one.fingerprint()));
+            let of = |key: &FrontendKey| key.fingerprint(&FrontendHash::of_set(7).multipliers);
+            assert!(keys[i + 1..].iter().all(|other| of(other) != of(one)));
+            assert!(![Frontend::EMPTY, Frontend::REMOVED].contains(&of(one)));
         }
     }
 

@@ -21,8 +21,8 @@ mod stats;
 pub use backend::Backend;
 pub use event::{Outcome, OutcomeKind};
 pub use frontend::{
-    Endpoint, Entry, Frontend, Frontend4, Frontend6, FrontendKey, FrontendVersion, LbPolicy, Published, PublishedFlags,
-    Slot, VersionFlags,
+    Endpoint, Entry, Frontend, Frontend4, Frontend6, FrontendHash, FrontendKey, FrontendVersion, LbPolicy, Published,
+    PublishedFlags, Slot, VersionFlags,
 };
 pub use opt_out::OptOut;
 pub use pool::{Affinity, AffinityKey, DetectedProtocol, PoolLimits, PoolStats, TrackFlags};

@@ -3,7 +3,7 @@
 use std::{fmt, os::fd::OwnedFd, path::PathBuf};
 
 use aya::{Ebpf, EbpfLoader};
-use portolan_common::{ClientUse, Connection, Frontend, SCHEMA_VERSION};
+use portolan_common::{ClientUse, Connection, FrontendHash, SCHEMA_VERSION};
 use portolan_core::table::{PinnedState, Sizes};
 
 use crate::{
@@ -129,8 +129,9 @@ impl Datapath {
             (Connection::shift(options.sizes.connections), options.sizes.connections / ClientUse::SHARE);
         loader.override_global("CONNECTION_SHIFT", &shift, true);
         // Whoever chooses the addresses of Services does not know where they end up.
-        let (seed, frontend_shift) = (Frontend::hash(set.id.into(), 0), options.sizes.frontend_shift());
-        loader.override_global("FRONTEND_SEED", &seed, true);
+        let (hash, frontend_shift) = (FrontendHash::of_set(set.id), options.sizes.frontend_shift());
+        loader.override_global("FRONTEND_SEED", &hash.seed, true);
+        loader.override_global("FRONTEND_MULTIPLIERS", &hash.multipliers, true);
         loader.override_global("FRONTEND_SHIFT", &frontend_shift, true);
         loader.override_global("CONNECTION_SHARE", &share, true);
         loader.override_global("CLIENT_LEVEL", &environment.client_level, true);
@@ -153,7 +154,7 @@ impl Datapath {
         rcu::prepare();
         // The previous agent may have freed entries just before it exited.
         barrier();
-        let (maps, pinned) = Maps::open(&mut bpf, options.sizes, seed)?;
+        let (maps, pinned) = Maps::open(&mut bpf, options.sizes, hash)?;
         let events = EventStream::open(&mut bpf)?;
         let opted_out = Some(OptOutMap::open(&mut bpf)?);
         let prior = current.filter(|current| *current != set);

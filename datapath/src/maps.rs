@@ -11,8 +11,9 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapInfo, PerCpuArray},
 };
 use portolan_common::{
-    Backend, BackendStats, BackendUse, Counter, Entry, FailureCount, Frontend, Frontend4, Frontend6, FrontendKey,
-    FrontendStats, FrontendVersion, PoolLimits, PoolStats, Published, PublishedFlags, Slot, TIME_BUCKETS, VersionFlags,
+    Backend, BackendStats, BackendUse, Counter, Entry, FailureCount, Frontend, Frontend4, Frontend6, FrontendHash,
+    FrontendKey, FrontendStats, FrontendVersion, PoolLimits, PoolStats, Published, PublishedFlags, Slot, TIME_BUCKETS,
+    VersionFlags,
 };
 use portolan_core::table::{
     BackendId, FrontendId, Generation, Op, PinnedFrontend, PinnedState, PoolId, Sizes, VersionIndex,
@@ -79,7 +80,7 @@ impl Range {
 ///
 /// Most are memory-mapped: a schedule has up to 10,000 slots, and a system call for each would take about a millisecond.
 pub struct Maps {
-    seed: u64,
+    hash: FrontendHash,
     sizes: Sizes,
     frontends4: MmapArray,
     frontends6: MmapArray,
@@ -99,11 +100,11 @@ pub struct Maps {
 }
 
 impl Maps {
-    /// `seed` is that of the hash by which the programs find frontends.
-    pub(crate) fn open(bpf: &mut Ebpf, sizes: Sizes, seed: u64) -> Result<(Self, PinnedState)> {
+    /// `hash` is that by which the programs find frontends.
+    pub(crate) fn open(bpf: &mut Ebpf, sizes: Sizes, hash: FrontendHash) -> Result<(Self, PinnedState)> {
         let lines = sizes.frontend_lines();
         let maps = Self {
-            seed,
+            hash,
             sizes,
             frontends4: mapped::<Frontend4>(bpf, map_specs::FRONTENDS4, lines)?,
             frontends6: mapped::<Frontend6>(bpf, map_specs::FRONTENDS6, lines)?,
@@ -157,7 +158,7 @@ impl Maps {
     /// # Errors
     /// Returns an error if the kernel rejects a read.
     pub fn read_back(&self, sizes: Sizes) -> Result<PinnedState> {
-        let mut state = PinnedState { seed: self.seed, ..PinnedState::default() };
+        let mut state = PinnedState::empty(self.hash);
         let (mut backends, mut pools) = (BTreeSet::new(), BTreeSet::new());
         let ids = [false, true].into_iter().flat_map(|v6| (0..sizes.frontend_lines()).map(move |i| (i, v6)));
         for (index, v6) in ids {
@@ -304,14 +305,14 @@ impl Maps {
                 }
                 // In this order, and the reverse one below: a frontend whose line has its key can be found.
                 if self.is_overflow(*id) {
-                    self.frontend_overflow.insert(key.fingerprint(), id.index(), 0)?;
+                    self.frontend_overflow.insert(key.fingerprint(&self.hash.multipliers), id.index(), 0)?;
                 }
-                self.write_key(*id, key.fingerprint())?;
+                self.write_key(*id, key.fingerprint(&self.hash.multipliers))?;
             }
             Op::RemoveFrontend(key, id, is_passed) => {
                 self.write_key(*id, if *is_passed { Frontend::REMOVED } else { Frontend::EMPTY })?;
                 if self.is_overflow(*id) {
-                    self.frontend_overflow.remove(&key.fingerprint())?;
+                    self.frontend_overflow.remove(&key.fingerprint(&self.hash.multipliers))?;
                 }
             }
         }
@@ -407,14 +408,19 @@ impl Maps {
     /// publication.
     /// Returns `None` if it is not there.
     pub fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, Published, Generation)> {
-        let (fingerprint, v6) = (key.fingerprint(), !key.endpoint().is_v4());
-        let (hash, shift) = (Frontend::hash(fingerprint, self.seed), self.sizes.frontend_shift());
+        let (fingerprint, v6) = (key.fingerprint(&self.hash.multipliers), !key.endpoint().is_v4());
+        let (hash, shift) = (Frontend::hash(fingerprint, self.hash.seed), self.sizes.frontend_shift());
         let buckets = [Frontend::first_bucket(hash, shift), Frontend::second_bucket(hash, shift)];
         let lines = buckets.into_iter().flat_map(|first| first..first + Frontend::BUCKET);
         let behind = self.frontend_overflow.get(&fingerprint, 0).ok();
         lines.chain(behind).map(|index| FrontendId::of_line(index, v6)).find_map(|id| {
             let line = self.line(id).ok()?;
-            (line.key == fingerprint).then_some((id, Published(line.current), Generation::new(line.generation)))
+            let is_it = !v6 || self.frontends6.read::<Frontend6>(id.index()).is_ok_and(|value| value.key == *key);
+            (line.key == fingerprint && is_it).then_some((
+                id,
+                Published(line.current),
+                Generation::new(line.generation),
+            ))
         })
     }
 

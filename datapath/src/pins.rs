@@ -53,7 +53,9 @@ pub struct Pins {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Set {
     pub(crate) schema: u32,
-    /// A nonzero id below 2^16; those of older versions may be larger. Per-socket state refers to its lower half.
+    /// Its lower half is not 0, and per-socket state refers to that. The upper half is random, for [`FrontendHash`].
+    ///
+    /// [`FrontendHash`]: portolan_common::FrontendHash
     pub(crate) id: u32,
 }
 
@@ -162,8 +164,9 @@ impl Pins {
         let next = taken.iter().max().map(|last| last.wrapping_add(1));
         let drawn = std::iter::repeat_with(|| RandomState::new().build_hasher().finish() as u16);
         let mut candidates = next.into_iter().chain(drawn.take(100));
-        let id = candidates.find(|id| *id != 0 && !taken.contains(id)).context("no unused map set id")?.into();
-        let set = Set { schema: SCHEMA_VERSION, id };
+        let lower = candidates.find(|id| *id != 0 && !taken.contains(id)).context("no unused map set id")?;
+        let upper = RandomState::new().build_hasher().finish() as u16;
+        let set = Set { schema: SCHEMA_VERSION, id: u32::from(upper) << 16 | u32::from(lower) };
         make_folder(&self.root.join(set.folder()))?;
         Ok(set)
     }

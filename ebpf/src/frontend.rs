@@ -2,7 +2,7 @@
 
 use portolan_common::{Frontend, FrontendKey, Published};
 
-use crate::maps::{FRONTEND_OVERFLOW, FRONTEND_SEED, FRONTEND_SHIFT, FRONTENDS4, FRONTENDS6};
+use crate::maps::{FRONTEND_MULTIPLIERS, FRONTEND_OVERFLOW, FRONTEND_SEED, FRONTEND_SHIFT, FRONTENDS4, FRONTENDS6};
 
 /// The bit of a frontend id that tells IPv6 from IPv4; the other bits are the index.
 const V6: u32 = 1 << 31;
@@ -27,7 +27,8 @@ impl Found {
 /// Returns the frontend with this key; `None` if it is not a Service address.
 #[inline(always)]
 pub(crate) fn find(key: &FrontendKey) -> Option<Found> {
-    if key.endpoint().is_v4() { find4(key.fingerprint()) } else { find6(key) }
+    let fingerprint = key.fingerprint(&FRONTEND_MULTIPLIERS.load());
+    if key.endpoint().is_v4() { find4(fingerprint) } else { find6(key, fingerprint) }
 }
 
 #[inline(always)]
@@ -83,46 +84,52 @@ fn overflow(fingerprint: u64) -> u32 {
     unsafe { FRONTEND_OVERFLOW.get(&fingerprint) }.map_or(0, |index| index.wrapping_add(1))
 }
 
-/// The same for IPv6, where the fingerprint is a hash.
+/// The same for IPv6, where several keys may have the same fingerprint.
 #[inline(always)]
-fn find6(key: &FrontendKey) -> Option<Found> {
-    let fingerprint = key.fingerprint();
+fn find6(key: &FrontendKey, fingerprint: u64) -> Option<Found> {
     let hash = Frontend::hash(fingerprint, FRONTEND_SEED.load());
-    let first = Frontend::first_bucket(hash, FRONTEND_SHIFT.load());
-    let (one_key, other_key) = (key6(first)?, key6(first | 1)?);
-    let index = if one_key == fingerprint {
-        first
-    } else if other_key == fingerprint {
-        first | 1
-    } else if one_key == Frontend::EMPTY || other_key == Frontend::EMPTY {
-        return None;
-    } else {
-        search6(fingerprint, hash).checked_sub(1)?
-    };
+    let index = search6(key, fingerprint, hash).checked_sub(1)?;
     let value = FRONTENDS6.get_ptr_mut(index)?;
-    // SAFETY: a live map value. Its key stays the same while a program may be reading the line.
-    unsafe { ((*value).key == *key).then(|| Found::new(value.cast(), index | V6)) }
+    Some(Found::new(value.cast(), index | V6))
 }
 
-#[inline(always)]
-fn key6(index: u32) -> Option<u64> {
-    let value = FRONTENDS6.get_ptr(index)?;
-    // SAFETY: a live map value, of which the agent changes this word by a single store.
-    Some(unsafe { (&raw const (*value).line.key).read_volatile() })
-}
-
+/// Returns the index plus one of the frontend with this key; 0 if there is none.
+/// Not inlined, so that the verifier checks what follows once.
 #[inline(never)]
-fn search6(fingerprint: u64, hash: u64) -> u32 {
-    let second = Frontend::second_bucket(hash, FRONTEND_SHIFT.load());
-    let (Some(one_key), Some(other_key)) = (key6(second), key6(second | 1)) else { return 0 };
-    if one_key == fingerprint {
-        return second.wrapping_add(1);
+fn search6(key: &FrontendKey, fingerprint: u64, hash: u64) -> u32 {
+    let shift = FRONTEND_SHIFT.load();
+    for bucket in [Frontend::first_bucket(hash, shift), Frontend::second_bucket(hash, shift)] {
+        let mut is_open = false;
+        for index in [bucket, bucket | 1] {
+            let found = at6(index, key, fingerprint);
+            if found == FOUND {
+                return index.wrapping_add(1);
+            }
+            is_open |= found == OPEN;
+        }
+        if is_open {
+            return 0;
+        }
     }
-    if other_key == fingerprint {
-        return (second | 1).wrapping_add(1);
+    let index = overflow(fingerprint);
+    if index != 0 && at6(index.wrapping_sub(1), key, fingerprint) == FOUND { index } else { 0 }
+}
+
+const OTHER: u32 = 0;
+const FOUND: u32 = 1;
+const OPEN: u32 = 2;
+
+/// Returns whether a line is that of this key, another one, or has never been used.
+#[inline(always)]
+fn at6(index: u32, key: &FrontendKey, fingerprint: u64) -> u32 {
+    let Some(value) = FRONTENDS6.get_ptr(index) else { return OTHER };
+    // SAFETY: a live map value, of which the agent changes the first word by a single store. The key stays the same while a
+    // program may be reading the line.
+    unsafe {
+        let word = (&raw const (*value).line.key).read_volatile();
+        if word == Frontend::EMPTY {
+            return OPEN;
+        }
+        if word == fingerprint && (*value).key == *key { FOUND } else { OTHER }
     }
-    if one_key == Frontend::EMPTY || other_key == Frontend::EMPTY {
-        return 0;
-    }
-    overflow(fingerprint)
 }

@@ -135,7 +135,11 @@ pub(crate) static SK_ERR_OFFSET: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub(crate) static CONNECTION_SHIFT: Global<u32> = Global::new(32);
 
-/// The `seed` of [`Frontend::hash`].
+/// The multipliers of [`FrontendKey::fingerprint`](portolan_common::FrontendKey::fingerprint).
+#[unsafe(no_mangle)]
+pub(crate) static FRONTEND_MULTIPLIERS: Global<[u64; 4]> = Global::new([0; 4]);
+
+/// The `seed` of [`Frontend::hash`](portolan_common::Frontend::hash).
 #[unsafe(no_mangle)]
 pub(crate) static FRONTEND_SEED: Global<u64> = Global::new(0);
 

@@ -9,8 +9,8 @@ use std::{
 };
 
 use portolan_common::{
-    Backend, BackendStats, BackendUse, Entry, FrontendKey, FrontendStats, FrontendVersion, PoolLimits, PoolStats,
-    Published, PublishedFlags, Slot, VersionFlags,
+    Backend, BackendStats, BackendUse, Entry, FrontendHash, FrontendKey, FrontendStats, FrontendVersion, PoolLimits,
+    PoolStats, Published, PublishedFlags, Slot, VersionFlags,
 };
 
 use super::{
@@ -232,7 +232,7 @@ impl FakeMaps {
         let in_use = |(id, backend): (&BackendId, &Backend)| backends.contains(id).then_some((*id, *backend));
         let limited = |(id, limits): (&PoolId, &PoolLimits)| pools.contains(id).then_some((*id, *limits));
         PinnedState {
-            seed: 0,
+            hash: FrontendHash::of_set(0),
             frontends,
             free_lines: free.map(|(id, line)| (*id, line.epoch, line.passed)).collect(),
             backends: self.backends.iter().filter_map(in_use).collect(),

@@ -4,9 +4,9 @@
 //! behind all buckets, where a hash map finds it. A search reads at most four lines, and ends at a bucket with an empty
 //! line. So a bucket that a key was placed behind must have no empty line as long as that key exists.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
-use portolan_common::{Frontend, FrontendKey};
+use portolan_common::{Frontend, FrontendHash, FrontendKey};
 
 use super::{
     ids::{FrontendId, GraceEpoch},
@@ -39,7 +39,7 @@ impl FrontendId {
 pub(super) struct FrontendLines {
     /// The most frontends, of both families together.
     size: u32,
-    seed: u64,
+    hash: FrontendHash,
     shift: u32,
     /// The number of lines in buckets; those behind them are found through `FRONTEND_OVERFLOW`.
     hashed: u32,
@@ -48,6 +48,8 @@ pub(super) struct FrontendLines {
     v6: Vec<Line>,
     /// For each bucket, by family and first line, the number of keys that were placed behind it.
     passed: HashMap<(bool, u32), u32>,
+    /// Fingerprints of the keys behind all buckets. `FRONTEND_OVERFLOW` has one place for each.
+    behind: HashSet<u64>,
     deferred: VecDeque<(GraceEpoch, FrontendId)>,
 }
 
@@ -83,17 +85,18 @@ pub(super) struct Placement {
 }
 
 impl FrontendLines {
-    pub(super) fn new(sizes: &Sizes, seed: u64) -> Self {
+    pub(super) fn new(sizes: &Sizes, hash: FrontendHash) -> Self {
         let line = vec![Line::default(); sizes.frontend_lines() as usize];
         Self {
             size: sizes.frontends,
-            seed,
+            hash,
             shift: sizes.frontend_shift(),
             hashed: sizes.hashed_frontend_lines(),
             used: 0,
             v4: line.clone(),
             v6: line,
             passed: HashMap::new(),
+            behind: HashSet::new(),
             deferred: VecDeque::new(),
         }
     }
@@ -106,7 +109,8 @@ impl FrontendLines {
         }
         let (v6, [first, second]) = (!key.endpoint().is_v4(), self.buckets(key));
         let in_buckets = (first..first + Frontend::BUCKET).chain(second..second + Frontend::BUCKET);
-        let behind = self.hashed..self.v4.len() as u32;
+        let last = if self.behind.contains(&self.fingerprint(key)) { self.hashed } else { self.v4.len() as u32 };
+        let behind = self.hashed..last;
         let is_free = |index: &u32| matches!(self.line(*index, v6).state, State::Empty | State::Removed);
         in_buckets.chain(behind).find(is_free).ok_or(full)
     }
@@ -125,6 +129,9 @@ impl FrontendLines {
                 }
             }
         }
+        if index >= self.hashed {
+            self.behind.insert(self.fingerprint(key));
+        }
         self.used += 1;
         let line = self.line_mut(index, v6);
         line.state = State::Used;
@@ -135,6 +142,9 @@ impl FrontendLines {
     /// Removes a key. Returns whether its line must be marked as removed instead of empty.
     pub(super) fn remove(&mut self, key: &FrontendKey, id: FrontendId) -> bool {
         self.leave_passed(key, id);
+        if id.index() >= self.hashed {
+            self.behind.remove(&self.fingerprint(key));
+        }
         let bucket = id.index() - id.index() % Frontend::BUCKET;
         let is_passed = self.passed.contains_key(&(id.is_v6(), bucket));
         self.line_mut(id.index(), id.is_v6()).state = State::Waiting { empty: !is_passed };
@@ -163,6 +173,9 @@ impl FrontendLines {
         for bucket in self.passed_by(key, id.index()) {
             *self.passed.entry((id.is_v6(), bucket)).or_default() += 1;
         }
+        if id.index() >= self.hashed {
+            self.behind.insert(self.fingerprint(key));
+        }
         self.used += 1;
         *self.line_mut(id.index(), id.is_v6()) = Line { state: State::Used, epoch };
     }
@@ -190,8 +203,12 @@ impl FrontendLines {
         if v6 { &mut self.v6[index as usize] } else { &mut self.v4[index as usize] }
     }
 
+    fn fingerprint(&self, key: &FrontendKey) -> u64 {
+        key.fingerprint(&self.hash.multipliers)
+    }
+
     fn buckets(&self, key: &FrontendKey) -> [u32; 2] {
-        let hash = Frontend::hash(key.fingerprint(), self.seed);
+        let hash = Frontend::hash(self.fingerprint(key), self.hash.seed);
         [Frontend::first_bucket(hash, self.shift), Frontend::second_bucket(hash, self.shift)]
     }
 
@@ -247,6 +264,7 @@ mod tests {
     #[derive(Default)]
     struct Kernel {
         lines: BTreeMap<(bool, u32), u64>,
+        keys: BTreeMap<(bool, u32), FrontendKey>,
         overflow: BTreeMap<u64, u32>,
     }
 
@@ -260,14 +278,17 @@ mod tests {
                 self.lines.insert((passed.is_v6(), passed.index()), Frontend::REMOVED);
             }
             let index = placement.id.index();
-            self.lines.insert((placement.id.is_v6(), index), key.fingerprint());
+            self.lines.insert((placement.id.is_v6(), index), lines.fingerprint(key));
+            self.keys.insert((placement.id.is_v6(), index), *key);
             if index >= lines.hashed {
-                self.overflow.insert(key.fingerprint(), index);
+                self.overflow.insert(lines.fingerprint(key), index);
             }
         }
 
-        fn remove(&mut self, key: &FrontendKey, id: FrontendId, removed: bool) {
-            self.overflow.remove(&key.fingerprint());
+        fn remove(&mut self, lines: &FrontendLines, key: &FrontendKey, id: FrontendId, removed: bool) {
+            if id.index() >= lines.hashed {
+                self.overflow.remove(&lines.fingerprint(key));
+            }
             let word = if removed { Frontend::REMOVED } else { Frontend::EMPTY };
             self.lines.insert((id.is_v6(), id.index()), word);
         }
@@ -279,7 +300,7 @@ mod tests {
                 let mut is_open = false;
                 for index in bucket..bucket + Frontend::BUCKET {
                     read += 1;
-                    if self.at(v6, index) == key.fingerprint() {
+                    if self.at(v6, index) == lines.fingerprint(key) && self.keys[&(v6, index)] == *key {
                         return (Some(index), read);
                     }
                     is_open |= self.at(v6, index) == Frontend::EMPTY;
@@ -288,7 +309,8 @@ mod tests {
                     return (None, read);
                 }
             }
-            (self.overflow.get(&key.fingerprint()).copied(), read)
+            let behind = self.overflow.get(&lines.fingerprint(key)).copied();
+            (behind.filter(|index| self.keys[&(v6, *index)] == *key), read)
         }
     }
 
@@ -296,7 +318,7 @@ mod tests {
     fn full_table_needs_few_reads_and_little_overflow() {
         for seed in 0..4 {
             let (sizes, mut kernel) = (sizes(16_384), Kernel::default());
-            let mut lines = FrontendLines::new(&sizes, Frontend::hash(seed, 1));
+            let mut lines = FrontendLines::new(&sizes, FrontendHash::of_set(seed));
             for i in 0..sizes.frontends {
                 let index = lines.find_free(&key(i, false)).unwrap();
                 let placement = lines.place(&key(i, false), index);
@@ -319,6 +341,38 @@ mod tests {
         }
     }
 
+    /// Of so many addresses, some have the same fingerprint.
+    #[test]
+    fn keys_with_the_same_fingerprint_are_told_apart() {
+        let (sizes, mut kernel) = (sizes(16_384), Kernel::default());
+        let mut lines = FrontendLines::new(&sizes, FrontendHash::of_set(1));
+        let key = |i: u32| {
+            let mixed = FrontendHash::of_set(i).seed;
+            let [a, b, c, d] = [48, 32, 16, 0].map(|shift| (mixed >> shift) as u16);
+            FrontendKey::new(SocketAddr::from(([0xfd00, a, 0, b, 0, c, 0, d], 80)).into(), 6)
+        };
+        let mut seen: HashMap<u64, u32> = HashMap::new();
+        let twins = (0..1_000_000).find_map(|i| Some((seen.insert(lines.fingerprint(&key(i)), i)?, i)));
+        let (one, other) = twins.unwrap();
+        let of_set = |i: u32, set| key(i).fingerprint(&FrontendHash::of_set(set).multipliers);
+        assert!((2..100).all(|set| of_set(one, set) != of_set(other, set)), "they do so in other map sets as well");
+        for i in [one, other] {
+            let index = lines.find_free(&key(i)).unwrap();
+            let placement = lines.place(&key(i), index);
+            kernel.add(&lines, &key(i), &placement);
+        }
+        let found = [one, other].map(|i| kernel.find(&lines, &key(i)).0.unwrap());
+        assert_ne!(found[0], found[1]);
+        // Behind the buckets, only one of them has room.
+        let mut behind = lines.clone();
+        behind.behind.insert(lines.fingerprint(&key(one)));
+        let buckets = behind.buckets(&key(one));
+        for index in buckets.into_iter().flat_map(|first| first..first + Frontend::BUCKET) {
+            behind.line_mut(index, true).state = State::Used;
+        }
+        assert!(behind.find_free(&key(one)).is_err());
+    }
+
     proptest! {
         /// After every single write, each key that exists is found where it is, and no other key is.
         #[test]
@@ -327,7 +381,7 @@ mod tests {
             frontends in 4u32..20,
         ) {
             let sizes = sizes(frontends);
-            let (mut lines, mut kernel) = (FrontendLines::new(&sizes, 7), Kernel::default());
+            let (mut lines, mut kernel) = (FrontendLines::new(&sizes, FrontendHash::of_set(7)), Kernel::default());
             let mut present: BTreeMap<FrontendKey, FrontendId> = BTreeMap::new();
             let mut epoch = GraceEpoch::new(1);
             for (i, v6, what) in steps {
@@ -335,7 +389,7 @@ mod tests {
                 match present.get(&key).copied() {
                     Some(id) => {
                         let removed = lines.remove(&key, id);
-                        kernel.remove(&key, id, removed);
+                        kernel.remove(&lines, &key, id, removed);
                         lines.defer_free(epoch, id);
                         present.remove(&key);
                     }

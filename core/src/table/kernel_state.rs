@@ -1,6 +1,6 @@
 //! The state that pinned maps hold when an agent starts.
 
-use portolan_common::{Backend, FrontendKey, FrontendVersion, PoolLimits, Published};
+use portolan_common::{Backend, FrontendHash, FrontendKey, FrontendVersion, PoolLimits, Published};
 
 use super::ids::{BackendId, FrontendId, Generation, PoolId, VersionIndex};
 
@@ -24,10 +24,10 @@ pub struct PinnedFrontend {
 }
 
 /// The contents that a previous agent left in the pinned maps.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct PinnedState {
-    /// The seed of the hash by which frontends are found.
-    pub seed: u64,
+    /// The hash by which frontends are found.
+    pub hash: FrontendHash,
     /// Those of both address families, in the order of their lines.
     pub frontends: Vec<PinnedFrontend>,
     /// Lines that were in use and are free, with the epoch of their last use, and whether searches pass them.
@@ -40,4 +40,12 @@ pub struct PinnedState {
     pub pools: Vec<(PoolId, PoolLimits)>,
     /// The last epoch of every entry of `POOLS` that was ever allocated, as (entry, epoch).
     pub pool_epochs: Vec<(PoolId, u32)>,
+}
+
+impl PinnedState {
+    /// Returns the state of empty maps.
+    pub fn empty(hash: FrontendHash) -> Self {
+        let (frontends, free_lines, backends, epochs, pools, pool_epochs) = Default::default();
+        Self { hash, frontends, free_lines, backends, epochs, pools, pool_epochs }
+    }
 }

@@ -9,8 +9,8 @@ use std::{
 };
 
 use portolan_common::{
-    Backend, Endpoint, Entry, Frontend, FrontendKey, FrontendVersion, PoolLimits, Published, PublishedFlags, Slot,
-    VersionFlags,
+    Backend, Endpoint, Entry, Frontend, FrontendHash, FrontendKey, FrontendVersion, PoolLimits, Published,
+    PublishedFlags, Slot, VersionFlags,
 };
 use siphasher::sip::SipHasher13;
 
@@ -80,16 +80,16 @@ pub struct Layout {
 impl Layout {
     /// Returns the layout of empty maps.
     pub fn new(sizes: Sizes) -> Self {
-        Self::with_seed(sizes, 0)
+        Self::with_hash(sizes, FrontendHash::of_set(0))
     }
 
-    fn with_seed(sizes: Sizes, seed: u64) -> Self {
+    fn with_hash(sizes: Sizes, hash: FrontendHash) -> Self {
         let mut pools = RangeAllocator::new(sizes.pools());
         pools.claim(0, 1);
         Self {
             sizes,
             frontends: BTreeMap::new(),
-            lines: FrontendLines::new(&sizes, seed),
+            lines: FrontendLines::new(&sizes, hash),
             entries: RangeAllocator::new(sizes.slots),
             versions: RangeAllocator::new(sizes.versions()),
             slots: RangeAllocator::new(sizes.slots),
@@ -110,7 +110,7 @@ impl Layout {
     /// The adopted frontends stay until the first table is published.
     /// Their backends keep their ids, so open connections stay accounted for.
     pub fn adopt(sizes: Sizes, held: PinnedState) -> Self {
-        let mut layout = Self::with_seed(sizes, held.seed);
+        let mut layout = Self::with_hash(sizes, held.hash);
         for (id, epoch, removed) in held.free_lines {
             layout.lines.restore(id, epoch, removed);
         }

@@ -122,7 +122,7 @@ impl SweepRequest {
         // Lifetime limits apply only once the connection is established.
         let established = state.is_established();
         if established
-            && u32::from(state.set) == set
+            && state.set == set as u16
             && state.pool != 0
             && let Some(lifetime) = self.lifetimes.get(&(state.pool, state.pool_epoch))
         {
