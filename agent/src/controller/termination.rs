@@ -35,6 +35,7 @@ const RECOUNT_DELAY: Duration = Duration::from_secs(30);
 /// The time between recounts while counts decide about connections.
 const RECOUNT_PERIOD: Duration = Duration::from_secs(60);
 /// How often the planner looks whether a pool refuses connections, and the least time between recounts because of that.
+/// That time doubles with each recount that corrects nothing, up to [`RECOUNT_PERIOD`].
 const REFUSAL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What a sweep request is made from.
@@ -69,6 +70,10 @@ pub(super) struct TerminationPlanner {
     look_at: Option<Instant>,
     /// When counts were compared last.
     recounted_at: Option<Instant>,
+    /// The time between recounts because a pool refuses: it grows while they find nothing, as where a limit does its job.
+    refusal_wait: Duration,
+    /// Whether the log says that some counts cannot be verified.
+    has_warned: bool,
 }
 
 /// A pool whose count of connections decides about further ones.
@@ -215,8 +220,8 @@ impl TerminationPlanner {
             is_used |= stats.active as i64 > 0;
             refuses |= stats.overflow > std::mem::replace(&mut counted.refused, stats.overflow);
         }
-        let is_old = self.recounted_at.is_none_or(|at| now.instant >= at + RECOUNT_PERIOD);
-        if self.recounts == 0 && (refuses || is_used && is_old) {
+        let is_older = |than| self.recounted_at.is_none_or(|at| now.instant >= at + than);
+        if self.recounts == 0 && (refuses && is_older(self.refusal_wait) || is_used && is_older(RECOUNT_PERIOD)) {
             self.recount_now(now);
         }
     }
@@ -304,11 +309,18 @@ impl TerminationPlanner {
         }
         if report.counting {
             self.recounted_at = Some(now.instant);
+            let is_right = report.recounted.is_some_and(|recounted| recounted.freed + recounted.corrected == 0);
+            self.refusal_wait = if is_right {
+                (self.refusal_wait * 2).clamp(REFUSAL_INTERVAL, RECOUNT_PERIOD)
+            } else {
+                REFUSAL_INTERVAL
+            };
             let done = report.recounted.is_some_and(|recounted| recounted.unsettled == 0);
             self.recounts = if done { 0 } else { self.recounts.saturating_sub(1) };
+            self.has_warned &= !done;
             if self.recounts > 0 {
                 self.recount_at = Some(now.instant + RECOUNT_INTERVAL);
-            } else if !done {
+            } else if !done && !std::mem::replace(&mut self.has_warned, true) {
                 tracing::warn!(
                     "cannot verify all counts of connections: they keep changing, or not all sockets are visible"
                 );

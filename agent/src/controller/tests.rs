@@ -545,6 +545,34 @@ fn recount_after_attaching_repeats_until_counts_rest() {
     assert!(world.kernel().sweeps.take().is_empty(), "it gives up after ten attempts");
 }
 
+/// A limit that does its job refuses all the time.
+#[test]
+fn recounts_become_rare_while_a_pool_refuses_and_counts_are_right() {
+    let mut world = World::start(FakeKernel::default(), Ok(None), World::now());
+    let text = objects(2).replace("outlierDetection:", "connectionPool: {tcp: {maxConnections: 3}}, outlierDetection:");
+    world.read_text(&text);
+    world.handle(Input::Updates(vec![Update::Synced]));
+    let (id, _) = world.controller.publisher.layout().pool(&world.pool("web")).unwrap();
+    let recounts = |world: &mut World, seconds: u32, corrected: usize| {
+        let mut count = 0;
+        for _ in 0..seconds {
+            world.controller.kernel_mut().maps.pool_stats.get_mut(&id).unwrap().overflow += 1;
+            world.advance(Duration::from_secs(1));
+            if world.kernel().sweeps.take().iter().any(|sweep| sweep.recount) {
+                count += 1;
+                let recounted = Some(Reconciled { freed: 0, corrected, unsettled: 0 });
+                world.handle(Input::Sweep(SweepReport { counting: true, recounted, ..SweepReport::default() }));
+            }
+        }
+        count
+    };
+    recounts(&mut world, 120, 0);
+    assert!((8..=12).contains(&recounts(&mut world, 600, 0)), "one each minute");
+    // Once a count was wrong, others may be as well.
+    assert!(recounts(&mut world, 60, 1) > 0);
+    assert!(recounts(&mut world, 60, 0) > 3);
+}
+
 #[test]
 fn override_is_acknowledged_once_it_is_saved() {
     let mut world = World::serving(2);
