@@ -27,8 +27,12 @@ impl Found {
 /// Returns the frontend with this key; `None` if it is not a Service address.
 #[inline(always)]
 pub(crate) fn find(key: &FrontendKey) -> Option<Found> {
-    let fingerprint = key.fingerprint(&FRONTEND_MULTIPLIERS.load());
-    if key.endpoint().is_v4() { find4(fingerprint) } else { find6(key, fingerprint) }
+    if key.endpoint().is_v4() {
+        // The key itself, which needs no multipliers.
+        find4(key.fingerprint(&[0; 4]))
+    } else {
+        find6(key, key.fingerprint(&FRONTEND_MULTIPLIERS.load()))
+    }
 }
 
 #[inline(always)]
