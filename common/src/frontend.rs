@@ -238,7 +238,7 @@ pub struct Frontend4 {
 }
 plain!(Frontend4, 128 + 8 * RESERVED, 8);
 
-/// A value of `FRONTENDS6`: the same with an IPv6 address.
+/// A value of `FRONTENDS6`: the same with an IPv6 address. Every other list is in the same pair of lines as its frontend.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Frontend6 {

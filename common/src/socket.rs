@@ -125,12 +125,6 @@ impl Connection {
         33 - entries.trailing_zeros()
     }
 
-    /// Returns the stage as a number, see [`SocketStage`].
-    #[inline(always)]
-    pub const fn stage(&self) -> u32 {
-        self.flags & ConnectionFlags::STAGE
-    }
-
     /// Returns the Service address that the application dialed.
     #[inline(always)]
     pub const fn frontend(&self, extra: &ConnectionExtra) -> Endpoint {

@@ -46,9 +46,10 @@ pub(crate) fn claim(socket: *mut bpf_sock) -> Option<State> {
     }
 }
 
-/// Takes an entry from a socket whose connect has not come to its SYN: it failed, or is about to send it.
+/// Takes an entry from a socket whose connect has not sent its SYN: it failed, or is about to send it.
 /// A pod can hold many of the former, which are in no share.
-/// The latter, should it lose its entry in the microsecond that this takes, is served without being observed.
+/// The latter is served, but not observed. If it loses its entry while it is filling it in or being counted, both sockets
+/// write there, and one of the two connections may be counted for the endpoint of the other one.
 #[inline(always)]
 fn steal(first: u32, me: u64) -> Option<State> {
     for way in 0..Connection::WAYS {

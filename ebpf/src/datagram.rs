@@ -150,7 +150,7 @@ fn continue_flow(
     if flows.set != SET.load() {
         return false;
     }
-    // The schedules of UDP frontends list their members, and are therefore never mere lists of endpoints.
+    // The schedules of UDP frontends list their members, and are therefore never plain lists of endpoints.
     if !current.has(PublishedFlags::DETAILED) {
         return false;
     }

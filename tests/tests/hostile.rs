@@ -102,7 +102,7 @@ fn one_pod_cannot_take_all_slots() -> Result<()> {
     let (mut attacker, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
     let attack = Task::BoundToLoopback { to: WEB.parse()?, times: 3_000, keep: true };
     assert_eq!(attacker.client.run(&attack)?.good, 3_000);
-    // Connects that have come to their SYN take the slots of those that have not.
+    // Connects that have sent their SYN take the slots of those that have not.
     assert_eq!(other.client.dial(WEB, 5)?.count(FAILURE), 5);
     wait_ejected(&agent)?;
     attacker.client.run(&Task::Release)?;

@@ -65,7 +65,7 @@ impl<K: Kernel> Controller<K> {
         let (used, size, _) = self.kernel.connection_slots();
         is_nearly_full(used, size).then(|| {
             let message = format!(
-                "nine in ten of {size} slots are in use; further sockets keep their state in socket storage, and take longer to connect; restart the agent with a larger --max-connections"
+                "at least 90 % of the {size} slots are in use; further sockets keep their state in socket storage, and take longer to connect; restart the agent with a larger --max-connections"
             );
             Finding::new(Code::MapNearlyFull, ObjectRef::global("Map", "connections"), message)
         })

@@ -1,4 +1,4 @@
-//! How much room a frontend needs in the kernel's maps, and whether its schedule is a mere list of endpoints.
+//! How much room a frontend needs in the kernel's maps, and whether its schedule is a plain list of endpoints.
 
 use std::{collections::BTreeSet, net::SocketAddr};
 

@@ -243,7 +243,7 @@ fn short_lists_are_behind_their_line_once_no_program_reads_an_earlier_one() {
     let mut layout = Layout::new(SMALL);
     let is_inline = |ops: &[Op]| ops.iter().any(|op| matches!(op, Op::SetInline(..)));
     let mut publish = |members: &[u8], settles: bool| {
-        // Frontend 1 is a mere list, and frontend 2 also lists its members.
+        // Frontend 1 is a plain list, and frontend 2 also lists its members.
         let wanted = table(&[(1, vec![(1, members.to_vec())]), (2, vec![(1, members.to_vec())])]);
         let (ops, refused) = layout.update(&wanted, Completeness::Complete);
         assert_eq!(refused, []);
