@@ -55,8 +55,9 @@ fn wait_finding(agent: &Agent, code: &str, text: &str) -> Result<()> {
     })
 }
 
+/// Waits for a finding to end. Resources recover one by one: the last one may have failed for a minute.
 fn wait_no_finding(agent: &Agent, code: &str) -> Result<()> {
-    wait_until(&format!("no {code}"), BOUND, || {
+    wait_until(&format!("no {code}"), AFTER_LONG, || {
         let found = agent.findings(code)?;
         ensure!(found.is_empty(), "{found:?}");
         Ok(())
