@@ -21,9 +21,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let toolchain = env::var_os("PORTOLAN_TOOLCHAIN").map_or_else(|| root.join(".toolchain"), PathBuf::from);
     let bin = toolchain.join("bin");
+    // The directory changes when the toolchain is installed; a tool in it may be a link to a file that is older than
+    // this build.
+    println!("cargo:rerun-if-changed={}", bin.display());
     for tool in ["rustc", "bpf-linker"] {
         let path = bin.join(tool);
-        println!("cargo:rerun-if-changed={}", path.display());
         if !path.exists() {
             println!(
                 "cargo::warning=the eBPF toolchain is not set up, so this build embeds no programs; run: cargo xtask toolchain"
