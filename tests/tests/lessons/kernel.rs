@@ -145,16 +145,16 @@ fn lesson_10_foreign_programs_stay_attached() -> Result<()> {
 /// Maximum number of instructions that the verifier may process for each program.
 /// Raise a budget only as a deliberate decision.
 const BUDGETS: [(&str, u32); 11] = [
-    ("connect4", 60_000),
-    ("connect6", 80_000),
+    ("connect4", 40_000),
+    ("connect6", 60_000),
     ("getpeername4", 500),
     ("getpeername6", 500),
     ("received", 15_000),
     ("recvmsg4", 2_500),
     ("recvmsg6", 2_500),
-    ("sendmsg4", 160_000),
-    ("sendmsg6", 160_000),
-    ("sock_ops", 16_000),
+    ("sendmsg4", 30_000),
+    ("sendmsg6", 40_000),
+    ("sock_ops", 24_000),
     ("sock_release", 1_000),
 ];
 
