@@ -12,7 +12,8 @@ use crate::{Endpoint, plain};
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Connection {
-    /// The kernel address of the socket that owns the entry; 0 if the entry is free.
+    /// The kernel address of the socket that owns the entry; 0 if the entry is free, and [`Self::BUSY`] if its
+    /// socket's program is just writing to it.
     pub owner: u64,
     /// The socket's cookie, by which user space recognizes it; 0 before the SYN.
     pub cookie: u64,
@@ -102,6 +103,8 @@ impl ConnectionFlags {
 }
 
 impl Connection {
+    /// In place of an owner: the entry is in use, and no other socket may take it now.
+    pub const BUSY: u64 = 1;
     /// The number of ways in which a socket may be placed: consecutive entries, the first at an even index.
     pub const WAYS: u32 = 2;
 

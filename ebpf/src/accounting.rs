@@ -1,8 +1,11 @@
 //! What the counters of a connection's backend and pool are, and when it stops counting as active.
 
+use core::ptr::null_mut;
+
 use portolan_common::{BackendStats, ClientUse, Connection, ConnectionFlags, PoolLimits, PoolStats};
 
 use crate::{
+    claim,
     maps::{BACKEND_STATS, CLIENTS, POOL_STATS, POOLS, SET},
     select::decrement,
     state::{self, Place, State, exchange},
@@ -13,35 +16,42 @@ use crate::{
 /// flag decrements the counts.
 #[inline(always)]
 pub(crate) fn stop_counting(state: &State, owner: u64) {
-    if state.flags() & ConnectionFlags::COUNTED == 0
-        || state.remove_flags(ConnectionFlags::COUNTED) & ConnectionFlags::COUNTED == 0
-    {
-        return;
-    }
-    if !state::is_owned_by(state, owner) {
-        // The connection ended on another CPU, and the entry has another owner already, whose flag this was.
-        state.add_flags(ConnectionFlags::COUNTED);
+    if state.flags() & ConnectionFlags::COUNTED == 0 {
         return;
     }
     // SAFETY: live map values; the counters are only ever added to.
     unsafe {
-        if let Some(stats) = stats(state) {
+        // Before the flag is cleared: from then on, the other CPU may free the entry, and another socket fill it.
+        // As pointers that may be null: the verifier loses track of an `Option` of one.
+        let stats = stats(state).unwrap_or(null_mut());
+        let pool = if (*state.connection).pool == 0 { None } else { pool_stats(state) }.unwrap_or(null_mut());
+        if state.remove_flags(ConnectionFlags::COUNTED) & ConnectionFlags::COUNTED == 0 {
+            return;
+        }
+        if !state::is_owned_by(state, owner) {
+            // The connection ended on another CPU, and the entry has another owner already, whose flag this was.
+            state.add_flags(ConnectionFlags::COUNTED);
+            return;
+        }
+        if !stats.is_null() {
             decrement(&raw mut (*stats).active);
         }
-        if (*state.connection).pool != 0
-            && let Some(pool) = pool_stats(state)
-        {
+        if !pool.is_null() {
             decrement(&raw mut (*pool).active);
         }
     }
 }
 
-/// Removes an earlier connect of this socket from the counts. Returns true.
+/// Removes an earlier connect of this socket from the counts, and marks its entry as busy.
+/// Returns false if another socket has taken the entry.
 /// Not inlined: it is rare.
 #[inline(never)]
 pub(crate) fn forget(connection: *mut Connection, owner: u64) -> bool {
     let state = State { connection, place: Place::Entry(0) };
-    stop_counting(&state, owner);
+    if !claim::begin(&state, owner) {
+        return false;
+    }
+    stop_counting(&state, Connection::BUSY);
     // SAFETY: a live map value of this socket.
     leave_share(state.flags(), unsafe { (*connection).client });
     true

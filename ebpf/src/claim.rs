@@ -1,6 +1,9 @@
 //! Takes and frees the places of sockets: entries of `CONNECTIONS`, or socket storage (docs/adr/0018-socket-state.md).
 
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    sync::atomic::{Ordering, compiler_fence},
+};
 
 use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
@@ -26,6 +29,7 @@ pub(crate) fn make_room(socket: *mut bpf_sock) -> Option<State> {
 
 /// Returns the entry of a socket, and claims one if it has none; `None` if others have both of its entries.
 /// What an earlier connect has left in it no longer counts.
+/// The entry is busy until [`settle`].
 #[inline(always)]
 pub(crate) fn claim(socket: *mut bpf_sock) -> Option<State> {
     let me = owner(socket);
@@ -35,21 +39,42 @@ pub(crate) fn claim(socket: *mut bpf_sock) -> Option<State> {
     let (owner_of_one, owner_of_other) = unsafe { (owner_of(one.connection), owner_of(other.connection)) };
     if owner_of_one == me || owner_of_other == me {
         let mine = if owner_of_one == me { one } else { other };
+        // Others may take it as long as it is not busy; the other entry is left to a later connect then.
         return accounting::forget(mine.connection, me).then_some(mine);
     }
     // SAFETY: live map values. Only the socket that changes the owner from 0 uses the entry.
     unsafe {
-        if owner_of_one == 0 && exchange(&raw mut (*one.connection).owner, 0, me).1 {
+        if owner_of_one == 0 && exchange(&raw mut (*one.connection).owner, 0, Connection::BUSY).1 {
             return Some(one);
         }
-        (owner_of_other == 0 && exchange(&raw mut (*other.connection).owner, 0, me).1).then_some(other)
+        let other_is_mine = owner_of_other == 0 && exchange(&raw mut (*other.connection).owner, 0, Connection::BUSY).1;
+        other_is_mine.then_some(other)
+    }
+}
+
+/// Marks an entry as busy, before its socket counts; returns false if another socket has taken it.
+#[inline(always)]
+pub(crate) fn begin(state: &State, me: u64) -> bool {
+    match state.place {
+        // SAFETY: a live map value.
+        Place::Entry(_) => unsafe { exchange(&raw mut (*state.connection).owner, me, Connection::BUSY).1 },
+        Place::Storage(_) => true,
+    }
+}
+
+/// Ends what [`claim`], [`make_room`] or [`begin`] began. What was written before is visible before.
+#[inline(always)]
+pub(crate) fn settle(state: &State, me: u64) {
+    if let Place::Entry(_) = state.place {
+        compiler_fence(Ordering::Release);
+        // SAFETY: a live map value, of which nobody else changes this word while it is busy.
+        unsafe { (&raw mut (*state.connection).owner).write_volatile(me) };
     }
 }
 
 /// Takes an entry from a socket whose connect has not sent its SYN: it failed, or is about to send it.
 /// A pod can hold many of the former, which are in no share.
-/// The latter is served, but not observed. If it loses its entry while it is filling it in or being counted, both sockets
-/// write there, and one of the two connections may be counted for the endpoint of the other one.
+/// The latter is served, but not observed.
 #[inline(always)]
 fn steal(first: u32, me: u64) -> Option<State> {
     for way in 0..Connection::WAYS {
@@ -57,13 +82,26 @@ fn steal(first: u32, me: u64) -> Option<State> {
         // SAFETY: a live map value.
         unsafe {
             let before = owner_of(state.connection);
-            let is_idle = state.flags() & (ConnectionFlags::STAGE | ConnectionFlags::UDP) == 0;
-            if is_idle && before != 0 && exchange(&raw mut (*state.connection).owner, before, me).1 {
+            if before == 0 || before == Connection::BUSY || !is_idle(&state) {
+                continue;
+            }
+            if !exchange(&raw mut (*state.connection).owner, before, Connection::BUSY).1 {
+                continue;
+            }
+            // It may have been counted between the two looks, by a socket that does not need to be busy any more.
+            if is_idle(&state) {
                 return Some(state);
             }
+            settle(&state, before);
         }
     }
     None
+}
+
+/// Returns whether an entry belongs to a connect that has not sent its SYN.
+#[inline(always)]
+fn is_idle(state: &State) -> bool {
+    state.flags() & (ConnectionFlags::STAGE | ConnectionFlags::UDP) == 0
 }
 
 /// Counts an entry for its client, and records the socket's cookie.
@@ -91,9 +129,9 @@ pub(crate) fn join_share(state: &State, cookie: u64) -> Option<u32> {
 }
 
 /// Moves the state of a socket, whose client has used up its share, from its entry to socket storage.
-/// Returns `false` if the kernel has no memory for it.
+/// `me` is the owner that the entry has now. Returns `false` if the kernel has no memory for it.
 #[inline(never)]
-pub(crate) fn move_to_storage(connection: *mut Connection, index: u32, socket: *mut bpf_sock) -> bool {
+pub(crate) fn move_to_storage(connection: *mut Connection, index: u32, socket: *mut bpf_sock, me: u64) -> bool {
     let Some(moved) = fall_back(socket) else { return false };
     // SAFETY: live values of this socket, which is locked.
     unsafe {
@@ -101,7 +139,7 @@ pub(crate) fn move_to_storage(connection: *mut Connection, index: u32, socket: *
         if let (Some(from), Some(to)) = (CONNECTION_EXTRAS.get_ptr(index), moved.extra()) {
             *to = *from;
         }
-        exchange(&raw mut (*connection).owner, owner(socket), 0);
+        exchange(&raw mut (*connection).owner, me, 0);
     }
     true
 }

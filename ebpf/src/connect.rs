@@ -193,9 +193,11 @@ fn save_elsewhere(ctx: *mut bpf_sock_addr, key: &FrontendKey, found: &Found, tak
     0
 }
 
-/// Fills in the state of a socket.
+/// Fills in the state of a socket, whose entry is no longer busy then.
 #[inline(always)]
 fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, taken: &Selected) {
+    // SAFETY: the kernel gives a valid context.
+    let me = state::owner(unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk });
     let (dialed, backend) = (key.endpoint(), taken.endpoint);
     let mut flags = 0;
     // SAFETY: the value belongs to this socket, which is locked.
@@ -216,6 +218,7 @@ fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, 
             // Without the extra words the state would name other addresses.
             let Some(extra) = state.extra() else {
                 connection.backend_port = 0;
+                claim::settle(state, me);
                 return;
             };
             let ([a, b, c, _], [d, e, f, _]) = (dialed.words(), backend.words());
@@ -244,6 +247,7 @@ fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, 
         }
         connection.cookie = 0;
         connection.flags = flags;
+        claim::settle(state, me);
         if key.protocol() == IPPROTO_UDP {
             join_share_of_udp(ctx, state, flags);
         }
@@ -258,7 +262,8 @@ fn join_share_of_udp(ctx: &SockAddrContext, state: &State, flags: u32) {
         if let Some(joined) = claim::join_share(state, bpf_get_socket_cookie(ctx.sock_addr.cast())) {
             (*state.connection).flags = flags | joined;
         } else if let Some(index) = state.index() {
-            claim::move_to_storage(state.connection, index, (*ctx.sock_addr).__bindgen_anon_1.sk);
+            let socket = (*ctx.sock_addr).__bindgen_anon_1.sk;
+            claim::move_to_storage(state.connection, index, socket, state::owner(socket));
         }
     }
 }

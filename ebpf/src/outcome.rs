@@ -22,8 +22,8 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use portolan_common::{
-    BackendStats, ClientUse, ConnectionFlags, Counter, EventBudget, FailureCount, Outcome, OutcomeKind, Response,
-    SocketStage, TrackFlags,
+    BackendStats, ClientUse, Connection, ConnectionFlags, Counter, EventBudget, FailureCount, Outcome, OutcomeKind,
+    Response, SocketStage, TrackFlags,
 };
 
 use crate::{
@@ -84,18 +84,23 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
                 accounting::free(&state, state::owner(socket));
                 return;
             }
+            let me = state::owner(socket);
+            if !claim::begin(&state, me) {
+                return;
+            }
             // SAFETY: a helper call with the kernel's own context.
             let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
             if let Some(flags) = claim::join_share(&state, cookie) {
                 on_connect(ctx, &state, flags);
+                claim::settle(&state, me);
             } else if let Some(index) = state.index() {
-                if claim::move_to_storage(state.connection, index, socket)
+                if claim::move_to_storage(state.connection, index, socket, Connection::BUSY)
                     && let Some(moved) = state::of_socket(socket)
                 {
                     on_connect(ctx, &moved, 0);
                 } else {
                     // Without memory for its state, nothing of this connection is reported.
-                    accounting::free(&state, state::owner(socket));
+                    accounting::free(&state, Connection::BUSY);
                 }
             }
         } else {

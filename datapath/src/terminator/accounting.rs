@@ -25,6 +25,8 @@ use crate::{
 /// Word offsets of the counts of active connections.
 const BACKEND_ACTIVE: usize = offset_of!(BackendStats, active) / 8;
 const POOL_ACTIVE: usize = offset_of!(PoolStats, active) / 8;
+/// How often in a row a count must be wrong in the same direction before it is corrected, if it keeps changing.
+const CONFIRMATIONS: u32 = 8;
 /// Word offset of the number of entries that a client uses.
 const CLIENT_CONNECTIONS: usize = offset_of!(ClientUse, connections) / 8;
 /// Word offsets of the owner of an entry, and of its flags, which are the upper half of their word.
@@ -34,8 +36,8 @@ const _: () = assert!(offset_of!(Connection, flags) % 8 == 4);
 const COUNTED: u64 = (ConnectionFlags::COUNTED as u64) << 32;
 const SHARED: u64 = (ConnectionFlags::SHARED as u64) << 32;
 
-/// An entry is abandoned if its connection has not started, or its application has closed it, for this long and no
-/// socket list contains its socket.
+/// An entry is abandoned if no socket list contains its socket, and for this long its connection has not started, its
+/// application has closed it, or it has been one of UDP.
 ///
 /// The kernel does not tell of the end of its own sockets, nor of that of the subflows of MPTCP.
 /// A socket that uses TCP_FASTOPEN_CONNECT and has sent nothing is in no list; what it does later is not counted.
@@ -148,6 +150,16 @@ impl SocketAccounting {
         self.fallback_used.get(&0, 0).map_or(true, |used| used != 0)
     }
 
+    /// Returns whether a backend id still belongs to the same backend.
+    fn is_current_backend(&self, id: u32, epoch: u16) -> Result<bool> {
+        Ok(self.backends.read::<BackendStats>(id)?.epoch as u16 == epoch)
+    }
+
+    /// Returns whether a connection has a pool, which still is the same.
+    fn is_current_pool(&self, pool: u32, epoch: u16) -> Result<bool> {
+        Ok(pool != 0 && self.limits.get(&pool, 0)?.epoch as u16 == epoch)
+    }
+
     /// Maps the state of all connections into memory.
     pub(super) fn connections(&self) -> Result<Connections<'_>> {
         let mut all = Connections {
@@ -171,12 +183,13 @@ impl Connections<'_> {
         self.accounting
     }
 
-    /// Reads an entry, if it has an owner.
+    /// Reads an entry, if it has an owner and is not being written.
     fn entry(&self, index: u32) -> Result<Option<Connection>> {
-        if self.connections.word(index, OWNER)?.load(Ordering::SeqCst) == 0 {
+        let is_owned = |owner| owner != 0 && owner != Connection::BUSY;
+        if !is_owned(self.connections.word(index, OWNER)?.load(Ordering::SeqCst)) {
             return Ok(None);
         }
-        Ok(Some(self.connections.read::<Connection>(index)?).filter(|connection| connection.owner != 0))
+        Ok(Some(self.connections.read::<Connection>(index)?).filter(|connection| is_owned(connection.owner)))
     }
 
     /// Returns the state of the socket with this cookie, or `None` if it has no entry in `CONNECTIONS`.
@@ -186,13 +199,12 @@ impl Connections<'_> {
         Some(State::new(&connection, &self.extras.read(index).ok()?))
     }
 
-    /// Returns the entries of TCP sockets that no hook may ever free, and that have been like that for [`ABANDONED`].
+    /// Returns the entries that no hook may ever free, and that have been like that for [`ABANDONED`].
     pub(super) fn abandoned(&self, waiting: &mut Waiting, now: Instant) -> Result<Vec<Entry>> {
         let mut still = Vec::new();
         for index in 0..self.connections.len() {
             let Some(connection) = self.entry(index)? else { continue };
-            let is_open = connection.flags & (ConnectionFlags::COUNTED | ConnectionFlags::UDP) != 0;
-            if !is_open {
+            if connection.flags & ConnectionFlags::COUNTED == 0 {
                 still.push(Entry { index, owner: connection.owner, cookie: connection.cookie });
             }
         }
@@ -200,12 +212,12 @@ impl Connections<'_> {
     }
 
     /// Frees an entry if it still belongs to the same socket, and takes its connection out of the counts of active ones.
-    /// Returns whether it did.
-    pub(super) fn free(&self, entry: Entry) -> Result<bool> {
+    /// Returns the connection as it was, if it was freed.
+    pub(super) fn free(&self, entry: Entry) -> Result<Option<Connection>> {
         let own = self.accounting;
         let connection: Connection = self.connections.read(entry.index)?;
         if connection.owner != entry.owner || connection.cookie != entry.cookie {
-            return Ok(false);
+            return Ok(None);
         }
         let flags = self.connections.word(entry.index, FLAGS)?.fetch_and(!COUNTED, Ordering::SeqCst);
         let owner = self.connections.word(entry.index, OWNER)?;
@@ -214,7 +226,7 @@ impl Connections<'_> {
                 // The entry has another owner already, whose flag this was.
                 self.connections.word(entry.index, FLAGS)?.fetch_or(flags & COUNTED, Ordering::SeqCst);
             }
-            return Ok(false);
+            return Ok(None);
         }
         // Whoever frees an entry takes it out of its client's share.
         if flags & SHARED != 0 {
@@ -222,16 +234,14 @@ impl Connections<'_> {
             own.clients.word(client, CLIENT_CONNECTIONS)?.fetch_sub(1, Ordering::SeqCst);
         }
         if flags & COUNTED != 0 && connection.set == own.set {
-            let stats: BackendStats = own.backends.read(connection.backend_id)?;
-            if stats.epoch as u16 == connection.backend_epoch {
+            if own.is_current_backend(connection.backend_id, connection.backend_epoch)? {
                 own.backends.word(connection.backend_id, BACKEND_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
             }
-            let (pool, epoch) = (connection.pool, connection.pool_epoch);
-            if pool != 0 && own.limits.get(&pool, 0)?.epoch as u16 == epoch {
-                own.pools.word(pool, POOL_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
+            if own.is_current_pool(connection.pool, connection.pool_epoch)? {
+                own.pools.word(connection.pool, POOL_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
             }
         }
-        Ok(true)
+        Ok(Some(connection))
     }
 
     /// Takes a snapshot to compare with a list of all sockets.
@@ -244,11 +254,26 @@ impl Connections<'_> {
                 entries.push(Entry { index, owner: connection.owner, cookie: connection.cookie });
             }
         }
-        let all = |of: &MmapArray, word| -> Result<Vec<u64>> {
-            (0..of.len()).map(|id| Ok(of.word(id, word)?.load(Ordering::SeqCst))).collect()
-        };
         let own = self.accounting;
         Ok(Counts { entries, backends: all(&own.backends, BACKEND_ACTIVE)?, pools: all(&own.pools, POOL_ACTIVE)? })
+    }
+
+    /// Corrects the numbers of entries that clients use to match the entries that say so.
+    pub(super) fn recount_clients(&self, unconfirmed: &mut Drifts) -> Result<usize> {
+        let clients = &self.accounting.clients;
+        let before = all(clients, CLIENT_CONNECTIONS)?;
+        let mut shared: HashMap<u32, u64> = HashMap::new();
+        for index in 0..self.connections.len() {
+            let connection = self.entry(index)?.filter(|connection| connection.flags & ConnectionFlags::SHARED != 0);
+            if let Some(connection) = connection {
+                *shared.entry(ClientUse::index(connection.client)).or_default() += 1;
+            }
+        }
+        let mut recounted = Reconciled::default();
+        let counts = (clients, CLIENT_CONNECTIONS, before.as_slice());
+        let after = all(clients, CLIENT_CONNECTIONS)?;
+        *unconfirmed = correct(counts, &after, &shared, &std::mem::take(unconfirmed), &mut recounted)?;
+        Ok(recounted.corrected)
     }
 
     /// Corrects entries and counts to match `seen`, all sockets listed since the snapshot `before`.
@@ -257,41 +282,82 @@ impl Connections<'_> {
     /// A socket that was opened or closed during the listing may explain it.
     pub(super) fn recount(&self, before: &Counts, seen: &Seen, unconfirmed: &mut Unconfirmed) -> Result<Reconciled> {
         let own = self.accounting;
+        let (backends_after, pools_after) = (all(&own.backends, BACKEND_ACTIVE)?, all(&own.pools, POOL_ACTIVE)?);
         let (mut backends, mut pools): (HashMap<u32, u64>, HashMap<u32, u64>) = Default::default();
+        let mut count = |backend: (u32, u16), pool: (u32, u16)| -> Result<()> {
+            if own.is_current_backend(backend.0, backend.1)? {
+                *backends.entry(backend.0).or_default() += 1;
+            }
+            if own.is_current_pool(pool.0, pool.1)? {
+                *pools.entry(pool.0).or_default() += 1;
+            }
+            Ok(())
+        };
         for state in seen.states.iter().filter(|state| state.set == own.set && state.is_counted()) {
-            let stats: BackendStats = own.backends.read(state.backend_id)?;
-            if stats.epoch as u16 == state.backend_epoch {
-                *backends.entry(state.backend_id).or_default() += 1;
-            }
-            if state.pool != 0 && own.limits.get(&state.pool, 0)?.epoch as u16 == state.pool_epoch {
-                *pools.entry(state.pool).or_default() += 1;
-            }
+            count((state.backend_id, state.backend_epoch), (state.pool, state.pool_epoch))?;
         }
         let mut recounted = Reconciled::default();
         let previous = std::mem::take(unconfirmed);
         for entry in before.entries.iter().filter(|entry| !seen.cookies.contains(&entry.cookie)) {
             if previous.entries.contains(entry) {
-                recounted.freed += usize::from(self.free(*entry)?);
+                let Some(freed) = self.free(*entry)? else { continue };
+                recounted.freed += 1;
+                // The counts compared below are from before, and contain it.
+                if freed.flags & ConnectionFlags::COUNTED != 0 && freed.set == own.set {
+                    count((freed.backend_id, freed.backend_epoch), (freed.pool, freed.pool_epoch))?;
+                }
             } else {
                 unconfirmed.entries.insert(*entry);
                 recounted.unsettled += 1;
             }
         }
-        // What was freed took its counts with it, so the snapshot is out of date.
-        if recounted.freed > 0 {
-            recounted.unsettled += 1;
-            return Ok(recounted);
-        }
-        let backend_counts = (&own.backends, BACKEND_ACTIVE, before.backends.as_slice(), &backends);
-        unconfirmed.backends = correct(backend_counts, &previous.backends, &mut recounted)?;
-        let pool_counts = (&own.pools, POOL_ACTIVE, before.pools.as_slice(), &pools);
-        unconfirmed.pools = correct(pool_counts, &previous.pools, &mut recounted)?;
+        let backend_counts = (&own.backends, BACKEND_ACTIVE, before.backends.as_slice());
+        unconfirmed.backends = correct(backend_counts, &backends_after, &backends, &previous.backends, &mut recounted)?;
+        let pool_counts = (&own.pools, POOL_ACTIVE, before.pools.as_slice());
+        unconfirmed.pools = correct(pool_counts, &pools_after, &pools, &previous.pools, &mut recounted)?;
         Ok(recounted)
     }
 }
 
+/// Reads one word of each value.
+fn all(of: &MmapArray, word: usize) -> Result<Vec<u64>> {
+    (0..of.len()).map(|id| Ok(of.word(id, word)?.load(Ordering::SeqCst))).collect()
+}
+
 /// Id → by how much its count is too high.
-type Drifts = HashMap<u32, i64>;
+pub(super) type Drifts = HashMap<u32, Drift>;
+
+/// A count that was wrong in the same direction in each of the last runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Drift {
+    /// By how much it is too high: the least of these runs. Negative if it is too low.
+    least: i64,
+    /// What the last run found.
+    last: i64,
+    runs: u32,
+}
+
+impl Drift {
+    /// Compares a count before and after a listing with the number listed; `None` if it may be right.
+    ///
+    /// What is opened or closed meanwhile may be listed or not, so that any number between the two counts may be right.
+    fn of(before: u64, after: u64, listed: u64) -> Option<i64> {
+        let (before, after) = (before.wrapping_sub(listed) as i64, after.wrapping_sub(listed) as i64);
+        let is_known = before != 0 && after != 0 && (before > 0) == (after > 0);
+        is_known.then(|| if before.abs() < after.abs() { before } else { after })
+    }
+
+    /// Adds a run that found the count to be too high by `found`.
+    fn follow(previous: Option<&Self>, found: i64) -> Self {
+        match previous {
+            Some(before) if (before.least > 0) == (found > 0) => {
+                let least = if found.abs() < before.least.abs() { found } else { before.least };
+                Self { least, last: found, runs: before.runs + 1 }
+            }
+            _ => Self { least: found, last: found, runs: 1 },
+        }
+    }
+}
 
 /// Mismatches that the previous run found and the next one must confirm.
 #[derive(Debug, Default)]
@@ -301,23 +367,24 @@ pub(super) struct Unconfirmed {
     pools: Drifts,
 }
 
-/// Subtracts the excess of each count that was too high by the same amount twice in a row and has not changed since
-/// the snapshot.
+/// Subtracts the excess of each count that was too high by the same amount twice in a row and did not change meanwhile.
+/// A count that keeps changing is corrected by the least excess of [`CONFIRMATIONS`] runs, so that no leak stays.
 /// Returns the mismatches that are not confirmed yet.
 fn correct(
-    (of, word, before, seen): (&MmapArray, usize, &[u64], &HashMap<u32, u64>),
+    (of, word, before): (&MmapArray, usize, &[u64]),
+    after: &[u64],
+    listed: &HashMap<u32, u64>,
     previous: &Drifts,
     recounted: &mut Reconciled,
 ) -> Result<Drifts> {
     let mut drifts = Drifts::new();
-    for (id, before) in (0..).zip(before) {
-        let drift = before.wrapping_sub(seen.get(&id).copied().unwrap_or(0)) as i64;
-        if drift == 0 {
-            continue;
-        }
-        let active = of.word(id, word)?;
-        if active.load(Ordering::SeqCst) == *before && previous.get(&id) == Some(&drift) {
-            active.fetch_sub(drift as u64, Ordering::SeqCst);
+    for (id, (before, after)) in (0..).zip(before.iter().zip(after)) {
+        let Some(found) = Drift::of(*before, *after, listed.get(&id).copied().unwrap_or(0)) else { continue };
+        let drift = Drift::follow(previous.get(&id), found);
+        let is_at_rest = before == after && previous.get(&id).is_some_and(|previous| previous.last == found);
+        if is_at_rest || drift.runs >= CONFIRMATIONS {
+            let excess = if is_at_rest { found } else { drift.least };
+            of.word(id, word)?.fetch_sub(excess as u64, Ordering::SeqCst);
             recounted.corrected += 1;
         } else {
             drifts.insert(id, drift);
@@ -332,6 +399,11 @@ fn correct(
 pub(super) struct Waiting(HashMap<Entry, Instant>);
 
 impl Waiting {
+    /// Starts over with entries whose sockets exist, so that these are not listed again soon.
+    pub(super) fn found(&mut self, entries: &[Entry]) {
+        self.0.retain(|entry, _| !entries.contains(entry));
+    }
+
     /// Records `still`, the entries that wait now, and returns those that have waited for [`ABANDONED`].
     fn abandoned(&mut self, still: &[Entry], now: Instant) -> Vec<Entry> {
         let since = |entry: &Entry| self.0.get(entry).copied().unwrap_or(now);
@@ -367,8 +439,32 @@ mod tests {
         assert_eq!(waiting.abandoned(&[entry(1, 10), entry(2, 21)], after(300)), []);
         assert_eq!(waiting.abandoned(&[entry(1, 10), entry(2, 21)], after(599)), []);
         assert_eq!(waiting.abandoned(&[entry(1, 10), entry(2, 21)], after(600)), [entry(1, 10)]);
+        // One whose socket exists starts over.
+        waiting.found(&[entry(1, 10)]);
+        assert_eq!(waiting.abandoned(&[entry(1, 10)], after(610)), []);
+        assert_eq!(waiting.abandoned(&[entry(1, 10)], after(1210)), [entry(1, 10)]);
         // An entry that was free for a moment starts over.
-        assert_eq!(waiting.abandoned(&[], after(700)), []);
-        assert_eq!(waiting.abandoned(&[entry(2, 21)], after(1000)), []);
+        assert_eq!(waiting.abandoned(&[], after(1300)), []);
+        assert_eq!(waiting.abandoned(&[entry(2, 21)], after(2000)), []);
+    }
+
+    #[test]
+    fn number_between_two_counts_may_be_right() {
+        assert_eq!(Drift::of(5, 5, 5), None);
+        assert_eq!(Drift::of(5, 9, 7), None, "connections were opened during the listing");
+        assert_eq!(Drift::of(9, 5, 5), None, "connections were closed during the listing");
+        assert_eq!(Drift::of(9, 7, 4), Some(3));
+        assert_eq!(Drift::of(1, 2, 4), Some(-2));
+        assert_eq!(Drift::of(u64::MAX, u64::MAX, 0), Some(-1), "a decrement came twice");
+    }
+
+    #[test]
+    fn changing_count_is_corrected_by_the_least_excess() {
+        let runs = |found: &[i64]| {
+            found.iter().fold(None, |previous: Option<Drift>, found| Some(Drift::follow(previous.as_ref(), *found)))
+        };
+        assert_eq!(runs(&[7, 4, 9]), Some(Drift { least: 4, last: 9, runs: 3 }));
+        assert_eq!(runs(&[-7, -4]), Some(Drift { least: -4, last: -4, runs: 2 }));
+        assert_eq!(runs(&[7, 4, -1]), Some(Drift { least: -1, last: -1, runs: 1 }), "it was too low once");
     }
 }

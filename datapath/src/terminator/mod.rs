@@ -39,7 +39,7 @@ use tokio::{
 };
 
 use self::{
-    accounting::{ConnectionUsage, Connections, Unconfirmed, Waiting},
+    accounting::{ConnectionUsage, Connections, Drifts, Unconfirmed, Waiting},
     request::Action,
     sock_diag::Diag,
     socket::{Connected, Seen, State},
@@ -201,12 +201,13 @@ pub(super) fn work(
 ) {
     let own = File::open("/proc/thread-self/ns/net");
     let (mut waiting, mut reaped_at) = (Waiting::default(), Instant::now());
+    let mut client_drifts = Drifts::new();
     let mut unconfirmed = Unconfirmed::default();
     let (mut moves, mut moves_since) = (MAX_MOVES, Instant::now());
     loop {
         if reaped_at.elapsed() >= REAP_INTERVAL {
             reaped_at = Instant::now();
-            if let Err(error) = reap_abandoned(states, &mut waiting, reaped_at) {
+            if let Err(error) = reap_abandoned(states, &mut waiting, &mut client_drifts, reaped_at) {
                 tracing::warn!("cannot reclaim abandoned entries of CONNECTIONS: {error:#}");
             }
         }
@@ -278,9 +279,18 @@ pub(super) fn work(
     }
 }
 
-/// Frees the entries of sockets that ended without any hook seeing it.
-fn reap_abandoned(states: &SocketAccounting, waiting: &mut Waiting, now: Instant) -> Result<()> {
+/// Frees the entries of sockets that ended without any hook seeing it, and corrects the clients' shares.
+fn reap_abandoned(
+    states: &SocketAccounting,
+    waiting: &mut Waiting,
+    client_drifts: &mut Drifts,
+    now: Instant,
+) -> Result<()> {
     let connections = states.connections()?;
+    let corrected = connections.recount_clients(client_drifts)?;
+    if corrected > 0 {
+        tracing::info!("corrected how many entries of CONNECTIONS {corrected} clients use");
+    }
     let abandoned = connections.abandoned(waiting, now)?;
     if abandoned.is_empty() {
         return Ok(());
@@ -290,11 +300,15 @@ fn reap_abandoned(states: &SocketAccounting, waiting: &mut Waiting, now: Instant
     let (mut seen, mut trouble) = (Seen::nothing(), Vec::new());
     let counted = namespaces(&mut trouble).into_iter().try_for_each(|(_, namespace)| {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-        Ok(Diag::open()?.count(&connections, &mut seen)?)
+        let diag = Diag::open()?;
+        diag.count(&connections, &mut seen)?;
+        seen.cookies.extend(diag.datagrams()?.iter().map(Connected::cookie));
+        Ok(())
     });
     move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Network))?;
     counted.and_then(|()| trouble.pop().map_or(Ok(()), |why| Err(Error::State(why))))?;
-    let gone = abandoned.into_iter().filter(|entry| !seen.has(*entry));
+    let (alive, gone): (Vec<_>, Vec<_>) = abandoned.into_iter().partition(|entry| seen.has(*entry));
+    waiting.found(&alive);
     gone.into_iter().try_for_each(|entry| connections.free(entry).map(drop))
 }
 

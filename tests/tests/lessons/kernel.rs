@@ -155,7 +155,7 @@ const BUDGETS: [(&str, u32); 11] = [
     ("sendmsg4", 30_000),
     ("sendmsg6", 40_000),
     ("sock_ops", 24_000),
-    ("sock_release", 1_000),
+    ("sock_release", 2_000),
 ];
 
 #[test]
