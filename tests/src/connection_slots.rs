@@ -1,20 +1,11 @@
 //! Portolan's slots for the state of connections (the pinned map `CONNECTIONS`), accessed from outside the agent.
 
-use std::{
-    ffi::CString,
-    fs, io,
-    os::{
-        fd::{AsFd as _, FromRawFd as _, OwnedFd},
-        unix::ffi::OsStrExt as _,
-    },
-    path::Path,
-    ptr::{NonNull, null_mut},
-};
+use std::{fs, os::unix::ffi::OsStrExt as _, path::Path, sync::atomic::Ordering::SeqCst};
 
 use anyhow::{Context as _, Result};
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-const BPF_OBJ_GET: libc::c_long = 7;
+use crate::pinned_array::PinnedArray;
+
 /// Length of a slot in 64-bit words. The first word is the owner: the socket's address, or 0 if the slot is free.
 const WORDS: usize = 8;
 /// Index of the word whose upper half holds the flags.
@@ -24,11 +15,8 @@ const STAGE: u32 = 0xff;
 /// The flag of a UDP socket, whose slot is freed only with the socket.
 const UDP: u32 = 1 << 10;
 
-/// The connection slots of a node, mapped into this process.
-pub struct ConnectionSlots {
-    words: NonNull<u64>,
-    slots: usize,
-}
+/// The connection slots of a node.
+pub struct ConnectionSlots(PinnedArray);
 
 impl ConnectionSlots {
     /// Maps the slots of the agent that pins its objects below `pins`.
@@ -44,63 +32,34 @@ impl ConnectionSlots {
         let mut pinned = ours.filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten();
         let found = pinned.find_map(|entry| Some((slots(&entry.path())?, entry.path())));
         let (slots, path) = found.context("no map CONNECTIONS is pinned")?;
-        let map = open(&path)?;
-        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
-        // SAFETY: this creates a new mapping at an address that the kernel chooses.
-        let start = unsafe { mmap(null_mut(), slots * WORDS * 8, access, flags, map.as_fd(), 0) };
-        let words = NonNull::new(start.context("cannot mmap CONNECTIONS")?.cast()).context("mmap returned null")?;
-        Ok(Self { words, slots })
+        Ok(Self(PinnedArray::open(&path, slots * WORDS)?))
     }
 
     /// Returns the number of slots.
     pub fn size(&self) -> usize {
-        self.slots
+        self.0.words().len() / WORDS
     }
 
     /// Counts the slots that a connection owns.
     pub fn taken(&self) -> usize {
-        (0..self.slots).filter(|slot| self.word(slot * WORDS) != 0).count()
+        (0..self.size()).filter(|slot| self.word(*slot, 0) != 0).count()
     }
 
     /// Counts the slots of connections whose SYN a hook has seen.
     pub fn connected(&self) -> usize {
-        let stage = |slot: &usize| (self.word(slot * WORDS + FLAGS) >> 32) as u32 & STAGE;
-        (0..self.slots).filter(|slot| self.word(slot * WORDS) != 0 && stage(slot) != 0).count()
+        let stage = |slot: &usize| (self.word(*slot, FLAGS) >> 32) as u32 & STAGE;
+        (0..self.size()).filter(|slot| self.word(*slot, 0) != 0 && stage(slot) != 0).count()
     }
 
     /// Fills every free slot, as if a socket that does not exist owned it.
     pub fn take_all(&self) {
-        for slot in (0..self.slots).filter(|slot| self.word(slot * WORDS) == 0) {
-            // SAFETY: within the mapping, which lives as long as `self`.
-            unsafe {
-                self.words.add(slot * WORDS + FLAGS).write_volatile(u64::from(UDP) << 32);
-                self.words.add(slot * WORDS).write_volatile(u64::MAX);
-            }
+        for slot in self.0.words().chunks_exact(WORDS).filter(|slot| slot[0].load(SeqCst) == 0) {
+            slot[FLAGS].store(u64::from(UDP) << 32, SeqCst);
+            slot[0].store(u64::MAX, SeqCst);
         }
     }
 
-    fn word(&self, at: usize) -> u64 {
-        // SAFETY: within the mapping, which lives as long as `self`.
-        unsafe { self.words.add(at).read_volatile() }
+    fn word(&self, slot: usize, word: usize) -> u64 {
+        self.0.words()[slot * WORDS + word].load(SeqCst)
     }
-}
-
-impl Drop for ConnectionSlots {
-    fn drop(&mut self) {
-        // SAFETY: this value owns the mapping, and no reference into it is left.
-        let unmapped = unsafe { munmap(self.words.as_ptr().cast(), self.slots * WORDS * 8) };
-        debug_assert!(unmapped.is_ok(), "{unmapped:?}");
-    }
-}
-
-fn open(pin: &Path) -> Result<OwnedFd> {
-    let path = CString::new(pin.as_os_str().as_bytes())?;
-    let mut attr = [path.as_ptr().addr() as u64, 0];
-    // SAFETY: the attributes match the command, and the path outlives the call.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, attr.as_mut_ptr(), size_of_val(&attr)) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error()).with_context(|| format!("cannot open {}", pin.display()));
-    }
-    // SAFETY: the kernel just returned this descriptor, so nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }

@@ -2,6 +2,7 @@
 //!
 //! Network namespaces, cgroups, processes, and agents are removed when their values are dropped.
 
+mod active_counts;
 mod agent;
 pub mod api;
 mod blocked_file;
@@ -18,6 +19,7 @@ mod directory;
 mod foreign_program;
 mod netns;
 pub mod objects;
+mod pinned_array;
 mod pod;
 mod process;
 pub mod report;
@@ -26,6 +28,7 @@ pub mod storm;
 mod test_bed;
 mod wait;
 
+pub use active_counts::lose_ends;
 pub use agent::{Agent, helper_of};
 pub use api::Api;
 pub use blocked_file::BlockedFile;

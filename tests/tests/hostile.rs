@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
     Agent, ConnectionSlots, Directory, Foreign, ForeignProgram, Namespace, Pod, TestBed,
     dial::{Task, Way},
+    lose_ends,
     objects::{destination_rule, node, plain, service, slice},
     unique, wait_until,
 };
@@ -162,9 +163,9 @@ fn full_slots_are_a_finding_and_change_nothing_else() -> Result<()> {
 }
 
 /// Starts a node whose Service accepts three connections at a time.
-fn limited() -> Result<(TestBed, Directory, Agent)> {
+fn limited(most: u32) -> Result<(TestBed, Directory, Agent)> {
     let bed = TestBed::new()?;
-    let directory = web(&bed, &json!({"connectionPool": {"tcp": {"maxConnections": 3}}}))?;
+    let directory = web(&bed, &json!({"connectionPool": {"tcp": {"maxConnections": most}}}))?;
     bed.serve("10.0.0.1:9080", "near")?;
     bed.serve("10.1.0.1:9080", "far")?;
     let agent = bed.agent(&directory, "c1", "near")?;
@@ -174,7 +175,7 @@ fn limited() -> Result<(TestBed, Directory, Agent)> {
 /// Threat 18: another program on a pod's own cgroup hides the ends of connections.
 #[test]
 fn hidden_ends_of_connections_do_not_exhaust_a_limit() -> Result<()> {
-    let (bed, _directory, agent) = limited()?;
+    let (bed, _directory, agent) = limited(3)?;
     let (mut attacker, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
     let hiding = ForeignProgram::attach(&attacker.cgroup, Foreign::HideEnds)?;
     for _ in 0..4 {
@@ -225,7 +226,7 @@ fn hidden_ends_of_connections_beyond_the_share_are_seen_at_once() -> Result<()> 
 /// The kernel closes the subflows of MPTCP itself, so that only a recount finds the hidden end of one.
 #[test]
 fn hidden_ends_of_subflows_are_found_by_a_recount() -> Result<()> {
-    let (bed, _directory, agent) = limited()?;
+    let (bed, _directory, agent) = limited(3)?;
     let (mut attacker, mut other) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
     let _hiding = ForeignProgram::attach(&attacker.cgroup, Foreign::HideEnds)?;
     for _ in 0..3 {
@@ -237,6 +238,40 @@ fn hidden_ends_of_subflows_are_found_by_a_recount() -> Result<()> {
         ensure!(errnos == [0; 3], "{errnos:?}\n{}", agent.log());
         Ok(())
     })
+}
+
+/// Returns the active connections of all endpoints, as the kernel counts them.
+fn active(agent: &Agent) -> Result<u64> {
+    let report = agent.get("endpoints")?;
+    let endpoints = report["services"][0]["endpoints"].as_array().cloned().unwrap_or_default();
+    Ok(endpoints.iter().filter_map(|endpoint| endpoint["kernel"]["active"].as_u64()).sum())
+}
+
+/// Ends that no program saw, in a pool where connections begin and end all the time: its count is never at rest.
+#[test]
+fn lost_ends_are_found_in_a_busy_pool() -> Result<()> {
+    const LOST: u64 = 16;
+    let (bed, _directory, agent) = limited(LOST as u32 + 5)?;
+    let mut holder = Pod::new(&bed, 1)?;
+    holder.client.run(&Task::Hold { to: WEB.parse()?, times: 1 })?;
+    lose_ends(&bed.pins(), LOST)?;
+    // Four places are left for six, each of which is served often and refused often.
+    let mut busy = (2..8).map(|host| Pod::new(&bed, host)).collect::<Result<Vec<_>>>()?;
+    for pod in &mut busy {
+        pod.client.begin(&Task::Load { to: WEB.parse()? })?;
+    }
+    assert!(active(&agent)? > LOST);
+    wait_until("the counts to come down", BOUND, || {
+        let active = active(&agent)?;
+        ensure!(active < LOST / 2, "{active} active\n{}", agent.log());
+        Ok(())
+    })?;
+    for pod in &mut busy {
+        let load = pod.client.run(&Task::Stop)?;
+        println!("{} connections, {} refused", load.good, load.bad);
+        assert!(load.good > 0);
+    }
+    Ok(())
 }
 
 /// Threat 17: a pod gives its own interface the address of a dead endpoint, and connects there.
