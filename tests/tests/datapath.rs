@@ -1,14 +1,22 @@
 //! TCP connections through the real BPF programs.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
-use std::time::Duration;
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
 use portolan::kernel::facts;
+use portolan_common::Frontend;
+use portolan_core::{
+    model::Protocol,
+    table::{Sizes, key},
+};
 use portolan_tests::{
     Agent, ConnectionSlots, Directory, TestBed,
     dial::Task,
-    direct::Direct,
+    direct::{Direct, table},
     objects::{destination_rule, node, service, slice},
     wait_until,
 };
@@ -206,6 +214,68 @@ fn connection_without_a_free_slot_uses_socket_storage() -> Result<()> {
         ensure!(seen == (47, 7), "{seen:?}");
         Ok(())
     })
+}
+
+/// Frontends whose buckets are full are found by another map, and no search ends before it has looked there.
+#[test]
+fn frontends_behind_full_buckets_are_found() -> Result<()> {
+    const SIZES: Sizes = Sizes { frontends: 64, backends: 64, slots: 64, affinities: 8, connections: 1 << 14 };
+    let bed = TestBed::new()?;
+    for address in ["10.0.0.1/32", "10.0.0.2/32", "fd00::1/128", "fd00::2/128"] {
+        bed.namespace.add_address(address)?;
+    }
+    for (address, name) in [("10.0.0.1", "one"), ("10.0.0.2", "two"), ("[fd00::1]", "one"), ("[fd00::2]", "two")] {
+        bed.serve(&format!("{address}:9080"), name)?;
+    }
+    let mut direct = Direct::new(&bed, SIZES)?;
+    let hash = direct.kernel().maps.read_back(SIZES)?.hash;
+    let buckets = |address: &SocketAddr| {
+        let mixed = Frontend::hash(key(*address, Protocol::Tcp).fingerprint(&hash.multipliers), hash.seed);
+        let shift = SIZES.frontend_shift();
+        let mut buckets = [Frontend::first_bucket(mixed, shift), Frontend::second_bucket(mixed, shift)];
+        buckets.sort_unstable();
+        buckets
+    };
+    let mut client = bed.dialer()?;
+    let v4 = |i: u32| IpAddr::from(Ipv4Addr::from_bits(u32::from(Ipv4Addr::new(172, 16, 0, 0)) + i));
+    let v6 = |i: u32| IpAddr::from(Ipv6Addr::from_bits((0xfd16 << 112) + u128::from(i)));
+    for (service, endpoints) in [
+        (&v4 as &dyn Fn(u32) -> IpAddr, ["10.0.0.1:9080", "10.0.0.2:9080"]),
+        (&v6, ["[fd00::1]:9080", "[fd00::2]:9080"]),
+    ] {
+        // All in the same two buckets, which have room for four.
+        let addresses: Vec<SocketAddr> = (1..1 << 18).map(|i| SocketAddr::new(service(i), 80)).collect();
+        let same: Vec<SocketAddr> =
+            addresses.iter().filter(|address| buckets(address) == buckets(&addresses[0])).take(20).copied().collect();
+        assert_eq!(same.len(), 20);
+        let of = |i: usize| -> Result<Vec<SocketAddr>> { Ok(vec![endpoints[i % 2].parse()?]) };
+        let all =
+            same.iter().enumerate().take(12).map(|(i, address)| Ok((*address, of(i)?))).collect::<Result<Vec<_>>>()?;
+        direct.publish(&table(all.clone()))?;
+        for (i, (address, _)) in all.iter().enumerate() {
+            assert_eq!(client.dial(&address.to_string(), 2)?.greetings(), [["one", "two"][i % 2]; 2], "{address}");
+        }
+        for address in &same[12..] {
+            assert_eq!(client.dial(&address.to_string(), 1)?.errnos(), [ENETUNREACH], "{address}");
+        }
+        // Frontends of all buckets and from behind them leave, and others come.
+        let left: Vec<_> =
+            all.iter().enumerate().filter(|(i, _)| i % 3 != 0).map(|(_, frontend)| frontend.clone()).collect();
+        direct.publish(&table(left.clone()))?;
+        for (i, (address, _)) in all.iter().enumerate() {
+            let expected = if i % 3 == 0 { ENETUNREACH } else { 0 };
+            assert_eq!(client.dial(&address.to_string(), 1)?.errnos(), [expected], "{address}");
+        }
+        direct.reclaim()?;
+        let added =
+            same[12..16].iter().enumerate().map(|(i, address)| Ok((*address, of(i)?))).collect::<Result<Vec<_>>>()?;
+        direct.publish(&table([left, added].concat()))?;
+        for (i, address) in same[12..16].iter().enumerate() {
+            assert_eq!(client.dial(&address.to_string(), 2)?.greetings(), [["one", "two"][i % 2]; 2], "{address}");
+        }
+    }
+    assert_eq!(direct.inconsistent()?, 0);
+    Ok(())
 }
 
 /// What replaces `membarrier` on kernels with isolated CPUs.
