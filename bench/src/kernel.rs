@@ -16,7 +16,7 @@ use crate::{
     figures::Median,
     progress,
     served::{ActiveEndpoints, bpftool},
-    world::{SERVICE, SERVICE_PORT, Worker, client, client_on, serve_on},
+    world::{SERVICE, SERVICE_PORT, Worker, client, client_on, last_cpu, serve_on},
 };
 
 /// Endpoints of each Service. Most Services have few, whose turns are beside the frontend.
@@ -45,6 +45,8 @@ pub(crate) struct InKernel {
     pub(crate) miss_to_floor: Median,
     /// All programs together, for one connection to a Service address with one request, from connect to close.
     pub(crate) connection: Median,
+    /// The same with the client and the server on one CPU, so that no cache line moves between two.
+    pub(crate) connection_on_one_cpu: Median,
     /// An empty program: the overhead of the statistics, which no other figure includes.
     pub(crate) nothing: Median,
 }
@@ -248,8 +250,14 @@ fn measure(count: u32, each: u32, threads: usize, rounds: usize, connections: u6
     direct.publish(&services(count, each, FIRST).1)?;
     direct.reclaim()?;
     ours.request(&frontends, u64::from(count))?;
-    let with_requests: Vec<f64> =
-        (0..rounds).map(|_| ours.cost_of_requests(&frontends, connections / 4)).collect::<Result<_>>()?;
+    let mut with_requests = [Vec::new(), Vec::new()];
+    for _ in 0..rounds {
+        for (cpu, costs) in [last_cpu(), 0].into_iter().zip(&mut with_requests) {
+            ours.server.move_to(cpu)?;
+            costs.push(ours.cost_of_requests(&frontends, connections / 4)?);
+        }
+    }
+    let [connection, connection_on_one_cpu] = with_requests.map(|costs| Median::of(costs).context("no rounds"));
     let median = |of: fn(&Round) -> f64| Median::of(all.iter().map(of)).context("no rounds");
     Ok(InKernel {
         services: count,
@@ -261,7 +269,8 @@ fn measure(count: u32, each: u32, threads: usize, rounds: usize, connections: u6
         floor_miss: median(|round| round.floor_miss)?,
         hit_to_floor: median(|round| round.hit / round.floor_hit)?,
         miss_to_floor: median(|round| round.miss / round.floor_miss)?,
-        connection: Median::of(with_requests).context("no rounds")?,
+        connection: connection?,
+        connection_on_one_cpu: connection_on_one_cpu?,
         nothing: median(|round| round.nothing)?,
     })
 }

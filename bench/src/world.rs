@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use portolan_bench::task::{Measurement, Task};
 use portolan_tests::{Cgroup, Namespace, Process, ProcessContext, binary, link, unique};
+use rustix::thread::{CpuSet, Pid, sched_setaffinity};
 
 /// Addresses of the server. Each listens on three ports from [`ENDPOINT_PORT`] on, in the order of [`Port`].
 pub(crate) const ENDPOINTS: [[u8; 4]; 10] = {
@@ -65,7 +66,7 @@ impl World {
     /// Starts a server on these addresses, which it adds to the namespace.
     /// If `answer` is set, the echo port answers with that byte instead of the received one.
     pub(crate) fn serve(&self, addresses: &[[u8; 4]], answer: Option<u8>) -> Result<Worker> {
-        let mut arguments = vec!["server".to_owned(), last_cpu()];
+        let mut arguments = vec!["server".to_owned(), last_cpu().to_string()];
         arguments.extend(answer.into_iter().flat_map(|byte| ["--answer".to_owned(), byte.to_string()]));
         for address in addresses {
             self.namespace.add_address(&format!("{}/32", std::net::Ipv4Addr::from(*address)))?;
@@ -88,7 +89,7 @@ impl World {
 pub(crate) fn serve_on(namespace: &Namespace, first: SocketAddr) -> Result<Worker> {
     let address = first.to_string();
     let place = ProcessContext { namespace: Some(namespace), cgroup: None };
-    let mut server = Worker::start(&["server".to_owned(), last_cpu(), address], place)?;
+    let mut server = Worker::start(&["server".to_owned(), last_cpu().to_string(), address], place)?;
     server.ask(&Task::Empty)?;
     Ok(server)
 }
@@ -106,8 +107,8 @@ pub(crate) fn client_on(cpu: usize, namespace: &Namespace, cgroup: &Cgroup) -> R
 }
 
 /// Returns the number of the server's CPU: the last one, so it differs from the client's unless there is only one.
-fn last_cpu() -> String {
-    (std::thread::available_parallelism().map_or(1, usize::from) - 1).to_string()
+pub(crate) fn last_cpu() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from) - 1
 }
 
 /// A `bench-load` process, with a pipe for tasks and one for measurements.
@@ -144,6 +145,18 @@ impl Worker {
         let mut line = String::new();
         anyhow::ensure!(self.answers.read_line(&mut line)? > 0, "bench-load exited without an answer");
         Ok(serde_json::from_str(&line)?)
+    }
+
+    /// Moves all threads of the process to a CPU, by its number.
+    pub(crate) fn move_to(&mut self, cpu: usize) -> Result<()> {
+        let mut cpus = CpuSet::new();
+        cpus.set(cpu);
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.process.id()))?.flatten() {
+            let id: Option<i32> = task.file_name().to_str().and_then(|name| name.parse().ok());
+            let id = id.and_then(Pid::from_raw).context("not a thread id")?;
+            sched_setaffinity(Some(id), &cpus).with_context(|| format!("cannot move a thread to CPU {cpu}"))?;
+        }
+        Ok(())
     }
 
     /// Kills the process.

@@ -150,6 +150,7 @@ impl Report {
             add(name("connect4 / floor, hit"), Better::Lower, row.hit_to_floor);
             add(name("connect4 / floor, miss"), Better::Lower, row.miss_to_floor);
             add(name("all hooks, ns"), Better::Lower, row.connection);
+            add(name("all hooks on one CPU, ns"), Better::Lower, row.connection_on_one_cpu);
         }
         for way in &self.ways {
             add(format!("{}: {}, ns", way.what, way.hook), Better::Lower, way.call);
