@@ -17,7 +17,7 @@ pub struct Connection {
     pub owner: u64,
     /// The socket's cookie, by which user space recognizes it; 0 before the SYN.
     pub cookie: u64,
-    /// The time when the SYN was sent or the UDP socket connected, in nanoseconds of CLOCK_MONOTONIC.
+    /// The time when the SYN was sent, in nanoseconds of CLOCK_MONOTONIC; meaningless for UDP.
     /// Precise only with [`ConnectionFlags::TIMED`]; otherwise to a kernel tick.
     pub started_ns: u64,
     /// The last word of the Service address that the application dialed; for IPv4, the whole address.
@@ -100,6 +100,17 @@ impl ConnectionFlags {
     pub const TIMED: u32 = 1 << 13;
     /// The entry is in its client's share, see [`ClientUse`]; then its cookie is known.
     pub const SHARED: u32 = 1 << 14;
+}
+
+/// The bits of the word in `FALLBACK_USED`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FallbackUsed;
+
+impl FallbackUsed {
+    /// A socket has had its state in `SOCKETS`.
+    pub const STORAGE: u32 = 1;
+    /// A connection has had a [`ConnectionExtra::connect_timeout_ms`].
+    pub const CONNECT_TIMEOUT: u32 = 2;
 }
 
 impl Connection {

@@ -9,11 +9,11 @@ use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id},
 };
-use portolan_common::{ClientUse, Connection, ConnectionFlags, Counter, SocketStage};
+use portolan_common::{ClientUse, Connection, ConnectionFlags, Counter, FallbackUsed, SocketStage};
 
 use crate::{
     accounting,
-    maps::{CLIENT_LEVEL, CLIENTS, CONNECTION_EXTRAS, CONNECTION_SHARE, CONNECTION_SHIFT, FALLBACK_USED, count},
+    maps::{CLIENT_LEVEL, CLIENTS, CONNECTION_EXTRAS, CONNECTION_SHARE, CONNECTION_SHIFT, count},
     state::{self, Place, State, exchange, owner, owner_of, storage},
 };
 
@@ -151,10 +151,7 @@ fn fall_back(socket: *mut bpf_sock) -> Option<State> {
         return None;
     };
     count(Counter::Fallback);
-    if let Some(used) = FALLBACK_USED.get_ptr_mut(0) {
-        // SAFETY: a live map value, which is set once.
-        unsafe { used.write_volatile(1) };
-    }
+    state::set_used(FallbackUsed::STORAGE);
     accounting::stop_counting(&state, 0);
     Some(state)
 }

@@ -2,11 +2,11 @@
 
 use aya_ebpf::{
     bindings::bpf_sock_addr,
-    helpers::generated::{bpf_get_retval, bpf_get_socket_cookie, bpf_ktime_get_coarse_ns, bpf_set_retval},
+    helpers::generated::{bpf_get_retval, bpf_get_socket_cookie, bpf_set_retval},
     programs::SockAddrContext,
 };
 use aya_log_ebpf::debug;
-use portolan_common::{ConnectionFlags, Endpoint, FrontendKey};
+use portolan_common::{ConnectionFlags, Endpoint, FallbackUsed, FrontendKey};
 
 use crate::{
     addr, claim,
@@ -238,11 +238,11 @@ fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, 
             {
                 (*extra).connect_timeout_ms = limits.connect_timeout_ms;
                 flags |= ConnectionFlags::CONNECT_TIMEOUT;
+                state::set_used(FallbackUsed::CONNECT_TIMEOUT);
             }
         }
         if key.protocol() == IPPROTO_UDP {
             flags |= ConnectionFlags::UDP;
-            connection.started_ns = bpf_ktime_get_coarse_ns();
             count_flow(taken);
         }
         connection.cookie = 0;

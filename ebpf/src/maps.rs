@@ -100,7 +100,7 @@ pub(crate) static CLIENTS: Array<ClientUse, { ClientUse::CAPACITY as usize }, { 
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 
-/// Nonzero once a socket has had its state in `SOCKETS`.
+/// What has been used so far, as [`FallbackUsed`](portolan_common::FallbackUsed) bits: what never was costs nothing.
 #[btf_map]
 pub(crate) static FALLBACK_USED: Array<u32, 1> = Array::new();
 

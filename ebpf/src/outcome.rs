@@ -22,8 +22,8 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use portolan_common::{
-    BackendStats, ClientUse, Connection, ConnectionFlags, Counter, EventBudget, FailureCount, Outcome, OutcomeKind,
-    Response, SocketStage, TrackFlags,
+    BackendStats, ClientUse, Connection, ConnectionFlags, Counter, EventBudget, FailureCount, FallbackUsed, Outcome,
+    OutcomeKind, Response, SocketStage, TrackFlags,
 };
 
 use crate::{
@@ -63,6 +63,9 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
         && op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB
         && !(op == BPF_SOCK_OPS_STATE_CB && ctx.arg(1) == TCP_CLOSE)
     {
+        return;
+    }
+    if op == BPF_SOCK_OPS_TIMEOUT_INIT && !state::is_used(FallbackUsed::CONNECT_TIMEOUT) {
         return;
     }
     // SAFETY: the kernel gives a valid context.

@@ -17,7 +17,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_sk_storage_get, bpf_skc_to_tcp_sock},
     programs::SockAddrContext,
 };
-use portolan_common::{Connection, ConnectionExtra, ConnectionFlags, Endpoint, SocketStage, SocketState};
+use portolan_common::{Connection, ConnectionExtra, ConnectionFlags, Endpoint, FallbackUsed, SocketStage, SocketState};
 
 use crate::maps::{CONNECTION_EXTRAS, CONNECTION_SHIFT, CONNECTIONS, FALLBACK_USED, SOCKETS};
 
@@ -176,7 +176,7 @@ pub(crate) fn of_socket(socket: *mut bpf_sock) -> Option<State> {
     if let Some(state) = owned(socket) {
         return Some(state);
     }
-    if !is_fallback_used() {
+    if !is_used(FallbackUsed::STORAGE) {
         return None;
     }
     State::storage(storage(socket, 0))
@@ -197,12 +197,22 @@ fn owned_at(index: u32, owner: u64) -> Option<State> {
     (unsafe { owner_of(state.connection) } == owner).then_some(state)
 }
 
-/// Returns whether any socket has ever had its state in socket storage.
-/// Until then, no hook needs to look there.
+/// Returns whether something has ever been used, as a [`FallbackUsed`] bit. Until then, no hook needs to look for it.
 #[inline(always)]
-fn is_fallback_used() -> bool {
+pub(crate) fn is_used(what: u32) -> bool {
     // SAFETY: a live map value.
-    FALLBACK_USED.get_ptr(0).is_some_and(|used| unsafe { used.read_volatile() } != 0)
+    FALLBACK_USED.get_ptr(0).is_some_and(|used| unsafe { used.read_volatile() } & what != 0)
+}
+
+/// Records that something is used.
+#[inline(always)]
+pub(crate) fn set_used(what: u32) {
+    if !is_used(what)
+        && let Some(used) = FALLBACK_USED.get_ptr_mut(0)
+    {
+        // SAFETY: a live map value.
+        unsafe { atomic_or::<u32, u32, { AtomicOrdering::SeqCst }>(used, what) };
+    }
 }
 
 #[inline(always)]

@@ -10,7 +10,7 @@ use std::{
 };
 
 use aya::maps::{MapData, MapInfo};
-use portolan_common::{BackendStats, ClientUse, Connection, ConnectionExtra, ConnectionFlags, PoolStats};
+use portolan_common::{BackendStats, ClientUse, Connection, ConnectionExtra, ConnectionFlags, FallbackUsed, PoolStats};
 use portolan_core::table::Sizes;
 use serde::{Deserialize, Serialize};
 
@@ -147,7 +147,7 @@ impl SocketAccounting {
 
     /// Returns whether any socket has ever had its state in socket storage.
     pub(super) fn uses_storage(&self) -> bool {
-        self.fallback_used.get(&0, 0).map_or(true, |used| used != 0)
+        self.fallback_used.get(&0, 0).map_or(true, |used| used & FallbackUsed::STORAGE != 0)
     }
 
     /// Returns whether a backend id still belongs to the same backend.
