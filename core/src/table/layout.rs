@@ -2,21 +2,19 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    hash::Hasher as _,
     net::SocketAddr,
     sync::Arc,
-    time::Duration,
 };
 
 use portolan_common::{
-    Backend, Endpoint, Entry, Frontend, FrontendHash, FrontendKey, FrontendVersion, PoolLimits, Published,
-    PublishedFlags, Slot, VersionFlags,
+    Backend, Endpoint, Frontend, FrontendHash, FrontendKey, FrontendVersion, PoolLimits, Published, PublishedFlags,
+    VersionFlags,
 };
-use siphasher::sip::SipHasher13;
 
 use super::{
     FrontendSpec, PoolSpec, Table,
     demand::Demand,
+    encoding::{Encoder, limits, name},
     frontend_lines::FrontendLines,
     ids::{BackendId, FrontendId, Generation, GraceEpoch, PoolId, VersionIndex},
     kernel_state::{PinnedFrontend, PinnedState},
@@ -24,10 +22,7 @@ use super::{
     range_alloc::{OutOfCapacity, RangeAllocator},
     refcounted_ids::{Id, RefcountedIds},
 };
-use crate::{
-    model::{ConnectionPool, Protocol},
-    policy::PoolKey,
-};
+use crate::{model::Protocol, policy::PoolKey};
 
 /// A frontend as the kernel holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -374,8 +369,9 @@ impl Layout {
             ops.push(Op::ResetFrontend(placement.id, placement.epoch));
             (placement.id, placement.epoch)
         });
+        let encoder = Encoder { spec: entry, backends: &self.backends, pools: &pools };
         if !demand.turns.is_empty() {
-            let entries = self.entries_of(entry, &pools, &demand.turns);
+            let entries = encoder.entries(&demand.turns);
             ops.push(if is_inline { Op::SetInline(id, entries) } else { Op::SetEntries(room.entries.0, entries) });
         }
         let mut flags = if entry.is_strict() { PublishedFlags::STRICT } else { 0 };
@@ -386,14 +382,22 @@ impl Layout {
                 Published::new(room.entries.0, demand.turns.len() as u16, flags)
             }
             Some(needed) => {
-                let mut detailed = self.version_of(entry, &pools, &needed.live, &room, !demand.turns.is_empty(), ops);
-                (detailed.entries, detailed.entry_count) = (room.entries.0, demand.turns.len() as u32);
-                detailed.flags |= if is_inline { VersionFlags::INLINE } else { 0 };
+                let starts = (room.slots.0, room.runs.0);
+                let mut detailed = encoder.version(&needed.live, !demand.turns.is_empty(), starts);
+                if !detailed.runs.is_empty() {
+                    ops.push(Op::SetRuns(room.runs.0, detailed.runs));
+                }
+                if !detailed.slots.is_empty() {
+                    ops.push(Op::SetSlots(room.slots.0, detailed.slots));
+                }
+                let own = &mut detailed.version;
+                (own.entries, own.entry_count) = (room.entries.0, demand.turns.len() as u32);
+                own.flags |= if is_inline { VersionFlags::INLINE } else { 0 };
                 let index = VersionIndex::new(room.version.0);
-                ops.push(Op::SetVersion(index, detailed));
-                version = Some((index, detailed));
+                ops.push(Op::SetVersion(index, *own));
+                let period = own.period.max(own.entry_count) as u16;
+                version = Some((index, *own));
                 runs = room.runs;
-                let period = detailed.period.max(detailed.entry_count) as u16;
                 Published::new(index.get(), period, flags | PublishedFlags::DETAILED)
             }
         };
@@ -414,88 +418,6 @@ impl Layout {
     fn inline_until(&self, key: &FrontendKey) -> Option<GraceEpoch> {
         let placed = self.frontends.get(key)?;
         if placed.is_inline() { Some(self.epoch) } else { placed.inline_until }
-    }
-
-    /// Returns the turns of a schedule that is a list of endpoints.
-    fn entries_of(&self, entry: &FrontendSpec, pools: &[PoolId], turns: &[(u32, u32)]) -> Vec<Entry> {
-        let turn = |(run, member): &(u32, u32)| {
-            let run = &entry.schedule.runs[*run as usize];
-            let address = run.members[*member as usize];
-            let endpoint = Endpoint::from(address);
-            Entry {
-                address: if endpoint.is_v4() { endpoint.v4_word() } else { 0 },
-                port: endpoint.port_word(),
-                epoch: self.backends.epoch(&address) as u16,
-                backend_id: self.backend_id(&address).unwrap_or_default().get(),
-                pool: pools.get(run.route as usize).copied().unwrap_or(PoolId::NONE).get(),
-            }
-        };
-        turns.iter().map(turn).collect()
-    }
-
-    /// Appends the runs and slots of a schedule that is more than a list of endpoints, and returns its version without
-    /// such a list.
-    fn version_of(
-        &self,
-        entry: &FrontendSpec,
-        pools: &[PoolId],
-        live: &BTreeSet<SocketAddr>,
-        room: &Reservation,
-        is_list: bool,
-        ops: &mut Vec<Op>,
-    ) -> FrontendVersion {
-        let schedule = &entry.schedule;
-        let runs = if is_list { &[] } else { schedule.runs.as_slice() };
-        let mut first = room.runs.0;
-        let mut slots_of = Vec::with_capacity(runs.len());
-        let mut ids = Vec::new();
-        for run in runs {
-            let len = run.members.len() as u32;
-            let route = run.route as usize;
-            slots_of.push(Slot {
-                first,
-                len,
-                visits: run.visits,
-                visit: 0,
-                pool: pools.get(route).copied().unwrap_or(PoolId::NONE).get(),
-                choice: run.choice as u16,
-                strict: u16::from(entry.pools.get(route).is_some_and(|pool| pool.strict)),
-            });
-            ids.extend(run.members.iter().filter_map(|member| self.backend_id(member)).map(BackendId::get));
-            first += len;
-        }
-        let mut members: Vec<BackendId> = live.iter().filter_map(|member| self.backend_id(member)).collect();
-        members.sort_unstable();
-        // If several routes lead to a backend, the limits of the first one apply to returning clients.
-        let mut pool_of: HashMap<BackendId, PoolId> = HashMap::new();
-        for run in &schedule.runs {
-            let pool = pools.get(run.route as usize).copied().unwrap_or(PoolId::NONE);
-            for id in run.members.iter().filter_map(|member| self.backend_id(member)) {
-                pool_of.entry(id).or_insert(pool);
-            }
-        }
-        ids.extend(members.iter().map(|id| id.get()));
-        ids.extend(members.iter().map(|id| pool_of.get(id).copied().unwrap_or(PoolId::NONE).get()));
-        let turns = if is_list { &[] } else { schedule.turns.as_slice() };
-        let slots: Vec<Slot> =
-            turns.iter().map(|turn| Slot { visit: turn.visit, ..slots_of[turn.run as usize] }).collect();
-        let period = slots.len() as u32;
-        if !ids.is_empty() {
-            ops.push(Op::SetRuns(room.runs.0, ids));
-        }
-        if !slots.is_empty() {
-            ops.push(Op::SetSlots(room.slots.0, slots));
-        }
-        FrontendVersion {
-            base: room.slots.0,
-            period,
-            members: first,
-            member_count: members.len() as u32,
-            affinity_seconds: entry.affinity.map_or(0, seconds),
-            flags: if entry.random { VersionFlags::RANDOM } else { 0 },
-            entries: 0,
-            entry_count: 0,
-        }
     }
 
     /// Allocates the ranges that belong to one frontend alone; its turns need none if they are `inline`.
@@ -674,42 +596,6 @@ struct Reservation {
     version: (u32, u32),
     slots: (u32, u32),
     runs: (u32, u32),
-}
-
-/// Converts a pool's limits to the kernel's representation.
-fn limits(pool: &PoolSpec, epoch: u32) -> PoolLimits {
-    let ConnectionPool { connect_timeout, max_connections, keepalive, .. } = &pool.limits;
-    let of = keepalive.clone().unwrap_or_default();
-    PoolLimits {
-        epoch,
-        max_connections: max_connections.unwrap_or(0),
-        connect_timeout_ms: connect_timeout.map_or(0, milliseconds),
-        keepalive: u32::from(keepalive.is_some()),
-        keepalive_time: of.time.map_or(0, seconds),
-        keepalive_interval: of.interval.map_or(0, seconds),
-        keepalive_probes: of.probes.unwrap_or(0),
-        watch: pool.watch,
-        name: name(&pool.key),
-    }
-}
-
-/// Hashes a pool's name.
-/// The hash must stay the same in every version of Portolan, because adopted maps contain it.
-fn name(key: &PoolKey) -> u64 {
-    let mut hasher = SipHasher13::new();
-    let kind = if key.service.is_entry { "ServiceEntry" } else { "Service" };
-    hasher.write(format!("{kind} {key}").as_bytes());
-    hasher.finish()
-}
-
-/// Rounds up to whole seconds; at least one.
-fn seconds(time: Duration) -> u32 {
-    u32::try_from(time.as_millis().div_ceil(1000)).unwrap_or(u32::MAX).max(1)
-}
-
-/// Converts to milliseconds, capped at the largest value that a socket option accepts.
-fn milliseconds(limit: Duration) -> u32 {
-    u32::try_from(limit.as_millis()).unwrap_or(u32::MAX).min(i32::MAX as u32)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //! consistent state.
 
 mod demand;
+mod encoding;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake_maps;
 mod frontend_lines;

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    model::{IpFamily, NamespacedName, ServiceId},
+    model::{ConnectionPool, IpFamily, NamespacedName, ServiceId},
     policy::{Schedule, Share, WeightedGroup},
     table::{fake_maps::FakeMaps, key},
 };
