@@ -4,11 +4,13 @@
 //! and the shared libraries of all of these.
 //! The VM has no disk and no network: tests create what they need, as they do on this machine.
 
+mod initramfs;
+
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs,
-    io::{BufRead as _, BufReader, Write as _},
-    path::{Path, PathBuf},
+    io::{BufRead as _, BufReader},
+    path::PathBuf,
     process::{Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
@@ -17,6 +19,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use serde_json::Value;
 
+use self::initramfs::{entries, named};
 use crate::{
     command::{cargo, find, need_root, output, root, run as run_command},
     demo, packages,
@@ -27,21 +30,6 @@ const SERIES: [&str; 2] = ["6.1", "6.12"];
 /// Test binaries that exercise the kernel.
 const TESTS: [&str; 9] =
     ["lessons", "datapath", "datagrams", "algorithms", "limits", "outcomes", "hostile", "restart", "storm"];
-/// Kernel modules that tests need, in load order: each comes after its dependencies. Built-in ones are skipped.
-const MODULES: [&str; 10] = [
-    "veth",
-    "inet_diag",
-    "tcp_diag",
-    "udp_diag",
-    "netlink_diag",
-    "sch_netem",
-    "libcrc32c",
-    "udp_tunnel",
-    "ip6_udp_tunnel",
-    "sctp",
-];
-/// Programs that tests run inside the VM.
-const PROGRAMS: [&str; 2] = ["ip", "bpftool"];
 /// Time limit of one boot, generous enough for full emulation.
 const LIMIT: Duration = Duration::from_secs(3_600);
 /// Prefix of console lines that carry a test result.
@@ -265,7 +253,7 @@ fn all_of(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Res
 fn boot(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Result<Outcome> {
     let began = Instant::now();
     let folder = tempfile::tempdir()?;
-    let image = file_system(kernel, binaries, args.filter.as_deref(), folder.path())?;
+    let image = initramfs::build(kernel.modules.as_deref(), binaries, args.filter.as_deref(), folder.path())?;
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-accel", &args.accel, "-cpu", "max", "-smp", "2", "-m", "3072"]);
     qemu.args(["-display", "none", "-monitor", "none", "-serial", "stdio", "-no-reboot", "-nic", "none"]);
@@ -318,133 +306,6 @@ fn boot(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Resul
     Ok(Outcome { kernel: kernel.name.clone(), tests, programs, ended_in: Vec::new(), took: began.elapsed() })
 }
 
-/// Builds the initramfs, and returns the path of the image.
-fn file_system(
-    kernel: &Kernel,
-    binaries: &[(String, PathBuf)],
-    filter: Option<&str>,
-    folder: &Path,
-) -> Result<PathBuf> {
-    let tree = folder.join("root");
-    for place in ["bin", "proc", "sys", "dev", "run/netns", "tmp", "etc", "tests/deps", "modules"] {
-        fs::create_dir_all(tree.join(place))?;
-    }
-    let busybox = find("busybox").context("busybox is not installed")?;
-    fs::copy(&busybox, tree.join("bin/busybox"))?;
-    let mut libraries = BTreeSet::new();
-    for program in PROGRAMS {
-        let path = fs::canonicalize(find(program).with_context(|| format!("{program} is not installed"))?)?;
-        fs::copy(&path, tree.join("bin").join(program))?;
-        libraries.extend(libraries_of(&path)?);
-    }
-    let built = binaries[0].1.ancestors().nth(2).context("a test binary has no grandparent directory")?;
-    for name in ["portolan", "portolan-next", "dial", "storm"] {
-        libraries.extend(install(&built.join(name), &tree.join("tests").join(name))?);
-    }
-    for (name, binary) in binaries {
-        libraries.extend(install(binary, &tree.join("tests/deps").join(name))?);
-    }
-    for library in libraries {
-        let place = tree.join(library.strip_prefix("/").unwrap_or(&library));
-        fs::create_dir_all(place.parent().unwrap_or(&tree))?;
-        fs::copy(&library, &place).with_context(|| format!("cannot copy {}", library.display()))?;
-    }
-    let mut modules = Vec::new();
-    for (i, name) in MODULES.iter().enumerate() {
-        // A built-in module has no file.
-        if let Some(file) = kernel.modules.as_deref().and_then(|folder| module(folder, name)) {
-            unpack(&file, &tree.join(format!("modules/{i}-{name}.ko")))?;
-            modules.push(format!("/modules/{i}-{name}.ko"));
-        }
-    }
-    fs::write(tree.join("etc/passwd"), "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n")?;
-    fs::write(tree.join("init"), script(&modules, binaries, filter))?;
-    run_command(Command::new("chmod").arg("755").arg(tree.join("init")))?;
-    let image = folder.join("image");
-    pack(&tree, &image)?;
-    Ok(image)
-}
-
-/// Returns the init script of the VM.
-fn script(modules: &[String], binaries: &[(String, PathBuf)], filter: Option<&str>) -> String {
-    let mut lines: Vec<String> = [
-        "#!/bin/busybox sh",
-        "/bin/busybox --install -s /bin",
-        "export PATH=/bin HOME=/ RUST_BACKTRACE=0 PORTOLAN_PATIENCE=8 PORTOLAN_STORM_CONNECTIONS=4000 \
-         PORTOLAN_ATTACK_ATTEMPTS=2000",
-        "mount -t proc proc /proc",
-        "mount -t sysfs sys /sys",
-        "mount -t devtmpfs dev /dev",
-        "mount -t tmpfs tmp /tmp",
-        "mount -t tmpfs run /run && mkdir -p /run/netns",
-        "mount -t cgroup2 cgroup /sys/fs/cgroup",
-        "mount -t bpf bpf /sys/fs/bpf",
-        "chmod 1777 /tmp",
-        "ip link set lo up",
-    ]
-    .map(str::to_owned)
-    .into();
-    lines.extend(modules.iter().map(|module| format!("insmod {module}")));
-    for (name, _) in binaries {
-        let filter = filter.unwrap_or_default();
-        lines.push(format!("/tests/deps/{name} --nocapture --test-threads=2 {filter} 2>&1; code=$?"));
-        lines.push(format!("echo; echo \"{MARK}{name} $code\""));
-    }
-    lines.join("\n") + "\npoweroff -f\n"
-}
-
-/// Copies an executable without debug information, and returns its shared libraries.
-fn install(from: &Path, to: &Path) -> Result<Vec<PathBuf>> {
-    run_command(Command::new("strip").arg("--strip-debug").arg("-o").arg(to).arg(from))?;
-    libraries_of(from)
-}
-
-fn libraries_of(program: &Path) -> Result<Vec<PathBuf>> {
-    let listed = output(Command::new("ldd").arg(program))?;
-    let paths = listed.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')));
-    Ok(paths.map(PathBuf::from).collect())
-}
-
-/// Returns the file of a kernel module, or `None` if there is none.
-fn module(folder: &Path, name: &str) -> Option<PathBuf> {
-    let mut folders = vec![folder.join("kernel")];
-    while let Some(folder) = folders.pop() {
-        for entry in entries(&folder).unwrap_or_default() {
-            let file = named(&entry);
-            if entry.is_dir() {
-                folders.push(entry);
-            } else if file.split(".ko").next().is_some_and(|own| own.replace('-', "_") == name) {
-                return Some(entry);
-            }
-        }
-    }
-    None
-}
-
-fn unpack(module: &Path, to: &Path) -> Result<()> {
-    let file = named(module);
-    let program = match file.rsplit('.').next() {
-        Some("xz") => "xz",
-        Some("zst") => "zstd",
-        Some("gz") => "gzip",
-        _ => {
-            fs::copy(module, to)?;
-            return Ok(());
-        }
-    };
-    run_command(Command::new(program).args(["-q", "-d", "-c"]).arg(module).stdout(fs::File::create(to)?))
-}
-
-fn pack(tree: &Path, image: &Path) -> Result<()> {
-    let names = output(Command::new("find").arg(".").current_dir(tree))?;
-    let mut cpio = Command::new("cpio");
-    cpio.args(["--quiet", "-o", "-H", "newc"]).current_dir(tree).stdin(Stdio::piped()).stdout(fs::File::create(image)?);
-    let mut cpio = cpio.spawn().context("cannot start cpio")?;
-    cpio.stdin.take().context("cpio has no stdin pipe")?.write_all(names.as_bytes())?;
-    ensure!(cpio.wait()?.success(), "cpio failed to pack the initramfs");
-    Ok(())
-}
-
 /// Parses a line `verified program NAME COUNT of BUDGET` from the output of the tests.
 fn counted(line: &str) -> Option<Counted> {
     let mut words = line.split("verified program ").nth(1)?.split_whitespace();
@@ -490,13 +351,4 @@ fn print(outcomes: &[Outcome]) {
         }
         println!("{budget:>10}");
     }
-}
-
-fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
-    entries.map(|entry| Ok(entry?.path())).collect()
-}
-
-fn named(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
