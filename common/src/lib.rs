@@ -27,7 +27,7 @@ pub use frontend::{
 pub use opt_out::OptOut;
 pub use pool::{Affinity, AffinityKey, DetectedProtocol, PoolLimits, PoolStats, TrackFlags};
 pub use socket::{
-    ClientUse, Connection, ConnectionExtra, ConnectionFlags, DatagramFlows, FLOWS, FallbackUsed, Flow, Response,
+    ClientUse, Connection, ConnectionExtra, ConnectionFlags, DatagramFlows, EverUsed, FLOWS, Flow, Response,
     SocketStage, SocketState,
 };
 pub use stats::{BackendStats, BackendUse, Counter, EventBudget, FailureCount, FrontendStats, TIME_BUCKETS};

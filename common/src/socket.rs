@@ -12,8 +12,8 @@ use crate::{Endpoint, plain};
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Connection {
-    /// The kernel address of the socket that owns the entry; 0 if the entry is free, and [`Self::BUSY`] if its
-    /// socket's program is just writing to it.
+    /// The kernel address of the socket that owns the entry; 0 if the entry is free, and [`Self::BUSY`] while a
+    /// program fills it in, counts it or takes it from a socket.
     pub owner: u64,
     /// The socket's cookie, by which user space recognizes it; 0 before the SYN.
     pub cookie: u64,
@@ -102,11 +102,11 @@ impl ConnectionFlags {
     pub const SHARED: u32 = 1 << 14;
 }
 
-/// The bits of the word in `FALLBACK_USED`.
+/// What any socket has ever used: the bits of the word in `FALLBACK_USED`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FallbackUsed;
+pub struct EverUsed;
 
-impl FallbackUsed {
+impl EverUsed {
     /// A socket has had its state in `SOCKETS`.
     pub const STORAGE: u32 = 1;
     /// A connection has had a [`ConnectionExtra::connect_timeout_ms`].

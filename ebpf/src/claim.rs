@@ -9,7 +9,7 @@ use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id},
 };
-use portolan_common::{ClientUse, Connection, ConnectionFlags, Counter, FallbackUsed, SocketStage};
+use portolan_common::{ClientUse, Connection, ConnectionFlags, Counter, EverUsed, SocketStage};
 
 use crate::{
     accounting,
@@ -39,7 +39,6 @@ pub(crate) fn claim(socket: *mut bpf_sock) -> Option<State> {
     let (owner_of_one, owner_of_other) = unsafe { (owner_of(one.connection), owner_of(other.connection)) };
     if owner_of_one == me || owner_of_other == me {
         let mine = if owner_of_one == me { one } else { other };
-        // Others may take it as long as it is not busy; the other entry is left to a later connect then.
         return accounting::forget(mine.connection, me).then_some(mine);
     }
     // SAFETY: live map values. Only the socket that changes the owner from 0 uses the entry.
@@ -88,7 +87,8 @@ fn steal(first: u32, me: u64) -> Option<State> {
             if !exchange(&raw mut (*state.connection).owner, before, Connection::BUSY).1 {
                 continue;
             }
-            // It may have been counted between the two looks, by a socket that does not need to be busy any more.
+            // Its socket may have been counted between the two looks. For this moment it does not find its entry: if it ends
+            // just now, the agent reclaims the entry later.
             if is_idle(&state) {
                 return Some(state);
             }
@@ -151,7 +151,7 @@ fn fall_back(socket: *mut bpf_sock) -> Option<State> {
         return None;
     };
     count(Counter::Fallback);
-    state::set_used(FallbackUsed::STORAGE);
+    state::set_used(EverUsed::STORAGE);
     accounting::stop_counting(&state, 0);
     Some(state)
 }

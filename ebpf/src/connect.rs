@@ -6,7 +6,7 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use aya_log_ebpf::debug;
-use portolan_common::{ConnectionFlags, Endpoint, FallbackUsed, FrontendKey};
+use portolan_common::{Connection, ConnectionFlags, Endpoint, EverUsed, FrontendKey};
 
 use crate::{
     addr, claim,
@@ -238,7 +238,7 @@ fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, 
             {
                 (*extra).connect_timeout_ms = limits.connect_timeout_ms;
                 flags |= ConnectionFlags::CONNECT_TIMEOUT;
-                state::set_used(FallbackUsed::CONNECT_TIMEOUT);
+                state::set_used(EverUsed::CONNECT_TIMEOUT);
             }
         }
         if key.protocol() == IPPROTO_UDP {
@@ -247,23 +247,28 @@ fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, 
         }
         connection.cookie = 0;
         connection.flags = flags;
-        claim::settle(state, me);
         if key.protocol() == IPPROTO_UDP {
             join_share_of_udp(ctx, state, flags);
+        } else {
+            claim::settle(state, me);
         }
     }
 }
 
-/// Counts an entry of a UDP socket in its client's share, or moves it to socket storage.
+/// Counts a busy entry of a UDP socket in its client's share, or moves it to socket storage.
 #[inline(always)]
 fn join_share_of_udp(ctx: &SockAddrContext, state: &State, flags: u32) {
     // SAFETY: helper calls with the kernel's own context; a live value of this socket, which is locked.
     unsafe {
+        let socket = (*ctx.sock_addr).__bindgen_anon_1.sk;
         if let Some(joined) = claim::join_share(state, bpf_get_socket_cookie(ctx.sock_addr.cast())) {
             (*state.connection).flags = flags | joined;
-        } else if let Some(index) = state.index() {
-            let socket = (*ctx.sock_addr).__bindgen_anon_1.sk;
-            claim::move_to_storage(state.connection, index, socket, state::owner(socket));
+            claim::settle(state, state::owner(socket));
+        } else if let Some(index) = state.index()
+            && !claim::move_to_storage(state.connection, index, socket, Connection::BUSY)
+        {
+            // Without memory for it, the state stays where it is, in no share.
+            claim::settle(state, state::owner(socket));
         }
     }
 }

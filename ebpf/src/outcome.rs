@@ -22,7 +22,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use portolan_common::{
-    BackendStats, ClientUse, Connection, ConnectionFlags, Counter, EventBudget, FailureCount, FallbackUsed, Outcome,
+    BackendStats, ClientUse, Connection, ConnectionFlags, Counter, EventBudget, EverUsed, FailureCount, Outcome,
     OutcomeKind, Response, SocketStage, TrackFlags,
 };
 
@@ -65,7 +65,7 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
     {
         return;
     }
-    if op == BPF_SOCK_OPS_TIMEOUT_INIT && !state::is_used(FallbackUsed::CONNECT_TIMEOUT) {
+    if op == BPF_SOCK_OPS_TIMEOUT_INIT && !state::is_used(EverUsed::CONNECT_TIMEOUT) {
         return;
     }
     // SAFETY: the kernel gives a valid context.
@@ -97,13 +97,11 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
                 on_connect(ctx, &state, flags);
                 claim::settle(&state, me);
             } else if let Some(index) = state.index() {
-                if claim::move_to_storage(state.connection, index, socket, Connection::BUSY)
-                    && let Some(moved) = state::of_socket(socket)
-                {
-                    on_connect(ctx, &moved, 0);
-                } else {
+                if !claim::move_to_storage(state.connection, index, socket, Connection::BUSY) {
                     // Without memory for its state, nothing of this connection is reported.
                     accounting::free(&state, Connection::BUSY);
+                } else if let Some(moved) = state::of_socket(socket) {
+                    on_connect(ctx, &moved, 0);
                 }
             }
         } else {

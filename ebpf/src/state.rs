@@ -17,7 +17,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_sk_storage_get, bpf_skc_to_tcp_sock},
     programs::SockAddrContext,
 };
-use portolan_common::{Connection, ConnectionExtra, ConnectionFlags, Endpoint, FallbackUsed, SocketStage, SocketState};
+use portolan_common::{Connection, ConnectionExtra, ConnectionFlags, Endpoint, EverUsed, SocketStage, SocketState};
 
 use crate::maps::{CONNECTION_EXTRAS, CONNECTION_SHIFT, CONNECTIONS, FALLBACK_USED, SOCKETS};
 
@@ -176,7 +176,7 @@ pub(crate) fn of_socket(socket: *mut bpf_sock) -> Option<State> {
     if let Some(state) = owned(socket) {
         return Some(state);
     }
-    if !is_used(FallbackUsed::STORAGE) {
+    if !is_used(EverUsed::STORAGE) {
         return None;
     }
     State::storage(storage(socket, 0))
@@ -197,7 +197,7 @@ fn owned_at(index: u32, owner: u64) -> Option<State> {
     (unsafe { owner_of(state.connection) } == owner).then_some(state)
 }
 
-/// Returns whether something has ever been used, as a [`FallbackUsed`] bit. Until then, no hook needs to look for it.
+/// Returns whether something has ever been used, as a [`EverUsed`] bit. Until then, no hook needs to look for it.
 #[inline(always)]
 pub(crate) fn is_used(what: u32) -> bool {
     // SAFETY: a live map value.

@@ -7,23 +7,48 @@ use anyhow::{Context as _, Result};
 
 use crate::pinned_array::PinnedArray;
 
-/// A map, the words of its values, and which of them is the number of active connections.
-const MAPS: [(&str, usize, usize); 2] = [("BACKEND_STATS", 8, 1), ("POOL_STATS", 3, 0)];
 /// Words in a page: only the first values are of interest.
 const PAGE: usize = 512;
 
-/// Raises the counts of all backends and pools that have active connections, as if the ends of `more` connections of each
-/// had not been seen. The agent pins its objects below `pins`.
-///
-/// # Errors
-/// Returns an error if no such maps are pinned there, or if they cannot be opened or mapped.
-pub fn lose_ends(pins: &Path, more: u64) -> Result<()> {
-    for (name, words, active) in MAPS {
-        let path = fs::read_dir(pins)?.flatten().map(|entry| entry.path().join(name)).find(|path| path.exists());
-        let array = PinnedArray::open(&path.with_context(|| format!("no map {name} is pinned"))?, PAGE)?;
-        for value in array.words().chunks_exact(words).filter(|value| value[active].load(SeqCst) != 0) {
-            value[active].fetch_add(more, SeqCst);
+/// The counts of backends and of pools, mapped into this process.
+pub struct ActiveCounts([(PinnedArray, Value); 2]);
+
+/// The words of a value, and which of them is the number of active connections.
+#[derive(Clone, Copy)]
+struct Value {
+    words: usize,
+    active: usize,
+}
+
+impl ActiveCounts {
+    /// Maps the counts of the agent that pins its objects below `pins`.
+    ///
+    /// # Errors
+    /// Returns an error if no such maps are pinned there, or if they cannot be opened or mapped.
+    pub fn open(pins: &Path) -> Result<Self> {
+        let open = |name| -> Result<PinnedArray> {
+            let path = fs::read_dir(pins)?.flatten().map(|entry| entry.path().join(name)).find(|path| path.exists());
+            PinnedArray::open(&path.with_context(|| format!("no map {name} is pinned"))?, PAGE)
+        };
+        let backends = (open("BACKEND_STATS")?, Value { words: 8, active: 1 });
+        Ok(Self([backends, (open("POOL_STATS")?, Value { words: 3, active: 0 })]))
+    }
+
+    /// Returns the counts that are not zero: those of backends, then those of pools.
+    pub fn read(&self) -> [Vec<i64>; 2] {
+        [0, 1].map(|i| {
+            let (array, value) = &self.0[i];
+            let all = array.words().chunks_exact(value.words).map(|words| words[value.active].load(SeqCst) as i64);
+            all.filter(|count| *count != 0).collect()
+        })
+    }
+
+    /// Raises each count that is not zero, as if the ends of this many connections had not been seen.
+    pub fn lose_ends(&self, connections: u64) {
+        for (array, value) in &self.0 {
+            for words in array.words().chunks_exact(value.words).filter(|words| words[value.active].load(SeqCst) != 0) {
+                words[value.active].fetch_add(connections, SeqCst);
+            }
         }
     }
-    Ok(())
 }

@@ -15,6 +15,9 @@ const STAGE: u32 = 0xff;
 /// The flag of a UDP socket, whose slot is freed only with the socket.
 const UDP: u32 = 1 << 10;
 
+/// In place of an owner: the slot is in use, and no other socket may take it now.
+const BUSY: u64 = 1;
+
 /// The connection slots of a node.
 pub struct ConnectionSlots(PinnedArray);
 
@@ -40,6 +43,11 @@ impl ConnectionSlots {
         self.0.words().len() / WORDS
     }
 
+    /// Counts the slots that are marked as busy.
+    pub fn busy(&self) -> usize {
+        (0..self.size()).filter(|slot| self.word(*slot, 0) == BUSY).count()
+    }
+
     /// Counts the slots that a connection owns.
     pub fn taken(&self) -> usize {
         (0..self.size()).filter(|slot| self.word(*slot, 0) != 0).count()
@@ -56,6 +64,14 @@ impl ConnectionSlots {
         for slot in self.0.words().chunks_exact(WORDS).filter(|slot| slot[0].load(SeqCst) == 0) {
             slot[FLAGS].store(u64::from(UDP) << 32, SeqCst);
             slot[0].store(u64::MAX, SeqCst);
+        }
+    }
+
+    /// Marks every free slot as that of a socket that is just being connected.
+    pub fn mark_all_busy(&self) {
+        for slot in self.0.words().chunks_exact(WORDS).filter(|slot| slot[0].load(SeqCst) == 0) {
+            slot[FLAGS].store(0, SeqCst);
+            slot[0].store(BUSY, SeqCst);
         }
     }
 

@@ -28,7 +28,7 @@ pub mod storm;
 mod test_bed;
 mod wait;
 
-pub use active_counts::lose_ends;
+pub use active_counts::ActiveCounts;
 pub use agent::{Agent, helper_of};
 pub use api::Api;
 pub use blocked_file::BlockedFile;

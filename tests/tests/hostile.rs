@@ -9,9 +9,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Agent, ConnectionSlots, Directory, Foreign, ForeignProgram, Namespace, Pod, TestBed,
+    ActiveCounts, Agent, ConnectionSlots, Directory, Foreign, ForeignProgram, Namespace, Pod, TestBed,
     dial::{Task, Way},
-    lose_ends,
     objects::{destination_rule, node, plain, service, slice},
     unique, wait_until,
 };
@@ -162,7 +161,7 @@ fn full_slots_are_a_finding_and_change_nothing_else() -> Result<()> {
     Ok(())
 }
 
-/// Starts a node whose Service accepts three connections at a time.
+/// Starts a node whose Service accepts this many connections at a time.
 fn limited(most: u32) -> Result<(TestBed, Directory, Agent)> {
     let bed = TestBed::new()?;
     let directory = web(&bed, &json!({"connectionPool": {"tcp": {"maxConnections": most}}}))?;
@@ -240,13 +239,6 @@ fn hidden_ends_of_subflows_are_found_by_a_recount() -> Result<()> {
     })
 }
 
-/// Returns the active connections of all endpoints, as the kernel counts them.
-fn active(agent: &Agent) -> Result<u64> {
-    let report = agent.get("endpoints")?;
-    let endpoints = report["services"][0]["endpoints"].as_array().cloned().unwrap_or_default();
-    Ok(endpoints.iter().filter_map(|endpoint| endpoint["kernel"]["active"].as_u64()).sum())
-}
-
 /// Ends that no program saw, in a pool where connections begin and end all the time: its count is never at rest.
 #[test]
 fn lost_ends_are_found_in_a_busy_pool() -> Result<()> {
@@ -254,16 +246,21 @@ fn lost_ends_are_found_in_a_busy_pool() -> Result<()> {
     let (bed, _directory, agent) = limited(LOST as u32 + 5)?;
     let mut holder = Pod::new(&bed, 1)?;
     holder.client.run(&Task::Hold { to: WEB.parse()?, times: 1 })?;
-    lose_ends(&bed.pins(), LOST)?;
+    let counts = ActiveCounts::open(bed.pins())?;
+    assert_eq!(counts.read(), [[1], [1]]);
+    counts.lose_ends(LOST);
     // Four places are left for six, each of which is served often and refused often.
     let mut busy = (2..8).map(|host| Pod::new(&bed, host)).collect::<Result<Vec<_>>>()?;
     for pod in &mut busy {
         pod.client.begin(&Task::Load { to: WEB.parse()? })?;
     }
-    assert!(active(&agent)? > LOST);
+    // At no time is a count lower than the connection that is held.
+    let least = || counts.read().map(|counts| counts.into_iter().min().unwrap_or(0));
+    let mut lowest = i64::MAX;
     wait_until("the counts to come down", BOUND, || {
-        let active = active(&agent)?;
-        ensure!(active < LOST / 2, "{active} active\n{}", agent.log());
+        let [of_backend, of_pool] = least();
+        lowest = lowest.min(of_backend).min(of_pool);
+        ensure!(of_backend.max(of_pool) < LOST as i64 / 2, "{of_backend}, {of_pool} active\n{}", agent.log());
         Ok(())
     })?;
     for pod in &mut busy {
@@ -271,6 +268,64 @@ fn lost_ends_are_found_in_a_busy_pool() -> Result<()> {
         println!("{} connections, {} refused", load.good, load.bad);
         assert!(load.good > 0);
     }
+    wait_until("the counts to be right", BOUND, || {
+        let counts = counts.read();
+        lowest = counts.iter().flatten().copied().chain([lowest]).min().unwrap_or(0);
+        ensure!(counts == [[1], [1]], "{counts:?}\n{}", agent.log());
+        Ok(())
+    })?;
+    assert!(lowest >= 1, "a count was {lowest}");
+    Ok(())
+}
+
+/// No other socket takes a slot that is being filled in.
+#[test]
+fn busy_slots_are_not_stolen() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = web(&bed, &json!({}))?;
+    bed.serve("10.0.0.1:9080", "near")?;
+    bed.serve("10.1.0.1:9080", "far")?;
+    let _agent = bed.agent_with(&directory, "c1", "near", &["--max-connections", "1024"])?;
+    let slots = ConnectionSlots::open(bed.pins())?;
+    let mut pod = Pod::new(&bed, 1)?;
+    slots.mark_all_busy();
+    let busy = slots.busy();
+    let dialed = WEB.parse()?;
+    let reply = pod.client.dial(WEB, 20)?;
+    assert!(reply.seen.iter().all(|seen| seen.errno == 0 && seen.peer == Some(dialed)), "{reply:?}");
+    assert_eq!(slots.busy(), busy);
+    Ok(())
+}
+
+/// Connects that never begin hold all slots, and others take them over as fast as they can, while more of both come.
+#[test]
+fn counts_are_right_after_slots_were_stolen() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = web(&bed, &json!({"connectionPool": {"tcp": {"maxConnections": 1_000}}}))?;
+    bed.serve("10.0.0.1:9080", "near")?;
+    bed.serve("10.1.0.1:9080", "far")?;
+    let agent = bed.agent_with(&directory, "c1", "near", &["--max-connections", "1024"])?;
+    let counts = ActiveCounts::open(bed.pins())?;
+    let mut busy = (1..4).map(|host| Pod::new(&bed, host)).collect::<Result<Vec<_>>>()?;
+    for pod in &mut busy {
+        pod.client.begin(&Task::Load { to: WEB.parse()? })?;
+    }
+    for host in 4..8 {
+        let mut attacker = Pod::new(&bed, host)?;
+        let task = Task::BoundToLoopback { to: WEB.parse()?, times: 800, keep: true };
+        assert_eq!(attacker.client.run(&task)?.good, 800);
+    }
+    for pod in &mut busy {
+        let load = pod.client.run(&Task::Stop)?;
+        assert!(load.good > 0 && load.bad == 0, "{} connections, {} failed", load.good, load.bad);
+    }
+    wait_until("the counts to be right", BOUND, || {
+        let counts = counts.read();
+        ensure!(counts.iter().all(Vec::is_empty), "{counts:?}\n{}", agent.log());
+        Ok(())
+    })?;
+    let repairs: Vec<Value> = agent.events()?.into_iter().filter(|event| event["kind"] == "repaired").collect();
+    assert!(repairs.is_empty(), "{repairs:?}");
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use aya::maps::{MapData, MapInfo};
-use portolan_common::{BackendStats, ClientUse, Connection, ConnectionExtra, ConnectionFlags, FallbackUsed, PoolStats};
+use portolan_common::{BackendStats, ClientUse, Connection, ConnectionExtra, ConnectionFlags, EverUsed, PoolStats};
 use portolan_core::table::Sizes;
 use serde::{Deserialize, Serialize};
 
@@ -36,11 +36,12 @@ const _: () = assert!(offset_of!(Connection, flags) % 8 == 4);
 const COUNTED: u64 = (ConnectionFlags::COUNTED as u64) << 32;
 const SHARED: u64 = (ConnectionFlags::SHARED as u64) << 32;
 
-/// An entry is abandoned if no socket list contains its socket, and for this long its connection has not started, its
-/// application has closed it, or it has been one of UDP.
+/// An entry that has existed for this long is compared with lists of all sockets, and abandoned if two in a row do not
+/// contain its socket.
 ///
 /// The kernel does not tell of the end of its own sockets, nor of that of the subflows of MPTCP.
-/// A socket that uses TCP_FASTOPEN_CONNECT and has sent nothing is in no list; what it does later is not counted.
+/// A socket that uses TCP_FASTOPEN_CONNECT and has sent nothing, or was disconnected, is in no list.
+/// What it does later gets another entry, or is not counted.
 const ABANDONED: Duration = Duration::from_secs(600);
 
 /// The maps with per-socket state and counts of active connections.
@@ -112,13 +113,6 @@ pub(super) struct Entry {
     cookie: u64,
 }
 
-/// A snapshot of the entries of connections, and of active counts.
-pub(super) struct Counts {
-    entries: Vec<Entry>,
-    backends: Vec<u64>,
-    pools: Vec<u64>,
-}
-
 impl SocketAccounting {
     pub(crate) fn open(pins: &Pins, set: Set, sizes: &Sizes) -> Result<Self> {
         let pinned = |spec: &MapSpec| -> Result<(MapData, u32)> {
@@ -147,17 +141,17 @@ impl SocketAccounting {
 
     /// Returns whether any socket has ever had its state in socket storage.
     pub(super) fn uses_storage(&self) -> bool {
-        self.fallback_used.get(&0, 0).map_or(true, |used| used & FallbackUsed::STORAGE != 0)
+        self.fallback_used.get(&0, 0).map_or(true, |used| used & EverUsed::STORAGE != 0)
     }
 
-    /// Returns whether a backend id still belongs to the same backend.
-    fn is_current_backend(&self, id: u32, epoch: u16) -> Result<bool> {
-        Ok(self.backends.read::<BackendStats>(id)?.epoch as u16 == epoch)
+    /// Returns whether the backend id of a connection still belongs to the same backend.
+    fn has_backend(&self, set: u16, id: u32, epoch: u16) -> Result<bool> {
+        Ok(set == self.set && self.backends.read::<BackendStats>(id)?.epoch as u16 == epoch)
     }
 
     /// Returns whether a connection has a pool, which still is the same.
-    fn is_current_pool(&self, pool: u32, epoch: u16) -> Result<bool> {
-        Ok(pool != 0 && self.limits.get(&pool, 0)?.epoch as u16 == epoch)
+    fn has_pool(&self, set: u16, pool: u32, epoch: u16) -> Result<bool> {
+        Ok(pool != 0 && set == self.set && self.limits.get(&pool, 0)?.epoch as u16 == epoch)
     }
 
     /// Maps the state of all connections into memory.
@@ -199,53 +193,51 @@ impl Connections<'_> {
         Some(State::new(&connection, &self.extras.read(index).ok()?))
     }
 
-    /// Returns the entries that no hook may ever free, and that have been like that for [`ABANDONED`].
-    pub(super) fn abandoned(&self, waiting: &mut Waiting, now: Instant) -> Result<Vec<Entry>> {
-        let mut still = Vec::new();
+    /// Returns all entries, to find those that no hook may ever free.
+    pub(super) fn all(&self) -> Result<Vec<Entry>> {
+        let mut all = Vec::new();
         for index in 0..self.connections.len() {
             let Some(connection) = self.entry(index)? else { continue };
-            if connection.flags & ConnectionFlags::COUNTED == 0 {
-                still.push(Entry { index, owner: connection.owner, cookie: connection.cookie });
-            }
+            all.push(Entry { index, owner: connection.owner, cookie: connection.cookie });
         }
-        Ok(waiting.abandoned(&still, now))
+        Ok(all)
     }
 
     /// Frees an entry if it still belongs to the same socket, and takes its connection out of the counts of active ones.
-    /// Returns the connection as it was, if it was freed.
-    pub(super) fn free(&self, entry: Entry) -> Result<Option<Connection>> {
+    /// Returns whether it did.
+    pub(super) fn free(&self, entry: Entry) -> Result<bool> {
         let own = self.accounting;
         let connection: Connection = self.connections.read(entry.index)?;
         if connection.owner != entry.owner || connection.cookie != entry.cookie {
-            return Ok(None);
+            return Ok(false);
         }
         let flags = self.connections.word(entry.index, FLAGS)?.fetch_and(!COUNTED, Ordering::SeqCst);
         let owner = self.connections.word(entry.index, OWNER)?;
-        if let Err(now) = owner.compare_exchange(entry.owner, 0, Ordering::SeqCst, Ordering::SeqCst) {
-            if now != 0 {
-                // The entry has another owner already, whose flag this was.
-                self.connections.word(entry.index, FLAGS)?.fetch_or(flags & COUNTED, Ordering::SeqCst);
-            }
-            return Ok(None);
+        let freed = owner.compare_exchange(entry.owner, 0, Ordering::SeqCst, Ordering::SeqCst);
+        if freed.is_err_and(|now| now != 0) {
+            // The entry has another owner already, whose flag this was.
+            self.connections.word(entry.index, FLAGS)?.fetch_or(flags & COUNTED, Ordering::SeqCst);
+            return Ok(false);
         }
         // Whoever frees an entry takes it out of its client's share.
-        if flags & SHARED != 0 {
+        if freed.is_ok() && flags & SHARED != 0 {
             let client = ClientUse::index(connection.client);
             own.clients.word(client, CLIENT_CONNECTIONS)?.fetch_sub(1, Ordering::SeqCst);
         }
-        if flags & COUNTED != 0 && connection.set == own.set {
-            if own.is_current_backend(connection.backend_id, connection.backend_epoch)? {
+        // Whoever clears the flag decrements the counts, even if a program has freed the entry in between.
+        if flags & COUNTED != 0 {
+            if own.has_backend(connection.set, connection.backend_id, connection.backend_epoch)? {
                 own.backends.word(connection.backend_id, BACKEND_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
             }
-            if own.is_current_pool(connection.pool, connection.pool_epoch)? {
+            if own.has_pool(connection.set, connection.pool, connection.pool_epoch)? {
                 own.pools.word(connection.pool, POOL_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
             }
         }
-        Ok(Some(connection))
+        Ok(freed.is_ok())
     }
 
-    /// Takes a snapshot to compare with a list of all sockets.
-    pub(super) fn now(&self) -> Result<Counts> {
+    /// Returns the entries of TCP connections, to compare with a list of all sockets.
+    pub(super) fn of_tcp(&self) -> Result<Vec<Entry>> {
         let mut entries = Vec::new();
         for index in 0..self.connections.len() {
             let Some(connection) = self.entry(index)? else { continue };
@@ -254,77 +246,87 @@ impl Connections<'_> {
                 entries.push(Entry { index, owner: connection.owner, cookie: connection.cookie });
             }
         }
-        let own = self.accounting;
-        Ok(Counts { entries, backends: all(&own.backends, BACKEND_ACTIVE)?, pools: all(&own.pools, POOL_ACTIVE)? })
+        Ok(entries)
+    }
+
+    /// Counts the entries that count as active or are in a client's share.
+    fn tally(&self) -> Result<Tally> {
+        let (own, mut tally) = (self.accounting, Tally::default());
+        for index in 0..self.connections.len() {
+            let Some(connection) = self.entry(index)? else { continue };
+            if connection.flags & ConnectionFlags::SHARED != 0 {
+                *tally.clients.entry(ClientUse::index(connection.client)).or_default() += 1;
+            }
+            if connection.flags & ConnectionFlags::COUNTED != 0 {
+                let Connection { set, backend_id, backend_epoch, pool, pool_epoch, .. } = connection;
+                tally.add(own, set, (backend_id, backend_epoch), (pool, pool_epoch))?;
+            }
+        }
+        Ok(tally)
     }
 
     /// Corrects the numbers of entries that clients use to match the entries that say so.
+    /// Returns how many were wrong.
     pub(super) fn recount_clients(&self, unconfirmed: &mut Drifts) -> Result<usize> {
-        let clients = &self.accounting.clients;
-        let before = all(clients, CLIENT_CONNECTIONS)?;
-        let mut shared: HashMap<u32, u64> = HashMap::new();
-        for index in 0..self.connections.len() {
-            let connection = self.entry(index)?.filter(|connection| connection.flags & ConnectionFlags::SHARED != 0);
-            if let Some(connection) = connection {
-                *shared.entry(ClientUse::index(connection.client)).or_default() += 1;
-            }
-        }
+        let clients = Counts::new(&self.accounting.clients, CLIENT_CONNECTIONS)?;
+        let tally = self.tally()?;
         let mut recounted = Reconciled::default();
-        let counts = (clients, CLIENT_CONNECTIONS, before.as_slice());
-        let after = all(clients, CLIENT_CONNECTIONS)?;
-        *unconfirmed = correct(counts, &after, &shared, &std::mem::take(unconfirmed), &mut recounted)?;
+        clients.correct(&tally.clients, unconfirmed, &mut recounted)?;
         Ok(recounted.corrected)
     }
 
-    /// Corrects entries and counts to match `seen`, all sockets listed since the snapshot `before`.
+    /// Frees the entries of sockets that no longer exist, and corrects the counts of active connections to match the rest.
     ///
-    /// A mismatch found for the first time is only recorded in `unconfirmed`.
-    /// A socket that was opened or closed during the listing may explain it.
-    pub(super) fn recount(&self, before: &Counts, seen: &Seen, unconfirmed: &mut Unconfirmed) -> Result<Reconciled> {
+    /// `entries` are those from before all sockets were listed in `seen`.
+    /// What is found for the first time is only recorded in `unconfirmed`.
+    pub(super) fn recount(&self, entries: &[Entry], seen: &Seen, unconfirmed: &mut Unconfirmed) -> Result<Reconciled> {
         let own = self.accounting;
-        let (backends_after, pools_after) = (all(&own.backends, BACKEND_ACTIVE)?, all(&own.pools, POOL_ACTIVE)?);
-        let (mut backends, mut pools): (HashMap<u32, u64>, HashMap<u32, u64>) = Default::default();
-        let mut count = |backend: (u32, u16), pool: (u32, u16)| -> Result<()> {
-            if own.is_current_backend(backend.0, backend.1)? {
-                *backends.entry(backend.0).or_default() += 1;
-            }
-            if own.is_current_pool(pool.0, pool.1)? {
-                *pools.entry(pool.0).or_default() += 1;
-            }
-            Ok(())
-        };
-        for state in seen.states.iter().filter(|state| state.set == own.set && state.is_counted()) {
-            count((state.backend_id, state.backend_epoch), (state.pool, state.pool_epoch))?;
-        }
         let mut recounted = Reconciled::default();
-        let previous = std::mem::take(unconfirmed);
-        for entry in before.entries.iter().filter(|entry| !seen.cookies.contains(&entry.cookie)) {
-            if previous.entries.contains(entry) {
-                let Some(freed) = self.free(*entry)? else { continue };
-                recounted.freed += 1;
-                // The counts compared below are from before, and contain it.
-                if freed.flags & ConnectionFlags::COUNTED != 0 && freed.set == own.set {
-                    count((freed.backend_id, freed.backend_epoch), (freed.pool, freed.pool_epoch))?;
-                }
+        let previous = std::mem::take(&mut unconfirmed.entries);
+        for entry in entries.iter().filter(|entry| !seen.has(**entry)) {
+            if previous.contains(entry) {
+                recounted.freed += usize::from(self.free(*entry)?);
             } else {
                 unconfirmed.entries.insert(*entry);
                 recounted.unsettled += 1;
             }
         }
-        let backend_counts = (&own.backends, BACKEND_ACTIVE, before.backends.as_slice());
-        unconfirmed.backends = correct(backend_counts, &backends_after, &backends, &previous.backends, &mut recounted)?;
-        let pool_counts = (&own.pools, POOL_ACTIVE, before.pools.as_slice());
-        unconfirmed.pools = correct(pool_counts, &pools_after, &pools, &previous.pools, &mut recounted)?;
+        // Entries are compared with the counts where they are, within milliseconds. Only what is in socket storage comes
+        // from the list, which takes longer.
+        let backends = Counts::new(&own.backends, BACKEND_ACTIVE)?;
+        let pools = Counts::new(&own.pools, POOL_ACTIVE)?;
+        let mut tally = self.tally()?;
+        for state in seen.stored.iter().filter(|state| state.is_counted()) {
+            tally.add(own, state.set, (state.backend_id, state.backend_epoch), (state.pool, state.pool_epoch))?;
+        }
+        backends.correct(&tally.backends, &mut unconfirmed.backends, &mut recounted)?;
+        pools.correct(&tally.pools, &mut unconfirmed.pools, &mut recounted)?;
         Ok(recounted)
     }
 }
 
-/// Reads one word of each value.
-fn all(of: &MmapArray, word: usize) -> Result<Vec<u64>> {
-    (0..of.len()).map(|id| Ok(of.word(id, word)?.load(Ordering::SeqCst))).collect()
+/// Connections by what counts them: backend ids, entries of `POOLS`, and indices of clients.
+#[derive(Default)]
+struct Tally {
+    backends: HashMap<u32, u64>,
+    pools: HashMap<u32, u64>,
+    clients: HashMap<u32, u64>,
 }
 
-/// Id → by how much its count is too high.
+impl Tally {
+    /// Adds an active connection, with the epochs of its ids.
+    fn add(&mut self, own: &SocketAccounting, set: u16, backend: (u32, u16), pool: (u32, u16)) -> Result<()> {
+        if own.has_backend(set, backend.0, backend.1)? {
+            *self.backends.entry(backend.0).or_default() += 1;
+        }
+        if own.has_pool(set, pool.0, pool.1)? {
+            *self.pools.entry(pool.0).or_default() += 1;
+        }
+        Ok(())
+    }
+}
+
+/// Id → how its count has been wrong.
 pub(super) type Drifts = HashMap<u32, Drift>;
 
 /// A count that was wrong in the same direction in each of the last runs.
@@ -338,11 +340,11 @@ pub(super) struct Drift {
 }
 
 impl Drift {
-    /// Compares a count before and after a listing with the number listed; `None` if it may be right.
+    /// Compares a count before and after a tally with the number found; `None` if it may be right.
     ///
-    /// What is opened or closed meanwhile may be listed or not, so that any number between the two counts may be right.
-    fn of(before: u64, after: u64, listed: u64) -> Option<i64> {
-        let (before, after) = (before.wrapping_sub(listed) as i64, after.wrapping_sub(listed) as i64);
+    /// What begins or ends meanwhile may be found or not, so that any number between the two counts may be right.
+    fn of(before: u64, after: u64, found: u64) -> Option<i64> {
+        let (before, after) = (before.wrapping_sub(found) as i64, after.wrapping_sub(found) as i64);
         let is_known = before != 0 && after != 0 && (before > 0) == (after > 0);
         is_known.then(|| if before.abs() < after.abs() { before } else { after })
     }
@@ -359,7 +361,7 @@ impl Drift {
     }
 }
 
-/// Mismatches that the previous run found and the next one must confirm.
+/// What earlier runs found, and later ones must confirm.
 #[derive(Debug, Default)]
 pub(super) struct Unconfirmed {
     entries: HashSet<Entry>,
@@ -367,56 +369,81 @@ pub(super) struct Unconfirmed {
     pools: Drifts,
 }
 
-/// Subtracts the excess of each count that was too high by the same amount twice in a row and did not change meanwhile.
-/// A count that keeps changing is corrected by the least excess of [`CONFIRMATIONS`] runs, so that no leak stays.
-/// Returns the mismatches that are not confirmed yet.
-fn correct(
-    (of, word, before): (&MmapArray, usize, &[u64]),
-    after: &[u64],
-    listed: &HashMap<u32, u64>,
-    previous: &Drifts,
-    recounted: &mut Reconciled,
-) -> Result<Drifts> {
-    let mut drifts = Drifts::new();
-    for (id, (before, after)) in (0..).zip(before.iter().zip(after)) {
-        let Some(found) = Drift::of(*before, *after, listed.get(&id).copied().unwrap_or(0)) else { continue };
-        let drift = Drift::follow(previous.get(&id), found);
-        let is_at_rest = before == after && previous.get(&id).is_some_and(|previous| previous.last == found);
-        if is_at_rest || drift.runs >= CONFIRMATIONS {
-            let excess = if is_at_rest { found } else { drift.least };
-            of.word(id, word)?.fetch_sub(excess as u64, Ordering::SeqCst);
-            recounted.corrected += 1;
-        } else {
-            drifts.insert(id, drift);
-            recounted.unsettled += 1;
-        }
-    }
-    Ok(drifts)
+/// One count of each value of an array, as it was before a tally.
+struct Counts<'a> {
+    of: &'a MmapArray,
+    word: usize,
+    before: Vec<u64>,
 }
 
-/// Entries that were like that at the last scan, and since when.
-#[derive(Debug, Default)]
-pub(super) struct Waiting(HashMap<Entry, Instant>);
-
-impl Waiting {
-    /// Starts over with entries whose sockets exist, so that these are not listed again soon.
-    pub(super) fn found(&mut self, entries: &[Entry]) {
-        self.0.retain(|entry, _| !entries.contains(entry));
+impl<'a> Counts<'a> {
+    fn new(of: &'a MmapArray, word: usize) -> Result<Self> {
+        Ok(Self { of, word, before: Self::read(of, word)? })
     }
 
-    /// Records `still`, the entries that wait now, and returns those that have waited for [`ABANDONED`].
-    fn abandoned(&mut self, still: &[Entry], now: Instant) -> Vec<Entry> {
-        let since = |entry: &Entry| self.0.get(entry).copied().unwrap_or(now);
-        self.0 = still.iter().map(|entry| (*entry, since(entry))).collect();
-        let is_over = |(_, since): &(&Entry, &Instant)| now.saturating_duration_since(**since) >= ABANDONED;
+    fn read(of: &MmapArray, word: usize) -> Result<Vec<u64>> {
+        (0..of.len()).map(|id| Ok(of.word(id, word)?.load(Ordering::SeqCst))).collect()
+    }
+
+    /// Compares the counts with what was found since. Subtracts the excess of each count that was too high by the same
+    /// amount twice in a row and did not change meanwhile.
+    /// A count that keeps changing is corrected by the least excess of [`CONFIRMATIONS`] runs.
+    /// What is not confirmed yet remains in `drifts`.
+    fn correct(self, found: &HashMap<u32, u64>, drifts: &mut Drifts, recounted: &mut Reconciled) -> Result<()> {
+        let previous = std::mem::take(drifts);
+        let after = Self::read(self.of, self.word)?;
+        for (id, (before, after)) in (0..).zip(self.before.into_iter().zip(after)) {
+            let Some(excess) = Drift::of(before, after, found.get(&id).copied().unwrap_or(0)) else { continue };
+            let drift = Drift::follow(previous.get(&id), excess);
+            let is_at_rest = before == after && previous.get(&id).is_some_and(|previous| previous.last == excess);
+            if is_at_rest || drift.runs >= CONFIRMATIONS {
+                let excess = if is_at_rest { excess } else { drift.least };
+                self.of.word(id, self.word)?.fetch_sub(excess as u64, Ordering::SeqCst);
+                recounted.corrected += 1;
+            } else {
+                drifts.insert(id, drift);
+                recounted.unsettled += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The entries at the last scan, with when their socket was last known to exist, and whether it was missing from a list
+/// since.
+#[derive(Debug, Default)]
+pub(super) struct Waiting(HashMap<Entry, (Instant, bool)>);
+
+impl Waiting {
+    /// Records all entries, and returns those whose sockets have not been seen for [`ABANDONED`].
+    pub(super) fn abandoned(&mut self, all: &[Entry], now: Instant) -> Vec<Entry> {
+        let since = |entry: &Entry| self.0.get(entry).copied().unwrap_or((now, false));
+        self.0 = all.iter().map(|entry| (*entry, since(entry))).collect();
+        let is_over = |(_, (since, _)): &(&Entry, &(Instant, bool))| now.saturating_duration_since(*since) >= ABANDONED;
         self.0.iter().filter(is_over).map(|(entry, _)| *entry).collect()
+    }
+
+    /// Records whether the sockets of these entries exist, and returns those that were missing twice in a row.
+    /// Those that exist are not asked about again for [`ABANDONED`].
+    pub(super) fn gone(&mut self, entries: Vec<Entry>, exists: impl Fn(Entry) -> bool) -> Vec<Entry> {
+        let mut gone = Vec::new();
+        for entry in entries {
+            if exists(entry) {
+                self.0.remove(&entry);
+            } else if let Some((_, is_missing)) = self.0.get_mut(&entry)
+                && std::mem::replace(is_missing, true)
+            {
+                gone.push(entry);
+            }
+        }
+        gone
     }
 }
 
 impl Seen {
     /// Returns an empty list.
     pub(super) fn nothing() -> Self {
-        Self { cookies: HashSet::new(), states: Vec::new() }
+        Self { cookies: HashSet::new(), stored: Vec::new() }
     }
 
     /// Returns whether the list contains the socket of this entry.
@@ -430,7 +457,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entry_of_connect_that_never_starts_is_reclaimed() {
+    fn entry_whose_socket_is_missing_twice_is_reclaimed() {
         let (mut waiting, start) = (Waiting::default(), Instant::now());
         let after = |seconds| start + Duration::from_secs(seconds);
         let entry = |index, cookie| Entry { index, owner: 1, cookie };
@@ -438,21 +465,70 @@ mod tests {
         // The second entry belongs to another socket by now, at the same address.
         assert_eq!(waiting.abandoned(&[entry(1, 10), entry(2, 21)], after(300)), []);
         assert_eq!(waiting.abandoned(&[entry(1, 10), entry(2, 21)], after(599)), []);
-        assert_eq!(waiting.abandoned(&[entry(1, 10), entry(2, 21)], after(600)), [entry(1, 10)]);
+        let old = waiting.abandoned(&[entry(1, 10), entry(2, 21)], after(600));
+        assert_eq!(old, [entry(1, 10)]);
+        assert_eq!(waiting.gone(old, |_| false), [], "it is missing for the first time");
+        let old = waiting.abandoned(&[entry(1, 10)], after(660));
+        assert_eq!(waiting.gone(old, |_| false), [entry(1, 10)]);
         // One whose socket exists starts over.
-        waiting.found(&[entry(1, 10)]);
-        assert_eq!(waiting.abandoned(&[entry(1, 10)], after(610)), []);
-        assert_eq!(waiting.abandoned(&[entry(1, 10)], after(1210)), [entry(1, 10)]);
+        let old = waiting.abandoned(&[entry(1, 10)], after(720));
+        assert_eq!(waiting.gone(old, |_| true), []);
+        assert_eq!(waiting.abandoned(&[entry(1, 10)], after(780)), []);
+        let old = waiting.abandoned(&[entry(1, 10)], after(1380));
+        assert_eq!(old, [entry(1, 10)]);
+        assert_eq!(waiting.gone(old, |_| false), []);
         // An entry that was free for a moment starts over.
-        assert_eq!(waiting.abandoned(&[], after(1300)), []);
-        assert_eq!(waiting.abandoned(&[entry(2, 21)], after(2000)), []);
+        assert_eq!(waiting.abandoned(&[], after(1440)), []);
+        assert_eq!(waiting.abandoned(&[entry(1, 10)], after(1500)), []);
+    }
+
+    /// Counts in memory in place of a BPF array.
+    fn counts(values: &[u64]) -> (MmapArray, impl Fn(&[u64])) {
+        let file = rustix::fs::memfd_create("counts", rustix::fs::MemfdFlags::empty()).unwrap();
+        rustix::fs::ftruncate(&file, 8 * values.len() as u64).unwrap();
+        let array = MmapArray::open::<u64>(&file, values.len() as u32).unwrap();
+        let other = MmapArray::open::<u64>(&file, values.len() as u32).unwrap();
+        let set = move |values: &[u64]| {
+            (0..).zip(values).for_each(|(i, value)| other.word(i, 0).unwrap().store(*value, Ordering::SeqCst));
+        };
+        set(values);
+        (array, set)
+    }
+
+    #[test]
+    fn count_at_rest_is_corrected_once_two_runs_agree() {
+        let (array, _) = counts(&[5, 3, 0]);
+        let (found, mut drifts) = (HashMap::from([(0, 5), (1, 1)]), Drifts::new());
+        for (corrected, second) in [(0, 3), (1, 1), (0, 1)] {
+            let mut recounted = Reconciled::default();
+            Counts::new(&array, 0).unwrap().correct(&found, &mut drifts, &mut recounted).unwrap();
+            assert_eq!(recounted.corrected, corrected);
+            assert_eq!(Counts::read(&array, 0).unwrap(), [5, second, 0]);
+        }
+        assert!(drifts.is_empty());
+    }
+
+    #[test]
+    fn count_that_never_rests_is_corrected_by_what_is_certain() {
+        let (array, set) = counts(&[0]);
+        let mut drifts = Drifts::new();
+        for run in 1..=u64::from(CONFIRMATIONS) {
+            // Twenty ends were lost; three to six connections are open.
+            set(&[23 + run % 3]);
+            let counts = Counts::new(&array, 0).unwrap();
+            set(&[24 + run % 3]);
+            let mut recounted = Reconciled::default();
+            counts.correct(&HashMap::from([(0, 4 + run % 3)]), &mut drifts, &mut recounted).unwrap();
+            assert_eq!(recounted.corrected, usize::from(run == u64::from(CONFIRMATIONS)));
+        }
+        assert_eq!(Counts::read(&array, 0).unwrap(), [24 + 8 % 3 - 19]);
     }
 
     #[test]
     fn number_between_two_counts_may_be_right() {
         assert_eq!(Drift::of(5, 5, 5), None);
-        assert_eq!(Drift::of(5, 9, 7), None, "connections were opened during the listing");
-        assert_eq!(Drift::of(9, 5, 5), None, "connections were closed during the listing");
+        assert_eq!(Drift::of(5, 9, 7), None, "connections began during the tally");
+        assert_eq!(Drift::of(9, 5, 5), None, "connections ended during the tally");
         assert_eq!(Drift::of(9, 7, 4), Some(3));
         assert_eq!(Drift::of(1, 2, 4), Some(-2));
         assert_eq!(Drift::of(u64::MAX, u64::MAX, 0), Some(-1), "a decrement came twice");

@@ -201,15 +201,19 @@ pub(super) fn work(
 ) {
     let own = File::open("/proc/thread-self/ns/net");
     let (mut waiting, mut reaped_at) = (Waiting::default(), Instant::now());
-    let mut client_drifts = Drifts::new();
+    let (mut client_drifts, mut reaping_error) = (Drifts::new(), None);
     let mut unconfirmed = Unconfirmed::default();
     let (mut moves, mut moves_since) = (MAX_MOVES, Instant::now());
     loop {
         if reaped_at.elapsed() >= REAP_INTERVAL {
             reaped_at = Instant::now();
-            if let Err(error) = reap_abandoned(states, &mut waiting, &mut client_drifts, reaped_at) {
-                tracing::warn!("cannot reclaim abandoned entries of CONNECTIONS: {error:#}");
+            let result = reap_abandoned(states, &mut waiting, &mut client_drifts, reaped_at);
+            let error = result.err().map(|error| format!("{error:#}"));
+            // It lasts as long as its cause, so say it once.
+            if let Some(why) = error.as_ref().filter(|_| error != reaping_error) {
+                tracing::warn!("cannot reclaim abandoned entries of CONNECTIONS: {why}");
             }
+            reaping_error = error;
         }
         let request = match requests.recv_timeout(REAP_INTERVAL) {
             Ok(request) => request,
@@ -237,7 +241,7 @@ pub(super) fn work(
         let mut datagrams = Vec::new();
         let mut before = None;
         if request.recount {
-            match sees_all_processes().and_then(|()| connections.now()) {
+            match sees_all_processes().and_then(|()| connections.of_tcp()) {
                 Ok(now) => before = Some((now, Seen::nothing())),
                 Err(error) => report.errors.push(format!("cannot count connections: {error:#}")),
             }
@@ -289,10 +293,10 @@ fn reap_abandoned(
     let connections = states.connections()?;
     let corrected = connections.recount_clients(client_drifts)?;
     if corrected > 0 {
-        tracing::info!("corrected how many entries of CONNECTIONS {corrected} clients use");
+        tracing::info!("corrected the shares of CONNECTIONS that {corrected} clients use");
     }
-    let abandoned = connections.abandoned(waiting, now)?;
-    if abandoned.is_empty() {
+    let old = waiting.abandoned(&connections.all()?, now);
+    if old.is_empty() {
         return Ok(());
     }
     sees_all_processes()?;
@@ -307,8 +311,7 @@ fn reap_abandoned(
     });
     move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Network))?;
     counted.and_then(|()| trouble.pop().map_or(Ok(()), |why| Err(Error::State(why))))?;
-    let (alive, gone): (Vec<_>, Vec<_>) = abandoned.into_iter().partition(|entry| seen.has(*entry));
-    waiting.found(&alive);
+    let gone = waiting.gone(old, |entry| seen.has(entry));
     gone.into_iter().try_for_each(|entry| connections.free(entry).map(drop))
 }
 

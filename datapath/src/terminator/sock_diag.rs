@@ -82,15 +82,14 @@ impl Diag {
         self.dump(Protocol::Tcp, tcp_states.iter().fold(0, |all, one| all | 1 << one), &storage, take)
     }
 
-    /// Adds all connected TCP sockets of the namespace, and their Portolan state, to `seen`.
+    /// Adds all connected TCP sockets of the namespace, and what socket storage holds of them, to `seen`.
     pub(super) fn count(&self, states: &Connections<'_>, seen: &mut Seen) -> io::Result<()> {
         let tcp_states =
             [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING];
         self.streams(&tcp_states, states, &mut |body| {
             let Some(socket) = connected(body) else { return };
             seen.cookies.insert(socket.cookie());
-            let own = connection(body, &|cookie| states.connection(cookie));
-            seen.states.extend(own.map(|connection| connection.state));
+            seen.stored.extend(connection(body, &|_| None).map(|connection| connection.state));
         })
     }
 

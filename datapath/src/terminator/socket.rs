@@ -17,7 +17,7 @@ pub(super) struct State {
     pub(super) backend_epoch: u16,
     pub(super) pool: u32,
     pub(super) pool_epoch: u16,
-    /// When the SYN was sent or the UDP socket connected, in nanoseconds of CLOCK_MONOTONIC.
+    /// When the SYN was sent, in nanoseconds of CLOCK_MONOTONIC; meaningless for UDP.
     pub(super) started_ns: u64,
     flags: u32,
 }
@@ -70,8 +70,8 @@ impl Connected {
 /// The TCP sockets found so far while listing all namespaces.
 pub(super) struct Seen {
     pub(super) cookies: HashSet<u64>,
-    /// Portolan's state of those whose endpoint it chose.
-    pub(super) states: Vec<State>,
+    /// What socket storage holds of them.
+    pub(super) stored: Vec<State>,
 }
 
 /// A TCP connection whose endpoint Portolan chose.
