@@ -92,6 +92,8 @@ fn script(modules: &[String], binaries: &[(String, PathBuf)], filter: Option<&st
         "mount -t bpf bpf /sys/fs/bpf",
         "chmod 1777 /tmp",
         "ip link set lo up",
+        // Servers of some tests hold more connections than the default allows.
+        "ulimit -n 65536",
     ]
     .map(str::to_owned)
     .into();
