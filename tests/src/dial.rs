@@ -65,6 +65,13 @@ pub enum Task {
         /// Whether to keep the sockets.
         keep: bool,
     },
+    /// Dials this often. The reply has the counts `good` and `bad`.
+    Repeat {
+        /// Address to connect to.
+        to: SocketAddr,
+        /// Number of connections.
+        times: u32,
+    },
     /// Connects a UDP socket and keeps it.
     HoldDatagram {
         /// Address to connect to.
@@ -202,6 +209,11 @@ impl Reply {
     /// Returns the error numbers, in order.
     pub fn errnos(&self) -> Vec<i32> {
         self.seen.iter().map(|seen| seen.errno).collect()
+    }
+
+    /// Counts a connection of a load, which is good if it got a greeting.
+    pub fn add(&mut self, seen: &Seen) {
+        if seen.errno == 0 && !seen.greeting.is_empty() { self.good += 1 } else { self.bad += 1 }
     }
 
     /// Returns the number of connections that got this greeting.

@@ -66,12 +66,10 @@ fn run(task: &Task, tasks: &Receiver<Task>, held: &mut Held) -> Result<Reply> {
         }
         Task::Load { to } => {
             while matches!(tasks.try_recv(), Err(TryRecvError::Empty)) {
-                match dial(*to, false, 0) {
-                    Seen { errno: 0, greeting, .. } if !greeting.is_empty() => reply.good += 1,
-                    _ => reply.bad += 1,
-                }
+                reply.add(&dial(*to, false, 0));
             }
         }
+        Task::Repeat { to, times } => (0..*times).for_each(|_| reply.add(&dial(*to, false, 0))),
         Task::Stop => {}
         Task::Hold { to, times } => {
             for _ in 0..*times {
