@@ -54,7 +54,9 @@ pub(crate) struct VmArgs {
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
     /// QEMU accelerator; "kvm" is faster where available
-    #[arg(long, value_name = "NAME", default_value = "tcg,thread=multi")]
+    // With a thread for each CPU (`thread=multi`), QEMU 7.2 may let one execute a breakpoint that the kernel has already
+    // replaced on all of them: "Oops: int3" at a jump label, where the memory holds the jump.
+    #[arg(long, value_name = "NAME", default_value = "tcg,thread=single")]
     accel: String,
     /// Skip this machine's own kernel
     #[arg(long)]
