@@ -21,14 +21,14 @@ pub(crate) fn stop_counting(state: &State, owner: u64) {
     }
     // SAFETY: live map values; the counters are only ever added to.
     unsafe {
-        // Before the flag is cleared: from then on, the other CPU may free the entry, and another socket fill it.
+        // Read before the flag is cleared: afterwards, another CPU may free the entry, and another socket fill it.
         // These are pointers that may be null, because the verifier loses track of an `Option` of one.
         let stats = stats(state).unwrap_or(null_mut());
         let pool = if (*state.connection).pool == 0 { None } else { pool_stats(state) }.unwrap_or(null_mut());
         if state.remove_flags(ConnectionFlags::COUNTED) & ConnectionFlags::COUNTED == 0 {
             return;
         }
-        // A free entry was freed on another CPU, which saw no flag and left the counts to this one.
+        // If the entry is free now, another CPU freed it, saw no flag, and left the counts to this one.
         if !state::is_owned_by(state, owner) && !state::is_owned_by(state, 0) {
             // The connection ended on another CPU, and the entry has another owner already, whose flag this was.
             state.add_flags(ConnectionFlags::COUNTED);

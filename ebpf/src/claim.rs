@@ -61,7 +61,8 @@ pub(crate) fn begin(state: &State, me: u64) -> bool {
     }
 }
 
-/// Ends what [`claim`], [`make_room`] or [`begin`] began. What was written before is visible before.
+/// Gives a busy entry to its socket, after [`claim`], [`make_room`] or [`begin`]. Whoever sees the owner also sees what was
+/// written before.
 #[inline(always)]
 pub(crate) fn settle(state: &State, me: u64) {
     if let Place::Entry(_) = state.place {
@@ -87,8 +88,8 @@ fn steal(first: u32, me: u64) -> Option<State> {
             if !exchange(&raw mut (*state.connection).owner, before, Connection::BUSY).1 {
                 continue;
             }
-            // Its socket may have been counted between the two looks. For this moment it does not find its entry: if it ends
-            // just now, the agent reclaims the entry later.
+            // Its socket may have been counted between the two checks. While the entry is busy here, that socket does not
+            // find it; if it ends in this moment, the agent reclaims the entry later.
             if is_idle(&state) {
                 return Some(state);
             }

@@ -193,7 +193,7 @@ fn save_elsewhere(ctx: *mut bpf_sock_addr, key: &FrontendKey, found: &Found, tak
     0
 }
 
-/// Fills in the state of a socket, whose entry is no longer busy then.
+/// Fills in the state of a socket, and ends the time in which its entry is busy.
 #[inline(always)]
 fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, taken: &Selected) {
     // SAFETY: the kernel gives a valid context.

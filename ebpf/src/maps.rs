@@ -100,7 +100,7 @@ pub(crate) static CLIENTS: Array<ClientUse, { ClientUse::CAPACITY as usize }, { 
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 
-/// What has been used so far, as [`EverUsed`](portolan_common::EverUsed) bits: what never was costs nothing.
+/// What has been used so far, as [`EverUsed`](portolan_common::EverUsed) bits, so that what was never used costs nothing.
 #[btf_map]
 pub(crate) static FALLBACK_USED: Array<u32, 1> = Array::new();
 

@@ -205,7 +205,7 @@ fn find_member(version: &FrontendVersion, backend_id: u32) -> Option<u32> {
 
 /// Searches a sorted list in `RUNS`, and returns the position plus one; 0 if the backend is not in it.
 ///
-/// A global function, which the verifier checks once for all callers: its loop is most of what there is to check.
+/// The verifier checks a global function once for all callers, and this loop would be most of its work.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn search_members(members: u32, count: u32, backend_id: u32) -> u32 {
