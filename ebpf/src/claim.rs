@@ -89,7 +89,7 @@ fn steal(first: u32, me: u64) -> Option<State> {
                 continue;
             }
             // Its socket may have been counted between the two checks. While the entry is busy here, that socket does not
-            // find it; if it ends in this moment, the agent reclaims the entry later.
+            // find it; if it ends at this moment, the agent reclaims the entry later.
             if is_idle(&state) {
                 return Some(state);
             }

@@ -197,7 +197,7 @@ fn owned_at(index: u32, owner: u64) -> Option<State> {
     (unsafe { owner_of(state.connection) } == owner).then_some(state)
 }
 
-/// Returns whether something has ever been used, as a [`EverUsed`] bit. Until then, no hook needs to look for it.
+/// Returns whether something has ever been used, as an [`EverUsed`] bit. Until then, no hook needs to look for it.
 #[inline(always)]
 pub(crate) fn is_used(what: u32) -> bool {
     // SAFETY: a live map value.

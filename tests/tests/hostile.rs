@@ -297,7 +297,7 @@ fn busy_slots_are_not_stolen() -> Result<()> {
     Ok(())
 }
 
-/// Connects that never begin hold all slots, and others take them over as fast as they can, while more of both come.
+/// Pods take over slots that connects which never began hold, while further such connects fill them again.
 #[test]
 fn counts_are_right_after_slots_were_stolen() -> Result<()> {
     let bed = TestBed::new()?;

@@ -217,7 +217,7 @@ impl TerminationPlanner {
                 continue;
             };
             let Ok(stats) = view.kernel.pool_stats(id) else { continue };
-            is_used |= stats.active as i64 > 0;
+            is_used |= stats.active != 0;
             refuses |= stats.overflow > std::mem::replace(&mut counted.refused, stats.overflow);
         }
         let is_older = |than| self.recounted_at.is_none_or(|at| now.instant >= at + than);

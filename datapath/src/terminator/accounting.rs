@@ -3,7 +3,7 @@
 //! Also reconciles both with the sockets that exist, after a time in which no hook saw connections close.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, hash_map},
     mem::offset_of,
     sync::atomic::Ordering,
     time::{Duration, Instant},
@@ -177,13 +177,21 @@ impl Connections<'_> {
         self.accounting
     }
 
-    /// Reads an entry, if it has an owner and is not being written.
+    /// Reads an entry, if it has an owner, and the same one before and after the read.
     fn entry(&self, index: u32) -> Result<Option<Connection>> {
-        let is_owned = |owner| owner != 0 && owner != Connection::BUSY;
-        if !is_owned(self.connections.word(index, OWNER)?.load(Ordering::SeqCst)) {
+        let owner = self.connections.word(index, OWNER)?;
+        let before = owner.load(Ordering::SeqCst);
+        if before == 0 || before == Connection::BUSY {
             return Ok(None);
         }
-        Ok(Some(self.connections.read::<Connection>(index)?).filter(|connection| is_owned(connection.owner)))
+        let connection: Connection = self.connections.read(index)?;
+        Ok((owner.load(Ordering::SeqCst) == before).then_some(Connection { owner: before, ..connection }))
+    }
+
+    /// Returns whether an entry still belongs to the same socket.
+    fn is_still(&self, entry: Entry) -> Result<bool> {
+        let now = self.entry(entry.index)?;
+        Ok(now.is_some_and(|now| now.owner == entry.owner && now.cookie == entry.cookie))
     }
 
     /// Returns the state of the socket with this cookie, or `None` if it has no entry in `CONNECTIONS`.
@@ -236,8 +244,9 @@ impl Connections<'_> {
         Ok(freed.is_ok())
     }
 
-    /// Returns the entries of TCP connections, to compare with a list of all sockets.
-    pub(super) fn of_tcp(&self) -> Result<Vec<Entry>> {
+    /// Returns what there is before all sockets are listed.
+    pub(super) fn before_list(&self) -> Result<BeforeList<'_>> {
+        let own = self.accounting;
         let mut entries = Vec::new();
         for index in 0..self.connections.len() {
             let Some(connection) = self.entry(index)? else { continue };
@@ -246,7 +255,8 @@ impl Connections<'_> {
                 entries.push(Entry { index, owner: connection.owner, cookie: connection.cookie });
             }
         }
-        Ok(entries)
+        let backends = Counts::new(&own.backends, BACKEND_ACTIVE)?;
+        Ok(BeforeList { entries, backends, pools: Counts::new(&own.pools, POOL_ACTIVE)? })
     }
 
     /// Counts the entries that count as active or are in a client's share.
@@ -255,11 +265,11 @@ impl Connections<'_> {
         for index in 0..self.connections.len() {
             let Some(connection) = self.entry(index)? else { continue };
             if connection.flags & ConnectionFlags::SHARED != 0 {
-                *tally.clients.entry(ClientUse::index(connection.client)).or_default() += 1;
+                tally.clients.entry(ClientUse::index(connection.client)).or_default().add(connection.cookie);
             }
             if connection.flags & ConnectionFlags::COUNTED != 0 {
-                let Connection { set, backend_id, backend_epoch, pool, pool_epoch, .. } = connection;
-                tally.add(own, set, (backend_id, backend_epoch), (pool, pool_epoch))?;
+                let Connection { set, backend_id, backend_epoch, pool, pool_epoch, cookie, .. } = connection;
+                tally.add(own, cookie, set, (backend_id, backend_epoch), (pool, pool_epoch))?;
             }
         }
         Ok(tally)
@@ -277,27 +287,33 @@ impl Connections<'_> {
 
     /// Frees the entries of sockets that no longer exist, and corrects the counts of active connections to match the rest.
     ///
-    /// `entries` are those from before all sockets were listed in `seen`.
+    /// `seen` lists all sockets.
     /// What is found for the first time is only recorded in `unconfirmed`.
-    pub(super) fn recount(&self, entries: &[Entry], seen: &Seen, unconfirmed: &mut Unconfirmed) -> Result<Reconciled> {
-        let own = self.accounting;
-        let mut recounted = Reconciled::default();
+    pub(super) fn recount(
+        &self,
+        before: BeforeList<'_>,
+        seen: &Seen,
+        unconfirmed: &mut Unconfirmed,
+    ) -> Result<Reconciled> {
+        let (own, mut recounted) = (self.accounting, Reconciled::default());
         let previous = std::mem::take(&mut unconfirmed.entries);
-        for entry in entries.iter().filter(|entry| !seen.has(**entry)) {
-            if previous.contains(entry) {
-                recounted.freed += usize::from(self.free(*entry)?);
-            } else {
-                unconfirmed.entries.insert(*entry);
+        for entry in before.entries.into_iter().filter(|entry| !seen.has(*entry)) {
+            if previous.contains(&entry) {
+                recounted.freed += usize::from(self.free(entry)?);
+            } else if self.is_still(entry)? {
+                unconfirmed.entries.insert(entry);
                 recounted.unsettled += 1;
             }
         }
-        // Entries are compared with the counts where they are, within milliseconds. Only what is in socket storage comes
-        // from the list, which takes longer.
-        let backends = Counts::new(&own.backends, BACKEND_ACTIVE)?;
-        let pools = Counts::new(&own.pools, POOL_ACTIVE)?;
+        // Entries are compared with the counts where they are. Only what is in socket storage comes from the list, which
+        // is older: hence the counts from before it.
+        let (mut backends, mut pools) = (before.backends, before.pools);
+        backends.read_again()?;
+        pools.read_again()?;
         let mut tally = self.tally()?;
-        for state in seen.stored.iter().filter(|state| state.is_counted()) {
-            tally.add(own, state.set, (state.backend_id, state.backend_epoch), (state.pool, state.pool_epoch))?;
+        for (cookie, state) in seen.stored.iter().filter(|(_, state)| state.is_counted()) {
+            let (backend, pool) = ((state.backend_id, state.backend_epoch), (state.pool, state.pool_epoch));
+            tally.add(own, *cookie, state.set, backend, pool)?;
         }
         backends.correct(&tally.backends, &mut unconfirmed.backends, &mut recounted)?;
         pools.correct(&tally.pools, &mut unconfirmed.pools, &mut recounted)?;
@@ -305,22 +321,59 @@ impl Connections<'_> {
     }
 }
 
+/// The entries of TCP connections, and the counts, from before a list of all sockets.
+pub(super) struct BeforeList<'a> {
+    entries: Vec<Entry>,
+    backends: Counts<'a>,
+    pools: Counts<'a>,
+}
+
+/// The connections that one count is about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Found {
+    connections: u64,
+    /// The sum of the cookies of their sockets, by which two tallies are known to have found the same connections.
+    cookies: u64,
+}
+
+impl Found {
+    fn add(&mut self, cookie: u64) {
+        self.connections += 1;
+        self.cookies = self.cookies.wrapping_add(cookie);
+    }
+}
+
 /// Connections by what counts them: backend ids, entries of `POOLS`, and indices of clients.
 #[derive(Default)]
 struct Tally {
-    backends: HashMap<u32, u64>,
-    pools: HashMap<u32, u64>,
-    clients: HashMap<u32, u64>,
+    backends: HashMap<u32, Found>,
+    pools: HashMap<u32, Found>,
+    clients: HashMap<u32, Found>,
+    /// The epochs of entries of `POOLS`, each read once.
+    pool_epochs: HashMap<u32, u16>,
 }
 
 impl Tally {
     /// Adds an active connection, with the epochs of its ids.
-    fn add(&mut self, own: &SocketAccounting, set: u16, backend: (u32, u16), pool: (u32, u16)) -> Result<()> {
-        if own.has_backend(set, backend.0, backend.1)? {
-            *self.backends.entry(backend.0).or_default() += 1;
+    fn add(
+        &mut self,
+        own: &SocketAccounting,
+        cookie: u64,
+        set: u16,
+        (backend, backend_epoch): (u32, u16),
+        (pool, pool_epoch): (u32, u16),
+    ) -> Result<()> {
+        if own.has_backend(set, backend, backend_epoch)? {
+            self.backends.entry(backend).or_default().add(cookie);
         }
-        if own.has_pool(set, pool.0, pool.1)? {
-            *self.pools.entry(pool.0).or_default() += 1;
+        if pool != 0 && set == own.set {
+            let epoch = match self.pool_epochs.entry(pool) {
+                hash_map::Entry::Occupied(known) => *known.get(),
+                hash_map::Entry::Vacant(new) => *new.insert(own.limits.get(&pool, 0)?.epoch as u16),
+            };
+            if epoch == pool_epoch {
+                self.pools.entry(pool).or_default().add(cookie);
+            }
         }
         Ok(())
     }
@@ -332,32 +385,46 @@ pub(super) type Drifts = HashMap<u32, Drift>;
 /// A count that was wrong in the same direction in each of the last runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Drift {
-    /// By how much it is too high: the least of these runs. Negative if it is too low.
-    least: i64,
-    /// What the last run found.
+    /// By how much it is too high, in the last run. Negative if it is too low.
     last: i64,
+    /// The least and the most of these runs, by absolute value.
+    least: i64,
+    most: i64,
+    /// The sum of the cookies that the last run found.
+    cookies: u64,
     runs: u32,
 }
 
 impl Drift {
-    /// Compares a count before and after a tally with the number found; `None` if it may be right.
+    /// Compares readings of a count with the number of connections found between them; `None` if it may be right.
     ///
-    /// What begins or ends meanwhile may be found or not, so that any number between the two counts may be right.
-    fn of(before: u64, after: u64, found: u64) -> Option<i64> {
-        let (before, after) = (before.wrapping_sub(found) as i64, after.wrapping_sub(found) as i64);
-        let is_known = before != 0 && after != 0 && (before > 0) == (after > 0);
-        is_known.then(|| if before.abs() < after.abs() { before } else { after })
+    /// What begins or ends meanwhile may be found or not. While the count only rises or only falls, the right number is
+    /// between its readings.
+    fn of(readings: &[u64], found: u64) -> Option<i64> {
+        let drifts = readings.iter().map(|reading| reading.wrapping_sub(found) as i64);
+        let (lowest, highest) = drifts.fold((i64::MAX, i64::MIN), |(low, high), one| (low.min(one), high.max(one)));
+        match (lowest, highest) {
+            (1.., _) => Some(lowest),
+            (_, ..=-1) => Some(highest),
+            _ => None,
+        }
     }
 
-    /// Adds a run that found the count to be too high by `found`.
-    fn follow(previous: Option<&Self>, found: i64) -> Self {
+    /// Adds a run that found the count to be too high by `excess`.
+    fn follow(previous: Option<&Self>, excess: i64, cookies: u64) -> Self {
         match previous {
-            Some(before) if (before.least > 0) == (found > 0) => {
-                let least = if found.abs() < before.least.abs() { found } else { before.least };
-                Self { least, last: found, runs: before.runs + 1 }
+            Some(before) if (before.last > 0) == (excess > 0) => {
+                let least = if excess.abs() < before.least.abs() { excess } else { before.least };
+                let most = if excess.abs() > before.most.abs() { excess } else { before.most };
+                Self { last: excess, least, most, cookies, runs: before.runs + 1 }
             }
-            _ => Self { least: found, last: found, runs: 1 },
+            _ => Self { last: excess, least: excess, most: excess, cookies, runs: 1 },
         }
+    }
+
+    /// Returns whether a count that keeps changing is surely wrong: often enough, and by more than it varies.
+    fn is_certain(&self) -> bool {
+        self.runs >= CONFIRMATIONS && self.least.abs() > (self.most - self.least).abs()
     }
 }
 
@@ -369,39 +436,54 @@ pub(super) struct Unconfirmed {
     pools: Drifts,
 }
 
-/// One count of each value of an array, as it was before a tally.
+/// Readings of one count of each value of an array.
 struct Counts<'a> {
     of: &'a MmapArray,
     word: usize,
-    before: Vec<u64>,
+    readings: Vec<Vec<u64>>,
 }
 
 impl<'a> Counts<'a> {
     fn new(of: &'a MmapArray, word: usize) -> Result<Self> {
-        Ok(Self { of, word, before: Self::read(of, word)? })
+        let mut counts = Self { of, word, readings: Vec::new() };
+        counts.read_again()?;
+        Ok(counts)
     }
 
-    fn read(of: &MmapArray, word: usize) -> Result<Vec<u64>> {
-        (0..of.len()).map(|id| Ok(of.word(id, word)?.load(Ordering::SeqCst))).collect()
+    fn read_again(&mut self) -> Result<()> {
+        let all = (0..self.of.len()).map(|id| Ok(self.of.word(id, self.word)?.load(Ordering::SeqCst)));
+        self.readings.push(all.collect::<Result<_>>()?);
+        Ok(())
     }
 
-    /// Compares the counts with what was found since. Subtracts the excess of each count that was too high by the same
-    /// amount twice in a row and did not change meanwhile.
-    /// A count that keeps changing is corrected by the least excess of [`CONFIRMATIONS`] runs.
+    /// Compares the readings, and another one, with what was found between them.
+    ///
+    /// Subtracts the excess of each count that was too high by the same amount twice in a row, did not change, and had the
+    /// same connections both times.
+    /// A count that keeps changing is corrected by the least excess of [`CONFIRMATIONS`] runs, if that is more than it
+    /// varies.
     /// What is not confirmed yet remains in `drifts`.
-    fn correct(self, found: &HashMap<u32, u64>, drifts: &mut Drifts, recounted: &mut Reconciled) -> Result<()> {
+    fn correct(mut self, found: &HashMap<u32, Found>, drifts: &mut Drifts, recounted: &mut Reconciled) -> Result<()> {
         let previous = std::mem::take(drifts);
-        let after = Self::read(self.of, self.word)?;
-        for (id, (before, after)) in (0..).zip(self.before.into_iter().zip(after)) {
-            let Some(excess) = Drift::of(before, after, found.get(&id).copied().unwrap_or(0)) else { continue };
-            let drift = Drift::follow(previous.get(&id), excess);
-            let is_at_rest = before == after && previous.get(&id).is_some_and(|previous| previous.last == excess);
-            if is_at_rest || drift.runs >= CONFIRMATIONS {
+        self.read_again()?;
+        for id in 0..self.of.len() {
+            let readings: Vec<u64> = self.readings.iter().filter_map(|all| all.get(id as usize)).copied().collect();
+            let found = found.get(&id).copied().unwrap_or_default();
+            let Some(excess) = Drift::of(&readings, found.connections) else { continue };
+            let drift = Drift::follow(previous.get(&id), excess, found.cookies);
+            let is_at_rest = readings.iter().all(|reading| *reading == readings[0])
+                && previous.get(&id).is_some_and(|last| (last.last, last.cookies) == (excess, found.cookies));
+            if is_at_rest || drift.is_certain() {
                 let excess = if is_at_rest { excess } else { drift.least };
                 self.of.word(id, self.word)?.fetch_sub(excess as u64, Ordering::SeqCst);
                 recounted.corrected += 1;
+                // Of a count that keeps changing, a part may be left.
+                recounted.unsettled += usize::from(!is_at_rest);
             } else {
-                drifts.insert(id, drift);
+                // One that varies by more than its drift starts over.
+                if drift.runs < CONFIRMATIONS {
+                    drifts.insert(id, drift);
+                }
                 recounted.unsettled += 1;
             }
         }
@@ -423,20 +505,19 @@ impl Waiting {
         self.0.iter().filter(is_over).map(|(entry, _)| *entry).collect()
     }
 
-    /// Records whether the sockets of these entries exist, and returns those that were missing twice in a row.
-    /// Those that exist are not asked about again for [`ABANDONED`].
-    pub(super) fn gone(&mut self, entries: Vec<Entry>, exists: impl Fn(Entry) -> bool) -> Vec<Entry> {
-        let mut gone = Vec::new();
-        for entry in entries {
-            if exists(entry) {
-                self.0.remove(&entry);
-            } else if let Some((_, is_missing)) = self.0.get_mut(&entry)
-                && std::mem::replace(is_missing, true)
-            {
-                gone.push(entry);
+    /// Records which sockets exist, and returns those of these entries whose socket was missing twice in a row.
+    /// No list is needed again for those that exist until [`ABANDONED`] has passed.
+    pub(super) fn gone(&mut self, old: &[Entry], now: Instant, exists: impl Fn(Entry) -> bool) -> Vec<Entry> {
+        for (entry, state) in &mut self.0 {
+            if exists(*entry) {
+                *state = (now, false);
             }
         }
-        gone
+        let is_gone = |entry: &&Entry| match self.0.get_mut(*entry) {
+            Some((since, is_missing)) if *since < now => std::mem::replace(is_missing, true),
+            _ => false,
+        };
+        old.iter().filter(is_gone).copied().collect()
     }
 }
 
@@ -467,16 +548,16 @@ mod tests {
         assert_eq!(waiting.abandoned(&[entry(1, 10), entry(2, 21)], after(599)), []);
         let old = waiting.abandoned(&[entry(1, 10), entry(2, 21)], after(600));
         assert_eq!(old, [entry(1, 10)]);
-        assert_eq!(waiting.gone(old, |_| false), [], "it is missing for the first time");
+        assert_eq!(waiting.gone(&old, after(600), |_| false), [], "it is missing for the first time");
         let old = waiting.abandoned(&[entry(1, 10)], after(660));
-        assert_eq!(waiting.gone(old, |_| false), [entry(1, 10)]);
+        assert_eq!(waiting.gone(&old, after(660), |_| false), [entry(1, 10)]);
         // One whose socket exists starts over.
         let old = waiting.abandoned(&[entry(1, 10)], after(720));
-        assert_eq!(waiting.gone(old, |_| true), []);
+        assert_eq!(waiting.gone(&old, after(720), |_| true), []);
         assert_eq!(waiting.abandoned(&[entry(1, 10)], after(780)), []);
         let old = waiting.abandoned(&[entry(1, 10)], after(1380));
         assert_eq!(old, [entry(1, 10)]);
-        assert_eq!(waiting.gone(old, |_| false), []);
+        assert_eq!(waiting.gone(&old, after(1380), |_| false), []);
         // An entry that was free for a moment starts over.
         assert_eq!(waiting.abandoned(&[], after(1440)), []);
         assert_eq!(waiting.abandoned(&[entry(1, 10)], after(1500)), []);
@@ -495,17 +576,38 @@ mod tests {
         (array, set)
     }
 
+    fn values(array: &MmapArray) -> Vec<u64> {
+        Counts::new(array, 0).unwrap().readings.remove(0)
+    }
+
+    fn found(connections: u64, cookies: u64) -> Found {
+        Found { connections, cookies }
+    }
+
     #[test]
     fn count_at_rest_is_corrected_once_two_runs_agree() {
         let (array, _) = counts(&[5, 3, 0]);
-        let (found, mut drifts) = (HashMap::from([(0, 5), (1, 1)]), Drifts::new());
+        let (tally, mut drifts) = (HashMap::from([(0, found(5, 50)), (1, found(1, 7))]), Drifts::new());
         for (corrected, second) in [(0, 3), (1, 1), (0, 1)] {
             let mut recounted = Reconciled::default();
-            Counts::new(&array, 0).unwrap().correct(&found, &mut drifts, &mut recounted).unwrap();
+            Counts::new(&array, 0).unwrap().correct(&tally, &mut drifts, &mut recounted).unwrap();
             assert_eq!(recounted.corrected, corrected);
-            assert_eq!(Counts::read(&array, 0).unwrap(), [5, second, 0]);
+            assert_eq!(values(&array), [5, second, 0]);
         }
         assert!(drifts.is_empty());
+    }
+
+    /// In a full pool, a connection that ends is followed by another one at once: the count does not change.
+    #[test]
+    fn full_pool_is_not_at_rest() {
+        let (array, _) = counts(&[100]);
+        let mut drifts = Drifts::new();
+        for run in 0..2 * u64::from(CONFIRMATIONS) {
+            let mut recounted = Reconciled::default();
+            let tally = HashMap::from([(0, found(99 - run % 2, 1_000 + run))]);
+            Counts::new(&array, 0).unwrap().correct(&tally, &mut drifts, &mut recounted).unwrap();
+            assert_eq!((recounted.corrected, values(&array)), (0, vec![100]));
+        }
     }
 
     #[test]
@@ -513,34 +615,38 @@ mod tests {
         let (array, set) = counts(&[0]);
         let mut drifts = Drifts::new();
         for run in 1..=u64::from(CONFIRMATIONS) {
-            // Twenty ends were lost; three to six connections are open.
+            // Twenty ends were lost; three to five connections are open, and one begins.
             set(&[23 + run % 3]);
             let counts = Counts::new(&array, 0).unwrap();
             set(&[24 + run % 3]);
             let mut recounted = Reconciled::default();
-            counts.correct(&HashMap::from([(0, 4 + run % 3)]), &mut drifts, &mut recounted).unwrap();
+            counts.correct(&HashMap::from([(0, found(4 + run % 3, run))]), &mut drifts, &mut recounted).unwrap();
             assert_eq!(recounted.corrected, usize::from(run == u64::from(CONFIRMATIONS)));
         }
-        assert_eq!(Counts::read(&array, 0).unwrap(), [24 + 8 % 3 - 19]);
+        assert_eq!(values(&array), [24 + 8 % 3 - 19]);
     }
 
     #[test]
-    fn number_between_two_counts_may_be_right() {
-        assert_eq!(Drift::of(5, 5, 5), None);
-        assert_eq!(Drift::of(5, 9, 7), None, "connections began during the tally");
-        assert_eq!(Drift::of(9, 5, 5), None, "connections ended during the tally");
-        assert_eq!(Drift::of(9, 7, 4), Some(3));
-        assert_eq!(Drift::of(1, 2, 4), Some(-2));
-        assert_eq!(Drift::of(u64::MAX, u64::MAX, 0), Some(-1), "a decrement came twice");
+    fn number_between_two_readings_may_be_right() {
+        assert_eq!(Drift::of(&[5, 5], 5), None);
+        assert_eq!(Drift::of(&[5, 9], 7), None, "connections began during the tally");
+        assert_eq!(Drift::of(&[9, 5], 5), None, "connections ended during the tally");
+        assert_eq!(Drift::of(&[9, 7, 8], 4), Some(3));
+        assert_eq!(Drift::of(&[1, 2, 2], 4), Some(-2));
+        assert_eq!(Drift::of(&[u64::MAX; 3], 0), Some(-1), "a decrement came twice");
     }
 
     #[test]
-    fn changing_count_is_corrected_by_the_least_excess() {
+    fn changing_count_is_certainly_wrong_if_it_varies_by_less() {
         let runs = |found: &[i64]| {
-            found.iter().fold(None, |previous: Option<Drift>, found| Some(Drift::follow(previous.as_ref(), *found)))
+            let follow = |previous: Option<Drift>, found: &i64| Some(Drift::follow(previous.as_ref(), *found, 0));
+            found.iter().fold(None, follow).unwrap()
         };
-        assert_eq!(runs(&[7, 4, 9]), Some(Drift { least: 4, last: 9, runs: 3 }));
-        assert_eq!(runs(&[-7, -4]), Some(Drift { least: -4, last: -4, runs: 2 }));
-        assert_eq!(runs(&[7, 4, -1]), Some(Drift { least: -1, last: -1, runs: 1 }), "it was too low once");
+        let drift = runs(&[7, 4, 9, 5, 4, 6, 5]);
+        assert_eq!((drift.least, drift.most, drift.runs, drift.is_certain()), (4, 9, 7, false));
+        assert!(!runs(&[7, 4, 9, 5, 4, 6, 5, 7]).is_certain(), "it varies by 5");
+        assert!(runs(&[7, 6, 9, 7, 8, 6, 9, 7]).is_certain());
+        assert!(runs(&[-7, -6, -9, -7, -8, -6, -9, -7]).is_certain());
+        assert_eq!(runs(&[7, 4, -1]).runs, 1, "it was too low once");
     }
 }

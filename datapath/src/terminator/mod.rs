@@ -241,7 +241,7 @@ pub(super) fn work(
         let mut datagrams = Vec::new();
         let mut before = None;
         if request.recount {
-            match sees_all_processes().and_then(|()| connections.of_tcp()) {
+            match sees_all_processes().and_then(|()| connections.before_list()) {
                 Ok(now) => before = Some((now, Seen::nothing())),
                 Err(error) => report.errors.push(format!("cannot count connections: {error:#}")),
             }
@@ -269,7 +269,7 @@ pub(super) fn work(
         }
         // A partial list of sockets proves nothing, so reconcile only after a sweep without errors.
         if let Some((before, seen)) = before.filter(|_| report.errors.is_empty()) {
-            match connections.recount(&before, &seen, &mut unconfirmed) {
+            match connections.recount(before, &seen, &mut unconfirmed) {
                 Ok(recounted) => report.recounted = Some(recounted),
                 Err(error) => report.errors.push(format!("cannot reconcile connection counts: {error:#}")),
             }
@@ -311,7 +311,7 @@ fn reap_abandoned(
     });
     move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Network))?;
     counted.and_then(|()| trouble.pop().map_or(Ok(()), |why| Err(Error::State(why))))?;
-    let gone = waiting.gone(old, |entry| seen.has(entry));
+    let gone = waiting.gone(&old, now, |entry| seen.has(entry));
     gone.into_iter().try_for_each(|entry| connections.free(entry).map(drop))
 }
 

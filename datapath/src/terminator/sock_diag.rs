@@ -89,7 +89,10 @@ impl Diag {
         self.streams(&tcp_states, states, &mut |body| {
             let Some(socket) = connected(body) else { return };
             seen.cookies.insert(socket.cookie());
-            seen.stored.extend(connection(body, &|_| None).map(|connection| connection.state));
+            if states.connection(socket.cookie()).is_none() {
+                let stored = connection(body, &|_| None).map(|connection| (socket.cookie(), connection.state));
+                seen.stored.extend(stored);
+            }
         })
     }
 

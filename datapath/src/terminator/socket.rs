@@ -70,8 +70,8 @@ impl Connected {
 /// The TCP sockets found so far while listing all namespaces.
 pub(super) struct Seen {
     pub(super) cookies: HashSet<u64>,
-    /// What socket storage holds of them.
-    pub(super) stored: Vec<State>,
+    /// What socket storage holds of those without an entry, by the cookie of the socket.
+    pub(super) stored: Vec<(u64, State)>,
 }
 
 /// A TCP connection whose endpoint Portolan chose.
