@@ -67,7 +67,7 @@ pub(crate) fn begin(state: &State, me: u64) -> bool {
 pub(crate) fn settle(state: &State, me: u64) {
     if let Place::Entry(_) = state.place {
         compiler_fence(Ordering::Release);
-        // SAFETY: a live map value, of which nobody else changes this word while it is busy.
+        // SAFETY: a live map value, whose owner no other program changes while it is busy.
         unsafe { (&raw mut (*state.connection).owner).write_volatile(me) };
     }
 }

@@ -34,7 +34,7 @@ impl PinnedArray {
         Ok(Self { words: NonNull::new(start.cast()).context("mmap returned null")?, len })
     }
 
-    /// Returns the words.
+    /// Returns the mapped part of the array, which others may change at any time.
     pub(crate) fn words(&self) -> &[AtomicU64] {
         // SAFETY: the mapping has this length and lives as long as `self`; its pages are zero at first.
         unsafe { std::slice::from_raw_parts(self.words.as_ptr(), self.len) }
