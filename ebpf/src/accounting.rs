@@ -5,7 +5,6 @@ use core::ptr::null_mut;
 use portolan_common::{BackendStats, ClientUse, Connection, ConnectionFlags, PoolLimits, PoolStats};
 
 use crate::{
-    claim,
     maps::{BACKEND_STATS, CLIENTS, POOL_STATS, POOLS, SET},
     select::decrement,
     state::{self, Place, State, exchange},
@@ -49,7 +48,7 @@ pub(crate) fn stop_counting(state: &State, owner: u64) {
 #[inline(never)]
 pub(crate) fn forget(connection: *mut Connection, owner: u64) -> bool {
     let state = State { connection, place: Place::Entry(0) };
-    if !claim::begin(&state, owner) {
+    if !state::begin(&state, owner) {
         return false;
     }
     stop_counting(&state, Connection::BUSY);

@@ -1,9 +1,6 @@
 //! Takes and frees the places of sockets: entries of `CONNECTIONS`, or socket storage (docs/adr/0018-socket-state.md).
 
-use core::{
-    intrinsics::{AtomicOrdering, atomic_xadd},
-    sync::atomic::{Ordering, compiler_fence},
-};
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
@@ -29,7 +26,7 @@ pub(crate) fn make_room(socket: *mut bpf_sock) -> Option<State> {
 
 /// Returns the entry of a socket, and claims one if it has none; `None` if others have both of its entries.
 /// What an earlier connect has left in it no longer counts.
-/// The entry is busy until [`settle`].
+/// The entry is busy until [`state::settle`].
 #[inline(always)]
 pub(crate) fn claim(socket: *mut bpf_sock) -> Option<State> {
     let me = owner(socket);
@@ -48,27 +45,6 @@ pub(crate) fn claim(socket: *mut bpf_sock) -> Option<State> {
         }
         let other_is_mine = owner_of_other == 0 && exchange(&raw mut (*other.connection).owner, 0, Connection::BUSY).1;
         other_is_mine.then_some(other)
-    }
-}
-
-/// Marks an entry as busy, before its socket counts; returns false if another socket has taken it.
-#[inline(always)]
-pub(crate) fn begin(state: &State, me: u64) -> bool {
-    match state.place {
-        // SAFETY: a live map value.
-        Place::Entry(_) => unsafe { exchange(&raw mut (*state.connection).owner, me, Connection::BUSY).1 },
-        Place::Storage(_) => true,
-    }
-}
-
-/// Gives a busy entry to its socket, after [`claim`], [`make_room`] or [`begin`]. Whoever sees the owner also sees what was
-/// written before.
-#[inline(always)]
-pub(crate) fn settle(state: &State, me: u64) {
-    if let Place::Entry(_) = state.place {
-        compiler_fence(Ordering::Release);
-        // SAFETY: a live map value, whose owner no other program changes while it is busy.
-        unsafe { (&raw mut (*state.connection).owner).write_volatile(me) };
     }
 }
 
@@ -93,7 +69,7 @@ fn steal(first: u32, me: u64) -> Option<State> {
             if is_idle(&state) {
                 return Some(state);
             }
-            settle(&state, before);
+            state::settle(&state, before);
         }
     }
     None

@@ -218,7 +218,7 @@ fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, 
             // Without the extra words the state would name other addresses.
             let Some(extra) = state.extra() else {
                 connection.backend_port = 0;
-                claim::settle(state, me);
+                state::settle(state, me);
                 return;
             };
             let ([a, b, c, _], [d, e, f, _]) = (dialed.words(), backend.words());
@@ -250,7 +250,7 @@ fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, 
         if key.protocol() == IPPROTO_UDP {
             join_share_of_udp(ctx, state, flags);
         } else {
-            claim::settle(state, me);
+            state::settle(state, me);
         }
     }
 }
@@ -263,12 +263,12 @@ fn join_share_of_udp(ctx: &SockAddrContext, state: &State, flags: u32) {
         let socket = (*ctx.sock_addr).__bindgen_anon_1.sk;
         if let Some(joined) = claim::join_share(state, bpf_get_socket_cookie(ctx.sock_addr.cast())) {
             (*state.connection).flags = flags | joined;
-            claim::settle(state, state::owner(socket));
+            state::settle(state, state::owner(socket));
         } else if let Some(index) = state.index()
             && !claim::move_to_storage(state.connection, index, socket, Connection::BUSY)
         {
             // Without memory for it, the state stays where it is, in no share.
-            claim::settle(state, state::owner(socket));
+            state::settle(state, state::owner(socket));
         }
     }
 }

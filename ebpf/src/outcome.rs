@@ -88,14 +88,14 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
                 return;
             }
             let me = state::owner(socket);
-            if !claim::begin(&state, me) {
+            if !state::begin(&state, me) {
                 return;
             }
             // SAFETY: a helper call with the kernel's own context.
             let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
             if let Some(flags) = claim::join_share(&state, cookie) {
                 on_connect(ctx, &state, flags);
-                claim::settle(&state, me);
+                state::settle(&state, me);
             } else if let Some(index) = state.index() {
                 if !claim::move_to_storage(state.connection, index, socket, Connection::BUSY) {
                     // Without memory for its state, nothing of this connection is reported.

@@ -10,6 +10,7 @@
 use core::{
     intrinsics::{AtomicOrdering, atomic_and, atomic_cxchg, atomic_or},
     ptr::null_mut,
+    sync::atomic::{Ordering, compiler_fence},
 };
 
 use aya_ebpf::{
@@ -241,6 +242,27 @@ pub(crate) fn is_owned_by(state: &State, owner: u64) -> bool {
         // SAFETY: a live map value.
         Place::Entry(_) => unsafe { owner_of(state.connection) == owner },
         Place::Storage(_) => true,
+    }
+}
+
+/// Marks an entry as busy, before its socket counts; returns false if another socket has taken it.
+#[inline(always)]
+pub(crate) fn begin(state: &State, me: u64) -> bool {
+    match state.place {
+        // SAFETY: a live map value.
+        Place::Entry(_) => unsafe { exchange(&raw mut (*state.connection).owner, me, Connection::BUSY).1 },
+        Place::Storage(_) => true,
+    }
+}
+
+/// Gives a busy entry to its socket, after `claim`, `make_room` or [`begin`]. Whoever sees the owner also sees what was
+/// written before.
+#[inline(always)]
+pub(crate) fn settle(state: &State, me: u64) {
+    if let Place::Entry(_) = state.place {
+        compiler_fence(Ordering::Release);
+        // SAFETY: a live map value, whose owner no other program changes while it is busy.
+        unsafe { (&raw mut (*state.connection).owner).write_volatile(me) };
     }
 }
 

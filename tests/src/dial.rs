@@ -211,9 +211,15 @@ impl Reply {
         self.seen.iter().map(|seen| seen.errno).collect()
     }
 
-    /// Counts a connection of a load, which is good if it got a greeting.
+    /// Counts a connection of a load, which is good if it got a greeting. Keeps the error number of the last one that was
+    /// not.
     pub fn add(&mut self, seen: &Seen) {
-        if seen.errno == 0 && !seen.greeting.is_empty() { self.good += 1 } else { self.bad += 1 }
+        if seen.errno == 0 && !seen.greeting.is_empty() {
+            self.good += 1;
+        } else {
+            self.bad += 1;
+            self.value = seen.errno.unsigned_abs();
+        }
     }
 
     /// Returns the number of connections that got this greeting.

@@ -348,7 +348,8 @@ fn impersonated_endpoint_is_ejected_nevertheless() -> Result<()> {
     while left > 0 {
         let times = left.min(100_000);
         left -= times;
-        assert_eq!(attacker.client.run(&Task::Repeat { to, times })?.good, u64::from(times));
+        let reply = attacker.client.run(&Task::Repeat { to, times })?;
+        assert_eq!(reply.good, u64::from(times), "{} failed, the last with errno {}", reply.bad, reply.value);
     }
     attacker.client.begin(&Task::Load { to })?;
     let mut refused = 0;
