@@ -12,9 +12,11 @@ use std::{
 use aya::maps::{MapData, MapInfo};
 use portolan_common::{BackendStats, ClientUse, Connection, ConnectionExtra, ConnectionFlags, EverUsed, PoolStats};
 use portolan_core::table::Sizes;
-use serde::{Deserialize, Serialize};
 
-use super::socket::{Seen, State};
+use super::{
+    counts::{Counts, Drifts, Found, Reconciled},
+    socket::{Seen, State},
+};
 use crate::{
     error::Result,
     map_specs::{self, MapSpec},
@@ -25,8 +27,6 @@ use crate::{
 /// Word offsets of the counts of active connections.
 const BACKEND_ACTIVE: usize = offset_of!(BackendStats, active) / 8;
 const POOL_ACTIVE: usize = offset_of!(PoolStats, active) / 8;
-/// How often in a row a count must be wrong in the same direction before it is corrected, if it keeps changing.
-const CONFIRMATIONS: u32 = 8;
 /// Word offset of the number of entries that a client uses.
 const CLIENT_CONNECTIONS: usize = offset_of!(ClientUse, connections) / 8;
 /// Word offsets of the owner of an entry, and of its flags, which are the upper half of their word.
@@ -94,23 +94,18 @@ pub(super) struct Connections<'a> {
     by_cookie: HashMap<u64, u32>,
 }
 
-/// The corrections that reconciling made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reconciled {
-    /// Entries of `CONNECTIONS` freed, because their sockets no longer exist.
-    pub freed: usize,
-    /// Counts of active connections corrected, of backends and of pools.
-    pub corrected: usize,
-    /// Suspected errors that another run must confirm.
-    pub unsettled: usize,
-}
-
 /// An entry of `CONNECTIONS` and the socket that it belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Entry {
     index: u32,
     owner: u64,
     cookie: u64,
+}
+
+impl Entry {
+    fn of(index: u32, connection: &Connection) -> Self {
+        Self { index, owner: connection.owner, cookie: connection.cookie }
+    }
 }
 
 impl SocketAccounting {
@@ -162,11 +157,8 @@ impl SocketAccounting {
             extras: MmapArray::open::<ConnectionExtra>(self.extras.fd(), self.entries)?,
             by_cookie: HashMap::new(),
         };
-        for index in 0..self.entries {
-            if let Some(connection) = all.entry(index)? {
-                all.by_cookie.insert(connection.cookie, index);
-            }
-        }
+        let by_cookie = all.scan().map(|read| read.map(|(index, connection)| (connection.cookie, index)));
+        all.by_cookie = by_cookie.collect::<Result<_>>()?;
         Ok(all)
     }
 }
@@ -201,14 +193,14 @@ impl Connections<'_> {
         Some(State::new(&connection, &self.extras.read(index).ok()?))
     }
 
+    /// Reads all entries that have an owner, with their index.
+    fn scan(&self) -> impl Iterator<Item = Result<(u32, Connection)>> {
+        (0..self.connections.len()).filter_map(|index| Some(self.entry(index).transpose()?.map(|read| (index, read))))
+    }
+
     /// Returns all entries, to find those that no hook may ever free.
     pub(super) fn all(&self) -> Result<Vec<Entry>> {
-        let mut all = Vec::new();
-        for index in 0..self.connections.len() {
-            let Some(connection) = self.entry(index)? else { continue };
-            all.push(Entry { index, owner: connection.owner, cookie: connection.cookie });
-        }
-        Ok(all)
+        self.scan().map(|read| read.map(|(index, connection)| Entry::of(index, &connection))).collect()
     }
 
     /// Frees an entry if it still belongs to the same socket, and takes its connection out of the counts of active ones.
@@ -246,27 +238,23 @@ impl Connections<'_> {
 
     /// Returns what there is before all sockets are listed.
     pub(super) fn before_list(&self) -> Result<BeforeList<'_>> {
-        let own = self.accounting;
-        let mut entries = Vec::new();
-        for index in 0..self.connections.len() {
-            let Some(connection) = self.entry(index)? else { continue };
+        let (own, mut entries) = (self.accounting, Vec::new());
+        for read in self.scan() {
+            let (index, connection) = read?;
             // A socket that has not started to connect is in no socket list, and has no cookie here.
             if connection.cookie != 0 && connection.flags & ConnectionFlags::UDP == 0 {
-                entries.push(Entry { index, owner: connection.owner, cookie: connection.cookie });
+                entries.push(Entry::of(index, &connection));
             }
         }
         let backends = Counts::new(&own.backends, BACKEND_ACTIVE)?;
         Ok(BeforeList { entries, backends, pools: Counts::new(&own.pools, POOL_ACTIVE)? })
     }
 
-    /// Counts the entries that count as active or are in a client's share.
+    /// Counts the entries that count as active.
     fn tally(&self) -> Result<Tally> {
         let (own, mut tally) = (self.accounting, Tally::default());
-        for index in 0..self.connections.len() {
-            let Some(connection) = self.entry(index)? else { continue };
-            if connection.flags & ConnectionFlags::SHARED != 0 {
-                tally.clients.entry(ClientUse::index(connection.client)).or_default().add(connection.cookie);
-            }
+        for read in self.scan() {
+            let (_, connection) = read?;
             if connection.flags & ConnectionFlags::COUNTED != 0 {
                 let Connection { set, backend_id, backend_epoch, pool, pool_epoch, cookie, .. } = connection;
                 tally.add(own, cookie, set, (backend_id, backend_epoch), (pool, pool_epoch))?;
@@ -279,9 +267,14 @@ impl Connections<'_> {
     /// Returns how many were wrong.
     pub(super) fn recount_clients(&self, unconfirmed: &mut Drifts) -> Result<usize> {
         let clients = Counts::new(&self.accounting.clients, CLIENT_CONNECTIONS)?;
-        let tally = self.tally()?;
-        let mut recounted = Reconciled::default();
-        clients.correct(&tally.clients, unconfirmed, &mut recounted)?;
+        let (mut shared, mut recounted) = (HashMap::<u32, Found>::new(), Reconciled::default());
+        for read in self.scan() {
+            let (_, connection) = read?;
+            if connection.flags & ConnectionFlags::SHARED != 0 {
+                shared.entry(ClientUse::index(connection.client)).or_default().add(connection.cookie);
+            }
+        }
+        clients.correct(&shared, unconfirmed, &mut recounted)?;
         Ok(recounted.corrected)
     }
 
@@ -328,27 +321,11 @@ pub(super) struct BeforeList<'a> {
     pools: Counts<'a>,
 }
 
-/// The connections that one count is about.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Found {
-    connections: u64,
-    /// The sum of the cookies of their sockets, by which two tallies are known to have found the same connections.
-    cookies: u64,
-}
-
-impl Found {
-    fn add(&mut self, cookie: u64) {
-        self.connections += 1;
-        self.cookies = self.cookies.wrapping_add(cookie);
-    }
-}
-
-/// Connections by what counts them: backend ids, entries of `POOLS`, and indices of clients.
+/// Active connections by what counts them: backend ids, and entries of `POOLS`.
 #[derive(Default)]
 struct Tally {
     backends: HashMap<u32, Found>,
     pools: HashMap<u32, Found>,
-    clients: HashMap<u32, Found>,
     /// The epochs of entries of `POOLS`, each read once.
     pool_epochs: HashMap<u32, u16>,
 }
@@ -379,116 +356,12 @@ impl Tally {
     }
 }
 
-/// Id → how its count has been wrong.
-pub(super) type Drifts = HashMap<u32, Drift>;
-
-/// A count that was wrong in the same direction in each of the last runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Drift {
-    /// By how much it is too high, in the last run. Negative if it is too low.
-    last: i64,
-    /// The least and the most of these runs, by absolute value.
-    least: i64,
-    most: i64,
-    /// The sum of the cookies that the last run found.
-    cookies: u64,
-    runs: u32,
-}
-
-impl Drift {
-    /// Compares readings of a count with the number of connections found between them; `None` if it may be right.
-    ///
-    /// What begins or ends meanwhile may be found or not. While the count only rises or only falls, the right number is
-    /// between its readings.
-    fn of(readings: &[u64], found: u64) -> Option<i64> {
-        let drifts = readings.iter().map(|reading| reading.wrapping_sub(found) as i64);
-        let (lowest, highest) = drifts.fold((i64::MAX, i64::MIN), |(low, high), one| (low.min(one), high.max(one)));
-        match (lowest, highest) {
-            (1.., _) => Some(lowest),
-            (_, ..=-1) => Some(highest),
-            _ => None,
-        }
-    }
-
-    /// Adds a run that found the count to be too high by `excess`.
-    fn follow(previous: Option<&Self>, excess: i64, cookies: u64) -> Self {
-        match previous {
-            Some(before) if (before.last > 0) == (excess > 0) => {
-                let least = if excess.abs() < before.least.abs() { excess } else { before.least };
-                let most = if excess.abs() > before.most.abs() { excess } else { before.most };
-                Self { last: excess, least, most, cookies, runs: before.runs + 1 }
-            }
-            _ => Self { last: excess, least: excess, most: excess, cookies, runs: 1 },
-        }
-    }
-
-    /// Returns whether a count that keeps changing is surely wrong: often enough, and by more than it varies.
-    fn is_certain(&self) -> bool {
-        self.runs >= CONFIRMATIONS && self.least.abs() > (self.most - self.least).abs()
-    }
-}
-
 /// What earlier runs found, and later ones must confirm.
 #[derive(Debug, Default)]
 pub(super) struct Unconfirmed {
     entries: HashSet<Entry>,
     backends: Drifts,
     pools: Drifts,
-}
-
-/// Readings of one count of each value of an array.
-struct Counts<'a> {
-    of: &'a MmapArray,
-    word: usize,
-    readings: Vec<Vec<u64>>,
-}
-
-impl<'a> Counts<'a> {
-    fn new(of: &'a MmapArray, word: usize) -> Result<Self> {
-        let mut counts = Self { of, word, readings: Vec::new() };
-        counts.read_again()?;
-        Ok(counts)
-    }
-
-    fn read_again(&mut self) -> Result<()> {
-        let all = (0..self.of.len()).map(|id| Ok(self.of.word(id, self.word)?.load(Ordering::SeqCst)));
-        self.readings.push(all.collect::<Result<_>>()?);
-        Ok(())
-    }
-
-    /// Compares the readings, and another one, with what was found between them.
-    ///
-    /// Subtracts the excess of each count that was too high by the same amount twice in a row, did not change, and had the
-    /// same connections both times.
-    /// A count that keeps changing is corrected by the least excess of [`CONFIRMATIONS`] runs, if that is more than it
-    /// varies.
-    /// What is not confirmed yet remains in `drifts`.
-    fn correct(mut self, found: &HashMap<u32, Found>, drifts: &mut Drifts, recounted: &mut Reconciled) -> Result<()> {
-        let previous = std::mem::take(drifts);
-        self.read_again()?;
-        for id in 0..self.of.len() {
-            let readings: Vec<u64> = self.readings.iter().filter_map(|all| all.get(id as usize)).copied().collect();
-            let found = found.get(&id).copied().unwrap_or_default();
-            let Some(excess) = Drift::of(&readings, found.connections) else { continue };
-            let drift = Drift::follow(previous.get(&id), excess, found.cookies);
-            let is_at_rest = readings.iter().all(|reading| *reading == readings[0])
-                && previous.get(&id).is_some_and(|last| (last.last, last.cookies) == (excess, found.cookies));
-            if is_at_rest || drift.is_certain() {
-                let excess = if is_at_rest { excess } else { drift.least };
-                self.of.word(id, self.word)?.fetch_sub(excess as u64, Ordering::SeqCst);
-                recounted.corrected += 1;
-                // Of a count that keeps changing, a part may be left.
-                recounted.unsettled += usize::from(!is_at_rest);
-            } else {
-                // One that varies by more than its drift starts over.
-                if drift.runs < CONFIRMATIONS {
-                    drifts.insert(id, drift);
-                }
-                recounted.unsettled += 1;
-            }
-        }
-        Ok(())
-    }
 }
 
 /// The entries at the last scan, with when their socket was last known to exist, and whether it was missing from a list
@@ -561,92 +434,5 @@ mod tests {
         // An entry that was free for a moment starts over.
         assert_eq!(waiting.abandoned(&[], after(1440)), []);
         assert_eq!(waiting.abandoned(&[entry(1, 10)], after(1500)), []);
-    }
-
-    /// Counts in memory in place of a BPF array.
-    fn counts(values: &[u64]) -> (MmapArray, impl Fn(&[u64])) {
-        let file = rustix::fs::memfd_create("counts", rustix::fs::MemfdFlags::empty()).unwrap();
-        rustix::fs::ftruncate(&file, 8 * values.len() as u64).unwrap();
-        let array = MmapArray::open::<u64>(&file, values.len() as u32).unwrap();
-        let other = MmapArray::open::<u64>(&file, values.len() as u32).unwrap();
-        let set = move |values: &[u64]| {
-            (0..).zip(values).for_each(|(i, value)| other.word(i, 0).unwrap().store(*value, Ordering::SeqCst));
-        };
-        set(values);
-        (array, set)
-    }
-
-    fn values(array: &MmapArray) -> Vec<u64> {
-        Counts::new(array, 0).unwrap().readings.remove(0)
-    }
-
-    fn found(connections: u64, cookies: u64) -> Found {
-        Found { connections, cookies }
-    }
-
-    #[test]
-    fn count_at_rest_is_corrected_once_two_runs_agree() {
-        let (array, _) = counts(&[5, 3, 0]);
-        let (tally, mut drifts) = (HashMap::from([(0, found(5, 50)), (1, found(1, 7))]), Drifts::new());
-        for (corrected, second) in [(0, 3), (1, 1), (0, 1)] {
-            let mut recounted = Reconciled::default();
-            Counts::new(&array, 0).unwrap().correct(&tally, &mut drifts, &mut recounted).unwrap();
-            assert_eq!(recounted.corrected, corrected);
-            assert_eq!(values(&array), [5, second, 0]);
-        }
-        assert!(drifts.is_empty());
-    }
-
-    /// In a full pool, a connection that ends is followed by another one at once: the count does not change.
-    #[test]
-    fn full_pool_is_not_at_rest() {
-        let (array, _) = counts(&[100]);
-        let mut drifts = Drifts::new();
-        for run in 0..2 * u64::from(CONFIRMATIONS) {
-            let mut recounted = Reconciled::default();
-            let tally = HashMap::from([(0, found(99 - run % 2, 1_000 + run))]);
-            Counts::new(&array, 0).unwrap().correct(&tally, &mut drifts, &mut recounted).unwrap();
-            assert_eq!((recounted.corrected, values(&array)), (0, vec![100]));
-        }
-    }
-
-    #[test]
-    fn count_that_never_rests_is_corrected_by_what_is_certain() {
-        let (array, set) = counts(&[0]);
-        let mut drifts = Drifts::new();
-        for run in 1..=u64::from(CONFIRMATIONS) {
-            // Twenty ends were lost; three to five connections are open, and one begins.
-            set(&[23 + run % 3]);
-            let counts = Counts::new(&array, 0).unwrap();
-            set(&[24 + run % 3]);
-            let mut recounted = Reconciled::default();
-            counts.correct(&HashMap::from([(0, found(4 + run % 3, run))]), &mut drifts, &mut recounted).unwrap();
-            assert_eq!(recounted.corrected, usize::from(run == u64::from(CONFIRMATIONS)));
-        }
-        assert_eq!(values(&array), [24 + 8 % 3 - 19]);
-    }
-
-    #[test]
-    fn number_between_two_readings_may_be_right() {
-        assert_eq!(Drift::of(&[5, 5], 5), None);
-        assert_eq!(Drift::of(&[5, 9], 7), None, "connections began during the tally");
-        assert_eq!(Drift::of(&[9, 5], 5), None, "connections ended during the tally");
-        assert_eq!(Drift::of(&[9, 7, 8], 4), Some(3));
-        assert_eq!(Drift::of(&[1, 2, 2], 4), Some(-2));
-        assert_eq!(Drift::of(&[u64::MAX; 3], 0), Some(-1), "a decrement came twice");
-    }
-
-    #[test]
-    fn changing_count_is_certainly_wrong_if_it_varies_by_less() {
-        let runs = |found: &[i64]| {
-            let follow = |previous: Option<Drift>, found: &i64| Some(Drift::follow(previous.as_ref(), *found, 0));
-            found.iter().fold(None, follow).unwrap()
-        };
-        let drift = runs(&[7, 4, 9, 5, 4, 6, 5]);
-        assert_eq!((drift.least, drift.most, drift.runs, drift.is_certain()), (4, 9, 7, false));
-        assert!(!runs(&[7, 4, 9, 5, 4, 6, 5, 7]).is_certain(), "it varies by 5");
-        assert!(runs(&[7, 6, 9, 7, 8, 6, 9, 7]).is_certain());
-        assert!(runs(&[-7, -6, -9, -7, -8, -6, -9, -7]).is_certain());
-        assert_eq!(runs(&[7, 4, -1]).runs, 1, "it was too low once");
     }
 }

@@ -4,6 +4,7 @@
 //! It terminates a socket only if the socket has Portolan state and that state matches the socket's peer.
 
 mod accounting;
+mod counts;
 mod request;
 mod sock_diag;
 mod socket;
@@ -39,7 +40,8 @@ use tokio::{
 };
 
 use self::{
-    accounting::{ConnectionUsage, Connections, Drifts, Unconfirmed, Waiting},
+    accounting::{ConnectionUsage, Connections, Unconfirmed, Waiting},
+    counts::Drifts,
     request::Action,
     sock_diag::Diag,
     socket::{Connected, Seen, State},
@@ -54,7 +56,7 @@ use crate::{
 
 pub(super) use self::accounting::SocketAccounting;
 pub use self::{
-    accounting::Reconciled,
+    counts::Reconciled,
     request::{ActiveEndpoints, Lifetime, RemovedEndpointTcp, SweepRequest},
 };
 
