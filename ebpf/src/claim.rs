@@ -20,8 +20,7 @@ pub(crate) fn make_room(socket: *mut bpf_sock) -> Option<State> {
     if socket.is_null() {
         return None;
     }
-    let me = owner(socket);
-    steal(Connection::first_way(me as u32, CONNECTION_SHIFT.load()), me).or_else(|| fall_back(socket))
+    steal(Connection::first_way(owner(socket) as u32, CONNECTION_SHIFT.load())).or_else(|| fall_back(socket))
 }
 
 /// Returns the entry of a socket, and claims one if it has none; `None` if others have both of its entries.
@@ -52,7 +51,7 @@ pub(crate) fn claim(socket: *mut bpf_sock) -> Option<State> {
 /// A pod can hold many of the former, which are in no share.
 /// The latter is served, but not observed.
 #[inline(always)]
-fn steal(first: u32, me: u64) -> Option<State> {
+fn steal(first: u32) -> Option<State> {
     for way in 0..Connection::WAYS {
         let state = State::entry(first | way)?;
         // SAFETY: a live map value.
