@@ -163,11 +163,16 @@ fn full_slots_are_a_finding_and_change_nothing_else() -> Result<()> {
 
 /// Starts a node whose Service accepts this many connections at a time.
 fn limited(most: u32) -> Result<(TestBed, Directory, Agent)> {
+    serving(&json!({"connectionPool": {"tcp": {"maxConnections": most}}}), &[])
+}
+
+/// Starts a node with two endpoints that greet with their region, and this traffic policy.
+fn serving(policy: &Value, arguments: &[&str]) -> Result<(TestBed, Directory, Agent)> {
     let bed = TestBed::new()?;
-    let directory = web(&bed, &json!({"connectionPool": {"tcp": {"maxConnections": most}}}))?;
+    let directory = web(&bed, policy)?;
     bed.serve("10.0.0.1:9080", "near")?;
     bed.serve("10.1.0.1:9080", "far")?;
-    let agent = bed.agent(&directory, "c1", "near")?;
+    let agent = bed.agent_with(&directory, "c1", "near", arguments)?;
     Ok((bed, directory, agent))
 }
 
@@ -200,11 +205,8 @@ fn hidden_ends_of_connections_do_not_exhaust_a_limit() -> Result<()> {
 /// The same for the connections that a pod has beyond its share of the slots, whose state is in socket storage.
 #[test]
 fn hidden_ends_of_connections_beyond_the_share_are_seen_at_once() -> Result<()> {
-    let bed = TestBed::new()?;
-    let directory = web(&bed, &json!({"connectionPool": {"tcp": {"maxConnections": 400}}}))?;
-    bed.serve("10.0.0.1:9080", "near")?;
-    bed.serve("10.1.0.1:9080", "far")?;
-    let agent = bed.agent_with(&directory, "c1", "near", &["--max-connections", "1024"])?;
+    let limit = json!({"connectionPool": {"tcp": {"maxConnections": 400}}});
+    let (bed, _directory, agent) = serving(&limit, &["--max-connections", "1024"])?;
     let mut attacker = Pod::new(&bed, 1)?;
     let _hiding = ForeignProgram::attach(&attacker.cgroup, Foreign::HideEnds)?;
     attacker.client.run(&Task::Hold { to: WEB.parse()?, times: 400 })?;
@@ -281,11 +283,7 @@ fn lost_ends_are_found_in_a_busy_pool() -> Result<()> {
 /// No other socket takes a slot that is being filled in.
 #[test]
 fn busy_slots_are_not_stolen() -> Result<()> {
-    let bed = TestBed::new()?;
-    let directory = web(&bed, &json!({}))?;
-    bed.serve("10.0.0.1:9080", "near")?;
-    bed.serve("10.1.0.1:9080", "far")?;
-    let _agent = bed.agent_with(&directory, "c1", "near", &["--max-connections", "1024"])?;
+    let (bed, _directory, _agent) = serving(&json!({}), &["--max-connections", "1024"])?;
     let slots = ConnectionSlots::open(bed.pins())?;
     let mut pod = Pod::new(&bed, 1)?;
     slots.mark_all_busy();
@@ -300,11 +298,8 @@ fn busy_slots_are_not_stolen() -> Result<()> {
 /// Pods take over slots that connects which never began hold, while further such connects fill them again.
 #[test]
 fn counts_are_right_after_slots_were_stolen() -> Result<()> {
-    let bed = TestBed::new()?;
-    let directory = web(&bed, &json!({"connectionPool": {"tcp": {"maxConnections": 1_000}}}))?;
-    bed.serve("10.0.0.1:9080", "near")?;
-    bed.serve("10.1.0.1:9080", "far")?;
-    let agent = bed.agent_with(&directory, "c1", "near", &["--max-connections", "1024"])?;
+    let limit = json!({"connectionPool": {"tcp": {"maxConnections": 1_000}}});
+    let (bed, _directory, agent) = serving(&limit, &["--max-connections", "1024"])?;
     let counts = ActiveCounts::open(bed.pins())?;
     let mut busy = (1..4).map(|host| Pod::new(&bed, host)).collect::<Result<Vec<_>>>()?;
     for pod in &mut busy {
