@@ -65,7 +65,8 @@ pub enum Task {
         /// Whether to keep the sockets.
         keep: bool,
     },
-    /// Dials this often. The reply has the counts `good` and `bad`.
+    /// Dials this often, each time with a greeting, and resets the connections. The reply has the counts `good` and
+    /// `bad`.
     Repeat {
         /// Address to connect to.
         to: SocketAddr,

@@ -69,7 +69,7 @@ fn run(task: &Task, tasks: &Receiver<Task>, held: &mut Held) -> Result<Reply> {
                 reply.add(&dial(*to, false, 0));
             }
         }
-        Task::Repeat { to, times } => (0..*times).for_each(|_| reply.add(&dial(*to, false, 0))),
+        Task::Repeat { to, times } => (0..*times).for_each(|_| reply.add(&dial_and_reset(*to))),
         Task::Stop => {}
         Task::Hold { to, times } => {
             for _ in 0..*times {
@@ -190,6 +190,17 @@ fn dial(to: SocketAddr, nonblocking: bool, send: usize) -> Seen {
             Seen { peer, greeting, errno: errno(talk.map(drop)) }
         }
     }
+}
+
+/// Reads the greeting and resets the connection, so that its port is free again at once.
+fn dial_and_reset(to: SocketAddr) -> Seen {
+    let mut greeting = String::new();
+    let talk = connect(to, false).and_then(|mut stream| {
+        stream.set_read_timeout(Some(LIMIT))?;
+        stream.read_to_string(&mut greeting)?;
+        Socket::from(stream).set_linger(Some(Duration::ZERO))
+    });
+    Seen { greeting, errno: errno(talk), ..Seen::default() }
 }
 
 fn connect(to: SocketAddr, nonblocking: bool) -> io::Result<TcpStream> {
