@@ -85,7 +85,7 @@ fn search4(fingerprint: u64, hash: u64) -> u32 {
 #[inline(always)]
 fn overflow(fingerprint: u64) -> u32 {
     // SAFETY: the value is copied out at once.
-    unsafe { FRONTEND_OVERFLOW.get(&fingerprint) }.map_or(0, |index| index.wrapping_add(1))
+    unsafe { FRONTEND_OVERFLOW.get(fingerprint) }.map_or(0, |index| index.wrapping_add(1))
 }
 
 /// The same for IPv6, where several keys may have the same fingerprint.

@@ -95,10 +95,9 @@ fn track_response(
     if response.place == 0 && !begins {
         return;
     }
-    let mut at = start;
     let end = start + len as usize;
     // Bounded by the number of bytes in a status line prefix.
-    for _ in 0..Response::LENGTH {
+    for at in start..start + Response::LENGTH as usize {
         if response.place >= Response::LENGTH || at >= end {
             break;
         }
@@ -116,7 +115,6 @@ fn track_response(
             response.place = 0;
             return;
         }
-        at += 1;
     }
     if response.place < Response::LENGTH {
         // The status line continues in the next packet.
@@ -151,7 +149,7 @@ unsafe fn on_status(state: &State, netns: u64, status: u32) {
         let what = (OutcomeKind::Responded, status);
         if status >= 500 {
             add(&raw mut (*uses).server_errors, 1);
-            if status >= 502 && status <= 504 {
+            if (502..=504).contains(&status) {
                 add(&raw mut (*uses).gateway_errors, 1);
             }
             outcome::report_failure(netns, state, what);

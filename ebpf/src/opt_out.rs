@@ -25,7 +25,7 @@ fn is_below_any(filter: u64) -> bool {
             return false;
         }
         // SAFETY: only the presence of the value is used.
-        if filter & OptOut::bit(cgroup) != 0 && unsafe { OPTED_OUT.get(&cgroup) }.is_some() {
+        if filter & OptOut::bit(cgroup) != 0 && unsafe { OPTED_OUT.get(cgroup) }.is_some() {
             return true;
         }
     }

@@ -158,7 +158,7 @@ fn pick_detailed(
         if result == TAKE {
             let affinity = Affinity { last_ns: bpf_ktime_get_ns(), backend_id: taken.backend_id, epoch: taken.epoch };
             // Best effort: without memory for the entry, the client is still served.
-            let _ = AFFINITY.insert(&key, &affinity, 0);
+            let _ = AFFINITY.insert(key, affinity, 0);
         }
         result
     }

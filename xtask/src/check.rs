@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, time::Instant};
 
 use anyhow::{Result, ensure};
 
-use crate::command::{cargo, output, run as run_command};
+use crate::command::{cargo, cargo_target, output, run as run_command};
 
 /// Packages whose tests run without root.
 const PACKAGES: [&str; 6] =
@@ -35,8 +35,13 @@ pub(crate) fn format() -> Result<()> {
     run_command(&mut cargo(&["fmt", "--all", "--check"]))
 }
 
+/// Lints all crates. The eBPF programs are compiled for this machine and not linked, so this needs no eBPF toolchain.
 pub(crate) fn lint() -> Result<()> {
-    run_command(&mut cargo(&["clippy", "--quiet", "--all-targets", "--", "--deny", "warnings"]))
+    run_command(&mut cargo(&["clippy", "--quiet", "--all-targets", "--", "--deny", "warnings"]))?;
+    let mut programs = cargo(&["clippy", "--quiet", "--package", "portolan-ebpf", "--target-dir"]);
+    programs.arg(cargo_target().join("ebpf-lint")).args(["--", "--deny", "warnings"]);
+    // The programs need unstable features, which this enables on a stable compiler, and cannot unwind.
+    run_command(programs.env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", "-Cpanic=abort"))
 }
 
 /// Builds the documentation of every crate but the eBPF programs, with warnings as errors.

@@ -31,7 +31,7 @@ pub fn floor4(ctx: SockAddrContext) -> i32 {
         let key = u64::from(addr_of!((*addr).user_ip4).read_volatile())
             | u64::from(addr_of!((*addr).user_port).read_volatile()) << 32
             | u64::from(addr_of!((*addr).protocol).read_volatile()) << 48;
-        let Some(&index) = FLOOR_SERVICES.get(&key) else { return 1 };
+        let Some(&index) = FLOOR_SERVICES.get(key) else { return 1 };
         let Some(&endpoint) = FLOOR_ENDPOINTS.get(index) else { return 1 };
         addr_of_mut!((*addr).user_ip4).write_volatile(endpoint as u32);
         addr_of_mut!((*addr).user_port).write_volatile((endpoint >> 32) as u32);
