@@ -10,8 +10,13 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{BufRead as _, BufReader},
+    num::NonZeroUsize,
     path::PathBuf,
     process::{Command, ExitCode, Stdio},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     time::{Duration, Instant},
 };
 
@@ -31,7 +36,7 @@ const SERIES: [&str; 2] = ["6.1", "6.12"];
 const TESTS: [&str; 9] =
     ["lessons", "datapath", "datagrams", "algorithms", "limits", "outcomes", "hostile", "restart", "storm"];
 /// Time limit of one boot, generous enough for full emulation.
-const LIMIT: Duration = Duration::from_secs(3_600);
+const LIMIT: Duration = Duration::from_secs(7_200);
 /// Prefix of console lines that carry a test result.
 const MARK: &str = "@vm ";
 
@@ -58,6 +63,11 @@ pub(crate) struct VmArgs {
     // replaced on all of them: "Oops: int3" at a jump label, where the memory holds the jump.
     #[arg(long, value_name = "NAME", default_value = "tcg,thread=single")]
     accel: String,
+    /// Number of VMs that run at the same time [default: one for each CPU]
+    ///
+    /// With the default accelerator, each uses one CPU.
+    #[arg(long, value_name = "COUNT")]
+    jobs: Option<NonZeroUsize>,
     /// Skip this machine's own kernel
     #[arg(long)]
     no_host: bool,
@@ -115,12 +125,36 @@ pub(crate) fn run(args: &VmArgs) -> Result<ExitCode> {
         eprintln!("==> this machine");
         outcomes.push(host(&binaries, args.filter.as_deref())?);
     }
-    for kernel in kernels {
+    let jobs = args.jobs.map_or_else(std::thread::available_parallelism, Ok)?;
+    outcomes.extend(side_by_side(&kernels, jobs, |kernel| {
         eprintln!("==> {}", kernel.name);
-        outcomes.push(all_of(&kernel, &binaries, args)?);
-    }
+        all_of(kernel, &binaries, args)
+    })?);
     print(&outcomes);
     Ok(if outcomes.iter().all(Outcome::passed) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Runs a function for each item on this many threads, and returns its results in the order of the items.
+/// If some fail, all run nevertheless, and the first error is returned.
+fn side_by_side<T: Sync, R: Send>(
+    items: &[T],
+    jobs: NonZeroUsize,
+    run: impl Fn(&T) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    let (next, results) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..jobs.get().min(items.len()) {
+            scope.spawn(|| {
+                loop {
+                    let at = next.fetch_add(1, SeqCst);
+                    let Some(item) = items.get(at) else { return };
+                    let result = run(item);
+                    results.lock().unwrap_or_else(PoisonError::into_inner).insert(at, result);
+                }
+            });
+        }
+    });
+    results.into_inner().unwrap_or_else(PoisonError::into_inner).into_values().collect()
 }
 
 /// Returns the kernels given with `--kernel`, or else Debian's.
@@ -229,19 +263,17 @@ fn host(binaries: &[(String, PathBuf)], filter: Option<&str>) -> Result<Outcome>
 /// Runs all test binaries on a kernel.
 ///
 /// If the VM dies during one, the run counts as failed.
-/// That binary and the remaining ones continue in a fresh VM, to get more results.
-/// If a VM dies in the same binary again, this returns an error.
+/// That binary and the remaining ones continue in a fresh VM, to get more results, unless it dies there again.
 fn all_of(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Result<Outcome> {
     let mut outcome = boot(kernel, binaries, args)?;
     while outcome.tests.len() < binaries.len() {
         let rest = &binaries[outcome.tests.len()..];
         let name = rest[0].0.clone();
-        ensure!(
-            !outcome.ended_in.contains(&name),
-            "the VM with kernel {} died in {name} again; see its console output above",
-            kernel.name
-        );
-        eprintln!("  the VM died in {name}; see its console output above. Continuing in a fresh VM");
+        if outcome.ended_in.contains(&name) {
+            eprintln!("  {}: the VM died in {name} again; see its console output above", kernel.name);
+            break;
+        }
+        eprintln!("  {}: the VM died in {name}; see its console output above. Continuing in a fresh VM", kernel.name);
         outcome.ended_in.push(name);
         let more = boot(kernel, rest, args)?;
         outcome.tests.extend(more.tests);
@@ -278,7 +310,7 @@ fn boot(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Resul
         let text = String::from_utf8_lossy(&line).trim_end().to_owned();
         line.clear();
         if args.verbose {
-            eprintln!("  | {text}");
+            eprintln!("  {} | {text}", kernel.name);
         }
         programs.extend(counted(&text));
         if let Some(result) = text.strip_prefix(MARK)
@@ -286,12 +318,13 @@ fn boot(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Resul
         {
             let passed = code == "0";
             eprintln!(
-                "  {name}: {} after {:.0} s",
+                "  {}: {name}: {} after {:.0} s",
+                kernel.name,
                 if passed { "passed" } else { "FAILED" },
                 began.elapsed().as_secs_f64()
             );
             if !passed && !args.verbose {
-                log.iter().for_each(|line| eprintln!("  | {line}"));
+                log.iter().for_each(|line| eprintln!("  {} | {line}", kernel.name));
             }
             tests.push((name.to_owned(), passed));
             log.clear();
@@ -303,7 +336,7 @@ fn boot(kernel: &Kernel, binaries: &[(String, PathBuf)], args: &VmArgs) -> Resul
     qemu.wait()?;
     let _ = watchdog.join();
     if tests.len() < binaries.len() {
-        log.iter().rev().take(60).rev().for_each(|line| eprintln!("  | {line}"));
+        log.iter().rev().take(60).rev().for_each(|line| eprintln!("  {} | {line}", kernel.name));
     }
     Ok(Outcome { kernel: kernel.name.clone(), tests, programs, ended_in: Vec::new(), took: began.elapsed() })
 }
@@ -352,5 +385,24 @@ fn print(outcomes: &[Outcome]) {
             print!("{:>28}", count.map_or_else(|| "-".to_owned(), |counted| counted.instructions.to_string()));
         }
         println!("{budget:>10}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_in_order_and_an_error_stops_nothing_else() {
+        let (two, ran) = (NonZeroUsize::new(2).unwrap(), AtomicUsize::new(0));
+        let doubled = side_by_side(&[1, 2, 3], two, |item| Ok(item * 2)).unwrap();
+        assert_eq!(doubled, [2, 4, 6]);
+        let failed = side_by_side(&[1, 2, 3], two, |item| {
+            ran.fetch_add(1, SeqCst);
+            ensure!(*item != 1, "the first");
+            Ok(())
+        });
+        assert_eq!(failed.unwrap_err().to_string(), "the first");
+        assert_eq!(ran.into_inner(), 3);
     }
 }
