@@ -300,13 +300,13 @@ fn busy_slots_are_not_stolen() -> Result<()> {
 fn counts_are_right_after_slots_were_stolen() -> Result<()> {
     let limit = json!({"connectionPool": {"tcp": {"maxConnections": 1_000}}});
     let (bed, _directory, agent) = serving(&limit, &["--max-connections", "1024"])?;
-    let counts = ActiveCounts::open(bed.pins())?;
+    let (counts, slots) = (ActiveCounts::open(bed.pins())?, ConnectionSlots::open(bed.pins())?);
     let mut busy = (1..4).map(|host| Pod::new(&bed, host)).collect::<Result<Vec<_>>>()?;
     for pod in &mut busy {
         pod.client.begin(&Task::Load { to: WEB.parse()? })?;
     }
-    for host in 4..8 {
-        let mut attacker = Pod::new(&bed, host)?;
+    let mut attackers = (4..8).map(|host| Pod::new(&bed, host)).collect::<Result<Vec<_>>>()?;
+    for attacker in &mut attackers {
         let task = Task::BoundToLoopback { to: WEB.parse()?, times: 800, keep: true };
         assert_eq!(attacker.client.run(&task)?.good, 800);
     }
@@ -314,6 +314,16 @@ fn counts_are_right_after_slots_were_stolen() -> Result<()> {
         let load = pod.client.run(&Task::Stop)?;
         assert!(load.good > 0 && load.bad == 0, "{} connections, {} failed", load.good, load.bad);
     }
+    wait_until("the load to end", BOUND, || {
+        ensure!(slots.connected() == 0, "{} are connected", slots.connected());
+        Ok(())
+    })?;
+    let before = slots.taken();
+    busy[0].client.run(&Task::Hold { to: WEB.parse()?, times: 100 })?;
+    let (connected, were_free) = (slots.connected(), slots.taken() - before);
+    assert!(connected > were_free, "{connected} connections have slots, of which {were_free} were free");
+    busy[0].client.run(&Task::Release)?;
+    drop(attackers);
     wait_until("the counts to be right", BOUND, || {
         let counts = counts.read();
         ensure!(counts.iter().all(Vec::is_empty), "{counts:?}\n{}", agent.log());
