@@ -28,7 +28,7 @@ pub struct Connection {
     pub frontend_port: u16,
     /// The endpoint's port, in network order; 0 if the state is void.
     pub backend_port: u16,
-    /// [`ConnectionFlags`] bits; the lowest eight hold the [`SocketStage`].
+    /// [`ConnectionFlags`] bits; the lowest eight hold the [`SocketStage`], the upper half a generation.
     pub flags: u32,
     /// The backend id of the endpoint.
     pub backend_id: u32,
@@ -100,6 +100,15 @@ impl ConnectionFlags {
     pub const TIMED: u32 = 1 << 13;
     /// The entry is in its client's share, see [`ClientUse`]; then its cookie is known.
     pub const SHARED: u32 = 1 << 14;
+    /// The bits of a number that changes with each connect, so that whoever clears [`Self::COUNTED`] clears it for the
+    /// connection that it has read, and never for a later one in the same entry.
+    pub const GENERATION: u32 = 0xffff << 16;
+
+    /// Returns the first flags of a connect in an entry that had the flags `before`.
+    #[inline(always)]
+    pub const fn of_next(before: u32, flags: u32) -> u32 {
+        (before & Self::GENERATION).wrapping_add(1 << 16) | flags
+    }
 }
 
 /// What any socket has ever used: the bits of the word in `FALLBACK_USED`.
@@ -338,6 +347,14 @@ mod tests {
         let beyond: u32 = pairs.iter().map(|sockets| u32::from(sockets.saturating_sub(2))).sum();
         // Of 340 sockets in 512 pairs at random, 263 pairs would be unused, and 14 sockets would be beyond two.
         assert!(unused < 300 && beyond < 25, "{unused} pairs unused, {beyond} sockets without an entry");
+    }
+
+    #[test]
+    fn generations_follow_each_other_and_leave_the_other_flags_alone() {
+        let first = ConnectionFlags::of_next(0, ConnectionFlags::V6);
+        assert_eq!(first, 1 << 16 | ConnectionFlags::V6);
+        assert_eq!(ConnectionFlags::of_next(first | ConnectionFlags::COUNTED, 0), 2 << 16);
+        assert_eq!(ConnectionFlags::of_next(u32::MAX, ConnectionFlags::UDP), ConnectionFlags::UDP);
     }
 
     #[test]

@@ -15,22 +15,18 @@ use crate::{
 /// flag decrements the counts.
 #[inline(always)]
 pub(crate) fn stop_counting(state: &State, owner: u64) {
-    if state.flags() & ConnectionFlags::COUNTED == 0 {
+    let seen = state.flags();
+    if seen & ConnectionFlags::COUNTED == 0 || !state::is_owned_by(state, owner) {
         return;
     }
     // SAFETY: live map values; the counters are only ever added to.
     unsafe {
-        // Read before the flag is cleared: afterwards, another CPU may free the entry, and another socket fill it.
+        // The entry had this owner after its flags were read, so the generation in them is this connection's.
+        // If another CPU frees it now, and another socket fills it, the flags are no longer these.
         // These are pointers that may be null, because the verifier loses track of an `Option` of one.
         let stats = stats(state).unwrap_or(null_mut());
         let pool = if (*state.connection).pool == 0 { None } else { pool_stats(state) }.unwrap_or(null_mut());
-        if state.remove_flags(ConnectionFlags::COUNTED) & ConnectionFlags::COUNTED == 0 {
-            return;
-        }
-        // If the entry is free now, another CPU freed it, saw no flag, and left the counts to this one.
-        if !state::is_owned_by(state, owner) && !state::is_owned_by(state, 0) {
-            // The connection ended on another CPU, and the entry has another owner already, whose flag this was.
-            state.add_flags(ConnectionFlags::COUNTED);
+        if !clear_counted(state, seen) {
             return;
         }
         if !stats.is_null() {
@@ -40,6 +36,23 @@ pub(crate) fn stop_counting(state: &State, owner: u64) {
             decrement(&raw mut (*pool).active);
         }
     }
+}
+
+/// Clears [`ConnectionFlags::COUNTED`] for the connection that had the flags `seen`; returns whether it was set.
+#[inline(always)]
+fn clear_counted(state: &State, mut seen: u32) -> bool {
+    // Again if another flag has changed in between: a connection that is ending changes at most one more, HTTP.
+    for _ in 0..2 {
+        let (now, cleared) = state.exchange_flags(seen, seen & !ConnectionFlags::COUNTED);
+        if cleared {
+            return true;
+        }
+        if (now ^ seen) & ConnectionFlags::GENERATION != 0 || now & ConnectionFlags::COUNTED == 0 {
+            return false;
+        }
+        seen = now;
+    }
+    false
 }
 
 /// Removes an earlier connect of this socket from the counts, and marks its entry as busy.

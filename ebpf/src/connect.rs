@@ -246,6 +246,7 @@ fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, 
             count_flow(taken);
         }
         connection.cookie = 0;
+        flags = ConnectionFlags::of_next(state.flags(), flags);
         connection.flags = flags;
         if key.protocol() == IPPROTO_UDP {
             join_share_of_udp(ctx, state, flags);

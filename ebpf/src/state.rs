@@ -104,6 +104,16 @@ impl State {
         unsafe { atomic_and::<u32, u32, { AtomicOrdering::SeqCst }>(&raw mut (*self.connection).flags, !flags) }
     }
 
+    /// Replaces the flags if they are still the same as before. Returns those that it found, and whether it did.
+    #[inline(always)]
+    pub(crate) fn exchange_flags(&self, before: u32, after: u32) -> (u32, bool) {
+        // SAFETY: a live map value.
+        unsafe {
+            let flags = &raw mut (*self.connection).flags;
+            atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(flags, before, after)
+        }
+    }
+
     #[inline(always)]
     pub(crate) fn stage(&self) -> u32 {
         self.flags() & ConnectionFlags::STAGE

@@ -34,6 +34,7 @@ const OWNER: usize = offset_of!(Connection, owner) / 8;
 const FLAGS: usize = offset_of!(Connection, flags) / 8;
 const _: () = assert!(offset_of!(Connection, flags) % 8 == 4);
 const COUNTED: u64 = (ConnectionFlags::COUNTED as u64) << 32;
+const GENERATION: u64 = (ConnectionFlags::GENERATION as u64) << 32;
 const SHARED: u64 = (ConnectionFlags::SHARED as u64) << 32;
 
 /// An entry that has existed for this long is compared with lists of all sockets, and abandoned if two in a row do not
@@ -206,26 +207,25 @@ impl Connections<'_> {
     /// Frees an entry if it still belongs to the same socket, and takes its connection out of the counts of active ones.
     /// Returns whether it did.
     pub(super) fn free(&self, entry: Entry) -> Result<bool> {
-        let own = self.accounting;
+        let (own, flags) = (self.accounting, self.connections.word(entry.index, FLAGS)?);
+        let seen = flags.load(Ordering::SeqCst);
         let connection: Connection = self.connections.read(entry.index)?;
-        if connection.owner != entry.owner || connection.cookie != entry.cookie {
-            return Ok(false);
-        }
-        let flags = self.connections.word(entry.index, FLAGS)?.fetch_and(!COUNTED, Ordering::SeqCst);
+        // Read after the flags, so that the generation in them is that of this connection.
         let owner = self.connections.word(entry.index, OWNER)?;
-        let freed = owner.compare_exchange(entry.owner, 0, Ordering::SeqCst, Ordering::SeqCst);
-        if freed.is_err_and(|now| now != 0) {
-            // The entry has another owner already, whose flag this was.
-            self.connections.word(entry.index, FLAGS)?.fetch_or(flags & COUNTED, Ordering::SeqCst);
+        if owner.load(Ordering::SeqCst) != entry.owner || connection.cookie != entry.cookie {
             return Ok(false);
         }
+        let was_counted = flags.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |now| {
+            ((now ^ seen) & GENERATION == 0 && now & COUNTED != 0).then_some(now & !COUNTED)
+        });
+        let freed = owner.compare_exchange(entry.owner, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok();
         // Whoever frees an entry takes it out of its client's share.
-        if freed.is_ok() && flags & SHARED != 0 {
+        if freed && seen & SHARED != 0 {
             let client = ClientUse::index(connection.client);
             own.clients.word(client, CLIENT_CONNECTIONS)?.fetch_sub(1, Ordering::SeqCst);
         }
         // Whoever clears the flag decrements the counts, even if a program has freed the entry in between.
-        if flags & COUNTED != 0 {
+        if was_counted.is_ok() {
             if own.has_backend(connection.set, connection.backend_id, connection.backend_epoch)? {
                 own.backends.word(connection.backend_id, BACKEND_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
             }
@@ -233,7 +233,7 @@ impl Connections<'_> {
                 own.pools.word(connection.pool, POOL_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
             }
         }
-        Ok(freed.is_ok())
+        Ok(freed)
     }
 
     /// Returns what there is before all sockets are listed.

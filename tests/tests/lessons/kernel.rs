@@ -154,7 +154,7 @@ const BUDGETS: [(&str, u32); 11] = [
     ("recvmsg6", 2_500),
     ("sendmsg4", 30_000),
     ("sendmsg6", 40_000),
-    ("sock_ops", 16_000),
+    ("sock_ops", 24_000),
     ("sock_release", 2_000),
 ];
 
