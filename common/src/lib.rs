@@ -27,18 +27,20 @@ pub use frontend::{
 pub use opt_out::OptOut;
 pub use pool::{Affinity, AffinityKey, DetectedProtocol, PoolLimits, PoolStats, TrackFlags};
 pub use socket::{
-    ClientUse, Connection, ConnectionExtra, ConnectionFlags, DatagramFlows, EverUsed, FLOWS, Flow, Response,
+    ClientUse, Connection, ConnectionExtra, ConnectionFlags, DatagramFlows, FLOWS, Flow, NodeFlags, Response,
     SocketStage, SocketState,
 };
-pub use stats::{BackendStats, BackendUse, Counter, EventBudget, FailureCount, FrontendStats, TIME_BUCKETS};
+pub use stats::{
+    BackendStats, BackendUse, Counter, EventBudget, FailureCount, FrontendStats, SidedCount, TIME_BUCKETS,
+};
 
 /// The version of the map layout.
 /// It is part of the pin path, so two layouts never share a map.
-pub const SCHEMA_VERSION: u32 = if cfg!(feature = "next-schema") { 6 } else { 5 };
+pub const SCHEMA_VERSION: u32 = if cfg!(feature = "next-schema") { 7 } else { 6 };
 
 /// The version of the layout of the state of connected sockets.
 /// It changes as rarely as possible, because this state survives upgrades.
-pub const SOCKET_LAYOUT: u32 = 2;
+pub const SOCKET_LAYOUT: u32 = 3;
 
 /// The version of the layout of what else survives upgrades: flows of UDP sockets, and excluded pods.
 pub const SHARED_LAYOUT: u32 = 1;

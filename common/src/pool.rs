@@ -1,6 +1,6 @@
 //! Pool limits and session affinity.
 
-use crate::{FrontendKey, plain};
+use crate::{FrontendKey, SidedCount, plain};
 
 /// The value of `POOLS`: the limits that `connectionPool.tcp` sets.
 /// Entry 0 is reserved for pools without limits.
@@ -47,7 +47,7 @@ impl TrackFlags {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PoolStats {
     /// Open connections, including those being established.
-    pub active: u64,
+    pub active: SidedCount,
     /// Connections refused at the connection limit.
     pub overflow: u64,
     /// The protocols seen where HTTP/1 was expected, as [`DetectedProtocol`] bits.

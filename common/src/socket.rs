@@ -4,7 +4,7 @@
 //! They therefore have their own layout version ([`SOCKET_LAYOUT`](crate::SOCKET_LAYOUT)).
 //! The ids in them are valid only for the map set named beside them.
 
-use crate::{Endpoint, plain};
+use crate::{Endpoint, SidedCount, plain};
 
 /// The value of `CONNECTIONS`: the state of a connected socket, in one cache line.
 /// Holds the frontend that the application dialed and the backend that it got.
@@ -100,6 +100,8 @@ impl ConnectionFlags {
     pub const TIMED: u32 = 1 << 13;
     /// The entry is in its client's share, see [`ClientUse`]; then its cookie is known.
     pub const SHARED: u32 = 1 << 14;
+    /// The side on which the connection is counted, see [`SidedCount`].
+    pub const SIDE: u32 = 1 << 15;
     /// The bits of a number that changes with each connect, so that whoever clears [`Self::COUNTED`] clears it for the
     /// connection that it has read, and never for a later one in the same entry.
     pub const GENERATION: u32 = 0xffff << 16;
@@ -111,15 +113,17 @@ impl ConnectionFlags {
     }
 }
 
-/// What any socket has ever used: the bits of the word in `FALLBACK_USED`.
+/// The bits of the word in `NODE_FLAGS`: what holds for all sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EverUsed;
+pub struct NodeFlags;
 
-impl EverUsed {
-    /// A socket has had its state in `SOCKETS`.
-    pub const STORAGE: u32 = 1;
+impl NodeFlags {
+    /// A socket has had its state in `SOCKETS`. Until then, no hook needs to look there.
+    pub const STORAGE: u64 = 1;
     /// A connection has had a [`ConnectionExtra::connect_timeout_ms`].
-    pub const CONNECT_TIMEOUT: u32 = 2;
+    pub const CONNECT_TIMEOUT: u64 = 2;
+    /// The side on which connections that begin are counted, see [`SidedCount`]. Only the agent changes it.
+    pub const SIDE: u64 = 4;
 }
 
 impl Connection {
@@ -169,16 +173,16 @@ impl Connection {
     }
 }
 
-/// The value of `CLIENTS`, indexed by the lower bits of the client: what a pod uses of what all pods share.
+/// The value of `CLIENTS`, indexed by a hash of the client: what a pod uses of what all pods share.
 ///
 /// A client is a cgroup at the level of pods or of their containers, by the lower half of its id.
-/// The kernel assigns these ids in ascending order, so clients share a value only once there are more than
-/// [`Self::CAPACITY`].
+/// The ids of cgroups are far apart, because the kernel numbers the files in them too.
+/// Of 250 pods, two pairs share a value on average.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ClientUse {
     /// The entries of `CONNECTIONS` in use, of sockets that have sent a SYN or are UDP.
-    pub connections: u64,
+    pub connections: SidedCount,
     /// The events sent while the agent was behind, see [`EventBudget`](crate::EventBudget).
     pub budget: u64,
     /// The connections that went to socket storage, because the client had used up its share of `CONNECTIONS`.
@@ -190,7 +194,7 @@ plain!(ClientUse, 64, 8);
 
 impl ClientUse {
     /// The number of values; a power of two.
-    pub const CAPACITY: u32 = 1_024;
+    pub const CAPACITY: u32 = 1 << 14;
     /// One client may use at most one in this many entries of `CONNECTIONS`.
     /// Its further connections keep their state in socket storage, which is slower to create for each.
     pub const SHARE: u32 = 4;
@@ -198,7 +202,8 @@ impl ClientUse {
     /// Returns the index of a client.
     #[inline(always)]
     pub const fn index(client: u32) -> u32 {
-        client & (Self::CAPACITY - 1)
+        // The golden ratio spreads ids with any distance between them.
+        client.wrapping_mul(0x9e37_79b1) >> (32 - Self::CAPACITY.trailing_zeros())
     }
 }
 

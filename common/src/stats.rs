@@ -2,6 +2,48 @@
 
 use crate::{Frontend, plain};
 
+/// A number of connections, as the sum of two counts.
+///
+/// A connection is added to the count of the side that is current when it begins ([`NodeFlags::SIDE`]), remembers it
+/// ([`ConnectionFlags::SIDE`]), and is subtracted from the same count when it ends.
+/// The agent changes the current side before it compares a count with the connections that there are: on the side that
+/// is not current, connections only end, so that its count comes to rest, however many connections begin meanwhile.
+///
+/// [`NodeFlags::SIDE`]: crate::NodeFlags::SIDE
+/// [`ConnectionFlags::SIDE`]: crate::ConnectionFlags::SIDE
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SidedCount {
+    /// The connections of either side. A count may be below zero for a moment.
+    pub sides: [i32; 2],
+}
+plain!(SidedCount, 8, 8);
+
+impl SidedCount {
+    /// Returns the number of connections; 0 if the counts are below zero.
+    #[inline(always)]
+    pub const fn total(&self) -> u64 {
+        let total = self.sides[0] as i64 + self.sides[1] as i64;
+        if total < 0 { 0 } else { total as u64 }
+    }
+
+    /// Returns both counts as one word of memory.
+    pub const fn word(&self) -> u64 {
+        self.sides[0] as u32 as u64 | (self.sides[1] as u32 as u64) << 32
+    }
+
+    /// Returns the counts in a word of memory.
+    pub const fn from_word(word: u64) -> Self {
+        Self { sides: [word as i32, (word >> 32) as i32] }
+    }
+}
+
+impl From<i32> for SidedCount {
+    fn from(count: i32) -> Self {
+        Self { sides: [count, 0] }
+    }
+}
+
 /// The value of `BACKEND_STATS`, indexed by backend id.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -9,7 +51,7 @@ pub struct BackendStats {
     /// Connections established.
     pub opened: u64,
     /// Open connections, including those being established.
-    pub active: u64,
+    pub active: SidedCount,
     /// UDP sockets and flows that got this backend.
     pub flows: u64,
     /// Connections closed after they were established.

@@ -3,7 +3,8 @@
 //! Capabilities belong to threads, so each thread drops its own.
 //! With `no_new_privs`, programs that it starts afterwards get none either, not even as root.
 //!
-//! Each thread also gets a system call filter that refuses what the agent never does, unless its container has one.
+//! Each thread also gets a system call filter that refuses what the agent never does.
+//! It applies in addition to that of a container or of systemd, which may allow some of it.
 //! It is a second line behind the capabilities, for what root may do without any.
 
 use std::{collections::BTreeMap, io};
@@ -65,11 +66,6 @@ pub fn retain_capabilities(retained: CapabilitySet) -> io::Result<()> {
 /// Refuses [`REFUSED`], and the loading of BPF programs, for the calling thread and those that it starts.
 fn filter_system_calls() -> io::Result<()> {
     const BPF_PROG_LOAD: u64 = 5;
-    // SAFETY: this command takes no pointers.
-    if unsafe { libc::prctl(libc::PR_GET_SECCOMP) } != 0 {
-        // The container has a filter, which is at least as strict.
-        return Ok(());
-    }
     let other = io::Error::other::<seccompiler::BackendError>;
     let loads = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, BPF_PROG_LOAD).map_err(other)?;
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = REFUSED.iter().map(|call| (*call, Vec::new())).collect();

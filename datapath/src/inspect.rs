@@ -8,10 +8,9 @@ use std::{
 };
 
 use aya::{
-    maps::{Array, Map, MapData, MapInfo},
+    maps::{MapData, MapInfo},
     programs::{ProgramInfo, loaded_programs},
 };
-use portolan_common::ClientUse;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -21,7 +20,8 @@ use crate::{
     pins::{self, Pins},
     preflight,
     programs::{self, AttachType, HTTP_INGRESS, PROGRAMS, ProgramSpec},
-    sys, terminator,
+    sys,
+    terminator::{self, accounting::ConnectionUsage},
 };
 
 /// The kernel truncates map names to this length, in bytes.
@@ -204,11 +204,9 @@ fn is_of_another_set(program: &ProgramInfo, current: &BTreeSet<u32>) -> bool {
 /// Returns the usage of `CONNECTIONS`, from the counts of its users.
 fn connections(pins: &Pins) -> Result<MapFacts> {
     let set = pins.current().context("no map set is pinned")?;
-    let (sizes, pin) = pins.connections(set).context("no state of connections is pinned")?;
-    let clients = Array::<_, ClientUse>::try_from(Map::Array(MapData::from_pin(pin)?))?;
-    let used: i64 = clients.iter().flatten().map(|client| client.connections as i64).sum();
-    let used = u64::try_from(used).unwrap_or_default();
-    Ok(MapFacts { name: map_specs::CONNECTIONS.name.to_lowercase(), used, size: sizes.connections.into() })
+    let sizes = pins.connections().context("no state of connections is pinned")?;
+    let (used, size, _) = ConnectionUsage::open(pins, set, &sizes)?.read();
+    Ok(MapFacts { name: map_specs::CONNECTIONS.name.to_lowercase(), used: used.into(), size: size.into() })
 }
 
 /// Counts the entries of the maps that can be counted from user space.

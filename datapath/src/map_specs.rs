@@ -117,7 +117,8 @@ pub(crate) const CLIENTS: MapSpec = MapSpec {
     ..MapSpec::connections::<ClientUse>("CLIENTS", |_| ClientUse::CAPACITY)
 };
 pub(crate) const SOCKETS: MapSpec = MapSpec::new::<u32, SocketState>("SOCKETS", Scope::Sockets, Entries::Fixed(0));
-pub(crate) const FALLBACK_USED: MapSpec = MapSpec::new::<u32, u32>("FALLBACK_USED", Scope::Sockets, Entries::Fixed(1));
+pub(crate) const NODE_FLAGS: MapSpec =
+    MapSpec::new::<u32, u64>("NODE_FLAGS", Scope::Sockets, Entries::Fixed(1)).mmapable();
 pub(crate) const DATAGRAMS: MapSpec = MapSpec::new::<u32, DatagramFlows>("DATAGRAMS", Scope::Shared, Entries::Fixed(0));
 pub(crate) const OPTED_OUT: MapSpec =
     MapSpec::new::<u64, u32>("OPTED_OUT", Scope::Shared, Entries::Fixed(OptOut::CAPACITY));
@@ -146,7 +147,7 @@ pub(crate) const MAPS: [MapSpec; 25] = [
     CONNECTION_EXTRAS,
     CLIENTS,
     SOCKETS,
-    FALLBACK_USED,
+    NODE_FLAGS,
     DATAGRAMS,
     OPTED_OUT,
     OPT_OUT_FILTER,

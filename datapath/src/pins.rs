@@ -3,7 +3,7 @@
 //! ```text
 //! <bpffs>/links/<program>            live links; programs are replaced inside them
 //!         sockets-v1/<map>           flows of UDP sockets, and excluded cgroups
-//!         sockets-v2/<map>           the state of connected sockets
+//!         sockets-v3/<map>           the state of connected sockets
 //!         v<schema>-<set>/<map>      one map set: all other maps
 //!         current -> v<schema>-<set> the set that the linked programs use
 //! ```
@@ -105,14 +105,13 @@ impl Pins {
         self.root.join(format!("sockets-v{layout}"))
     }
 
-    /// Returns the sizes and the pin path of `CLIENTS`, whatever the number of connections is.
-    pub(crate) fn connections(&self, set: Set) -> Option<(Sizes, PathBuf)> {
+    /// Returns the sizes with which `CONNECTIONS` is pinned, whatever the number of connections is.
+    pub(crate) fn connections(&self) -> Option<Sizes> {
         let of_pin = |pin: &PathBuf| {
             let connections = pin.file_name()?.to_str()?.strip_prefix("CLIENTS-")?.parse().ok()?;
             Some(Sizes { connections, ..Sizes::default() })
         };
-        let sizes = entries(&self.shared_folder(SOCKET_LAYOUT)).ok()?.iter().find_map(of_pin)?;
-        Some((sizes, self.map_pin(set, &map_specs::CLIENTS, &sizes)))
+        entries(&self.shared_folder(SOCKET_LAYOUT)).ok()?.iter().find_map(of_pin)
     }
 
     /// Removes the pins of maps that all sets share but that these programs do not use: those of another layout or

@@ -1,14 +1,42 @@
 //! What the counters of a connection's backend and pool are, and when it stops counting as active.
 
-use core::ptr::null_mut;
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    ptr::null_mut,
+};
 
-use portolan_common::{BackendStats, ClientUse, Connection, ConnectionFlags, PoolLimits, PoolStats};
+use portolan_common::{BackendStats, ClientUse, Connection, ConnectionFlags, PoolLimits, PoolStats, SidedCount};
 
 use crate::{
     maps::{BACKEND_STATS, CLIENTS, POOL_STATS, POOLS, SET},
-    select::decrement,
     state::{self, Place, State, exchange},
 };
+
+/// Counts a connection with these flags, on its side.
+///
+/// # Safety
+/// `count` must point into a live map value.
+#[inline(always)]
+pub(crate) unsafe fn increment(count: *mut SidedCount, flags: u32) {
+    // SAFETY: guaranteed by the caller.
+    unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::SeqCst }>(side(count, flags), 1) };
+}
+
+/// Counts a connection with these flags no longer.
+///
+/// # Safety
+/// `count` must point into a live map value.
+#[inline(always)]
+unsafe fn decrement(count: *mut SidedCount, flags: u32) {
+    // SAFETY: guaranteed by the caller.
+    unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::SeqCst }>(side(count, flags), u32::MAX) };
+}
+
+#[inline(always)]
+unsafe fn side(count: *mut SidedCount, flags: u32) -> *mut u32 {
+    // SAFETY: guaranteed by the caller; there are two sides.
+    unsafe { count.cast::<u32>().add(usize::from(flags & ConnectionFlags::SIDE != 0)) }
+}
 
 /// Takes a connection out of the counts of active ones, of its backend and its pool, unless that has been done.
 /// The application's close and the end of the TCP connection may come at the same time, on two CPUs: whoever clears the
@@ -30,10 +58,10 @@ pub(crate) fn stop_counting(state: &State, owner: u64) {
             return;
         }
         if !stats.is_null() {
-            decrement(&raw mut (*stats).active);
+            decrement(&raw mut (*stats).active, seen);
         }
         if !pool.is_null() {
-            decrement(&raw mut (*pool).active);
+            decrement(&raw mut (*pool).active, seen);
         }
     }
 }
@@ -97,7 +125,7 @@ fn leave_share(flags: u32, client: u32) {
         && let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index(client))
     {
         // SAFETY: a live map value; the counter is only ever added to.
-        unsafe { decrement(&raw mut (*uses).connections) };
+        unsafe { decrement(&raw mut (*uses).connections, flags) };
     }
 }
 

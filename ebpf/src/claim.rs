@@ -6,10 +6,10 @@ use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id},
 };
-use portolan_common::{ClientUse, Connection, ConnectionFlags, Counter, EverUsed, SocketStage};
+use portolan_common::{ClientUse, Connection, ConnectionFlags, Counter, NodeFlags, SocketStage};
 
 use crate::{
-    accounting,
+    accounting::{self, increment},
     maps::{CLIENT_LEVEL, CLIENTS, CONNECTION_EXTRAS, CONNECTION_SHARE, CONNECTION_SHIFT, count},
     state::{self, Place, State, exchange, owner, owner_of, storage},
 };
@@ -80,28 +80,28 @@ fn is_idle(state: &State) -> bool {
     state.flags() & (ConnectionFlags::STAGE | ConnectionFlags::UDP) == 0
 }
 
-/// Counts an entry for its client, and records the socket's cookie.
+/// Counts an entry for its client, on this side, and records the socket's cookie.
 /// Returns the flags that say so, or `None` if the client has used up its share of `CONNECTIONS`.
 ///
 /// For TCP, this runs when the SYN is about to be sent, so that a failing connect costs little; for UDP, in the connect
 /// hook.
 #[inline(always)]
-pub(crate) fn join_share(state: &State, cookie: u64) -> Option<u32> {
+pub(crate) fn join_share(state: &State, cookie: u64, side: u32) -> Option<u32> {
     // SAFETY: live map values; the counter is only ever added to.
     unsafe {
         let client = (*state.connection).client;
         (*state.connection).cookie = cookie;
         if let Place::Storage(_) = state.place {
-            return Some(0);
+            return Some(side);
         }
-        let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index(client)) else { return Some(0) };
-        if (&raw const (*uses).connections).read_volatile() as i64 >= i64::from(CONNECTION_SHARE.load()) {
+        let Some(uses) = CLIENTS.get_ptr_mut(ClientUse::index(client)) else { return Some(side) };
+        if (&raw const (*uses).connections).read_volatile().total() >= u64::from(CONNECTION_SHARE.load()) {
             atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).over_share, 1);
             return None;
         }
-        atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*uses).connections, 1);
+        increment(&raw mut (*uses).connections, side);
     }
-    Some(ConnectionFlags::SHARED)
+    Some(ConnectionFlags::SHARED | side)
 }
 
 /// Moves the state of a socket, whose client has used up its share, from its entry to socket storage.
@@ -127,7 +127,7 @@ fn fall_back(socket: *mut bpf_sock) -> Option<State> {
         return None;
     };
     count(Counter::Fallback);
-    state::set_used(EverUsed::STORAGE);
+    state::set_used(NodeFlags::STORAGE);
     accounting::stop_counting(&state, 0);
     Some(state)
 }

@@ -6,7 +6,7 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use aya_log_ebpf::debug;
-use portolan_common::{Connection, ConnectionFlags, Endpoint, EverUsed, FrontendKey};
+use portolan_common::{Connection, ConnectionFlags, Endpoint, FrontendKey, NodeFlags};
 
 use crate::{
     addr, claim,
@@ -238,7 +238,7 @@ fn fill(ctx: &SockAddrContext, state: &State, key: &FrontendKey, found: &Found, 
             {
                 (*extra).connect_timeout_ms = limits.connect_timeout_ms;
                 flags |= ConnectionFlags::CONNECT_TIMEOUT;
-                state::set_used(EverUsed::CONNECT_TIMEOUT);
+                state::set_used(NodeFlags::CONNECT_TIMEOUT);
             }
         }
         if key.protocol() == IPPROTO_UDP {
@@ -262,7 +262,8 @@ fn join_share_of_udp(ctx: &SockAddrContext, state: &State, flags: u32) {
     // SAFETY: helper calls with the kernel's own context; a live value of this socket, which is locked.
     unsafe {
         let socket = (*ctx.sock_addr).__bindgen_anon_1.sk;
-        if let Some(joined) = claim::join_share(state, bpf_get_socket_cookie(ctx.sock_addr.cast())) {
+        let side = state::current_side();
+        if let Some(joined) = claim::join_share(state, bpf_get_socket_cookie(ctx.sock_addr.cast()), side) {
             (*state.connection).flags = flags | joined;
             state::settle(state, state::owner(socket));
         } else if let Some(index) = state.index()

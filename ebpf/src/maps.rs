@@ -100,9 +100,9 @@ pub(crate) static CLIENTS: Array<ClientUse, { ClientUse::CAPACITY as usize }, { 
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 
-/// What has been used so far, as [`EverUsed`](portolan_common::EverUsed) bits, so that what was never used costs nothing.
+/// [`NodeFlags`](portolan_common::NodeFlags) bits: what has been used so far, and the side on which connections are counted.
 #[btf_map]
-pub(crate) static FALLBACK_USED: Array<u32, 1> = Array::new();
+pub(crate) static NODE_FLAGS: Array<u64, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Unconnected UDP socket → its flows, to redirect datagrams and to translate replies.
 #[btf_map]

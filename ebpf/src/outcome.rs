@@ -22,12 +22,12 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use portolan_common::{
-    BackendStats, ClientUse, Connection, ConnectionFlags, Counter, EventBudget, EverUsed, FailureCount, Outcome,
+    BackendStats, ClientUse, Connection, ConnectionFlags, Counter, EventBudget, FailureCount, NodeFlags, Outcome,
     OutcomeKind, Response, SocketStage, TrackFlags,
 };
 
 use crate::{
-    accounting::{self, limits, pool_stats, stats, watch},
+    accounting::{self, increment, limits, pool_stats, stats, watch},
     addr, claim,
     consts::IPPROTO_TCP,
     maps::{BACKEND_USE, CLIENTS, EVENTS, EVENTS_BYTES, FAILURES, SK_ERR_OFFSET, TICK_NS, count, time},
@@ -65,7 +65,7 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
     {
         return;
     }
-    if op == BPF_SOCK_OPS_TIMEOUT_INIT && !state::is_used(EverUsed::CONNECT_TIMEOUT) {
+    if op == BPF_SOCK_OPS_TIMEOUT_INIT && !state::is_used(NodeFlags::CONNECT_TIMEOUT) {
         return;
     }
     // SAFETY: the kernel gives a valid context.
@@ -93,7 +93,8 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
             }
             // SAFETY: a helper call with the kernel's own context.
             let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-            if let Some(flags) = claim::join_share(&state, cookie) {
+            let side = state::current_side();
+            if let Some(flags) = claim::join_share(&state, cookie, side) {
                 on_connect(ctx, &state, flags);
                 state::settle(&state, me);
             } else if let Some(index) = state.index() {
@@ -101,7 +102,7 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
                     // Without memory for its state, nothing of this connection is reported.
                     accounting::free(&state, Connection::BUSY);
                 } else if let Some(moved) = state::of_socket(socket) {
-                    on_connect(ctx, &moved, 0);
+                    on_connect(ctx, &moved, side);
                 }
             }
         } else {
@@ -120,7 +121,7 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
     }
 }
 
-/// Handles a SYN that is about to be sent, and sets these flags with its own.
+/// Handles a SYN that is about to be sent, and sets these flags, which name the side, with its own.
 #[inline(always)]
 fn on_connect(ctx: &SockOpsContext, state: &State, more: u32) {
     let flags = state.flags();
@@ -130,11 +131,11 @@ fn on_connect(ctx: &SockOpsContext, state: &State, more: u32) {
         (*connection).started_ns =
             if flags & ConnectionFlags::TIMED != 0 { bpf_ktime_get_ns() } else { bpf_ktime_get_coarse_ns() };
         if let Some(stats) = stats(state) {
-            add(&raw mut (*stats).active, 1);
+            increment(&raw mut (*stats).active, more);
         }
         if (*connection).pool != 0 {
             if let Some(pool) = pool_stats(state) {
-                add(&raw mut (*pool).active, 1);
+                increment(&raw mut (*pool).active, more);
             }
             set_keepalive(ctx, state);
         }

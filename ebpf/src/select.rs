@@ -294,14 +294,7 @@ fn pick_in_run(ctx: *mut bpf_sock_addr, slot: &Slot) -> u32 {
 #[inline(always)]
 fn active(entry: u32) -> u64 {
     let stats = RUNS.get(entry).and_then(|id| BACKEND_STATS.get(*id));
-    stats.map_or(u64::MAX, |stats| clamp_negative(stats.active))
-}
-
-/// Treats a negative gauge as zero.
-/// A decrement that races with a counter reset leaves the gauge below zero for a while.
-#[inline(always)]
-fn clamp_negative(count: u64) -> u64 {
-    if (count as i64) < 0 { 0 } else { count }
+    stats.map_or(u64::MAX, |stats| stats.active.total())
 }
 
 /// Returns whether a pool is at its connection limit; if so, counts the refusal.
@@ -317,7 +310,7 @@ fn at_connection_limit(pool: u32) -> bool {
     let Some(stats) = POOL_STATS.get_ptr_mut(pool) else { return false };
     // SAFETY: a live map value; the fields are only ever added to.
     unsafe {
-        if clamp_negative((*stats).active) < u64::from(max) {
+        if (*stats).active.total() < u64::from(max) {
             return false;
         }
         add(&raw mut (*stats).overflow, 1);
@@ -368,14 +361,4 @@ fn refuse_inconsistent() -> u32 {
 pub(crate) unsafe fn add(value: *mut u64, amount: u64) -> u64 {
     // SAFETY: guaranteed by the caller.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(value, amount) }
-}
-
-/// Decrements a shared counter atomically.
-///
-/// # Safety
-/// `value` must point into a live map value.
-#[inline(always)]
-pub(crate) unsafe fn decrement(value: *mut u64) {
-    // SAFETY: guaranteed by the caller.
-    unsafe { add(value, u64::MAX) };
 }

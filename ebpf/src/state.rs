@@ -18,9 +18,9 @@ use aya_ebpf::{
     helpers::generated::{bpf_sk_storage_get, bpf_skc_to_tcp_sock},
     programs::SockAddrContext,
 };
-use portolan_common::{Connection, ConnectionExtra, ConnectionFlags, Endpoint, EverUsed, SocketStage, SocketState};
+use portolan_common::{Connection, ConnectionExtra, ConnectionFlags, Endpoint, NodeFlags, SocketStage, SocketState};
 
-use crate::maps::{CONNECTION_EXTRAS, CONNECTION_SHIFT, CONNECTIONS, FALLBACK_USED, SOCKETS};
+use crate::maps::{CONNECTION_EXTRAS, CONNECTION_SHIFT, CONNECTIONS, NODE_FLAGS, SOCKETS};
 
 /// The state of a socket.
 #[derive(Clone, Copy)]
@@ -187,7 +187,7 @@ pub(crate) fn of_socket(socket: *mut bpf_sock) -> Option<State> {
     if let Some(state) = owned(socket) {
         return Some(state);
     }
-    if !is_used(EverUsed::STORAGE) {
+    if !is_used(NodeFlags::STORAGE) {
         return None;
     }
     State::storage(storage(socket, 0))
@@ -208,21 +208,33 @@ fn owned_at(index: u32, owner: u64) -> Option<State> {
     (unsafe { owner_of(state.connection) } == owner).then_some(state)
 }
 
-/// Returns whether something has ever been used, as an [`EverUsed`] bit. Until then, no hook needs to look for it.
+/// Returns the [`NodeFlags`] bits.
 #[inline(always)]
-pub(crate) fn is_used(what: u32) -> bool {
+fn node_flags() -> u64 {
     // SAFETY: a live map value.
-    FALLBACK_USED.get_ptr(0).is_some_and(|used| unsafe { used.read_volatile() } & what != 0)
+    NODE_FLAGS.get_ptr(0).map_or(0, |flags| unsafe { flags.read_volatile() })
+}
+
+/// Returns whether something has ever been used, as a [`NodeFlags`] bit. Until then, no hook needs to look for it.
+#[inline(always)]
+pub(crate) fn is_used(what: u64) -> bool {
+    node_flags() & what != 0
+}
+
+/// Returns the side on which a connection that begins now is counted, as a flag of the connection.
+#[inline(always)]
+pub(crate) fn current_side() -> u32 {
+    if node_flags() & NodeFlags::SIDE == 0 { 0 } else { ConnectionFlags::SIDE }
 }
 
 /// Records that something is used.
 #[inline(always)]
-pub(crate) fn set_used(what: u32) {
+pub(crate) fn set_used(what: u64) {
     if !is_used(what)
-        && let Some(used) = FALLBACK_USED.get_ptr_mut(0)
+        && let Some(used) = NODE_FLAGS.get_ptr_mut(0)
     {
         // SAFETY: a live map value.
-        unsafe { atomic_or::<u32, u32, { AtomicOrdering::SeqCst }>(used, what) };
+        unsafe { atomic_or::<u64, u64, { AtomicOrdering::SeqCst }>(used, what) };
     }
 }
 

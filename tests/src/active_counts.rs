@@ -38,17 +38,23 @@ impl ActiveCounts {
     pub fn read(&self) -> [Vec<i64>; 2] {
         [0, 1].map(|i| {
             let (array, value) = &self.0[i];
-            let all = array.words().chunks_exact(value.words).map(|words| words[value.active].load(SeqCst) as i64);
+            let all = array.words().chunks_exact(value.words).map(|words| total(words[value.active].load(SeqCst)));
             all.filter(|count| *count != 0).collect()
         })
     }
 
-    /// Raises each count that is not zero, as if the ends of this many connections had not been seen.
-    pub fn lose_ends(&self, connections: u64) {
+    /// Raises each count that is not zero, as if the ends of this many connections had not been seen: some that began
+    /// before the agent last changed the side of the counts, and some that began afterwards.
+    pub fn lose_ends(&self, (before, after): (u32, u32)) {
         for (array, value) in &self.0 {
             for words in array.words().chunks_exact(value.words).filter(|words| words[value.active].load(SeqCst) != 0) {
-                words[value.active].fetch_add(connections, SeqCst);
+                words[value.active].fetch_add(u64::from(before) | u64::from(after) << 32, SeqCst);
             }
         }
     }
+}
+
+/// Returns the number of connections, which is the sum of a count in the lower half and one in the upper half.
+fn total(word: u64) -> i64 {
+    i64::from(word as i32) + i64::from((word >> 32) as i32)
 }

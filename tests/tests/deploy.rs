@@ -109,8 +109,9 @@ fn of_threads(process: u32, field: &str) -> Result<Vec<String>> {
         .collect()
 }
 
-/// Checks that an agent that serves has no capabilities, and that its helper has exactly those that it needs.
-fn check_privileges(own: u32) -> Result<()> {
+/// Checks that an agent that serves has no capabilities, that its helper has exactly those that it needs, and that each
+/// of their threads has at least this many system call filters.
+fn check_privileges(own: u32, filters: u32) -> Result<()> {
     const NONE: &str = "0000000000000000";
     for field in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
         let sets = of_threads(own, field)?;
@@ -118,10 +119,11 @@ fn check_privileges(own: u32) -> Result<()> {
     }
     ensure!(of_threads(own, "NoNewPrivs")?.iter().all(|set| set == "1"));
     let helper = helper_of(own)?;
-    // Each thread has a filter of system calls: its own, or that of the container.
     for process in [own, helper] {
-        let filters = of_threads(process, "Seccomp")?;
-        ensure!(filters.iter().all(|mode| mode == "2"), "Seccomp of {process}: {filters:?}");
+        let counts = of_threads(process, "Seccomp_filters")?;
+        // A thread that another one has started has that one's filters too.
+        let enough = |count: &String| count.parse().is_ok_and(|count: u32| count >= filters);
+        ensure!(counts.iter().all(enough), "filters of {process}: {counts:?}");
     }
     // CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN.
     let expected = format!("{:016x}", 1 << 12 | 1 << 19 | 1 << 21);
@@ -177,8 +179,29 @@ fn thread_without_capabilities_cannot_load_programs() -> Result<()> {
         thread.join().unwrap()
     })?;
     assert_eq!(without, libc::EPERM);
+    // Also with all capabilities, and with a filter of somebody else's that allows everything.
+    let filtered = std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            allow_all_system_calls()?;
+            ensure!(load() == 0);
+            portolan_datapath::capabilities::retain_capabilities(rustix::thread::CapabilitySet::all())?;
+            Ok(load())
+        });
+        thread.join().unwrap()
+    })?;
+    assert_eq!(filtered, libc::EPERM);
     // Other threads keep their capabilities.
     assert_eq!(load(), 0);
+    Ok(())
+}
+
+/// Gives the calling thread a system call filter, as a container or a systemd unit may have one.
+fn allow_all_system_calls() -> Result<()> {
+    let mut allow = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW };
+    let filter = libc::sock_fprog { len: 1, filter: &raw mut allow };
+    // SAFETY: the filter is valid during the call, in which the kernel copies it.
+    let result = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) };
+    ensure!(result == 0, std::io::Error::last_os_error());
     Ok(())
 }
 
@@ -209,7 +232,8 @@ fn container_serves_the_node() -> Result<()> {
         plain(udp_slice("dns", 5353, &both)),
     ]);
     let container = Container::start(&bed, &pod["containers"][0], &api.account()?, server)?;
-    check_privileges(container.process()?)?;
+    // Its own filter, in addition to that of the container.
+    check_privileges(container.process()?, 2)?;
     // Every hook but the packet hook is attached without privileges. The helper attaches that one.
     for hook in ["connect4", "received"] {
         fs::remove_file(bed.pins().join("links").join(hook)).context(hook)?;
@@ -279,7 +303,7 @@ fn container_capabilities_are_sufficient() -> Result<()> {
     dns(&both)?;
     let mut agent = bed.start_under(&["setpriv", "--no-new-privs", &bounding], &directory, "c1", "n1")?;
     agent.wait_ready()?;
-    check_privileges(agent.process.id())?;
+    check_privileges(agent.process.id(), 1)?;
     // The packet program is detached and reattached.
     fs::remove_file(bed.pins().join("links/received")).with_context(|| agent.log())?;
     wait_until("the program to be reattached", BOUND, || {

@@ -69,7 +69,8 @@ impl<K: Kernel> View<'_, K> {
         let recently = self.kernel.backend_use(id).is_ok_and(|uses| uses.used_by_others(client, since));
         // Established connections may be older, and of any client. Connects in flight are not use by others. A failure on an
         // open connection is itself one of the established ones.
-        let established = |stats: BackendStats| stats.active.min(stats.opened.wrapping_sub(stats.closed)) as i64 > 0;
+        let established =
+            |stats: BackendStats| stats.active.total().min(stats.opened.wrapping_sub(stats.closed)) as i64 > 0;
         recently || !on_open_connection && self.kernel.backend_stats(id).is_ok_and(established)
     }
 }

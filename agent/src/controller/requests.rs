@@ -210,7 +210,7 @@ impl<K: Kernel> Controller<K> {
         let uses = self.kernel.backend_use(id).ok()?;
         Some(EndpointKernel {
             connections: stats.opened + stats.flows,
-            active: u64::try_from(stats.active as i64).unwrap_or(0),
+            active: stats.active.total(),
             failures: stats.failed,
             responses: uses.responses,
             server_errors: uses.server_errors,

@@ -27,7 +27,7 @@ use crate::kernel::Kernel;
 /// within them.
 const SWEEP_INTERVAL: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(60));
 /// Recounts in a row, because counts changed while they were compared.
-const MAX_RECOUNTS: u32 = 10;
+const MAX_RECOUNTS: u32 = 16;
 /// The time between two of them.
 const RECOUNT_INTERVAL: Duration = Duration::from_secs(1);
 /// The delay of a recount that is not urgent.
@@ -217,7 +217,7 @@ impl TerminationPlanner {
                 continue;
             };
             let Ok(stats) = view.kernel.pool_stats(id) else { continue };
-            is_used |= stats.active != 0;
+            is_used |= stats.active.total() != 0;
             refuses |= stats.overflow > std::mem::replace(&mut counted.refused, stats.overflow);
         }
         let is_older = |than| self.recounted_at.is_none_or(|at| now.instant >= at + than);
@@ -260,7 +260,7 @@ impl TerminationPlanner {
         for (key, (lifetime, _)) in &self.lifetimes {
             let Some((id, epoch)) = view.layout.pool(key) else { continue };
             // A pool without connections needs no look at all sockets.
-            if view.kernel.pool_stats(id).is_ok_and(|stats| stats.active as i64 > 0) {
+            if view.kernel.pool_stats(id).is_ok_and(|stats| stats.active.total() > 0) {
                 request.lifetimes.insert((id.get(), epoch as u16), *lifetime);
             }
         }

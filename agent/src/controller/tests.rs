@@ -339,7 +339,7 @@ fn limits_of_a_shared_pool_survive_the_removal_of_a_route_to_it() {
     world.handle(Input::Updates(vec![Update::Synced]));
     world.read_text(&format!("{base}{other}"));
     let (id, epoch) = world.controller.publisher.layout().pool(&world.pool("web")).unwrap();
-    world.controller.kernel_mut().maps.pool_stats.get_mut(&id).unwrap().active = 1;
+    world.controller.kernel_mut().maps.pool_stats.get_mut(&id).unwrap().active = 1.into();
     world.kernel().sweeps.borrow_mut().clear();
     world.advance(Duration::from_secs(120));
     let sweeps = world.kernel().sweeps.take();

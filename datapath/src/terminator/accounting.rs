@@ -5,16 +5,16 @@
 use std::{
     collections::{HashMap, HashSet, hash_map},
     mem::offset_of,
-    sync::atomic::Ordering,
+    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
 use aya::maps::{MapData, MapInfo};
-use portolan_common::{BackendStats, ClientUse, Connection, ConnectionExtra, ConnectionFlags, EverUsed, PoolStats};
+use portolan_common::{BackendStats, ClientUse, Connection, ConnectionExtra, ConnectionFlags, NodeFlags, PoolStats};
 use portolan_core::table::Sizes;
 
 use super::{
-    counts::{Counts, Drifts, Found, Reconciled},
+    counts::{Counts, Drifts, Progress, Reconciled, Side},
     socket::{Seen, State},
 };
 use crate::{
@@ -36,6 +36,7 @@ const _: () = assert!(offset_of!(Connection, flags) % 8 == 4);
 const COUNTED: u64 = (ConnectionFlags::COUNTED as u64) << 32;
 const GENERATION: u64 = (ConnectionFlags::GENERATION as u64) << 32;
 const SHARED: u64 = (ConnectionFlags::SHARED as u64) << 32;
+const SIDE: u64 = (ConnectionFlags::SIDE as u64) << 32;
 
 /// An entry that has existed for this long is compared with lists of all sockets, and abandoned if two in a row do not
 /// contain its socket.
@@ -53,7 +54,7 @@ pub(crate) struct SocketAccounting {
     /// The number of entries of both.
     entries: u32,
     clients: MmapArray,
-    fallback_used: aya::maps::Array<MapData, u32>,
+    node_flags: MmapArray,
     backends: MmapArray,
     pools: MmapArray,
     limits: aya::maps::Array<MapData, portolan_common::PoolLimits>,
@@ -75,14 +76,14 @@ impl ConnectionUsage {
 
     /// Returns the number of entries in use, the capacity, and the number of connections so far that found their pod's
     /// share used up.
-    pub(super) fn read(&self) -> (u32, u32, u64) {
-        let (mut used, mut over_share) = (0i64, 0);
+    pub(crate) fn read(&self) -> (u32, u32, u64) {
+        let (mut used, mut over_share) = (0, 0);
         for client in 0..self.clients.len() {
             let Ok(uses) = self.clients.read::<ClientUse>(client) else { continue };
-            used += uses.connections as i64;
+            used += uses.connections.total();
             over_share += uses.over_share;
         }
-        (u32::try_from(used).unwrap_or_default(), self.entries, over_share)
+        (u32::try_from(used).unwrap_or(u32::MAX), self.entries, over_share)
     }
 }
 
@@ -95,17 +96,19 @@ pub(super) struct Connections<'a> {
     by_cookie: HashMap<u64, u32>,
 }
 
-/// An entry of `CONNECTIONS` and the socket that it belongs to.
+/// An entry of `CONNECTIONS`, the socket that it belongs to, and which of its connects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Entry {
     index: u32,
     owner: u64,
     cookie: u64,
+    generation: u32,
 }
 
 impl Entry {
     fn of(index: u32, connection: &Connection) -> Self {
-        Self { index, owner: connection.owner, cookie: connection.cookie }
+        let Connection { owner, cookie, flags, .. } = *connection;
+        Self { index, owner, cookie, generation: flags & ConnectionFlags::GENERATION }
     }
 }
 
@@ -119,6 +122,7 @@ impl SocketAccounting {
         let (connections, entries) = pinned(&map_specs::CONNECTIONS)?;
         let (extras, _) = pinned(&map_specs::CONNECTION_EXTRAS)?;
         let (clients, _) = pinned(&map_specs::CLIENTS)?;
+        let (node_flags, _) = pinned(&map_specs::NODE_FLAGS)?;
         let (backends, backend_entries) = pinned(&map_specs::BACKEND_STATS)?;
         let (pools, pool_entries) = pinned(&map_specs::POOL_STATS)?;
         Ok(Self {
@@ -127,7 +131,7 @@ impl SocketAccounting {
             extras,
             entries,
             clients: MmapArray::open::<ClientUse>(clients.fd(), ClientUse::CAPACITY)?,
-            fallback_used: aya::maps::Array::try_from(array(&map_specs::FALLBACK_USED)?)?,
+            node_flags: MmapArray::open::<u64>(node_flags.fd(), 1)?,
             backends: MmapArray::open::<BackendStats>(backends.fd(), backend_entries)?,
             pools: MmapArray::open::<PoolStats>(pools.fd(), pool_entries)?,
             limits: aya::maps::Array::try_from(array(&map_specs::POOLS)?)?,
@@ -135,9 +139,14 @@ impl SocketAccounting {
         })
     }
 
+    /// Returns the word with the [`NodeFlags`] bits.
+    pub(super) fn node_flags(&self) -> Result<&AtomicU64> {
+        self.node_flags.word(0, 0)
+    }
+
     /// Returns whether any socket has ever had its state in socket storage.
     pub(super) fn uses_storage(&self) -> bool {
-        self.fallback_used.get(&0, 0).map_or(true, |used| used & EverUsed::STORAGE != 0)
+        self.node_flags().map_or(true, |flags| flags.load(Ordering::SeqCst) & NodeFlags::STORAGE != 0)
     }
 
     /// Returns whether the backend id of a connection still belongs to the same backend.
@@ -181,10 +190,9 @@ impl Connections<'_> {
         Ok((owner.load(Ordering::SeqCst) == before).then_some(Connection { owner: before, ..connection }))
     }
 
-    /// Returns whether an entry still belongs to the same socket.
+    /// Returns whether an entry still is that of the same connect of the same socket.
     fn is_still(&self, entry: Entry) -> Result<bool> {
-        let now = self.entry(entry.index)?;
-        Ok(now.is_some_and(|now| now.owner == entry.owner && now.cookie == entry.cookie))
+        Ok(self.entry(entry.index)?.is_some_and(|now| Entry::of(entry.index, &now) == entry))
     }
 
     /// Returns the state of the socket with this cookie, or `None` if it has no entry in `CONNECTIONS`.
@@ -204,7 +212,7 @@ impl Connections<'_> {
         self.scan().map(|read| read.map(|(index, connection)| Entry::of(index, &connection))).collect()
     }
 
-    /// Frees an entry if it still belongs to the same socket, and takes its connection out of the counts of active ones.
+    /// Frees an entry if it still is that of the same connect of the same socket, and takes its connection out of the counts of active ones.
     /// Returns whether it did.
     pub(super) fn free(&self, entry: Entry) -> Result<bool> {
         let (own, flags) = (self.accounting, self.connections.word(entry.index, FLAGS)?);
@@ -212,9 +220,11 @@ impl Connections<'_> {
         let connection: Connection = self.connections.read(entry.index)?;
         // Read after the flags, so that the generation in them is that of this connection.
         let owner = self.connections.word(entry.index, OWNER)?;
-        if owner.load(Ordering::SeqCst) != entry.owner || connection.cookie != entry.cookie {
+        let found = Connection { owner: owner.load(Ordering::SeqCst), flags: (seen >> 32) as u32, ..connection };
+        if Entry::of(entry.index, &found) != entry {
             return Ok(false);
         }
+        let side = if seen & SIDE == 0 { Side::Zero } else { Side::One };
         let was_counted = flags.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |now| {
             ((now ^ seen) & GENERATION == 0 && now & COUNTED != 0).then_some(now & !COUNTED)
         });
@@ -222,23 +232,24 @@ impl Connections<'_> {
         // Whoever frees an entry takes it out of its client's share.
         if freed && seen & SHARED != 0 {
             let client = ClientUse::index(connection.client);
-            own.clients.word(client, CLIENT_CONNECTIONS)?.fetch_sub(1, Ordering::SeqCst);
+            side.subtract(own.clients.word(client, CLIENT_CONNECTIONS)?, 1);
         }
         // Whoever clears the flag decrements the counts, even if a program has freed the entry in between.
         if was_counted.is_ok() {
             if own.has_backend(connection.set, connection.backend_id, connection.backend_epoch)? {
-                own.backends.word(connection.backend_id, BACKEND_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
+                side.subtract(own.backends.word(connection.backend_id, BACKEND_ACTIVE)?, 1);
             }
             if own.has_pool(connection.set, connection.pool, connection.pool_epoch)? {
-                own.pools.word(connection.pool, POOL_ACTIVE)?.fetch_sub(1, Ordering::SeqCst);
+                side.subtract(own.pools.word(connection.pool, POOL_ACTIVE)?, 1);
             }
         }
         Ok(freed)
     }
 
     /// Returns what there is before all sockets are listed.
-    pub(super) fn before_list(&self) -> Result<BeforeList<'_>> {
+    pub(super) fn before_list(&self, unconfirmed: &mut Unconfirmed) -> Result<BeforeList<'_>> {
         let (own, mut entries) = (self.accounting, Vec::new());
+        unconfirmed.progress.begin(own.node_flags()?);
         for read in self.scan() {
             let (index, connection) = read?;
             // A socket that has not started to connect is in no socket list, and has no cookie here.
@@ -246,39 +257,48 @@ impl Connections<'_> {
                 entries.push(Entry::of(index, &connection));
             }
         }
-        let backends = Counts::new(&own.backends, BACKEND_ACTIVE)?;
-        Ok(BeforeList { entries, backends, pools: Counts::new(&own.pools, POOL_ACTIVE)? })
+        let side = Side::at_rest(own.node_flags()?);
+        let backends = Counts::new(&own.backends, BACKEND_ACTIVE, side)?;
+        Ok(BeforeList { entries, side, backends, pools: Counts::new(&own.pools, POOL_ACTIVE, side)? })
     }
 
-    /// Counts the entries that count as active.
-    fn tally(&self) -> Result<Tally> {
+    /// Counts the entries that count as active, on one side.
+    fn tally(&self, side: Side) -> Result<Tally> {
         let (own, mut tally) = (self.accounting, Tally::default());
         for read in self.scan() {
             let (_, connection) = read?;
-            if connection.flags & ConnectionFlags::COUNTED != 0 {
-                let Connection { set, backend_id, backend_epoch, pool, pool_epoch, cookie, .. } = connection;
-                tally.add(own, cookie, set, (backend_id, backend_epoch), (pool, pool_epoch))?;
+            if connection.flags & ConnectionFlags::COUNTED != 0
+                && side.has(connection.flags & ConnectionFlags::SIDE != 0)
+            {
+                let Connection { set, backend_id, backend_epoch, pool, pool_epoch, .. } = connection;
+                tally.add(own, set, (backend_id, backend_epoch), (pool, pool_epoch))?;
             }
         }
         Ok(tally)
     }
 
-    /// Corrects the numbers of entries that clients use to match the entries that say so.
-    /// Returns how many were wrong.
+    /// Corrects the numbers of entries that clients use, on the side at rest, to match the entries that say so.
+    /// The next run is about the other side. Returns how many were wrong.
     pub(super) fn recount_clients(&self, unconfirmed: &mut Drifts) -> Result<usize> {
-        let clients = Counts::new(&self.accounting.clients, CLIENT_CONNECTIONS)?;
-        let (mut shared, mut recounted) = (HashMap::<u32, Found>::new(), Reconciled::default());
+        let flags = self.accounting.node_flags()?;
+        let side = Side::at_rest(flags);
+        let clients = Counts::new(&self.accounting.clients, CLIENT_CONNECTIONS, side)?;
+        let (mut shared, mut recounted) = (HashMap::<u32, u64>::new(), Reconciled::default());
         for read in self.scan() {
             let (_, connection) = read?;
-            if connection.flags & ConnectionFlags::SHARED != 0 {
-                shared.entry(ClientUse::index(connection.client)).or_default().add(connection.cookie);
+            if connection.flags & ConnectionFlags::SHARED != 0
+                && side.has(connection.flags & ConnectionFlags::SIDE != 0)
+            {
+                *shared.entry(ClientUse::index(connection.client)).or_default() += 1;
             }
         }
         clients.correct(&shared, unconfirmed, &mut recounted)?;
+        Side::change(flags);
         Ok(recounted.corrected)
     }
 
-    /// Frees the entries of sockets that no longer exist, and corrects the counts of active connections to match the rest.
+    /// Frees the entries of sockets that no longer exist, and corrects the counts of active connections, on the side at
+    /// rest, to match the others.
     ///
     /// `seen` lists all sockets.
     /// What is found for the first time is only recorded in `unconfirmed`.
@@ -300,23 +320,32 @@ impl Connections<'_> {
         }
         // Entries are compared with the counts where they are. Only what is in socket storage comes from the list, which
         // is older: hence the counts from before it.
+        let is_here = |state: &&State| state.is_counted() && before.side.has(state.has_side());
+        let stored: Vec<&State> = seen.stored.iter().filter(is_here).collect();
         let (mut backends, mut pools) = (before.backends, before.pools);
-        backends.read_again()?;
-        pools.read_again()?;
-        let mut tally = self.tally()?;
-        for (cookie, state) in seen.stored.iter().filter(|(_, state)| state.is_counted()) {
-            let (backend, pool) = ((state.backend_id, state.backend_epoch), (state.pool, state.pool_epoch));
-            tally.add(own, *cookie, state.set, backend, pool)?;
+        if stored.is_empty() {
+            backends = Counts::new(&own.backends, BACKEND_ACTIVE, before.side)?;
+            pools = Counts::new(&own.pools, POOL_ACTIVE, before.side)?;
         }
+        let mut tally = self.tally(before.side)?;
+        for state in stored {
+            let (backend, pool) = ((state.backend_id, state.backend_epoch), (state.pool, state.pool_epoch));
+            tally.add(own, state.set, backend, pool)?;
+        }
+        let entries = recounted.unsettled;
         backends.correct(&tally.backends, &mut unconfirmed.backends, &mut recounted)?;
         pools.correct(&tally.pools, &mut unconfirmed.pools, &mut recounted)?;
+        let is_settled = recounted.unsettled == entries;
+        let is_done = unconfirmed.progress.end(before.side, is_settled, recounted.corrected > 0);
+        recounted.unsettled += usize::from(!is_done);
         Ok(recounted)
     }
 }
 
-/// The entries of TCP connections, and the counts, from before a list of all sockets.
+/// The entries of TCP connections, and the counts of one side, from before a list of all sockets.
 pub(super) struct BeforeList<'a> {
     entries: Vec<Entry>,
+    side: Side,
     backends: Counts<'a>,
     pools: Counts<'a>,
 }
@@ -324,8 +353,8 @@ pub(super) struct BeforeList<'a> {
 /// Active connections by what counts them: backend ids, and entries of `POOLS`.
 #[derive(Default)]
 struct Tally {
-    backends: HashMap<u32, Found>,
-    pools: HashMap<u32, Found>,
+    backends: HashMap<u32, u64>,
+    pools: HashMap<u32, u64>,
     /// The epochs of entries of `POOLS`, each read once.
     pool_epochs: HashMap<u32, u16>,
 }
@@ -335,13 +364,12 @@ impl Tally {
     fn add(
         &mut self,
         own: &SocketAccounting,
-        cookie: u64,
         set: u16,
         (backend, backend_epoch): (u32, u16),
         (pool, pool_epoch): (u32, u16),
     ) -> Result<()> {
         if own.has_backend(set, backend, backend_epoch)? {
-            self.backends.entry(backend).or_default().add(cookie);
+            *self.backends.entry(backend).or_default() += 1;
         }
         if pool != 0 && set == own.set {
             let epoch = match self.pool_epochs.entry(pool) {
@@ -349,7 +377,7 @@ impl Tally {
                 hash_map::Entry::Vacant(new) => *new.insert(own.limits.get(&pool, 0)?.epoch as u16),
             };
             if epoch == pool_epoch {
-                self.pools.entry(pool).or_default().add(cookie);
+                *self.pools.entry(pool).or_default() += 1;
             }
         }
         Ok(())
@@ -362,6 +390,7 @@ pub(super) struct Unconfirmed {
     entries: HashSet<Entry>,
     backends: Drifts,
     pools: Drifts,
+    progress: Progress,
 }
 
 /// The entries at the last scan, with when their socket was last known to exist, and whether it was missing from a list
@@ -414,7 +443,7 @@ mod tests {
     fn entry_whose_socket_is_missing_twice_is_reclaimed() {
         let (mut waiting, start) = (Waiting::default(), Instant::now());
         let after = |seconds| start + Duration::from_secs(seconds);
-        let entry = |index, cookie| Entry { index, owner: 1, cookie };
+        let entry = |index, cookie| Entry { index, owner: 1, cookie, generation: 0 };
         assert_eq!(waiting.abandoned(&[entry(1, 10), entry(2, 20)], start), []);
         // The second entry belongs to another socket by now, at the same address.
         assert_eq!(waiting.abandoned(&[entry(1, 10), entry(2, 21)], after(300)), []);

@@ -1,13 +1,20 @@
 //! Corrects counts of connections that change while they are compared with the connections that exist.
+//!
+//! A [`SidedCount`](portolan_common::SidedCount) is two counts, and connections that begin are added to only one of them.
+//! What is compared is the other one, the side at rest: connections that end are all that changes it.
 
-use std::{collections::HashMap, sync::atomic::Ordering};
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
+use portolan_common::{NodeFlags, SidedCount};
 use serde::{Deserialize, Serialize};
 
 use crate::{error::Result, mmap_array::MmapArray};
 
-/// How often in a row a count must be wrong in the same direction before it is corrected, if it keeps changing.
-const CONFIRMATIONS: u32 = 8;
+/// After this many looks at one side it is the other one's turn, even if counts of this one could not be judged.
+const LOOKS: u32 = 4;
 
 /// The corrections that reconciling made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,130 +23,155 @@ pub struct Reconciled {
     pub freed: usize,
     /// Counts of active connections corrected, of backends and of pools.
     pub corrected: usize,
-    /// Suspected errors that another run must confirm.
+    /// Suspected errors that another run must confirm, and a side that another run must compare.
     pub unsettled: usize,
 }
 
-/// The connections that one count is about.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Found {
-    connections: u64,
-    /// The sum of the cookies of their sockets, by which two tallies are known to have found the same connections.
-    cookies: u64,
-}
-
-impl Found {
-    pub(super) fn add(&mut self, cookie: u64) {
-        self.connections += 1;
-        self.cookies = self.cookies.wrapping_add(cookie);
-    }
-}
-
-/// Id → how its count has been wrong.
-pub(super) type Drifts = HashMap<u32, Drift>;
-
-/// A count that was wrong in the same direction in each of the last runs.
+/// One of the two sides of all counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Drift {
-    /// By how much it is too high, in the last run. Negative if it is too low.
-    last: i64,
-    /// The least and the most of these runs, by absolute value.
-    least: i64,
-    most: i64,
-    /// The sum of the cookies that the last run found.
-    cookies: u64,
-    runs: u32,
+pub(super) enum Side {
+    Zero,
+    One,
 }
 
-impl Drift {
-    /// Compares the lowest and the highest reading of a count with the number of connections found between the readings;
-    /// `None` if it may be right.
-    ///
-    /// What begins or ends meanwhile may be found or not. While the count only rises or only falls, the right number is
-    /// between its readings.
-    fn of((lowest, highest): (i64, i64), found: u64) -> Option<i64> {
-        match (lowest - found as i64, highest - found as i64) {
-            (1.., _) => Some(lowest - found as i64),
-            (_, ..=-1) => Some(highest - found as i64),
-            _ => None,
-        }
+impl Side {
+    /// Returns the side at rest.
+    pub(super) fn at_rest(node_flags: &AtomicU64) -> Self {
+        if node_flags.load(Ordering::SeqCst) & NodeFlags::SIDE == 0 { Self::One } else { Self::Zero }
     }
 
-    /// Adds a run that found the count to be too high by `excess`.
-    fn follow(previous: Option<&Self>, excess: i64, cookies: u64) -> Self {
-        match previous {
-            Some(before) if (before.last > 0) == (excess > 0) => {
-                let least = if excess.abs() < before.least.abs() { excess } else { before.least };
-                let most = if excess.abs() > before.most.abs() { excess } else { before.most };
-                Self { last: excess, least, most, cookies, runs: before.runs + 1 }
+    /// Makes the other side the one at rest.
+    pub(super) fn change(node_flags: &AtomicU64) {
+        node_flags.fetch_xor(NodeFlags::SIDE, Ordering::SeqCst);
+    }
+
+    /// Returns whether a connection with this flag is counted on this side.
+    pub(super) fn has(self, flag: bool) -> bool {
+        flag == (self == Self::One)
+    }
+
+    fn read(self, word: &AtomicU64) -> i64 {
+        let count = SidedCount::from_word(word.load(Ordering::SeqCst));
+        count.sides[usize::from(self == Self::One)].into()
+    }
+
+    /// Subtracts a number from the count of this side, and leaves that of the other one alone.
+    pub(super) fn subtract(self, word: &AtomicU64, excess: i64) {
+        let mut before = word.load(Ordering::SeqCst);
+        loop {
+            let mut count = SidedCount::from_word(before);
+            let side = &mut count.sides[usize::from(self == Self::One)];
+            *side = side.wrapping_sub(excess as i32);
+            match word.compare_exchange(before, count.word(), Ordering::SeqCst, Ordering::SeqCst) {
+                Ok(_) => return,
+                Err(now) => before = now,
             }
-            _ => Self { last: excess, least: excess, most: excess, cookies, runs: 1 },
         }
-    }
-
-    /// Returns whether a count that keeps changing is surely wrong: often enough, and by more than it varies.
-    fn is_certain(&self) -> bool {
-        self.runs >= CONFIRMATIONS && self.least.abs() > (self.most - self.least).abs()
     }
 }
 
-/// Readings of one count of each value of an array.
+/// Which sides have been compared since the last correction.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    compared: [bool; 2],
+    looks: u32,
+    /// Whether the side must change before the next look.
+    is_over: bool,
+}
+
+impl Progress {
+    /// Prepares a look: changes the side if that of the last look is done with.
+    pub(super) fn begin(&mut self, node_flags: &AtomicU64) {
+        let is_first = self.looks == 0 && self.compared == [false; 2];
+        if std::mem::take(&mut self.is_over) || is_first {
+            Side::change(node_flags);
+        }
+    }
+
+    /// Records a look at a side: whether nothing is left to confirm, and whether a count was wrong and has been corrected.
+    /// Returns whether both sides have been compared. A correction makes the comparison of the other side obsolete: what
+    /// went wrong may have happened since.
+    pub(super) fn end(&mut self, side: Side, is_settled: bool, was_wrong: bool) -> bool {
+        self.looks += 1;
+        let (this, other) = (usize::from(side == Side::One), usize::from(side == Side::Zero));
+        self.compared[this] = is_settled;
+        self.compared[other] &= !was_wrong;
+        if is_settled || self.looks >= LOOKS {
+            (self.looks, self.is_over) = (0, true);
+        }
+        let done = self.compared == [true; 2];
+        if done {
+            *self = Self::default();
+        }
+        done
+    }
+}
+
+/// Id → by how much the count of each side was too high at the last look at it; negative if it was too low.
+pub(super) type Drifts = HashMap<u32, [i64; 2]>;
+
+/// Readings of one side of one count of each value of an array.
 pub(super) struct Counts<'a> {
     of: &'a MmapArray,
     word: usize,
+    side: Side,
     /// The lowest and the highest reading of each.
     ranges: Vec<(i64, i64)>,
 }
 
 impl<'a> Counts<'a> {
-    pub(super) fn new(of: &'a MmapArray, word: usize) -> Result<Self> {
-        let mut counts = Self { of, word, ranges: vec![(i64::MAX, i64::MIN); of.len() as usize] };
+    /// Reads the counts of a side, which are in this word of each value.
+    pub(super) fn new(of: &'a MmapArray, word: usize, side: Side) -> Result<Self> {
+        let mut counts = Self { of, word, side, ranges: vec![(i64::MAX, i64::MIN); of.len() as usize] };
         counts.read_again()?;
         Ok(counts)
     }
 
     pub(super) fn read_again(&mut self) -> Result<()> {
         for (id, (lowest, highest)) in (0..).zip(&mut self.ranges) {
-            let reading = self.of.word(id, self.word)?.load(Ordering::SeqCst) as i64;
+            let reading = self.side.read(self.of.word(id, self.word)?);
             (*lowest, *highest) = ((*lowest).min(reading), (*highest).max(reading));
         }
         Ok(())
     }
 
-    /// Compares the readings, and another one, with what was found between them.
+    /// Compares the readings, and another one, with the numbers of connections that were found between them.
     ///
-    /// Subtracts the excess of each count that was too high by the same amount twice in a row, did not change, and had the
-    /// same connections both times.
-    /// A count that keeps changing is corrected by the least excess of [`CONFIRMATIONS`] runs, if that is more than it
-    /// varies.
+    /// Subtracts the excess of each count that did not change meanwhile and had the same excess at the last look: a
+    /// connection that a program is just taking out of the counts is not there for that long.
     /// What is not confirmed yet remains in `drifts`.
     pub(super) fn correct(
         mut self,
-        found: &HashMap<u32, Found>,
+        found: &HashMap<u32, u64>,
         drifts: &mut Drifts,
         recounted: &mut Reconciled,
     ) -> Result<()> {
-        let previous = std::mem::take(drifts);
         self.read_again()?;
-        for (id, range) in (0..).zip(self.ranges) {
-            let found = found.get(&id).copied().unwrap_or_default();
-            let Some(excess) = Drift::of(range, found.connections) else { continue };
-            let before = previous.get(&id);
-            let drift = Drift::follow(before, excess, found.cookies);
-            let is_at_rest =
-                range.0 == range.1 && before.is_some_and(|last| (last.last, last.cookies) == (excess, found.cookies));
-            if is_at_rest || drift.is_certain() {
-                let excess = if is_at_rest { excess } else { drift.least };
-                self.of.word(id, self.word)?.fetch_sub(excess as u64, Ordering::SeqCst);
+        for (id, (lowest, highest)) in (0..).zip(self.ranges) {
+            let found = found.get(&id).map_or(0, |found| *found as i64);
+            if lowest != highest {
+                // Connections ended meanwhile, and may be among those found or not.
+                recounted.unsettled += usize::from(!(lowest..=highest).contains(&found));
+                continue;
+            }
+            let excess = lowest - found;
+            if excess == 0 && !drifts.contains_key(&id) {
+                continue;
+            }
+            let both = drifts.entry(id).or_default();
+            let last = &mut both[usize::from(self.side == Side::One)];
+            if excess == 0 {
+                *last = 0;
+            } else if *last == excess {
+                *last = 0;
+                self.side.subtract(self.of.word(id, self.word)?, excess);
                 recounted.corrected += 1;
-                // Of a count that keeps changing, a part may be left.
-                recounted.unsettled += usize::from(!is_at_rest);
             } else {
-                // One that varies by more than its drift starts over.
-                if drift.runs < CONFIRMATIONS {
-                    drifts.insert(id, drift);
-                }
+                *last = excess;
                 recounted.unsettled += 1;
+            }
+            if *both == [0; 2] {
+                drifts.remove(&id);
             }
         }
         Ok(())
@@ -150,90 +182,110 @@ impl<'a> Counts<'a> {
 mod tests {
     use super::*;
 
-    /// Counts in memory in place of a BPF array.
-    fn counts(values: &[u64]) -> (MmapArray, impl Fn(&[u64])) {
+    /// Counts in memory in place of a BPF array, each with its two sides.
+    fn counts(values: &[[i32; 2]]) -> (MmapArray, impl Fn(&[[i32; 2]])) {
         let file = rustix::fs::memfd_create("counts", rustix::fs::MemfdFlags::empty()).unwrap();
         rustix::fs::ftruncate(&file, 8 * values.len() as u64).unwrap();
         let array = MmapArray::open::<u64>(&file, values.len() as u32).unwrap();
         let other = MmapArray::open::<u64>(&file, values.len() as u32).unwrap();
-        let set = move |values: &[u64]| {
-            (0..).zip(values).for_each(|(i, value)| other.word(i, 0).unwrap().store(*value, Ordering::SeqCst));
+        let set = move |values: &[[i32; 2]]| {
+            for (i, sides) in (0..).zip(values) {
+                other.word(i, 0).unwrap().store(SidedCount { sides: *sides }.word(), Ordering::SeqCst);
+            }
         };
         set(values);
         (array, set)
     }
 
-    fn values(array: &MmapArray) -> Vec<u64> {
-        (0..array.len()).map(|id| array.word(id, 0).unwrap().load(Ordering::SeqCst)).collect()
-    }
-
-    fn found(connections: u64, cookies: u64) -> Found {
-        Found { connections, cookies }
+    fn values(array: &MmapArray) -> Vec<[i32; 2]> {
+        let read = |id| SidedCount::from_word(array.word(id, 0).unwrap().load(Ordering::SeqCst)).sides;
+        (0..array.len()).map(read).collect()
     }
 
     #[test]
-    fn count_at_rest_is_corrected_once_two_runs_agree() {
-        let (array, _) = counts(&[5, 3, 0]);
-        let (tally, mut drifts) = (HashMap::from([(0, found(5, 50)), (1, found(1, 7))]), Drifts::new());
-        for (corrected, second) in [(0, 3), (1, 1), (0, 1)] {
+    fn count_at_rest_is_corrected_once_two_looks_agree() {
+        let (array, _) = counts(&[[5, 9], [3, 9], [0, 9], [-1, 9]]);
+        let (found, mut drifts) = (HashMap::from([(0, 5), (1, 1)]), Drifts::new());
+        for (corrected, unsettled, of_1, of_3) in [(0, 2, 3, -1), (2, 0, 1, 0), (0, 0, 1, 0)] {
             let mut recounted = Reconciled::default();
-            Counts::new(&array, 0).unwrap().correct(&tally, &mut drifts, &mut recounted).unwrap();
-            assert_eq!(recounted.corrected, corrected);
-            assert_eq!(values(&array), [5, second, 0]);
+            Counts::new(&array, 0, Side::Zero).unwrap().correct(&found, &mut drifts, &mut recounted).unwrap();
+            assert_eq!((recounted.corrected, recounted.unsettled), (corrected, unsettled));
+            assert_eq!(values(&array), [[5, 9], [of_1, 9], [0, 9], [of_3, 9]]);
         }
         assert!(drifts.is_empty());
     }
 
-    /// In a full pool, a connection that ends is followed by another one at once: the count does not change.
     #[test]
-    fn full_pool_is_not_at_rest() {
-        let (array, _) = counts(&[100]);
+    fn other_side_is_corrected_alike() {
+        let (array, _) = counts(&[[7, 3]]);
         let mut drifts = Drifts::new();
-        for run in 0..2 * u64::from(CONFIRMATIONS) {
+        for left in [3, 1] {
+            let counts = Counts::new(&array, 0, Side::One).unwrap();
+            counts.correct(&HashMap::from([(0, 1)]), &mut drifts, &mut Reconciled::default()).unwrap();
+            assert_eq!(values(&array), [[7, left]]);
+        }
+    }
+
+    /// A connection that is being taken out of the counts is not among the entries, and is still counted.
+    #[test]
+    fn excess_that_changes_is_not_corrected() {
+        let (array, set) = counts(&[[0, 0]]);
+        let mut drifts = Drifts::new();
+        for (count, found) in [(4, 3), (3, 3), (3, 2), (3, 1), (1, 1)] {
+            set(&[[count, 0]]);
             let mut recounted = Reconciled::default();
-            let tally = HashMap::from([(0, found(99 - run % 2, 1_000 + run))]);
-            Counts::new(&array, 0).unwrap().correct(&tally, &mut drifts, &mut recounted).unwrap();
-            assert_eq!((recounted.corrected, values(&array)), (0, vec![100]));
+            let counts = Counts::new(&array, 0, Side::Zero).unwrap();
+            counts.correct(&HashMap::from([(0, found)]), &mut drifts, &mut recounted).unwrap();
+            assert_eq!((recounted.corrected, values(&array)), (0, vec![[count, 0]]));
+        }
+        assert!(drifts.is_empty());
+    }
+
+    #[test]
+    fn count_that_changes_during_a_look_is_left_alone() {
+        let (array, set) = counts(&[[0, 0], [0, 0]]);
+        let mut drifts = Drifts::new();
+        for _ in 0..5 {
+            set(&[[9, 0], [9, 0]]);
+            let counts = Counts::new(&array, 0, Side::Zero).unwrap();
+            set(&[[7, 0], [7, 0]]);
+            let mut recounted = Reconciled::default();
+            // The first may be right, and the second cannot be.
+            counts.correct(&HashMap::from([(0, 8), (1, 2)]), &mut drifts, &mut recounted).unwrap();
+            assert_eq!((recounted.corrected, recounted.unsettled), (0, 1));
         }
     }
 
     #[test]
-    fn count_that_never_rests_is_corrected_by_what_is_certain() {
-        let (array, set) = counts(&[0]);
-        let mut drifts = Drifts::new();
-        for run in 1..=u64::from(CONFIRMATIONS) {
-            // Twenty ends were lost; three to five connections are open, and one begins.
-            set(&[23 + run % 3]);
-            let counts = Counts::new(&array, 0).unwrap();
-            set(&[24 + run % 3]);
-            let mut recounted = Reconciled::default();
-            counts.correct(&HashMap::from([(0, found(4 + run % 3, run))]), &mut drifts, &mut recounted).unwrap();
-            assert_eq!(recounted.corrected, usize::from(run == u64::from(CONFIRMATIONS)));
-        }
-        assert_eq!(values(&array), [24 + 8 % 3 - 19]);
-    }
-
-    #[test]
-    fn number_between_two_readings_may_be_right() {
-        assert_eq!(Drift::of((5, 5), 5), None);
-        assert_eq!(Drift::of((5, 9), 7), None, "connections began during the tally");
-        assert_eq!(Drift::of((5, 9), 5), None, "connections ended during the tally");
-        assert_eq!(Drift::of((7, 9), 4), Some(3));
-        assert_eq!(Drift::of((1, 2), 4), Some(-2));
-        assert_eq!(Drift::of((-1, -1), 0), Some(-1), "a decrement came twice");
-    }
-
-    #[test]
-    fn changing_count_is_certainly_wrong_if_it_varies_by_less() {
-        let runs = |found: &[i64]| {
-            let follow = |previous: Option<Drift>, found: &i64| Some(Drift::follow(previous.as_ref(), *found, 0));
-            found.iter().fold(None, follow).unwrap()
+    fn both_sides_take_turns_at_rest() {
+        let flags = AtomicU64::new(NodeFlags::STORAGE);
+        let mut progress = Progress::default();
+        let mut look = |(is_settled, was_wrong)| {
+            progress.begin(&flags);
+            let side = Side::at_rest(&flags);
+            (side, progress.end(side, is_settled, was_wrong))
         };
-        let drift = runs(&[7, 4, 9, 5, 4, 6, 5]);
-        assert_eq!((drift.least, drift.most, drift.runs, drift.is_certain()), (4, 9, 7, false));
-        assert!(!runs(&[7, 4, 9, 5, 4, 6, 5, 7]).is_certain(), "it varies by 5");
-        assert!(runs(&[7, 6, 9, 7, 8, 6, 9, 7]).is_certain());
-        assert!(runs(&[-7, -6, -9, -7, -8, -6, -9, -7]).is_certain());
-        assert_eq!(runs(&[7, 4, -1]).runs, 1, "it was too low once");
+        let (right, suspected, corrected) = ((true, false), (false, false), (true, true));
+        assert_eq!([right, right].map(&mut look), [(Side::Zero, false), (Side::One, true)]);
+        // What is found is confirmed on the same side.
+        let looks = [suspected, corrected, right].map(&mut look);
+        assert_eq!(looks, [(Side::Zero, false), (Side::Zero, false), (Side::One, true)]);
+        // After a correction, the side that was compared before is compared again.
+        let looks = [right, suspected, corrected, right].map(&mut look);
+        assert_eq!(looks.map(|(side, _)| side), [Side::Zero, Side::One, Side::One, Side::Zero]);
+        assert_eq!(looks.map(|(_, done)| done), [false, false, false, true]);
+        // A side that never settles does not keep the other one from being compared.
+        let looks = [suspected, suspected, suspected, suspected, right, right].map(&mut look).map(|(side, _)| side);
+        assert_eq!(looks[..4], [looks[0]; 4]);
+        assert!(looks[4] != looks[0] && looks[5] == looks[0]);
+        assert_eq!(flags.load(Ordering::SeqCst) & NodeFlags::STORAGE, NodeFlags::STORAGE);
+    }
+
+    #[test]
+    fn subtracting_leaves_the_other_side_alone() {
+        let word = AtomicU64::new(SidedCount { sides: [1, -1] }.word());
+        Side::Zero.subtract(&word, 3);
+        Side::One.subtract(&word, -5);
+        assert_eq!(SidedCount::from_word(word.into_inner()).sides, [-2, 4]);
     }
 }

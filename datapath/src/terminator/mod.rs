@@ -3,7 +3,7 @@
 //! The helper sweeps the sockets of every network namespace, once per batch of changes.
 //! It terminates a socket only if the socket has Portolan state and that state matches the socket's peer.
 
-mod accounting;
+pub(crate) mod accounting;
 mod counts;
 mod request;
 mod sock_diag;
@@ -243,7 +243,7 @@ pub(super) fn work(
         let mut datagrams = Vec::new();
         let mut before = None;
         if request.recount {
-            match sees_all_processes().and_then(|()| connections.before_list()) {
+            match sees_all_processes().and_then(|()| connections.before_list(&mut unconfirmed)) {
                 Ok(now) => before = Some((now, Seen::nothing())),
                 Err(error) => report.errors.push(format!("cannot count connections: {error:#}")),
             }

@@ -90,7 +90,7 @@ impl Diag {
             let Some(socket) = connected(body) else { return };
             seen.cookies.insert(socket.cookie());
             if states.connection(socket.cookie()).is_none() {
-                let stored = connection(body, &|_| None).map(|connection| (socket.cookie(), connection.state));
+                let stored = connection(body, &|_| None).map(|connection| connection.state);
                 seen.stored.extend(stored);
             }
         })

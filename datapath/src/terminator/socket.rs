@@ -42,6 +42,11 @@ impl State {
         self.flags & ConnectionFlags::COUNTED != 0
     }
 
+    /// Returns the flag that names the side of the counts.
+    pub(super) fn has_side(&self) -> bool {
+        self.flags & ConnectionFlags::SIDE != 0
+    }
+
     pub(super) fn is_established(&self) -> bool {
         self.flags & ConnectionFlags::STAGE == SocketStage::Established as u32
     }
@@ -70,8 +75,8 @@ impl Connected {
 /// The TCP sockets found so far while listing all namespaces.
 pub(super) struct Seen {
     pub(super) cookies: HashSet<u64>,
-    /// What socket storage holds of those without an entry, by the cookie of the socket.
-    pub(super) stored: Vec<(u64, State)>,
+    /// What socket storage holds of those without an entry.
+    pub(super) stored: Vec<State>,
 }
 
 /// A TCP connection whose endpoint Portolan chose.
