@@ -49,8 +49,10 @@ impl OutcomeKind {
 pub struct Outcome {
     /// The time of the event, in nanoseconds of CLOCK_MONOTONIC.
     pub time_ns: u64,
-    /// The time from SYN to the event, in nanoseconds.
-    pub latency_ns: u64,
+    /// The time from SYN to the event, in microseconds, at most about 71 minutes.
+    pub latency_us: u32,
+    /// The client's pod, as in [`ClientUse`](crate::ClientUse).
+    pub client: u32,
     /// The cookie of the client's network namespace.
     pub netns_cookie: u64,
     /// The endpoint that the connection was redirected to.

@@ -73,12 +73,12 @@ plain!(BackendStats, 64, 8);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BackendUse {
-    /// The cookie of the network namespace that connected last.
-    pub last_netns: u64,
+    /// The pod that connected last, as in [`ClientUse`](crate::ClientUse); 0 for none.
+    pub last_client: u64,
     /// The time of that connection, in nanoseconds of CLOCK_MONOTONIC.
     pub last_ns: u64,
-    /// The cookie of the last different network namespace before that.
-    pub other_netns: u64,
+    /// The last different pod before that; 0 for none.
+    pub other_client: u64,
     /// The time of its last connection, in nanoseconds of CLOCK_MONOTONIC.
     pub other_ns: u64,
     /// HTTP/1 responses.
@@ -93,11 +93,11 @@ pub struct BackendUse {
 plain!(BackendUse, 64, 8);
 
 impl BackendUse {
-    /// Returns whether another network namespace established a connection at or after `since` (nanoseconds of
-    /// CLOCK_MONOTONIC).
-    pub fn used_by_others(&self, netns: u64, since: u64) -> bool {
-        let one = |user: u64, at: u64| user != 0 && user != netns && at >= since;
-        one(self.last_netns, self.last_ns) || one(self.other_netns, self.other_ns)
+    /// Returns whether another pod established a connection at or after `since` (nanoseconds of CLOCK_MONOTONIC).
+    /// A pod's network namespaces are not others: it may make as many as it likes.
+    pub fn used_by_others(&self, client: u32, since: u64) -> bool {
+        let one = |user: u64, at: u64| user != 0 && user != u64::from(client) && at >= since;
+        one(self.last_client, self.last_ns) || one(self.other_client, self.other_ns)
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use portolan_core::{
-    health::{Detector, DetectorEventKind, Reached, Signal},
+    health::{Client, Detector, DetectorEventKind, Reached, Signal},
     model::{OutlierDetection, SuccessCriterion},
 };
 use proptest::prelude::*;
@@ -238,7 +238,7 @@ fn compare(settings: OutlierDetection, success_criterion: SuccessCriterion, step
         match &step {
             Step::Signal(host, signal) => {
                 model.observe(now, *host, *signal);
-                for Reached { cause, .. } in detector.observe(address(*host), *signal, 0) {
+                for Reached { cause, .. } in detector.observe(address(*host), *signal, Client::default()) {
                     let event = detector.eject(at(now), address(*host), cause);
                     overflow +=
                         u64::from(event.is_some_and(|event| matches!(event.kind, DetectorEventKind::Overflow { .. })));

@@ -32,6 +32,8 @@ pub struct Outcome {
     pub latency: Duration,
     /// Cookie of the application's network namespace.
     pub netns_cookie: u64,
+    /// The application's pod: the lower half of the id of its cgroup.
+    pub pod: u32,
     /// The endpoint's count of failures, for [`Maps::acknowledge_failures`](crate::Maps::acknowledge_failures).
     pub failures: u32,
 }
@@ -85,8 +87,9 @@ fn decode(bytes: &[u8]) -> Option<Outcome> {
         frontend_epoch: record.frontend_epoch,
         kind: OutcomeKind::from_u32(record.kind.into())?,
         errno: record.errno,
-        latency: Duration::from_nanos(record.latency_ns),
+        latency: Duration::from_micros(record.latency_us.into()),
         netns_cookie: record.netns_cookie,
+        pod: record.client,
         failures: record.failures,
     })
 }

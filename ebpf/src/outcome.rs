@@ -248,7 +248,7 @@ fn on_established(ctx: &SockOpsContext, state: &State) {
         if watch == 0 {
             return;
         }
-        track_use(ctx, state);
+        track_use(state);
         if watch & TrackFlags::STATUS != 0 {
             watch_responses(ctx, state);
         }
@@ -320,18 +320,18 @@ pub(crate) unsafe fn failures_to_reset(state: &State) -> Option<u32> {
     FailureCount::reports_successes(failures).then_some(failures as u32)
 }
 
-/// Records which network namespace uses the endpoint, and the connect time.
+/// Records which pod uses the endpoint, and the connect time.
 #[inline(always)]
-unsafe fn track_use(ctx: &SockOpsContext, state: &State) {
+unsafe fn track_use(state: &State) {
     // SAFETY: live values.
     // Of two concurrent updates, one may be lost; either one records a use.
     unsafe {
         let Some(uses) = BACKEND_USE.get_ptr_mut((*state.connection).backend_id) else { return };
-        let (now, netns) = (bpf_ktime_get_ns(), bpf_get_netns_cookie(ctx.as_ptr()));
-        if (*uses).last_netns != netns {
-            (*uses).other_netns = (*uses).last_netns;
+        let (now, client) = (bpf_ktime_get_ns(), u64::from((*state.connection).client));
+        if (*uses).last_client != client {
+            (*uses).other_client = (*uses).last_client;
             (*uses).other_ns = (*uses).last_ns;
-            (*uses).last_netns = netns;
+            (*uses).last_client = client;
         }
         (*uses).last_ns = now;
         let took = now.saturating_sub((*state.connection).started_ns);
@@ -434,7 +434,8 @@ pub(crate) unsafe fn emit_outcome(netns: u64, state: &State, (kind, errno): (Out
         };
         record.write(Outcome {
             time_ns: now,
-            latency_ns: now.saturating_sub((*connection).started_ns),
+            latency_us: u32::try_from(now.saturating_sub((*connection).started_ns) / 1_000).unwrap_or(u32::MAX),
+            client: (*connection).client,
             netns_cookie: netns,
             backend: state.backend(),
             backend_id: (*connection).backend_id,

@@ -179,7 +179,7 @@ fn thread_without_capabilities_cannot_load_programs() -> Result<()> {
         thread.join().unwrap()
     })?;
     assert_eq!(without, libc::EPERM);
-    // Also with all capabilities, and with a filter of somebody else's that allows everything.
+    // Also with all capabilities, and with a filter of a container that allows everything.
     let filtered = std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             allow_all_system_calls()?;

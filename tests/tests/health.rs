@@ -11,10 +11,10 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Agent, Dialer, Directory, Pod, Server, TestBed, binary,
+    Agent, Dialer, Directory, Namespace, Pod, ProcessContext, Server, TestBed, binary,
     dial::Task,
     objects::{destination_rule, node, plain, service, slice},
-    wait_until,
+    unique, wait_until,
 };
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -99,6 +99,35 @@ fn single_pod_cannot_eject_an_endpoint_for_others() -> Result<()> {
     assert_eq!(bad.client.dial(WEB, 1)?.errnos(), [ECONNREFUSED]);
     assert_eq!(good.client.dial(WEB, 1)?.errnos(), [ECONNREFUSED]);
     wait_ejected(&agent, &["10.0.0.1:9080"])?;
+    Ok(())
+}
+
+/// The same with network namespaces that the pod makes: some use the endpoint's address, so that no other pod seems
+/// to, and connects fail in others.
+#[test]
+fn network_namespaces_of_a_single_pod_cannot_eject_an_endpoint_for_others() -> Result<()> {
+    let bed = TestBed::new()?;
+    let (directory, _near) = near_and_far(&bed, &eager(), &none())?;
+    let agent = bed.agent(&directory, "c1", "near")?;
+    let (bad, mut good) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
+    assert_eq!(good.client.dial(WEB, 3)?.greetings(), ["near"; 3]);
+    let own = (0..4).map(|_| Namespace::new(unique("own"))).collect::<Result<Vec<_>>>()?;
+    for (i, namespace) in own.iter().enumerate() {
+        namespace.add_address("10.0.0.1/32")?;
+        if i < 2 {
+            bed.serve_in(namespace, "10.0.0.1:9080", "own")?;
+        }
+        let mut client = Dialer::start(ProcessContext { namespace: Some(namespace), cgroup: Some(&bad.cgroup) })?;
+        let expected = if i < 2 { 0 } else { ECONNREFUSED };
+        assert_eq!(client.dial(WEB, 5)?.errnos(), [expected; 5]);
+    }
+    wait_until("the finding", BOUND, || {
+        let found = agent.findings("PTL0100")?;
+        ensure!(found.iter().any(|found| found.contains("10.0.0.1:9080")), "{found:?}");
+        Ok(())
+    })?;
+    assert_eq!(ejected(&agent)?, Vec::<String>::new());
+    assert_eq!(good.client.dial(WEB, 10)?.greetings(), ["near"; 10]);
     Ok(())
 }
 

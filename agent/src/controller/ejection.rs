@@ -13,7 +13,7 @@ use std::{
 
 use portolan_common::{BackendStats, OutcomeKind};
 use portolan_core::{
-    health::{DetectorEventKind, Health, Signal, ThresholdReached},
+    health::{Client, DetectorEventKind, Health, Signal, ThresholdReached},
     model::{Code, Finding, Probe, ProbeKind, Protocol},
     policy::PoolKey,
     table::{self, BackendId, Layout},
@@ -61,12 +61,12 @@ impl<K: Kernel> View<'_, K> {
         self.layout.frontend_id(&table::key(*address, Protocol::Tcp)).is_some()
     }
 
-    /// Reports whether pods outside of this network namespace use an endpoint.
-    fn used_by_others(&self, endpoint: &SocketAddr, client: u64, on_open_connection: bool) -> bool {
+    /// Reports whether other pods use an endpoint.
+    fn used_by_others(&self, endpoint: &SocketAddr, client: Client, on_open_connection: bool) -> bool {
         let since = self.now.monotonic.saturating_sub(RECENT_USE).as_nanos();
         let since = u64::try_from(since).unwrap_or(u64::MAX);
         let Some(id) = self.layout.backend_id(endpoint) else { return false };
-        let recently = self.kernel.backend_use(id).is_ok_and(|uses| uses.used_by_others(client, since));
+        let recently = self.kernel.backend_use(id).is_ok_and(|uses| uses.used_by_others(client.pod, since));
         // Established connections may be older, and of any client. Connects in flight are not use by others. A failure on an
         // open connection is itself one of the established ones.
         let established =
@@ -81,7 +81,7 @@ type Question = (SocketAddr, Arc<Probe>);
 /// What stands between outcomes and ejections.
 #[derive(Debug)]
 pub(super) struct EjectionGate {
-    /// Thresholds that a single network namespace reached, with the time of the failure (`CLOCK_MONOTONIC`), by the question
+    /// Thresholds that a single client reached, with the time of the failure (`CLOCK_MONOTONIC`), by the question
     /// that confirms them.
     pending: HashMap<Question, Vec<(PoolKey, ThresholdReached, Duration)>>,
     /// Findings with the time they were seen last.
@@ -168,7 +168,8 @@ impl EjectionGate {
             if signal.is_failure() {
                 self.log_failure(view.layout, pools, outcome, signal, &mut effects);
             }
-            for (pool, reached) in view.health.observe(pools, outcome.backend, signal, outcome.netns_cookie) {
+            let client = Client { netns: outcome.netns_cookie, pod: outcome.pod };
+            for (pool, reached) in view.health.observe(pools, outcome.backend, signal, client) {
                 if self.evaluate(view, pool, reached, (signal, outcome.at), &mut effects) {
                     self.first_unpublished_failure.get_or_insert(outcome.at);
                 }
@@ -321,7 +322,7 @@ impl EjectionGate {
         why: &str,
         effects: &mut Vec<Effect>,
     ) {
-        let (endpoint, client) = (reached.address, reached.client.unwrap_or_default());
+        let (endpoint, client) = (reached.address, reached.client.unwrap_or_default().netns);
         let message = format!(
             "{endpoint} of {pool} has {} consecutive failures, but only a single pod saw them and others use it: not ejected, because {why}",
             reached.cause.failures
@@ -399,7 +400,7 @@ impl EjectionGate {
             let pools = view.health.pools_of(&address);
             for _ in 0..missing.min(MAX_SYNTHETIC_FAILURES) {
                 // The client is unknown, so that the agent has to confirm them where the endpoint is in use.
-                for (pool, reached) in view.health.observe(&pools, address, Signal::Refused, 0) {
+                for (pool, reached) in view.health.observe(&pools, address, Signal::Refused, Client::default()) {
                     self.evaluate(view, pool, reached, (Signal::Refused, view.now.monotonic), effects);
                 }
             }

@@ -162,8 +162,8 @@ impl World {
     fn use_by(&mut self, endpoint: &str, netns: [u64; 2]) {
         let (id, at) = (self.backend(endpoint), self.now.monotonic.as_nanos() as u64);
         let uses = BackendUse {
-            last_netns: netns[0],
-            other_netns: netns[1],
+            last_client: netns[0],
+            other_client: netns[1],
             last_ns: at,
             other_ns: at,
             ..BackendUse::default()
@@ -188,6 +188,7 @@ impl World {
             errno: 111,
             latency: Duration::from_millis(1),
             netns_cookie: netns,
+            pod: netns as u32,
             failures: 1,
         };
         self.handle(Input::Outcomes { outcomes: vec![outcome; times], drained: true });
@@ -689,6 +690,7 @@ fn detected_protocol_counts_unless_it_is_from_before_the_agent() {
         errno: DetectedProtocol::TLS as u32,
         latency: Duration::ZERO,
         netns_cookie: 7,
+        pod: 7,
         failures: 0,
     };
     let earlier = Outcome { at: outcome.at - Duration::from_millis(1), ..outcome };

@@ -21,7 +21,7 @@ use crate::{
 
 pub use self::{
     active::{Target, Wanted},
-    outlier::{Cause, Detector, DetectorEvent, DetectorEventKind, Ejection, Reached, Saved, Signal, Threshold},
+    outlier::{Cause, Client, Detector, DetectorEvent, DetectorEventKind, Ejection, Reached, Saved, Signal, Threshold},
     overrides::{Drain, Override, OverrideCommand, Overrides},
 };
 
@@ -63,12 +63,12 @@ struct PoolState {
     clients: HashMap<SocketAddr, FailingClients>,
 }
 
-/// Network namespaces whose connections to an endpoint have failed in a row.
+/// Clients whose connections to an endpoint have failed in a row.
 #[derive(Clone, Copy, Debug)]
 struct FailingClients {
-    /// Cookie of the first namespace; 0 if unknown.
-    first: u64,
-    /// Whether connections from another namespace failed too.
+    /// The first one that is known.
+    first: Client,
+    /// Whether connections of an independent one failed too.
     several: bool,
 }
 
@@ -79,8 +79,8 @@ pub struct ThresholdReached {
     pub address: SocketAddr,
     /// Threshold and number of failures.
     pub cause: Cause,
-    /// Cookie of the only network namespace whose connections failed (0 if unknown); `None` if there were several.
-    pub client: Option<u64>,
+    /// The only client whose connections failed; `None` if several independent ones did.
+    pub client: Option<Client>,
 }
 
 impl Health {
@@ -243,7 +243,7 @@ impl Health {
         pools: &[PoolKey],
         address: SocketAddr,
         signal: Signal,
-        client: u64,
+        client: Client,
     ) -> Vec<(PoolKey, ThresholdReached)> {
         let mut all = Vec::new();
         for key in pools {
@@ -253,16 +253,16 @@ impl Health {
             let reached = detector.observe(address, signal, client);
             let counts = detector.is_counting_failures(&address);
             // A client's failures are forgotten after a while.
-            if counts && client != 0 && !self.busy.contains(key) {
+            if counts && client.netns != 0 && !self.busy.contains(key) {
                 self.busy.insert(key.clone());
             }
             if counts || !reached.is_empty() {
                 let known =
                     pool_state.clients.entry(address).or_insert(FailingClients { first: client, several: false });
-                if known.first == 0 {
+                if known.first.netns == 0 {
                     known.first = client;
                 }
-                known.several |= signal.is_failure() && client != 0 && known.first != client;
+                known.several |= signal.is_failure() && client.netns != 0 && client.is_independent_of(&known.first);
             }
             let clients = pool_state.clients.get(&address).copied();
             let only = clients.filter(|clients| !clients.several).map(|clients| clients.first);

@@ -1,6 +1,7 @@
 //! Outlier detection by Envoy's rules.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     sync::Arc,
@@ -132,12 +133,29 @@ pub struct Saved {
 pub struct Reached {
     /// Threshold and number of failures.
     pub cause: Cause,
-    /// The client whose own failures reached it, as given to [`Detector::observe`].
+    /// The client whose own failures reached it.
     /// `None` if those of all clients together did, without a success of any in between.
-    pub client: Option<u64>,
+    pub client: Option<Client>,
 }
 
-/// The clients of an endpoint whose failures are counted one by one; of more, those with the most failures.
+/// Who saw a signal. The default is an unknown client.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Client {
+    /// The cookie of its network namespace; 0 if unknown.
+    pub netns: u64,
+    /// The pod, which may have several network namespaces.
+    pub pod: u32,
+}
+
+impl Client {
+    /// Returns whether two clients are independent witnesses: neither in the same pod, nor in the same network namespace.
+    pub fn is_independent_of(&self, other: &Self) -> bool {
+        self.pod != other.pod && self.netns != other.netns
+    }
+}
+
+/// The clients of an endpoint whose failures are counted one by one. Of more, those of pods with the fewest of them, and
+/// of these the ones with the most failures.
 const MAX_CLIENTS: usize = 8;
 /// A client's failures are forgotten after this many sweeps in which it saw nothing of the endpoint.
 const MAX_IDLE_SWEEPS: u32 = 30;
@@ -145,7 +163,7 @@ const MAX_IDLE_SWEEPS: u32 = 30;
 /// Consecutive failures that one client saw.
 #[derive(Clone, Debug, PartialEq)]
 struct ClientFailures {
-    client: u64,
+    client: Client,
     /// Indexed as `Threshold::ALL`.
     failures: [u32; 3],
     /// Sweeps since the last failure.
@@ -182,7 +200,7 @@ impl Host {
     }
 
     /// Sets counters to zero: those of all clients together, and those of this client.
-    fn reset(&mut self, client: u64, which: impl Fn(usize) -> bool) {
+    fn reset(&mut self, client: Client, which: impl Fn(usize) -> bool) {
         for i in (0..3).filter(|i| which(*i)) {
             self.failures[i] = 0;
             self.clients.iter_mut().filter(|row| row.client == client).for_each(|row| row.failures[i] = 0);
@@ -190,20 +208,27 @@ impl Host {
         self.clients.retain(|row| row.failures != [0; 3]);
     }
 
-    /// Returns the failures of a client; `None` if it is unknown, or there is no room and it has fewer than all others.
-    fn row(&mut self, client: u64) -> Option<&mut ClientFailures> {
-        if client == 0 {
+    /// Returns the failures of a client; `None` if it is unknown.
+    ///
+    /// Without room for one more, a client of the pod with the most of them makes room: a pod that makes network namespaces
+    /// pushes out its own. Of those, it is the one with the fewest failures.
+    fn row(&mut self, client: Client) -> Option<&mut ClientFailures> {
+        if client.netns == 0 {
             return None;
         }
         if let Some(known) = self.clients.iter().position(|row| row.client == client) {
             return self.clients.get_mut(known);
         }
-        if self.clients.len() >= MAX_CLIENTS {
-            let count = |row: &ClientFailures| (row.failures.into_iter().max(), std::cmp::Reverse(row.idle_sweeps));
-            let fewest = (0..self.clients.len()).min_by_key(|i| count(&self.clients[*i]))?;
-            self.clients.swap_remove(fewest);
-        }
         self.clients.push(ClientFailures { client, failures: [0; 3], idle_sweeps: 0 });
+        if self.clients.len() > MAX_CLIENTS {
+            let of_pod = |pod| self.clients.iter().filter(|row| row.client.pod == pod).count();
+            let rank = |row: &ClientFailures| {
+                (Reverse(of_pod(row.client.pod)), row.failures.into_iter().max(), Reverse(row.idle_sweeps))
+            };
+            // The new one has no failures yet, and is not among those that may have to go.
+            let first = (0..MAX_CLIENTS).min_by_key(|i| rank(&self.clients[*i]))?;
+            self.clients.remove(first);
+        }
         self.clients.last_mut()
     }
 }
@@ -260,11 +285,11 @@ impl Detector {
     }
 
     /// Records a signal that `client` saw, and returns the thresholds that it reaches, in the order in which Envoy checks
-    /// them. `client` is the cookie of a network namespace; 0 if unknown.
+    /// them.
     ///
     /// An Envoy counts for one client. Failures of several clients count together as well, which finds a dead endpoint
     /// sooner.
-    pub fn observe(&mut self, address: SocketAddr, signal: Signal, client: u64) -> Vec<Reached> {
+    pub fn observe(&mut self, address: SocketAddr, signal: Signal, client: Client) -> Vec<Reached> {
         let counters = self.settings.counters();
         let split = self.settings.local_origin_errors.is_some();
         // Effect of the signal on each counter: increment, reset to zero, or none.

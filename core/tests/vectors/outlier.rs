@@ -7,7 +7,7 @@ use std::{
 };
 
 use portolan_core::{
-    health::{Detector, DetectorEvent, DetectorEventKind, Signal},
+    health::{Client, Detector, DetectorEvent, DetectorEventKind, Signal},
     model::{OutlierDetection, SuccessCriterion},
 };
 use serde_json::{Value, json};
@@ -25,7 +25,7 @@ pub fn detector(hosts: u64, settings: OutlierDetection, now: Instant) -> Detecto
 
 /// Observes a signal, and ejects for every cause. In the agent, a confirmation may come in between.
 pub fn take(detector: &mut Detector, now: Instant, host: SocketAddr, signal: Signal) -> Option<DetectorEvent> {
-    let reached = detector.observe(host, signal, 0);
+    let reached = detector.observe(host, signal, Client::default());
     reached.into_iter().filter_map(|reached| detector.eject(now, host, reached.cause)).next()
 }
 

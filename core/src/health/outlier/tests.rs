@@ -10,7 +10,7 @@ fn new(settings: OutlierDetection, now: Instant) -> Detector {
 
 /// Records a signal, and ejects the endpoint if a threshold is reached.
 fn take(detector: &mut Detector, now: Instant, host: SocketAddr, signal: Signal) -> Option<DetectorEvent> {
-    let reached = detector.observe(host, signal, 0);
+    let reached = detector.observe(host, signal, Client::default());
     reached.into_iter().filter_map(|reached| detector.eject(now, host, reached.cause)).next()
 }
 
@@ -27,6 +27,11 @@ fn settings(consecutive_errors: u32) -> OutlierDetection {
         min_health_percent: 0,
         count_early_resets: false,
     }
+}
+
+/// Returns a client that is alone in its pod.
+fn pod(number: u32) -> Client {
+    Client { netns: number.into(), pod: number }
 }
 
 #[test]
@@ -171,7 +176,7 @@ fn success_of_one_client_does_not_reset_the_failures_of_another() {
     let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
     let mut detector = new(settings(5), now);
     detector.set_hosts(&BTreeSet::from([host]));
-    let (victim, other) = (7, 8);
+    let (victim, other) = (pod(7), pod(8));
     for _ in 0..4 {
         assert_eq!(detector.observe(host, DOWN, victim), []);
         assert_eq!(detector.observe(host, Signal::Connected, other), []);
@@ -192,7 +197,7 @@ fn failures_of_several_clients_count_together() {
     let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
     let mut detector = new(settings(5), now);
     detector.set_hosts(&BTreeSet::from([host]));
-    let reached: Vec<Reached> = (1..=5).flat_map(|client| detector.observe(host, DOWN, client)).collect();
+    let reached: Vec<Reached> = (1..=5).flat_map(|client| detector.observe(host, DOWN, pod(client))).collect();
     let cause = Cause { threshold: Threshold::Errors, failures: 5 };
     assert_eq!(reached, [Reached { cause, client: None }]);
     // What led to it is used up, in every count.
@@ -204,16 +209,42 @@ fn many_clients_cannot_crowd_out_the_one_with_the_most_failures() {
     let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
     let mut detector = new(settings(5), now);
     detector.set_hosts(&BTreeSet::from([host]));
-    let victim = 7;
+    let victim = pod(7);
     let mut reached = Vec::new();
     for round in 0..5 {
         reached.extend(detector.observe(host, DOWN, victim));
         reached.extend((0..100).flat_map(|i| {
-            let client = 1_000 + round * 100 + i;
+            let client = pod(1_000 + round * 100 + i);
             let failed = detector.observe(host, DOWN, client);
             detector.observe(host, Signal::Connected, client);
             failed
         }));
+    }
+    let cause = Cause { threshold: Threshold::Errors, failures: 5 };
+    assert_eq!(reached, [Reached { cause, client: Some(victim) }]);
+}
+
+/// A pod fills all rows with namespaces that are about to reach the threshold, and keeps adding another one.
+#[test]
+fn namespaces_of_one_pod_cannot_crowd_out_another_pod() {
+    let (now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
+    let mut detector = new(settings(5), now);
+    detector.set_hosts(&BTreeSet::from([host]));
+    let namespace = |netns| Client { netns, pod: 1 };
+    let victim = pod(7);
+    for netns in 0..20 {
+        for _ in 0..4 {
+            assert_eq!(detector.observe(host, DOWN, namespace(100 + netns)), []);
+            assert_eq!(detector.observe(host, Signal::Connected, namespace(99)), []);
+        }
+    }
+    let mut reached = Vec::new();
+    for _ in 0..5 {
+        reached.extend(detector.observe(host, DOWN, victim));
+        for netns in 200..220 {
+            reached.extend(detector.observe(host, DOWN, namespace(netns)));
+            reached.extend(detector.observe(host, Signal::Connected, namespace(netns)));
+        }
     }
     let cause = Cause { threshold: Threshold::Errors, failures: 5 };
     assert_eq!(reached, [Reached { cause, client: Some(victim) }]);
@@ -224,8 +255,8 @@ fn failures_of_a_client_that_is_gone_are_forgotten() {
     let (mut now, host) = (Instant::now(), SocketAddr::from(([10, 0, 0, 1], 80)));
     let mut detector = new(settings(5), now);
     detector.set_hosts(&BTreeSet::from([host]));
-    detector.observe(host, DOWN, 7);
-    detector.observe(host, Signal::Connected, 8);
+    detector.observe(host, DOWN, pod(7));
+    detector.observe(host, Signal::Connected, pod(8));
     assert!(detector.is_counting_failures(&host));
     let sweeps = (1..100).find(|_| {
         now += Duration::from_secs(1);
