@@ -338,35 +338,39 @@ fn counts_are_right_after_slots_were_stolen() -> Result<()> {
 #[test]
 fn impersonated_endpoint_is_ejected_nevertheless() -> Result<()> {
     let bed = TestBed::new()?;
-    let directory = web(&bed, &eager(5))?;
+    let mut rule = eager(5);
+    rule["outlierDetection"]["baseEjectionTime"] = json!("1ms");
+    let directory = web(&bed, &rule)?;
     let objects = [plain(service("web", &["172.16.0.10"], 80)), plain(slice("web", 9080, &[("10.0.0.1", "near", "")]))];
     directory.write(
         "c1/all.yaml",
-        &objects.into_iter().chain([destination_rule("web", &json!({"trafficPolicy": eager(5)}))]).collect::<Vec<_>>(),
+        &objects.into_iter().chain([destination_rule("web", &json!({"trafficPolicy": rule}))]).collect::<Vec<_>>(),
     )?;
     let agent = bed.agent(&directory, "c1", "near")?;
     let (mut attacker, mut victim) = (Pod::new(&bed, 1)?, Pod::new(&bed, 2)?);
     attacker.namespace.add_address("10.0.0.1/32")?;
     bed.serve_in(&attacker.namespace, "10.0.0.1:9080", "impersonated")?;
     assert_eq!(attacker.client.dial(WEB, 3)?.greetings(), ["impersonated"; 3]);
-    let (mut left, to) = (attempts(20_000), WEB.parse()?);
-    while left > 0 {
-        let times = left.min(100_000);
-        left -= times;
+    let (all, to) = (attempts(20_000), WEB.parse()?);
+    // A client's failures are forgotten after half a minute, so there are several rounds.
+    let times = (all / 100).max(10_000);
+    for round in 0..all.div_ceil(times) {
+        // One failure less than the threshold, then all the successes, then the last failure.
+        assert_eq!(victim.client.dial(WEB, 4)?.errnos(), [ECONNREFUSED; 4]);
         let reply = attacker.client.run(&Task::Repeat { to, times })?;
         assert_eq!(reply.good, u64::from(times), "{} failed, the last with errno {}", reply.bad, reply.value);
+        let ejections = |agent: &Agent| -> Result<bool> {
+            Ok(agent.get("ejections")?["services"].as_array().is_some_and(|services| !services.is_empty()))
+        };
+        assert!(!ejections(&agent)?, "round {round}: ejected after four failures");
+        assert_eq!(victim.client.dial(WEB, 1)?.errnos(), [ECONNREFUSED]);
+        wait_ejected(&agent).with_context(|| format!("round {round}"))?;
+        wait_until("the end of the ejection", BOUND, || {
+            ensure!(!ejections(&agent)?, "it is still ejected");
+            Ok(())
+        })?;
     }
-    attacker.client.begin(&Task::Load { to })?;
-    let mut refused = 0;
-    while agent.get("ejections")?["services"].as_array().is_none_or(Vec::is_empty) && refused < 2_000 {
-        let errnos = victim.client.dial(WEB, 1)?.errnos();
-        assert_eq!(errnos, [ECONNREFUSED]);
-        refused += 1;
-    }
-    let load = attacker.client.run(&Task::Stop)?;
-    println!("ejected after {refused} failures, beside {} connections of the attacker", load.good);
-    wait_ejected(&agent)?;
-    assert!(refused < 200, "{refused} failures before the ejection");
+    println!("{all} successes of the attacker between four failures and the fifth");
     Ok(())
 }
 
