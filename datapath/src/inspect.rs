@@ -3,20 +3,25 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
+    mem::offset_of,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    sync::atomic::Ordering,
 };
 
 use aya::{
     maps::{MapData, MapInfo},
     programs::{ProgramInfo, loaded_programs},
 };
+use portolan_common::{Frontend, Frontend4, Frontend6};
+use portolan_core::table::Sizes;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     btf,
     error::{Context as _, Result, Unsupported},
-    map_specs::{self, Scope},
+    map_specs::{self, MapSpec, Scope},
+    mmap_array::MmapArray,
     pins::{self, Pins},
     preflight,
     programs::{self, AttachType, HTTP_INGRESS, PROGRAMS, ProgramSpec},
@@ -73,7 +78,7 @@ pub struct Facts {
     pub bpffs: bool,
     /// Whether a running agent holds the lock on the pins.
     pub agent: bool,
-    /// Schema of the pinned map_specs::{self, Scope}, if there are any.
+    /// Schema of the pinned maps, if there are any.
     pub schema: Option<u32>,
     /// Portolan's programs, linked or not.
     pub programs: Vec<ProgramFacts>,
@@ -83,6 +88,8 @@ pub struct Facts {
     /// Programs of others on the sock_ops hook of cgroups below Portolan's: path, and the names of the programs.
     /// They may disable the callbacks of connections in these cgroups.
     pub sock_ops_below: Vec<(PathBuf, Vec<String>)>,
+    /// Pods whose connections have found their share of `CONNECTIONS` used up: the path of their cgroup, and how many did.
+    pub over_share: Vec<(PathBuf, u64)>,
     /// Whether `sock_diag` can list and close sockets; if not, why.
     pub sockets: Result<(), String>,
     /// Network file systems whose client is the kernel: type and mount point.
@@ -133,9 +140,21 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
             }
         }
     }
-    let mut sock_ops_below = Vec::new();
+    let (mut sock_ops_below, mut over_share) = (Vec::new(), Vec::new());
+    let usage = usage(&pins).ok();
     if let Ok((path, _)) = &cgroup {
-        find_sock_ops(path, &all, &mut sock_ops_below);
+        each_below(path, 1, &mut |cgroup, depth| {
+            let ids = File::open(cgroup).and_then(|folder| sys::programs_of(&folder, AttachType::SockOps, false));
+            let names: Vec<String> = ids.unwrap_or_default().into_iter().map(|id| program_name(id, &all)).collect();
+            if !names.is_empty() {
+                sock_ops_below.push((cgroup.to_owned(), names));
+            }
+            // What is deeper belongs to the client above it.
+            let id = fs::metadata(cgroup).map_or(0, |metadata| metadata.ino());
+            let over =
+                usage.as_ref().filter(|_| depth <= preflight::CLIENT_DEPTH).map(|usage| usage.over_share(id as u32));
+            over_share.extend(over.filter(|over| *over > 0).map(|over| (cgroup.to_owned(), over)));
+        });
     }
     let mounts = procfs::process::Process::myself().and_then(|process| process.mountinfo());
     let is_kernel_client = |kind: &str| kind.starts_with("nfs") || matches!(kind, "cifs" | "smb3" | "ceph");
@@ -152,6 +171,7 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
         programs,
         others,
         sock_ops_below,
+        over_share,
         sockets: terminator::check(),
         network_mounts: network_mounts
             .map(|mount| (mount.fs_type.clone(), mount.mount_point.display().to_string()))
@@ -165,19 +185,13 @@ pub fn inspect(cgroup: Option<&Path>, bpffs: &Path) -> Facts {
     }
 }
 
-/// Adds the programs on the sock_ops hook of all cgroups below this one.
-fn find_sock_ops(cgroup: &Path, programs: &BTreeMap<u32, ProgramInfo>, found: &mut Vec<(PathBuf, Vec<String>)>) {
+/// Visits all cgroups below this one, with their depth.
+fn each_below(cgroup: &Path, depth: u32, visit: &mut impl FnMut(&Path, u32)) {
     for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
-        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            continue;
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            visit(&entry.path(), depth);
+            each_below(&entry.path(), depth + 1, visit);
         }
-        let path = entry.path();
-        let ids = File::open(&path).and_then(|folder| sys::programs_of(&folder, AttachType::SockOps, false));
-        let names: Vec<String> = ids.unwrap_or_default().into_iter().map(|id| program_name(id, programs)).collect();
-        if !names.is_empty() {
-            found.push((path.clone(), names));
-        }
-        find_sock_ops(&path, programs, found);
     }
 }
 
@@ -201,17 +215,41 @@ fn is_of_another_set(program: &ProgramInfo, current: &BTreeSet<u32>) -> bool {
     })
 }
 
-/// Returns the usage of `CONNECTIONS`, from the counts of its users.
-fn connections(pins: &Pins) -> Result<MapFacts> {
+/// Returns the counts of the users of `CONNECTIONS`.
+fn usage(pins: &Pins) -> Result<ConnectionUsage> {
     let set = pins.current().context("no map set is pinned")?;
     let sizes = pins.connections().context("no state of connections is pinned")?;
-    let (used, size, _) = ConnectionUsage::open(pins, set, &sizes)?.read();
+    ConnectionUsage::open(pins, set, &sizes)
+}
+
+fn connections(pins: &Pins) -> Result<MapFacts> {
+    let (used, size, _) = usage(pins)?.read();
     Ok(MapFacts { name: map_specs::CONNECTIONS.name.to_lowercase(), used: used.into(), size: size.into() })
+}
+
+/// Returns the usage of the frontends of both families.
+fn frontends(pins: &Pins) -> Result<MapFacts> {
+    fn used<T: aya::Pod>(pins: &Pins, spec: &MapSpec, key: usize) -> Result<u64> {
+        let pin = pins.current_map(spec.name).context("no map set is pinned")?;
+        let lines = MmapArray::open::<T>(MapData::from_pin(&pin)?.fd(), MapInfo::from_pin(&pin)?.max_entries())?;
+        let mut used = 0;
+        for line in 0..lines.len() {
+            let key = lines.word(line, key / 8)?.load(Ordering::SeqCst);
+            used += u64::from(![Frontend::EMPTY, Frontend::REMOVED].contains(&key));
+        }
+        Ok(used)
+    }
+    let key = offset_of!(Frontend, key);
+    let used = used::<Frontend4>(pins, &map_specs::FRONTENDS4, offset_of!(Frontend4, line) + key)?
+        + used::<Frontend6>(pins, &map_specs::FRONTENDS6, offset_of!(Frontend6, line) + key)?;
+    let overflow = pins.current_map(map_specs::FRONTEND_OVERFLOW.name).context("no map set is pinned")?;
+    let size = Sizes::frontends_with_overflow(MapInfo::from_pin(overflow)?.max_entries() / 2);
+    Ok(MapFacts { name: "frontends".to_owned(), used, size: size.into() })
 }
 
 /// Counts the entries of the maps that can be counted from user space.
 fn counted(pins: &Pins) -> Result<Vec<MapFacts>> {
-    let mut facts = Vec::new();
+    let mut facts = vec![frontends(pins)?];
     for name in map_specs::MAPS.iter().filter(|spec| spec.countable).map(|spec| spec.name) {
         let pin = pins.current_map(name).context("no map set is pinned")?;
         let data = MapData::from_pin(&pin)?;

@@ -89,8 +89,11 @@ impl MapSpec {
 pub(crate) const FRONTENDS4: MapSpec = MapSpec::array::<Frontend4>("FRONTENDS4", Sizes::frontend_lines).mmapable();
 pub(crate) const FRONTENDS6: MapSpec = MapSpec::array::<Frontend6>("FRONTENDS6", Sizes::frontend_lines).mmapable();
 /// Both families share it.
-pub(crate) const FRONTEND_OVERFLOW: MapSpec =
-    MapSpec::hash::<u64, u32>("FRONTEND_OVERFLOW", |sizes| 2 * sizes.frontend_overflow());
+pub(crate) const FRONTEND_OVERFLOW: MapSpec = MapSpec {
+    // Frontends are counted as a whole.
+    countable: false,
+    ..MapSpec::hash::<u64, u32>("FRONTEND_OVERFLOW", |sizes| 2 * sizes.frontend_overflow())
+};
 pub(crate) const ENTRIES: MapSpec = MapSpec::array::<Entry>("ENTRIES", |sizes| sizes.slots).mmapable();
 pub(crate) const VERSIONS: MapSpec = MapSpec::array::<FrontendVersion>("VERSIONS", Sizes::versions).mmapable();
 pub(crate) const SLOTS: MapSpec = MapSpec::array::<Slot>("SLOTS", |sizes| sizes.slots).mmapable();

@@ -98,15 +98,17 @@ fn cgroup2_root() -> Result<PathBuf, Unsupported> {
     })
 }
 
-/// Returns the depth of the cgroups that count as clients, seen from the root of the hierarchy: three levels below the
-/// served cgroup.
+/// The depth of the cgroups that count as clients, below the served cgroup.
 ///
 /// With either driver of the kubelet, these are the pods of the classes Burstable and BestEffort, and the containers of
 /// Guaranteed ones.
 /// A process cannot leave them, even where it may make cgroups of its own below.
+pub(crate) const CLIENT_DEPTH: u32 = 3;
+
+/// Returns the same depth, seen from the root of the hierarchy.
 fn client_level(cgroup: &Path) -> i32 {
     let depth = cgroup.ancestors().skip(1).take_while(|above| filesystem(above) == Some(CGROUP2_MAGIC)).count();
-    3 + i32::try_from(depth).unwrap_or_default()
+    CLIENT_DEPTH as i32 + i32::try_from(depth).unwrap_or_default()
 }
 
 /// Checks that `folder` is on a bpffs. Mounts one at [`DEFAULT_BPFFS`] if `folder` is below it and none is mounted.

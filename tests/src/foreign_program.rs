@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     io,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    path::Path,
 };
 
 use anyhow::{Context as _, Result};
@@ -11,12 +12,15 @@ use anyhow::{Context as _, Result};
 use crate::Cgroup;
 
 const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_ATTACH: libc::c_long = 8;
 const BPF_PROG_DETACH: libc::c_long = 9;
+const BPF_LINK_UPDATE: libc::c_long = 29;
 const PROG_TYPE_SOCK_OPS: u32 = 13;
 const PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
 const SOCK_OPS: u32 = 3;
 const CONNECT4: u32 = 10;
+const CONNECT6: u32 = 11;
 const ALLOW_MULTI: u32 = 2;
 
 /// What a third-party program does.
@@ -26,6 +30,8 @@ pub enum Foreign {
     Allow,
     /// On the connect4 hook, it denies every connection, with EPERM.
     Deny,
+    /// On the connect6 hook, it denies every connection, with EPERM.
+    DenyV6,
     /// On the sock_ops hook, it disables all callbacks of each new connection, so that no program sees its end.
     HideEnds,
 }
@@ -40,6 +46,7 @@ impl Foreign {
         match self {
             Self::Allow => (PROG_TYPE_CGROUP_SOCK_ADDR, CONNECT4, &[R0[1], EXIT]),
             Self::Deny => (PROG_TYPE_CGROUP_SOCK_ADDR, CONNECT4, &[R0[0], EXIT]),
+            Self::DenyV6 => (PROG_TYPE_CGROUP_SOCK_ADDR, CONNECT6, &[R0[0], EXIT]),
             Self::HideEnds => {
                 let code = &[
                     // r2 = *(u32 *)(r1 + 0): the event
@@ -74,6 +81,31 @@ impl ForeignProgram {
     /// # Errors
     /// Returns an error if the kernel rejects the program or its attachment.
     pub fn attach(cgroup: &Cgroup, what: Foreign) -> Result<Self> {
+        let (_, hook, _) = what.program();
+        let foreign = Self { program: Self::load(what)?, cgroup: File::open(cgroup.path())?, hook };
+        foreign.change(BPF_PROG_ATTACH).context("cannot attach a program")?;
+        Ok(foreign)
+    }
+
+    /// Puts a program in the place of the one in a pinned link, which stays attached.
+    ///
+    /// # Errors
+    /// Returns an error if there is no such link, or if the kernel rejects the program.
+    pub fn replace_in_link(pin: &Path, what: Foreign) -> Result<()> {
+        let program = Self::load(what)?;
+        let path = std::ffi::CString::new(pin.as_os_str().as_encoded_bytes())?;
+        let mut attr = [0u32; 32];
+        set_pointer(&mut attr, 0, path.as_ptr().addr());
+        let link = bpf(BPF_OBJ_GET, &mut attr).with_context(|| format!("cannot open {}", pin.display()))?;
+        // SAFETY: the kernel just returned this descriptor, so nothing else owns it.
+        let link = unsafe { OwnedFd::from_raw_fd(link) };
+        let mut attr = [0u32; 32];
+        (attr[0], attr[1]) = (link.as_raw_fd() as u32, program.as_raw_fd() as u32);
+        bpf(BPF_LINK_UPDATE, &mut attr).context("cannot replace the program")?;
+        Ok(())
+    }
+
+    fn load(what: Foreign) -> Result<OwnedFd> {
         let (kind, hook, code) = what.program();
         let license = c"GPL";
         let mut attr = [0u32; 32];
@@ -87,10 +119,7 @@ impl ForeignProgram {
         attr[17] = hook;
         let program = bpf(BPF_PROG_LOAD, &mut attr).context("cannot load a program")?;
         // SAFETY: the kernel just returned this descriptor, so nothing else owns it.
-        let program = unsafe { OwnedFd::from_raw_fd(program) };
-        let foreign = Self { program, cgroup: File::open(cgroup.path())?, hook };
-        foreign.change(BPF_PROG_ATTACH).context("cannot attach a program")?;
-        Ok(foreign)
+        Ok(unsafe { OwnedFd::from_raw_fd(program) })
     }
 
     /// Returns whether the program is still attached, by detaching and reattaching it.

@@ -3,17 +3,18 @@
 
 use std::{
     fs,
+    io::Read as _,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use portolan_tests::{
-    Cgroup, ConnectionSlots, Dialer, Directory, ProcessContext, TestBed,
+    Cgroup, ConnectionSlots, Dialer, Directory, Foreign, ForeignProgram, Pod, ProcessContext, TestBed, binary,
     dial::Task,
     objects::{destination_rule, mesh_config, node, service, slice},
     wait_until,
 };
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use serde_json::json;
 
 const BOUND: Duration = Duration::from_secs(20);
@@ -278,6 +279,17 @@ fn readiness_reflects_attached_programs() -> Result<()> {
         Ok(())
     })?;
     assert_eq!(client.dial("172.16.0.10:80", 2)?.errnos(), [0; 2]);
+    // A link whose program has been replaced is attached, and yet not Portolan's.
+    ForeignProgram::replace_in_link(&bed.pins().join("links/connect6"), Foreign::DenyV6)?;
+    wait_until("the program to be replaced again", BOUND, || {
+        let events = agent.events()?;
+        let found = |event: &serde_json::Value| {
+            let message = event["message"].as_str().unwrap_or_default();
+            event["kind"] == "repaired" && message.contains("connect6 was replaced by program")
+        };
+        ensure!(events.iter().any(found) && agent.http("/readyz")?.0 == 200, "{}", agent.log());
+        Ok(())
+    })?;
     // A removed pin is restored too: without it, the link would not outlive the agent.
     fs::remove_file(bed.pins().join("links/sock_ops"))?;
     wait_until("the pin to be restored", BOUND, || {
@@ -292,6 +304,65 @@ fn readiness_reflects_attached_programs() -> Result<()> {
     assert!(agent.log().contains("connect4 was detached"), "{}", agent.log());
     assert_eq!(client.dial("172.16.0.10:80", 2)?.errnos(), [0; 2]);
     Ok(())
+}
+
+/// The programs are in place, but connections over IPv6 do not get through.
+#[test]
+fn readiness_reflects_connections_over_ipv6() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = directory(&bed)?;
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    assert_eq!(agent.http("/readyz")?.0, 200);
+    let denying = ForeignProgram::attach(&bed.cgroup, Foreign::DenyV6)?;
+    wait_until("the agent to be unready", BOUND, || {
+        let (status, why) = agent.http("/readyz")?;
+        ensure!(status == 503 && why.contains("connect6"), "{status} {why}");
+        Ok(())
+    })?;
+    drop(denying);
+    wait_until("the agent to be ready", BOUND, || {
+        ensure!(agent.http("/readyz")?.0 == 200, "{}", agent.log());
+        Ok(())
+    })
+}
+
+/// In a cgroup namespace of its own, what looks like the root of all cgroups is that of the container.
+#[test]
+fn cgroup_of_a_container_is_not_that_of_the_machine() -> Result<()> {
+    let bed = TestBed::new()?;
+    let (directory, pod) = (directory(&bed)?, Pod::new(&bed, 1)?);
+    let mount = directory.scratch("cgroup");
+    fs::create_dir(&mount)?;
+    let script = "mount -t cgroup2 none $0 && exec $1 agent --cluster c1 --node n1 --config $2 --bpffs $3 2>&1";
+    let portolan = binary("portolan")?;
+    let arguments = [mount.as_path(), &portolan, &directory.path(), bed.pins()].map(|path| path.display().to_string());
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut agent =
+        pod.start("unshare", &[&["--cgroup", "--mount", "sh", "-c", script], arguments.as_slice()].concat())?;
+    let mut output = String::new();
+    agent.child().stdout.take().context("no stdout")?.read_to_string(&mut output)?;
+    assert!(!agent.child().wait()?.success(), "{output}");
+    assert!(output.contains("is the cgroup of this container, not of the machine"), "{output}");
+    assert!(output.contains("set --cgroup to that path"), "{output}");
+    Ok(())
+}
+
+/// While the agent has no descriptors left, connections wait; afterwards, it answers them.
+#[test]
+fn lack_of_descriptors_is_temporary() -> Result<()> {
+    let bed = TestBed::new()?;
+    let directory = directory(&bed)?;
+    let agent = bed.agent(&directory, "c1", "n1")?;
+    let id = Pid::from_raw(agent.process.id() as i32).context("no process id")?;
+    let usual = getrlimit(Resource::Nofile);
+    prlimit(Some(id), Resource::Nofile, Rlimit { current: Some(3), ..usual })?;
+    // It cannot answer, and does not end.
+    assert!(agent.http_within("/healthz", Duration::from_secs(1)).is_err());
+    prlimit(Some(id), Resource::Nofile, usual)?;
+    wait_until("the agent to answer", BOUND, || {
+        ensure!(agent.http("/readyz")?.0 == 200, "{}", agent.log());
+        agent.get("services").map(drop)
+    })
 }
 
 #[test]

@@ -145,14 +145,15 @@ struct SizeArgs {
     /// Maximum number of endpoints
     #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().backends, value_parser = clap::value_parser!(u32).range(1..=262_143), env = "PORTOLAN_MAX_BACKENDS")]
     max_backends: u32,
-    /// Maximum number of slots of all schedules, and of entries of all runs
+    /// Maximum number of slots of all schedules, of entries of all runs, and of turns of all lists of endpoints
     #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().slots, value_parser = size(), env = "PORTOLAN_MAX_SLOTS")]
     max_slots: u32,
     /// Maximum number of client affinities (sessionAffinity); the least recently used one is evicted
     #[arg(long, value_name = "COUNT", default_value_t = Sizes::default().affinities, value_parser = size(), env = "PORTOLAN_MAX_AFFINITIES")]
     max_affinities: u32,
     /// Maximum number of sockets with their state in the fast map; others take longer to connect.
-    /// Rounded up to a power of two. Default: one for each 32 KiB of memory, thus 262144 with 8 GiB; each takes 128 bytes
+    /// Rounded up to a power of two, from 1024 to 16777216; another number makes open connections lose their state.
+    /// Default: one for each 32 KiB of memory, thus 262144 with 8 GiB; each takes 128 bytes
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(i64::from(Sizes::CONNECTIONS.0)..=i64::from(Sizes::CONNECTIONS.1)), env = "PORTOLAN_MAX_CONNECTIONS")]
     max_connections: Option<u32>,
 }

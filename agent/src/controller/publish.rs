@@ -195,7 +195,8 @@ pub(super) fn is_nearly_full(used: u32, size: u32) -> bool {
 
 fn nearly_full(layout: &Layout) -> Vec<Finding> {
     let finding = |(map, used, size): (&str, u32, u32)| {
-        let message = format!("{used} of {size} entries are in use; restart the agent with a larger size");
+        let message =
+            format!("{used} of {size} entries are in use; restart the agent with a larger {}", Sizes::option(map));
         Finding::new(Code::MapNearlyFull, ObjectRef::global("Map", map), message)
     };
     layout.occupancy().into_iter().filter(|(_, used, size)| is_nearly_full(*used, *size)).map(finding).collect()
@@ -209,8 +210,11 @@ fn does_not_fit(rejected: &Rejected) -> Finding {
         "connections to it bypass Portolan"
     };
     let message = format!(
-        "map {} ({} entries) has no room for {} more: {effect}; restart the agent with a larger size",
-        rejected.map, full.size, full.wanted
+        "map {} ({} entries) has no room for {} more: {effect}; restart the agent with a larger {}",
+        rejected.map,
+        full.size,
+        full.wanted,
+        Sizes::option(rejected.map)
     );
     Finding::new(Code::MapFull, ObjectRef::global("Frontend", address), message)
 }

@@ -81,8 +81,8 @@ pub(super) struct TerminationPlanner {
 struct Counted {
     /// The services whose connections use it.
     users: BTreeSet<ServiceId>,
-    /// Connections that it had refused when the planner looked last.
-    refused: u64,
+    /// Connections that it had refused when the planner looked last; `None` if it has not looked yet.
+    refused: Option<u64>,
 }
 
 impl TerminationPlanner {
@@ -218,7 +218,7 @@ impl TerminationPlanner {
             };
             let Ok(stats) = view.kernel.pool_stats(id) else { continue };
             is_used |= stats.active.total() != 0;
-            refuses |= stats.overflow > std::mem::replace(&mut counted.refused, stats.overflow);
+            refuses |= counted.refused.replace(stats.overflow).is_some_and(|before| stats.overflow > before);
         }
         let is_older = |than| self.recounted_at.is_none_or(|at| now.instant >= at + than);
         if self.recounts == 0 && (refuses && is_older(self.refusal_wait) || is_used && is_older(RECOUNT_PERIOD)) {

@@ -699,3 +699,12 @@ fn detected_protocol_counts_unless_it_is_from_before_the_agent() {
     world.handle(Input::Outcomes { outcomes: vec![outcome], drained: true });
     assert!(world.codes().contains(&Code::NotHttp));
 }
+
+#[test]
+fn slots_for_connections_that_run_out_are_a_finding() {
+    let mut world = World::serving(2);
+    world.controller.kernel_mut().connection_slots = (89, 100, 0);
+    assert!(!world.codes().contains(&Code::MapNearlyFull));
+    world.controller.kernel_mut().connection_slots = (90, 100, 0);
+    assert!(world.codes().contains(&Code::MapNearlyFull));
+}

@@ -1,5 +1,6 @@
 //! Evaluates the facts about a machine for `portolan doctor`: checks, their results, and remedies. Pure: no I/O.
 
+use portolan_core::table::Sizes;
 use portolan_datapath::{Facts, MapFacts, ProgramFacts};
 use serde::{Deserialize, Serialize};
 
@@ -262,12 +263,21 @@ fn other_programs(checks: &mut Checks, facts: &Facts) {
         let effect = "if it calls bpf_sock_ops_cb_flags_set, it must keep the flags that are set: otherwise failures and bytes of the connections in this cgroup are not seen";
         checks.add("other programs: sock_ops", State::Note, says, effect);
     }
+    for (cgroup, connections) in &facts.over_share {
+        let says = format!(
+            "{connections} connections of {} found its share of the slots for connections used up, and took about a microsecond longer",
+            cgroup.display()
+        );
+        let remedy =
+            "if this pod is meant to have so many connections, start the agent with a larger --max-connections";
+        checks.add("connections", State::Note, says, remedy);
+    }
     if facts.kube_proxy {
         let says = "kube-proxy is running: it handles only the connections that bypass Portolan";
         checks.add("kube-proxy", State::Note, says, "");
     }
     if facts.others.is_empty() && !facts.kube_proxy {
-        checks.ok("neighbours", "no other program handles connect()");
+        checks.ok("other programs", "no other program handles connect()");
     }
 }
 
@@ -322,7 +332,7 @@ fn sizes(checks: &mut Checks, facts: &Facts) {
                 &format!("map {name}"),
                 State::Warning,
                 says,
-                "start the agent with a larger map size (see portolan agent --help)",
+                &format!("start the agent with a larger {}", Sizes::option(name)),
             );
         } else {
             checks.ok(&format!("map {name}"), says);
@@ -357,6 +367,7 @@ mod tests {
             programs: vec![program("connect4"), program("sock_ops")],
             others: BTreeMap::new(),
             sock_ops_below: Vec::new(),
+            over_share: Vec::new(),
             sockets: Ok(()),
             network_mounts: Vec::new(),
             kube_proxy: false,

@@ -3,7 +3,7 @@
 //! A client process in the served cgroup dials an otherwise unused address.
 //! The programs rewrite that address to this agent's listener, over IPv4 and, if the machine has it, IPv6.
 //! The response proves that the programs are attached, that the maps are active, and that peer addresses are translated
-//! back. All traffic stays on loopback: without a rewrite, the connect would be refused there.
+//! back. All traffic stays on loopback: without a rewrite, the connect would fail there.
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
@@ -26,12 +26,16 @@ use tokio::{
     time::timeout,
 };
 
-use crate::error::{Context as _, Result, ensure};
+use crate::error::{Context as _, Error, Result, ensure};
 
 /// Address that the client dials: on loopback, so that traffic never leaves the machine, and without a listener.
 pub const FRONTEND: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::new(127, 80, 84, 76), 15_921));
-/// The same for IPv6, where loopback has one address only.
-pub const FRONTEND6: SocketAddr = SocketAddr::V6(SocketAddrV6::new(Ipv6Addr::LOCALHOST, 15_921, 0, 0));
+/// The same for IPv6, where loopback has one address only: an address of the range that routers discard (RFC 6666). The
+/// client's sockets are bound to the loopback interface, which has no route there.
+pub const FRONTEND6: SocketAddr =
+    SocketAddr::V6(SocketAddrV6::new(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0x5054, 0x4c), 15_921, 0, 0));
+/// The loopback interface.
+pub(super) const LOOPBACK: &[u8] = b"lo";
 /// Hidden subcommand that runs the client.
 pub const VERB: &str = "self-probe";
 /// Name of the child cgroup for the client, if the cgroup itself cannot hold processes.
@@ -63,6 +67,12 @@ struct Listener {
     streams: TcpListener,
     datagrams: UdpSocket,
     endpoint: SocketAddr,
+}
+
+/// Returns whether there is no IPv6 on this machine, as opposed to a lack of descriptors, for instance.
+fn has_no_ipv6(error: &Error) -> bool {
+    let Error::Context { source, .. } = error else { return false };
+    matches!(source.as_ref(), Error::Io(error) if [libc::EADDRNOTAVAIL, libc::EAFNOSUPPORT].map(Some).contains(&error.raw_os_error()))
 }
 
 impl Listener {
@@ -118,8 +128,14 @@ impl SelfProbe {
     /// Returns an error if a socket on loopback cannot be bound.
     pub async fn new(cgroup: &Path) -> Result<Self> {
         let v4 = Listener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
-        let v6 = Listener::bind(SocketAddr::from((Ipv6Addr::LOCALHOST, 0))).await;
-        let v6 = v6.inspect_err(|error| tracing::info!("the self-probe does without IPv6: {error:#}")).ok();
+        let v6 = match Listener::bind(SocketAddr::from((Ipv6Addr::LOCALHOST, 0))).await {
+            Ok(listener) => Some(listener),
+            Err(error) if has_no_ipv6(&error) => {
+                tracing::info!("this machine has no IPv6, so the self-probe does without it");
+                None
+            }
+            Err(error) => return Err(error),
+        };
         Ok(Self { cgroup: cgroup.to_owned(), v4, v6, wanted: Arc::new(Notify::new()) })
     }
 

@@ -3,12 +3,14 @@
 use std::{
     fs,
     io::{self, BufRead as _, Read as _, Write as _},
-    net::{Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream, UdpSocket},
     path::Path,
     time::Duration,
 };
 
-use super::self_probe::{FRONTEND, FRONTEND6, GREETING, QUESTIONS};
+use socket2::{Domain, Socket, Type};
+
+use super::self_probe::{FRONTEND, FRONTEND6, GREETING, LOOPBACK, QUESTIONS};
 use crate::error::{Context as _, Result, ensure};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -36,12 +38,12 @@ fn probe(v6: bool) -> Result<()> {
     let mapped = mapped();
     stream(FRONTEND).context("connect4 or getpeername4 does not work")?;
     stream(mapped).context("connect6 or getpeername6 does not work")?;
-    datagram("127.0.0.1:0", FRONTEND).context("sendmsg4 or recvmsg4 does not work")?;
+    datagram(Ipv4Addr::LOCALHOST, FRONTEND).context("sendmsg4 or recvmsg4 does not work")?;
     // An IPv4-mapped address on an IPv6 socket: sent as IPv4, received as IPv6.
-    datagram("[::]:0", mapped).context("sendmsg4 or recvmsg6 does not work")?;
+    datagram(Ipv6Addr::UNSPECIFIED, mapped).context("sendmsg4 or recvmsg6 does not work")?;
     if v6 {
         stream(FRONTEND6).context("connect6 or getpeername6 does not work for IPv6")?;
-        datagram("[::1]:0", FRONTEND6).context("sendmsg6 or recvmsg6 does not work for IPv6")?;
+        datagram(Ipv6Addr::LOCALHOST, FRONTEND6).context("sendmsg6 or recvmsg6 does not work for IPv6")?;
     }
     Ok(())
 }
@@ -54,7 +56,10 @@ fn mapped() -> SocketAddr {
 }
 
 fn stream(to: SocketAddr) -> Result<()> {
-    let mut stream = TcpStream::connect_timeout(&to, TIMEOUT)?;
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+    socket.bind_device(Some(LOOPBACK)).context("cannot bind a socket to the loopback interface")?;
+    socket.connect_timeout(&to.into(), TIMEOUT)?;
+    let mut stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(TIMEOUT))?;
     let peer = stream.peer_addr()?;
     ensure!(peer == to, "getpeername returned {peer}, expected {to}");
@@ -64,8 +69,12 @@ fn stream(to: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-fn datagram(from: &str, to: SocketAddr) -> Result<()> {
-    let socket = UdpSocket::bind(from)?;
+fn datagram(from: impl Into<IpAddr>, to: SocketAddr) -> Result<()> {
+    let from = SocketAddr::new(from.into(), 0);
+    let socket = Socket::new(Domain::for_address(from), Type::DGRAM, None)?;
+    socket.bind_device(Some(LOOPBACK)).context("cannot bind a socket to the loopback interface")?;
+    socket.bind(&from.into())?;
+    let socket = UdpSocket::from(socket);
     socket.set_read_timeout(Some(TIMEOUT))?;
     socket.send_to(GREETING, to)?;
     let mut buffer = [0; GREETING.len()];

@@ -68,6 +68,17 @@ impl Default for Sizes {
 }
 
 impl Sizes {
+    /// Returns the option of the agent that sets the size of a map, by its name in metrics and findings.
+    pub fn option(map: &str) -> &'static str {
+        match map {
+            "backends" => "--max-backends",
+            "entries" | "slots" | "runs" => "--max-slots",
+            "affinity" => "--max-affinities",
+            "connections" => "--max-connections",
+            _ => "--max-frontends",
+        }
+    }
+
     /// The smallest and the largest number of entries of `CONNECTIONS`.
     pub const CONNECTIONS: (u32, u32) = (1 << 10, 1 << 24);
 
@@ -99,6 +110,11 @@ impl Sizes {
     /// Of a full table, less than one frontend in a hundred goes there.
     pub fn frontend_overflow(&self) -> u32 {
         self.frontends / 16 + 16
+    }
+
+    /// Returns the number of frontends that goes with this many lines behind the buckets, rounded down to a multiple of 16.
+    pub fn frontends_with_overflow(lines: u32) -> u32 {
+        lines.saturating_sub(16) * 16
     }
 
     /// Returns the `shift` of [`Frontend::first_bucket`].

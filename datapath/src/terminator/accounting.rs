@@ -74,6 +74,11 @@ impl ConnectionUsage {
         Ok(Self { clients, entries: sizes.connections })
     }
 
+    /// Returns how many connections of a client found its share used up: the lower half of the id of its cgroup.
+    pub(crate) fn over_share(&self, client: u32) -> u64 {
+        self.clients.read::<ClientUse>(ClientUse::index(client)).map_or(0, |uses| uses.over_share)
+    }
+
     /// Returns the number of entries in use, the capacity, and the number of connections so far that found their pod's
     /// share used up.
     pub(crate) fn read(&self) -> (u32, u32, u64) {
