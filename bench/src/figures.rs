@@ -110,13 +110,13 @@ pub(crate) fn ratio(one: &Arm, other: &Arm, measure: &str) -> Option<Median> {
 
 /// Returns the median over the rounds of what one arm adds to a baseline, divided by what another one adds.
 ///
-/// Rounds in which the other arm adds nothing measurable are left out.
+/// A round in which the other arm adds nothing measurable counts as an infinite ratio.
 pub(crate) fn added(one: &Arm, other: &Arm, baseline: &Arm, measure: &str) -> Option<Median> {
     let rounds = one.rounds.iter().zip(&other.rounds).zip(&baseline.rounds);
     Median::of(rounds.filter_map(|((one, other), base)| {
         let base = base.get(measure)?;
         let (own, theirs) = (one.get(measure)? - base, other.get(measure)? - base);
-        (theirs > 0.0).then_some(own / theirs)
+        Some(if theirs > 0.0 { own / theirs } else { f64::INFINITY })
     }))
 }
 
@@ -146,13 +146,16 @@ mod tests {
     }
 
     #[test]
-    fn added_latency_leaves_out_the_baseline() {
+    fn added_latency_leaves_out_the_baseline_and_no_round() {
         let arm = |values: [f64; 3]| {
             let mut arm = Arm::new("a", "", None);
             arm.rounds = values.map(|value| Round::from([("x", value)])).to_vec();
             arm
         };
-        let ratio = added(&arm([11.0, 21.0, 30.0]), &arm([20.0, 30.0, 30.0]), &arm([10.0, 20.0, 30.0]), "x").unwrap();
+        let baseline = arm([10.0, 20.0, 30.0]);
+        let ratio = added(&arm([11.0, 21.0, 30.0]), &arm([20.0, 30.0, 30.0]), &baseline, "x").unwrap();
         assert!((ratio.median - 0.1).abs() < 1e-9, "{ratio:?}");
+        let ratio = added(&arm([11.0, 21.0, 31.0]), &arm([20.0, 20.0, 30.0]), &baseline, "x").unwrap();
+        assert_eq!(ratio.median, f64::INFINITY);
     }
 }

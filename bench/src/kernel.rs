@@ -47,7 +47,9 @@ pub(crate) struct InKernel {
     pub(crate) connection: Median,
     /// The same with the client and the server on one CPU, so that no cache line moves between two.
     pub(crate) connection_on_one_cpu: Median,
-    /// An empty program: the overhead of the statistics, which no other figure includes.
+    /// How often the programs run for such a connection.
+    pub(crate) connection_runs: Median,
+    /// An empty program: the overhead of the statistics for each run, which no other figure includes.
     pub(crate) nothing: Median,
 }
 
@@ -187,16 +189,20 @@ impl Node {
         Ok(())
     }
 
-    /// Returns the run time of all programs for each of this many requests, without that of the statistics.
-    fn cost_of_requests(&mut self, to: &[SocketAddr], count: u64) -> Result<f64> {
+    /// Returns the run time of all programs for each of this many requests, without that of the statistics, and their
+    /// number of runs.
+    fn cost_of_requests(&mut self, to: &[SocketAddr], count: u64) -> Result<[f64; 2]> {
         let all = |bed: &TestBed| HOOKS.map(|name| counted(bed, name)).into_iter().collect::<Result<Vec<_>>>();
         let (before, nothing_before) = (all(&self.bed)?, self.nothing.counted()?);
         self.request(to, count)?;
         let nothing = mean(nothing_before, self.nothing.counted()?);
-        let net = |(before, after): (&(u64, u64), (u64, u64))| {
-            (after.0 - before.0) as f64 - nothing * (after.1 - before.1) as f64
-        };
-        Ok(before.iter().zip(all(&self.bed)?).map(net).sum::<f64>() / count as f64)
+        let (mut net, mut runs) = (0.0, 0.0);
+        for (before, after) in before.iter().zip(all(&self.bed)?) {
+            let of_hook = (after.1 - before.1) as f64;
+            net += (after.0 - before.0) as f64 - nothing * of_hook;
+            runs += of_hook;
+        }
+        Ok([net, runs].map(|sum| sum / count as f64))
     }
 }
 
@@ -257,7 +263,8 @@ fn measure(count: u32, each: u32, threads: usize, rounds: usize, connections: u6
             costs.push(ours.cost_of_requests(&frontends, connections / 4)?);
         }
     }
-    let [connection, connection_on_one_cpu] = with_requests.map(|costs| Median::of(costs).context("no rounds"));
+    let of = |costs: &[[f64; 2]], i: usize| Median::of(costs.iter().map(|cost| cost[i])).context("no rounds");
+    let [on_two_cpus, on_one_cpu] = with_requests;
     let median = |of: fn(&Round) -> f64| Median::of(all.iter().map(of)).context("no rounds");
     Ok(InKernel {
         services: count,
@@ -269,8 +276,9 @@ fn measure(count: u32, each: u32, threads: usize, rounds: usize, connections: u6
         floor_miss: median(|round| round.floor_miss)?,
         hit_to_floor: median(|round| round.hit / round.floor_hit)?,
         miss_to_floor: median(|round| round.miss / round.floor_miss)?,
-        connection: connection?,
-        connection_on_one_cpu: connection_on_one_cpu?,
+        connection: of(&on_two_cpus, 0)?,
+        connection_on_one_cpu: of(&on_one_cpu, 0)?,
+        connection_runs: of(&on_one_cpu, 1)?,
         nothing: median(|round| round.nothing)?,
     })
 }

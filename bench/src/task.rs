@@ -54,6 +54,8 @@ pub enum Task {
         to: SocketAddr,
         /// Number of datagrams.
         count: usize,
+        /// Number of threads that share the socket; more than one run on all CPUs.
+        threads: usize,
     },
     /// Per request: connects, sends one byte, reads one byte back, closes.
     Request {

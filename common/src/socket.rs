@@ -271,7 +271,7 @@ pub enum SocketStage {
     /// The SYN has been sent; the connection counts as active.
     Connecting = 1,
     /// The connection is established and counts as opened.
-    /// It has the bit of [`Self::Connecting`] too, so that one atomic addition of bits leads from stage to stage.
+    /// It has the bit of [`Self::Connecting`] too.
     Established = 3,
 }
 

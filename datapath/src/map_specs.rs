@@ -12,7 +12,7 @@ use portolan_core::table::Sizes;
 /// Which folder a map is pinned in, and so how long it lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Scope {
-    /// The folder of a map set: a new schema or new sizes get a new set, and the old one goes once the new one serves.
+    /// The folder of a map set: a new schema or new sizes get a new set, and the old one is removed once the new one is in use.
     Set,
     /// A folder that all sets share: flows of UDP sockets, and excluded pods. Only a new `SHARED_LAYOUT` replaces it.
     Shared,

@@ -410,18 +410,27 @@ impl Maps {
     pub fn frontend(&self, key: &FrontendKey) -> Option<(FrontendId, Published, Generation)> {
         let (fingerprint, v6) = (key.fingerprint(&self.hash.multipliers), !key.endpoint().is_v4());
         let (hash, shift) = (Frontend::hash(fingerprint, self.hash.seed), self.sizes.frontend_shift());
-        let buckets = [Frontend::first_bucket(hash, shift), Frontend::second_bucket(hash, shift)];
-        let lines = buckets.into_iter().flat_map(|first| first..first + Frontend::BUCKET);
+        let line = |index| {
+            let id = FrontendId::of_line(index, v6);
+            Some((id, self.line(id).ok()?))
+        };
+        let is_it = |(id, line): &(FrontendId, Frontend)| {
+            let has_key = || self.frontends6.read::<Frontend6>(id.index()).is_ok_and(|value| value.key == *key);
+            line.key == fingerprint && (!v6 || has_key())
+        };
+        let published =
+            |(id, line): (FrontendId, Frontend)| (id, Published(line.current), Generation::new(line.generation));
+        for bucket in [Frontend::first_bucket(hash, shift), Frontend::second_bucket(hash, shift)] {
+            let lines: Vec<_> = (bucket..bucket + Frontend::BUCKET).filter_map(line).collect();
+            if let Some(found) = lines.iter().copied().find(is_it) {
+                return Some(published(found));
+            }
+            if lines.iter().any(|(_, line)| line.key == Frontend::EMPTY) {
+                return None;
+            }
+        }
         let behind = self.frontend_overflow.get(&fingerprint, 0).ok();
-        lines.chain(behind).map(|index| FrontendId::of_line(index, v6)).find_map(|id| {
-            let line = self.line(id).ok()?;
-            let is_it = !v6 || self.frontends6.read::<Frontend6>(id.index()).is_ok_and(|value| value.key == *key);
-            (line.key == fingerprint && is_it).then_some((
-                id,
-                Published(line.current),
-                Generation::new(line.generation),
-            ))
-        })
+        behind.and_then(line).filter(is_it).map(published)
     }
 
     /// Returns the global counters, summed over all CPUs.

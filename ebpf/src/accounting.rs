@@ -69,7 +69,8 @@ pub(crate) fn stop_counting(state: &State, owner: u64) {
 /// Clears [`ConnectionFlags::COUNTED`] for the connection that had the flags `seen`; returns whether it was set.
 #[inline(always)]
 fn clear_counted(state: &State, mut seen: u32) -> bool {
-    // Again if another flag has changed in between: a connection that is ending changes at most one more, HTTP.
+    // Again if another flag has changed in between. If that happens twice, the end of the connection clears the flag, or a
+    // recount corrects the counts.
     for _ in 0..2 {
         let (now, cleared) = state.exchange_flags(seen, seen & !ConnectionFlags::COUNTED);
         if cleared {

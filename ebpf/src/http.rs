@@ -1,7 +1,7 @@
 //! Reads the status of HTTP/1 responses from their first bytes, on keep-alive connections too.
 //!
 //! This is the only per-packet program, so it is attached only while some pool needs it.
-//! Packets of other sockets leave it after one or two lookups.
+//! Packets of other sockets leave it after two lookups, or three once any socket has used socket storage.
 //! It parses nothing but twelve bytes: a response begins with the first byte that arrives after the client has written
 //! more (docs/adr/0013-http-status.md).
 //! Data that does not look like a response is ignored, and packets are never dropped or delayed.

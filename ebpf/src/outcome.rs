@@ -82,8 +82,8 @@ pub(crate) fn sock_ops(ctx: &SockOpsContext) {
     if op == BPF_SOCK_OPS_TCP_CONNECT_CB {
         if is_valid {
             if state.flags() & (ConnectionFlags::STAGE | ConnectionFlags::SHARED) != 0 {
-                // The end of an earlier connection was hidden, and this socket, which the kernel has put in the place of
-                // the former one, connects to the same endpoint without its Service.
+                // No hook saw the end of an earlier connection, and this socket, at the same address, connects to the same
+                // endpoint without its Service.
                 accounting::free(&state, state::owner(socket));
                 return;
             }

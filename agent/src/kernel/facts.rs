@@ -1,6 +1,6 @@
 //! Facts about the maps that the fake models. `fake_kernel_models_these_facts` runs them on the fake, and
-//! `kernel_confirms_what_the_fake_models` (in the kernel tests) on the real maps: what is not here is no model of the
-//! kernel: a test sets it, such as an error or a hook that is missing.
+//! `kernel_confirms_what_the_fake_models` (in the kernel tests) on the real maps. Everything else about the fake is set by
+//! tests, such as an error or a missing hook.
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 

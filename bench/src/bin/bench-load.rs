@@ -61,6 +61,13 @@ fn pin(cpu: &str) -> Result<()> {
     Ok(sched_setaffinity(None, &set)?)
 }
 
+/// Lets the calling thread run on all CPUs.
+fn unpin() -> Result<()> {
+    let mut set = CpuSet::new();
+    (0..CpuSet::MAX_CPU).for_each(|cpu| set.set(cpu));
+    Ok(sched_setaffinity(None, &set)?)
+}
+
 fn tasks(mut work: impl FnMut(Task) -> Result<Measurement>) -> Result<()> {
     for line in io::stdin().lock().lines() {
         let answer = work(serde_json::from_str(&line?)?)?;
@@ -104,9 +111,21 @@ fn client(task: Task, held: &mut Vec<Socket>) -> Result<Measurement> {
             })?
         }
         Task::ConnectDatagram { to, count } => each(count, |_| Ok(datagram_socket()?.connect(to)?))?,
-        Task::Send { to, count } => {
+        Task::Send { to, count, threads: 1 } => {
             let socket = datagram_socket()?;
             each(count, |_| Ok(socket.send_to(&[7], to).map(drop)?))?
+        }
+        Task::Send { to, count, threads } => {
+            let socket = datagram_socket()?;
+            let send = || {
+                unpin()?;
+                each(count / threads, |_| Ok(socket.send_to(&[7], to).map(drop)?)).map(drop)
+            };
+            std::thread::scope(|scope| {
+                let running: Vec<_> = (0..threads).map(|_| scope.spawn(send)).collect();
+                running.into_iter().try_for_each(|one| one.join().unwrap_or_else(|_| bail!("a thread panicked")))
+            })?;
+            Measurement::default()
         }
         Task::Request { to, count } => each(count, |_| request(to).map(drop))?,
         Task::RequestEach { to, first, count } => each(count, |i| request(to[(first + i) % to.len()]).map(drop))?,

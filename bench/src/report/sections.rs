@@ -245,8 +245,10 @@ impl Report {
     fn section_of_kernel(&self) -> Section {
         let row = |row: &InKernel| {
             let connect4 = [row.hit, row.floor_hit, row.miss, row.floor_miss];
-            let hooks = [row.connection, row.connection_on_one_cpu, row.nothing];
-            let figures: Vec<_> = connect4.into_iter().chain(hooks).map(|ns| of_median(ns, 0)).collect();
+            let hooks = [row.connection, row.connection_on_one_cpu];
+            let mut figures: Vec<_> = connect4.into_iter().chain(hooks).map(|ns| of_median(ns, 0)).collect();
+            let gross = row.connection_on_one_cpu.median + row.connection_runs.median * row.nothing.median;
+            figures.extend([of_median(row.connection_runs, 1), format!("{gross:.0}"), of_median(row.nothing, 0)]);
             [vec![row.services.to_string(), row.endpoints.to_string(), row.threads.to_string()], figures].concat()
         };
         Section {
@@ -256,7 +258,8 @@ impl Report {
                     The floor is a minimal program: one hash lookup, one array read, the rewrite, no state. \
                     `all hooks` is the sum over connect4, sock_ops and sock_release for one connection with one request and its answer; \
                     the client and the server are on different CPUs, which move the cache lines that the programs write, or on one. \
-                    The statistics themselves take as long as the empty program; the other figures here are net of that."
+                    The statistics themselves take as long as the empty program for each run. The other figures are net of that; \
+                    the gross one includes it."
                 .to_owned(),
             header: words(&[
                 "services",
@@ -268,6 +271,8 @@ impl Report {
                 "floor, miss",
                 "all hooks, two CPUs",
                 "all hooks, one CPU",
+                "runs",
+                "gross, one CPU",
                 "empty program",
             ]),
             rows: self.kernel.iter().map(row).collect(),
@@ -285,6 +290,7 @@ impl Report {
                 of_median(way.call, 0),
                 format!("{:+.0}", way.call.median - list),
                 of_median(way.all, 0),
+                of_median(way.runs, 1),
             ]
         };
         Section {
@@ -295,7 +301,7 @@ impl Report {
                  Determining that an address is not that of a Service takes {other:.0} ns; a connect to one takes {list:.0} ns. \
                  `all hooks` also has the programs at later events of the same socket, until it is closed."
             ),
-            header: words(&["what is dialed", "program", "ns", "difference from a plain list", "all hooks"]),
+            header: words(&["what is dialed", "program", "ns", "difference from a plain list", "all hooks", "runs"]),
             rows: self.ways.iter().map(row).collect(),
             charts: Vec::new(),
         }
@@ -303,12 +309,15 @@ impl Report {
 
     fn section_of_loads(&self) -> Section {
         let row = |load: &Load| {
-            let part = load.in_storage as f64 / load.connections.max(1) as f64 * 100.0;
+            let percent = |part: u64, of: usize| format!("{:.1} %", part as f64 / of.max(1) as f64 * 100.0);
+            let in_entries = load.connections as u64 - load.in_storage;
             vec![
-                format!("{} %", load.percent),
                 load.connections.to_string(),
-                load.in_storage.to_string(),
-                format!("{part:.1} %"),
+                format!("{} %", load.percent),
+                percent(in_entries, load.entries as usize),
+                percent(load.in_storage, load.connections),
+                format!("{} of {}", load.last.1, load.last.0),
+                percent(load.last.1, load.last.0),
             ]
         };
         let entries = self.loads.first().map_or(0, |load| load.entries);
@@ -317,9 +326,17 @@ impl Report {
             about: format!(
                 "Connections that stay open, in a table of {entries} entries. \
                  A connection that finds both of its entries taken has its state in socket storage, \
-                 which is as complete, and slower to create."
+                 which is as complete, and slower to create. The last connections are the last hundredth of the entries: \
+                 with as many open, a further one finds both taken as often."
             ),
-            header: words(&["of the entries", "open connections", "in socket storage", "share"]),
+            header: words(&[
+                "open connections",
+                "of the entries",
+                "entries in use",
+                "in socket storage",
+                "of the last connections",
+                "share",
+            ]),
             rows: self.loads.iter().map(row).collect(),
             charts: Vec::new(),
         }
