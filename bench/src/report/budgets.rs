@@ -70,6 +70,19 @@ impl Verdict {
 }
 
 impl Report {
+    /// Returns what Portolan adds to connect(), as a part of what DNAT adds, with this many services.
+    pub(super) fn added_beside_dnat(&self, services: u32) -> Vec<(String, Median)> {
+        let arm = |name: &str| self.arms.iter().find(|arm| arm.name == name && !arm.rounds.is_empty());
+        let kinds = [("hit", "nftables", DIRECT), ("hit in turn", "nftables in turn", DIRECT_IN_TURN)];
+        let ratios = kinds.into_iter().filter_map(|(kind, dnat, direct)| {
+            let (hit, dnat) = (arm(&format!("{kind}, {services}"))?, arm(&format!("{dnat}, {services}"))?);
+            let what =
+                format!("added to connect(), through Portolan / DNAT (nftables), p50, {kind}, {services} services");
+            Some((what, added(hit, dnat, arm(direct)?, "connect p50")?))
+        });
+        ratios.collect()
+    }
+
     /// Evaluates all budgets on the figures so far.
     pub(crate) fn judge(&mut self) {
         let mut budgets = Vec::new();
@@ -87,17 +100,8 @@ impl Report {
                     add(what, format!("≤ {goal}"), with_interval(*ratio), Verdict::at_most(*ratio, goal));
                 }
             }
-            for (kind, dnat, direct) in
-                [("hit", "nftables", DIRECT), ("hit in turn", "nftables in turn", DIRECT_IN_TURN)]
-            {
-                let arms = [&format!("{kind}, {services}"), &format!("{dnat}, {services}"), direct].map(arm);
-                let [Some(hit), Some(dnat), Some(direct)] = arms else { continue };
-                if let Some(ratio) = added(hit, dnat, direct, "connect p50") {
-                    let what = format!(
-                        "added to connect(), through Portolan / DNAT (nftables), p50, {kind}, {services} services"
-                    );
-                    add(what, "≤ 0.10".to_owned(), with_interval(ratio), Verdict::at_most(ratio, 0.1));
-                }
+            for (what, ratio) in self.added_beside_dnat(*services) {
+                add(what, "≤ 0.10".to_owned(), with_interval(ratio), Verdict::at_most(ratio, 0.1));
             }
         }
         if let Some(hit) = services.first().and_then(|first| arm(&format!("hit, {first}"))) {

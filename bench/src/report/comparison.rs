@@ -135,13 +135,21 @@ impl Report {
     /// Where an arm has a ratio to the direct one, it stands for the time: it depends less on the machine's load.
     pub(super) fn comparable(&self) -> Vec<Figure> {
         let mut all = Vec::new();
-        let mut add = |name: String, better: Better, value: Median| all.push(Figure { name, better, value });
+        let mut add = |name: String, better: Better, value: Median| {
+            // JSON has no infinity.
+            let bounds = value.interval.map_or([value.median; 2], |(low, high)| [low, high]);
+            let is_finite = value.median.is_finite() && bounds.into_iter().all(f64::is_finite);
+            all.extend(is_finite.then_some(Figure { name, better, value }));
+        };
         for arm in self.arms.iter().filter(|arm| arm.name != DIRECT && arm.name != DIRECT_IN_TURN) {
             let baseline = if arm.is_in_turn() { DIRECT_IN_TURN } else { DIRECT };
             for (measure, ratio) in &arm.ratios {
                 let better = if measure.contains("per second") { Better::Higher } else { Better::Lower };
                 add(format!("{}: {measure} / {baseline}", arm.name), better, *ratio);
             }
+        }
+        for (name, ratio) in self.agents.iter().flat_map(|agent| self.added_beside_dnat(agent.services)) {
+            add(name, Better::Lower, ratio);
         }
         for row in &self.kernel {
             let name = |what: &str| {

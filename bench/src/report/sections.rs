@@ -64,7 +64,8 @@ impl Report {
         let count = |change| compared.iter().filter(|one| one.change == change).count();
         let mut about = format!(
             "{} better, {} worse, {} within the noise: a change counts if the confidence intervals of both reports have \
-             nothing in common.",
+             nothing in common. The intervals are those of the rounds of one run, in which the maps are in the same places; \
+             another run of the same code may differ by more, so repeat it before you believe a small change.",
             count(Change::Better),
             count(Change::Worse),
             count(Change::Noise)

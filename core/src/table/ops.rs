@@ -194,3 +194,23 @@ impl RemovedEndpoints {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_follow_the_memory_of_the_machine() {
+        const GIB: u64 = 1 << 30;
+        let sizes = [0, GIB, 8 * GIB, 24 * GIB, 1_024 * GIB].map(Sizes::connections_for_memory);
+        assert_eq!(sizes, [1 << 14, 1 << 15, 1 << 18, 1 << 20, 1 << 22]);
+    }
+
+    #[test]
+    fn frontends_follow_from_the_size_of_the_overflow() {
+        for frontends in [16, 1 << 14, 100_000] {
+            let sizes = Sizes { frontends, ..Sizes::default() };
+            assert_eq!(Sizes::frontends_with_overflow(sizes.frontend_overflow()), frontends);
+        }
+    }
+}
