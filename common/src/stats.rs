@@ -20,6 +20,11 @@ pub struct SidedCount {
 plain!(SidedCount, 8, 8);
 
 impl SidedCount {
+    /// Returns whether both counts are zero.
+    pub const fn is_zero(&self) -> bool {
+        self.sides[0] == 0 && self.sides[1] == 0
+    }
+
     /// Returns the number of connections; 0 if the counts are below zero.
     #[inline(always)]
     pub const fn total(&self) -> u64 {
@@ -73,12 +78,12 @@ plain!(BackendStats, 64, 8);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BackendUse {
-    /// The pod that connected last, as in [`ClientUse`](crate::ClientUse); 0 for none.
-    pub last_client: u64,
+    /// The cookie of the network namespace that connected last.
+    pub last_netns: u64,
     /// The time of that connection, in nanoseconds of CLOCK_MONOTONIC.
     pub last_ns: u64,
-    /// The last different pod before that; 0 for none.
-    pub other_client: u64,
+    /// The cookie of the last different network namespace before that.
+    pub other_netns: u64,
     /// The time of its last connection, in nanoseconds of CLOCK_MONOTONIC.
     pub other_ns: u64,
     /// HTTP/1 responses.
@@ -93,11 +98,12 @@ pub struct BackendUse {
 plain!(BackendUse, 64, 8);
 
 impl BackendUse {
-    /// Returns whether another pod established a connection at or after `since` (nanoseconds of CLOCK_MONOTONIC).
-    /// A pod's network namespaces are not others: it may make as many as it likes.
-    pub fn used_by_others(&self, client: u32, since: u64) -> bool {
-        let one = |user: u64, at: u64| user != 0 && user != u64::from(client) && at >= since;
-        one(self.last_client, self.last_ns) || one(self.other_client, self.other_ns)
+    /// Returns whether another network namespace established a connection at or after `since` (nanoseconds of
+    /// CLOCK_MONOTONIC).
+    /// A pod that makes network namespaces to push others out of this record still has used the endpoint from another one.
+    pub fn used_by_others(&self, netns: u64, since: u64) -> bool {
+        let one = |user: u64, at: u64| user != 0 && user != netns && at >= since;
+        one(self.last_netns, self.last_ns) || one(self.other_netns, self.other_ns)
     }
 }
 

@@ -248,7 +248,7 @@ fn on_established(ctx: &SockOpsContext, state: &State) {
         if watch == 0 {
             return;
         }
-        track_use(state);
+        track_use(ctx, state);
         if watch & TrackFlags::STATUS != 0 {
             watch_responses(ctx, state);
         }
@@ -320,18 +320,18 @@ pub(crate) unsafe fn failures_to_reset(state: &State) -> Option<u32> {
     FailureCount::reports_successes(failures).then_some(failures as u32)
 }
 
-/// Records which pod uses the endpoint, and the connect time.
+/// Records which network namespace uses the endpoint, and the connect time.
 #[inline(always)]
-unsafe fn track_use(state: &State) {
+unsafe fn track_use(ctx: &SockOpsContext, state: &State) {
     // SAFETY: live values.
     // Of two concurrent updates, one may be lost; either one records a use.
     unsafe {
         let Some(uses) = BACKEND_USE.get_ptr_mut((*state.connection).backend_id) else { return };
-        let (now, client) = (bpf_ktime_get_ns(), u64::from((*state.connection).client));
-        if (*uses).last_client != client {
-            (*uses).other_client = (*uses).last_client;
+        let (now, netns) = (bpf_ktime_get_ns(), bpf_get_netns_cookie(ctx.as_ptr()));
+        if (*uses).last_netns != netns {
+            (*uses).other_netns = (*uses).last_netns;
             (*uses).other_ns = (*uses).last_ns;
-            (*uses).last_client = client;
+            (*uses).last_netns = netns;
         }
         (*uses).last_ns = now;
         let took = now.saturating_sub((*state.connection).started_ns);

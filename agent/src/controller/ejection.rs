@@ -61,12 +61,12 @@ impl<K: Kernel> View<'_, K> {
         self.layout.frontend_id(&table::key(*address, Protocol::Tcp)).is_some()
     }
 
-    /// Reports whether other pods use an endpoint.
+    /// Reports whether clients in other network namespaces use an endpoint.
     fn used_by_others(&self, endpoint: &SocketAddr, client: Client, on_open_connection: bool) -> bool {
         let since = self.now.monotonic.saturating_sub(RECENT_USE).as_nanos();
         let since = u64::try_from(since).unwrap_or(u64::MAX);
         let Some(id) = self.layout.backend_id(endpoint) else { return false };
-        let recently = self.kernel.backend_use(id).is_ok_and(|uses| uses.used_by_others(client.pod, since));
+        let recently = self.kernel.backend_use(id).is_ok_and(|uses| uses.used_by_others(client.netns, since));
         // Established connections may be older, and of any client. Connects in flight are not use by others. A failure on an
         // open connection is itself one of the established ones.
         let established =

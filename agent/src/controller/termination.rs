@@ -217,7 +217,8 @@ impl TerminationPlanner {
                 continue;
             };
             let Ok(stats) = view.kernel.pool_stats(id) else { continue };
-            is_used |= stats.active.total() != 0;
+            // Also if a count is below zero.
+            is_used |= !stats.active.is_zero();
             refuses |= counted.refused.replace(stats.overflow).is_some_and(|before| stats.overflow > before);
         }
         let is_older = |than| self.recounted_at.is_none_or(|at| now.instant >= at + than);

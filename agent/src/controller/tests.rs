@@ -162,8 +162,8 @@ impl World {
     fn use_by(&mut self, endpoint: &str, netns: [u64; 2]) {
         let (id, at) = (self.backend(endpoint), self.now.monotonic.as_nanos() as u64);
         let uses = BackendUse {
-            last_client: netns[0],
-            other_client: netns[1],
+            last_netns: netns[0],
+            other_netns: netns[1],
             last_ns: at,
             other_ns: at,
             ..BackendUse::default()

@@ -174,7 +174,7 @@ impl Collector {
         let mut active = false;
         for op in ops {
             if let Op::ResetPool(id, _) = op {
-                active |= kernel.pool_stats(*id).is_ok_and(|stats| stats.active.total() != 0);
+                active |= kernel.pool_stats(*id).is_ok_and(|stats| !stats.active.is_zero());
             }
             if let Op::ResetFrontend(id, _) = op {
                 self.seen_frontends.remove(id);
@@ -183,7 +183,7 @@ impl Collector {
                 let place = id.get() as usize;
                 if let Some(address) = self.addresses.get(place).copied().flatten() {
                     self.take(*id, address, kernel);
-                    active |= kernel.backend_stats(*id).is_ok_and(|stats| stats.active.total() != 0);
+                    active |= kernel.backend_stats(*id).is_ok_and(|stats| !stats.active.is_zero());
                     // The counters of its last connections are collected.
                     if self.names.get(&address).is_some_and(|names| names.iter().all(|name| !name.live)) {
                         self.names.remove(&address);
