@@ -30,7 +30,7 @@ pub enum Foreign {
     Allow,
     /// On the connect4 hook, it denies every connection, with EPERM.
     Deny,
-    /// On the connect6 hook, it denies every connection, with EPERM.
+    /// On the connect6 hook, it denies every connection but those to IPv4-mapped addresses, with EPERM.
     DenyV6,
     /// On the sock_ops hook, it disables all callbacks of each new connection, so that no program sees its end.
     HideEnds,
@@ -46,7 +46,18 @@ impl Foreign {
         match self {
             Self::Allow => (PROG_TYPE_CGROUP_SOCK_ADDR, CONNECT4, &[R0[1], EXIT]),
             Self::Deny => (PROG_TYPE_CGROUP_SOCK_ADDR, CONNECT4, &[R0[0], EXIT]),
-            Self::DenyV6 => (PROG_TYPE_CGROUP_SOCK_ADDR, CONNECT6, &[R0[0], EXIT]),
+            Self::DenyV6 => {
+                let code = &[
+                    // r2 = *(u32 *)(r1 + 16): the third word of the address
+                    0x0000_0000_0010_1261,
+                    R0[1],
+                    // if (u32) r2 == 0xffff0000 (in network order, as it is in memory): skip one instruction
+                    0xffff_0000_0001_0216,
+                    R0[0],
+                    EXIT,
+                ];
+                (PROG_TYPE_CGROUP_SOCK_ADDR, CONNECT6, code)
+            }
             Self::HideEnds => {
                 let code = &[
                     // r2 = *(u32 *)(r1 + 0): the event

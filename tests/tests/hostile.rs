@@ -60,6 +60,14 @@ fn wait_ejected(agent: &Agent) -> Result<()> {
     })
 }
 
+/// Waits until no slot is in use. The self-probe has some for a moment.
+fn wait_all_free(slots: &ConnectionSlots) -> Result<()> {
+    wait_until("the slots to be freed", BOUND, || {
+        ensure!(slots.taken() == 0, "{} are in use", slots.taken());
+        Ok(())
+    })
+}
+
 fn metric(agent: &Agent, name: &str) -> Result<u64> {
     let metrics = agent.http("/metrics")?.1;
     let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
@@ -89,11 +97,7 @@ fn connects_that_fail_before_their_syn_leave_others_observed() -> Result<()> {
         let reply = attacker.client.run(&Task::BoundToLoopback { to, times, keep: false })?;
         assert_eq!((reply.good, reply.bad), (times.into(), 0));
     }
-    // The self-probe has some for a moment.
-    wait_until("the slots to be free", BOUND, || {
-        ensure!(slots.taken() == 0, "{} are in use", slots.taken());
-        Ok(())
-    })?;
+    wait_all_free(&slots)?;
     assert_eq!(other.client.dial(WEB, 5)?.count(FAILURE), 5);
     wait_ejected(&agent)?;
     wait_until("the metric to be zero", BOUND, || {
@@ -119,10 +123,7 @@ fn one_pod_cannot_take_all_slots() -> Result<()> {
     assert_eq!(other.client.dial(WEB, 5)?.count(FAILURE), 5);
     wait_ejected(&agent)?;
     attacker.client.run(&Task::Release)?;
-    wait_until("the slots to be freed", BOUND, || {
-        ensure!(slots.taken() == 0, "{} are in use", slots.taken());
-        Ok(())
-    })?;
+    wait_all_free(&slots)?;
     let held = attacker.client.run(&Task::Hold { to: WEB.parse()?, times: 600 })?;
     assert_eq!(held.errnos(), [0; 600]);
     // The self-probe has one for a moment.
@@ -153,10 +154,7 @@ fn one_pod_cannot_take_all_slots() -> Result<()> {
     // The Service's, and four of the self-probe.
     assert_eq!((&frontends["used"], &frontends["size"]), (&json!(5), &json!(16_384)));
     attacker.client.run(&Task::Release)?;
-    wait_until("the slots to be freed", BOUND, || {
-        ensure!(slots.taken() == 0, "{} are in use", slots.taken());
-        Ok(())
-    })
+    wait_all_free(&slots)
 }
 
 /// Many pods use up the slots: a finding says so, connections go on, and their responses are seen.
@@ -281,7 +279,10 @@ fn lost_ends_are_found_in_a_busy_pool() -> Result<()> {
     let mut holder = Pod::new(&bed, 1)?;
     holder.client.run(&Task::Hold { to: WEB.parse()?, times: 1 })?;
     let counts = ActiveCounts::open(bed.pins())?;
-    assert_eq!(counts.read(), [[1], [1]]);
+    wait_until("one connection to be counted", BOUND, || {
+        ensure!(counts.read() == [[1], [1]], "{:?}", counts.read());
+        Ok(())
+    })?;
     counts.lose_ends(LOST);
     // Four places are left for six pods, each of which is served often and refused often.
     let mut busy = (2..8).map(|host| Pod::new(&bed, host)).collect::<Result<Vec<_>>>()?;
@@ -424,10 +425,7 @@ fn denied_connects_take_no_turn() -> Result<()> {
         seen.push(served.client.dial(WEB, 1)?.greetings()[0].to_owned());
     }
     assert!(seen.windows(2).all(|pair| pair[0] != pair[1]), "{seen:?}");
-    wait_until("the slots to be freed", BOUND, || {
-        ensure!(slots.taken() == 0, "{} are in use", slots.taken());
-        Ok(())
-    })
+    wait_all_free(&slots)
 }
 
 /// Failures of a service that no rule evaluates cost the agent nothing.

@@ -316,7 +316,7 @@ fn readiness_reflects_connections_over_ipv6() -> Result<()> {
     let denying = ForeignProgram::attach(&bed.cgroup, Foreign::DenyV6)?;
     wait_until("the agent to be unready", BOUND, || {
         let (status, why) = agent.http("/readyz")?;
-        ensure!(status == 503 && why.contains("connect6"), "{status} {why}");
+        ensure!(status == 503 && why.contains("connect6 or getpeername6 does not work for IPv6"), "{status} {why}");
         Ok(())
     })?;
     drop(denying);
@@ -337,8 +337,8 @@ fn cgroup_of_a_container_is_not_that_of_the_machine() -> Result<()> {
     let portolan = binary("portolan")?;
     let arguments = [mount.as_path(), &portolan, &directory.path(), bed.pins()].map(|path| path.display().to_string());
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let mut agent =
-        pod.start("unshare", &[&["--cgroup", "--mount", "sh", "-c", script], arguments.as_slice()].concat())?;
+    let mut agent = pod
+        .start("timeout", &[&["20", "unshare", "--cgroup", "--mount", "sh", "-c", script], &arguments[..]].concat())?;
     let mut output = String::new();
     agent.child().stdout.take().context("no stdout")?.read_to_string(&mut output)?;
     assert!(!agent.child().wait()?.success(), "{output}");
@@ -356,8 +356,12 @@ fn lack_of_descriptors_is_temporary() -> Result<()> {
     let id = Pid::from_raw(agent.process.id() as i32).context("no process id")?;
     let usual = getrlimit(Resource::Nofile);
     prlimit(Some(id), Resource::Nofile, Rlimit { current: Some(3), ..usual })?;
-    // It cannot answer, and does not end.
+    // It cannot answer, not even itself, and does not end.
     assert!(agent.http_within("/healthz", Duration::from_secs(1)).is_err());
+    wait_until("the self-probe to fail", BOUND, || {
+        ensure!(agent.log().contains("the self-probe failed"), "{}", agent.log());
+        Ok(())
+    })?;
     prlimit(Some(id), Resource::Nofile, usual)?;
     wait_until("the agent to answer", BOUND, || {
         ensure!(agent.http("/readyz")?.0 == 200, "{}", agent.log());
