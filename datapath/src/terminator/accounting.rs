@@ -36,7 +36,6 @@ const _: () = assert!(offset_of!(Connection, flags) % 8 == 4);
 const COUNTED: u64 = (ConnectionFlags::COUNTED as u64) << 32;
 const GENERATION: u64 = (ConnectionFlags::GENERATION as u64) << 32;
 const SHARED: u64 = (ConnectionFlags::SHARED as u64) << 32;
-const SIDE: u64 = (ConnectionFlags::SIDE as u64) << 32;
 
 /// An entry that has existed for this long is compared with lists of all sockets, and abandoned if two in a row do not
 /// contain its socket.
@@ -217,7 +216,8 @@ impl Connections<'_> {
         self.scan().map(|read| read.map(|(index, connection)| Entry::of(index, &connection))).collect()
     }
 
-    /// Frees an entry if it still is that of the same connect of the same socket, and takes its connection out of the counts of active ones.
+    /// Frees an entry if it still is that of the same connect of the same socket, and takes its connection out of the
+    /// counts of active ones.
     /// Returns whether it did.
     pub(super) fn free(&self, entry: Entry) -> Result<bool> {
         let (own, flags) = (self.accounting, self.connections.word(entry.index, FLAGS)?);
@@ -229,7 +229,7 @@ impl Connections<'_> {
         if Entry::of(entry.index, &found) != entry {
             return Ok(false);
         }
-        let side = if seen & SIDE == 0 { Side::Zero } else { Side::One };
+        let side = Side::of(found.flags);
         let was_counted = flags.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |now| {
             ((now ^ seen) & GENERATION == 0 && now & COUNTED != 0).then_some(now & !COUNTED)
         });
@@ -272,9 +272,7 @@ impl Connections<'_> {
         let (own, mut tally) = (self.accounting, Tally::default());
         for read in self.scan() {
             let (_, connection) = read?;
-            if connection.flags & ConnectionFlags::COUNTED != 0
-                && side.has(connection.flags & ConnectionFlags::SIDE != 0)
-            {
+            if connection.flags & ConnectionFlags::COUNTED != 0 && Side::of(connection.flags) == side {
                 let Connection { set, backend_id, backend_epoch, pool, pool_epoch, .. } = connection;
                 tally.add(own, set, (backend_id, backend_epoch), (pool, pool_epoch))?;
             }
@@ -291,9 +289,7 @@ impl Connections<'_> {
         let (mut shared, mut recounted) = (HashMap::<u32, u64>::new(), Reconciled::default());
         for read in self.scan() {
             let (_, connection) = read?;
-            if connection.flags & ConnectionFlags::SHARED != 0
-                && side.has(connection.flags & ConnectionFlags::SIDE != 0)
-            {
+            if connection.flags & ConnectionFlags::SHARED != 0 && Side::of(connection.flags) == side {
                 *shared.entry(ClientUse::index(connection.client)).or_default() += 1;
             }
         }
@@ -325,7 +321,7 @@ impl Connections<'_> {
         }
         // Entries are compared with the counts where they are. Only what is in socket storage comes from the list, which
         // is older: hence the counts from before it.
-        let is_here = |state: &&State| state.is_counted() && before.side.has(state.has_side());
+        let is_here = |state: &&State| state.is_counted() && state.side() == before.side;
         let stored: Vec<&State> = seen.stored.iter().filter(is_here).collect();
         let (mut backends, mut pools) = (before.backends, before.pools);
         if stored.is_empty() {

@@ -8,7 +8,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use portolan_common::{NodeFlags, SidedCount};
+use portolan_common::{ConnectionFlags, NodeFlags, SidedCount};
 use serde::{Deserialize, Serialize};
 
 use crate::{error::Result, mmap_array::MmapArray};
@@ -45,9 +45,9 @@ impl Side {
         node_flags.fetch_xor(NodeFlags::SIDE, Ordering::SeqCst);
     }
 
-    /// Returns whether a connection with this flag is counted on this side.
-    pub(super) fn has(self, flag: bool) -> bool {
-        flag == (self == Self::One)
+    /// Returns the side on which a connection with these flags is counted.
+    pub(super) fn of(flags: u32) -> Self {
+        if flags & ConnectionFlags::SIDE == 0 { Self::Zero } else { Self::One }
     }
 
     fn read(self, word: &AtomicU64) -> i64 {

@@ -4,6 +4,8 @@ use std::{collections::HashSet, time::Duration};
 
 use portolan_common::{Connection as Entry, ConnectionExtra, ConnectionFlags, Endpoint, SocketStage};
 
+use super::counts::Side;
+
 /// Portolan's state of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct State {
@@ -42,9 +44,9 @@ impl State {
         self.flags & ConnectionFlags::COUNTED != 0
     }
 
-    /// Returns the flag that names the side of the counts.
-    pub(super) fn has_side(&self) -> bool {
-        self.flags & ConnectionFlags::SIDE != 0
+    /// Returns the side on which the connection is counted.
+    pub(super) fn side(&self) -> Side {
+        Side::of(self.flags)
     }
 
     pub(super) fn is_established(&self) -> bool {
